@@ -1,0 +1,1 @@
+"""What both stages know: data, prompts, targets, the cache, the loss, recipes.  Imports no stage."""

@@ -1,0 +1,50 @@
+"""The errors a user can cause and mend.
+
+Each message says, in one or two sentences, where it happened, what was found, what was needed and what to
+do about it.  The command lines print such an error as one message and leave with its ``exit_status``;
+everything else is our own mistake and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class TeachonceError(ValueError):
+    """Base of all errors whose message is meant for the user."""
+
+    exit_status = 1
+
+
+class RecipeError(TeachonceError):
+    """A recipe, or a setting given on the command line, is wrong."""
+
+    exit_status = 3
+
+
+class DataError(TeachonceError):
+    """A data set cannot be opened, or one of its rows cannot be used."""
+
+    exit_status = 4
+
+
+class CacheFormatError(TeachonceError):
+    """A cache is damaged, incomplete, or of another format version."""
+
+    exit_status = 5
+
+
+class CacheMismatchError(TeachonceError):
+    """A sound cache does not belong to this teacher, student, data set or recipe."""
+
+    exit_status = 6
+
+
+class CheckpointError(TeachonceError):
+    """A checkpoint is damaged, missing, or belongs to another run."""
+
+    exit_status = 7
+
+
+class TrainingError(TeachonceError):
+    """Training cannot go on: a loss or gradient that is not finite, or memory that does not suffice."""
+
+    exit_status = 8
