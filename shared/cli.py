@@ -1,0 +1,41 @@
+"""What the two command lines have in common: options, and how errors leave the program."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from shared.errors import TeachonceError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def recipe_arguments(function: Function) -> Function:
+    """RECIPE, a name or a file, and any number of ``--set section.key=value``."""
+    function = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        help="Override one key of the recipe; may be given many times.",
+    )(function)
+    return click.argument("recipe")(function)
+
+
+def run(group: click.Group) -> None:
+    """Runs a command line; a user's error is one message and a status of its own, not a traceback."""
+    try:
+        status = group.main(standalone_mode=False)
+    except TeachonceError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_status)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("aborted", err=True)
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
