@@ -1,0 +1,133 @@
+"""From a recipe to its commands: what is missing is made first, what is there is not touched.
+
+    python -m shared.pipeline train-student phantom --nproc 2
+
+Works backwards, as make does: a student needs a cache that covers its data, a missing cache needs its
+teacher, a missing teacher needs the recipe that trains it.  A cache that is there is never traced further, so
+a second student needs nothing of the teacher.  Every step is an ordinary command, printed before it is run;
+the stages meet only through what they leave on disk.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+from shared.cli import recipe_arguments, run
+from shared.config import Recipe, load_recipe
+
+SETTINGS_A_TEACHER_SHARES = ("data.", "bootstrap.")
+
+
+@click.group()
+def main() -> None:
+    """Run a stage under torchrun, making first what it needs and lacks."""
+
+
+@main.command("teacher-cache", context_settings={"ignore_unknown_options": True})
+@recipe_arguments
+@click.option("--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Processes.")
+@click.argument("stage_arguments", nargs=-1, type=click.UNPROCESSED)
+def teacher_cache(recipe: str, overrides: tuple[str, ...], nproc: int, stage_arguments: tuple[str, ...]) -> int:
+    """Stage one: capture the teacher's targets."""
+    return make_cache(recipe, overrides, nproc=nproc, stage_arguments=stage_arguments)
+
+
+@main.command("train-student", context_settings={"ignore_unknown_options": True})
+@recipe_arguments
+@click.option("--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Processes.")
+@click.argument("stage_arguments", nargs=-1, type=click.UNPROCESSED)
+def train_student(recipe: str, overrides: tuple[str, ...], nproc: int, stage_arguments: tuple[str, ...]) -> int:
+    """Stage two: train a student, from the cache unless kd_ratio is 0."""
+    return make_student(recipe, overrides, nproc=nproc, stage_arguments=stage_arguments)
+
+
+def make_cache(
+    recipe: str, overrides: Sequence[str], *, nproc: int, stage_arguments: Sequence[str] = ()
+) -> int:
+    """Runs stage one; returns its exit status."""
+    plan = load_recipe(recipe, overrides=tuple(overrides))
+    status = make_inputs(recipe, plan, overrides) or make_teacher(plan, overrides, nproc=nproc)
+    return status or launch("stage1_teacher", "capture", recipe, overrides, stage_arguments, nproc=nproc)
+
+
+def make_student(
+    recipe: str, overrides: Sequence[str], *, nproc: int, stage_arguments: Sequence[str] = ()
+) -> int:
+    """Runs stage two, after stage one where the cache does not cover the data; returns the exit status."""
+    plan = load_recipe(recipe, overrides=tuple(overrides))
+    status = make_inputs(recipe, plan, overrides)
+    if not status and plan.distils and not cache_is_complete(plan):
+        status = make_cache(recipe, overrides, nproc=nproc)
+    return status or launch("stage2_student", "run", recipe, overrides, stage_arguments, nproc=nproc)
+
+
+def make_inputs(recipe: str, plan: Recipe, overrides: Sequence[str]) -> int:
+    """Draws the data and makes the small models of a trial recipe, where their folders are missing."""
+    phantom, small_models = plan.bootstrap.phantom, plan.bootstrap.small_models
+    status = 0
+    if phantom is not None and not Path(plan.data.source).exists():
+        sizes = [f"--{name}={value}" for name, value in phantom.model_dump().items()]
+        status = command("shared.phantom", plan.data.source, *sizes)
+    if not status and small_models is not None and any(not Path(m.path).exists() for m in small_models.models):
+        status = command("shared.small_models", recipe, *_as_options(overrides))
+    return status
+
+
+def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
+    """Trains the teacher by the recipe that makes it, where its folder is missing."""
+    teacher = plan.teacher
+    if teacher is None or teacher.trained_by is None or Path(teacher.model).exists():
+        return 0
+    shared_settings = [item for item in overrides if item.startswith(SETTINGS_A_TEACHER_SHARES)]
+    begun = load_recipe(teacher.trained_by, overrides=shared_settings).run.path.exists()
+    resume = ["--resume"] if begun else []
+    return make_student(teacher.trained_by, shared_settings, nproc=nproc, stage_arguments=resume)
+
+
+def cache_is_complete(plan: Recipe) -> bool:
+    """Whether a committed cache holds every example of the recipe's data; opens no file of the teacher."""
+    from shared.coverage import uncovered
+
+    return plan.cache is not None and uncovered(plan) == 0
+
+
+def command(module: str, *arguments: str) -> int:
+    """Runs ``python -m module`` and returns its exit status."""
+    click.echo(f"==> python -m {module} {' '.join(arguments)}", err=True)
+    return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+
+
+def launch(
+    module: str,
+    verb: str,
+    recipe: str,
+    overrides: Sequence[str],
+    stage_arguments: Sequence[str],
+    *,
+    nproc: int,
+) -> int:
+    """Runs a stage's command in ``nproc`` processes under torchrun and returns the first bad exit status."""
+    arguments = ["--standalone", f"--nproc-per-node={nproc}", "-m", module, verb, recipe]
+    arguments += [*_as_options(overrides), *stage_arguments]
+    click.echo(f"==> torchrun {' '.join(arguments)}", err=True)
+    try:
+        torchrun(arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
+
+
+def _as_options(overrides: Sequence[str]) -> list[str]:
+    return [part for item in overrides for part in ("--set", item)]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,100 @@
+"""The frozen teacher: whole sequences through the body, answer positions through the head, targets at once.
+
+    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, device=world.device)
+    targets, ce_N = teacher.targets(batch, seeds_N, policy=..., temperatures=..., chunk_size=512)
+
+Legend: N answer positions of the batch, n positions of a chunk, D hidden size, V ids the tokenizer knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shared.config import TeacherConfig
+from shared.policies import Policy
+from shared.processing import Batch
+from shared.sparse import SparseTargets, sparsify
+from shared.vlm import Head, last_hidden_states, load_vlm, split
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model on its device.
+
+    num_token_ids  ids the tokenizer knows; the head may be wider, and its padding ids carry no mass.
+    """
+
+    model: PreTrainedModel
+    body: nn.Module
+    head: Head
+    num_token_ids: int
+    device: torch.device
+
+    @torch.inference_mode()
+    def targets(
+        self,
+        batch: Batch,
+        seeds_N: Tensor,
+        *,
+        policy: Policy,
+        temperatures: Sequence[float],
+        chunk_size: int,
+    ) -> tuple[SparseTargets, Tensor]:
+        """Sparse targets of the batch's answer positions, and the teacher's cross-entropy there.
+
+        Shapes   seeds_N (N,) int64; returns targets of N positions and (N,) fp32 nats, both on the device
+        Holds    at no time are there more than ``chunk_size`` rows of logits; no logits of prompts exist
+        """
+        hidden_ND = self.hidden(batch)
+        parts, losses = [], []
+        for start in range(0, len(hidden_ND), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logprobs_nV = self.logprobs(hidden_ND[chunk])
+            losses.append(-logprobs_nV.gather(1, batch.labels[chunk, None]).squeeze(1))
+            parts.append(sparsify(logprobs_nV, policy, temperatures=tuple(temperatures), seeds=seeds_N[chunk]))
+        return SparseTargets.concat(parts), torch.cat(losses)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states (N, D) that predict the batch's answer tokens."""
+        return last_hidden_states(self.body, batch.inputs).flatten(0, 1)[batch.position_index]
+
+    @torch.inference_mode()
+    def logprobs(self, hidden_nD: Tensor) -> Tensor:
+        """Natural log-probabilities (n, V) fp32 at temperature 1."""
+        return self.head.logits(hidden_nD)[:, : self.num_token_ids].float().log_softmax(-1)
+
+
+def load_teacher(config: TeacherConfig, *, num_token_ids: int, device: torch.device) -> Teacher:
+    """The teacher with its weights on ``device``.
+
+    Raises   RecipeError  when it cannot be opened or split into body and head.
+    """
+    model = load_vlm(
+        config.model,
+        revision=config.revision,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
+    model.requires_grad_(False).to(device)
+    body, head = split(model)
+    return Teacher(model, body, head, min(num_token_ids, head.weight_VD.shape[0]), device)
+
+
+def weight_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all parameters and buffers, as they are loaded.
+
+    Independent of how the files were cut; differs for another ``dtype``, which gives other targets.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,67 @@
+"""Batches of like length: a partition, under the budget, and smaller for good after an out-of-memory error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import TrainingError
+from stage1_teacher.batching import BatchRunner, batches_of_like_length
+
+lengths_lists = st.lists(st.integers(1, 300), max_size=60)
+
+
+@given(lengths_lists, st.integers(1, 1000))
+def test_batches_are_a_partition_under_the_budget(lengths: list[int], max_tokens: int) -> None:
+    batches = batches_of_like_length(lengths, max_tokens=max_tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        padded = max(lengths[index] for index in batch) * len(batch)
+        assert padded <= max_tokens or len(batch) == 1
+
+
+@given(lengths_lists)
+def test_lengths_never_fall_along_the_batches(lengths: list[int]) -> None:
+    order = [lengths[i] for batch in batches_of_like_length(lengths, max_tokens=400) for i in batch]
+    assert order == sorted(order)
+
+
+@given(lengths_lists, st.integers(50, 700))
+def test_every_example_is_run_once_on_a_device_that_holds_less_than_the_budget(
+    lengths: list[int], capacity: int
+) -> None:
+    runner = BatchRunner(max_tokens=1200)
+
+    def forward(batch: list[int]) -> int:
+        size = max(lengths[index] for index in batch) * len(batch)
+        if len(batch) > 1 and size > capacity:
+            raise torch.OutOfMemoryError
+        return size
+
+    done = [index for batch, _ in runner.run(lengths, forward) for index in batch]
+    assert sorted(done) == list(range(len(lengths)))
+
+
+def test_the_smaller_size_is_remembered() -> None:
+    runner, failures = BatchRunner(max_tokens=80), 0
+
+    def forward(batch: list[int]) -> None:
+        nonlocal failures
+        if len(batch) * 10 > 30:
+            failures += 1
+            raise torch.OutOfMemoryError
+
+    for _ in range(5):
+        list(runner.run([10] * 16, forward))
+    assert runner.max_tokens == 20
+    assert failures == 2  # 80 tokens, 40 tokens, then never again
+
+
+def test_a_single_sequence_that_does_not_fit_says_what_to_do() -> None:
+    def forward(batch: list[int]) -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(TrainingError, match=r"one sequence of 7 tokens .* data\.max_pixels"):
+        list(BatchRunner(max_tokens=7).run([7, 3], forward))
