@@ -1,0 +1,12 @@
+"""The distillation loss of both stages: chunked, in closed form, from dense or sparse teachers.
+
+``fused_ce_kd`` goes from hidden states to the mixed loss without ever holding all logits (stage 2 trains
+with it); ``KDLoss`` starts from logits.  Both report sums in fp32 nats.  The derivation is in docs/loss.md.
+"""
+
+from __future__ import annotations
+
+from shared.kd_loss.divergences import DIVERGENCES, Divergence
+from shared.kd_loss.fused import LossSums, fused_ce_kd
+
+__all__ = ["DIVERGENCES", "Divergence", "LossSums", "fused_ce_kd"]

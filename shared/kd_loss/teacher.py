@@ -1,0 +1,174 @@
+"""A sparse teacher as the loss sees it: masses, a constant, and perhaps a bucket for the rest.
+
+Two shapes cover all policies and tail modes (docs/loss.md, "Sparse teachers"):
+
+- *linear*: KD = total * lse(z) - sum_i mass_i z_i - spread * sum_v z_v + constant.  All sampled policies,
+  and the tail modes ``renormalize``, ``drop`` and ``uniform``.
+- *bucket*: a divergence between the kept entries plus one outcome for all other ids.  The tail mode
+  ``ghost``, and every divergence but forward KL.  Merging outcomes makes it a lower bound of the dense one.
+
+N positions, E entries of all positions, V vocabulary.
+"""
+
+# ruff: noqa: N815  (shape suffixes)
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from shared.errors import RecipeError
+from shared.kd_loss.divergences import Divergence
+
+if TYPE_CHECKING:
+    from shared.sparse import SparseTargets
+
+TAIL_MODES = ("ghost", "uniform", "renormalize", "drop")
+MIN_REST = 2.0**-24  # fp16 log-probabilities can sum to more than one; the rest never falls below this
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """What the loss knows of the teacher at N positions, at one temperature.
+
+    Shapes   row_E, ids_E  (E,) int64     mass_E  (E,)     rest_N  (N,), only for a bucket
+             total_N, constant_N, entropy_N (N,); spread_N (N,) or None: what every valid id gets
+    """
+
+    offsets: list[int]
+    row_E: Tensor
+    ids_E: Tensor
+    mass_E: Tensor
+    total_N: Tensor
+    constant_N: Tensor
+    entropy_N: Tensor
+    spread_N: Tensor | None = None
+    rest_N: Tensor | None = None
+
+    def slice(self, start: int, stop: int) -> TeacherRows:
+        """The rows from ``start`` to ``stop``; ``row_E`` counts from ``start`` again."""
+        first, last = self.offsets[start], self.offsets[stop]
+        return replace(
+            self,
+            offsets=[offset - first for offset in self.offsets[start : stop + 1]],
+            row_E=self.row_E[first:last] - start,
+            ids_E=self.ids_E[first:last],
+            mass_E=self.mass_E[first:last],
+            total_N=self.total_N[start:stop],
+            constant_N=self.constant_N[start:stop],
+            entropy_N=self.entropy_N[start:stop],
+            spread_N=None if self.spread_N is None else self.spread_N[start:stop],
+            rest_N=None if self.rest_N is None else self.rest_N[start:stop],
+        )
+
+
+@dataclass(frozen=True)
+class KdRows:
+    """KD per position and its gradient: scale * softmax + constant, and ``entry_E`` added at the entries.
+
+    Both are for logits that were divided by the temperature, without the factor T squared.
+    """
+
+    value_N: Tensor
+    scale_N: Tensor
+    entry_E: Tensor
+    constant_N: Tensor | None
+
+
+def teacher_rows(
+    targets: SparseTargets,
+    *,
+    temperature: float,
+    divergence: Divergence,
+    tail: str,
+    num_vocab_ids: int,
+    dtype: torch.dtype,
+) -> TeacherRows:
+    """Bring sparse targets into the form of the loss.
+
+    Raises   RecipeError  for an unknown tail mode, or a divergence that sampled targets cannot give
+    """
+    if tail not in TAIL_MODES:
+        raise RecipeError(f"tail {tail!r}: unknown; choose one of {', '.join(TAIL_MODES)}")
+    num_positions = targets.num_positions
+    row_E = torch.repeat_interleave(targets.offsets.diff(), output_size=targets.num_entries)
+    mass_E = targets.weights(temperature).to(dtype)
+    total_N = _sum_rows(mass_E, row_E, num_positions)
+    base = {"offsets": targets.offsets.tolist(), "row_E": row_E, "ids_E": targets.ids.long()}
+    if targets.policy.is_sampled:
+        if divergence.kind != "forward_kl":
+            raise RecipeError(
+                f"divergence {divergence.kind} cannot be computed from the sampled targets of policy "
+                f"{targets.policy.kind!r}: it is not linear in the teacher. Use forward_kl, or a cache of a "
+                f"deterministic policy (top_k, top_p)."
+            )
+        entropy_N = targets.entropy[:, targets.temperatures.index(temperature)].to(dtype)
+        return TeacherRows(**base, mass_E=mass_E, total_N=total_N, constant_N=-entropy_N, entropy_N=entropy_N)
+    return _deterministic(
+        TeacherRows(**base, mass_E=mass_E, total_N=total_N, constant_N=total_N, entropy_N=total_N),
+        tail="ghost" if divergence.kind != "forward_kl" else tail,
+        num_vocab_ids=num_vocab_ids,
+    )
+
+
+def _deterministic(kept: TeacherRows, *, tail: str, num_vocab_ids: int) -> TeacherRows:
+    """Give the mass that a truncated teacher leaves out to where the tail mode wants it."""
+    num_positions = kept.total_N.shape[0]
+    if tail == "renormalize":
+        mass_E = kept.mass_E / kept.total_N[kept.row_E]
+        kept = replace(kept, mass_E=mass_E, total_N=torch.ones_like(kept.total_N))
+    negentropy_N = _sum_rows(torch.xlogy(kept.mass_E, kept.mass_E), kept.row_E, num_positions)
+    if tail in ("drop", "renormalize"):
+        return replace(kept, constant_N=negentropy_N, entropy_N=-negentropy_N)
+    num_rest_ids_N = num_vocab_ids - torch.bincount(kept.row_E, minlength=num_positions)
+    rest_N = (1 - kept.total_N).clamp_min(MIN_REST) * (num_rest_ids_N > 0)
+    if tail == "ghost":
+        negentropy_N = negentropy_N + torch.xlogy(rest_N, rest_N)
+        return replace(kept, rest_N=rest_N, constant_N=negentropy_N, entropy_N=-negentropy_N)
+    spread_N = rest_N / num_rest_ids_N.clamp_min(1)
+    negentropy_N = negentropy_N + torch.xlogy(rest_N, spread_N)
+    return replace(
+        kept,
+        mass_E=kept.mass_E - spread_N[kept.row_E],
+        total_N=kept.total_N + rest_N,
+        constant_N=negentropy_N,
+        entropy_N=-negentropy_N,
+        spread_N=spread_N,
+    )
+
+
+def linear_kd(teacher: TeacherRows, lse_N: Tensor, logits_E: Tensor, logit_sum_N: Tensor | None) -> KdRows:
+    """KD that is linear in the student's log-probabilities.
+
+    Shapes   lse_N (N,) normaliser; logits_E (E,) the student's logits at the entries;
+             logit_sum_N (N,) over all valid ids, where the teacher spreads mass
+    """
+    weighted_N = _sum_rows(teacher.mass_E * (lse_N[teacher.row_E] - logits_E), teacher.row_E, len(lse_N))
+    value_N = weighted_N + teacher.constant_N
+    if teacher.spread_N is None or logit_sum_N is None:
+        return KdRows(value_N, teacher.total_N, -teacher.mass_E, None)
+    rest_N = teacher.total_N - _sum_rows(teacher.mass_E, teacher.row_E, len(lse_N))
+    value_N = value_N + rest_N * lse_N - teacher.spread_N * logit_sum_N
+    return KdRows(value_N, teacher.total_N, -teacher.mass_E, -teacher.spread_N)
+
+
+def bucket_kd(teacher: TeacherRows, logq_E: Tensor, log_rest_N: Tensor, divergence: Divergence) -> KdRows:
+    """A divergence over the kept entries and one bucket.
+
+    Shapes   logq_E (E,) the student's log-probabilities of the entries; log_rest_N (N,) of all other ids
+    """
+    assert teacher.rest_N is not None
+    num_positions = len(log_rest_N)
+    terms_E, slopes_E = divergence.terms(teacher.mass_E.log(), logq_E)
+    rest_terms_N, rest_slopes_N = divergence.terms(teacher.rest_N.log(), log_rest_N)
+    value_N = _sum_rows(terms_E, teacher.row_E, num_positions) + rest_terms_N
+    slope_sum_N = _sum_rows(slopes_E, teacher.row_E, num_positions) + rest_slopes_N
+    rest_scale_N = torch.where(rest_slopes_N != 0, rest_slopes_N * (-log_rest_N).exp(), rest_slopes_N)
+    entry_E = slopes_E - logq_E.exp() * rest_scale_N[teacher.row_E]
+    return KdRows(value_N, rest_scale_N - slope_sum_N, entry_E, None)
+
+
+def _sum_rows(values_E: Tensor, row_E: Tensor, num_positions: int) -> Tensor:
+    return values_E.new_zeros(num_positions).index_add_(0, row_E, values_E)
