@@ -1,0 +1,181 @@
+"""Opens the rows of one split, wherever they are kept: Hub, Parquet, Arrow, JSONL.
+
+    rows = open_rows("work/phantom/data", split="validation")
+    rows.columns, len(rows), rows[17]["question"]
+
+A source is, in this order: a folder that ``datasets.save_to_disk`` wrote; a file, or a folder of files, of one
+kind (Parquet before Arrow before JSONL); else a name on the Hugging Face Hub.  Parquet and Arrow are read
+through ``datasets``, memory-mapped from its cache; of JSONL only the place of each line is held.
+
+A file belongs to the split that its name says, without shard numbers (``train-00000-of-00002.parquet``,
+``validation.jsonl``), or else the innermost folder that is called so (``train/part-0.parquet``).  A source
+of a single file also answers to ``train``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+
+from shared.errors import DataError
+
+_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "jsonl"}  # in order of preference
+_SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
+
+
+class Rows(Protocol):
+    """Rows of named columns; cheap to pickle, safe to read from many processes."""
+
+    folder: Path | None  # relative picture paths start here
+
+    @property
+    def columns(self) -> list[str]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class ArrowRows:
+    """Rows of a memory-mapped ``datasets.Dataset``; pictures stay encoded."""
+
+    dataset: datasets.Dataset
+    folder: Path | None
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.dataset.column_names)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.dataset[index]
+
+
+class JsonLinesRows:
+    """Rows of JSONL files, parsed one at a time: types are what the file says, never guessed from a column."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = tuple(files)
+        self.folder: Path | None = files[0].parent
+        places = [(number, *place) for number, file in enumerate(files) for place in _line_places(file)]
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 4)  # file, line, first byte, length
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self[0]) if len(self) else []
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file, line, start, length = (int(value) for value in self._places[index])
+        with open(self._files[file], "rb") as stream:
+            stream.seek(start)
+            data = stream.read(length)
+        try:
+            row = json.loads(data)
+        except ValueError as error:
+            raise DataError(f"{self._files[file]}, line {line}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            found = type(row).__name__
+            raise DataError(f"{self._files[file]}, line {line}: a {found}; each line must be one JSON object")
+        return row
+
+
+def open_rows(source: str, *, split: str, revision: str | None = None, splits: Iterable[str] = ()) -> Rows:
+    """The rows of ``split``, the name that the source itself uses; ``splits`` are the other names in use.
+
+    Raises   DataError  when the source is missing, unreadable or unreachable, or has no such split.
+    """
+    path = Path(source).expanduser()
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return ArrowRows(_saved_to_disk(path, split), path)
+        if path.exists():
+            return _open_files(path, split, {split, *splits})
+        if _can_only_be_a_path(source):
+            raise DataError(f"data.source {source}: no such file or folder (looked in {Path.cwd()})")
+        return ArrowRows(datasets.load_dataset(source, revision=revision, split=split), None)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises errors of a dozen libraries
+        place = f"split {split!r} of data.source {source}"
+        if not path.exists():
+            place += ", which is no local folder and was looked for on the Hugging Face Hub,"
+        raise DataError(f"{place} cannot be opened: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def choose(wanted: str, found: Iterable[str], *, what: str) -> None:
+    """Raises DataError with the list and the nearest name, unless ``wanted`` is among those found."""
+    names = sorted(set(found))
+    if wanted in names:
+        return
+    near = difflib.get_close_matches(wanted, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise DataError(f"{what} {wanted!r} is not there; found {', '.join(names) or 'none'}{hint}")
+
+
+def _open_files(path: Path, split: str, splits: set[str]) -> Rows:
+    kind, files = _data_files(path)
+    names = {file: _split_names(file, path) for file in files}
+    members = [file for file in files if next((n for n in names[file] if n in splits), None) == split]
+    if not members:
+        choose(split, [names[file][0] for file in files], what=f"data.source {path}: split")
+    if kind == "jsonl":
+        return JsonLinesRows(members)
+    data_files = {"train": [str(file) for file in members]}
+    folder = path if path.is_dir() else path.parent
+    return ArrowRows(datasets.load_dataset(kind, data_files=data_files, split="train"), folder)
+
+
+def _data_files(path: Path) -> tuple[str, list[Path]]:
+    found = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    visible = [f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+    for suffix, kind in _KINDS.items():
+        if files := [file for file in visible if file.suffix == suffix]:
+            return kind, files
+    raise DataError(
+        f"data.source {path}: no data file; needed {', '.join('*' + suffix for suffix in _KINDS)}"
+    )
+
+
+def _split_names(file: Path, source: Path) -> list[str]:
+    """What a file's split may be called, the likeliest first."""
+    stem = _SHARD_NUMBERS.sub("", file.stem)
+    folders = [part for part in reversed(file.relative_to(source).parts[:-1])]
+    return [name for name in (stem, *folders) if name] + (["train"] if file == source else [])
+
+
+def _saved_to_disk(path: Path, split: str) -> datasets.Dataset:
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.Dataset):
+        saved = datasets.DatasetDict({"train": saved})
+    choose(split, saved, what=f"data.source {path}: split")
+    return saved[split]
+
+
+def _line_places(file: Path) -> Iterable[tuple[int, int, int]]:
+    """Number, first byte and length of each line that is not blank."""
+    start = 0
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, start, len(line)
+            start += len(line)
+
+
+def _can_only_be_a_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in _KINDS
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
