@@ -1,0 +1,70 @@
+"""What the cache keeps of a teacher's distribution: the recipe entry ``cache.policy``.
+
+A policy is part of a cache's identity.  The mathematics is in ``docs/targets.md``; ``shared.sparse`` carries
+it out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+# Where a deterministic policy's missing mass goes; the sampled policies miss none.
+TAIL_MODES = ("ghost", "uniform", "renormalize", "drop")
+
+
+class _Policy(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the targets are drawn, and unbiased; otherwise they are cut off, and have a tail."""
+        return False
+
+
+class Threshold(_Policy):
+    """Keep each token above ``tau`` exactly; draw the others, each draw standing for a mass of ``tau``."""
+
+    kind: Literal["threshold"] = "threshold"
+    tau: Annotated[float, Field(ge=1e-6, le=1)] = 1 / 512
+
+    @property
+    def is_sampled(self) -> bool:
+        return True
+
+    @property
+    def log_tau(self) -> float:
+        """The log of the mass that a draw stands for: that of ``tau``, rounded to fp16."""
+        return float(np.float16(math.log(self.tau)))
+
+
+class TopK(_Policy):
+    """Keep the ``k`` most probable tokens."""
+
+    kind: Literal["top_k"] = "top_k"
+    k: Annotated[int, Field(ge=1)]
+
+
+class TopP(_Policy):
+    """Keep the fewest tokens, most probable first, whose mass reaches ``p``; at most ``max_k`` of them."""
+
+    kind: Literal["top_p"] = "top_p"
+    p: Annotated[float, Field(gt=0, le=1)]
+    max_k: Annotated[int, Field(ge=1)] = 1024
+
+
+class Random(_Policy):
+    """Draw ``draws`` tokens with replacement and keep how often each was drawn (arXiv 2503.16870)."""
+
+    kind: Literal["random"] = "random"
+    draws: Annotated[int, Field(ge=1, le=65535)]
+
+    @property
+    def is_sampled(self) -> bool:
+        return True
+
+
+Policy = Annotated[Threshold | TopK | TopP | Random, Field(discriminator="kind")]

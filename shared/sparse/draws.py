@@ -1,0 +1,124 @@
+"""Reproducible draws from many distributions at once.
+
+Every random number is a counter-based hash (splitmix64) of a position's seed, and the seed a hash of (cache
+seed, example key, position): what is drawn does not depend on batch, chunk, order, rank, restart or device.
+
+Shapes: N positions, V vocabulary, B blocks of a row, W tokens in a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+_BLOCK_WIDTH = 256
+
+
+def position_seeds(seed: int, key: bytes, num_positions: int) -> Tensor:
+    """Seeds (N,) int64 of an example's positions: a pure function of cache seed, example key and position.
+
+    Holds    the first seeds of a longer answer are those of a shorter one
+    """
+    digest = hashlib.blake2b(key, digest_size=8, key=struct.pack("<q", seed)).digest()
+    start = torch.full((num_positions,), struct.unpack("<q", digest)[0], dtype=torch.int64)
+    return _hash(start, torch.arange(num_positions))
+
+
+def uniforms(seeds: Tensor, counters: Tensor | int) -> Tensor:
+    """Numbers in [0, 1), fp64, multiples of 2**-53: one for each pair of broadcast seeds and counters."""
+    return _shift_right(_hash(seeds, counters), 11).double() * 2.0**-53
+
+
+def substream(seeds: Tensor, counter: int) -> Tensor:
+    """Seeds of another sequence for the same positions, independent of ``uniforms(seeds, ...)``."""
+    return _hash(seeds, counter)
+
+
+def _hash(seeds: Tensor, counters: Tensor | int) -> Tensor:
+    """Output number ``counters`` of the splitmix64 generator whose state is ``seeds``; wraps like uint64."""
+    mixed = seeds + (counters + 1) * torch.tensor(_GAMMA, device=seeds.device)
+    mixed = (mixed ^ _shift_right(mixed, 30)) * _MIX_1
+    mixed = (mixed ^ _shift_right(mixed, 27)) * _MIX_2
+    return mixed ^ _shift_right(mixed, 31)
+
+
+def _shift_right(values: Tensor, bits: int) -> Tensor:
+    """Logical shift: int64 tensors shift their sign in, which the mask takes away again."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class SamplePoints(Protocol):
+    """The sample points of N positions, laid over each position's cumulative mass."""
+
+    def count_below(self, edges: Tensor, positions: Tensor | None) -> Tensor:
+        """How many points are less than each edge, int64; row r of ``edges`` is of ``positions[r]``, or r."""
+
+
+class Systematic:
+    """Points ``u, u + 1, u + 2, ...``: the mass counts expected draws, and no token's exceeds one."""
+
+    def __init__(self, offset_N: Tensor) -> None:
+        self._offset_N = offset_N
+
+    def count_below(self, edges: Tensor, positions: Tensor | None) -> Tensor:
+        offset = self._offset_N if positions is None else self._offset_N[positions]
+        return torch.ceil(edges - offset[:, None]).long()  # above -1, since u < 1
+
+
+class Independent:
+    """Any points, in each position's rising order."""
+
+    def __init__(self, points_NK: Tensor) -> None:
+        self._points_NK = points_NK
+
+    def count_below(self, edges: Tensor, positions: Tensor | None) -> Tensor:
+        points = self._points_NK if positions is None else self._points_NK[positions]
+        return torch.searchsorted(points.contiguous(), edges.contiguous())
+
+
+def draw(mass_NV: Tensor, points: SamplePoints) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens on which the points fall when every position's mass is laid out in the order of ids.
+
+    Sums are fp64: in fp32 the cumulative mass over a quarter million tokens is off by more than a token.
+    Blocks are summed first and only those that a point falls on are looked into, so that the mass is passed
+    over once.
+
+    Shapes   mass_NV (N, V) fp32, not negative, V a multiple of ``padded_width(1)``
+    Returns  position, token id, number of points (E,) int64 each, ordered by position, then id
+    Holds    every point below a position's total falls on exactly one token; on none without mass
+    """
+    mass_NBW = mass_NV.view(len(mass_NV), -1, _BLOCK_WIDTH)
+    upper_NB = mass_NBW.sum(-1, dtype=torch.float64).cumsum(-1)
+    lower_NB = F.pad(upper_NB[:, :-1], (1, 0))
+    below_upper_NB = points.count_below(upper_NB, None)
+    below_lower_NB = F.pad(below_upper_NB[:, :-1], (1, 0))
+    position, block = (below_upper_NB > below_lower_NB).nonzero(as_tuple=True)
+
+    edges = mass_NBW[position, block].double().cumsum(-1)
+    # The last token with mass ends where its block ends, whatever the rounding: no point is lost.
+    is_end = edges >= edges[:, -1:]
+    edges = torch.where(is_end, upper_NB[position, block, None], edges + lower_NB[position, block, None])
+    below = points.count_below(edges, position)
+    below_lower = below_lower_NB[position, block, None]
+    below = torch.minimum(below.clamp_min_(below_lower), below_upper_NB[position, block, None])
+    counts = below.diff(dim=-1, prepend=below_lower)
+    row, within = counts.nonzero(as_tuple=True)
+    return position[row], block[row] * _BLOCK_WIDTH + within, counts[row, within]
+
+
+def padded_width(vocab_size: int) -> int:
+    """The least width that holds a vocabulary in whole blocks."""
+    return -(-vocab_size // _BLOCK_WIDTH) * _BLOCK_WIDTH

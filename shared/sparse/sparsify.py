@@ -1,0 +1,223 @@
+"""From dense log-probs to sparse targets, one function a policy.
+
+Shapes: N positions, V vocabulary, E entries of all positions, T captured temperatures, K a policy's bound.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.errors import DataError, RecipeError
+from shared.policies import Policy, Random, Threshold, TopK, TopP
+from shared.sparse.draws import Independent, Systematic, draw, padded_width, substream, uniforms
+from shared.sparse.targets import SparseTargets
+
+# Positions are worked on in groups of so many log-probs: fp32 and fp64 temporaries then stay below 1 GiB.
+_MAX_GROUP_ELEMENTS = 1 << 25
+
+
+def sparsify(
+    logprobs_NV: Tensor,
+    policy: Policy,
+    *,
+    temperatures: tuple[float, ...] = (1.0,),
+    seeds: Tensor,
+) -> SparseTargets:
+    """What ``policy`` keeps of each position's distribution.
+
+    Shapes   logprobs_NV (N, V) fp32, natural logs at temperature 1, normalised over V; -inf where there is
+             no mass, as for a head's padding ids: such tokens are never kept
+             seeds (N,) int64 of ``position_seeds``, on the same device
+    Returns  SparseTargets on that device
+    Raises   DataError    for NaN, infinity, or rows whose probabilities do not sum to one
+             RecipeError  for temperatures that are not different positive numbers
+    Holds    a position's entries depend on its log-probs and seed alone, not on the positions beside it
+    Source   docs/targets.md
+    """
+    _check_temperatures(temperatures)
+    num_positions, vocab_size = logprobs_NV.shape
+    assert seeds.shape == (num_positions,)
+    assert vocab_size > 0
+    step = max(1, _MAX_GROUP_ELEMENTS // vocab_size)
+    parts = [
+        _sparsify_group(
+            logprobs_NV[start : start + step], policy, tuple(temperatures), seeds[start : start + step], start
+        )
+        for start in range(0, max(num_positions, 1), step)
+    ]
+    return SparseTargets.concat(parts) if len(parts) > 1 else parts[0]
+
+
+def _check_temperatures(temperatures: tuple[float, ...]) -> None:
+    sound = all(math.isfinite(t) and t > 0 for t in temperatures)
+    if not temperatures or not sound or len(set(temperatures)) != len(temperatures):
+        raise RecipeError(
+            f"cache.temperatures {list(temperatures)}: give one or more different positive numbers"
+        )
+
+
+@dataclass
+class _Kept:
+    """Entries of a group, in any order."""
+
+    position: Tensor
+    ids: Tensor
+    logprobs: Tensor  # fp16
+    draw_counts: Tensor | None = None
+
+
+@dataclass
+class _Tempered:
+    """A group's distributions at one temperature."""
+
+    logprobs: Tensor  # (N, V)
+    log_normalizer: Tensor  # (N,)
+    entropy: Tensor  # (N,)
+
+
+def _sparsify_group(
+    logprobs_NV: Tensor, policy: Policy, temperatures: tuple[float, ...], seeds_N: Tensor, first_position: int
+) -> SparseTargets:
+    logprobs_NV = logprobs_NV.float()
+    _check_normalised(logprobs_NV, first_position)
+    tempered = [_temper(logprobs_NV, temperature) for temperature in temperatures]
+    match policy:
+        case Threshold():
+            kept = _threshold(logprobs_NV, tempered, policy, temperatures == (1.0,), seeds_N)
+        case Random():
+            kept = _random(logprobs_NV, tempered, policy, seeds_N)
+        case TopK():
+            kept = _top_k(logprobs_NV, policy)
+        case TopP():
+            kept = _top_p(logprobs_NV, policy)
+    others = [t.log_normalizer for t, value in zip(tempered, temperatures, strict=True) if value != 1.0]
+    floor = policy.log_tau if isinstance(policy, Threshold) and temperatures == (1.0,) else None
+    order = _canonical_order(kept, floor)
+    num_positions = len(logprobs_NV)
+    counts = torch.bincount(kept.position, minlength=num_positions)
+    empty = torch.zeros(0, dtype=torch.int32, device=logprobs_NV.device)
+    return SparseTargets(
+        offsets=F.pad(counts.cumsum(0), (1, 0)),
+        ids=kept.ids[order].int(),
+        logprobs=kept.logprobs[order],
+        policy=policy,
+        temperatures=temperatures,
+        log_normalizers=torch.stack(others, 1) if others else logprobs_NV.new_zeros(num_positions, 0),
+        entropy=torch.stack([t.entropy for t in tempered], 1),
+        draw_counts=empty if kept.draw_counts is None else kept.draw_counts[order].int(),
+    )
+
+
+def _check_normalised(logprobs_NV: Tensor, first_position: int) -> None:
+    total_N = logprobs_NV.exp().sum(-1)
+    wrong = ((total_N - 1).abs() < 1e-3).logical_not()  # NaN compares false
+    if wrong.any():
+        index = int(wrong.nonzero()[0])
+        raise DataError(
+            f"log-probs of position {first_position + index}: the probabilities sum to {float(total_N[index]):g}, "
+            "not to 1; the teacher gave NaN or infinity, or these are not normalised"
+        )
+
+
+def _temper(logprobs_NV: Tensor, temperature: float) -> _Tempered:
+    if temperature == 1.0:
+        log_normalizer_N = logprobs_NV.new_zeros(len(logprobs_NV))
+    else:
+        logprobs_NV = logprobs_NV / temperature
+        log_normalizer_N = logprobs_NV.logsumexp(-1)
+        logprobs_NV -= log_normalizer_N[:, None]
+    return _Tempered(logprobs_NV, log_normalizer_N, torch.special.entr(logprobs_NV.exp()).sum(-1))
+
+
+def _threshold(
+    logprobs_NV: Tensor, tempered: list[_Tempered], policy: Threshold, has_floor: bool, seeds_N: Tensor
+) -> _Kept:
+    """Each token with probability ``min(1, max_T p_T / tau)``: the certain ones, and a draw from the rest."""
+    heaviest_NV = tempered[0].logprobs
+    for other in tempered[1:]:
+        heaviest_NV = torch.maximum(heaviest_NV, other.logprobs)
+    is_certain_NV = heaviest_NV >= policy.log_tau
+    inclusion_NV = _padded(heaviest_NV)
+    inclusion_NV.sub_(policy.log_tau).exp_()
+    inclusion_NV[:, : heaviest_NV.shape[1]].masked_fill_(is_certain_NV, 0.0)
+
+    certain_position, certain_ids = is_certain_NV.nonzero(as_tuple=True)
+    drawn_position, drawn_ids, _ = draw(inclusion_NV, Systematic(uniforms(seeds_N, 0)))
+    position = torch.cat([certain_position, drawn_position])
+    ids = torch.cat([certain_ids, drawn_ids])
+    chance = uniforms(substream(seeds_N, 1)[position], ids)
+    logprobs = _round_unbiased(logprobs_NV[position, ids], chance)
+    if has_floor:
+        logprobs[len(certain_ids) :] = policy.log_tau
+    return _Kept(position, ids, logprobs)
+
+
+def _random(logprobs_NV: Tensor, tempered: list[_Tempered], policy: Random, seeds_N: Tensor) -> _Kept:
+    """``draws`` independent tokens of the mean of the captured temperatures' distributions."""
+    mass_NV = _padded(tempered[0].logprobs).exp_()
+    for other in tempered[1:]:
+        mass_NV += _padded(other.logprobs).exp_()
+    counters = torch.arange(policy.draws, device=seeds_N.device)
+    points_NK = uniforms(seeds_N[:, None], counters).sort(-1).values * mass_NV.sum(
+        -1, True, dtype=torch.float64
+    )
+    position, ids, draw_counts = draw(mass_NV, Independent(points_NK))
+    if len(tempered) == 1:
+        logprobs = (draw_counts.double() / policy.draws).log()
+    else:
+        logprobs = logprobs_NV[position, ids]
+    return _Kept(position, ids, logprobs.half(), draw_counts)
+
+
+def _top_k(logprobs_NV: Tensor, policy: TopK) -> _Kept:
+    top_NK, ids_NK = logprobs_NV.topk(min(policy.k, logprobs_NV.shape[1]), sorted=False)
+    return _kept_where(top_NK > -torch.inf, top_NK, ids_NK)
+
+
+def _top_p(logprobs_NV: Tensor, policy: TopP) -> _Kept:
+    top_NK, ids_NK = logprobs_NV.topk(min(policy.max_k, logprobs_NV.shape[1]))
+    probs_NK = top_NK.exp()
+    before_NK = F.pad(probs_NK[:, :-1].cumsum(-1, dtype=torch.float64), (1, 0))
+    return _kept_where((before_NK < policy.p) & (top_NK > -torch.inf), top_NK, ids_NK)
+
+
+def _kept_where(mask_NK: Tensor, logprobs_NK: Tensor, ids_NK: Tensor) -> _Kept:
+    position, column = mask_NK.nonzero(as_tuple=True)
+    return _Kept(position, ids_NK[position, column], logprobs_NK[position, column].half())
+
+
+def _padded(values_NV: Tensor) -> Tensor:
+    """A copy, widened to whole blocks of ``draw`` with -inf."""
+    vocab_size = values_NV.shape[1]
+    return F.pad(values_NV, (0, padded_width(vocab_size) - vocab_size), value=-torch.inf)
+
+
+def _round_unbiased(logprobs: Tensor, chance: Tensor) -> Tensor:
+    """fp16 neighbours of fp32 log-probs, chosen so that the mean of their *probabilities* is exact.
+
+    ``chance`` is uniform in [0, 1).  A log-prob that fp16 can hold stays as it is.
+    """
+    # Adding 0.0 makes one zero of two.  Below zero, the next number down has the next larger bit pattern.
+    logprobs = logprobs.clamp_max(0.0) + 0.0
+    nearest = logprobs.half()
+    bits = nearest.view(torch.int16)
+    low = torch.where(nearest.float() <= logprobs, bits, torch.where(nearest == 0, -(1 << 15) + 1, bits + 1))
+    low_value = low.view(torch.float16).float()
+    high = torch.where(low == -(1 << 15) + 1, 0, low - 1)
+    high_value = high.view(torch.float16).float()
+    is_between = low_value < logprobs
+    share = torch.expm1(logprobs - low_value) / torch.expm1(high_value - low_value)
+    return torch.where(is_between & (chance < share), high, low).to(torch.int16).view(torch.float16)
+
+
+def _canonical_order(kept: _Kept, floor: float | None) -> Tensor:
+    """The order that ``SparseTargets`` documents; ``floor`` marks entries without a log-prob of their own."""
+    key = kept.position * 2
+    if floor is not None:
+        key += kept.logprobs == floor
+    return ((key << 32) | kept.ids).argsort()

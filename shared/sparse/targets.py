@@ -1,0 +1,168 @@
+"""Sparse targets: a ragged set of entries for a run of positions.
+
+Shapes: N positions, E entries of all of them, T captured temperatures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from shared.errors import CacheMismatchError
+from shared.policies import Policy, Random, Threshold
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTargets:
+    """The entries of N positions, and what gives their weights at each captured temperature.
+
+    Entries are in one canonical order: by position; in a position first those with a log-prob of their own,
+    then those at the floor (``threshold`` at temperature 1 alone, see below); each by ascending id.  No id
+    comes twice at a position.
+
+    Shapes   offsets (N + 1,) int64: entries of position n are ``offsets[n]:offsets[n + 1]``
+             ids (E,) int32
+             logprobs (E,) fp16, natural logs at temperature 1.  Where temperature 1 alone was captured by a
+             sampled policy they are the logs of the entries' *weights*: for ``threshold`` a kept token's
+             log-prob, or, of a drawn one, ``policy.log_tau`` (the floor); for ``random`` ``log(count/draws)``
+             log_normalizers (N, T') fp32: log sum_v p(v) ** (1 / t) for the captured t that are not 1
+             entropy (N, T) fp32, nats, of the teacher's whole distribution at each captured temperature
+             draw_counts (E,) int32: how often ``random`` drew each entry; empty (0,) for other policies
+    """
+
+    offsets: Tensor
+    ids: Tensor
+    logprobs: Tensor
+    policy: Policy
+    temperatures: tuple[float, ...]
+    log_normalizers: Tensor
+    entropy: Tensor
+    draw_counts: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.ids.shape == self.logprobs.shape
+        assert len(self.log_normalizers) == len(self.entropy) == self.num_positions
+        assert self.entropy.shape[1] == len(self.temperatures)
+        assert len(self.draw_counts) == (self.num_entries if isinstance(self.policy, Random) else 0)
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.ids)
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of each position, (N,) int64."""
+        return self.offsets.diff()
+
+    @property
+    def position_index(self) -> Tensor:
+        """The position that each entry belongs to, (E,) int64."""
+        return _position_index(self.counts, self.num_entries)
+
+    def weights(self, temperature: float = 1.0) -> Tensor:
+        """Weights of the entries as targets at a captured temperature, (E,) fp32.
+
+        Raises   CacheMismatchError  for a temperature that was not captured
+        Holds    sampled policies: E[sum_i w_i f(id_i)] = sum_v p_T(v) f(v) for every f;
+                 ``random`` at its only temperature: they sum to one at each position;
+                 deterministic policies: the kept probabilities themselves
+        Source   derived in docs/targets.md
+        """
+        if temperature not in self.temperatures:
+            captured = ", ".join(f"{t:g}" for t in self.temperatures)
+            raise CacheMismatchError(
+                f"temperature {temperature:g} was not captured: these targets serve {captured}. "
+                "Use one of those, or capture again with it in cache.temperatures"
+            )
+        if isinstance(self.policy, Random):
+            return self._random_weights(self.policy, temperature)
+        if not isinstance(self.policy, Threshold):
+            return self._logprobs_at(temperature).exp()
+        if self.temperatures == (1.0,):
+            return self.logprobs.float().exp()
+        heaviest = torch.stack([self._logprobs_at(t) for t in self.temperatures]).amax(0)
+        log_inclusion = (heaviest - self.policy.log_tau).clamp_max(0)
+        return (self._logprobs_at(temperature) - log_inclusion).exp()
+
+    def _random_weights(self, policy: Random, temperature: float) -> Tensor:
+        share = self.draw_counts.float() / policy.draws
+        if len(self.temperatures) == 1:
+            return share
+        proposal = torch.stack([self._logprobs_at(t) for t in self.temperatures]).logsumexp(0)
+        proposal -= math.log(len(self.temperatures))
+        return share * (self._logprobs_at(temperature) - proposal).exp()
+
+    def _logprobs_at(self, temperature: float) -> Tensor:
+        logprobs = self.logprobs.float()
+        if temperature == 1.0:
+            return logprobs
+        column = [t for t in self.temperatures if t != 1.0].index(temperature)
+        return logprobs / temperature - self.log_normalizers[self.position_index, column]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+    def slice(self, start: int, stop: int) -> Self:
+        """Positions ``start:stop``; views where the entries are concerned."""
+        assert 0 <= start <= stop <= self.num_positions
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        return replace(
+            self,
+            offsets=self.offsets[start : stop + 1] - first,
+            ids=self.ids[first:last],
+            logprobs=self.logprobs[first:last],
+            log_normalizers=self.log_normalizers[start:stop],
+            entropy=self.entropy[start:stop],
+            draw_counts=self.draw_counts[first:last],
+        )
+
+    def select(self, index: Tensor) -> Self:
+        """The positions of ``index`` (int64, any order, repeats allowed), in its order."""
+        counts = self.counts[index]
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        num_entries = int(offsets[-1])
+        shift = self.offsets[index] - offsets[:-1]
+        entries = torch.arange(num_entries, device=index.device)
+        entries += shift[_position_index(counts, num_entries)]
+        return replace(
+            self,
+            offsets=offsets,
+            ids=self.ids[entries],
+            logprobs=self.logprobs[entries],
+            log_normalizers=self.log_normalizers[index],
+            entropy=self.entropy[index],
+            draw_counts=self.draw_counts[entries] if len(self.draw_counts) else self.draw_counts,
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[SparseTargets]) -> SparseTargets:
+        """One after the other; all of one policy, the same temperatures and device."""
+        first = parts[0]
+        assert all(p.policy == first.policy and p.temperatures == first.temperatures for p in parts)
+        counts = torch.cat([part.counts for part in parts])
+        joined = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("ids", "logprobs", "log_normalizers", "entropy", "draw_counts")
+        }
+        return replace(first, offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)), **joined)
+
+
+def _position_index(counts: Tensor, num_entries: int) -> Tensor:
+    positions = torch.arange(len(counts), device=counts.device)
+    return torch.repeat_interleave(positions, counts, output_size=num_entries)
