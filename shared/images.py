@@ -6,13 +6,14 @@ The rule, in order; ``CONVERSION_VERSION`` names it in fingerprints and changes 
 
 1. The first frame of an animation, the first page of a document.
 2. The orientation that EXIF states is applied; EXIF that cannot be read is passed over.
-3. More than 8 bits a pixel (``I``, ``I;16``, ``F``): linear from the picture's own smallest to its own largest
-   value, onto 0 to 255.  Medical pictures use a small part of their range, so dividing by 256 would leave them
-   all but black.  A picture of one value only has no contrast and becomes black.  In floating point, NaN counts
-   as the smallest finite value, infinities as the ends.  (16-bit colour is read by Pillow as its upper 8 bits.)
+3. More than 8 bits a pixel (``I``, ``I;16``, ``F``): linear from the picture's own smallest to its own
+   largest value, onto 0 to 255.  Medical pictures use a small part of their range, so dividing by 256 would
+   leave them all but black.  A picture of one value only has no contrast and becomes black.  In floating
+   point, NaN counts as the smallest finite value, infinities as the ends.  (Of 16-bit colour, Pillow reads
+   the upper 8 bits.)
 4. Transparency, in whatever form, is laid on a background: black unless the recipe says white.  Black is
-   the surround of CT, MR, ultrasound and X-ray pictures, so that a cut-out body looks as if it never was one.
-5. The remaining modes (grey, palette, CMYK, YCbCr, LAB, HSV) as Pillow converts them; ICC profiles are ignored.
+   the surround of CT, MR, ultrasound and X-ray pictures, so a cut-out body looks as if it never was one.
+5. The remaining modes (grey, palette, CMYK, YCbCr, LAB, HSV) as Pillow converts them, ICC profiles ignored.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 def decode_rgb(data: bytes, *, background: Background = "black", where: str = "picture") -> Image.Image:
     """The encoded picture ``data`` as an 8-bit RGB image.
 
-    Raises   DataError  naming ``where``, when the bytes are no picture, end too early, unfold to more pixels than
-             ``PIL.Image.MAX_IMAGE_PIXELS``, or show a strip longer than ``MAX_ASPECT_RATIO`` times its width.
+    Raises   DataError  naming ``where``, when the bytes are no picture, end too early, unfold to more than
+             ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, or show a strip of more than ``MAX_ASPECT_RATIO`` to 1.
     """
     if not data:
         raise DataError(f"{where}: the picture has no bytes; an encoded picture file is needed")

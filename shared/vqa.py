@@ -1,7 +1,7 @@
 """The examples: rows of a VQA data set, checked one by one as they are read.
 
     train = open_split(recipe.data, "train")
-    example = train[0]          # Example(image=b"\\xff\\xd8...", question="Which plane?", answer="Axial", ...)
+    example = train[0]      # Example(image=b"\\xff\\xd8...", question="Which plane?", answer="Axial", ...)
 
 Pictures stay encoded here (``shared.images`` decodes them), since their bytes are part of an example's
 identity.  Texts are trimmed at the ends and otherwise left as they are.  A row that cannot be used raises
@@ -91,7 +91,7 @@ def open_split(data: DataConfig, split: Split) -> VqaSplit:
 
 
 def _columns(data: DataConfig, rows: Rows) -> dict[str, str]:
-    """Which column each field is read from.  MedPix's ``mode`` and ``case_id`` may be missing unless asked for."""
+    """The column of each field; MedPix's ``mode`` and ``case_id`` may be missing unless asked for by name."""
     columns = {}
     for field, column in data.columns.model_dump().items():
         optional = field in ("kind", "case") and field not in data.columns.model_fields_set

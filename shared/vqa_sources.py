@@ -3,9 +3,9 @@
     rows = open_rows("work/phantom/data", split="validation")
     rows.columns, len(rows), rows[17]["question"]
 
-A source is, in this order: a folder that ``datasets.save_to_disk`` wrote; a file, or a folder of files, of one
-kind (Parquet before Arrow before JSONL); else a name on the Hugging Face Hub.  Parquet and Arrow are read
-through ``datasets``, memory-mapped from its cache; of JSONL only the place of each line is held.
+A source is, in this order: a folder that ``datasets.save_to_disk`` wrote; a file, or a folder of files, of
+one kind (Parquet before Arrow before JSONL); else a name on the Hugging Face Hub.  Parquet and Arrow are
+read through ``datasets``, memory-mapped from its cache; of JSONL only the place of each line is held.
 
 A file belongs to the split that its name says, without shard numbers (``train-00000-of-00002.parquet``,
 ``validation.jsonl``), or else the innermost folder that is called so (``train/part-0.parquet``).  A source
@@ -34,7 +34,8 @@ _SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 class Rows(Protocol):
     """Rows of named columns; cheap to pickle, safe to read from many processes."""
 
-    folder: Path | None  # relative picture paths start here
+    @property
+    def folder(self) -> Path | None: ...  # relative picture paths start here
 
     @property
     def columns(self) -> list[str]: ...
@@ -61,7 +62,7 @@ class ArrowRows:
 
 
 class JsonLinesRows:
-    """Rows of JSONL files, parsed one at a time: types are what the file says, never guessed from a column."""
+    """Rows of JSONL files, parsed one at a time: types as the file has them, not guessed from a column."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = tuple(files)
@@ -151,7 +152,7 @@ def _data_files(path: Path) -> tuple[str, list[Path]]:
 def _split_names(file: Path, source: Path) -> list[str]:
     """What a file's split may be called, the likeliest first."""
     stem = _SHARD_NUMBERS.sub("", file.stem)
-    folders = [part for part in reversed(file.relative_to(source).parts[:-1])]
+    folders = file.relative_to(source).parts[-2::-1]
     return [name for name in (stem, *folders) if name] + (["train"] if file == source else [])
 
 
