@@ -1,0 +1,68 @@
+"""The teacher cache: a folder of Arrow shards and a manifest written last.  See docs/cache-format.md.
+
+Writing (stage one).  ``location`` is a path or any fsspec URL; the first process opens, the others join::
+
+    CacheWriter.open(location, identity: Identity, *, created_by: Mapping[str, str]) -> CacheWriter
+    CacheWriter.join(location, identity) -> CacheWriter
+    writer.manifest                 the committed Manifest that grows, or None
+    writer.stored_plan()            -> Plan | None    an interrupted capture's, or the opening process's, plan
+    writer.plan(rows: Iterable[(key, row number)], *, examples_per_shard, skipped=()) -> Plan
+    plan.units                      tuple[Unit]: unit_id, keys (tuple of bytes), rows (n,) int64, len()
+    plan.skipped, plan.duplicates, plan.num_examples
+    writer.is_finished(unit)        -> bool           reads and hashes the shard
+    with writer.unit(unit) as shard: shard.add(Row(...)); shard.skip(key, row="train[17]", reason="...")
+    writer.log(event, **facts)      a line of log.jsonl; by the opening process only
+    writer.commit(plan, *, settle_s=0.0) -> Manifest
+    writer.close()                  or use the writer as a context manager
+
+    Row(key, answer_ids (n,) int32, num_entries, ce_sum, entropy_sums (T,) float64, payload, truncated=False)
+    Identity(teacher=TeacherIdentity(name, revision, weights_fingerprint, dtype),
+             inputs=InputsIdentity(tokenizer_fingerprint, template_fingerprint, image_processor_fingerprint,
+                                   vocab_size, max_answer_tokens),
+             targets=TargetsIdentity(policy, temperatures, seed),
+             data=(DataSource(name, split, fingerprint, rows), ...))
+    SkippedRow(row="train[17]", reason="...", key=None or hex)
+
+Reading (stage two)::
+
+    CacheReader(location, *, staging: Staging | None = None)      picklable; one thread each
+    reader.manifest                .sha256 names the cache; .identity, .shards, .skipped, .totals, .created_by
+    reader.policy, reader.temperatures, len(reader), key in reader
+    reader.contains(keys)           -> (n,) bool
+    reader.num_positions(keys, *, names=()) -> (n,) int64, from the index alone
+    reader.read(keys, *, names=())  -> (list of (n,) int32 tensors, SparseTargets)
+    reader.rows(keys, *, names=())  -> list[Row]      with ce_sum and entropy_sums; targets not decoded
+    reader.targets(rows)            -> SparseTargets  of such rows
+    reader.keys()                   all keys in stored order
+    reader.require_student(inputs: InputsIdentity, *, temperature, policy=None) -> notices
+    Staging(folder=None, *, max_bytes=None)   local copies of a remote cache; TEACHONCE_STAGING[_BYTES]
+
+Errors: ``CacheFormatError`` (damaged, incomplete, another version, no space), ``CacheBusyError`` (of these:
+another capture is at work), ``CacheMismatchError`` (a sound cache of something else).
+"""
+
+from shared.cache.format import Row
+from shared.cache.identity import DataSource, Identity, InputsIdentity, TargetsIdentity, TeacherIdentity
+from shared.cache.lock import CacheBusyError
+from shared.cache.manifest import Manifest, SkippedRow
+from shared.cache.plan import Plan, Unit
+from shared.cache.reader import CacheReader
+from shared.cache.staging import Staging
+from shared.cache.writer import CacheWriter
+
+__all__ = [
+    "CacheBusyError",
+    "CacheReader",
+    "CacheWriter",
+    "DataSource",
+    "Identity",
+    "InputsIdentity",
+    "Manifest",
+    "Plan",
+    "Row",
+    "SkippedRow",
+    "Staging",
+    "TargetsIdentity",
+    "TeacherIdentity",
+    "Unit",
+]

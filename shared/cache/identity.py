@@ -1,0 +1,144 @@
+"""What makes two caches, or a cache and a student, belong together.
+
+Everything is compared by content: fingerprints of weights, tokenizer mapping, chat template and image
+processor.  Names are kept for people and compared only to tell them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shared.cache.format import FORMAT_VERSION, canonical_json
+from shared.errors import CacheMismatchError
+from shared.policies import Policy
+
+
+class Record(BaseModel):
+    """Base of everything in a manifest: immutable, strict, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TeacherIdentity(Record):
+    """The model whose targets are stored; ``weights_fingerprint`` is over the values of its weights."""
+
+    name: str
+    revision: str | None
+    weights_fingerprint: str
+    dtype: str
+
+
+class InputsIdentity(Record):
+    """How an example becomes tokens and pictures: what a student must share with its teacher.
+
+    ``vocab_size`` is the number of ids a target may have: those of the tokenizer, not the width of the head.
+    """
+
+    tokenizer_fingerprint: str
+    template_fingerprint: str
+    image_processor_fingerprint: str
+    vocab_size: Annotated[int, Field(gt=0)]
+    max_answer_tokens: Annotated[int, Field(gt=0)] | None
+
+
+class TargetsIdentity(Record):
+    """What was kept of the teacher's distributions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    policy: Policy
+    temperatures: Annotated[tuple[float, ...], Field(min_length=1)]
+    seed: int
+
+
+class DataSource(Record):
+    """A split whose rows were captured; ``rows`` counts all of them, with skipped and equal ones."""
+
+    name: str
+    split: str
+    fingerprint: str
+    rows: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What differs: ``refusals`` forbid the use, ``notices`` are worth a line on the screen."""
+
+    refusals: tuple[str, ...]
+    notices: tuple[str, ...] = ()
+
+    def require(self, *, where: str, remedy: str) -> None:
+        """Raises CacheMismatchError with every refusal, each with both sides."""
+        if self.refusals:
+            listed = "\n".join(f"  - {line}" for line in self.refusals)
+            raise CacheMismatchError(f"{where}: {len(self.refusals)} difference(s):\n{listed}\n{remedy}")
+
+
+class Identity(Record):
+    """Whose targets these are, of which inputs and data, kept how."""
+
+    teacher: TeacherIdentity
+    inputs: InputsIdentity
+    targets: TargetsIdentity
+    data: tuple[DataSource, ...]
+
+    def content(self) -> dict[str, Any]:
+        """What a row depends on, beside its example: no names, no data.  Stored in every shard."""
+        stored = self.model_dump(mode="json", exclude={"data": True, "teacher": {"name", "revision"}})
+        return {"format_version": FORMAT_VERSION, **stored}
+
+    def digest(self) -> str:
+        """Hex digest of :meth:`content`: equal for captures whose rows may lie in one cache."""
+        return hashlib.sha256(canonical_json(self.content()).encode()).hexdigest()
+
+    def compare_capture(self, other: Identity) -> Comparison:
+        """Whether rows captured as ``other`` may join a cache captured as this one.  Data may differ."""
+        refusals = [
+            *_differences("teacher", self.teacher, other.teacher, skip={"name", "revision"}),
+            *_differences("inputs", self.inputs, other.inputs),
+            *_differences("targets", self.targets, other.targets),
+        ]
+        names = _differences("teacher", self.teacher, other.teacher, skip={"weights_fingerprint", "dtype"})
+        return Comparison(tuple(refusals), tuple(names))
+
+    def compare_student(
+        self, inputs: InputsIdentity, *, temperature: float, policy: Policy | None = None
+    ) -> Comparison:
+        """Whether a student with these inputs may train on this cache.
+
+        A student may see its pictures at another resolution than its teacher did, so a differing image
+        processor is a notice.  ``policy``: the one the recipe names, None where it names none.
+        """
+        refusals = _differences("inputs", self.inputs, inputs, skip={"image_processor_fingerprint"})
+        captured = self.targets.temperatures
+        if temperature not in captured:
+            listed = ", ".join(map(str, captured))
+            refusals.append(f"temperature: the cache has targets at {listed}; {temperature} is asked for")
+        if policy is not None and policy != self.targets.policy:
+            refusals.append(_both_sides("targets.policy", _plain(self.targets.policy), _plain(policy)))
+        others = set(InputsIdentity.model_fields) - {"image_processor_fingerprint"}
+        return Comparison(tuple(refusals), tuple(_differences("inputs", self.inputs, inputs, skip=others)))
+
+
+def _differences(
+    label: str, stored: BaseModel, other: BaseModel, *, skip: set[str] | None = None
+) -> list[str]:
+    names = [name for name in type(stored).model_fields if name not in (skip or set())]
+    pairs = [(name, getattr(stored, name), getattr(other, name)) for name in names]
+    return [
+        _both_sides(f"{label}.{name}", _plain(ours), _plain(theirs))
+        for name, ours, theirs in pairs
+        if ours != theirs
+    ]
+
+
+def _both_sides(label: str, stored: str, other: str) -> str:
+    return f"{label}: the cache has {stored}; {other} is asked for"
+
+
+def _plain(value: Any) -> str:
+    return canonical_json(value.model_dump(mode="json") if isinstance(value, BaseModel) else value)

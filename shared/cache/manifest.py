@@ -1,0 +1,149 @@
+"""The manifest: written last, it makes a folder of shards a cache.
+
+``manifest.json`` holds no times and no hosts, so that the same rows captured in one go or in ten give the
+same bytes.  Its own hash, over its canonical JSON, is stored in it: an edited or cut manifest is refused,
+and a student's checkpoint names the cache by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from shared.cache.format import FORMAT, FORMAT_VERSION, canonical_json, check_version
+from shared.cache.identity import Identity, Record
+from shared.errors import CacheFormatError
+
+MANIFEST_NAME = "manifest.json"
+
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
+
+
+class ShardInfo(Record):
+    """One shard file: what it is called, what it must hash to, what it holds."""
+
+    name: FileName  # relative to the cache, with "/"
+    sha256: Sha256
+    bytes: Count
+    examples: Count
+    positions: Count
+    entries: Count
+    truncated: Count  # examples whose answer was cut to max_answer_tokens
+
+
+class IndexInfo(Record):
+    """The sorted table of keys."""
+
+    name: FileName
+    sha256: Sha256
+    bytes: Count
+
+
+class SkippedRow(Record):
+    """A row of the data that is not in the cache, and why; ``row`` reads like ``train[17]``."""
+
+    row: str
+    reason: str
+    key: str | None = None  # hex; None where the row could not even be read
+
+
+class Totals(Record):
+    """Sums over the shards; ``duplicates`` counts rows of the data that equal an earlier row."""
+
+    examples: Count
+    positions: Count
+    entries: Count
+    bytes: Count  # shards and index
+    truncated: Count
+    skipped: Count
+    duplicates: Count
+
+
+class Manifest(Record):
+    """A committed cache."""
+
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    identity: Identity
+    index: IndexInfo
+    shards: tuple[ShardInfo, ...]
+    skipped: tuple[SkippedRow, ...]
+    totals: Totals
+    created_by: dict[str, str]  # package versions
+    sha256: Sha256
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        identity: Identity,
+        index: IndexInfo,
+        shards: Sequence[ShardInfo],
+        skipped: Sequence[SkippedRow],
+        duplicates: int,
+        created_by: Mapping[str, str],
+    ) -> Manifest:
+        """The manifest of these shards, with its totals and its hash."""
+        totals = Totals(
+            examples=sum(shard.examples for shard in shards),
+            positions=sum(shard.positions for shard in shards),
+            entries=sum(shard.entries for shard in shards),
+            bytes=sum(shard.bytes for shard in shards) + index.bytes,
+            truncated=sum(shard.truncated for shard in shards),
+            skipped=len(skipped),
+            duplicates=duplicates,
+        )
+        unsigned = cls(
+            identity=identity,
+            index=index,
+            shards=tuple(shards),
+            skipped=tuple(skipped),
+            totals=totals,
+            created_by=dict(created_by),
+            sha256="0" * 64,
+        )
+        return unsigned.model_copy(update={"sha256": content_hash(unsigned.model_dump(mode="json"))})
+
+    def dumps(self) -> bytes:
+        """The bytes of ``manifest.json``."""
+        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+
+    @classmethod
+    def loads(cls, data: bytes, *, where: str) -> Manifest:
+        """Parses and checks ``manifest.json``.
+
+        Raises   CacheFormatError  when it is damaged, was edited, or is of another format version
+        """
+        try:
+            tree = json.loads(data)
+        except ValueError as error:
+            raise CacheFormatError(
+                f"{where}, {MANIFEST_NAME}: not JSON ({error}); the file is damaged."
+            ) from error
+        if not isinstance(tree, dict):
+            raise CacheFormatError(f"{where}, {MANIFEST_NAME}: a JSON object is needed.")
+        check_version(tree.get("format"), tree.get("format_version"), where=f"{where}, {MANIFEST_NAME}")
+        found = content_hash(tree)
+        if found != tree.get("sha256"):
+            raise CacheFormatError(
+                f"{where}, {MANIFEST_NAME}: its content hashes to {found[:12]}, it says "
+                f"{str(tree.get('sha256'))[:12]}; the file changed after it was committed. Restore it, or "
+                "capture the cache again."
+            )
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise CacheFormatError(f"{where}, {MANIFEST_NAME}: {problems}.") from error
+
+
+def content_hash(tree: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of all fields but ``sha256``."""
+    rest = {name: value for name, value in tree.items() if name != "sha256"}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()

@@ -1,0 +1,218 @@
+"""Reading a cache: rows by key, in any order, from any number of processes.
+
+    reader = CacheReader("caches/medpix")            # or "s3://bucket/medpix"
+    answer_ids, targets = reader.read(batch.keys)
+
+Shards are mapped, not loaded, and only a bounded number of them at a time, so memory does not grow with the
+cache. A reader is sent to a data-loader worker as its location and manifest: the worker maps the files for
+itself.  One reader serves one thread.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from shared import codec
+from shared.cache.format import Row, ShardView, open_shard
+from shared.cache.identity import InputsIdentity
+from shared.cache.index import KeyIndex, open_index, split_keys
+from shared.cache.manifest import MANIFEST_NAME, Manifest
+from shared.cache.staging import Staging
+from shared.cache.storage import Folder, LocalFolder, RemoteFolder, open_folder
+from shared.cache.verified import VerifiedFiles
+from shared.cache.writer import load_manifest
+from shared.errors import CacheFormatError, CacheMismatchError
+from shared.policies import Policy
+from shared.sparse import SparseTargets
+
+MAX_OPEN_SHARDS = 256
+MAX_MAPPED_BYTES = 256 << 20
+
+
+class CacheReader:
+    """A committed cache, opened for reading.
+
+    Raises   CacheFormatError  when there is no manifest, or one of another version, or files are damaged
+    Holds    ``key in reader`` and ``len(reader)`` touch no shard; a shard's hash is checked before its
+             first use
+    """
+
+    def __init__(self, location: str, *, staging: Staging | None = None) -> None:
+        folder = open_folder(location)
+        manifest = load_manifest(folder)
+        if manifest is None:
+            raise CacheFormatError(
+                f"{folder.where}: no {MANIFEST_NAME}; there is no cache, or its capture did not end. Run "
+                "teacher-cache."
+            )
+        self.location = location
+        self.manifest = manifest
+        self._open(folder, staging or Staging(), VerifiedFiles())
+
+    def _open(self, folder: Folder, staging: Staging, verified: VerifiedFiles) -> None:
+        self._folder, self._staging, self._verified = folder, staging, verified
+        self._shards: OrderedDict[int, ShardView] = OrderedDict()
+        index = self.manifest.index
+        where = f"{folder.where}, {index.name}"
+        self.index: KeyIndex = open_index(
+            self._map(index.name, index.sha256, index.bytes, where=where), where=where
+        )
+        if len(self.index) != self.manifest.totals.examples:
+            raise CacheFormatError(
+                f"{where}: {len(self.index)} keys found, {self.manifest.totals.examples} examples in the "
+                "manifest."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "location": self.location,
+            "manifest": self.manifest.dumps(),
+            "staging": self._staging,
+            "verified": self._verified,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        folder = open_folder(state["location"])
+        self.location = state["location"]
+        self.manifest = Manifest.loads(state["manifest"], where=folder.where)
+        self._open(folder, state["staging"], state["verified"])
+
+    @property
+    def policy(self) -> Policy:
+        return self.manifest.identity.targets.policy
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        return self.manifest.identity.targets.temperatures
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __contains__(self, key: bytes) -> bool:
+        return bool(self.index.find([key])[0] >= 0)
+
+    def contains(self, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+        """(len(keys),) bool."""
+        return self.index.find(keys) >= 0
+
+    def num_positions(self, keys: Sequence[bytes], *, names: Sequence[str] = ()) -> npt.NDArray[np.int64]:
+        """(len(keys),) int64, from the index alone.  Raises CacheMismatchError as :meth:`read` does."""
+        return self.index.num_positions[self._find(keys, names)].astype(np.int64)
+
+    def read(
+        self, keys: Sequence[bytes], *, names: Sequence[str] = ()
+    ) -> tuple[list[torch.Tensor], SparseTargets]:
+        """The rows of these keys, in their order.
+
+        Returns  answer_ids: one (n,) int32 tensor for each key; targets: all their positions, one after the
+                 other, each row's entropy spread evenly over its positions
+        Raises   CacheMismatchError  for a key that is not in the cache; ``names`` say which example that is
+                 CacheFormatError    when a shard is damaged
+        """
+        rows = self.rows(keys, names=names)
+        return [torch.from_numpy(row.answer_ids) for row in rows], self.targets(rows)
+
+    def rows(self, keys: Sequence[bytes], *, names: Sequence[str] = ()) -> list[Row]:
+        """The rows of these keys, their payloads not decoded.  Raises as :meth:`read` does."""
+        found = self._find(keys, names)
+        return [self.shard(int(self.index.shards[i])).row(int(self.index.rows[i])) for i in found]
+
+    def targets(self, rows: Sequence[Row]) -> SparseTargets:
+        """The rows' payloads decoded, one after the other, with their entropies."""
+        vocab_size = self.manifest.identity.inputs.vocab_size
+        payloads = [row.payload for row in rows]
+        try:
+            targets = codec.decode(
+                payloads, policy=self.policy, temperatures=self.temperatures, vocab_size=vocab_size
+            )
+        except CacheFormatError as error:
+            raise CacheFormatError(f"{self._folder.where}: {error}") from error
+        lengths = np.array([row.num_positions for row in rows], dtype=np.int64)
+        sums = np.array([row.entropy_sums for row in rows], dtype=np.float64).reshape(len(rows), -1)
+        means = (sums / np.maximum(lengths, 1)[:, None]).astype(np.float32)
+        entropy = torch.from_numpy(np.repeat(means, lengths, axis=0))
+        if len(entropy) != targets.num_positions:
+            raise CacheFormatError(
+                f"{self._folder.where}: payloads with {targets.num_positions} positions found, "
+                f"{len(entropy)} needed."
+            )
+        return replace(targets, entropy=entropy.reshape(len(entropy), len(self.temperatures)))
+
+    def keys(self) -> Iterator[bytes]:
+        """All keys in stored order, which reads each shard once."""
+        order = np.lexsort((self.index.rows, self.index.shards))
+        for start in range(0, len(order), 1 << 16):
+            yield from split_keys(self.index.keys[order[start : start + (1 << 16)]])
+
+    def shard(self, number: int) -> ShardView:
+        """A shard's columns, mapped; its hash is checked before its first use."""
+        view = self._shards.get(number)
+        if view is None:
+            info = self.manifest.shards[number]
+            where = f"{self._folder.where}, shard {number:05d}"
+            view = open_shard(self._map(info.name, info.sha256, info.bytes, where=where), where=where)
+            self._shards[number] = view
+            while self._has_too_many_open():
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(number)
+        return view
+
+    def require_student(
+        self, inputs: InputsIdentity, *, temperature: float, policy: Policy | None = None
+    ) -> tuple[str, ...]:
+        """Raises CacheMismatchError with all that keeps a student away; returns notices of the rest."""
+        comparison = self.manifest.identity.compare_student(inputs, temperature=temperature, policy=policy)
+        comparison.require(
+            where=self._folder.where,
+            remedy="Use the teacher's tokenizer, template and temperatures, or capture another cache.",
+        )
+        return comparison.notices
+
+    def _has_too_many_open(self) -> bool:
+        if len(self._shards) < 2:
+            return False
+        mapped = sum(view.num_bytes for view in self._shards.values())
+        return len(self._shards) > MAX_OPEN_SHARDS or mapped > MAX_MAPPED_BYTES
+
+    def _map(self, name: str, sha256: str, num_bytes: int, *, where: str) -> pa.Buffer:
+        if isinstance(self._folder, LocalFolder):
+            path = self._folder.path / name
+            self._verified.require(path, sha256, where=where)
+            return map_file(path)
+        assert isinstance(self._folder, RemoteFolder)
+        while True:
+            path = self._staging.fetch(self._folder, name, sha256=sha256, num_bytes=num_bytes)
+            try:
+                buffer = map_file(path)
+                self._verified.require(path, sha256, where=where)
+            except FileNotFoundError:  # removed between the two lines, to make room for another shard
+                continue
+            return buffer
+
+    def _find(self, keys: Sequence[bytes], names: Sequence[str]) -> npt.NDArray[np.int64]:
+        found = self.index.find(keys)
+        missing = np.flatnonzero(found < 0)
+        if len(missing):
+            first = int(missing[0])
+            name = f"{names[first]} " if names else ""
+            raise CacheMismatchError(
+                f"{self._folder.where}: example {name}(key {keys[first].hex()}) is not in it, nor are "
+                f"{len(missing) - 1} more of {len(keys)} asked for. The cache was captured from other "
+                "data, pictures, answers or another prompt: capture what is missing by running "
+                "teacher-cache with this recipe."
+            )
+        return found
+
+
+def map_file(path: Path) -> pa.Buffer:
+    """A file's bytes, mapped."""
+    return pa.memory_map(str(path)).read_buffer()

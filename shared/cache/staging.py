@@ -1,0 +1,138 @@
+"""Local copies of a remote cache's files: hashed as they arrive, shared by all processes, bounded in size.
+
+Files are named by their hash, so that caches which share shards share their copies.  The least recently used
+ones make room.  A file is reserved at its full size before it is fetched, so the bound holds at every moment;
+one that is removed while a process has it mapped stays readable there until that process lets go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from shared.cache.storage import RemoteFolder, explain_write_errors, process_is_alive
+from shared.errors import CacheFormatError
+
+BLOCK_BYTES: Final = 8 << 20
+DEFAULT_MAX_BYTES: Final = 64 << 30
+LOCKS: Final = 64
+
+
+class Staging:
+    """A folder of local copies.
+
+    ``folder``     default ``$TEACHONCE_STAGING``, else ``~/.cache/teachonce/staging``
+    ``max_bytes``  default ``$TEACHONCE_STAGING_BYTES``, else 64 GiB
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int | None = None) -> None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        chosen = folder or os.environ.get("TEACHONCE_STAGING") or os.path.join(home, "teachonce", "staging")
+        self.folder = Path(chosen)
+        self.max_bytes = max_bytes or int(os.environ.get("TEACHONCE_STAGING_BYTES") or DEFAULT_MAX_BYTES)
+
+    def fetch(self, source: RemoteFolder, name: str, *, sha256: str, num_bytes: int) -> Path:
+        """The local copy of a file, fetched if it is not there.  Another process may remove it at any time:
+        open it at once, and fetch again when it is gone.
+
+        Raises   CacheFormatError  when the file is missing, is not what the manifest says, or exceeds the
+                 bound
+        """
+        where = f"{source.where}, {name}"
+        if num_bytes > self.max_bytes:
+            raise CacheFormatError(
+                f"{where}: {num_bytes} bytes do not fit into the staging folder {self.folder} of "
+                f"{self.max_bytes}. Set TEACHONCE_STAGING_BYTES higher."
+            )
+        path = self.folder / f"{sha256}.arrow"
+        with explain_write_errors(where, str(path)):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self._use(path):
+                with self._locked(f".lock-{int(sha256[:4], 16) % LOCKS}"):
+                    if not self._use(path):  # another process may have fetched it meanwhile
+                        self._download(source, name, path, sha256=sha256, num_bytes=num_bytes, where=where)
+        return path
+
+    def _use(self, path: Path) -> bool:
+        """Marks a copy as used just now; its modification time stays, by which its stamp knows it."""
+        try:
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _download(
+        self, source: RemoteFolder, name: str, path: Path, *, sha256: str, num_bytes: int, where: str
+    ) -> None:
+        temporary = self.folder / f"{sha256}.{os.getpid()}.part"
+        try:
+            self._reserve(temporary, num_bytes, where=where)
+            digest, received = hashlib.sha256(), 0
+            with source.open(name) as remote, open(temporary, "r+b") as local:
+                while block := remote.read(BLOCK_BYTES):
+                    received += len(block)
+                    if received > num_bytes:
+                        break
+                    digest.update(block)
+                    local.write(block)
+            if received != num_bytes or digest.hexdigest() != sha256:
+                raise CacheFormatError(
+                    f"{where}: what arrived ({received} bytes, sha256 {digest.hexdigest()[:12]}) is not "
+                    f"what the manifest says ({num_bytes}, {sha256[:12]}). Try again; if it stays so, "
+                    "capture the shard again."
+                )
+            os.replace(temporary, path)
+        except FileNotFoundError as error:
+            raise CacheFormatError(f"{where}: is missing. Capture it again.") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _reserve(self, temporary: Path, num_bytes: int, *, where: str) -> None:
+        """Makes a file of that size, after removing as many old copies as the bound asks for."""
+        deadline = time.monotonic() + 60
+        while True:
+            with self._locked(".lock"):
+                if self._make_room(num_bytes):
+                    with open(temporary, "wb") as stream:
+                        stream.truncate(num_bytes)
+                    return
+            if time.monotonic() > deadline:  # all room is taken by what other processes are fetching
+                raise CacheFormatError(
+                    f"{where}: no room in the staging folder {self.folder} of {self.max_bytes} bytes. Set "
+                    "TEACHONCE_STAGING_BYTES higher."
+                )
+            time.sleep(0.05)
+
+    def _make_room(self, num_bytes: int) -> bool:
+        copies: list[tuple[int, int, Path]] = []
+        total = num_bytes
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if path.suffix == ".part" and not process_is_alive(int(path.name.split(".")[1])):
+                    path.unlink()
+                    continue
+                total += status.st_size
+                if path.suffix == ".arrow":
+                    copies.append((status.st_atime_ns, status.st_size, path))
+        for _, size, path in sorted(copies):
+            if total <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total <= self.max_bytes
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,235 @@
+"""Where a cache's files lie: a local folder, or any fsspec URL.
+
+A file appears whole or not at all.  Locally it is written under a temporary name, synced, read back, hashed
+and renamed, and then the folder is synced.  Object stores make a put visible only when it is complete; on
+other remote file systems a cut file may show, and is found out by the hash that its name or the manifest
+carries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import pyarrow as pa
+
+from shared.cache.format import sha256_hex, sha256_of_file
+from shared.errors import CacheFormatError
+
+TEMPORARY_PREFIX = ".tmp-"
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_counter = itertools.count()
+
+
+class Folder(Protocol):
+    """A cache's files by name, relative to it and with ``/``; ``where`` opens every error message."""
+
+    where: str
+
+    def names(self, prefix: str) -> list[str]:
+        """All names that begin with ``prefix`` (which contains its folder), sorted."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None where there is none."""
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError where there is none."""
+
+    def publish(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Writes a file, whole or not at all, in the place of an older one of that name."""
+
+    def remove(self, name: str) -> None:
+        """Removes a file; one that is not there is no error."""
+
+
+def open_folder(location: str | os.PathLike[str]) -> Folder:
+    """The folder at a path or URL; nothing is created or read."""
+    text = os.fspath(location)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    return RemoteFolder(text) if "://" in text else LocalFolder(text)
+
+
+class LocalFolder:
+    """A folder on a file system of this machine, or one mounted there."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.where = f"cache {self.path}"
+
+    def names(self, prefix: str) -> list[str]:
+        folder, _, stem = prefix.rpartition("/")
+        try:
+            with os.scandir(self.path / folder) as found:
+                names = [item.name for item in found if item.is_file() and item.name.startswith(stem)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(f"{folder}/{name}" if folder else name for name in names)
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self.path / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def publish(self, name: str, data: bytes | pa.Buffer) -> None:
+        target = self.path / name
+        with explain_write_errors(self.where, name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.parent / temporary_name(target.name)
+            try:
+                with open(temporary, "xb") as stream:
+                    stream.write(data)
+                    sync_file(stream)
+                written = sha256_of_file(temporary)
+                if written != sha256_hex(data):
+                    raise CacheFormatError(
+                        f"{self.where}, {name}: read back other bytes than were written; the disk or the "
+                        "memory of this machine is faulty."
+                    )
+                os.replace(temporary, target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            sync_folder(target.parent)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def remove_temporaries(self, *, alive_too: bool) -> list[str]:
+        """Removes what killed writers left; with ``alive_too`` also what may be a living one's."""
+        removed = []
+        for folder in ("", "shards/"):
+            for name in self.names(folder + TEMPORARY_PREFIX):
+                if alive_too or _writer_is_dead(name.rpartition("/")[2]):
+                    self.remove(name)
+                    removed.append(name)
+        return removed
+
+
+class RemoteFolder:
+    """A folder behind an fsspec URL.  Each process connects for itself: connections do not survive a fork."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.where = f"cache {self.url}"
+        self._connection: tuple[int, Any, str] | None = None
+
+    def connect(self) -> tuple[Any, str]:
+        """The file system, and this folder's path in it."""
+        if self._connection is None or self._connection[0] != os.getpid():
+            from fsspec.core import url_to_fs
+
+            try:
+                filesystem, root = url_to_fs(self.url)
+            except (ImportError, ValueError) as error:
+                raise CacheFormatError(f"{self.where}: cannot be reached ({error}).") from error
+            self._connection = (os.getpid(), filesystem, root)
+        return self._connection[1:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "where": self.where, "_connection": None}
+
+    def names(self, prefix: str) -> list[str]:
+        filesystem, root = self.connect()
+        filesystem.invalidate_cache()
+        found = filesystem.glob(f"{root}/{prefix}*", detail=True)
+        return sorted(path[len(root) + 1 :] for path, info in found.items() if info["type"] == "file")
+
+    def size(self, name: str) -> int | None:
+        filesystem, root = self.connect()
+        filesystem.invalidate_cache()
+        try:
+            return int(filesystem.size(f"{root}/{name}"))
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes:
+        filesystem, root = self.connect()
+        return filesystem.cat_file(f"{root}/{name}")
+
+    def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        filesystem, root = self.connect()
+        return filesystem.open(f"{root}/{name}", "rb", cache_type="readahead")
+
+    def publish(self, name: str, data: bytes | pa.Buffer) -> None:
+        filesystem, root = self.connect()
+        with explain_write_errors(self.where, name):
+            path = f"{root}/{name}"
+            filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+            filesystem.pipe_file(path, bytes(data))
+            filesystem.invalidate_cache()
+            if int(filesystem.size(path)) != len(data):
+                raise CacheFormatError(
+                    f"{self.where}, {name}: only a part of it arrived. Run the same command again."
+                )
+
+    def remove(self, name: str) -> None:
+        filesystem, root = self.connect()
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.rm_file(f"{root}/{name}")
+
+
+def temporary_name(name: str) -> str:
+    """A name no other process uses, which says whose it is."""
+    host = "".join(c for c in socket.gethostname() if c.isalnum() or c == "-")
+    return f"{TEMPORARY_PREFIX}{host}.{os.getpid()}.{next(_counter)}.{name[:64]}"
+
+
+def _writer_is_dead(name: str) -> bool:
+    mine = temporary_name("")
+    host, pid = name.removeprefix(TEMPORARY_PREFIX).split(".")[:2]
+    return host == mine.removeprefix(TEMPORARY_PREFIX).split(".")[0] and not process_is_alive(int(pid))
+
+
+def process_is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs under that id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sync_file(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames in a folder last through a power cut, where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explain_write_errors(where: str, name: str) -> Iterator[None]:
+    """Turns a full disk or a refused write into an error for the user; nothing half-written stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise CacheFormatError(
+                f"{where}, {name}: no space left to write it ({error.strerror}). Everything finished "
+                "before is safe: make room and run the same command again."
+            ) from error
+        if isinstance(error, PermissionError):
+            raise CacheFormatError(f"{where}, {name}: may not be written ({error.strerror}).") from error
+        raise
