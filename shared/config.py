@@ -143,6 +143,7 @@ class OptimizationConfig(Section):
     num_warmup_steps: NonNegativeInt = 0
     min_learning_rate_ratio: Fraction = 0.0
     max_grad_norm: PositiveFloat | None = 1.0
+    max_skipped_steps: NonNegativeInt = 0  # with a loss or gradient that is not finite; one more ends the run
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
