@@ -1,0 +1,37 @@
+"""The command ``python -m shared.phantom OUT``: draws a VQA set."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from shared import cli
+from shared.phantom.dataset import SPLITS, write_dataset
+from shared.phantom.questions import QUESTIONS_PER_PICTURE
+
+
+@click.command(name="phantom")
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option(
+    "--train", default=480, show_default=True, help="Pictures for training; each has five questions."
+)
+@click.option("--validation", default=64, show_default=True, help="Pictures for validation.")
+@click.option("--test", default=64, show_default=True, help="Pictures for testing.")
+@click.option("--seed", default=0, show_default=True, help="Another seed draws other pictures.")
+@click.option("--size", default=128, show_default=True, help="Width and height of a picture in pixels.")
+def main(out: str, train: int, validation: int, test: int, seed: int, size: int) -> None:
+    """Draws medical-looking pictures with questions into the folder OUT, as Parquet files."""
+    pictures = dict(zip(SPLITS, (train, validation, test), strict=True))
+    begun = time.perf_counter()
+    if not write_dataset(out, pictures=pictures, seed=seed, size=size):
+        click.echo(f"{out}: already drawn with these arguments")
+        return
+    seconds = time.perf_counter() - begun
+    numbers = ", ".join(f"{split} {number}" for split, number in pictures.items())
+    total = sum(pictures.values()) * QUESTIONS_PER_PICTURE
+    click.echo(f"{out}: pictures {numbers}; {total:,} questions in all; {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    cli.run(main)  # type: ignore[arg-type]
