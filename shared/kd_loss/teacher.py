@@ -13,6 +13,7 @@ N positions, E entries of all positions, V vocabulary.
 # ruff: noqa: N815  (shape suffixes)
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from shared.errors import RecipeError
 from shared.kd_loss.divergences import Divergence
+from shared.policies import TAIL_MODES
 
 if TYPE_CHECKING:
     from shared.sparse import SparseTargets
 
-TAIL_MODES = ("ghost", "uniform", "renormalize", "drop")
 MIN_REST = 2.0**-24  # fp16 log-probabilities can sum to more than one; the rest never falls below this
 
 
@@ -33,11 +34,11 @@ MIN_REST = 2.0**-24  # fp16 log-probabilities can sum to more than one; the rest
 class TeacherRows:
     """What the loss knows of the teacher at N positions, at one temperature.
 
-    Shapes   row_E, ids_E  (E,) int64     mass_E  (E,)     rest_N  (N,), only for a bucket
-             total_N, constant_N, entropy_N (N,); spread_N (N,) or None: what every valid id gets
+    Shapes   row_E, ids_E (E,) int64; mass_E (E,) at the entries
+             total_N (N,) all mass; constant_N (N,) sum of p log p; entropy_N (N,)
+             spread_N (N,) what every valid id gets besides, or None; rest_N (N,) the bucket's mass, or None
     """
 
-    offsets: list[int]
     row_E: Tensor
     ids_E: Tensor
     mass_E: Tensor
@@ -47,20 +48,30 @@ class TeacherRows:
     spread_N: Tensor | None = None
     rest_N: Tensor | None = None
 
+
+@dataclass(frozen=True)
+class SparseTeacher:
+    """All rows, and where the entries of each begin: ``offsets`` (N + 1,) int64."""
+
+    rows: TeacherRows
+    offsets: Tensor
+
+    @functools.cached_property
+    def _bounds(self) -> list[int]:
+        return self.offsets.tolist()  # on a GPU this waits, so the kernel's path never asks
+
     def slice(self, start: int, stop: int) -> TeacherRows:
-        """The rows from ``start`` to ``stop``; ``row_E`` counts from ``start`` again."""
-        first, last = self.offsets[start], self.offsets[stop]
-        return replace(
-            self,
-            offsets=[offset - first for offset in self.offsets[start : stop + 1]],
-            row_E=self.row_E[first:last] - start,
-            ids_E=self.ids_E[first:last],
-            mass_E=self.mass_E[first:last],
-            total_N=self.total_N[start:stop],
-            constant_N=self.constant_N[start:stop],
-            entropy_N=self.entropy_N[start:stop],
-            spread_N=None if self.spread_N is None else self.spread_N[start:stop],
-            rest_N=None if self.rest_N is None else self.rest_N[start:stop],
+        """The rows from ``start`` to ``stop``, whose ``row_E`` begins at zero."""
+        rows, first, last = self.rows, self._bounds[start], self._bounds[stop]
+        return TeacherRows(
+            row_E=rows.row_E[first:last] - start,
+            ids_E=rows.ids_E[first:last],
+            mass_E=rows.mass_E[first:last],
+            total_N=rows.total_N[start:stop],
+            constant_N=rows.constant_N[start:stop],
+            entropy_N=rows.entropy_N[start:stop],
+            spread_N=None if rows.spread_N is None else rows.spread_N[start:stop],
+            rest_N=None if rows.rest_N is None else rows.rest_N[start:stop],
         )
 
 
@@ -77,7 +88,7 @@ class KdRows:
     constant_N: Tensor | None
 
 
-def teacher_rows(
+def sparse_teacher(
     targets: SparseTargets,
     *,
     temperature: float,
@@ -85,35 +96,32 @@ def teacher_rows(
     tail: str,
     num_vocab_ids: int,
     dtype: torch.dtype,
-) -> TeacherRows:
+) -> SparseTeacher:
     """Bring sparse targets into the form of the loss.
 
-    Raises   RecipeError  for an unknown tail mode, or a divergence that sampled targets cannot give
+    Raises   RecipeError         for an unknown tail mode, or a divergence that sampled targets cannot give
+             CacheMismatchError  for a temperature that was not captured
     """
     if tail not in TAIL_MODES:
         raise RecipeError(f"tail {tail!r}: unknown; choose one of {', '.join(TAIL_MODES)}")
-    num_positions = targets.num_positions
-    row_E = torch.repeat_interleave(targets.offsets.diff(), output_size=targets.num_entries)
-    mass_E = targets.weights(temperature).to(dtype)
-    total_N = _sum_rows(mass_E, row_E, num_positions)
-    base = {"offsets": targets.offsets.tolist(), "row_E": row_E, "ids_E": targets.ids.long()}
-    if targets.policy.is_sampled:
-        if divergence.kind != "forward_kl":
-            raise RecipeError(
-                f"divergence {divergence.kind} cannot be computed from the sampled targets of policy "
-                f"{targets.policy.kind!r}: it is not linear in the teacher. Use forward_kl, or a cache of a "
-                f"deterministic policy (top_k, top_p)."
-            )
-        entropy_N = targets.entropy[:, targets.temperatures.index(temperature)].to(dtype)
-        return TeacherRows(**base, mass_E=mass_E, total_N=total_N, constant_N=-entropy_N, entropy_N=entropy_N)
-    return _deterministic(
-        TeacherRows(**base, mass_E=mass_E, total_N=total_N, constant_N=total_N, entropy_N=total_N),
-        tail="ghost" if divergence.kind != "forward_kl" else tail,
-        num_vocab_ids=num_vocab_ids,
-    )
+    row_E, mass_E = targets.position_index, targets.weights(temperature).to(dtype)
+    total_N = _sum_rows(mass_E, row_E, targets.num_positions)
+    kept = TeacherRows(row_E, targets.ids.long(), mass_E, total_N, constant_N=total_N, entropy_N=total_N)
+    if not targets.policy.is_sampled:
+        tail = "ghost" if divergence.kind != "forward_kl" else tail
+        rows = _with_tail(kept, tail=tail, num_vocab_ids=num_vocab_ids)
+        return SparseTeacher(rows, targets.offsets)
+    if divergence.kind != "forward_kl":
+        raise RecipeError(
+            f"divergence {divergence.kind}: targets of the sampled policy {targets.policy.kind!r} serve only "
+            f"losses that are linear in the teacher. Choose forward_kl, or a cache of a deterministic policy "
+            f"(top_k, top_p)"
+        )
+    entropy_N = targets.entropy[:, targets.temperatures.index(temperature)].to(dtype)
+    return SparseTeacher(replace(kept, constant_N=-entropy_N, entropy_N=entropy_N), targets.offsets)
 
 
-def _deterministic(kept: TeacherRows, *, tail: str, num_vocab_ids: int) -> TeacherRows:
+def _with_tail(kept: TeacherRows, *, tail: str, num_vocab_ids: int) -> TeacherRows:
     """Give the mass that a truncated teacher leaves out to where the tail mode wants it."""
     num_positions = kept.total_N.shape[0]
     if tail == "renormalize":

@@ -1,0 +1,92 @@
+"""Gradients that were made in the forward pass: how they are summed up, and handed to autograd.
+
+Backward has only to multiply them by the incoming gradient.  It does so in place where autograd asks once,
+and narrows them to their inputs' dtype in the same memory, so that backward needs none of its own: it runs
+when the activations of the whole model are still alive.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_BLOCK = 2**20  # elements that are copied aside
+_PRODUCT_ROWS = 2**14  # vocabulary ids at a time where products cannot be added in fp32
+
+
+def scaled(
+    grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None], grad_output: Tensor
+) -> list[Tensor | None]:
+    """Each gradient times the incoming one, in its input's dtype; to be called inside ``backward``.
+
+    Holds    correct when autograd asks again (``retain_graph``); in place, with no new memory, when not
+    """
+    asked_again = torch._C._autograd._get_current_graph_task_keep_graph()
+    scaled_grads: list[Tensor | None] = []
+    for grad, dtype in zip(grads, dtypes, strict=True):
+        if grad is None or dtype is None:
+            scaled_grads.append(None)
+        else:
+            scaled_grads.append(
+                narrow_(_multiply_(grad.clone() if asked_again else grad, grad_output), dtype)
+            )
+    return scaled_grads
+
+
+def _multiply_(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor in place; narrow ones through fp32, as rounding the factor would bias every element."""
+    if grad.dtype.itemsize >= factor.dtype.itemsize:
+        return grad.mul_(factor)
+    for block in grad.view(-1).split(_BLOCK):
+        block.copy_(block.to(factor.dtype) * factor)
+    return grad
+
+
+def narrow_(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """``wide`` as ``dtype`` in its own memory, which must not be read as ``wide`` afterwards.
+
+    A narrow element lies at or before the wide one it is made of, so blocks of doubling size never write
+    over what is still to be read.
+    """
+    if dtype.itemsize >= wide.dtype.itemsize or not wide.is_contiguous() or wide.storage_offset() != 0:
+        return wide.to(dtype)
+    source = wide.view(-1)
+    narrow = torch.empty(0, dtype=dtype, device=wide.device).set_(
+        wide.untyped_storage(), 0, source.shape, (1,)
+    )
+    narrow[:_BLOCK] = source[:_BLOCK].clone()
+    start = _BLOCK
+    while start < source.numel():
+        narrow[start : 2 * start] = source[start : 2 * start]
+        start *= 2
+    return narrow.view(wide.shape)
+
+
+def add_product_(grad_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor) -> None:
+    """grad_VD += logits_CV.T @ hidden_CD, summed in the dtype of ``grad_VD`` (fp32 for bf16 factors)."""
+    if logits_CV.dtype == grad_VD.dtype:
+        grad_VD.addmm_(logits_CV.t(), hidden_CD)
+    elif _adds_wide_products(logits_CV.device, logits_CV.dtype):
+        torch.addmm(grad_VD, logits_CV.t(), hidden_CD, out_dtype=grad_VD.dtype, out=grad_VD)
+    else:
+        hidden_CD = hidden_CD.to(grad_VD.dtype)
+        for start in range(0, grad_VD.shape[0], _PRODUCT_ROWS):
+            rows = slice(start, start + _PRODUCT_ROWS)
+            grad_VD[rows].addmm_(logits_CV[:, rows].to(grad_VD.dtype).t(), hidden_CD)
+
+
+@functools.cache
+def _adds_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of ``dtype`` can be added to an fp32 matrix: on CUDA, by some versions of PyTorch."""
+    if device.type != "cuda":
+        return False
+    total = torch.zeros(16, 16, device=device)
+    factor = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, factor.t(), factor, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool((total == 16).all())

@@ -1,0 +1,91 @@
+"""Which positions count: labels that are not ignored, weights that are not zero, ids inside the vocabulary.
+
+On a CPU positions that do not count are left out before the head is applied, and ids are checked.  On a GPU
+both would make the host wait, so positions are left out only where weights were given, and a wrong id turns
+the loss into NaN, which training refuses.
+"""
+
+# ruff: noqa: N815  (shape suffixes)
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from shared.sparse import SparseTargets
+
+
+@dataclass(frozen=True)
+class Positions:
+    """N positions that the head is applied to.
+
+    Shapes   hidden_ND (N, D); labels_N (N,) int64 inside the vocabulary; weights_N (N,) fp32, None for one
+             count () int64: how many of the positions given count
+    """
+
+    hidden_ND: Tensor
+    labels_N: Tensor
+    weights_N: Tensor | None
+    targets: SparseTargets | None
+    count: Tensor
+
+
+def counted_positions(
+    hidden_ND: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    targets: SparseTargets | None,
+    ignore_index: int,
+) -> Positions:
+    """The positions that count, with a graph to ``hidden_ND`` even if there are none.
+
+    Raises   ValueError  for different numbers of positions
+    """
+    counts = [len(hidden_ND), len(labels_N)]
+    counts += [] if targets is None else [targets.num_positions]
+    counts += [] if weights_N is None else [len(weights_N)]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"hidden states, labels, targets and weights have {counts} positions; all need the same"
+        )
+    is_counted_N = labels_N != ignore_index
+    if weights_N is not None:
+        weights_N = weights_N.detach().to(torch.float32)
+        is_counted_N = is_counted_N & (weights_N != 0)
+    count = is_counted_N.sum()
+    if hidden_ND.device.type != "cpu" and weights_N is None:
+        labels_N = torch.where(is_counted_N, labels_N, 0)
+        return Positions(hidden_ND, labels_N, is_counted_N.float(), targets, count)
+    if int(count) < len(labels_N):
+        index = is_counted_N.nonzero().squeeze(1)
+        hidden_ND, labels_N = hidden_ND[index], labels_N[index]
+        weights_N = None if weights_N is None else weights_N[index]
+        targets = None if targets is None else targets.select(index)
+    return Positions(hidden_ND, labels_N, weights_N, targets, count)
+
+
+def with_checked_ids(positions: Positions, num_ids: int, num_vocab_ids: int) -> Positions:
+    """The same positions, with no id outside the vocabulary.
+
+    Raises   ValueError  on a CPU, for a label outside ``num_ids`` or an entry outside ``num_vocab_ids``
+    """
+    labels_N, targets, weights_N = positions.labels_N, positions.targets, positions.weights_N
+    is_wrong_N = (labels_N < 0) | (labels_N >= num_ids)
+    is_wrong_E = is_wrong_N[:0] if targets is None else (targets.ids < 0) | (targets.ids >= num_vocab_ids)
+    if labels_N.device.type == "cpu":
+        if is_wrong_N.any():
+            raise ValueError(f"label {int(labels_N[is_wrong_N][0])} is outside the head's {num_ids} ids")
+        if targets is not None and is_wrong_E.any():
+            found = int(targets.ids[is_wrong_E][0])
+            raise ValueError(f"the targets' id {found} is outside the {num_vocab_ids} ids of the vocabulary")
+        return positions
+    weights_N = torch.ones_like(labels_N, dtype=torch.float32) if weights_N is None else weights_N
+    weights_N = weights_N.masked_fill(is_wrong_N | is_wrong_E.any(), torch.nan)
+    if targets is not None:
+        targets = replace(targets, ids=targets.ids.masked_fill(is_wrong_E, 0))
+    return replace(
+        positions, labels_N=labels_N.masked_fill(is_wrong_N, 0), weights_N=weights_N, targets=targets
+    )
