@@ -41,12 +41,12 @@ Errors: ``CacheFormatError`` (damaged, incomplete, another version, no space), `
 another capture is at work), ``CacheMismatchError`` (a sound cache of something else).
 """
 
-from shared.cache.format import Row
 from shared.cache.identity import DataSource, Identity, InputsIdentity, TargetsIdentity, TeacherIdentity
 from shared.cache.lock import CacheBusyError
 from shared.cache.manifest import Manifest, SkippedRow
 from shared.cache.plan import Plan, Unit
 from shared.cache.reader import CacheReader
+from shared.cache.shard import Row
 from shared.cache.staging import Staging
 from shared.cache.writer import CacheWriter
 

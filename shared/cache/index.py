@@ -16,14 +16,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shared.cache.format import (
-    FORMAT,
-    FORMAT_VERSION,
     KEY_BYTES,
     KEY_DTYPE,
-    METADATA_KEY,
-    canonical_json,
+    as_buffer,
     read_metadata,
+    sha256_hex,
 )
+from shared.cache.manifest import IndexInfo
+from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
 
 INDEX_SCHEMA = pa.schema(
@@ -33,9 +33,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("row", pa.int32(), nullable=False),
         pa.field("num_positions", pa.int32(), nullable=False),
     ],
-    metadata={
-        METADATA_KEY: canonical_json({"format": FORMAT, "format_version": FORMAT_VERSION, "index": True})
-    },
+    metadata=make_metadata({"index": True}),
 )
 
 
@@ -77,6 +75,21 @@ class KeyIndex:
         order = np.lexsort((self.rows, self.shards, self.keys))
         return KeyIndex(self.keys[order], self.shards[order], self.rows[order], self.num_positions[order])
 
+    def moved(self, places: npt.NDArray[np.int32]) -> KeyIndex:
+        """With shard ``s`` renumbered ``places[s]``, and its examples left out where that is -1."""
+        shards = places[self.shards] if len(self) else self.shards
+        stays = shards >= 0
+        return KeyIndex(self.keys[stays], shards[stays], self.rows[stays], self.num_positions[stays])
+
+    def joined(self, other: KeyIndex) -> KeyIndex:
+        """The examples of both."""
+        return KeyIndex(
+            np.concatenate([self.keys, other.keys]),
+            np.concatenate([self.shards, other.shards]),
+            np.concatenate([self.rows, other.rows]),
+            np.concatenate([self.num_positions, other.num_positions]),
+        ).sorted()
+
     def duplicates(self) -> list[bytes]:
         """Keys that occur more than once."""
         twice = np.unique(self.keys[1:][self.keys[1:] == self.keys[:-1]])
@@ -105,13 +118,13 @@ class KeyIndex:
         return sink.getvalue()
 
 
-def open_index(source: str | Path | pa.Buffer, *, where: str) -> KeyIndex:
+def open_index(source: Path | bytes | pa.Buffer, *, where: str) -> KeyIndex:
     """Maps an index file, or looks into the bytes of one.
 
     Raises   CacheFormatError  when it is not an index of this format
     """
     try:
-        buffer = source if isinstance(source, pa.Buffer) else pa.memory_map(str(source)).read_buffer()
+        buffer = as_buffer(source)
         stream = pa.ipc.open_file(buffer)
         read_metadata(stream.schema, where=where)
         if not stream.schema.equals(INDEX_SCHEMA) or stream.num_record_batches != 1:
@@ -121,6 +134,21 @@ def open_index(source: str | Path | pa.Buffer, *, where: str) -> KeyIndex:
         raise CacheFormatError(f"{where}: cannot be read as an Arrow file ({error}).") from error
     keys = np.frombuffer(batch.column("key").buffers()[1] or b"", dtype=KEY_DTYPE)[: len(batch)]
     return KeyIndex(keys, *(batch.column(name).to_numpy() for name in ("shard", "row", "num_positions")))
+
+
+def load_index(folder: Folder, info: IndexInfo) -> KeyIndex:
+    """The index that a manifest names, its hash checked."""
+    where = f"{folder.where}, {info.name}"
+    try:
+        data = folder.read(info.name)
+    except FileNotFoundError as error:
+        raise CacheFormatError(f"{where}: is missing. Restore it, or capture the cache again.") from error
+    if sha256_hex(data) != info.sha256:
+        raise CacheFormatError(
+            f"{where}: sha256 {sha256_hex(data)[:12]} differs from the manifest ({info.sha256[:12]}). "
+            "Restore the file, or capture the cache again."
+        )
+    return open_index(data, where=where)
 
 
 def split_keys(keys: npt.NDArray[np.bytes_]) -> list[bytes]:

@@ -1,9 +1,9 @@
 """One capture at a time in a cache folder.
 
-The lock is ``flock`` on a file: the kernel gives it back when its owner dies, however it dies, so there is
-nothing to expire.  NFS passes it on to its server from version 3 (with lockd) or 4 on; where a file system
-cannot lock at all, captures go on without, and two at once waste work but cannot damage a cache, because
-every file appears whole under a name made of its content.
+A POSIX record lock on a file: the kernel gives it back when its owner dies, however it dies, so there is
+nothing to expire; data-loader workers do not inherit it (``flock`` would live on in them); and NFS passes it
+on to its server.  Where a file system cannot lock at all, captures go on without: two at once waste work but
+cannot damage a cache, because every file appears whole under a name made of its content.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import fcntl
 import os
 import socket
 from pathlib import Path
+from typing import Self
 
 from shared.errors import CacheFormatError
 
 LOCK_NAME = "capture.lock"
 CANNOT_LOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+_held_here: set[Path] = set()
 
 
 class CacheBusyError(CacheFormatError):
@@ -31,9 +34,20 @@ class CaptureLock:
         self.path = folder / LOCK_NAME
         self.works = True
         self._descriptor: int | None = None
+        self._owner = os.getpid()
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Self:
+        """Makes the folder if it is new, and acquires its lock."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = cls(folder)
+        lock.acquire()
+        return lock
 
     def acquire(self) -> None:
-        """Raises   CacheBusyError  at once when another process holds it."""
+        """Raises   CacheBusyError  at once when another process, or another lock of this one, holds it."""
+        if self.path.resolve() in _held_here:  # a record lock does not exclude its own process
+            raise self._busy("this very process")
         while self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -45,28 +59,33 @@ class CaptureLock:
                 self._descriptor = descriptor
             else:  # its owner removed the file between our open and our lock
                 os.close(descriptor)
+        _held_here.add(self.path.resolve())
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Removes the file and gives the lock back."""
-        if self._descriptor is not None:
+        """Removes the file and gives the lock back; in a forked child it does nothing."""
+        if self._descriptor is not None and self._owner == os.getpid():
+            _held_here.discard(self.path.resolve())
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
 
     def _lock(self, descriptor: int) -> None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows either
             owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            raise CacheBusyError(
-                f"cache {self.path.parent}: {owner} is writing to it. Wait until it has ended, or stop it."
-            ) from error
+            raise self._busy(owner) from error
         except OSError as error:
             if error.errno not in CANNOT_LOCK:
                 raise
             self.works = False
+
+    def _busy(self, owner: str) -> CacheBusyError:
+        return CacheBusyError(
+            f"cache {self.path.parent}: {owner} is writing to it. Wait until it has ended, or stop it."
+        )
 
     def _is_current(self, descriptor: int) -> bool:
         try:

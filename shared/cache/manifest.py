@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from shared.cache.format import FORMAT, FORMAT_VERSION, canonical_json, check_version
 from shared.cache.identity import Identity, Record
+from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
 
 MANIFEST_NAME = "manifest.json"
@@ -147,3 +148,12 @@ def content_hash(tree: Mapping[str, Any]) -> str:
     """SHA-256 of the canonical JSON of all fields but ``sha256``."""
     rest = {name: value for name, value in tree.items() if name != "sha256"}
     return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+
+
+def load_manifest(folder: Folder) -> Manifest | None:
+    """The manifest of a folder, checked; None where it has none."""
+    try:
+        data = folder.read(MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Manifest.loads(data, where=folder.where)

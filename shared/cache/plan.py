@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -18,16 +18,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shared.cache.format import (
-    FORMAT,
-    FORMAT_VERSION,
     KEY_BYTES,
-    KEY_DTYPE,
-    METADATA_KEY,
-    canonical_json,
+    make_metadata,
     read_metadata,
 )
 from shared.cache.identity import Identity
-from shared.cache.index import split_keys
 from shared.cache.manifest import SkippedRow
 from shared.errors import CacheFormatError
 
@@ -55,7 +50,8 @@ class Unit:
 class Plan:
     """The units of a capture in the order of their shards, and the rows that are left out.
 
-    ``request`` is a digest of what the plan was made for; ``base`` the hash of the manifest that it adds to.
+    ``request`` is a digest of what the plan was made for; ``base`` the hash of the manifest that it adds to;
+    ``lost`` the places in it of shards whose files were gone.
     """
 
     identity: Identity
@@ -64,6 +60,7 @@ class Plan:
     duplicates: int = 0
     base: str | None = None
     request: str = ""
+    lost: tuple[int, ...] = ()
     num_examples: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,18 +69,17 @@ class Plan:
     def encode(self) -> pa.Buffer:
         """The bytes of ``plan.arrow``."""
         metadata = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
             "identity": self.identity.model_dump(mode="json"),
             "skipped": [row.model_dump(mode="json") for row in self.skipped],
             "duplicates": self.duplicates,
             "base": self.base,
             "request": self.request,
+            "lost": list(self.lost),
             "slots": [unit.slot for unit in self.units],
         }
         schema = pa.schema(
             [("key", pa.binary(KEY_BYTES)), ("row", pa.int64()), ("unit", pa.int32())],
-            metadata={METADATA_KEY: canonical_json(metadata).encode()},
+            metadata=make_metadata(metadata),
         )
         sizes = [len(unit) for unit in self.units]
         rows = np.concatenate([unit.rows for unit in self.units] or [np.empty(0, np.int64)])
@@ -110,7 +106,8 @@ class Plan:
             raise CacheFormatError(
                 f"{where}: cannot be read ({error}). Delete the file and start again."
             ) from error
-        return cls(identity, units, skipped, metadata["duplicates"], metadata["base"], metadata["request"])
+        base, request, lost = metadata["base"], metadata["request"], tuple(metadata["lost"])
+        return cls(identity, units, skipped, metadata["duplicates"], base, request, lost)
 
 
 def _units_of(table: pa.Table, identity: Identity, slots: Sequence[int | None]) -> tuple[Unit, ...]:
@@ -129,44 +126,3 @@ def make_unit(
     """A unit and its id: 64 bits of a digest over the content identity and the keys in order."""
     digest = hashlib.blake2b(bytes.fromhex(identity_digest) + b"".join(keys), digest_size=8)
     return Unit(digest.hexdigest(), tuple(keys), np.asarray(rows, dtype=np.int64), slot)
-
-
-@dataclass(frozen=True, eq=False)
-class Wanted:
-    """The examples a cache shall hold, in order, equal ones once.
-
-    Shapes   keys (R,) S16; rows (R,) int64
-    """
-
-    keys: npt.NDArray[np.bytes_]
-    rows: npt.NDArray[np.int64]
-    duplicates: int
-
-    @classmethod
-    def of(cls, rows: Iterable[tuple[bytes, int]]) -> Wanted:
-        """From (key, row number) pairs; the first of equal keys counts."""
-        first: dict[bytes, int] = {}
-        total = 0
-        for key, row in rows:
-            first.setdefault(key, row)
-            total += 1
-        if any(len(key) != KEY_BYTES for key in first):
-            raise ValueError(f"keys have {KEY_BYTES} bytes")
-        keys = np.frombuffer(b"".join(first), dtype=KEY_DTYPE)
-        return cls(keys, np.fromiter(first.values(), np.int64, len(first)), total - len(first))
-
-    def without(self, taken: npt.NDArray[np.bool_]) -> Wanted:
-        return Wanted(self.keys[~taken], self.rows[~taken], self.duplicates)
-
-    def cut(self, identity_digest: str, *, examples_per_shard: int) -> list[Unit]:
-        """Consecutive examples, ``examples_per_shard`` at a time."""
-        keys = split_keys(self.keys)
-        starts = range(0, len(keys), examples_per_shard)
-        spans = [slice(start, start + examples_per_shard) for start in starts]
-        return [make_unit(identity_digest, keys[span], self.rows[span]) for span in spans]
-
-    def request(self, identity: Identity, *, base: str | None, examples_per_shard: int) -> str:
-        """Digest of all that decides a plan's units."""
-        digest = hashlib.sha256(canonical_json([identity.digest(), base, examples_per_shard]).encode())
-        digest.update(self.keys.tobytes())
-        return digest.hexdigest()

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,14 @@ import pyarrow as pa
 import torch
 
 from shared import codec
-from shared.cache.format import Row, ShardView, open_shard
+from shared.cache.format import as_buffer
 from shared.cache.identity import InputsIdentity
 from shared.cache.index import KeyIndex, open_index, split_keys
-from shared.cache.manifest import MANIFEST_NAME, Manifest
+from shared.cache.manifest import MANIFEST_NAME, Manifest, load_manifest
+from shared.cache.shard import Row, ShardView, open_shard
 from shared.cache.staging import Staging
 from shared.cache.storage import Folder, LocalFolder, RemoteFolder, open_folder
 from shared.cache.verified import VerifiedFiles
-from shared.cache.writer import load_manifest
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.policies import Policy
 from shared.sparse import SparseTargets
@@ -187,12 +186,12 @@ class CacheReader:
         if isinstance(self._folder, LocalFolder):
             path = self._folder.path / name
             self._verified.require(path, sha256, where=where)
-            return map_file(path)
+            return as_buffer(path)
         assert isinstance(self._folder, RemoteFolder)
         while True:
             path = self._staging.fetch(self._folder, name, sha256=sha256, num_bytes=num_bytes)
             try:
-                buffer = map_file(path)
+                buffer = as_buffer(path)
                 self._verified.require(path, sha256, where=where)
             except FileNotFoundError:  # removed between the two lines, to make room for another shard
                 continue
@@ -204,15 +203,10 @@ class CacheReader:
         if len(missing):
             first = int(missing[0])
             name = f"{names[first]} " if names else ""
+            others = f", nor are {len(missing) - 1} others" if len(missing) > 1 else ""
             raise CacheMismatchError(
-                f"{self._folder.where}: example {name}(key {keys[first].hex()}) is not in it, nor are "
-                f"{len(missing) - 1} more of {len(keys)} asked for. The cache was captured from other "
-                "data, pictures, answers or another prompt: capture what is missing by running "
-                "teacher-cache with this recipe."
+                f"{self._folder.where}: example {name}(key {keys[first].hex()}) is not in it{others} of "
+                f"the {len(keys)} asked for. It was captured from other data, pictures, answers or another "
+                "prompt: run teacher-cache with this recipe to capture what is missing."
             )
         return found
-
-
-def map_file(path: Path) -> pa.Buffer:
-    """A file's bytes, mapped."""
-    return pa.memory_map(str(path)).read_buffer()

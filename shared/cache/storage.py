@@ -84,7 +84,9 @@ class LocalFolder:
     def publish(self, name: str, data: bytes | pa.Buffer) -> None:
         target = self.path / name
         with explain_write_errors(self.where, name):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.parent.is_dir():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                sync_folder(target.parent.parent)
             temporary = target.parent / temporary_name(target.name)
             try:
                 with open(temporary, "xb") as stream:

@@ -1,0 +1,114 @@
+"""From old shards and captured units to a manifest and its index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from shared.cache.format import sha256_hex
+from shared.cache.identity import Identity
+from shared.cache.index import KeyIndex
+from shared.cache.manifest import IndexInfo, Manifest, ShardInfo, SkippedRow
+from shared.cache.plan import Plan, Unit
+from shared.cache.shard import ShardView
+from shared.cache.unit import sha256_in
+from shared.errors import CacheFormatError
+
+
+def assemble(
+    plan: Plan,
+    base: Manifest | None,
+    base_index: KeyIndex,
+    *,
+    names: Mapping[str, str],
+    open_view: Callable[[str], ShardView],
+    created_by: Mapping[str, str],
+    where: str,
+) -> tuple[Manifest, pa.Buffer]:
+    """The manifest of the old shards and the plan's units, old ones first, and the bytes of its index.
+
+    ``names``: unit id -> the name of its shard
+    Raises   CacheFormatError  when two shards hold the same example
+    """
+    shards: list[ShardInfo] = []
+    parts: list[tuple[int, npt.NDArray[np.bytes_], npt.NDArray[np.int32]]] = []
+    skipped: list[SkippedRow] = []
+    places = np.full(0 if base is None else len(base.shards), -1, dtype=np.int32)  # old -> new
+    for place, (old_place, source) in enumerate(_sources(plan, base)):
+        if isinstance(source, ShardInfo):
+            shards.append(source)
+            places[old_place] = place
+            continue
+        name = names[source.unit_id]
+        view = open_view(name)
+        shards.append(shard_info(name, view))
+        parts.append((place, view.keys, view.num_positions))
+        skipped += [SkippedRow(**row) for row in view.metadata["skipped"]]
+    index = base_index.moved(places).joined(KeyIndex.from_shards(parts))
+    info, encoded = encode_index(index, where=where)
+    manifest = Manifest.build(
+        identity=grown_identity(base, plan.identity),
+        index=info,
+        shards=shards,
+        skipped=[*_older_skips(base, plan.identity), *plan.skipped, *skipped],
+        duplicates=plan.duplicates,
+        created_by=created_by,
+    )
+    return manifest, encoded
+
+
+def encode_index(index: KeyIndex, *, where: str) -> tuple[IndexInfo, pa.Buffer]:
+    """The entry and the bytes of an index file.  Raises CacheFormatError when a key occurs twice."""
+    twice = index.duplicates()
+    if twice:
+        raise CacheFormatError(
+            f"{where}: example {twice[0].hex()} lies in two shards ({len(twice)} such examples). Capture the "
+            "cache again in an empty folder."
+        )
+    encoded = index.encode()
+    digest = sha256_hex(encoded)
+    return IndexInfo(name=f"index-{digest[:16]}.arrow", sha256=digest, bytes=encoded.size), encoded
+
+
+def shard_info(name: str, view: ShardView) -> ShardInfo:
+    """A shard's entry in the manifest."""
+    return ShardInfo(
+        name=name,
+        sha256=sha256_in(name),
+        bytes=view.num_bytes,
+        examples=len(view),
+        positions=int(view.num_positions.sum(dtype=np.int64)),
+        entries=int(view.num_entries.sum(dtype=np.int64)),
+        truncated=int(view.truncated.sum()),
+    )
+
+
+def grown_identity(base: Manifest | None, identity: Identity) -> Identity:
+    """The identity, with those data of the old manifest that it does not list anew."""
+    if base is None:
+        return identity
+    listed = {(source.name, source.split) for source in identity.data}
+    kept = [source for source in base.identity.data if (source.name, source.split) not in listed]
+    return identity.model_copy(update={"data": (*kept, *identity.data)})
+
+
+def _older_skips(base: Manifest | None, identity: Identity) -> Sequence[SkippedRow]:
+    """Skipped rows of the old manifest, unless this capture speaks for all the data again."""
+    speaks_for_all = len(grown_identity(base, identity).data) == len(identity.data)
+    return () if base is None or speaks_for_all else base.skipped
+
+
+def _sources(plan: Plan, base: Manifest | None) -> Iterator[tuple[int, ShardInfo | Unit]]:
+    """The shards in their new order, with the old place of old ones and -1 for others."""
+    repairs = {unit.slot: unit for unit in plan.units if unit.slot is not None}
+    for place, shard in enumerate(() if base is None else base.shards):
+        if place in repairs:
+            yield -1, repairs[place]
+        elif place not in plan.lost:
+            yield place, shard
+    for unit in plan.units:
+        if unit.slot is None:
+            yield -1, unit

@@ -1,0 +1,245 @@
+"""Shards: one row per example, one record batch per shard.
+
+Equal rows give equal bytes: there are no times, hosts or hash orders in a shard, and the metadata is
+canonical JSON.  The answers' token ids are dictionary-encoded within a shard: two bytes a position instead
+of four, and still a plain column for any Arrow tool.  Payloads are not compressed again, so that a row can
+be read alone from a memory map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from shared.cache.format import KEY_BYTES, KEY_DTYPE, as_buffer, first_line, make_metadata, read_metadata
+from shared.cache.storage import Folder, LocalFolder
+from shared.errors import CacheFormatError
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """What the cache holds of one example.
+
+    Shapes   key 16 bytes; answer_ids (n,) int32, n positions; entropy_sums (T,) float64, one for each
+             captured temperature; payload: the entries, as ``shared.codec.encode`` wrote them
+    Units    ce_sum and entropy_sums in nats, summed over the row's positions
+    """
+
+    key: bytes
+    answer_ids: npt.NDArray[np.int32]
+    num_entries: int
+    ce_sum: float
+    entropy_sums: npt.NDArray[np.float64]
+    payload: bytes
+    truncated: bool = False
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.answer_ids)
+
+
+def schema(num_temperatures: int, metadata: Mapping[str, Any]) -> pa.Schema:
+    """The columns of a shard; ``metadata`` goes into the schema as canonical JSON."""
+
+    def column(name: str, kind: pa.DataType) -> pa.Field:
+        return pa.field(name, kind, nullable=False)
+
+    token = pa.dictionary(pa.int32(), pa.int32())
+    fields = [
+        column("key", pa.binary(KEY_BYTES)),
+        column("answer_ids", pa.list_(pa.field("item", token, nullable=False))),
+        column("num_positions", pa.int32()),
+        column("num_entries", pa.int32()),
+        column("truncated", pa.bool_()),
+        column("ce_sum", pa.float64()),
+        column("entropy_sums", pa.list_(pa.field("item", pa.float64(), nullable=False), num_temperatures)),
+        column("payload", pa.binary()),
+    ]
+    return pa.schema(fields, metadata=make_metadata(metadata))
+
+
+def _narrow_schema(wide: pa.Schema, distinct: int) -> pa.Schema:
+    """The same schema with the answer ids' dictionary indices as narrow as they can be."""
+    index = pa.uint8() if distinct <= 1 << 8 else pa.uint16() if distinct <= 1 << 16 else pa.int32()
+    token = pa.dictionary(index, pa.int32())
+    narrow = pa.field("answer_ids", pa.list_(pa.field("item", token, nullable=False)), nullable=False)
+    return wide.set(wide.get_field_index("answer_ids"), narrow)
+
+
+def encode_shard(rows: Sequence[Row], *, num_temperatures: int, metadata: Mapping[str, Any]) -> pa.Buffer:
+    """The bytes of the shard that holds these rows, in this order.
+
+    Raises   ValueError  when a row contradicts itself: that is the caller's mistake, not the user's
+    Holds    equal rows and metadata give equal bytes
+    """
+    for row in rows:
+        _check_row(row, num_temperatures)
+    lengths = np.array([row.num_positions for row in rows], dtype=np.int64)
+    answers = np.concatenate(
+        [np.asarray(row.answer_ids, dtype=np.int32) for row in rows] or [np.empty(0, np.int32)]
+    )
+    distinct, indices = np.unique(answers, return_inverse=True)
+    shard_schema = _narrow_schema(schema(num_temperatures, metadata), len(distinct))
+    answer_type = shard_schema.field("answer_ids").type
+    tokens = pa.DictionaryArray.from_arrays(
+        pa.array(indices).cast(answer_type.value_type.index_type), pa.array(distinct, pa.int32())
+    )
+    entropies = np.array([row.entropy_sums for row in rows], dtype=np.float64).reshape(-1)
+    columns = [
+        pa.array([row.key for row in rows], pa.binary(KEY_BYTES)),
+        pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), tokens, type=answer_type),
+        pa.array(lengths, pa.int32()),
+        pa.array([row.num_entries for row in rows], pa.int32()),
+        pa.array([row.truncated for row in rows], pa.bool_()),
+        pa.array([row.ce_sum for row in rows], pa.float64()),
+        pa.FixedSizeListArray.from_arrays(
+            pa.array(entropies, pa.float64()), type=shard_schema.field("entropy_sums").type
+        ),
+        pa.array([row.payload for row in rows], pa.binary()),
+    ]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, shard_schema) as stream:
+        stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=shard_schema))
+    return sink.getvalue()
+
+
+def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+
+
+def _check_row(row: Row, num_temperatures: int) -> None:
+    if len(row.key) != KEY_BYTES:
+        raise ValueError(f"a key has {KEY_BYTES} bytes, this one {len(row.key)}")
+    if np.shape(row.entropy_sums) != (num_temperatures,):
+        raise ValueError(f"entropy_sums {np.shape(row.entropy_sums)} found, ({num_temperatures},) needed")
+    if not (np.isfinite(row.ce_sum) and np.isfinite(row.entropy_sums).all()):
+        raise ValueError(f"row {row.key.hex()}: a sum is not finite")
+
+
+@dataclass(frozen=True, eq=False)
+class ShardView:
+    """A shard's columns as NumPy views of its bytes; nothing is copied.
+
+    Shapes   keys (R,) S16; answer_offsets, payload_offsets (R + 1,) int32; entropy_sums (R, T) float64
+    """
+
+    keys: npt.NDArray[np.bytes_]
+    num_positions: npt.NDArray[np.int32]
+    num_entries: npt.NDArray[np.int32]
+    truncated: npt.NDArray[np.bool_]
+    ce_sums: npt.NDArray[np.float64]
+    entropy_sums: npt.NDArray[np.float64]
+    answer_offsets: npt.NDArray[np.int32]
+    answer_indices: npt.NDArray[Any]
+    answer_dictionary: npt.NDArray[np.int32]
+    payload_offsets: npt.NDArray[np.int32]
+    payloads: memoryview
+    num_bytes: int
+    metadata: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.num_positions)
+
+    def answer_ids(self, row: int) -> npt.NDArray[np.int32]:
+        """(n,) int32, a copy."""
+        return self.answer_dictionary[
+            self.answer_indices[self.answer_offsets[row] : self.answer_offsets[row + 1]]
+        ]
+
+    def payload(self, row: int) -> bytes:
+        return bytes(self.payloads[self.payload_offsets[row] : self.payload_offsets[row + 1]])
+
+    def row(self, row: int) -> Row:
+        return Row(
+            key=self.key(row),
+            answer_ids=self.answer_ids(row),
+            num_entries=int(self.num_entries[row]),
+            ce_sum=float(self.ce_sums[row]),
+            entropy_sums=self.entropy_sums[row].copy(),
+            payload=self.payload(row),
+            truncated=bool(self.truncated[row]),
+        )
+
+    def key(self, row: int) -> bytes:
+        return self.keys[row : row + 1].tobytes()
+
+
+def open_shard(source: Path | bytes | pa.Buffer, *, where: str) -> ShardView:
+    """Maps a shard file, or looks into the bytes of one.
+
+    Raises   CacheFormatError  when it is not a shard of this format; what its values are is not looked at
+    """
+    try:
+        buffer = as_buffer(source)
+        stream = pa.ipc.open_file(buffer)
+        metadata = read_metadata(stream.schema, where=where)
+        if stream.num_record_batches != 1:
+            raise CacheFormatError(f"{where}: {stream.num_record_batches} record batches found, 1 needed.")
+        batch = stream.get_batch(0)
+        batch.validate()
+    except (pa.ArrowException, OSError) as error:
+        raise CacheFormatError(
+            f"{where}: cannot be read as an Arrow file ({first_line(error)}). Delete it and capture "
+            "again: only its examples are recomputed."
+        ) from error
+    return _view(batch, metadata, num_bytes=buffer.size, where=where)
+
+
+def view_shard(folder: Folder, name: str, *, where: str) -> ShardView:
+    """A shard's columns, its hash not checked; local files are mapped."""
+    return open_shard(
+        folder.path / name if isinstance(folder, LocalFolder) else folder.read(name), where=where
+    )
+
+
+def _view(batch: pa.RecordBatch, metadata: Mapping[str, Any], *, num_bytes: int, where: str) -> ShardView:
+    wanted = schema(_num_temperatures(batch.schema, where=where), {})
+    for expected in wanted:
+        index = batch.schema.get_field_index(expected.name)
+        found = batch.schema.field(index).type if index >= 0 else None
+        if found is None or not _same_type(found, expected.type):
+            raise CacheFormatError(f"{where}: column {expected.name!r} is {found}, {expected.type} needed.")
+    if any(column.null_count for column in batch.columns):
+        raise CacheFormatError(f"{where}: null values found, none allowed.")
+    answers, entropies, payload = (batch.column(name) for name in ("answer_ids", "entropy_sums", "payload"))
+    tokens = answers.values
+    size = len(batch)
+    return ShardView(
+        keys=np.frombuffer(batch.column("key").buffers()[1] or b"", dtype=KEY_DTYPE)[:size],
+        num_positions=batch.column("num_positions").to_numpy(),
+        num_entries=batch.column("num_entries").to_numpy(),
+        truncated=batch.column("truncated").to_numpy(zero_copy_only=False),
+        ce_sums=batch.column("ce_sum").to_numpy(),
+        entropy_sums=entropies.values.to_numpy().reshape(size, entropies.type.list_size),
+        answer_offsets=answers.offsets.to_numpy(),
+        answer_indices=tokens.indices.to_numpy(),
+        answer_dictionary=tokens.dictionary.to_numpy(),
+        payload_offsets=np.frombuffer(payload.buffers()[1] or bytes(4), dtype=np.int32)[: size + 1],
+        payloads=memoryview(payload.buffers()[2] or b""),
+        num_bytes=num_bytes,
+        metadata=metadata,
+    )
+
+
+def _num_temperatures(found: pa.Schema, *, where: str) -> int:
+    index = found.get_field_index("entropy_sums")
+    kind = found.field(index).type if index >= 0 else None
+    if kind is None or not pa.types.is_fixed_size_list(kind):
+        raise CacheFormatError(f"{where}: column 'entropy_sums' is {kind}, a list of fixed size needed.")
+    return kind.list_size
+
+
+def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Equality, but for the width of the answer ids' dictionary indices."""
+    if not pa.types.is_list(expected):
+        return found == expected
+    if not pa.types.is_list(found) or not pa.types.is_dictionary(found.value_type):
+        return False
+    index_type = found.value_type.index_type
+    return found.value_type.value_type == pa.int32() and index_type in (pa.uint8(), pa.uint16(), pa.int32())
