@@ -19,6 +19,7 @@ from shared.cache.format import (
     KEY_BYTES,
     KEY_DTYPE,
     as_buffer,
+    make_metadata,
     read_metadata,
     sha256_hex,
 )
