@@ -1,0 +1,1 @@
+"""Stage two: an FSDP2 student trains from the cache, many times.  Never imports stage one."""

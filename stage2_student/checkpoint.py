@@ -1,0 +1,189 @@
+"""Checkpoints of a run: whole or absent.
+
+    checkpoints = Checkpoints(run_folder / "checkpoints", keep=2)
+    checkpoints.save(student_state(student, optimizer), facts, world)
+    found = checkpoints.latest()            # a whole one, or None
+
+A checkpoint is written under a name that ends in ``.partial``, synced, and renamed as the last act, so a
+process killed at any moment leaves nothing that looks like a checkpoint and is none.  Tensors go through
+torch.distributed.checkpoint: each rank writes its shards, and any number of ranks can read them.
+
+Nothing else is needed to go on: the order of examples, the learning rate and the random streams are pure
+functions of the recipe and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from shared.errors import CheckpointError
+from shared.runtime import World
+from stage2_student.files import sync_folder, write_json
+
+FACTS = "facts.json"
+PARTIAL = ".partial"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says about itself."""
+
+    step: int  # steps done; the next one has this index
+    num_updates: int  # of the optimizer: steps less those that were left out as not finite
+    num_ranks: int
+    identity: dict[str, Any]  # of recipe, cache, data and tokenizer: see ``identity.py``
+    validation_loss: float | None = None  # nats a position, when this very step was validated
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    path: Path
+    facts: Facts
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints; keeps the newest ``keep`` and the best one."""
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def all(self) -> list[Checkpoint]:
+        """Whole checkpoints, oldest first."""
+        names = sorted(self.folder.glob("step-*"), key=lambda path: path.name)
+        return [Checkpoint(path, _read_facts(path)) for path in names if not path.name.endswith(PARTIAL)]
+
+    def latest(self) -> Checkpoint | None:
+        return max(self.all(), key=lambda found: found.facts.step, default=None)
+
+    def best(self) -> Checkpoint | None:
+        """The one with the lowest validation loss, among those taken at a step that was validated."""
+        return min(self.all(), key=_badness, default=None)
+
+    def at(self, step: int) -> Checkpoint:
+        for found in self.all():
+            if found.facts.step == step:
+                return found
+        there = ", ".join(str(found.facts.step) for found in self.all()) or "none"
+        raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; there are: {there}")
+
+    def save(self, state: dict[str, Any], facts: Facts, world: World) -> None:
+        """Called by all ranks; returns when the checkpoint is whole."""
+        final = self.folder / f"step-{facts.step:06d}"
+        partial = final.with_name(final.name + PARTIAL)
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        world.barrier()
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+        if world.is_main:
+            write_json(partial / FACTS, asdict(facts))
+            if final.exists():  # the same step again, after a resume from an older one
+                _remove(final)
+            partial.rename(final)
+            sync_folder(self.folder)
+            self._forget_old()
+        world.barrier()
+
+    def remove_partial(self) -> None:
+        """Clears away what a killed process left; called by one rank."""
+        for path in self.folder.glob(f"step-*{PARTIAL}"):
+            shutil.rmtree(path)
+
+    def _forget_old(self) -> None:
+        whole = self.all()
+        best = self.best()
+        for found in whole[: -self.keep]:
+            if best is None or found.path != best.path:
+                _remove(found.path)
+
+
+def load(checkpoint: Checkpoint, state: dict[str, Any], *, alone: bool = False) -> None:
+    """Reads into the tensors of ``state``, in place; called by all ranks, or by one that is ``alone``.
+
+    Raises   CheckpointError  when the files are damaged or hold other tensors.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=checkpoint.path, no_dist=alone)
+    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[-1]
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path}: cannot be read: {reason}. Delete its folder to go on from "
+            "an older one"
+        ) from error
+
+
+def student_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """The tensors of model and optimizer by name, as torch.distributed.checkpoint reads and writes them.
+
+    Moments of the optimizer are made (as zeros) where it has not stepped yet, to be read into.
+    """
+    state: dict[str, Any] = {"model": dict(model.named_parameters()) | _persistent_buffers(model)}
+    if optimizer is not None:
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = {name: p for name, p in model.named_parameters() if id(p) in known}
+        for moment in MOMENTS:
+            state[moment] = {name: _slots(optimizer, p)[moment] for name, p in trained.items()}
+    return state
+
+
+def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
+    """Gives the optimizer the number of updates that its moments have seen."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _slots(optimizer, parameter)["step"].fill_(float(num_updates))
+
+
+def _slots(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    slots = optimizer.state[parameter]
+    if not slots:
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        slots["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
+        for moment in MOMENTS:
+            slots[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return slots
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    buffers = dict(model.named_buffers())
+    return {name: buffers[name] for name in model.state_dict() if name in buffers}
+
+
+def _badness(checkpoint: Checkpoint) -> tuple[float, int]:
+    loss = checkpoint.facts.validation_loss
+    return (math.inf if loss is None or math.isnan(loss) else loss, -checkpoint.facts.step)
+
+
+def _read_facts(path: Path) -> Facts:
+    try:
+        read = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        return Facts(**{field.name: read[field.name] for field in fields(Facts)})
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: {FACTS} cannot be read ({error}); the folder was changed after it was "
+            "written. Delete it to go on from an older one"
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    """Takes the name away first, so that a kill in the middle leaves no half a checkpoint under it."""
+    doomed = path.with_name(path.name + PARTIAL)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)

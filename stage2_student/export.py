@@ -1,0 +1,91 @@
+"""A checkpoint as an ordinary Hugging Face folder: sharded safetensors, tokenizer, processor, settings.
+
+The run's folder keeps the small files of the student's original folder (``model/``), so that any checkpoint
+can be exported at any time, by one process, whether or not the original is still there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from shared.config import Recipe, load_recipe
+from shared.errors import CheckpointError, RecipeError
+from shared.vlm import load_config
+from stage2_student.checkpoint import Checkpoint, load, student_state
+from stage2_student.run_folder import RunFolder
+from stage2_student.student import empty_model
+
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+WEIGHTS_INDEX = "*.index.json"
+MAX_SHARD_SIZE = "5GB"
+
+
+def save_model_files(recipe: Recipe, folder: RunFolder) -> None:
+    """Copies what is not weights from the student's original folder into the run's."""
+    source = Path(recipe.student.model)
+    if not source.is_dir():
+        try:
+            source = Path(
+                snapshot_download(
+                    recipe.student.model,
+                    revision=recipe.student.revision,
+                    allow_patterns=list(SMALL_FILES),
+                    ignore_patterns=[WEIGHTS_INDEX],
+                )
+            )
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"model {recipe.student.model}: its files cannot be fetched: {error}"
+            ) from error
+    folder.model_files.mkdir(exist_ok=True)
+    for path in _small_files(source):
+        shutil.copyfile(path, folder.model_files / path.name)
+
+
+def choose_checkpoint(folder: RunFolder, *, step: int | None = None, best: bool = False) -> Checkpoint:
+    """The one of that step, the best one, or by default the newest.
+
+    Raises   CheckpointError  when there is none
+    """
+    if step is not None:
+        return folder.checkpoints.at(step)
+    found = folder.checkpoints.best() if best else folder.checkpoints.latest()
+    if found is None:
+        raise CheckpointError(
+            f"{folder.path}: no checkpoint there; give the folder of a run that has saved one"
+        )
+    return found
+
+
+def export_checkpoint(folder: RunFolder, checkpoint: Checkpoint, out: Path) -> Path:
+    """Writes ``out``, whole or not at all; the weights keep the dtype they were trained in."""
+    recipe = load_recipe(folder.recipe)
+    model = empty_model(load_config(str(folder.model_files)), recipe.student)
+    model.to_empty(device="cpu")
+    model.tie_weights()  # which to_empty has undone
+    load(checkpoint, student_state(model), alone=True)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+    for path in _small_files(folder.model_files):
+        if path.name != "config.json":
+            shutil.copyfile(path, partial / path.name)
+    _replace_folder(partial, out)
+    return out
+
+
+def _small_files(folder: Path) -> list[Path]:
+    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
+    return sorted(found - set(folder.glob(WEIGHTS_INDEX)))
+
+
+def _replace_folder(new: Path, out: Path) -> None:
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

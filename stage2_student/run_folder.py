@@ -1,0 +1,76 @@
+"""A run's folder, and whether a run may begin or go on in it.
+
+recipe.yaml         as resolved
+environment.json    versions, commit, machine
+metrics.jsonl       a line for each step and each validation
+model/              the small files of the student's original folder: configuration, tokenizer, processor
+checkpoints/        whole ones only
+export/             a Hugging Face folder
+results.json        written last: the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shared.config import Recipe, dump_recipe
+from shared.errors import CheckpointError, RecipeError
+from shared.runtime import World, environment
+from stage2_student.checkpoint import Checkpoint, Checkpoints
+from stage2_student.files import JsonLines, write_json, write_text
+from stage2_student.identity import require_same
+
+
+class RunFolder:
+    """Paths of a run, and its log."""
+
+    def __init__(self, path: Path, *, keep_checkpoints: int = 2) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.results = path / "results.json"
+        self.model_files = path / "model"
+        self.export = path / "export"
+        self.metrics = JsonLines(path / "metrics.jsonl")
+        self.checkpoints = Checkpoints(path / "checkpoints", keep=keep_checkpoints)
+
+    def refuse_existing(self, *, resume: bool) -> None:
+        """Raises RecipeError when the folder has a run in it and nobody asked to go on with it."""
+        if self.path.exists() and any(self.path.iterdir()) and not resume:
+            raise RecipeError(
+                f"{self.path}: there is a run of this name already. Add --resume to go on with it, or choose "
+                "another run.name"
+            )
+
+    def begin(self, recipe: Recipe, identity: dict[str, Any], world: World) -> Checkpoint | None:
+        """The checkpoint to go on from, if any; called by all ranks.
+
+        Raises   CheckpointError  when the run in the folder is another one
+        """
+        latest = self.checkpoints.latest()
+        if latest is not None:
+            require_same(latest.facts.identity, identity, where=f"run {self.path}")
+        world.barrier()  # all have looked before the first rank cleans up
+        if world.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.recipe, yaml.safe_dump(dump_recipe(recipe), sort_keys=False))
+            write_json(self.path / "environment.json", environment() | {"num_ranks": world.size})
+            self.checkpoints.remove_partial()
+            done = latest.facts.step if latest else -1  # no checkpoint: not even the first validation counts
+            self.metrics.keep(lambda record: record["step"] <= done)
+        world.barrier()
+        return latest
+
+    def read_results(self) -> dict[str, Any] | None:
+        """What the finished run came to; None while it is not finished."""
+        if not self.results.exists():
+            return None
+        try:
+            return dict(json.loads(self.results.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.results}: not JSON ({error}); delete it and use --resume"
+            ) from error

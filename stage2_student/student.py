@@ -1,0 +1,226 @@
+"""The student and its loss as one FSDP2 root module.
+
+    student = build_student(recipe, world, num_token_ids=...)
+    sums = student(inputs, position_index, labels, targets)        # LossSums, of this rank's microbatch
+
+The loss lies inside the root module, so that the head is gathered once a forward, by the root, and no logits
+of a batch ever exist.  Each decoder layer and vision block is a module of its own to FSDP; everything else
+belongs to the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+from shared.config import LossConfig, ParallelConfig, Recipe, StudentConfig
+from shared.errors import RecipeError
+from shared.kd_loss import LossSums, fused_ce_kd
+from shared.runtime import World
+from shared.sparse import SparseTargets
+from shared.vlm import last_hidden_states, load_config, load_vlm, split
+from stage2_student.freezing import freeze
+
+
+class StudentWithLoss(nn.Module):
+    """A vision-language model whose forward returns losses instead of logits.
+
+    num_token_ids  ids the tokenizer knows; the head may be wider, and the teacher has no mass beyond them
+    """
+
+    def __init__(self, model: PreTrainedModel, loss: LossConfig, *, num_token_ids: int) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.num_token_ids = num_token_ids
+
+    def forward(
+        self, inputs: dict[str, Tensor], position_index: Tensor, labels: Tensor, targets: SparseTargets | None
+    ) -> LossSums:
+        """Shapes   position_index (N,) int64 into the flattened (B * S) hidden states; labels (N,) int64
+        Returns  sums over the N positions, fp32 nats; with N = 0 zeros that still have a graph
+        """
+        body, head = split(self.model)
+        hidden_BSD = last_hidden_states(body, inputs)
+        hidden_ND = hidden_BSD.flatten(0, 1).index_select(0, position_index)
+        return fused_ce_kd(
+            hidden_ND * head.scale if head.scale != 1.0 else hidden_ND,
+            head.weight_VD,
+            labels,
+            targets,
+            kd_ratio=self.loss.kd_ratio,
+            temperature=self.loss.temperature,
+            chunk_size=self.loss.chunk_size,
+            bias_V=head.bias_V,
+            softcap=head.softcap,
+            num_vocab_ids=self.num_token_ids,
+            **({"tail": self.loss.tail} if self.loss.tail else {}),
+        )
+
+
+def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> StudentWithLoss:
+    """The student, sharded over all ranks, with its weights; the first rank alone reads them.
+
+    No rank holds the whole model on its device: it is sharded while on the meta device, and each tensor then
+    goes from the first rank's host memory to its shards.
+    """
+    skeleton = meta_model(recipe.student)
+    check_vocabulary(skeleton, num_token_ids)
+    freeze(skeleton, recipe.student.freeze)
+    if recipe.student.activation_checkpointing:
+        skeleton.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    student = StudentWithLoss(skeleton, recipe.loss, num_token_ids=num_token_ids)
+    shard(student, recipe.student, recipe.parallel, world)
+    student.to_empty(device="cpu" if recipe.parallel.cpu_offload else world.device)
+    source = full_model(recipe.student, seed=recipe.run.seed) if world.is_main else None
+    fill(skeleton, source, world)
+    return student.train()
+
+
+def meta_model(config: StudentConfig) -> PreTrainedModel:
+    """The student's shape without memory behind it, in its master dtype."""
+    return empty_model(load_config(config.model, config.revision), config)
+
+
+def empty_model(model_config: PretrainedConfig, config: StudentConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            model_config,
+            dtype=getattr(torch, config.param_dtype),
+            attn_implementation=config.attn_implementation,
+        )
+
+
+def full_model(config: StudentConfig, *, seed: int) -> PreTrainedModel:
+    """The student with its weights in host memory: from its files, or random from its configuration."""
+    dtype = getattr(torch, config.param_dtype)
+    if config.init == "pretrained":
+        return load_vlm(
+            config.model,
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model_config = load_config(config.model, config.revision)
+        return AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+
+
+def check_vocabulary(model: PreTrainedModel, num_token_ids: int) -> None:
+    """Raises RecipeError when the tokenizer has ids for which the student has no logit."""
+    _, head = split(model)
+    if head.weight_VD.shape[0] < num_token_ids:
+        raise RecipeError(
+            f"student {model.name_or_path or type(model).__name__}: its head is {head.weight_VD.shape[0]} "
+            f"wide, its tokenizer has {num_token_ids} ids. They do not belong together"
+        )
+
+
+def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelConfig, world: World) -> None:
+    """Applies FSDP2 from the blocks up to the root.
+
+    Gradients are summed over ranks and not divided: the loss is already divided by the step's global number
+    of positions.  Both settings must be made on every module: on the root alone, gradients are silently
+    wrong.
+    """
+    mesh = data_parallel_mesh(parallel, world)
+    compute, master = getattr(torch, config.compute_dtype), getattr(torch, config.param_dtype)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute if compute != master else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # models keep some inputs, such as rotary tables, in fp32 on purpose
+    )
+    offload = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
+    for block in blocks(student.model):
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=parallel.reshard_after_forward,
+        )
+    fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    for module in fsdp_modules(student):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def data_parallel_mesh(parallel: ParallelConfig, world: World) -> DeviceMesh:
+    """All ranks in one axis, or (replicas, shards) for hybrid sharding.
+
+    Raises   RecipeError  when ``parallel.dp_replicate`` does not divide the number of ranks.
+    """
+    if world.size % parallel.dp_replicate:
+        raise RecipeError(
+            f"parallel.dp_replicate {parallel.dp_replicate} does not divide the number of ranks, {world.size}"
+        )
+    if parallel.dp_replicate == 1:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shape = (parallel.dp_replicate, world.size // parallel.dp_replicate)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks, innermost first: those Transformers keeps on one device, else list members."""
+    names = set(model._no_split_modules or [])
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        found = [block for members in lists for block in members if any(True for _ in block.parameters())]
+    return found[::-1]
+
+
+def fsdp_modules(student: nn.Module) -> Iterable[FSDPModule]:
+    return (module for module in student.modules() if isinstance(module, FSDPModule))
+
+
+def reshard(student: nn.Module) -> None:
+    """Puts the sharded parameters back in place after a forward that no backward follows.
+
+    The root stays gathered after its forward, for the backward.  Without one, its parameters would be plain
+    tensors whose memory FSDP may free: reading them for a checkpoint crashed the process.
+    """
+    for module in fsdp_modules(student):
+        module.reshard()
+
+
+def fill(model: nn.Module, source: nn.Module | None, world: World) -> None:
+    """Copies parameters and buffers of the first rank's ``source`` into all ranks' shards, one at a time.
+
+    Buffers that no file holds (rotary tables) are among them: on the meta device they were never computed.
+    """
+    values = {} if source is None else dict(_named_tensors(source))
+    with torch.no_grad():
+        for name, own in _named_tensors(model):
+            whole = torch.empty(own.shape, dtype=own.dtype, device=world.device)
+            if source is not None:
+                whole.copy_(values[name])
+            _scatter(whole, own)
+
+
+def _scatter(whole: Tensor, own: Tensor) -> None:
+    """``whole`` counts on the first rank only."""
+    if isinstance(own, DTensor):
+        own.to_local().copy_(distribute_tensor(whole, own.device_mesh, own.placements).to_local())
+    else:
+        dist.broadcast(whole, src=0)
+        own.copy_(whole)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
