@@ -1,0 +1,217 @@
+"""The work on a chunk's logits as one Triton kernel: normaliser, CE, KD, gradient in place.
+
+One program takes one row: a pass over the row for the normalisers, a look at label and entries, a pass that
+writes the gradient over the logits, and the entries' own gradients on top.  The second pass finds most of the
+row in the L2 cache.  Entries are written last and whole, in fp32 from the logits they had before, so that a
+bf16 row rounds each element once.
+
+The loss is that of ``tile.py`` where the teacher is linear (see ``chunk.fits_kernel``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from shared.kd_loss.teacher import SparseTeacher
+    from shared.kd_loss.tile import LossSettings
+
+_MAX_BLOCK = 8192
+_ENTRY_BLOCK = 128
+_NUM_WARPS = 16
+
+
+def chunk_loss_(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    weights_C: Tensor | None,
+    teacher: SparseTeacher | None,
+    first: int,
+    settings: LossSettings,
+    *,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """``chunk.chunk_loss_`` for a linear teacher; never makes the host wait."""
+    num_rows, num_ids = logits_CV.shape
+    ce_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)
+    kd_C = torch.zeros_like(ce_C)
+    if num_rows == 0:
+        return ce_C, kd_C
+    rows = None if teacher is None else teacher.rows
+    unused = ce_C  # stands for tensors that the kernel does not touch
+    _chunk_kernel[(num_rows,)](
+        logits_CV,
+        labels_C,
+        unused if weights_C is None else weights_C,
+        unused if teacher is None else teacher.offsets[first:],
+        unused if rows is None else rows.ids_E,
+        unused if rows is None else rows.mass_E,
+        unused if rows is None else torch.empty_like(rows.mass_E),
+        unused if rows is None else rows.total_N[first:],
+        unused if rows is None else rows.constant_N[first:],
+        unused if rows is None or rows.spread_N is None else rows.spread_N[first:],
+        ce_C,
+        kd_C,
+        num_ids,
+        settings.num_vocab_ids,
+        logits_CV.stride(0),
+        float(settings.kd_ratio),
+        float(settings.temperature),
+        float(settings.softcap or 1.0),
+        HAS_WEIGHTS=weights_C is not None,
+        HAS_TEACHER=rows is not None,
+        HAS_SPREAD=rows is not None and rows.spread_N is not None,
+        HAS_SOFTCAP=settings.softcap is not None,
+        IS_SOFTENED=settings.temperature != 1.0,
+        WITH_GRAD=with_grad,
+        BLOCK=min(_MAX_BLOCK, triton.next_power_of_2(num_ids)),
+        ENTRY_BLOCK=_ENTRY_BLOCK,
+        num_warps=_NUM_WARPS,
+    )
+    return ce_C, kd_C
+
+
+@triton.jit
+def _capped(logits, softcap, HAS_SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The student's logits in fp32; tanh by way of a sigmoid, which does not overflow."""
+    logits = logits.to(tl.float32)
+    if HAS_SOFTCAP:
+        logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)
+    return logits
+
+
+@triton.jit
+def _chunk_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    labels_ptr,
+    weights_ptr,
+    offsets_ptr,
+    ids_ptr,
+    mass_ptr,
+    entry_logits_ptr,
+    total_ptr,
+    constant_ptr,
+    spread_ptr,
+    ce_ptr,
+    kd_ptr,
+    num_ids,
+    num_vocab_ids,
+    row_stride,
+    kd_ratio,
+    temperature,
+    softcap,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    HAS_SPREAD: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_SOFTENED: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ENTRY_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    label = tl.load(labels_ptr + row)
+
+    # Pass 1: the normalisers at temperature 1 and T, relative to a running maximum.
+    largest = -float("inf")
+    normalizer, soft_normalizer, logit_sum = 0.0, 0.0, 0.0
+    for start in range(0, num_ids, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + columns, mask=columns < num_ids, other=-float("inf"))
+        logits = _capped(logits, softcap, HAS_SOFTCAP)
+        logits = tl.where(columns < num_ids, logits, -float("inf"))
+        block_largest = tl.maximum(largest, tl.max(logits, 0))
+        origin = tl.where(block_largest == -float("inf"), 0.0, block_largest)
+        normalizer = normalizer * tl.exp(largest - origin) + tl.sum(tl.exp(logits - origin), 0)
+        if IS_SOFTENED:
+            rescale = tl.exp((largest - origin) / temperature)
+            added = tl.sum(tl.exp((logits - origin) / temperature), 0)
+            soft_normalizer = soft_normalizer * rescale + added
+        if HAS_SPREAD:
+            logit_sum += tl.sum(tl.where(columns < num_vocab_ids, logits, 0.0), 0)
+        largest = block_largest
+    lse = largest + tl.log(normalizer)
+    soft_lse = lse
+    if IS_SOFTENED:
+        soft_lse = largest / temperature + tl.log(soft_normalizer)
+
+    # Label and entries, as they are before the gradient is written over them.
+    label_logit = _capped(tl.load(logits_ptr + label), softcap, HAS_SOFTCAP)
+    tl.store(ce_ptr + row, lse - label_logit)
+    ce_scale, kd_scale = 1 - kd_ratio, 0.0
+    if HAS_WEIGHTS:
+        ce_scale *= tl.load(weights_ptr + row)
+    first_entry, last_entry, total, spread = 0, 0, 0.0, 0.0
+    if HAS_TEACHER:
+        first_entry, last_entry = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
+        total = tl.load(total_ptr + row)
+        kd_scale = kd_ratio * temperature
+        if HAS_WEIGHTS:
+            kd_scale *= tl.load(weights_ptr + row)
+        if HAS_SPREAD:
+            spread = tl.load(spread_ptr + row)
+        kept, value = 0.0, tl.load(constant_ptr + row)
+        for start in range(first_entry, last_entry, ENTRY_BLOCK):
+            entries = start + tl.arange(0, ENTRY_BLOCK)
+            mask = entries < last_entry
+            ids = tl.load(ids_ptr + entries, mask=mask, other=0)
+            mass = tl.load(mass_ptr + entries, mask=mask, other=0.0)
+            logits = _capped(tl.load(logits_ptr + ids, mask=mask, other=0.0), softcap, HAS_SOFTCAP)
+            tl.store(entry_logits_ptr + entries, logits, mask=mask)
+            value += tl.sum(tl.where(mask, mass * (soft_lse - logits / temperature), 0.0), 0)
+            kept += tl.sum(mass, 0)
+        if HAS_SPREAD:
+            value += (total - kept) * soft_lse - spread * logit_sum / temperature
+        tl.store(kd_ptr + row, value * temperature * temperature)
+
+    if WITH_GRAD:
+        tl.debug_barrier()  # all threads have read what others are about to overwrite
+
+        # Pass 2: the gradient, with the entries' mass still missing.
+        for start in range(0, num_ids, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            mask = columns < num_ids
+            logits = _capped(tl.load(logits_ptr + columns, mask=mask, other=0.0), softcap, HAS_SOFTCAP)
+            gradient = _gradient(
+                logits, columns == label, lse, soft_lse, ce_scale, kd_scale, total, temperature, softcap,
+                tl.where(columns < num_vocab_ids, spread, 0.0), HAS_TEACHER, IS_SOFTENED, HAS_SOFTCAP,
+            )  # fmt: skip
+            tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+
+        if HAS_TEACHER:
+            tl.debug_barrier()  # entries come last
+            for start in range(first_entry, last_entry, ENTRY_BLOCK):
+                entries = start + tl.arange(0, ENTRY_BLOCK)
+                mask = entries < last_entry
+                ids = tl.load(ids_ptr + entries, mask=mask, other=0)
+                mass = tl.load(mass_ptr + entries, mask=mask, other=0.0)
+                logits = tl.load(entry_logits_ptr + entries, mask=mask, other=0.0)
+                gradient = _gradient(
+                    logits, ids == label, lse, soft_lse, ce_scale, kd_scale, total, temperature, softcap,
+                    mass + spread, HAS_TEACHER, IS_SOFTENED, HAS_SOFTCAP,
+                )  # fmt: skip
+                tl.store(logits_ptr + ids, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gradient(  # type: ignore[no-untyped-def]
+    logits, is_label, lse, soft_lse, ce_scale, kd_scale, total, temperature, softcap, teacher_mass,
+    HAS_TEACHER: tl.constexpr, IS_SOFTENED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The gradient of CE and KD by capped logits, carried on to the logits before the cap."""
+    softmax = tl.exp(logits - lse)
+    gradient = ce_scale * (softmax - tl.where(is_label, 1.0, 0.0))
+    if HAS_TEACHER:
+        if IS_SOFTENED:
+            softmax = tl.exp(logits / temperature - soft_lse)
+        gradient += kd_scale * (total * softmax - teacher_mass)
+    if HAS_SOFTCAP:
+        capped = logits / softcap
+        gradient *= 1 - capped * capped
+    return gradient
