@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import click
 
-from shared import cli
+from shared.errors import DataError
 from shared.phantom.dataset import SPLITS, write_dataset
 from shared.phantom.questions import QUESTIONS_PER_PICTURE
 
@@ -24,7 +25,12 @@ def main(out: str, train: int, validation: int, test: int, seed: int, size: int)
     """Draws medical-looking pictures with questions into the folder OUT, as Parquet files."""
     pictures = dict(zip(SPLITS, (train, validation, test), strict=True))
     begun = time.perf_counter()
-    if not write_dataset(out, pictures=pictures, seed=seed, size=size):
+    try:
+        drawn = write_dataset(out, pictures=pictures, seed=seed, size=size)
+    except DataError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_status)
+    if not drawn:
         click.echo(f"{out}: already drawn with these arguments")
         return
     seconds = time.perf_counter() - begun
@@ -34,4 +40,4 @@ def main(out: str, train: int, validation: int, test: int, seed: int, size: int)
 
 
 if __name__ == "__main__":
-    cli.run(main)  # type: ignore[arg-type]
+    main()

@@ -71,7 +71,8 @@ def draw_case(seed: int, split: str, number: int) -> tuple[Picture, ...]:
     """The pictures of one case: one, or a T1 and a T2 weighted one of the same anatomy."""
     key = (seed, split, number)
     rng = stream(key, "facts")
-    study = STUDIES[rng.integers(len(STUDIES))]
+    shares = np.array([1 / len(study.modalities) for study in STUDIES])  # as many pictures of each study
+    study = STUDIES[rng.choice(len(STUDIES), p=shares / shares.sum())]
     lesion = None if rng.random() < NO_LESION_FRACTION else draw_lesion(study, rng)
     letter = ("R", "L")[rng.integers(2)] if study.letter else ""
     if study.letter == "side" and lesion is not None:
@@ -89,6 +90,8 @@ def draw_lesion(study: Study, rng: np.random.Generator) -> Lesion:
     findings = [f for f in FINDINGS if f.organ == site.organ and set(study.modalities) <= set(f.signs)]
     finding = findings[rng.integers(len(findings))]
     largest = min(site.max_cm, finding.max_cm)
-    sizes = [size for size in SIZES_CM if finding.min_cm <= size <= largest]
+    classes = [[size for size in sizes if finding.min_cm <= size <= largest] for sizes in SIZES_CM.values()]
+    classes = [sizes for sizes in classes if sizes]
+    sizes = classes[rng.integers(len(classes))]
     shift = rng.uniform(-site.spread, site.spread, 2)
     return Lesion(finding, site, sizes[rng.integers(len(sizes))], (float(shift[0]), float(shift[1])))

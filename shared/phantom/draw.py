@@ -126,7 +126,7 @@ def encode(grey: Grey, rng: np.random.Generator) -> bytes:
     levels = np.round(grey * 63)
     bytes_ = (levels * 255 / 63).round().astype(np.uint8)
     if mode == "I;16":
-        image = Image.fromarray((levels * 65535 / 63).round().astype(np.uint16))
+        image = Image.fromarray((levels * 4095 / 63).round().astype(np.uint16))  # 12 bits, as scanners give
     elif mode == "RGBA":
         image = Image.fromarray(np.dstack([bytes_] * 3 + [clear_corners(len(bytes_))]))
     else:

@@ -12,7 +12,7 @@ from typing import Literal
 Modality = Literal["CT", "T1", "T2", "US", "XR"]
 Margin = Literal["smooth", "irregular"]
 
-SIZES_CM = (1.0, 1.5, 2.5, 3.0, 3.5, 4.5, 5.0, 5.5)
+SIZES_CM = {"small": (1.0, 1.5), "medium": (2.5, 3.0, 3.5), "large": (4.5, 5.0, 5.5)}
 """Diameters that are drawn.  None is near 2 or 4 cm, where the size classes meet."""
 
 

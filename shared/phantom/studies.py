@@ -89,7 +89,7 @@ HEAD_CT = Study(
     220.0,
     (
         *pair("brain", "{side} frontal lobe", 30, -46, 3.5),
-        *pair("brain", "{side} parietal lobe", 41, 2, 3.5),
+        *pair("brain", "{side} parietal lobe", 39, 2, 4.5, 3),
         *pair("brain", "{side} occipital lobe", 27, 50, 3.5),
     ),
     Extra(
@@ -108,8 +108,8 @@ CHEST_CT = Study(
     "axial",
     360.0,
     (
-        *pair("lung", "anterior part of the {side} lung", 82, -38, 4.5, 8),
-        *pair("lung", "posterior part of the {side} lung", 92, 32, 5.0, 8),
+        *pair("lung", "anterior part of the {side} lung", 92, -30, 4.5, 7),
+        *pair("lung", "posterior part of the {side} lung", 94, 34, 5.0, 7),
     ),
     Extra(
         "calcification of the aorta",
@@ -170,7 +170,7 @@ BRAIN_AXIAL = Study(
     220.0,
     (
         *pair("brain", "{side} frontal lobe", 30, -44, 3.5),
-        *pair("brain", "{side} parietal lobe", 41, 2, 3.5),
+        *pair("brain", "{side} parietal lobe", 39, 2, 4.5, 3),
         *pair("brain", "{side} occipital lobe", 27, 48, 3.5),
     ),
     VENTRICLES,
@@ -257,8 +257,8 @@ LIVER_US = Study(
     "transverse",
     170.0,
     (
-        Site("liver", "right lobe of the liver", "Right", -24, 8, 3.5, 6),
-        Site("liver", "right lobe of the liver", "Right", -24, 8, 3.5, 6),
+        Site("liver", "right lobe of the liver", "Right", -24, 8, 4.5, 5),
+        Site("liver", "right lobe of the liver", "Right", -24, 8, 4.5, 5),
         Site("gallbladder", "gallbladder", "Right", 31, -2, 1.5, 2),
     ),
     Extra(
@@ -279,7 +279,7 @@ CHEST_XR = Study(
     400.0,
     (
         *pair("lung", "upper zone of the {side} lung", 66, -84, 3.5, 6),
-        *pair("lung", "middle zone of the {side} lung", 92, -22, 4.5, 6),
+        *pair("lung", "middle zone of the {side} lung", 92, -22, 5.0, 6),
         *pair("lung", "lower zone of the {side} lung", 104, 34, 3.5, 4),
     ),
     Extra(
@@ -299,8 +299,8 @@ KNEE_XR = Study(
     "frontal",
     200.0,
     (
-        *either("bone", "distal {side} femur", 0, -34, 3.5, 5),
-        *either("bone", "proximal {side} tibia", 0, 36, 3.5, 4),
+        *either("bone", "distal {side} femur", 0, -32, 4.5, 4),
+        *either("bone", "proximal {side} tibia", 0, 36, 4.5, 4),
     ),
     Extra(
         "a metal screw",

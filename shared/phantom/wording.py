@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared.phantom.anatomy import Lesion, Picture
+from shared.phantom.findings import SIZES_CM
 
 MODALITY_NAMES = {
     "CT": "CT",
@@ -70,7 +71,7 @@ def measure(picture: Picture, lesion: Lesion) -> str:
 
 
 def size_class(diameter_cm: float) -> str:
-    return "small" if diameter_cm < 2 else "medium" if diameter_cm < 4 else "large"
+    return next(name for name, sizes in SIZES_CM.items() if diameter_cm in sizes)
 
 
 def subject(picture: Picture) -> str:

@@ -39,8 +39,8 @@ def chest_frontal(canvas: Canvas, picture: Picture, rng: np.random.Generator) ->
         grey += 0.20 * canvas.line([(side * 16, -118), (side * 70, -132), (side * 150, -146)], 11, blur_mm=2)
         grey += 0.12 * canvas.line([(side * 150, -150), (side * 138, -60)], 14, blur_mm=4)  # scapula
     if picture.has_extra:
-        grey = over(grey, canvas.box(92, -96, 17, 14, corner=8), 1.0)
-        grey = over(grey, canvas.line([(84, -104), (40, -98), (10, -60), (2, 10), (28, 44)], 3), 1.0)
+        grey = over(grey, canvas.box(112, -116, 17, 14, corner=8), 1.0)
+        grey = over(grey, canvas.line([(104, -124), (40, -108), (10, -60), (2, 10), (28, 44)], 3), 1.0)
     return grey
 
 
