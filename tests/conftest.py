@@ -1,0 +1,100 @@
+"""Fixtures that several test modules share: small real models and a small data set, made once a session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of a Hugging Face library
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import pytest
+from samples import ANSWERS, QUESTIONS, make_examples
+
+from shared.config import DataConfig
+from shared.processing import ExampleProcessor, open_processor
+from shared.small_models import make_small_model, train_tokenizer
+from shared.vqa import Example
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps what ``datasets`` writes out of the home folder."""
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets_cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and chat template; 384 ids at most."""
+    return train_tokenizer([*QUESTIONS, *ANSWERS] * 4, tmp_path_factory.mktemp("tokenizer"), vocab_size=384)
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A Qwen3.5 of 0.2 M parameters: one linear and one full attention layer, tied embeddings."""
+    return make_small_model(
+        tmp_path_factory.mktemp("models") / "student",
+        tokenizer=tokenizer_folder,
+        hidden_size=64,
+        num_layers=2,
+        vision_hidden_size=32,
+        vision_depth=1,
+        seed=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A larger Qwen3.5 of the same tokenizer, embeddings and head apart."""
+    return make_small_model(
+        tmp_path_factory.mktemp("models") / "teacher",
+        tokenizer=tokenizer_folder,
+        hidden_size=128,
+        num_layers=3,
+        vision_hidden_size=64,
+        vision_depth=1,
+        seed=2,
+        tie_word_embeddings=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[Example]:
+    """Twelve examples with pictures of three sizes."""
+    return make_examples(12)
+
+
+@pytest.fixture(scope="session")
+def vqa_folder(tmp_path_factory: pytest.TempPathFactory, examples: list[Example]) -> Path:
+    """A Parquet folder with MedPix's columns: 12 training rows, 4 for validation."""
+    folder = tmp_path_factory.mktemp("vqa")
+    features = datasets.Features(
+        {
+            "image_id": datasets.Image(),
+            **{name: datasets.Value("string") for name in ("mode", "case_id", "question", "answer")},
+        }
+    )
+    for split, rows in (("train", examples), ("validation", make_examples(16)[12:])):
+        table = {
+            "image_id": [{"bytes": row.image, "path": None} for row in rows],
+            "mode": [row.kind for row in rows],
+            "case_id": [row.case for row in rows],
+            "question": [row.question for row in rows],
+            "answer": [row.answer for row in rows],
+        }
+        data = datasets.Dataset.from_dict(table, features=features)
+        data.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_config(vqa_folder: Path) -> DataConfig:
+    return DataConfig(source=str(vqa_folder), max_answer_tokens=64)
+
+
+@pytest.fixture(scope="session")
+def processor(student_folder: Path, data_config: DataConfig) -> ExampleProcessor:
+    """The example processor of the small models."""
+    return open_processor(str(student_folder), data_config)

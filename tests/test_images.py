@@ -1,0 +1,227 @@
+"""Pictures of every Pillow mode and file kind become RGB by the rule that shared/images.py states."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from shared.errors import DataError
+from shared.images import MAX_ASPECT_RATIO, decode_rgb, to_rgb
+
+ALL_MODES = "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I I;16 I;16B I;16L I;16N F".split()
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_every_mode_becomes_rgb_of_the_same_size(mode: str) -> None:
+    assert pixels(to_rgb(Image.new(mode, (5, 3)))).shape == (3, 5, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "HSV"])
+def test_modes_that_can_hold_a_grey_ramp_keep_it_exactly(mode: str) -> None:
+    ramp = Image.fromarray(np.arange(0, 250, 10, dtype=np.uint8).reshape(5, 5))
+    step = {"La": "LA", "RGBa": "RGBA", "PA": "P", "HSV": "RGB"}.get(mode, mode)
+    image = ramp.convert(step).convert(mode)
+    assert (pixels(to_rgb(image)) == np.asarray(ramp)[..., None]).all()
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB"])
+@pytest.mark.parametrize("colour", [(190, 90, 60), (60, 150, 80), (90, 90, 160), (255, 255, 255), (0, 0, 0)])
+def test_colour_spaces_come_back_within_rounding(mode: str, colour: tuple[int, int, int]) -> None:
+    if mode == "LAB":
+        from PIL import ImageCms
+
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(Image.new("RGB", (2, 2), colour), *profiles, outputMode="LAB")
+    else:
+        image = Image.new("RGB", (2, 2), colour).convert(mode)
+    image = Image.open(io.BytesIO(encoded(image, "TIFF")))
+    assert np.abs(pixels(to_rgb(image)).astype(int) - colour).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("<u2", "PNG"), ("<u2", "TIFF"), (">u2", "TIFF"), ("<i4", "TIFF"), ("<f4", "TIFF")]
+)
+def test_deep_grey_keeps_its_contrast(dtype: str, kind: str) -> None:
+    """A 12-bit scan: division by 256 would leave 0 to 15 of 255."""
+    values = np.array([[1000, 1100, 1500], [2000, 2040, 3040]])
+    rgb = pixels(decode_rgb(encoded(Image.fromarray(values.astype(dtype)), kind)))
+    assert (rgb[..., 0] == [[0, 12, 62], [125, 130, 255]]).all()
+    assert (rgb == rgb[..., :1]).all()
+
+
+@given(st.lists(st.integers(0, 65535), min_size=2, max_size=40))
+def test_deep_grey_keeps_order_and_reaches_both_ends(values: list[int]) -> None:
+    rgb = pixels(to_rgb(Image.fromarray(np.array([values], dtype=np.uint16))))[0, :, 0]
+    if min(values) == max(values):
+        assert (rgb == 0).all()
+        return
+    assert rgb.min() == 0
+    assert rgb.max() == 255
+    assert (np.diff(rgb[np.argsort(values, kind="stable")].astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("value", [0, 7, 65535])
+def test_a_picture_of_one_value_is_black(value: int) -> None:
+    assert not pixels(decode_rgb(encoded(Image.fromarray(np.full((4, 4), value, np.uint16))))).any()
+
+
+def test_floating_point_oddities() -> None:
+    values = np.array([[np.nan, -np.inf, np.inf, -1.0, 0.0, 1.0]], dtype=np.float32)
+    assert pixels(to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 255, 0, 128, 255]
+    nothing = np.full((2, 2), np.nan, dtype=np.float32)
+    assert not pixels(to_rgb(Image.fromarray(nothing))).any()
+    extremes = np.array([[-3.4e38, 3.4e38]], dtype=np.float32)
+    assert pixels(to_rgb(Image.fromarray(extremes)))[0, :, 0].tolist() == [0, 255]
+    tiny = np.array([[0.0, 1e-45]], dtype=np.float32)
+    assert pixels(to_rgb(Image.fromarray(tiny)))[0, :, 0].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(("background", "expected"), [("black", 100), ("white", 227)])
+def test_half_transparent_pixels_mix_with_the_background(background: str, expected: int) -> None:
+    image = Image.new("RGBA", (2, 2), (200, 200, 200, 128))
+    for mode in ("RGBA", "LA"):
+        rgb = pixels(decode_rgb(encoded(image.convert(mode)), background=background))
+        assert (rgb == expected).all()
+
+
+def _palette(transparency: int | bytes) -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, *GREEN])
+    image.putpixel((1, 0), 1)
+    image.info["transparency"] = transparency
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "expected"),
+    [
+        (_palette(1), {"transparency": 1}, [RED, BLUE]),
+        (_palette(b"\xff\x00"), {"transparency": b"\xff\x00"}, [RED, BLUE]),
+        (Image.fromarray(np.array([[9, 7]], np.uint8)), {"transparency": 7}, [(9, 9, 9), BLUE]),
+        (Image.fromarray(np.array([[RED, GREEN]], np.uint8)), {"transparency": GREEN}, [RED, BLUE]),
+        (Image.fromarray(np.array([[0, 700, 700, 1000]], np.uint16)), {"transparency": 700}, "two gone"),
+    ],
+)
+def test_a_see_through_colour_shows_the_background(
+    image: Image.Image, options: dict, expected: list | str
+) -> None:
+    on_black = pixels(decode_rgb(encoded(image, **options)))[0].tolist()
+    on_white = pixels(decode_rgb(encoded(image, **options), background="white"))[0].tolist()
+    if expected == "two gone":
+        assert on_black == [[0] * 3, [0] * 3, [0] * 3, [255] * 3]
+        assert on_white == [[0] * 3, [255] * 3, [255] * 3, [255] * 3]
+        return
+    for found, ground in ((on_black, (0, 0, 0)), (on_white, (255, 255, 255))):
+        assert found == [list(ground if colour == BLUE else colour) for colour in expected]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "corner"),
+    [
+        *((1, (6, 4), (0, 0)), (2, (6, 4), (5, 0)), (3, (6, 4), (5, 3)), (4, (6, 4), (0, 3))),
+        *((5, (4, 6), (0, 0)), (6, (4, 6), (3, 0)), (7, (4, 6), (3, 5)), (8, (4, 6), (0, 5))),
+    ],
+)
+@pytest.mark.parametrize("deep", [False, True])
+def test_exif_orientation_is_applied(
+    orientation: int, size: tuple[int, int], corner: tuple[int, int], deep: bool
+) -> None:
+    values = np.zeros((4, 6), dtype=np.uint16 if deep else np.uint8)
+    values[0, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode_rgb(encoded(Image.fromarray(values), exif=exif))
+    assert image.size == size
+    assert image.getpixel(corner) == (255, 255, 255)
+    assert pixels(image).sum() == 3 * 255
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@given(st.binary(max_size=60))
+@example(b"II*\0\x08\0\0\0\xff\xff")
+@example(b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0")
+def test_unreadable_exif_is_passed_over(junk: bytes) -> None:
+    image = decode_rgb(encoded(Image.new("RGB", (6, 4), RED), exif=b"Exif\0\0" + junk))
+    assert sorted(image.size) == [4, 6]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_frame_counts(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **lossless)
+    assert (pixels(decode_rgb(data)) == RED).all()
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"<svg/>", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff"])
+def test_what_is_no_picture_is_refused_by_name(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"^train, row 3: the picture"):
+        decode_rgb(data, where="train, row 3")
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=150)
+@given(st.data())
+def test_damaged_files_give_a_picture_or_our_error(data: st.DataObject) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8))
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]))
+    whole = bytearray(encoded(noise, kind))
+    for place in data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=3)):
+        whole[place] ^= data.draw(st.integers(1, 255))
+    cut = data.draw(st.integers(0, len(whole)))
+    with contextlib.suppress(DataError):
+        assert decode_rgb(bytes(whole[:cut])).mode == "RGB"
+
+
+def test_a_file_that_ends_early_is_refused() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    for kind in ("PNG", "JPEG", "GIF", "TIFF", "BMP"):
+        whole = encoded(noise, kind)
+        with pytest.raises(DataError, match="cannot be decoded"):
+            decode_rgb(whole[: len(whole) // 2])
+
+
+def test_bombs_are_refused_before_they_unfold(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = PngImagePlugin.o32(60_000) * 2 + b"\x08\x02\0\0\0"
+    stream = io.BytesIO(b"\x89PNG\r\n\x1a\n")
+    stream.seek(8)
+    PngImagePlugin.putchunk(stream, b"IHDR", header)
+    PngImagePlugin.putchunk(stream, b"IDAT", b"")
+    with pytest.raises(DataError, match="too large"):
+        decode_rgb(stream.getvalue())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(DataError, match="10 x 10 pixels; at most 99"),
+    ):
+        decode_rgb(encoded(Image.new("L", (10, 10))))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_strips_are_refused_beyond_the_ratio_that_qwen_takes(flip: bool) -> None:
+    for length, fits in ((3 * MAX_ASPECT_RATIO, True), (3 * MAX_ASPECT_RATIO + 1, False)):
+        size = (3, length) if flip else (length, 3)
+        data = encoded(Image.new("L", size))
+        if fits:
+            assert decode_rgb(data).size == size
+        else:
+            with pytest.raises(DataError, match=f"strip of {size[0]} x {size[1]} pixels.*max_dropped"):
+                decode_rgb(data)

@@ -1,0 +1,317 @@
+"""Splits open from every kind of source, and rows that cannot be used are refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import encoded_picture
+from torch.utils.data import DataLoader
+
+from shared.config import ColumnsConfig, DataConfig, SplitsConfig
+from shared.errors import DataError
+from shared.vqa import Example, open_split
+
+PICTURE = encoded_picture(0)
+MEDPIX = Path(__file__).parents[2] / "shared" / "medpix-vqa"
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {
+        "image_id": PICTURE,
+        "mode": "alignment",
+        "case_id": "MPX1",
+        "question": "Which plane?",
+        "answer": "axial",
+    } | changes
+
+
+def jsonl(folder: Path, rows: list[dict[str, Any]], name: str = "train.jsonl") -> DataConfig:
+    """A folder with rows and the picture ``p.png``."""
+    folder.mkdir(exist_ok=True)
+    (folder / "p.png").write_bytes(PICTURE)
+    lines = [json.dumps({"image_id": "p.png"} | one) for one in rows]
+    (folder / name).write_text("\n".join(lines), encoding="utf-8")
+    return DataConfig(source=str(folder))
+
+
+def words(**changes: Any) -> dict[str, Any]:
+    return {"question": "Which plane?", "answer": "axial"} | changes
+
+
+def _parquet(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    return folder
+
+
+def _parquet_file(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), folder / "anything.parquet")
+    return folder / "anything.parquet"
+
+
+def _parquet_of_structs(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    return _parquet(folder, [one | {"image_id": {"bytes": one["image_id"], "path": "x.png"}} for one in rows])
+
+
+def _hub_layout(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    (folder / "data").mkdir()
+    for shard, some in enumerate((rows[:1], rows[1:])):
+        pq.write_table(pa.Table.from_pylist(some), folder / "data" / f"train-0000{shard}-of-00002.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[:1]), folder / "data" / "test-00000-of-00001.parquet")
+    (folder / "README.md").write_text("# data")
+    return folder
+
+
+def _folders_of_splits(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    for split in ("train", "validation"):
+        (folder / split).mkdir()
+        _parquet_file(folder / split, rows)
+    return folder
+
+
+def _saved(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+def _saved_splits(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    data = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict({"train": data, "validation": data}).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+def _arrow(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    table = pa.Table.from_pylist(rows)
+    with (
+        pa.OSFile(str(folder / "train.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    return folder
+
+
+def _picture_files(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    (folder / "pictures").mkdir()
+    for number, one in enumerate(rows):
+        (folder / "pictures" / f"{number}.png").write_bytes(one["image_id"])
+    return [one | {"image_id": f"pictures/{number}.png"} for number, one in enumerate(rows)]
+
+
+def _parquet_of_paths(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    return _parquet(folder, _picture_files(folder, rows))
+
+
+def _json_lines(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    first, *rest = _picture_files(folder, rows)
+    absolute = first | {"image_id": str(folder / first["image_id"])}
+    lines = [json.dumps(one, ensure_ascii=False) for one in (absolute, *rest)]
+    (folder / "train.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        *(_parquet, _parquet_file, _parquet_of_structs, _parquet_of_paths, _hub_layout, _folders_of_splits),
+        *(_saved, _saved_splits, _arrow, _json_lines),
+    ],
+)
+def test_every_source_gives_the_same_examples(
+    write: Callable[[Path, list[dict[str, Any]]], Path], tmp_path: Path
+) -> None:
+    rows = [row(image_id=encoded_picture(n), answer=f"a {n}\n\u00fcber", mode=None) for n in range(3)]
+    split = open_split(DataConfig(source=str(write(tmp_path, rows))), "train")
+    expected = [
+        Example(encoded_picture(n), "Which plane?", f"a {n}\n\u00fcber", kind="", case="MPX1", index=n)
+        for n in range(3)
+    ]
+    assert list(split) == expected
+    assert len(split) == 3
+    again = pickle.loads(pickle.dumps(split))
+    assert list(again) == expected
+    with pytest.raises(IndexError):
+        split[3]
+
+
+def test_data_loader_workers_read_the_same_rows(vqa_folder: Path, examples: list[Example]) -> None:
+    split = open_split(DataConfig(source=str(vqa_folder)), "train")
+    assert len(pickle.dumps(split)) < 20_000
+    loader = DataLoader(split, batch_size=None, num_workers=2)  # type: ignore[arg-type]
+    assert list(loader) == examples
+
+
+def test_limit_takes_the_first_rows_of_each_split(vqa_folder: Path, examples: list[Example]) -> None:
+    data = DataConfig(source=str(vqa_folder), limit=5)
+    assert list(open_split(data, "train")) == examples[:5]
+    assert len(open_split(data, "validation")) == 4
+
+
+def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
+    _parquet(tmp_path, [row(answer="one")])
+    assert open_split(DataConfig(source=str(tmp_path)), "train")[0].answer == "one"
+    _parquet(tmp_path, [row(answer="two")])
+    assert open_split(DataConfig(source=str(tmp_path)), "train")[0].answer == "two"
+
+
+@given(
+    st.text(max_size=6),
+    st.text(min_size=1).filter(str.strip),
+    st.sampled_from(["", " ", "\n", "\t\u00a0\u3000"]),
+)
+def test_texts_are_trimmed_at_the_ends_and_nowhere_else(head: str, body: str, blank: str) -> None:
+    from shared.vqa import _text
+
+    given_text = blank + head + "x\r\n\n  x" + body + "\u2009x" + blank
+    kept = _text(given_text, "answer", where="here")
+    assert kept == given_text.strip()
+    assert kept in given_text
+
+
+def test_jsonl_keeps_types_that_a_column_reader_would_guess(tmp_path: Path) -> None:
+    """A column of dates is read as timestamps by pyarrow, and mixed types are refused by it."""
+    answers = ["2020-01-01", "2020-01-02", 3, 2.5, "007"]
+    split = open_split(jsonl(tmp_path, [words(answer=answer) for answer in answers]), "train")
+    assert [one.answer for one in split] == ["2020-01-01", "2020-01-02", "3", "2.5", "007"]
+
+
+def test_numbers_in_typed_columns_are_written_out(tmp_path: Path) -> None:
+    assert open_split(DataConfig(source=str(_parquet(tmp_path, [row(answer=12)]))), "train")[0].answer == "12"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": None}, "the answer is missing"),
+        ({"answer": ""}, "the answer is empty"),
+        ({"question": " \n\u00a0"}, "the question is empty"),
+        ({"question": None}, "the question is missing"),
+        ({"answer": ["a", "b"]}, "the answer is a list; needed is one text"),
+        ({"answer": {"text": "a"}}, "the answer is a dict"),
+        ({"answer": True}, "the answer is a bool"),
+        ({"answer": float("nan")}, "the answer is missing"),
+        ({"answer": "bad \ud800"}, "the answer is not valid Unicode"),
+        ({"image_id": None}, "the picture is missing"),
+        ({"image_id": "nowhere.png"}, "nowhere.png cannot be read"),
+        ({"image_id": "."}, "cannot be read"),
+        ({"image_id": "a\0b"}, "cannot be read"),
+        ({"image_id": 7}, "the picture is a int"),
+        ({"image_id": "https://example.org/p.png"}, "the picture is a URL"),
+        ({"image_id": {"bytes": None, "path": None}}, "the picture is missing"),
+        ({"image_id": {"url": "p.png"}}, "the picture is a dict"),
+    ],
+)
+def test_unusable_rows_are_named_and_the_others_stay_usable(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    split = open_split(jsonl(tmp_path, [words(), words(**change), words()]), "train")
+    with pytest.raises(DataError, match=message) as caught:
+        split[1]
+    assert str(caught.value).startswith(f"{tmp_path}, split train, row 1: ")
+    assert split[0].answer == split[2].answer == "axial"
+
+
+def test_nulls_in_parquet_are_named(tmp_path: Path) -> None:
+    split = open_split(DataConfig(source=str(_parquet(tmp_path, [row(), row(answer=None)]))), "train")
+    with pytest.raises(DataError, match="row 1: the answer is missing"):
+        split[1]
+
+
+def test_a_bad_line_is_named_by_file_and_line(tmp_path: Path) -> None:
+    data = jsonl(tmp_path, [words(), words()])
+    with open(tmp_path / "train.jsonl", "a", encoding="utf-8") as stream:
+        stream.write('\n\n{"question": \n["a"]\n')
+    split = open_split(data, "train")
+    with pytest.raises(DataError, match=r"train\.jsonl, line 4: not JSON"):
+        split[2]
+    with pytest.raises(DataError, match=r"train\.jsonl, line 5: a list"):
+        split[3]
+
+
+def test_kind_and_case_may_be_missing_unless_asked_for(tmp_path: Path) -> None:
+    data = jsonl(tmp_path, [words()])
+    example = open_split(data, "train")[0]
+    assert (example.kind, example.case) == ("", "")
+    asked = data.model_copy(update={"columns": ColumnsConfig(kind="type")})
+    with pytest.raises(DataError, match=r"data\.columns\.kind: column 'type' is not there"):
+        open_split(asked, "train")
+
+
+def test_unknown_columns_and_splits_are_listed_with_a_suggestion(vqa_folder: Path) -> None:
+    columns = ColumnsConfig(question="qestion")
+    with pytest.raises(DataError, match=r"'qestion'.*found answer, case_id, .*did you mean 'question'"):
+        open_split(DataConfig(source=str(vqa_folder), columns=columns), "train")
+    splits = SplitsConfig(train="trian")
+    with pytest.raises(
+        DataError, match="'trian' is not there; found train, validation; did you mean 'train'"
+    ):
+        open_split(DataConfig(source=str(vqa_folder), splits=splits), "train")
+    with pytest.raises(DataError, match=r"data\.splits\.test is null"):
+        open_split(DataConfig(source=str(vqa_folder)), "test")
+
+
+def test_a_saved_data_set_lists_its_splits(tmp_path: Path) -> None:
+    source = _saved_splits(tmp_path, [row()])
+    with pytest.raises(DataError, match="split 'test' is not there; found train, validation"):
+        open_split(DataConfig(source=str(source), splits=SplitsConfig(test="test")), "test")
+
+
+def test_splits_whose_names_begin_alike_are_kept_apart(tmp_path: Path) -> None:
+    for name in ("train", "train_small", "validation"):
+        pq.write_table(pa.Table.from_pylist([row(answer=name)]), tmp_path / f"{name}-00000-of-00001.parquet")
+    for role in ("train", "train_small"):
+        split = open_split(DataConfig(source=str(tmp_path), splits=SplitsConfig(train=role)), "train")
+        assert [one.answer for one in split] == [role]
+
+
+def test_a_file_in_a_split_folder_belongs_to_what_its_own_name_says(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for name in ("part-0", "validation"):
+        pq.write_table(pa.Table.from_pylist([row(answer=name)]), tmp_path / "train" / f"{name}.parquet")
+    data = DataConfig(source=str(tmp_path))
+    assert [one.answer for one in open_split(data, "train")] == ["part-0"]
+    assert [one.answer for one in open_split(data, "validation")] == ["validation"]
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c", "nowhere.jsonl"])
+def test_a_missing_path_says_where_it_looked(source: str) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        open_split(DataConfig(source=source), "train")
+
+
+def test_a_hub_name_without_network_says_what_was_tried() -> None:
+    with pytest.raises(DataError, match="nobody/nothing, which is no local folder and was looked for on the"):
+        open_split(DataConfig(source="nobody/nothing", revision="main"), "train")
+
+
+def test_empty_sources_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no data file; needed \*\.parquet"):
+        open_split(DataConfig(source=str(tmp_path)), "train")
+    (tmp_path / "train.jsonl").write_text("\n \n")
+    with pytest.raises(DataError, match="split train: no rows"):
+        open_split(DataConfig(source=str(tmp_path)), "train")
+
+
+def test_a_damaged_parquet_file_is_a_data_error(tmp_path: Path) -> None:
+    file = _parquet_file(tmp_path, [row()])
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match=f"split 'train' of data.source {file} cannot be opened"):
+        open_split(DataConfig(source=str(file)), "train")
+
+
+@pytest.mark.skipif(not MEDPIX.exists(), reason="the MedPix sample does not lie beside the checkout")
+def test_the_medpix_sample_opens_whole() -> None:
+    data = DataConfig(source=str(MEDPIX))
+    train = list(open_split(data, "train"))
+    assert len(train) == 1200
+    assert len(open_split(data, "validation")) == 200
+    assert {one.kind for one in train} == {"alignment", "from caption"}
+    assert any("\n" in one.answer for one in train)
