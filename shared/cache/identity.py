@@ -117,7 +117,7 @@ class Identity(Record):
         captured = self.targets.temperatures
         if temperature not in captured:
             listed = ", ".join(map(str, captured))
-            refusals.append(f"temperature: the cache has targets at {listed}; {temperature} is asked for")
+            refusals.append(f"temperature: {listed} in the cache, {temperature} asked for")
         if policy is not None and policy != self.targets.policy:
             refusals.append(_both_sides("targets.policy", _plain(self.targets.policy), _plain(policy)))
         others = set(InputsIdentity.model_fields) - {"image_processor_fingerprint"}
@@ -137,7 +137,7 @@ def _differences(
 
 
 def _both_sides(label: str, stored: str, other: str) -> str:
-    return f"{label}: the cache has {stored}; {other} is asked for"
+    return f"{label}: {stored} in the cache, {other} asked for"
 
 
 def _plain(value: Any) -> str:

@@ -28,7 +28,7 @@ class CacheBusyError(CacheFormatError):
 
 
 class CaptureLock:
-    """Held from :meth:`acquire` to :meth:`release` or the death of the process."""
+    """Held from :meth:`acquire` to :meth:`close` or the death of the process."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
@@ -63,7 +63,7 @@ class CaptureLock:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Removes the file and gives the lock back; in a forked child it does nothing."""
         if self._descriptor is not None and self._owner == os.getpid():
             _held_here.discard(self.path.resolve())

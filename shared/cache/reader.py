@@ -156,14 +156,20 @@ class CacheReader:
         """A shard's columns, mapped; its hash is checked before its first use."""
         view = self._shards.get(number)
         if view is None:
-            info = self.manifest.shards[number]
-            where = f"{self._folder.where}, shard {number:05d}"
-            view = open_shard(self._map(info.name, info.sha256, info.bytes, where=where), where=where)
+            view = open_shard(self.shard_bytes(number), where=self._where(number))
             self._shards[number] = view
             while self._has_too_many_open():
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
         return view
+
+    def shard_bytes(self, number: int) -> pa.Buffer:
+        """A shard's file, mapped; its hash is checked before its first use."""
+        info = self.manifest.shards[number]
+        return self._map(info.name, info.sha256, info.bytes, where=self._where(number))
+
+    def _where(self, number: int) -> str:
+        return f"{self._folder.where}, shard {number:05d}"
 
     def require_student(
         self, inputs: InputsIdentity, *, temperature: float, policy: Policy | None = None

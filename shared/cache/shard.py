@@ -170,10 +170,10 @@ class ShardView:
         return self.keys[row : row + 1].tobytes()
 
 
-def open_shard(source: Path | bytes | pa.Buffer, *, where: str) -> ShardView:
-    """Maps a shard file, or looks into the bytes of one.
+def open_shard(source: Path | bytes | pa.Buffer, *, where: str, thoroughly: bool = False) -> ShardView:
+    """Maps a shard file, or looks into the bytes of one; ``thoroughly``: at every offset and index too.
 
-    Raises   CacheFormatError  when it is not a shard of this format; what its values are is not looked at
+    Raises   CacheFormatError  when it is not a shard of this format
     """
     try:
         buffer = as_buffer(source)
@@ -182,7 +182,7 @@ def open_shard(source: Path | bytes | pa.Buffer, *, where: str) -> ShardView:
         if stream.num_record_batches != 1:
             raise CacheFormatError(f"{where}: {stream.num_record_batches} record batches found, 1 needed.")
         batch = stream.get_batch(0)
-        batch.validate()
+        batch.validate(full=thoroughly)
     except (pa.ArrowException, OSError) as error:
         raise CacheFormatError(
             f"{where}: cannot be read as an Arrow file ({first_line(error)}). Delete it and capture "

@@ -70,7 +70,7 @@ class CacheWriter:
             writer._sweep()
         except BaseException:
             if lock is not None:
-                lock.release()
+                lock.close()
             raise
         return writer
 
@@ -88,7 +88,7 @@ class CacheWriter:
     def close(self) -> None:
         """Gives the lock back.  Finished units stay; nothing is committed."""
         if self._lock is not None:
-            self._lock.release()
+            self._lock.close()
             self._lock = None
 
     def stored_plan(self) -> Plan | None:

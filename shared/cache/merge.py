@@ -1,0 +1,130 @@
+"""``merge``: caches captured apart become one.
+
+Whole shards are copied byte for byte; a shard that shares examples with an earlier one is rewritten without
+them.  What the caches were captured from may differ, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.cache.commit import encode_index, shard_info
+from shared.cache.format import sha256_hex
+from shared.cache.identity import DataSource, Identity
+from shared.cache.index import KeyIndex, split_keys
+from shared.cache.lock import CaptureLock
+from shared.cache.manifest import MANIFEST_NAME, Manifest, ShardInfo, SkippedRow
+from shared.cache.plan import make_unit
+from shared.cache.reader import CacheReader
+from shared.cache.shard import ShardView, encode_shard, open_shard
+from shared.cache.storage import Folder, LocalFolder, open_folder
+from shared.cache.unit import shard_name
+from shared.errors import CacheFormatError
+
+
+def merge(sources: Sequence[str], out: str, *, created_by: Mapping[str, str]) -> Manifest:
+    """Writes a new cache of all examples of ``sources``, equal ones once; the first source wins.
+
+    An interrupted merge is begun anew in the same folder.
+
+    Raises   CacheMismatchError  when they were not captured alike: every difference, both sides
+             CacheFormatError    when one is damaged, or ``out`` is not empty
+    """
+    readers = [CacheReader(source) for source in sources]
+    _require_alike(readers)
+    folder = open_folder(out)
+    lock = closing(CaptureLock.in_folder(folder.path)) if isinstance(folder, LocalFolder) else nullcontext()
+    with lock:
+        there = [name for name in folder.names("") if not name.startswith((".", "capture.lock"))]
+        if there:
+            raise CacheFormatError(
+                f"{folder.where}: holds {there[0]!r} already. Name a new folder to merge into."
+            )
+        return _merge(readers, folder, created_by)
+
+
+def _merge(readers: Sequence[CacheReader], folder: Folder, created_by: Mapping[str, str]) -> Manifest:
+    identity = _joined_identity(readers)
+    shards: list[ShardInfo] = []
+    index = KeyIndex.empty()
+    for reader in readers:
+        new = index.find(split_keys(reader.index.keys)) < 0
+        parts = []
+        for place, rows in _rows_by_shard(reader.index, new):
+            info, view = _copy_shard(reader, place, rows, identity, folder)
+            parts.append((len(shards), view.keys, view.num_positions))
+            shards.append(info)
+        index = index.joined(KeyIndex.from_shards(parts))
+    index_info, encoded = encode_index(index, where=folder.where)
+    totals = [reader.manifest.totals for reader in readers]
+    manifest = Manifest.build(
+        identity=identity,
+        index=index_info,
+        shards=shards,
+        skipped=_joined_skips(readers, index),
+        duplicates=sum(total.duplicates + total.examples for total in totals) - len(index),
+        created_by=created_by,
+    )
+    folder.publish(index_info.name, encoded)
+    folder.publish(MANIFEST_NAME, manifest.dumps())
+    return manifest
+
+
+def _require_alike(readers: Sequence[CacheReader]) -> None:
+    first = readers[0].manifest.identity
+    for reader in readers[1:]:
+        first.compare_capture(reader.manifest.identity).require(
+            where=f"merging {reader.location} into {readers[0].location}",
+            remedy="Only caches captured alike can be merged.",
+        )
+
+
+def _rows_by_shard(
+    index: KeyIndex, wanted: npt.NDArray[np.bool_]
+) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
+    """(shard, its wanted rows in stored order) for each shard that has any."""
+    there = np.flatnonzero(wanted)
+    if not len(there):
+        return
+    there = there[np.lexsort((index.rows[there], index.shards[there]))]
+    shards, starts = np.unique(index.shards[there], return_index=True)
+    yield from zip(shards.tolist(), np.split(index.rows[there], starts[1:]), strict=True)
+
+
+def _copy_shard(
+    reader: CacheReader, place: int, rows: npt.NDArray[np.int32], identity: Identity, folder: Folder
+) -> tuple[ShardInfo, ShardView]:
+    view = reader.shard(place)
+    if len(rows) == len(view):
+        info = reader.manifest.shards[place]
+        folder.publish(info.name, reader.shard_bytes(place))
+        return info, view
+    unit = make_unit(identity.digest(), split_keys(view.keys[rows]), rows.astype(np.int64))
+    data = encode_shard(
+        [view.row(row) for row in rows.tolist()],
+        num_temperatures=len(identity.targets.temperatures),
+        metadata={"unit": unit.unit_id, "identity": identity.content(), "skipped": []},
+    )
+    name = shard_name(unit.unit_id, sha256_hex(data))
+    folder.publish(name, data)
+    view = open_shard(data, where=f"{folder.where}, {name}")
+    return shard_info(name, view), view
+
+
+def _joined_identity(readers: Sequence[CacheReader]) -> Identity:
+    data: dict[DataSource, None] = {}
+    for reader in readers:
+        data.update(dict.fromkeys(reader.manifest.identity.data))
+    return readers[0].manifest.identity.model_copy(update={"data": tuple(data)})
+
+
+def _joined_skips(readers: Sequence[CacheReader], index: KeyIndex) -> list[SkippedRow]:
+    """All skipped rows, but those that another source holds."""
+    skipped = list(dict.fromkeys(row for reader in readers for row in reader.manifest.skipped))
+    keyed = [bytes.fromhex(row.key) for row in skipped if row.key is not None]
+    held = {key for key, place in zip(keyed, index.find(keyed).tolist(), strict=True) if place >= 0}
+    return [row for row in skipped if row.key is None or bytes.fromhex(row.key) not in held]

@@ -1,0 +1,250 @@
+"""``verify``: every byte of a cache read, and every fault listed.
+
+Hashes first; then what hashes cannot see, because it was wrong when it was written: structure, ranges,
+sums, and the agreement of payloads, summaries, index and manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from shared import codec
+from shared.cache.format import sha256_hex
+from shared.cache.index import KeyIndex, load_index
+from shared.cache.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
+from shared.cache.plan import PLAN_NAME
+from shared.cache.shard import ShardView, open_shard
+from shared.cache.storage import TEMPORARY_PREFIX, Folder, open_folder
+from shared.cache.unit import SHARDS, unit_in
+from shared.cache.writer import INDEX_PREFIX, KNOWN_NAMES
+from shared.errors import CacheFormatError
+from shared.policies import Random, Threshold
+from shared.sparse import SparseTargets
+
+ENTROPY_TOLERANCE = 1e-3  # nats a position: the teacher computes in fp32
+SUM_TOLERANCE = 0.01  # of a position's weights: their logs are rounded to fp16
+ROWS_DECODED_TOGETHER = 256
+
+
+@dataclass(frozen=True)
+class Verification:
+    """``faults`` make a cache unfit for use; ``notes`` are leavings that do no harm."""
+
+    faults: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def verify(location: str, *, on_shard: Callable[[ShardInfo], None] | None = None) -> Verification:
+    """Checks a whole cache; ``on_shard`` is called after each shard.
+
+    Raises   CacheFormatError  only where there is no manifest to check anything against
+    """
+    folder = open_folder(location)
+    manifest = load_manifest(folder)
+    if manifest is None:
+        raise CacheFormatError(
+            f"{folder.where}: no {MANIFEST_NAME}; there is no cache, or its capture did not end."
+        )
+    faults: list[str] = []
+    try:
+        index = load_index(folder, manifest.index)
+        faults += _index_faults(index, manifest)
+    except CacheFormatError as error:
+        index = None
+        faults.append(str(error))
+    for place, info in enumerate(manifest.shards):
+        where = f"{folder.where}, shard {place:05d} ({info.name})"
+        faults += [f"{where}: {fault}" for fault in _shard_faults(folder, manifest, index, place)]
+        if on_shard is not None:
+            on_shard(info)
+    faults += _total_faults(manifest)
+    unknown, notes = _other_files(folder, manifest)
+    return Verification(tuple(faults + unknown), tuple(notes))
+
+
+def _index_faults(index: KeyIndex, manifest: Manifest) -> Iterator[str]:
+    if len(index) != manifest.totals.examples:
+        yield f"index: {len(index)} keys found, {manifest.totals.examples} examples in the manifest"
+    if (index.keys[1:] <= index.keys[:-1]).any():
+        yield "index: its keys are not in strictly ascending order; a key may be missed or lie in two shards"
+    sizes = np.array([info.examples for info in manifest.shards], dtype=np.int64)
+    outside = (index.shards < 0) | (index.shards >= len(sizes)) | (index.rows < 0)
+    if len(sizes):
+        outside |= index.rows >= sizes[np.clip(index.shards, 0, len(sizes) - 1)]
+    if outside.any():
+        yield f"index: {int(outside.sum())} keys point outside the shards"
+
+
+def _shard_faults(folder: Folder, manifest: Manifest, index: KeyIndex | None, place: int) -> Iterator[str]:
+    info = manifest.shards[place]
+    try:
+        data = folder.read(info.name)
+    except OSError as error:
+        yield f"cannot be read ({error.strerror or error})"
+        return
+    found = sha256_hex(data)
+    if len(data) != info.bytes or found != info.sha256:
+        told = f"{info.bytes} with {info.sha256[:12]} in the manifest"
+        yield f"{len(data)} bytes with sha256 {found[:12]} found, {told}"
+        return  # what follows would only echo this
+    try:
+        view = open_shard(data, where="structure", thoroughly=True)
+    except CacheFormatError as error:
+        yield str(error)
+        return
+    yield from _header_faults(view, manifest, info)
+    yield from _row_faults(view, manifest)
+    yield from _payload_faults(view, manifest)
+    if index is not None:
+        yield from _place_faults(view, index, place)
+
+
+def _header_faults(view: ShardView, manifest: Manifest, info: ShardInfo) -> Iterator[str]:
+    if view.metadata.get("identity") != manifest.identity.content():
+        yield "its metadata name another identity than the manifest"
+    if view.metadata.get("unit") != unit_in(info.name):
+        yield f"its metadata name unit {view.metadata.get('unit')}, its file name another"
+    counts = {
+        "examples": len(view),
+        "positions": int(view.num_positions.sum(dtype=np.int64)),
+        "entries": int(view.num_entries.sum(dtype=np.int64)),
+        "truncated": int(view.truncated.sum()),
+    }
+    for name, count in counts.items():
+        if count != getattr(info, name):
+            yield f"{count} {name} found, {getattr(info, name)} in the manifest"
+
+
+def _row_faults(view: ShardView, manifest: Manifest) -> Iterator[str]:
+    inputs = manifest.identity.inputs
+    lengths = np.diff(view.answer_offsets)
+    tokens = view.answer_dictionary[view.answer_indices]
+    outside = np.append(0, np.cumsum((tokens < 0) | (tokens >= inputs.vocab_size)))
+    highest = (np.log(inputs.vocab_size) + ENTROPY_TOLERANCE) * lengths[:, None]
+    entropies = view.entropy_sums
+    checks = {
+        "num_positions is not the number of answer ids": lengths != view.num_positions,
+        "an answer id is outside the vocabulary": np.diff(outside[view.answer_offsets]) > 0,
+        "the answer is longer than max_answer_tokens": lengths > (inputs.max_answer_tokens or np.inf),
+        "ce_sum is negative or not finite": ~(np.isfinite(view.ce_sums) & (view.ce_sums >= 0)),
+        "an entropy sum is not between 0 and log(vocab_size) a position": ~(
+            (entropies >= -ENTROPY_TOLERANCE * lengths[:, None]) & (entropies <= highest)
+        ).all(axis=1),
+    }
+    for fault, wrong in checks.items():
+        if wrong.any():
+            yield _of_rows(view, fault, np.flatnonzero(wrong))
+
+
+def _payload_faults(view: ShardView, manifest: Manifest) -> Iterator[str]:
+    for start in range(0, len(view), ROWS_DECODED_TOGETHER):
+        yield from _faults_of_payloads(
+            view, range(start, min(start + ROWS_DECODED_TOGETHER, len(view))), manifest
+        )
+
+
+def _faults_of_payloads(view: ShardView, rows: range, manifest: Manifest) -> Iterator[str]:
+    identity = manifest.identity
+    told = view.num_positions[rows.start : rows.stop].astype(np.int64)
+    problem = f"payload does not hold {told.sum()} positions"
+    try:
+        targets = codec.decode(
+            [view.payload(row) for row in rows],
+            policy=identity.targets.policy,
+            temperatures=identity.targets.temperatures,
+            vocab_size=identity.inputs.vocab_size,
+        )
+        sound = targets.num_positions == told.sum()
+    except CacheFormatError as error:
+        sound, problem = False, str(error)
+    if not sound and len(rows) > 1:  # one of them: look at each
+        for row in rows:
+            yield from _faults_of_payloads(view, range(row, row + 1), manifest)
+    elif not sound:
+        yield _of_rows(view, problem, np.array(rows))
+    else:
+        bounds = np.append(0, np.cumsum(told))
+        entries = np.diff(targets.offsets.numpy()[bounds])
+        wrong_count = entries != view.num_entries[rows.start : rows.stop]
+        if wrong_count.any():
+            yield _of_rows(
+                view, "payload has another number of entries", rows.start + np.flatnonzero(wrong_count)
+            )
+        for fault, wrong in _target_faults(targets).items():
+            if wrong.any():
+                positions = np.flatnonzero(wrong.numpy())
+                yield _of_rows(
+                    view, fault, rows.start + np.unique(np.searchsorted(bounds, positions, "right") - 1)
+                )
+
+
+def _target_faults(targets: SparseTargets) -> dict[str, torch.Tensor]:
+    """What may be wrong at each position, (N,) bool; ids beyond the vocabulary the codec refuses."""
+
+    def per_position(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(targets.num_positions).index_add_(0, targets.position_index, values.float())
+
+    logprobs = targets.logprobs.float()
+    mass = per_position(targets.weights(targets.temperatures[0]))
+    low, high = _mass_bounds(targets)
+    return {
+        "a log-prob is positive or not finite": per_position(~(torch.isfinite(logprobs) & (logprobs <= 0)))
+        > 0,
+        "a log-normaliser is not finite": ~torch.isfinite(targets.log_normalizers).all(dim=1),
+        f"weights do not sum to {low:.3f} ... {high:.3f}": ~((mass >= low) & (mass <= high)),
+    }
+
+
+def _mass_bounds(targets: SparseTargets) -> tuple[float, float]:
+    """Between what a position's weights must sum to."""
+    if targets.temperatures != (1.0,):
+        return 0.0, float("inf")
+    if isinstance(targets.policy, Threshold):  # the tail is drawn in steps of tau
+        return 1 - targets.policy.tau - SUM_TOLERANCE, 1 + targets.policy.tau + SUM_TOLERANCE
+    return (1 - SUM_TOLERANCE if isinstance(targets.policy, Random) else 0.0), 1 + SUM_TOLERANCE
+
+
+def _place_faults(view: ShardView, index: KeyIndex, place: int) -> Iterator[str]:
+    there = np.flatnonzero(index.shards == place)
+    there = there[np.argsort(index.rows[there])]
+    agrees = len(there) == len(view) and (
+        (index.keys[there] == view.keys).all()
+        and (index.rows[there] == np.arange(len(view))).all()
+        and (index.num_positions[there] == view.num_positions).all()
+    )
+    if not agrees:
+        yield "its keys, rows or numbers of positions are not those of the index"
+
+
+def _total_faults(manifest: Manifest) -> Iterator[str]:
+    totals = manifest.totals
+    for name in ("examples", "positions", "entries", "truncated"):
+        found = sum(getattr(info, name) for info in manifest.shards)
+        if found != getattr(totals, name):
+            yield f"{MANIFEST_NAME}: {getattr(totals, name)} {name} in its totals, {found} in its shards"
+    if len(manifest.skipped) != totals.skipped:
+        yield f"{MANIFEST_NAME}: {totals.skipped} skipped rows in its totals, {len(manifest.skipped)} listed"
+
+
+def _other_files(folder: Folder, manifest: Manifest) -> tuple[list[str], list[str]]:
+    known = {manifest.index.name, *KNOWN_NAMES, *(info.name for info in manifest.shards)}
+    others = [name for name in folder.names("") + folder.names(SHARDS) if name not in known]
+    growing = folder.size(PLAN_NAME) is not None
+    notes = [f"{folder.where}: {PLAN_NAME} there; a capture goes on, or was interrupted"] if growing else []
+    faults = []
+    for name in others:
+        base = name.rpartition("/")[2]
+        if base.startswith((TEMPORARY_PREFIX, INDEX_PREFIX)) or (growing and name.startswith(SHARDS)):
+            notes.append(f"{folder.where}: {name} is left over; the next capture removes or uses it")
+        else:
+            faults.append(f"{folder.where}: {name} is not in the manifest")
+    return faults, notes
+
+
+def _of_rows(view: ShardView, fault: str, rows: np.ndarray) -> str:
+    more = f" and {len(rows) - 1} more rows" if len(rows) > 1 else ""
+    return f"row {int(rows[0])} (key {view.key(int(rows[0])).hex()}){more}: {fault}"
