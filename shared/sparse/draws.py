@@ -100,7 +100,7 @@ def draw(mass_NV: Tensor, points: SamplePoints) -> tuple[Tensor, Tensor, Tensor]
     Returns  position, token id, number of points (E,) int64 each, ordered by position, then id
     Holds    every point below a position's total falls on exactly one token; on none without mass
     """
-    mass_NBW = mass_NV.view(len(mass_NV), -1, _BLOCK_WIDTH)
+    mass_NBW = mass_NV.view(len(mass_NV), mass_NV.shape[1] // _BLOCK_WIDTH, _BLOCK_WIDTH)
     upper_NB = mass_NBW.sum(-1, dtype=torch.float64).cumsum(-1)
     lower_NB = F.pad(upper_NB[:, :-1], (1, 0))
     below_upper_NB = points.count_below(upper_NB, None)

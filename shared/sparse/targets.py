@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -115,8 +115,8 @@ class SparseTargets:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)})
 
     def slice(self, start: int, stop: int) -> Self:
         """Positions ``start:stop``; views where the entries are concerned."""
@@ -156,7 +156,7 @@ class SparseTargets:
         first = parts[0]
         assert all(p.policy == first.policy and p.temperatures == first.temperatures for p in parts)
         counts = torch.cat([part.counts for part in parts])
-        joined = {
+        joined: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts])
             for name in ("ids", "logprobs", "log_normalizers", "entropy", "draw_counts")
         }

@@ -119,8 +119,8 @@ def _check_normalised(logprobs_NV: Tensor, first_position: int) -> None:
     if wrong.any():
         index = int(wrong.nonzero()[0])
         raise DataError(
-            f"log-probs of position {first_position + index}: the probabilities sum to {float(total_N[index]):g}, "
-            "not to 1; the teacher gave NaN or infinity, or these are not normalised"
+            f"log-probs of position {first_position + index}: probabilities that sum to {float(total_N[index]):g} "
+            "found, to 1 needed; the teacher gave NaN or infinity, or these are not normalised"
         )
 
 
