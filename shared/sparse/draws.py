@@ -63,29 +63,36 @@ def _shift_right(values: Tensor, bits: int) -> Tensor:
 class SamplePoints(Protocol):
     """The sample points of N positions, laid over each position's cumulative mass."""
 
-    def count_below(self, edges: Tensor, positions: Tensor | None) -> Tensor:
-        """How many points are less than each edge, int64; row r of ``edges`` is of ``positions[r]``, or r."""
+    def count_below(self, edges: Tensor, totals: Tensor, positions: Tensor | None) -> Tensor:
+        """How many points lie below each edge.
+
+        Shapes   edges (R, C) fp64, rising cumulative masses; totals (N, 1), the positions' whole masses;
+                 positions (R,): whose row each is, None when row n is of position n
+        Returns  (R, C) int64
+        """
 
 
 class Systematic:
-    """Points ``u, u + 1, u + 2, ...``: the mass counts expected draws, and no token's exceeds one."""
+    """Points ``(u + i) * step`` for i = 0, 1, 2, ..., u in [0, 1): at most one on a mass below ``step``."""
 
-    def __init__(self, offset_N: Tensor) -> None:
-        self._offset_N = offset_N
+    def __init__(self, offset_N: Tensor, *, step: float) -> None:
+        self._offset_N1 = offset_N[:, None]
+        self._step = step
 
-    def count_below(self, edges: Tensor, positions: Tensor | None) -> Tensor:
-        offset = self._offset_N if positions is None else self._offset_N[positions]
-        return torch.ceil(edges - offset[:, None]).long()  # above -1, since u < 1
+    def count_below(self, edges: Tensor, totals: Tensor, positions: Tensor | None) -> Tensor:
+        offset = self._offset_N1 if positions is None else self._offset_N1[positions]
+        return torch.ceil(edges / self._step - offset).long()  # above -1, since u < 1
 
 
 class Independent:
-    """Any points, in each position's rising order."""
+    """Any points, given in rising order as shares of a position's whole mass, in [0, 1)."""
 
-    def __init__(self, points_NK: Tensor) -> None:
-        self._points_NK = points_NK
+    def __init__(self, share_NK: Tensor) -> None:
+        self._share_NK = share_NK
 
-    def count_below(self, edges: Tensor, positions: Tensor | None) -> Tensor:
-        points = self._points_NK if positions is None else self._points_NK[positions]
+    def count_below(self, edges: Tensor, totals: Tensor, positions: Tensor | None) -> Tensor:
+        points = self._share_NK * totals
+        points = points if positions is None else points[positions]
         return torch.searchsorted(points.contiguous(), edges.contiguous())
 
 
@@ -103,7 +110,8 @@ def draw(mass_NV: Tensor, points: SamplePoints) -> tuple[Tensor, Tensor, Tensor]
     mass_NBW = mass_NV.view(len(mass_NV), mass_NV.shape[1] // _BLOCK_WIDTH, _BLOCK_WIDTH)
     upper_NB = mass_NBW.sum(-1, dtype=torch.float64).cumsum(-1)
     lower_NB = F.pad(upper_NB[:, :-1], (1, 0))
-    below_upper_NB = points.count_below(upper_NB, None)
+    total_N1 = upper_NB[:, -1:]
+    below_upper_NB = points.count_below(upper_NB, total_N1, None)
     below_lower_NB = F.pad(below_upper_NB[:, :-1], (1, 0))
     position, block = (below_upper_NB > below_lower_NB).nonzero(as_tuple=True)
 
@@ -111,7 +119,7 @@ def draw(mass_NV: Tensor, points: SamplePoints) -> tuple[Tensor, Tensor, Tensor]
     # The last token with mass ends where its block ends, whatever the rounding: no point is lost.
     is_end = edges >= edges[:, -1:]
     edges = torch.where(is_end, upper_NB[position, block, None], edges + lower_NB[position, block, None])
-    below = points.count_below(edges, position)
+    below = points.count_below(edges, total_N1, position)
     below_lower = below_lower_NB[position, block, None]
     below = torch.minimum(below.clamp_min_(below_lower), below_upper_NB[position, block, None])
     counts = below.diff(dim=-1, prepend=below_lower)

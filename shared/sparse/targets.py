@@ -116,7 +116,8 @@ class SparseTargets:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)})
+        values.update({name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
+        return replace(self, **values)
 
     def slice(self, start: int, stop: int) -> Self:
         """Positions ``start:stop``; views where the entries are concerned."""
