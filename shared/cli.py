@@ -25,7 +25,7 @@ def recipe_arguments(function: Function) -> Function:
     return click.argument("recipe")(function)
 
 
-def run(group: click.Group) -> None:
+def run(group: click.Command) -> None:
     """Runs a command line; a user's error is one message and a status of its own, not a traceback."""
     try:
         status = group.main(standalone_mode=False)

@@ -89,6 +89,7 @@ class CacheConfig(Section):
     examples_per_shard: PositiveInt = 512
     batch_tokens: PositiveInt = 16384  # tokens of a teacher's microbatch, padding counted
     chunk_size: PositiveInt = 512  # positions that pass the head together
+    num_workers: NonNegativeInt = 2  # processes that decode pictures, for each rank
 
     @model_validator(mode="after")
     def _temperatures_differ(self) -> Self:
@@ -208,11 +209,11 @@ class EvaluationConfig(Section):
 
 
 class PhantomConfig(Section):
-    """A drawn VQA set, made in ``data.source`` when that is missing."""
+    """A drawn VQA set, made in ``data.source`` when that is missing; five questions for each picture."""
 
-    train: PositiveInt = 480
-    validation: PositiveInt = 64
-    test: PositiveInt = 64
+    train: PositiveInt = 240  # pictures
+    validation: PositiveInt = 32
+    test: PositiveInt = 32
     size: Annotated[int, Field(ge=64)] = 128
     seed: NonNegativeInt = 0
 

@@ -21,6 +21,7 @@ from torch.distributed.run import main as torchrun
 
 from shared.cli import recipe_arguments, run
 from shared.config import Recipe, load_recipe
+from shared.survey import cache_covers
 
 SETTINGS_A_TEACHER_SHARES = ("data.", "bootstrap.")
 
@@ -34,7 +35,9 @@ def main() -> None:
 @recipe_arguments
 @click.option("--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Processes.")
 @click.argument("stage_arguments", nargs=-1, type=click.UNPROCESSED)
-def teacher_cache(recipe: str, overrides: tuple[str, ...], nproc: int, stage_arguments: tuple[str, ...]) -> int:
+def teacher_cache(
+    recipe: str, overrides: tuple[str, ...], nproc: int, stage_arguments: tuple[str, ...]
+) -> int:
     """Stage one: capture the teacher's targets."""
     return make_cache(recipe, overrides, nproc=nproc, stage_arguments=stage_arguments)
 
@@ -43,7 +46,9 @@ def teacher_cache(recipe: str, overrides: tuple[str, ...], nproc: int, stage_arg
 @recipe_arguments
 @click.option("--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Processes.")
 @click.argument("stage_arguments", nargs=-1, type=click.UNPROCESSED)
-def train_student(recipe: str, overrides: tuple[str, ...], nproc: int, stage_arguments: tuple[str, ...]) -> int:
+def train_student(
+    recipe: str, overrides: tuple[str, ...], nproc: int, stage_arguments: tuple[str, ...]
+) -> int:
     """Stage two: train a student, from the cache unless kd_ratio is 0."""
     return make_student(recipe, overrides, nproc=nproc, stage_arguments=stage_arguments)
 
@@ -63,7 +68,7 @@ def make_student(
     """Runs stage two, after stage one where the cache does not cover the data; returns the exit status."""
     plan = load_recipe(recipe, overrides=tuple(overrides))
     status = make_inputs(recipe, plan, overrides)
-    if not status and plan.distils and not cache_is_complete(plan):
+    if not status and plan.distils and not cache_covers(plan):
         status = make_cache(recipe, overrides, nproc=nproc)
     return status or launch("stage2_student", "run", recipe, overrides, stage_arguments, nproc=nproc)
 
@@ -75,7 +80,11 @@ def make_inputs(recipe: str, plan: Recipe, overrides: Sequence[str]) -> int:
     if phantom is not None and not Path(plan.data.source).exists():
         sizes = [f"--{name}={value}" for name, value in phantom.model_dump().items()]
         status = command("shared.phantom", plan.data.source, *sizes)
-    if not status and small_models is not None and any(not Path(m.path).exists() for m in small_models.models):
+    if (
+        not status
+        and small_models is not None
+        and any(not Path(m.path).exists() for m in small_models.models)
+    ):
         status = command("shared.small_models", recipe, *_as_options(overrides))
     return status
 
@@ -89,13 +98,6 @@ def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
     begun = load_recipe(teacher.trained_by, overrides=shared_settings).run.path.exists()
     resume = ["--resume"] if begun else []
     return make_student(teacher.trained_by, shared_settings, nproc=nproc, stage_arguments=resume)
-
-
-def cache_is_complete(plan: Recipe) -> bool:
-    """Whether a committed cache holds every example of the recipe's data; opens no file of the teacher."""
-    from shared.coverage import uncovered
-
-    return plan.cache is not None and uncovered(plan) == 0
 
 
 def command(module: str, *arguments: str) -> int:

@@ -127,6 +127,11 @@ class ExampleProcessor:
         """The id of the token that ends an answer."""
         return self._prompt.end_of_turn
 
+    @property
+    def num_token_ids(self) -> int:
+        """One more than the largest id the tokenizer knows; a model's head may be wider."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
     def key(self, example: Example) -> bytes:
         """128 bits of the picture's bytes, the question, the answer, and what makes them tokens."""
         state = hashlib.blake2b(digest_size=KEY_BYTES)

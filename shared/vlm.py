@@ -72,7 +72,7 @@ def load_vlm(
     """
     load_config(name, revision)
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,
             revision=revision,
             dtype=dtype,
@@ -82,6 +82,7 @@ def load_vlm(
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).split("\n")[0]
         raise RecipeError(f"model {name}: cannot be loaded: {reason}") from error
+    model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         first = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
         raise RecipeError(

@@ -49,19 +49,24 @@ class BatchRunner:
             try:
                 result = forward(batch)
             except torch.OutOfMemoryError as error:
-                result = None
-                longest = max(lengths[index] for index in batch)
-                if len(batch) == 1:
-                    raise TrainingError(
-                        f"one sequence of {longest} tokens does not fit into the device's memory. Make pictures "
-                        "smaller (data.max_pixels), shorten answers (data.max_answer_tokens), lower "
-                        "cache.chunk_size, or shard the teacher (teacher.shard)"
-                    ) from error
-            if result is None:
+                pending = self._smaller(lengths, [batch, *pending[::-1]], error)
                 torch.cuda.empty_cache()
-                self.max_tokens = min(self.max_tokens, longest * (len(batch) // 2))
-                rest = [index for later in [batch, *pending[::-1]] for index in later]
-                again = batches_of_like_length([lengths[i] for i in rest], max_tokens=self.max_tokens)
-                pending = [[rest[i] for i in some] for some in again][::-1]
-                continue
-            yield batch, result
+            else:
+                yield batch, result
+
+    def _smaller(
+        self, lengths: Sequence[int], batches: list[list[int]], error: torch.OutOfMemoryError
+    ) -> list[list[int]]:
+        """The same examples in batches of at most half of the first one's size, in reverse order."""
+        too_large = batches[0]
+        longest = max(lengths[index] for index in too_large)
+        if len(too_large) == 1:
+            raise TrainingError(
+                f"one sequence of {longest} tokens does not fit into the device's memory. Make pictures smaller "
+                "(data.max_pixels), shorten answers (data.max_answer_tokens), lower cache.chunk_size, or shard "
+                "the teacher (teacher.shard)"
+            ) from error
+        self.max_tokens = min(self.max_tokens, longest * (len(too_large) // 2))
+        rest = [index for batch in batches for index in batch]
+        again = batches_of_like_length([lengths[index] for index in rest], max_tokens=self.max_tokens)
+        return [[rest[place] for place in batch] for batch in again][::-1]

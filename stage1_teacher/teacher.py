@@ -57,7 +57,9 @@ class Teacher:
             chunk = slice(start, start + chunk_size)
             logprobs_nV = self.logprobs(hidden_ND[chunk])
             losses.append(-logprobs_nV.gather(1, batch.labels[chunk, None]).squeeze(1))
-            parts.append(sparsify(logprobs_nV, policy, temperatures=tuple(temperatures), seeds=seeds_N[chunk]))
+            parts.append(
+                sparsify(logprobs_nV, policy, temperatures=tuple(temperatures), seeds=seeds_N[chunk])
+            )
         return SparseTargets.concat(parts), torch.cat(losses)
 
     @torch.inference_mode()
@@ -82,7 +84,8 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, device: torch.dev
         dtype=getattr(torch, config.dtype),
         attn_implementation=config.attn_implementation,
     )
-    model.requires_grad_(False).to(device)
+    model.requires_grad_(False)
+    nn.Module.to(model, device)
     body, head = split(model)
     return Teacher(model, body, head, min(num_token_ids, head.weight_VD.shape[0]), device)
 

@@ -1,0 +1,100 @@
+"""A look at every row of a split before any work: which can be read, what their keys are.
+
+Pictures are hashed, not decoded.  Stage one plans its units from the keys, stage two its steps, and the
+pipeline asks whether the cache holds them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from shared.cache import CacheReader, InputsIdentity
+from shared.config import DataConfig, Recipe, Split
+from shared.errors import CacheFormatError, DataError
+from shared.processing import ExampleProcessor, open_processor
+from shared.vqa import VqaSplit, open_split
+
+
+@dataclass(frozen=True, eq=False)
+class Keyed:
+    """The readable rows of a split.
+
+    rows        (n,) int64, rows of the split; ``keys`` are theirs, in order
+    lengths     (n,) int64, characters of question and answer: a measure to put like with like
+    unreadable  (row, reason) of each row that has no usable picture, question or answer
+    """
+
+    split: VqaSplit
+    rows: np.ndarray
+    keys: tuple[bytes, ...]
+    lengths: np.ndarray
+    unreadable: tuple[tuple[int, str], ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over the keys in order."""
+        return keys_fingerprint(self.keys)
+
+
+def keys_fingerprint(keys: Sequence[bytes]) -> str:
+    return hashlib.blake2b(b"".join(keys), digest_size=16).hexdigest()
+
+
+def survey_keys(data: DataConfig, name: Split, processor: ExampleProcessor, *, show: bool = False) -> Keyed:
+    """Reads every row of the split once.  ``show``: with a progress bar."""
+    split = open_split(data, name)
+    rows: list[int] = []
+    keys: list[bytes] = []
+    lengths: list[int] = []
+    unreadable: list[tuple[int, str]] = []
+    for row in tqdm(range(len(split)), desc=f"reading {name}", unit="row", disable=not show, leave=False):
+        try:
+            example = split[row]
+        except DataError as error:
+            unreadable.append((row, str(error)))
+            continue
+        rows.append(row)
+        keys.append(processor.key(example))
+        lengths.append(len(example.question) + len(example.answer))
+    return Keyed(split, np.array(rows, np.int64), tuple(keys), np.array(lengths, np.int64), tuple(unreadable))
+
+
+def inputs_identity(processor: ExampleProcessor, data: DataConfig) -> InputsIdentity:
+    """How examples become tokens and pictures, for the manifest and for the student's comparison with it."""
+    return InputsIdentity(
+        tokenizer_fingerprint=processor.tokenizer_fingerprint,
+        template_fingerprint=processor.template_fingerprint,
+        image_processor_fingerprint=processor.image_processor_fingerprint,
+        vocab_size=processor.num_token_ids,
+        max_answer_tokens=data.max_answer_tokens,
+    )
+
+
+def captured_splits(recipe: Recipe) -> list[Split]:
+    """Splits that the cache of this recipe is to hold: those it names and the data set has."""
+    assert recipe.cache is not None
+    return [name for name in recipe.cache.splits if getattr(recipe.data.splits, name) is not None]
+
+
+def cache_covers(recipe: Recipe) -> bool:
+    """Whether a committed cache holds every readable example of the recipe; opens no file of the teacher."""
+    assert recipe.cache is not None
+    if "://" not in recipe.cache.path and not Path(recipe.cache.path).exists():
+        return False
+    try:
+        reader = CacheReader(recipe.cache.path)
+    except CacheFormatError:
+        return False  # the capture says what is wrong with it, and mends it where it can
+    processor = open_processor(recipe.student.model, recipe.data, revision=recipe.student.revision)
+    skipped = {bytes.fromhex(row.key) for row in reader.manifest.skipped if row.key}
+    for name in captured_splits(recipe):
+        keys = [key for key in survey_keys(recipe.data, name, processor).keys if key not in skipped]
+        if not reader.contains(keys).all():
+            return False
+    return True

@@ -1,0 +1,248 @@
+"""Stage one, start to end: what is missing is planned, captured unit by unit, and committed once.
+
+    capture(recipe, world, stop)       called by all ranks; returns an exit status
+
+The first rank reads the data, plans and commits; every rank claims units from the job's store, so that a slow
+one does not hold the others up.  A unit's shard depends on the unit alone.  Whatever ends the process, the
+next start finds the shards that are finished and does the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore
+from torch.distributed.distributed_c10d import _get_default_store
+from tqdm import tqdm
+
+from shared.cache import CacheReader, CacheWriter, Identity, Manifest, Plan, Unit
+from shared.config import CacheConfig, Recipe
+from shared.errors import CacheFormatError, DataError, RecipeError
+from shared.processing import Encoded, ExampleProcessor, open_processor
+from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, environment
+from shared.sparse import position_seeds
+from stage1_teacher.batching import BatchRunner
+from stage1_teacher.handover import BackgroundWriter
+from stage1_teacher.planning import CaptureData, identity_of, open_rows, same_but_for_weights, survey
+from stage1_teacher.progress import Tally, require_space
+from stage1_teacher.shards import CapturedBatch, ShardAssembler
+from stage1_teacher.teacher import Teacher, load_teacher, weight_fingerprint
+from stage1_teacher.windows import EncodedWindow, WindowSource, claimed, encoded_windows, lengths_of
+
+MAX_PENDING_BATCHES = 4  # on their way to disk
+SETTLE_S = 60.0  # how long shards of other machines may take to show on a network file system
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """What the first rank tells the others; ``pending`` are the units without a finished shard."""
+
+    identity: Identity
+    plan: Plan
+    pending: list[Unit]
+
+
+def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
+    """Makes the recipe's cache hold all its data; returns the exit status.
+
+    Raises   TeachonceError  of the kind that fits
+    """
+    if recipe.teacher is None or recipe.cache is None:
+        raise RecipeError(f"recipe of run {recipe.run.name}: a capture needs a teacher and a cache section")
+    processor = open_processor(recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
+    data = survey(recipe, processor) if world.is_main else None
+    complete = data is not None and nothing_to_do(recipe, processor, data)
+    if from_main(complete, world):
+        if world.is_main:
+            tqdm.write(f"cache {recipe.cache.path} holds all of the data; nothing to capture")
+        return 0
+    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, device=world.device)
+    begin = time.monotonic()
+    writer, assignment = open_cache(recipe, processor, data, teacher, world)
+    with writer:
+        totals = capture_units(recipe, processor, teacher, writer, assignment, world, stop)
+        if stop.agreed(world):
+            return stopped(recipe.cache, writer, assignment, world)
+        if world.is_main:
+            manifest = writer.commit(assignment.plan, settle_s=SETTLE_S if world.size > 1 else 0.0)
+            elapsed_s = time.monotonic() - begin
+            writer.log("captured", seconds=round(elapsed_s, 3), ranks=world.size, **totals, **environment())
+            tqdm.write(summary(recipe.cache, manifest, totals, elapsed_s))
+    return 0
+
+
+def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData) -> bool:
+    """Whether a committed cache already is what the recipe asks for; opens no weights."""
+    assert recipe.cache is not None
+    try:
+        reader = CacheReader(recipe.cache.path)
+    except (CacheFormatError, FileNotFoundError):
+        return False
+    skipped = {row.key for row in reader.manifest.skipped if row.key}
+    wanted = [key for key in data.all_keys() if key.hex() not in skipped]
+    return bool(reader.contains(wanted).all()) and same_but_for_weights(
+        reader.manifest.identity, recipe, processor, data
+    )
+
+
+def open_cache(
+    recipe: Recipe, processor: ExampleProcessor, data: CaptureData | None, teacher: Teacher, world: World
+) -> tuple[CacheWriter, Assignment]:
+    """The first rank opens the cache and plans; the others join it."""
+    assert recipe.cache is not None
+    path, assignment, writer = recipe.cache.path, None, None
+    if data is not None:
+        identity = identity_of(recipe, processor, data, weights_fingerprint=weight_fingerprint(teacher.model))
+        writer = CacheWriter.open(path, identity, created_by=_versions())
+        plan = writer.stored_plan() or writer.plan(
+            data.numbered_keys(),
+            examples_per_shard=recipe.cache.examples_per_shard,
+            skipped=data.unreadable(),
+        )
+        pending = [unit for unit in plan.units if not writer.is_finished(unit)]
+        assignment = Assignment(identity, plan, pending)
+        found = len(plan.units) - len(pending)
+        if found:
+            tqdm.write(
+                f"cache {path}: {found} of {len(plan.units)} units are finished, going on with the rest"
+            )
+    assignment = from_main(assignment, world)
+    assert assignment is not None
+    return writer or CacheWriter.join(path, assignment.identity), assignment
+
+
+def capture_units(
+    recipe: Recipe,
+    processor: ExampleProcessor,
+    teacher: Teacher,
+    writer: CacheWriter,
+    assignment: Assignment,
+    world: World,
+    stop: StopRequest,
+) -> dict[str, int]:
+    """Captures units as long as there are any; returns counts of all ranks."""
+    assert recipe.cache is not None
+    cache, units = recipe.cache, assignment.pending
+    store = PrefixStore("capture", _get_default_store())
+    tally = Tally(store, sum(map(len, units)), show=world.is_main)
+
+    def on_shard(unit: Unit) -> None:
+        require_space(cache.path, unit, num_units_left=len(units) - tally.add_unit())
+
+    assembler = ShardAssembler(writer, units, on_rows=tally.add, on_shard=on_shard)
+    runner = BatchRunner(cache.batch_tokens)
+    refusals = Refusals(store, num_known=len(assignment.plan.skipped), allowed=recipe.data.max_dropped)
+    mine = claimed(units, lambda: store.add("claimed", 1) - 1)
+    source = WindowSource(open_rows(recipe), processor)
+    with BackgroundWriter(assembler.take, max_pending=MAX_PENDING_BATCHES) as background:
+        for window in encoded_windows(source, mine, num_workers=cache.num_workers):
+            for refused in window.refused:
+                refusals.count(refused.reason)
+                background.put((window.unit_id, refused))
+            for batch in captured_batches(window, processor, teacher, runner, cache):
+                background.put(batch)
+                if stop.received:
+                    break
+            if stop.received:
+                break
+    dist.barrier()
+    return tally.close()
+
+
+def captured_batches(
+    window: EncodedWindow,
+    processor: ExampleProcessor,
+    teacher: Teacher,
+    runner: BatchRunner,
+    cache: CacheConfig,
+) -> Iterator[CapturedBatch]:
+    """Runs the teacher over a window, batch by batch."""
+
+    def forward(indices: list[int]) -> CapturedBatch:
+        encoded = [window.encoded[index] for index in indices]
+        return capture_batch(encoded, window.unit_id, processor, teacher, cache)
+
+    for _, captured in runner.run(lengths_of(window.encoded), forward):
+        yield captured
+
+
+def capture_batch(
+    encoded: Sequence[Encoded],
+    unit_id: str,
+    processor: ExampleProcessor,
+    teacher: Teacher,
+    cache: CacheConfig,
+) -> CapturedBatch:
+    """The targets of one batch, on their way to the host."""
+    batch = processor.collate(encoded).to(teacher.device, non_blocking=True)
+    seeds_N = torch.cat([position_seeds(cache.seed, one.key, one.num_positions) for one in encoded])
+    targets, ce_N = teacher.targets(
+        batch,
+        seeds_N.to(teacher.device, non_blocking=True),
+        policy=cache.policy,
+        temperatures=cache.temperatures,
+        chunk_size=cache.chunk_size,
+    )
+    return CapturedBatch.of(unit_id, encoded, targets, ce_N)
+
+
+@dataclass
+class Refusals:
+    """Examples left out, over all ranks, against the number that may be."""
+
+    store: dist.Store
+    num_known: int
+    allowed: int
+
+    def count(self, reason: str) -> None:
+        """Raises   DataError  when one more than allowed is left out"""
+        number = self.num_known + self.store.add("refused", 1)
+        if number > self.allowed:
+            raise DataError(f"{reason}. That makes {number} left out, data.max_dropped allows {self.allowed}")
+
+
+def stopped(cache: CacheConfig, writer: CacheWriter, assignment: Assignment, world: World) -> int:
+    """Says how to go on; returns the status of an interrupted capture."""
+    if world.is_main:
+        writer.log("interrupted")
+        tqdm.write(
+            f"stopped before the end: the same command goes on. Finished units of cache {cache.path} are kept, "
+            f"of {len(assignment.plan.units)} in all"
+        )
+    return INTERRUPTED_STATUS
+
+
+def summary(cache: CacheConfig, manifest: Manifest, totals: dict[str, int], elapsed_s: float) -> str:
+    """What was captured now, and what the cache holds in all."""
+    held = manifest.totals
+    positions = max(held.positions, 1)
+    lines = [
+        f"cache {cache.path}: captured {totals['examples']} examples, {totals['positions']} positions in "
+        f"{elapsed_s:.1f} s ({totals['positions'] / max(elapsed_s, 1e-9):.0f} positions/s)",
+        f"  holds {held.examples} examples, {held.positions} positions in {len(manifest.shards)} shard(s), "
+        f"{held.bytes / 2**20:.2f} MiB: {held.bytes / positions:.1f} bytes and "
+        f"{held.entries / positions:.1f} entries a position",
+        f"  {held.truncated} answer(s) cut, {held.skipped} row(s) left out, {held.duplicates} row(s) equal to "
+        "an earlier one",
+    ]
+    lines += [f"  left out: {row.row}: {row.reason}" for row in manifest.skipped[:10]]
+    return "\n".join(lines)
+
+
+def from_main(value: Value, world: World) -> Value:
+    """The first rank's value, on all ranks."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _versions() -> dict[str, str]:
+    facts = environment()
+    return {name: str(facts[name]) for name in ("teachonce", "torch", "transformers")}

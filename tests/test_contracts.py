@@ -1,0 +1,102 @@
+"""The walls of the house: who may import whom, and what must not happen on import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = {"stage1_teacher", "stage2_student"}
+
+# A room imports only rooms of earlier floors, or of its own package.
+FLOORS = [
+    {"errors"},
+    {"policies", "images", "phantom"},
+    {"sparse", "recipe_files"},
+    {"config", "codec", "runtime", "cli"},
+    {"vqa", "kd_loss", "vlm"},
+    {"processing", "prompts", "fingerprints", "cache"},
+    {"coverage", "preflight", "small_models"},
+    {"pipeline"},
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT / "shared").parts[0].removesuffix(".py")
+
+
+def shared_files() -> list[Path]:
+    return [path for path in sorted((ROOT / "shared").rglob("*.py")) if room_of(path) != "__init__"]
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [("stage1_teacher", {"stage2_student"}), ("stage2_student", {"stage1_teacher"}), ("shared", STAGES)],
+)
+def test_the_stages_meet_only_on_disk(package: str, forbidden: set[str]) -> None:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        crossing = {name for name in imports_of(path) if name.split(".")[0] in forbidden}
+        assert not crossing, f"{path.relative_to(ROOT)} imports {crossing}"
+
+
+def test_every_room_of_shared_has_a_floor() -> None:
+    known = set().union(*FLOORS)
+    assert {room_of(path) for path in shared_files()} <= known
+
+
+def test_no_room_of_shared_imports_a_higher_one() -> None:
+    floor = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+    for path in shared_files():
+        room = room_of(path)
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[0] != "shared" or len(parts) < 2 or parts[1] == room:
+                continue
+            assert floor[parts[1]] < floor[room], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_importing_changes_nothing(tmp_path: Path) -> None:
+    """No files, no threads, no process group, no default dtype or seed from an import."""
+    code = """
+import threading, os, torch
+state = torch.random.get_rng_state()
+import shared.config, shared.cache, shared.kd_loss, shared.pipeline, stage1_teacher.__main__, stage2_student.__main__
+import torch.distributed as dist
+assert not dist.is_initialized() and threading.active_count() == 1
+assert torch.equal(torch.random.get_rng_state(), state) and torch.get_default_dtype() == torch.float32
+assert os.listdir() == []
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["stage1_teacher", "stage2_student", "shared.pipeline"])
+def test_command_lines_explain_themselves(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Commands:" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["stage1_teacher", "stage2_student"])
+def test_a_users_error_is_one_message_with_a_status_of_its_own(module: str) -> None:
+    command = [sys.executable, "-m", module, "check", "phantm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: recipe 'phantm': unknown; did you mean 'phantom'?")
+    assert "Traceback" not in done.stderr
