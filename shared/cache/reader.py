@@ -127,16 +127,11 @@ class CacheReader:
 
     def targets(self, rows: Sequence[Row]) -> SparseTargets:
         """The rows' payloads decoded, one after the other, with their entropies."""
-        vocab_size = self.manifest.identity.inputs.vocab_size
-        payloads = [row.payload for row in rows]
-        try:
-            targets = codec.decode(
-                payloads, policy=self.policy, temperatures=self.temperatures, vocab_size=vocab_size
-            )
-        except CacheFormatError as error:
-            raise CacheFormatError(f"{self._folder.where}: {error}") from error
+        targets = self._decode(rows)
         lengths = np.array([row.num_positions for row in rows], dtype=np.int64)
-        sums = np.array([row.entropy_sums for row in rows], dtype=np.float64).reshape(len(rows), -1)
+        sums = np.array([row.entropy_sums for row in rows], dtype=np.float64).reshape(
+            len(rows), len(self.temperatures)
+        )
         means = (sums / np.maximum(lengths, 1)[:, None]).astype(np.float32)
         entropy = torch.from_numpy(np.repeat(means, lengths, axis=0))
         if len(entropy) != targets.num_positions:
@@ -144,7 +139,20 @@ class CacheReader:
                 f"{self._folder.where}: payloads with {targets.num_positions} positions found, "
                 f"{len(entropy)} needed."
             )
-        return replace(targets, entropy=entropy.reshape(len(entropy), len(self.temperatures)))
+        return replace(targets, entropy=entropy)
+
+    def _decode(self, rows: Sequence[Row]) -> SparseTargets:
+        vocab_size = self.manifest.identity.inputs.vocab_size
+        payloads = [row.payload for row in rows]
+        try:
+            return codec.decode(
+                payloads, policy=self.policy, temperatures=self.temperatures, vocab_size=vocab_size
+            )
+        except CacheFormatError as error:
+            for row in rows if len(rows) > 1 else ():  # says which one it is
+                self._decode([row])
+            example = f", example {rows[0].key.hex()}" if rows else ""
+            raise CacheFormatError(f"{self._folder.where}{example}: {error}") from error
 
     def keys(self) -> Iterator[bytes]:
         """All keys in stored order, which reads each shard once."""

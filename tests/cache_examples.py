@@ -1,0 +1,118 @@
+"""Small synthetic caches for the tests of ``shared.cache``: real rows, real payloads, no teacher."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shared import codec
+from shared.cache import (
+    CacheWriter,
+    DataSource,
+    Identity,
+    InputsIdentity,
+    Manifest,
+    Row,
+    TargetsIdentity,
+    TeacherIdentity,
+)
+from shared.policies import Policy, Threshold
+from shared.sparse import SparseTargets, position_seeds, sparsify
+
+VOCAB_SIZE = 97
+VERSIONS = {"teachonce": "0.1"}
+
+
+def make_identity(
+    *, policy: Policy | None = None, temperatures: tuple[float, ...] = (1.0,), **changes
+) -> Identity:
+    inputs = {
+        "tokenizer_fingerprint": "t0",
+        "template_fingerprint": "c0",
+        "image_processor_fingerprint": "i0",
+        "vocab_size": VOCAB_SIZE,
+        "max_answer_tokens": 32,
+    }
+    inputs.update({name: changes.pop(name) for name in list(changes) if name in inputs})
+    teacher = {"name": "teacher", "revision": None, "weights_fingerprint": "w0", "dtype": "float32"}
+    teacher.update({name: changes.pop(name) for name in list(changes) if name in teacher})
+    return Identity(
+        teacher=TeacherIdentity(**teacher),
+        inputs=InputsIdentity(**inputs),
+        targets=TargetsIdentity(policy=policy or Threshold(tau=1 / 16), temperatures=temperatures, seed=0),
+        data=changes.pop("data", (DataSource(name="drawn", split="train", fingerprint="d0", rows=1),)),
+    )
+
+
+def make_key(number: int) -> bytes:
+    """Keys in no order; some end in zero bytes, some begin alike."""
+    key = hashlib.blake2b(str(number % 1000).encode(), digest_size=16).digest()
+    return (key[:13] + bytes(3)) if number % 5 == 0 else key
+
+
+@lru_cache(maxsize=4096)
+def make_example(number: int, identity: Identity | None = None) -> tuple[Row, SparseTargets]:
+    """Row ``number`` and the targets that its payload encodes."""
+    identity = identity or make_identity()
+    key, size = make_key(number), 1 + number % 7
+    generator = torch.Generator().manual_seed(number)
+    logprobs = (3 * torch.randn(size, VOCAB_SIZE, generator=generator)).log_softmax(-1)
+    targets = sparsify(
+        logprobs,
+        identity.targets.policy,
+        temperatures=identity.targets.temperatures,
+        seeds=position_seeds(identity.targets.seed, key, size),
+    )
+    answer = torch.randint(0, VOCAB_SIZE, (size,), generator=generator)
+    row = Row(
+        key=key,
+        answer_ids=answer.numpy().astype(np.int32),
+        num_entries=targets.num_entries,
+        ce_sum=float(-logprobs.double().gather(1, answer[:, None]).sum()),
+        entropy_sums=targets.entropy.double().sum(0).numpy(),
+        payload=codec.encode(targets),
+        truncated=number % 11 == 0,
+    )
+    return row, targets
+
+
+def make_row(number: int, identity: Identity | None = None) -> Row:
+    return make_example(number, identity)[0]
+
+
+def keys_and_rows(numbers: Sequence[int]) -> list[tuple[bytes, int]]:
+    return [(make_key(number), number) for number in numbers]
+
+
+def capture(
+    location: str | Path,
+    numbers: Sequence[int],
+    *,
+    identity: Identity | None = None,
+    examples_per_shard: int = 5,
+    order: int = 1,
+) -> Manifest:
+    """A cache of these examples, its units captured in order, or backwards with ``order=-1``."""
+    identity = identity or make_identity()
+    with CacheWriter.open(str(location), identity, created_by=VERSIONS) as writer:
+        plan = writer.plan(keys_and_rows(numbers), examples_per_shard=examples_per_shard)
+        for unit in plan.units[::order]:
+            if not writer.is_finished(unit):
+                with writer.unit(unit) as shard:
+                    for number in unit.rows[::order]:
+                        shard.add(make_row(int(number), identity))
+        return writer.commit(plan)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache, but the log."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "log.jsonl"
+    }

@@ -1,0 +1,240 @@
+"""Killed, restarted, shared out among processes: the cache that results is always the same, byte for byte."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_row
+
+from shared.cache import CacheReader, CacheWriter, Unit
+from shared.cache.plan import Plan
+from shared.cache.storage import LocalFolder, temporary_name
+from shared.cache.verify import verify
+from shared.errors import CacheFormatError
+
+IDENTITY = make_identity()
+FORK = multiprocessing.get_context("fork")
+NUMBERS = range(30)
+
+
+def open_writer(path: Path) -> CacheWriter:
+    return CacheWriter.open(str(path), IDENTITY, created_by=VERSIONS)
+
+
+def write_unit(writer: CacheWriter, unit: Unit) -> None:
+    with writer.unit(unit) as shard:
+        for number in unit.rows:
+            shard.add(make_row(int(number)))
+
+
+def start(path: Path, *, events: list[str], die_at: int) -> None:
+    """Captures in a process of its own, which is killed at the ``die_at``-th system call that matters."""
+    counter = itertools.count()
+
+    def killing(name: str, function):
+        def called(*args, **kwargs):
+            if next(counter) == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return called
+
+    for name in events:
+        setattr(os, name, killing(name, getattr(os, name)))
+    capture(path, NUMBERS, order=-1)
+
+
+@pytest.mark.parametrize("die_at", range(0, 36, 3))
+def test_killed_at_any_system_call_and_started_again(tmp_path: Path, die_at: int) -> None:
+    """Around every fsync and rename of plan, shards, index and manifest; twice, so that leavings pile up."""
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    capture(whole, NUMBERS)
+    for attempt, again in enumerate((die_at, max(0, die_at - 2))):
+        process = FORK.Process(
+            target=start, args=(torn,), kwargs={"events": ["fsync", "replace"], "die_at": again}
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL or attempt or die_at > 27
+        if (torn / "manifest.json").exists():
+            assert CacheReader(str(torn)).manifest == CacheReader(str(whole)).manifest
+    capture(torn, NUMBERS)
+    assert files_of(torn) == files_of(whole)
+
+
+def test_killed_at_a_random_moment_while_growing(tmp_path: Path) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for path in (whole, torn):
+        capture(path, range(12))
+    capture(whole, NUMBERS)
+    for delay_s in (0.002, 0.01, 0.03):
+        process = FORK.Process(target=capture, args=(torn, NUMBERS))
+        process.start()
+        time.sleep(delay_s)
+        process.kill()
+        process.join()
+        assert len(CacheReader(str(torn))) in (12, 30)
+    capture(torn, NUMBERS)
+    ignored = {name for name in files_of(torn) if name.startswith("index-")}
+    left = {name: data for name, data in files_of(torn).items() if name not in ignored}
+    assert left == {name: data for name, data in files_of(whole).items() if name in left}
+    assert not verify(str(torn)).faults
+
+
+def test_only_the_missing_units_are_done_again(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(NUMBERS), examples_per_shard=5)
+        for unit in (plan.units[4], plan.units[1]):
+            write_unit(writer, unit)
+    with open_writer(tmp_path) as writer:
+        stored = writer.stored_plan()
+        assert stored is not None
+        assert [unit.unit_id for unit in stored.units] == [unit.unit_id for unit in plan.units]
+        assert [writer.is_finished(unit) for unit in stored.units] == [False, True, False, False, True, False]
+        again = writer.plan(keys_and_rows(NUMBERS), examples_per_shard=5)
+        assert [unit.unit_id for unit in again.units] == [unit.unit_id for unit in plan.units]
+
+
+def test_a_damaged_shard_is_done_again(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(10)), examples_per_shard=5)
+        for unit in plan.units:
+            write_unit(writer, unit)
+    path = sorted((tmp_path / "shards").iterdir())[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with open_writer(tmp_path) as writer:
+        assert sorted(map(writer.is_finished, plan.units)) == [False, True]
+        assert not path.exists()
+
+
+def test_stray_temporary_files_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for folder in (tmp_path, tmp_path / "shards"):
+        (folder / temporary_name("x")).write_bytes(b"half")
+    capture(tmp_path, range(3))
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_where_locks_do_not_work_only_the_dead_are_cleared_away(tmp_path: Path) -> None:
+    process = FORK.Process(target=lambda: (tmp_path / temporary_name("dead")).write_bytes(b"half"))
+    process.start()
+    process.join()
+    alive = temporary_name("alive")
+    (tmp_path / alive).write_bytes(b"half")
+    LocalFolder(tmp_path).remove_temporaries(alive_too=False)
+    assert [path.name for path in tmp_path.iterdir()] == [alive]
+
+
+def test_finished_units_of_another_plan_are_kept(tmp_path: Path) -> None:
+    """The data set grew, and the shard size changed, before the first capture ended."""
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(20)), examples_per_shard=5)
+        for unit in (plan.units[0], plan.units[2]):
+            write_unit(writer, unit)
+    with open_writer(tmp_path) as writer:
+        stored = writer.stored_plan()
+        assert stored is not None
+        assert stored.num_examples == 20
+        plan = writer.plan(keys_and_rows([*range(-3, 0), *range(22)]), examples_per_shard=8)
+        assert [unit.rows.tolist() for unit in plan.units] == [
+            [0, 1, 2, 3, 4],
+            [10, 11, 12, 13, 14],
+            [-3, -2, -1, 5, 6, 7, 8, 9],
+            [15, 16, 17, 18, 19, 20, 21],
+        ]
+        assert [writer.is_finished(unit) for unit in plan.units] == [True, True, False, False]
+        for unit in plan.units[2:]:
+            write_unit(writer, unit)
+        writer.commit(plan)
+    assert len(CacheReader(str(tmp_path))) == 25
+    assert not verify(str(tmp_path)).faults
+
+
+def test_finished_units_that_are_not_wanted_any_more_are_removed_and_noted(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(10)), examples_per_shard=5)
+        write_unit(writer, plan.units[0])
+    manifest = capture(tmp_path, range(3, 12))
+    assert manifest.totals.examples == 9
+    assert '"discarded"' in (tmp_path / "log.jsonl").read_text()
+    assert not verify(str(tmp_path)).faults
+
+
+def take_units(path: Path, share: int, shares: int) -> None:
+    writer = CacheWriter.join(str(path), IDENTITY)
+    plan = writer.stored_plan()
+    assert plan is not None
+    for unit in plan.units[share::shares]:
+        write_unit(writer, unit)
+
+
+def test_many_processes_write_one_cache(tmp_path: Path) -> None:
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    capture(whole, NUMBERS)
+    with open_writer(shared) as writer:
+        plan = writer.plan(keys_and_rows(NUMBERS), examples_per_shard=5)
+        # two do the first half, a third does everything: units done twice are no harm
+        workers = [
+            FORK.Process(target=take_units, args=(shared, *share)) for share in ((0, 2), (1, 2), (0, 1))
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+            assert worker.exitcode == 0
+        writer.commit(plan)
+    assert files_of(shared) == files_of(whole)
+
+
+def test_two_different_shards_of_one_unit_leave_one(tmp_path: Path) -> None:
+    """A teacher that is not deterministic may answer differently when a unit is captured twice."""
+    from dataclasses import replace
+
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(3)), examples_per_shard=3)
+        for noise in (0.0, 1e-3):
+            with writer.unit(plan.units[0]) as shard:
+                for number in range(3):
+                    row = make_row(number)
+                    shard.add(replace(row, ce_sum=row.ce_sum + noise))
+        assert len(list((tmp_path / "shards").iterdir())) == 2
+        writer.commit(plan)
+    assert len(list((tmp_path / "shards").iterdir())) == 1
+    assert not verify(str(tmp_path)).faults
+
+
+def test_the_commit_waits_for_slow_file_systems(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(4)), examples_per_shard=2)
+        write_unit(writer, plan.units[0])
+
+        def late() -> None:
+            time.sleep(0.2)
+            write_unit(CacheWriter.join(str(tmp_path), IDENTITY), plan.units[1])
+
+        process = FORK.Process(target=late)
+        process.start()
+        assert writer.commit(plan, settle_s=10).totals.examples == 4
+        process.join()
+
+
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(NUMBERS), examples_per_shard=7)
+    read = Plan.decode((tmp_path / "plan.arrow").read_bytes(), where="plan")
+    assert read.identity == plan.identity
+    assert (read.request, read.base, read.duplicates, read.lost) == (plan.request, plan.base, 0, ())
+    assert [(u.unit_id, u.keys, u.rows.tolist()) for u in read.units] == [
+        (u.unit_id, u.keys, u.rows.tolist()) for u in plan.units
+    ]
+    (tmp_path / "plan.arrow").write_bytes(b"ARROW1 no more")
+    with pytest.raises(CacheFormatError, match=r"plan\.arrow: cannot be read"):
+        open_writer(tmp_path)

@@ -1,0 +1,314 @@
+"""Writing a cache: whole or absent, the same bytes however it came about."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_key, make_row
+
+from shared.cache import CacheBusyError, CacheReader, CacheWriter, DataSource, SkippedRow, Unit
+from shared.cache import storage as storage_module
+from shared.cache.shard import encode_shard
+from shared.cache.verify import verify
+from shared.errors import CacheFormatError, CacheMismatchError
+from shared.policies import TopK
+
+IDENTITY = make_identity()
+
+
+def open_writer(path: Path, **changes) -> CacheWriter:
+    return CacheWriter.open(str(path), changes.pop("identity", IDENTITY), created_by=VERSIONS)
+
+
+def write_unit(writer: CacheWriter, unit: Unit, *, then: Exception | None = None) -> None:
+    with writer.unit(unit) as shard:
+        for number in unit.rows:
+            shard.add(make_row(int(number), writer.identity))
+        if then is not None:
+            raise then
+
+
+def test_rows_and_units_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
+    capture(tmp_path / "a", range(23))
+    capture(tmp_path / "b", range(23), order=-1)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert len(list((tmp_path / "a" / "shards").iterdir())) == 5
+
+
+def test_totals_are_sums_over_the_rows(tmp_path: Path) -> None:
+    manifest = capture(tmp_path, range(23))
+    rows = [make_row(number) for number in range(23)]
+    assert manifest.totals.examples == 23
+    assert manifest.totals.positions == sum(len(row.answer_ids) for row in rows)
+    assert manifest.totals.entries == sum(row.num_entries for row in rows)
+    assert manifest.totals.truncated == sum(row.truncated for row in rows) == 3
+    sizes = {path.name: path.stat().st_size for path in tmp_path.rglob("*.arrow")}
+    assert manifest.totals.bytes == sum(sizes.values())
+
+
+def test_equal_rows_are_captured_once_and_counted(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows([3, 1, 3, 1, 1, 2]), examples_per_shard=2)
+        assert [unit.rows.tolist() for unit in plan.units] == [[3, 1], [2]]
+        for unit in plan.units:
+            write_unit(writer, unit)
+        manifest = writer.commit(plan)
+    assert (manifest.totals.examples, manifest.totals.duplicates) == (3, 3)
+
+
+def test_skipped_rows_are_listed_with_their_reasons(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        broken = SkippedRow(row="train[9]", reason="the picture cannot be read")
+        plan = writer.plan(keys_and_rows([0, 1, 2]), examples_per_shard=2, skipped=[broken])
+        with writer.unit(plan.units[0]) as shard:
+            shard.add(make_row(1))
+            shard.skip(make_key(0), row="train[0]", reason="NaN")
+        with writer.unit(plan.units[1]) as shard:
+            shard.skip(make_key(2), row="train[2]", reason="NaN")
+        manifest = writer.commit(plan)
+    assert [(row.row, row.reason) for row in manifest.skipped] == [
+        ("train[9]", "the picture cannot be read"),
+        ("train[0]", "NaN"),
+        ("train[2]", "NaN"),
+    ]
+    assert (manifest.totals.examples, manifest.totals.skipped) == (1, 3)
+    assert not verify(str(tmp_path)).faults
+    assert make_key(2) not in CacheReader(str(tmp_path))
+
+
+def test_an_empty_capture_is_a_cache_without_examples(tmp_path: Path) -> None:
+    manifest = capture(tmp_path, [])
+    assert manifest.totals.examples == 0
+    reader = CacheReader(str(tmp_path))
+    assert len(reader) == 0
+    assert make_key(0) not in reader
+    assert not verify(str(tmp_path)).faults
+
+
+def test_an_exception_in_a_unit_leaves_nothing_of_it(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(8)), examples_per_shard=4)
+        write_unit(writer, plan.units[0])
+        with pytest.raises(RuntimeError, match="the teacher died"):
+            write_unit(writer, plan.units[1], then=RuntimeError("the teacher died"))
+        assert writer.is_finished(plan.units[0])
+        assert not writer.is_finished(plan.units[1])
+        with pytest.raises(CacheFormatError, match="1 of 2 units are not captured"):
+            writer.commit(plan)
+    assert not (tmp_path / "manifest.json").exists()
+    with pytest.raises(CacheFormatError, match=r"no manifest\.json"):
+        CacheReader(str(tmp_path))
+
+
+def test_a_unit_takes_its_own_rows_once_and_all_of_them(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows([0, 1]), examples_per_shard=2)
+        shard = writer.unit(plan.units[0])
+        shard.add(make_row(0))
+        for number in (0, 7):
+            with pytest.raises(ValueError, match="not one of its, or came twice"):
+                shard.add(make_row(number))
+        with pytest.raises(ValueError, match="1 of 2 rows are missing"), writer.unit(plan.units[0]) as shard:
+            shard.add(make_row(0))
+        assert not writer.is_finished(plan.units[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ce_sum": float("nan")},
+        {"entropy_sums": np.array([np.inf])},
+        {"entropy_sums": np.zeros(2)},
+        {"key": b"k"},
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused(change: dict) -> None:
+    with pytest.raises(ValueError):
+        encode_shard([replace(make_row(1), **change)], num_temperatures=1, metadata={})
+
+
+def test_a_full_disk_loses_the_unit_in_hand_only(tmp_path: Path) -> None:
+    """The kernel refuses to write past a limit, as a full disk would, in the middle of the second shard."""
+    program = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from cache_examples import *
+writer = CacheWriter.open({str(tmp_path / "c")!r}, make_identity(), created_by=VERSIONS)
+plan = writer.plan(keys_and_rows(range(40)), examples_per_shard=20)
+def write(unit):
+    with writer.unit(unit) as shard:
+        for number in unit.rows: shard.add(make_row(int(number)))
+write(plan.units[0])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+write(plan.units[1])
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "CacheFormatError" in ended.stderr
+    assert "no space left" in ended.stderr
+    assert len(list((tmp_path / "c" / "shards").iterdir())) == 1
+    capture(tmp_path / "c", range(40), examples_per_shard=20)
+    capture(tmp_path / "whole", range(40), examples_per_shard=20)
+    assert files_of(tmp_path / "c") == files_of(tmp_path / "whole")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize("failing", ["sync_file", "sync_folder", "sha256_of_file"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_at_any_step_of_publishing_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+) -> None:
+    folder = storage_module.LocalFolder(tmp_path)
+    folder.publish("manifest.json", b"old")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(storage_module, failing, fail)
+    with pytest.raises((CacheFormatError, KeyboardInterrupt)):
+        folder.publish("manifest.json", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    expected = b"new" if failing == "sync_folder" else b"old"
+    assert (tmp_path / "manifest.json").read_bytes() == expected
+
+
+def test_bytes_that_come_back_changed_are_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "sha256_of_file", lambda _: "0" * 64)
+    with pytest.raises(CacheFormatError, match="read back other bytes"):
+        storage_module.LocalFolder(tmp_path).publish("x", b"data")
+    assert not list(tmp_path.iterdir())
+
+
+def test_growing_captures_only_what_is_new(tmp_path: Path) -> None:
+    old = capture(tmp_path, range(12))
+    before = files_of(tmp_path)
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(20)), examples_per_shard=5)
+        assert [unit.rows.tolist() for unit in plan.units] == [[12, 13, 14, 15, 16], [17, 18, 19]]
+        for unit in plan.units:
+            write_unit(writer, unit)
+            assert CacheReader(str(tmp_path)).manifest == old  # until the commit the old cache stands
+        new = writer.commit(plan)
+    assert new.shards[:3] == old.shards
+    assert new.totals.examples == 20
+    after = files_of(tmp_path)
+    assert all(after[name] == data for name, data in before.items() if name != "manifest.json")
+    assert not verify(str(tmp_path)).faults
+
+
+def test_a_reader_of_the_old_cache_goes_on_while_it_grows(tmp_path: Path) -> None:
+    import pickle
+
+    capture(tmp_path, range(12))
+    reader = CacheReader(str(tmp_path))
+    sent_to_worker = pickle.dumps(reader)
+    capture(tmp_path, range(20))
+    worker = pickle.loads(sent_to_worker)
+    assert len(worker) == len(reader) == 12
+    assert len(worker.read([make_key(11)])[0]) == 1
+    assert len(CacheReader(str(tmp_path))) == 20
+
+
+def test_nothing_new_leaves_the_manifest_as_it_is(tmp_path: Path) -> None:
+    capture(tmp_path, range(12))
+    before = files_of(tmp_path)
+    with CacheWriter.open(str(tmp_path), IDENTITY, created_by={"teachonce": "99"}) as writer:
+        plan = writer.plan(keys_and_rows(range(12)), examples_per_shard=7)
+        assert not plan.units
+        writer.commit(plan)
+    assert files_of(tmp_path) == before
+
+
+def test_data_of_a_second_split_join_the_first(tmp_path: Path) -> None:
+    capture(tmp_path, range(6))
+    validation = DataSource(name="drawn", split="validation", fingerprint="d1", rows=3)
+    grown = capture(tmp_path, range(6, 9), identity=make_identity(data=(validation,)))
+    assert [source.split for source in grown.identity.data] == ["train", "validation"]
+    assert grown.totals.examples == 9
+
+
+def test_a_lost_shard_is_captured_again_in_its_old_place(tmp_path: Path) -> None:
+    manifest = capture(tmp_path, range(23))
+    before = files_of(tmp_path)
+    (tmp_path / manifest.shards[1].name).unlink()
+    (tmp_path / manifest.shards[3].name).unlink()
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(23)), examples_per_shard=100)
+        assert [unit.rows.tolist() for unit in plan.units] == [[5, 6, 7, 8, 9], [15, 16, 17, 18, 19]]
+        write_unit(writer, plan.units[1])  # and then it is interrupted
+    capture(tmp_path, range(23), examples_per_shard=100)
+    assert files_of(tmp_path) == before
+
+
+def test_a_shard_lost_after_planning_is_not_dropped_silently(tmp_path: Path) -> None:
+    manifest = capture(tmp_path, range(10))
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(12)), examples_per_shard=5)
+        write_unit(writer, plan.units[0])
+        (tmp_path / manifest.shards[0].name).unlink()
+        assert writer.stored_plan() is None
+        with pytest.raises(CacheFormatError, match="changed since it was planned"):
+            writer.commit(plan)
+
+
+def test_another_capture_is_refused_with_all_differences(tmp_path: Path) -> None:
+    capture(tmp_path, range(3))
+    other = make_identity(policy=TopK(k=8), tokenizer_fingerprint="t1", weights_fingerprint="w1")
+    with pytest.raises(CacheMismatchError) as refused:
+        open_writer(tmp_path, identity=other)
+    message = str(refused.value)
+    for part in ("3 difference(s)", '"w0"', '"w1"', '"t0"', '"t1"', '"threshold"', '"top_k"'):
+        assert part in message
+    # an unfinished capture is as jealous as a committed one
+    with open_writer(tmp_path / "unfinished") as writer:
+        writer.plan(keys_and_rows(range(3)), examples_per_shard=2)
+    with pytest.raises(CacheMismatchError, match="unfinished"):
+        open_writer(tmp_path / "unfinished", identity=other)
+
+
+def test_a_renamed_teacher_with_the_same_weights_is_the_same(tmp_path: Path) -> None:
+    capture(tmp_path, range(3))
+    renamed = make_identity(name="elsewhere/teacher", revision="abc")
+    assert renamed.digest() == IDENTITY.digest()
+    assert capture(tmp_path, range(5), identity=renamed).totals.examples == 5
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("...")
+    with pytest.raises(CacheFormatError, match=r"thesis\.tex"):
+        open_writer(tmp_path)
+
+
+def test_the_log_holds_what_the_manifest_must_not(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        writer.log("started", host="h")
+        writer.log("ended", seconds=1.5)
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["started", "ended"]
+    assert all("time" in event for event in events)
+
+
+def test_one_capture_at_a_time(tmp_path: Path) -> None:
+    with open_writer(tmp_path):
+        with pytest.raises(CacheBusyError, match="this very process is writing"):
+            open_writer(tmp_path)
+        program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from cache_examples import *
+CacheWriter.open({str(tmp_path)!r}, make_identity(), created_by=VERSIONS)
+"""
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert "CacheBusyError" in ended.stderr
+        assert "is writing to it. Wait until it has ended" in ended.stderr
+    open_writer(tmp_path).close()
+    assert not list(tmp_path.iterdir())
