@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerBase
 
 from shared.errors import DataError, RecipeError
@@ -68,7 +69,7 @@ class ChatPrompt:
             )
         self._tokenizer = tokenizer
         self._bare = _without_added_tokens(tokenizer)
-        self._added_ids = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+        self._added_ids = set(tokenizer.added_tokens_decoder) - {_unknown_id(tokenizer)}
         self._render = _render(tokenizer, template, system_prompt)
         bos = tokenizer.bos_token
         self.add_special_tokens = not (bos is not None and self._render.before.startswith(bos))
@@ -168,6 +169,17 @@ def _without_added_tokens(tokenizer: Any) -> Tokenizer:
     if backend.pre_tokenizer is not None:
         bare.pre_tokenizer = backend.pre_tokenizer
     return bare
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    """The id that ordinary text may get, though it is an added token: what the model cannot spell.
+
+    Not ``tokenizer.unk_token_id``: Qwen3.5 declares one, ``<|endoftext|>``, that its model never gives.
+    """
+    model = tokenizer.backend_tokenizer.model
+    if isinstance(model, Unigram):
+        return tokenizer.unk_token_id
+    return tokenizer.backend_tokenizer.token_to_id(model.unk_token or "")
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, template: str, system_prompt: str | None) -> _Render:

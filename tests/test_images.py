@@ -14,7 +14,10 @@ from PIL import Image, PngImagePlugin
 from shared.errors import DataError
 from shared.images import MAX_ASPECT_RATIO, decode_rgb, to_rgb
 
-ALL_MODES = "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I I;16 I;16B I;16L I;16N F".split()
+ALL_MODES = [
+    *("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"),
+    *("I", "I;16", "I;16B", "I;16L", "I;16N", "F"),
+]
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
