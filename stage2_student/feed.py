@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, tee
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shared.cache import CacheReader
-from shared.errors import CacheMismatchError, TeachonceError, TrainingError
+from shared.errors import CacheMismatchError, TeachonceError
+from shared.loading import loaded_items
 from shared.processing import IGNORE_INDEX, Encoded, ExampleProcessor
 from shared.sparse import SparseTargets
 from shared.vqa import VqaSplit
@@ -137,29 +137,11 @@ def feed(
         prefetch_factor=4 if num_workers else None,
         pin_memory=pin_memory,
     )
-    microbatches = _checked(iter(loader))
+    microbatches = loaded_items(loader, workers_setting="run.num_workers")
     for slots in for_steps:
         begin = time.perf_counter()
         step = [next(microbatches) for _ in slots]
         yield step, time.perf_counter() - begin
-
-
-def _checked(loaded: Iterator[Any]) -> Iterator[Microbatch]:
-    while True:
-        try:
-            item = next(loaded)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingError(
-                f"a data-loader worker died: {str(error).splitlines()[0]}. Often the host's memory did not "
-                "suffice; lower run.num_workers"
-            ) from error
-        if isinstance(item, TeachonceError):
-            raise item
-        yield cast(Microbatch, item)
 
 
 def _without_labels(encoded: Encoded) -> Encoded:

@@ -7,10 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shared.cache import CacheReader, InputsIdentity
+from shared.cache import CacheReader
 from shared.config import Recipe
 from shared.processing import ExampleProcessor, open_processor
 from shared.runtime import World
+from shared.survey import inputs_identity
 from stage2_student.feed import MicrobatchSource
 from stage2_student.identity import run_identity
 from stage2_student.survey import Survey, survey_once
@@ -68,17 +69,6 @@ def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader
         return None, ()
     assert recipe.cache is not None  # the recipe was validated
     reader = CacheReader(recipe.cache.path)
-    own = InputsIdentity(
-        tokenizer_fingerprint=processor.tokenizer_fingerprint,
-        template_fingerprint=processor.template_fingerprint,
-        image_processor_fingerprint=processor.image_processor_fingerprint,
-        vocab_size=num_token_ids(processor),
-        max_answer_tokens=recipe.data.max_answer_tokens,
-    )
+    own = inputs_identity(processor, recipe.data)
     notices = reader.require_student(own, temperature=recipe.loss.temperature, policy=recipe.cache.policy)
     return reader, notices
-
-
-def num_token_ids(processor: ExampleProcessor) -> int:
-    """Ids that the tokenizer knows; a model's head may be wider."""
-    return len(processor.tokenizer)

@@ -1,12 +1,11 @@
-"""A look at every row of a split before the first step: which are usable, how long they are, what they are.
+"""The examples that a run will use, known before the first step.
 
 Steps are planned over usable rows, so rows that cannot be used must be known beforehand; and a cache that
-lacks a row is better reported now than in the middle of a run.  Pictures are hashed, not decoded.
+lacks a row is better reported now than in the middle of a run.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,8 @@ from shared.config import DataConfig, Split
 from shared.errors import CacheMismatchError, DataError, TeachonceError
 from shared.processing import ExampleProcessor
 from shared.runtime import World
-from shared.vqa import VqaSplit, open_split
+from shared.survey import keys_fingerprint, survey_keys
+from shared.vqa import VqaSplit
 
 
 @dataclass(frozen=True)
@@ -41,48 +41,46 @@ class Survey:
         return len(self.rows)
 
 
-def survey(data: DataConfig, split: Split, processor: ExampleProcessor, cache: CacheReader | None) -> Survey:
+def survey(
+    data: DataConfig,
+    name: Split,
+    processor: ExampleProcessor,
+    cache: CacheReader | None,
+    *,
+    show: bool = False,
+) -> Survey:
     """Raises   DataError           when more rows are unusable than ``data.max_dropped`` allows
     CacheMismatchError  when the cache lacks usable rows
     """
-    opened = open_split(data, split)
-    rows, keys, lengths, dropped = [], [], [], []
-    for row in range(len(opened)):
-        try:
-            example = opened[row]
-        except DataError as error:
-            dropped.append(str(error))
-            continue
-        rows.append(row)
-        keys.append(processor.key(example))
-        lengths.append(len(example.question) + len(example.answer))
+    keyed = survey_keys(data, name, processor, show=show)
     skipped = {} if cache is None else {row.key: row.reason for row in cache.manifest.skipped if row.key}
-    usable = np.array([key.hex() not in skipped for key in keys], dtype=bool)
+    usable = np.array([key.hex() not in skipped for key in keyed.keys], dtype=bool)
+    dropped = [reason for _, reason in keyed.unreadable]
     dropped += [
-        f"{opened.where(rows[i])}: not in the cache: {skipped[keys[i].hex()]}"
+        f"{keyed.split.where(int(keyed.rows[i]))}: not in the cache: {skipped[keyed.keys[i].hex()]}"
         for i in np.flatnonzero(~usable)
     ]
-    _check_number(opened, data, num_usable=int(usable.sum()), dropped=dropped)
-    wanted = [keys[i] for i in np.flatnonzero(usable)]
+    _check_number(keyed.split, data, num_usable=int(usable.sum()), dropped=dropped)
+    wanted = [keyed.keys[i] for i in np.flatnonzero(usable)]
     if cache is not None:
-        _check_cache(opened, np.array(rows)[usable], wanted, cache)
+        _check_cache(keyed.split, keyed.rows[usable], wanted, cache)
     return Survey(
-        split=opened,
-        rows=np.array(rows)[usable],
-        lengths=np.array(lengths)[usable],
-        fingerprint=hashlib.blake2b(b"".join(wanted), digest_size=16).hexdigest(),
+        split=keyed.split,
+        rows=keyed.rows[usable],
+        lengths=keyed.lengths[usable],
+        fingerprint=keys_fingerprint(wanted),
         dropped=tuple(dropped),
     )
 
 
 def survey_once(
-    data: DataConfig, split: Split, processor: ExampleProcessor, cache: CacheReader | None, world: World
+    data: DataConfig, name: Split, processor: ExampleProcessor, cache: CacheReader | None, world: World
 ) -> Survey:
     """As ``survey``, by the first rank for all."""
     found: list[Survey | TeachonceError | None] = [None]
     if world.is_main:
         try:
-            found = [survey(data, split, processor, cache)]
+            found = [survey(data, name, processor, cache, show=True)]
         except TeachonceError as error:
             found = [error]
     dist.broadcast_object_list(found, src=0)

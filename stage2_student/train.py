@@ -24,7 +24,7 @@ from stage2_student.agreement import Step, in_agreement
 from stage2_student.checkpoint import Checkpoint, Facts, load, set_num_updates, student_state
 from stage2_student.export import choose_checkpoint, export_checkpoint, save_model_files
 from stage2_student.feed import feed
-from stage2_student.inputs import Inputs, num_token_ids, open_inputs
+from stage2_student.inputs import Inputs, open_inputs
 from stage2_student.optim import learning_rate, make_optimizer, set_learning_rate
 from stage2_student.order import StepShape, pass_slots, training_slots
 from stage2_student.run_folder import RunFolder
@@ -100,7 +100,7 @@ class Trainer:
         self.num_steps = num_steps
         self.folder = folder
         self.world = world
-        self.student = build_student(recipe, world, num_token_ids=num_token_ids(inputs.processor))
+        self.student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
         self.optimizer = make_optimizer(self.student, recipe.optimization)
         self.step = 0  # steps done
         self.num_updates = 0

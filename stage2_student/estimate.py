@@ -1,0 +1,73 @@
+"""Memory of one device in training, part by part, from shapes alone.
+
+Model states are exact; activations are a rule of thumb (docs of this file's functions), meant to tell a
+recipe that fits from one that does not, not to fill a device to the last gibibyte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from transformers import PreTrainedModel
+
+from shared.config import Recipe
+from shared.vlm import split
+from stage2_student.student import blocks
+
+GIB = 2**30
+# Tensors of (tokens, hidden) that a transformer block keeps for its backward pass, MLP included, in units of the
+# compute dtype.  Source: Korthikanti et al. 2022 (arXiv 2205.05198), equation 1: 34 bytes at 2 bytes each.
+KEPT_PER_BLOCK = 17
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """GiB on each device."""
+
+    weights: float  # master weights, sharded
+    gradients: float  # in fp32; whole on each rank while microbatches are accumulated over several ranks
+    moments: float  # of AdamW
+    gathered: float  # root and two blocks in the compute dtype, and the root's gradients
+    loss: float  # logits of a chunk, the head's gradient in fp32
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def estimate_memory(
+    model: PreTrainedModel, recipe: Recipe, *, num_ranks: int, tokens_per_example: int
+) -> MemoryEstimate:
+    """Of training ``model`` (on the meta device, freezing applied) by ``recipe``."""
+    sharded_over = max(1, num_ranks // recipe.parallel.dp_replicate)
+    master = getattr(torch, recipe.student.param_dtype).itemsize
+    compute = getattr(torch, recipe.student.compute_dtype).itemsize
+    all_, trained = count_parameters(model), count_parameters(model, trained_only=True)
+    in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+    root = all_ - sum(in_blocks)
+    accumulates = recipe.optimization.global_batch_size > recipe.optimization.microbatch_size * num_ranks
+    head = split(model)[1].weight_VD
+    offloaded = 0 if recipe.parallel.cpu_offload else 1
+    return MemoryEstimate(
+        weights=offloaded * all_ * master / sharded_over / GIB,
+        gradients=trained * 4 / (1 if accumulates else sharded_over) / GIB,
+        moments=offloaded * trained * 2 * master / sharded_over / GIB,
+        gathered=(2 * root + 2 * max(in_blocks, default=0)) * compute / GIB,
+        loss=(recipe.loss.chunk_size * head.shape[0] * (4 + compute) + head.numel() * 4) / GIB,
+        activations=_activations(model, recipe, tokens_per_example) * compute / GIB,
+    )
+
+
+def count_parameters(model: PreTrainedModel, *, trained_only: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
+
+
+def _activations(model: PreTrainedModel, recipe: Recipe, tokens_per_example: int) -> int:
+    """Numbers kept for the backward pass: per block one (tokens, hidden) if checkpointed, else 17 of them."""
+    text = model.config.get_text_config()
+    kept = text.hidden_size * tokens_per_example * recipe.optimization.microbatch_size
+    if recipe.student.activation_checkpointing:
+        return kept * (text.num_hidden_layers + KEPT_PER_BLOCK)
+    return kept * text.num_hidden_layers * KEPT_PER_BLOCK
