@@ -63,5 +63,5 @@ def test_a_single_sequence_that_does_not_fit_says_what_to_do() -> None:
     def forward(batch: list[int]) -> None:
         raise torch.OutOfMemoryError
 
-    with pytest.raises(TrainingError, match=r"one sequence of 3 tokens .* data\.max_pixels"):
+    with pytest.raises(TrainingError, match=r"one sequence of 3 tokens .*data\.max_pixels"):
         list(BatchRunner(max_tokens=7).run([7, 3], forward))
