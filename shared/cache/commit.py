@@ -11,10 +11,10 @@ import pyarrow as pa
 from shared.cache.format import sha256_hex
 from shared.cache.identity import Identity
 from shared.cache.index import KeyIndex
+from shared.cache.layout import index_name, sha256_in
 from shared.cache.manifest import IndexInfo, Manifest, ShardInfo, SkippedRow
 from shared.cache.plan import Plan, Unit
 from shared.cache.shard import ShardView
-from shared.cache.unit import sha256_in
 from shared.errors import CacheFormatError
 
 
@@ -70,7 +70,7 @@ def encode_index(index: KeyIndex, *, where: str) -> tuple[IndexInfo, pa.Buffer]:
         )
     encoded = index.encode()
     digest = sha256_hex(encoded)
-    return IndexInfo(name=f"index-{digest[:16]}.arrow", sha256=digest, bytes=encoded.size), encoded
+    return IndexInfo(name=index_name(digest), sha256=digest, bytes=encoded.size), encoded
 
 
 def shard_info(name: str, view: ShardView) -> ShardInfo:

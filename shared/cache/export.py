@@ -16,7 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.cache.manifest import MANIFEST_NAME, ShardInfo
+from shared.cache.format import make_metadata
+from shared.cache.manifest import Manifest, ShardInfo
 from shared.cache.reader import CacheReader
 from shared.cache.storage import explain_write_errors, sync_folder, temporary_name
 from shared.errors import CacheFormatError
@@ -45,7 +46,8 @@ def export(
                 _export_shard(reader, place, temporary / f"part-{place:05d}.parquet")
                 if on_shard is not None:
                     on_shard(info)
-            (temporary / f"source-{MANIFEST_NAME}").write_bytes(reader.manifest.dumps())
+            if not reader.manifest.shards:
+                pq.write_table(_schema(reader.manifest).empty_table(), temporary / "part-00000.parquet")
             os.replace(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -56,7 +58,7 @@ def export(
 
 def _export_shard(reader: CacheReader, place: int, path: Path) -> None:
     view = reader.shard(place)
-    with pq.ParquetWriter(path, _schema(reader.temperatures), compression="zstd") as stream:
+    with pq.ParquetWriter(path, _schema(reader.manifest), compression="zstd") as stream:
         for start in range(0, len(view), ROWS_TOGETHER):
             stream.write_batch(_batch(reader, place, range(start, min(start + ROWS_TOGETHER, len(view)))))
 
@@ -66,7 +68,10 @@ def weights_column(temperature: float) -> str:
     return "weights" if temperature == 1.0 else f"weights_{temperature:g}"
 
 
-def _schema(temperatures: tuple[float, ...]) -> pa.Schema:
+def _schema(manifest: Manifest) -> pa.Schema:
+    """The columns; the metadata say which cache they come from."""
+    temperatures = manifest.identity.targets.temperatures
+    source = {"cache": manifest.sha256, "identity": manifest.identity.model_dump(mode="json")}
     floats = pa.list_(pa.list_(pa.float32()))
     return pa.schema(
         [
@@ -78,7 +83,8 @@ def _schema(temperatures: tuple[float, ...]) -> pa.Schema:
             ("ids", pa.list_(pa.list_(pa.int32()))),
             ("logprobs", floats),
             *((weights_column(temperature), floats) for temperature in temperatures),
-        ]
+        ],
+        metadata=make_metadata(source),
     )
 
 
@@ -103,7 +109,7 @@ def _batch(reader: CacheReader, place: int, numbers: range) -> pa.RecordBatch:
         nested(targets.logprobs.float().numpy()),
         *(nested(targets.weights(temperature).numpy()) for temperature in reader.temperatures),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=_schema(reader.temperatures))
+    return pa.RecordBatch.from_arrays(columns, schema=_schema(reader.manifest))
 
 
 def _offsets(lengths: list[int]) -> npt.NDArray[np.int64]:

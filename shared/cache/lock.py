@@ -15,9 +15,9 @@ import socket
 from pathlib import Path
 from typing import Self
 
+from shared.cache.layout import LOCK_NAME
 from shared.errors import CacheFormatError
 
-LOCK_NAME = "capture.lock"
 CANNOT_LOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 _held_here: set[Path] = set()

@@ -16,10 +16,9 @@ from pydantic import Field, ValidationError
 
 from shared.cache.format import FORMAT, FORMAT_VERSION, canonical_json, check_version
 from shared.cache.identity import Identity, Record
+from shared.cache.layout import MANIFEST_NAME
 from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
-
-MANIFEST_NAME = "manifest.json"
 
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

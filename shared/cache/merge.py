@@ -16,13 +16,13 @@ from shared.cache.commit import encode_index, shard_info
 from shared.cache.format import sha256_hex
 from shared.cache.identity import DataSource, Identity
 from shared.cache.index import KeyIndex, split_keys
+from shared.cache.layout import MANIFEST_NAME, PLAN_NAME, foreign_names, shard_name
 from shared.cache.lock import CaptureLock
-from shared.cache.manifest import MANIFEST_NAME, Manifest, ShardInfo, SkippedRow
+from shared.cache.manifest import Manifest, ShardInfo, SkippedRow
 from shared.cache.plan import make_unit
 from shared.cache.reader import CacheReader
 from shared.cache.shard import ShardView, encode_shard, open_shard
 from shared.cache.storage import Folder, LocalFolder, open_folder
-from shared.cache.unit import shard_name
 from shared.errors import CacheFormatError
 
 
@@ -39,7 +39,8 @@ def merge(sources: Sequence[str], out: str, *, created_by: Mapping[str, str]) ->
     folder = open_folder(out)
     lock = closing(CaptureLock.in_folder(folder.path)) if isinstance(folder, LocalFolder) else nullcontext()
     with lock:
-        there = [name for name in folder.names("") if not name.startswith((".", "capture.lock"))]
+        there = [name for name in (MANIFEST_NAME, PLAN_NAME) if folder.size(name) is not None]
+        there += foreign_names(folder)
         if there:
             raise CacheFormatError(
                 f"{folder.where}: holds {there[0]!r} already. Name a new folder to merge into."

@@ -26,8 +26,6 @@ from shared.cache.identity import Identity
 from shared.cache.manifest import SkippedRow
 from shared.errors import CacheFormatError
 
-PLAN_NAME = "plan.arrow"
-
 
 @dataclass(frozen=True, eq=False)
 class Unit:

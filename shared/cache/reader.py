@@ -24,7 +24,8 @@ from shared import codec
 from shared.cache.format import as_buffer
 from shared.cache.identity import InputsIdentity
 from shared.cache.index import KeyIndex, open_index, split_keys
-from shared.cache.manifest import MANIFEST_NAME, Manifest, load_manifest
+from shared.cache.layout import MANIFEST_NAME
+from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.shard import Row, ShardView, open_shard
 from shared.cache.staging import Staging
 from shared.cache.storage import Folder, LocalFolder, RemoteFolder, open_folder

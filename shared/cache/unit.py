@@ -1,4 +1,4 @@
-"""The rows of one unit, and the name that their shard bears."""
+"""The rows of one unit, published together."""
 
 from __future__ import annotations
 
@@ -8,27 +8,11 @@ from typing import Self
 
 from shared.cache.format import sha256_hex
 from shared.cache.identity import Identity
+from shared.cache.layout import shard_name
 from shared.cache.manifest import SkippedRow
 from shared.cache.plan import Unit
 from shared.cache.shard import Row, encode_shard
 from shared.cache.storage import Folder
-
-SHARDS = "shards/"
-
-
-def shard_name(unit_id: str, sha256: str) -> str:
-    """What a shard is called: by what it should hold, and by what it does hold."""
-    return f"{SHARDS}{unit_id}-{sha256}.arrow"
-
-
-def unit_in(name: str) -> str:
-    """The unit's id in a shard's name."""
-    return name.removeprefix(SHARDS).partition("-")[0]
-
-
-def sha256_in(name: str) -> str:
-    """The hash in a shard's name."""
-    return name.removesuffix(".arrow").rpartition("-")[2]
 
 
 class UnitWriter:

@@ -15,12 +15,10 @@ import torch
 from shared import codec
 from shared.cache.format import sha256_hex
 from shared.cache.index import KeyIndex, load_index
-from shared.cache.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
-from shared.cache.plan import PLAN_NAME
+from shared.cache.layout import INDEX_PREFIX, MANIFEST_NAME, PLAN_NAME, SHARDS, foreign_names, unit_in
+from shared.cache.manifest import Manifest, ShardInfo, load_manifest
 from shared.cache.shard import ShardView, open_shard
 from shared.cache.storage import TEMPORARY_PREFIX, Folder, open_folder
-from shared.cache.unit import SHARDS, unit_in
-from shared.cache.writer import INDEX_PREFIX, KNOWN_NAMES
 from shared.errors import CacheFormatError
 from shared.policies import Random, Threshold
 from shared.sparse import SparseTargets
@@ -231,18 +229,18 @@ def _total_faults(manifest: Manifest) -> Iterator[str]:
 
 
 def _other_files(folder: Folder, manifest: Manifest) -> tuple[list[str], list[str]]:
-    known = {manifest.index.name, *KNOWN_NAMES, *(info.name for info in manifest.shards)}
-    others = [name for name in folder.names("") + folder.names(SHARDS) if name not in known]
+    """Faults and notes about files that the manifest does not name."""
+    named = {shard.name for shard in manifest.shards}
+    strays = [name for name in folder.names(SHARDS) if name not in named]
+    indices = [name for name in folder.names(INDEX_PREFIX) if name != manifest.index.name]
     growing = folder.size(PLAN_NAME) is not None
-    notes = [f"{folder.where}: {PLAN_NAME} there; a capture goes on, or was interrupted"] if growing else []
-    faults = []
-    for name in others:
-        base = name.rpartition("/")[2]
-        if base.startswith((TEMPORARY_PREFIX, INDEX_PREFIX)) or (growing and name.startswith(SHARDS)):
-            notes.append(f"{folder.where}: {name} is left over; the next capture removes or uses it")
-        else:
-            faults.append(f"{folder.where}: {name} is not in the manifest")
-    return faults, notes
+    half_written = [name for name in strays if name.startswith(SHARDS + TEMPORARY_PREFIX)]
+    half_written += folder.names(TEMPORARY_PREFIX)
+    unknown = foreign_names(folder) + [name for name in strays if not growing and name not in half_written]
+    notes = [f"{PLAN_NAME} is there: a capture goes on, or was interrupted"] if growing else []
+    notes += [f"{name} is left over; the next capture removes it" for name in half_written + indices]
+    faults = [f"{folder.where}: {name} is not in the manifest" for name in unknown]
+    return faults, [f"{folder.where}: {note}" for note in notes]
 
 
 def _of_rows(view: ShardView, fault: str, rows: np.ndarray) -> str:

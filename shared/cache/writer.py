@@ -26,18 +26,24 @@ from shared.cache.commit import assemble
 from shared.cache.format import sha256_hex
 from shared.cache.identity import Identity
 from shared.cache.index import KeyIndex, load_index
-from shared.cache.lock import LOCK_NAME, CaptureLock
-from shared.cache.manifest import MANIFEST_NAME, Manifest, SkippedRow, load_manifest
-from shared.cache.plan import PLAN_NAME, Plan, Unit
+from shared.cache.layout import (
+    INDEX_PREFIX,
+    LOG_NAME,
+    MANIFEST_NAME,
+    PLAN_NAME,
+    SHARDS,
+    foreign_names,
+    sha256_in,
+    unit_in,
+)
+from shared.cache.lock import CaptureLock
+from shared.cache.manifest import Manifest, SkippedRow, load_manifest
+from shared.cache.plan import Plan, Unit
 from shared.cache.planning import Wanted, cut_units
 from shared.cache.shard import ShardView, view_shard
 from shared.cache.storage import Folder, LocalFolder, open_folder
-from shared.cache.unit import SHARDS, UnitWriter, sha256_in, unit_in
+from shared.cache.unit import UnitWriter
 from shared.errors import CacheFormatError
-
-LOG_NAME = "log.jsonl"
-INDEX_PREFIX = "index-"
-KNOWN_NAMES = {MANIFEST_NAME, PLAN_NAME, LOG_NAME, LOCK_NAME}
 
 
 class CacheWriter:
@@ -219,7 +225,7 @@ class CacheWriter:
             where = f"{self.folder.where} (unfinished)"
             plan.identity.compare_capture(self.identity).require(where=where, remedy=remedy)
         if self.manifest is None and plan is None:
-            foreign = [name for name in self.folder.names("") if not _is_ours(name)]
+            foreign = foreign_names(self.folder)
             if foreign:
                 raise CacheFormatError(
                     f"{self.folder.where}: holds {foreign[0]!r} but no {MANIFEST_NAME}; this is no cache. "
@@ -278,10 +284,6 @@ class CacheWriter:
     def _note(self, name: str) -> None:
         if self._found is not None:
             self._found.setdefault(unit_in(name), []).append(name)
-
-
-def _is_ours(name: str) -> bool:
-    return name in KNOWN_NAMES or name.startswith((INDEX_PREFIX, "."))
 
 
 def _same_but_for_versions(one: Manifest, other: Manifest) -> bool:

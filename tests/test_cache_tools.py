@@ -1,0 +1,338 @@
+"""verify, merge, export and inspect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from cache_examples import (
+    VERSIONS,
+    VOCAB_SIZE,
+    capture,
+    files_of,
+    keys_and_rows,
+    make_example,
+    make_identity,
+    make_key,
+    make_row,
+)
+
+from shared import codec
+from shared.cache import CacheReader, CacheWriter, DataSource, Row, SkippedRow
+from shared.cache.export import export
+from shared.cache.inspect import inspect
+from shared.cache.manifest import Manifest
+from shared.cache.merge import merge
+from shared.cache.verify import verify
+from shared.errors import CacheFormatError, CacheMismatchError
+from shared.policies import Random, Threshold, TopK, TopP
+from shared.sparse import SparseTargets
+
+
+def capture_changed(path: Path, change: Callable[[Row], Row], numbers: Sequence[int] = range(9)) -> None:
+    """A cache in which example 4 was written wrong, so that every hash fits."""
+    with CacheWriter.open(str(path), make_identity(), created_by=VERSIONS) as writer:
+        plan = writer.plan(keys_and_rows(numbers), examples_per_shard=6)
+        for unit in plan.units:
+            with writer.unit(unit) as shard:
+                for number in unit.rows:
+                    row = make_row(int(number))
+                    shard.add(change(row) if number == 4 else row)
+        writer.commit(plan)
+
+
+def payload_of(**changes) -> Callable[[Row], Row]:
+    def change(row: Row) -> Row:
+        targets = make_example(4)[1]
+        tensors = {name: function(getattr(targets, name)) for name, function in changes.items()}
+        changed = replace(targets, **tensors)
+        return replace(row, payload=codec.encode(changed), num_entries=changed.num_entries)
+
+    return change
+
+
+def cut_last_position(row: Row) -> Row:
+    targets: SparseTargets = make_example(4)[1]
+    return replace(row, payload=codec.encode(targets.slice(0, targets.num_positions - 1)))
+
+
+@pytest.mark.parametrize(
+    "policy", [Threshold(tau=1 / 16), Threshold(), TopK(k=5), TopP(p=0.8), Random(draws=20)]
+)
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0), (3.0,)])
+def test_a_sound_cache_has_no_faults(tmp_path: Path, policy, temperatures) -> None:
+    capture(tmp_path, range(40), identity=make_identity(policy=policy, temperatures=temperatures))
+    seen = []
+    verification = verify(str(tmp_path), on_shard=seen.append)
+    assert verification.faults == verification.notes == ()
+    assert len(seen) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: replace(row, answer_ids=row.answer_ids[:-1]), "payload does not hold"),
+        (lambda row: replace(row, answer_ids=np.full(5, VOCAB_SIZE, np.int32)), "outside the vocabulary"),
+        (lambda row: replace(row, answer_ids=np.full(5, -1, np.int32)), "outside the vocabulary"),
+        (lambda row: replace(row, answer_ids=np.zeros(33, np.int32)), "longer than max_answer_tokens"),
+        (lambda row: replace(row, ce_sum=-0.5), "ce_sum is negative"),
+        (lambda row: replace(row, entropy_sums=np.array([99.0])), "entropy sum is not between"),
+        (lambda row: replace(row, entropy_sums=np.array([-1.0])), "entropy sum is not between"),
+        (lambda row: replace(row, num_entries=row.num_entries + 1), "another number of entries"),
+        (lambda row: replace(row, payload=b"nonsense"), "payload"),
+        (lambda row: replace(row, payload=row.payload[:-3]), "payload"),
+        (cut_last_position, "payload does not hold 5 positions"),
+        (payload_of(logprobs=lambda x: x.abs() + 1), "log-prob is positive"),
+        (payload_of(logprobs=lambda x: torch.full_like(x, torch.nan)), "log-prob is positive or not finite"),
+        (payload_of(logprobs=lambda x: x - 2), "weights do not sum to"),
+    ],
+)
+def test_a_row_that_was_written_wrong_is_found(
+    tmp_path: Path, change: Callable[[Row], Row], message: str
+) -> None:
+    capture_changed(tmp_path, change)
+    faults = verify(str(tmp_path)).faults
+    assert any(message in fault for fault in faults), faults
+    assert all(f"row 4 (key {make_key(4).hex()})" in fault for fault in faults)
+
+
+def test_every_fault_is_listed_not_only_the_first(tmp_path: Path) -> None:
+    manifest = capture(tmp_path, range(30))
+    flipped, cut, gone, _, _, _ = (tmp_path / shard.name for shard in manifest.shards)
+    data = bytearray(flipped.read_bytes())
+    data[300] ^= 1
+    flipped.write_bytes(data)
+    cut.write_bytes(cut.read_bytes()[:-9])
+    gone.unlink()
+    (tmp_path / "shards" / "0123456789abcdef-00.arrow").write_bytes(b"?")
+    (tmp_path / "notes.txt").write_text("?")
+    (tmp_path / manifest.index.name).write_bytes(b"?")
+    faults = verify(str(tmp_path)).faults
+    assert len(faults) == 6
+    for number, name in enumerate((flipped.name, cut.name, gone.name)):
+        assert any(f"shard {number:05d}" in fault and name in fault for fault in faults)
+    for name in ("notes.txt", "0123456789abcdef-00.arrow", manifest.index.name):
+        assert any(name in fault for fault in faults)
+
+
+def rewrite_manifest(path: Path, **changes) -> None:
+    manifest = CacheReader(str(path)).manifest
+    built = Manifest.build(
+        identity=changes.get("identity", manifest.identity),
+        index=manifest.index,
+        shards=changes.get("shards", manifest.shards),
+        skipped=manifest.skipped,
+        duplicates=0,
+        created_by=manifest.created_by,
+    )
+    (path / "manifest.json").write_bytes(built.dumps())
+
+
+def test_shards_in_another_order_than_the_index_are_found(tmp_path: Path) -> None:
+    manifest = capture(tmp_path, range(10))
+    rewrite_manifest(tmp_path, shards=manifest.shards[::-1])
+    faults = verify(str(tmp_path)).faults
+    assert len(faults) == 2
+    assert all("not those of the index" in fault for fault in faults)
+
+
+def test_counts_and_identities_that_disagree_are_found(tmp_path: Path) -> None:
+    manifest = capture(tmp_path, range(10))
+    first = manifest.shards[0].model_copy(
+        update={"examples": 4, "positions": 1, "entries": 2, "truncated": 3}
+    )
+    rewrite_manifest(
+        tmp_path, shards=(first, manifest.shards[1]), identity=make_identity(weights_fingerprint="w1")
+    )
+    faults = "\n".join(verify(str(tmp_path)).faults)
+    for name in ("examples", "positions", "entries", "truncated"):
+        assert f"{name} found, {getattr(first, name)} in the manifest" in faults
+    assert faults.count("another identity than the manifest") == 2
+
+
+def test_an_unfinished_growth_is_no_fault(tmp_path: Path) -> None:
+    capture(tmp_path, range(6))
+    with CacheWriter.open(str(tmp_path), make_identity(), created_by=VERSIONS) as writer:
+        plan = writer.plan(keys_and_rows(range(9)), examples_per_shard=5)
+        with writer.unit(plan.units[0]) as shard:
+            for number in plan.units[0].rows:
+                shard.add(make_row(int(number)))
+        verification = verify(str(tmp_path))
+    assert verification.faults == ()
+    assert len(verification.notes) == 1
+    assert "a capture goes on" in verification.notes[0]
+
+
+def test_without_a_manifest_there_is_nothing_to_verify(tmp_path: Path) -> None:
+    with pytest.raises(CacheFormatError, match=r"no manifest\.json"):
+        verify(str(tmp_path))
+
+
+# merge
+
+
+def data_of(split: str) -> tuple[DataSource, ...]:
+    return (DataSource(name="drawn", split=split, fingerprint=split, rows=10),)
+
+
+def test_merged_caches_hold_the_examples_of_all(tmp_path: Path) -> None:
+    a, b, out = (str(tmp_path / name) for name in ("a", "b", "out"))
+    first = capture(a, range(12), identity=make_identity(data=data_of("train")))
+    second = capture(b, range(10, 25), identity=make_identity(data=data_of("test"), name="renamed"))
+    merged = merge([a, b], out, created_by=VERSIONS)
+    assert merged.totals.examples == 25
+    assert merged.totals.duplicates == 2
+    assert [source.split for source in merged.identity.data] == ["train", "test"]
+    assert merged.shards[:3] == first.shards
+    assert merged.shards[-2:] == second.shards[-2:]  # copied byte for byte
+    assert verify(out).faults == ()
+    reader = CacheReader(out)
+    for number in range(25):
+        assert reader.rows([make_key(number)])[0].payload == make_row(number).payload
+    again = merge([a, b], str(tmp_path / "again"), created_by=VERSIONS)
+    assert again == merged
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
+
+
+def test_merging_the_same_cache_twice_changes_nothing_but_counts(tmp_path: Path) -> None:
+    a, out = str(tmp_path / "a"), str(tmp_path / "out")
+    manifest = capture(a, range(12))
+    merged = merge([a, a], out, created_by=VERSIONS)
+    assert (merged.shards, merged.index, merged.totals.duplicates) == (manifest.shards, manifest.index, 12)
+
+
+def test_an_interrupted_merge_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, out = (str(tmp_path / name) for name in ("a", "b", "out"))
+    capture(a, range(12))
+    manifest = capture(b, range(12, 20))
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "dumps", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge([a, b], out, created_by=VERSIONS)
+    with pytest.raises(CacheFormatError):
+        CacheReader(out)
+    (tmp_path / "out" / manifest.shards[0].name).write_bytes(b"damaged meanwhile")
+    assert merge([a, b], out, created_by=VERSIONS).totals.examples == 20
+    assert verify(out).faults == ()
+
+
+def test_caches_captured_differently_are_not_merged(tmp_path: Path) -> None:
+    a, b, out = (str(tmp_path / name) for name in ("a", "b", "out"))
+    capture(a, range(3))
+    capture(b, range(3, 6), identity=make_identity(policy=TopK(k=2), template_fingerprint="c1"))
+    with pytest.raises(CacheMismatchError, match=r"2 difference\(s\)"):
+        merge([a, b], out, created_by=VERSIONS)
+    assert not Path(out).exists()
+    with pytest.raises(CacheFormatError, match="already"):
+        merge([a], b, created_by=VERSIONS)
+
+
+def test_a_row_skipped_in_one_and_held_by_another_is_not_skipped(tmp_path: Path) -> None:
+    a, b, out = (str(tmp_path / name) for name in ("a", "b", "out"))
+    with CacheWriter.open(a, make_identity(), created_by=VERSIONS) as writer:
+        lost = SkippedRow(row="train[9]", reason="no picture")
+        plan = writer.plan(keys_and_rows([1, 2, 3]), examples_per_shard=3, skipped=[lost])
+        with writer.unit(plan.units[0]) as shard:
+            shard.add(make_row(1))
+            shard.skip(make_key(2), row="train[2]", reason="NaN")
+            shard.skip(make_key(3), row="train[3]", reason="NaN")
+        writer.commit(plan)
+    capture(b, [2])
+    merged = merge([a, b], out, created_by=VERSIONS)
+    assert [row.row for row in merged.skipped] == ["train[9]", "train[3]"]
+
+
+# export
+
+
+@pytest.mark.parametrize("policy", [Threshold(tau=1 / 16), Random(draws=20), TopK(k=3)])
+def test_an_export_is_plain_parquet(tmp_path: Path, policy) -> None:
+    identity = make_identity(policy=policy, temperatures=(1.0, 2.0))
+    manifest = capture(tmp_path / "cache", range(12), identity=identity)
+    out = tmp_path / "out"
+    assert export(CacheReader(str(tmp_path / "cache")), out) == 12
+    table = datasets.load_dataset("parquet", data_dir=str(out), split="train", cache_dir=str(tmp_path / "hf"))
+    assert len(table) == 12
+    for number, found in enumerate(table):
+        row, targets = make_example(number, identity)
+        assert found["key"] == row.key.hex()
+        assert found["answer_ids"] == row.answer_ids.tolist()
+        assert (found["ce_sum"], found["truncated"]) == (row.ce_sum, row.truncated)
+        assert found["entropy_sums"] == row.entropy_sums.tolist()
+        bounds = targets.offsets.tolist()
+        spans = [slice(start, stop) for start, stop in pairwise(bounds)]
+        assert found["ids"] == [targets.ids[span].tolist() for span in spans]
+        assert found["logprobs"] == [targets.logprobs[span].float().tolist() for span in spans]
+        assert found["weights"] == [targets.weights()[span].tolist() for span in spans]
+        assert found["weights_2"] == [targets.weights(2.0)[span].tolist() for span in spans]
+    metadata = json.loads(pq.read_schema(out / "part-00000.parquet").metadata[b"teachonce"])
+    assert metadata["cache"] == manifest.sha256
+    assert metadata["identity"] == identity.model_dump(mode="json")
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    manifest = capture(tmp_path / "cache", range(12))
+    (tmp_path / "cache" / manifest.shards[2].name).unlink()
+    with pytest.raises(CacheFormatError, match="missing"):
+        export(CacheReader(str(tmp_path / "cache")), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").touch()
+    with pytest.raises(CacheFormatError, match="is there already"):
+        export(CacheReader(str(tmp_path / "cache")), tmp_path / "out")
+
+
+def test_an_empty_cache_is_exported(tmp_path: Path) -> None:
+    capture(tmp_path / "cache", [])
+    assert export(CacheReader(str(tmp_path / "cache")), tmp_path / "out") == 0
+    assert pq.read_table(tmp_path / "out").num_rows == 0
+
+
+def test_a_large_shard_is_exported_in_parts(tmp_path: Path) -> None:
+    capture(tmp_path / "cache", range(600), examples_per_shard=600)
+    export(CacheReader(str(tmp_path / "cache")), tmp_path / "out")
+    table = pq.read_table(tmp_path / "out" / "part-00000.parquet")
+    assert [bytes.fromhex(key) for key in table.column("key").to_pylist()] == [
+        make_key(n) for n in range(600)
+    ]
+
+
+# inspect
+
+
+def test_a_summary_says_who_what_and_how_large(tmp_path: Path) -> None:
+    manifest = capture(tmp_path, range(40))
+    summary = inspect(CacheReader(str(tmp_path)))
+    assert json.loads(json.dumps(summary)) == summary
+    examples = [make_example(number) for number in range(40)]
+    positions = sum(row.num_positions for row, _ in examples)
+    sample = summary["sample"]
+    assert summary["sha256"] == manifest.sha256
+    assert summary["identity"]["teacher"]["weights_fingerprint"] == "w0"
+    assert summary["totals"]["positions"] == sample["positions"] == positions
+    assert summary["bytes_per_position"] == pytest.approx(manifest.totals.bytes / positions)
+    assert sample["cross_entropy"] == pytest.approx(sum(row.ce_sum for row, _ in examples) / positions)
+    entropy = torch.cat([targets.entropy for _, targets in examples]).double().mean()
+    assert sample["entropy"]["1.0"] == pytest.approx(float(entropy))
+    counts = torch.cat([targets.counts for _, targets in examples])
+    assert sample["entries_per_position"]["100%"] == int(counts.max())
+    assert sample["entries_per_position"]["50%"] == pytest.approx(float(np.median(counts.numpy())))
+    assert sample["kept_mass"]["1.0"]["mean"] == pytest.approx(1, abs=0.05)
+    assert summary["positions_per_example"]["100%"] == 7
+
+
+def test_a_summary_of_a_sample_and_of_nothing(tmp_path: Path) -> None:
+    capture(tmp_path / "some", range(40))
+    assert inspect(CacheReader(str(tmp_path / "some")), sampled_rows=10)["sample"]["rows"] == 10
+    capture(tmp_path / "none", [])
+    summary = inspect(CacheReader(str(tmp_path / "none")))
+    assert summary["sample"] is None
+    assert summary["bytes_per_position"] is None
