@@ -1,0 +1,256 @@
+"""Caches behind fsspec URLs: written, read and grown; staged locally, checked, and within a bound."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_key, make_row
+
+from shared.cache import CacheReader, CacheWriter, Staging
+from shared.cache.export import export
+from shared.cache.merge import merge
+from shared.cache.staging import Staging as StagingFolder
+from shared.cache.storage import LocalFolder, RemoteFolder, open_folder
+from shared.cache.verify import verify
+from shared.errors import CacheFormatError
+
+FORK = multiprocessing.get_context("fork")
+KEYS = [make_key(number) for number in range(20)]
+
+
+@pytest.fixture
+def staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TEACHONCE_STAGING", str(tmp_path / "staging"))
+    return tmp_path / "staging"
+
+
+@pytest.fixture
+def memory(staging: Path) -> Iterator[str]:
+    """A cache in a file system that only this process and its forks see."""
+    capture("memory://bucket/cache", range(20))
+    yield "memory://bucket/cache"
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A server on this machine that speaks the S3 protocol."""
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, staging: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    settings = {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").mkdir(f"bucket-{time.time_ns()}")
+    (bucket,) = sorted(fsspec.filesystem("s3").ls("", refresh=True))[-1:]
+    return f"s3://{bucket}/caches/drawn"
+
+
+def test_a_file_url_is_a_local_folder(tmp_path: Path) -> None:
+    capture(f"file://{tmp_path}/cache", range(5))
+    assert isinstance(open_folder(f"file://{tmp_path}/cache"), LocalFolder)
+    assert len(CacheReader(str(tmp_path / "cache"))) == 5
+
+
+def check_life_of_a_cache(url: str, tmp_path: Path) -> None:
+    """Captured in two goes, grown, read, verified, merged and exported: as a local one."""
+    local = tmp_path / "local"
+    with CacheWriter.open(url, make_identity(), created_by=VERSIONS) as writer:
+        plan = writer.plan(keys_and_rows(range(20)), examples_per_shard=5)
+        for unit in plan.units[::2]:
+            with writer.unit(unit) as shard:
+                for number in unit.rows:
+                    shard.add(make_row(int(number)))
+        writer.log("interrupted")
+    with pytest.raises(CacheFormatError, match=r"no manifest\.json"):
+        CacheReader(url)
+    assert capture(url, range(20)) == capture(local, range(20))
+    assert capture(url, range(27)) == capture(local, range(27))
+    filesystem, root = fsspec.core.url_to_fs(url)
+    stored = {path[len(root) + 1 :]: filesystem.cat_file(path) for path in filesystem.find(root)}
+    stored.pop("log.jsonl")
+    assert stored == files_of(local)
+    reader = CacheReader(url)
+    for number, ids in enumerate(reader.read([make_key(number) for number in range(27)])[0]):
+        assert ids.tolist() == make_row(number).answer_ids.tolist()
+    assert verify(url).faults == ()
+    assert merge([url, str(local)], f"{url}-merged", created_by=VERSIONS).shards == reader.manifest.shards
+    assert export(reader, tmp_path / "parquet") == 27
+
+
+def test_a_cache_in_memory(staging: Path, tmp_path: Path) -> None:
+    check_life_of_a_cache("memory://elsewhere/caches/drawn", tmp_path)
+
+
+def test_a_cache_on_s3(s3: str, tmp_path: Path) -> None:
+    check_life_of_a_cache(s3, tmp_path)
+
+
+def read_in_worker(sent: bytes) -> int:
+    return sum(len(ids) for ids in pickle.loads(sent).read(KEYS)[0])
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_read_from_s3(s3: str, staging: Path, method: str) -> None:
+    capture(s3, range(20))
+    reader = CacheReader(s3)
+    reader.read(KEYS[:1])
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        totals = pool.map(read_in_worker, [pickle.dumps(reader)] * 3)
+    assert totals == [sum(len(make_row(number).answer_ids) for number in range(20))] * 3
+    assert len(list(staging.glob("*.arrow"))) == 5
+
+
+def test_a_flipped_bit_on_s3_is_found_on_arrival(s3: str, staging: Path) -> None:
+    manifest = capture(s3, range(20))
+    path = f"{s3}/{manifest.shards[1].name}"
+    filesystem = fsspec.filesystem("s3")
+    data = bytearray(filesystem.cat_file(path))
+    data[len(data) // 2] ^= 1
+    filesystem.pipe_file(path, bytes(data))
+    reader = CacheReader(s3)
+    reader.read(KEYS[:5])
+    with pytest.raises(CacheFormatError, match="is not what the manifest says"):
+        reader.read(KEYS)
+    assert len(list(staging.glob("*.arrow"))) == 2
+    assert not list(staging.glob("*.part"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", None])
+def test_what_arrives_wrong_is_not_kept(memory: str, staging: Path, damage: bytes | None) -> None:
+    reader = CacheReader(memory)
+    filesystem, root = fsspec.core.url_to_fs(memory)
+    path = f"{root}/{reader.manifest.shards[0].name}"
+    whole = filesystem.cat_file(path)
+    if damage is None:
+        filesystem.rm(path)
+    else:
+        filesystem.pipe_file(path, whole + b"more" if damage == b"" else damage)
+    with pytest.raises(CacheFormatError, match="is missing" if damage is None else "is not what"):
+        reader.read(KEYS)
+    assert not list(staging.glob("*.part"))
+    filesystem.pipe_file(path, whole)
+    assert len(reader.read(KEYS)[0]) == 20
+
+
+def test_staged_files_are_used_again(memory: str, staging: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    CacheReader(memory).read(KEYS)
+    monkeypatch.setattr(RemoteFolder, "open", lambda *_: pytest.fail("fetched again"))
+    assert len(CacheReader(memory).read(KEYS)[0]) == 20
+
+
+def test_a_staged_file_that_changed_is_found(memory: str, staging: Path) -> None:
+    reader = CacheReader(memory)
+    reader.read(KEYS)
+    path = staging / f"{reader.manifest.shards[0].sha256}.arrow"
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CacheFormatError, match="shard 00000: sha256"):
+        CacheReader(memory).read(KEYS)
+
+
+def staged_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_the_staging_folder_stays_within_its_bound(memory: str, staging: Path) -> None:
+    manifest = CacheReader(memory).manifest
+    largest = max(shard.bytes for shard in manifest.shards)
+    bound = manifest.index.bytes + 2 * largest
+    reader = CacheReader(memory, staging=Staging(staging, max_bytes=bound))
+    for number in (0, 19, 7, 12, 1, 18):
+        reader._shards.clear()
+        assert reader.rows([make_key(number)])[0].key == make_key(number)
+        assert staged_bytes(staging) <= bound
+    with pytest.raises(CacheFormatError, match="Set TEACHONCE_STAGING_BYTES higher"):
+        CacheReader(memory, staging=Staging(staging, max_bytes=100))
+
+
+def test_the_least_recently_used_makes_room(memory: str, staging: Path) -> None:
+    folder = open_folder(memory)
+    assert isinstance(folder, RemoteFolder)
+    shards = CacheReader(memory).manifest.shards
+    for path in staging.glob("*.arrow"):
+        path.unlink()
+    area = StagingFolder(staging, max_bytes=sum(shard.bytes for shard in shards[:3]))
+
+    def fetch(number: int) -> None:
+        shard = shards[number]
+        area.fetch(folder, shard.name, sha256=shard.sha256, num_bytes=shard.bytes)
+
+    for number in (0, 1, 2, 0, 3):
+        fetch(number)
+        time.sleep(0.01)
+    left = {path.stem for path in staging.glob("*.arrow")}
+    assert shards[0].sha256 in left
+    assert shards[3].sha256 in left
+    assert shards[1].sha256 not in left
+
+
+def test_a_mapped_shard_outlives_its_file(memory: str, staging: Path) -> None:
+    reader = CacheReader(memory)
+    before = reader.rows(KEYS)
+    for path in staging.glob("*.arrow"):
+        path.unlink()
+    assert [row.payload for row in reader.rows(KEYS)] == [row.payload for row in before]
+    assert len(CacheReader(memory)) == 20
+
+
+def read_many_times(url: str, folder: Path, bound: int, seed: int) -> None:
+    for turn in range(6):
+        reader = CacheReader(url, staging=Staging(folder, max_bytes=bound))
+        rows = reader.rows(KEYS[(seed + turn) % 4 :: 4])
+        assert [row.key for row in rows] == KEYS[(seed + turn) % 4 :: 4]
+
+
+def test_many_processes_share_a_tight_staging_folder(memory: str, staging: Path) -> None:
+    manifest = CacheReader(memory).manifest
+    bound = manifest.index.bytes + 3 * max(shard.bytes for shard in manifest.shards)
+    processes = [
+        FORK.Process(target=read_many_times, args=(memory, staging, bound, seed)) for seed in range(4)
+    ]
+    for process in processes:
+        process.start()
+    most = 0
+    while any(process.is_alive() for process in processes):
+        try:
+            most = max(most, staged_bytes(staging))
+        except FileNotFoundError:
+            continue
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert most <= bound
+
+
+def test_what_a_killed_process_was_fetching_is_cleared_away(memory: str, staging: Path) -> None:
+    staging.mkdir(parents=True, exist_ok=True)
+    process = FORK.Process(target=os._exit, args=(0,))
+    process.start()
+    process.join()
+    dead = staging / f"{'0' * 64}.{process.pid}.part"
+    dead.write_bytes(bytes(100_000))
+    bound = sum(shard.bytes for shard in CacheReader(memory).manifest.shards) + 10_000
+    CacheReader(memory, staging=Staging(staging, max_bytes=bound)).read(KEYS)
+    assert not dead.exists()
+
+
+def test_an_unknown_protocol_is_an_error_of_the_user(tmp_path: Path) -> None:
+    with pytest.raises(CacheFormatError, match="cannot be reached"):
+        CacheReader("nosuch://bucket/cache")
