@@ -67,8 +67,8 @@ class JsonLinesRows:
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = tuple(files)
         self.folder: Path | None = files[0].parent
-        places = [(number, *place) for number, file in enumerate(files) for place in _line_places(file)]
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 4)  # file, line, first byte, length
+        places = (place for number, file in enumerate(files) for place in _line_places(number, file))
+        self._places = np.fromiter(places, dtype=np.dtype((np.int64, 4)))  # file, line, first byte, length
 
     @property
     def columns(self) -> list[str]:
@@ -164,13 +164,13 @@ def _saved_to_disk(path: Path, split: str) -> datasets.Dataset:
     return saved[split]
 
 
-def _line_places(file: Path) -> Iterable[tuple[int, int, int]]:
-    """Number, first byte and length of each line that is not blank."""
+def _line_places(number: int, file: Path) -> Iterable[tuple[int, int, int, int]]:
+    """The file's number, then number, first byte and length of each line that is not blank."""
     start = 0
     with open(file, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
+        for line_number, line in enumerate(stream, start=1):
             if line.strip():
-                yield number, start, len(line)
+                yield number, line_number, start, len(line)
             start += len(line)
 
 

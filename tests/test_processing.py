@@ -376,6 +376,15 @@ def test_a_batch_moves_as_a_whole(processor: ExampleProcessor, examples: list[Ex
     assert len(batch.keys) == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_batch_is_pinned_as_a_whole(processor: ExampleProcessor, examples: list[Example]) -> None:
+    batch = processor.collate([processor.encode(example) for example in examples[:2]]).pin_memory()
+    tensors = [*batch.inputs.values(), batch.position_index, batch.labels, batch.example_offsets]
+    assert all(tensor.is_pinned() for tensor in tensors)
+    assert batch.to("cuda", non_blocking=True).labels.device.type == "cuda"
+
+
 def test_prompts_alone_make_a_batch_to_generate_from(
     student_folder: Path, processor: ExampleProcessor, examples: list[Example]
 ) -> None:
