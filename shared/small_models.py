@@ -100,8 +100,9 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int) -> Path
     )
     trained.train_from_iterator(texts, trainer)
     bpe = json.loads(trained.to_str())["model"]
+    learned: dict[str, Any] = {"vocab": bpe["vocab"], "merges": [tuple(merge) for merge in bpe["merges"]]}
     tokenizer = Qwen3_5Tokenizer(
-        **{"vocab": bpe["vocab"], "merges": [tuple(merge) for merge in bpe["merges"]]},
+        **learned,
         eos_token=END_OF_TURN,
         pad_token=PAD,
         extra_special_tokens=SPECIAL_TOKENS,
