@@ -7,7 +7,7 @@ with it); ``KDLoss`` starts from logits.  Both report sums in fp32 nats.  The de
 from __future__ import annotations
 
 from shared.kd_loss.dense import KDLoss
-from shared.kd_loss.divergences import DIVERGENCES, Divergence
+from shared.kd_loss.divergences import DIVERGENCES, FORWARD_KL, Divergence
 from shared.kd_loss.fused import LossSums, fused_ce_kd
 
-__all__ = ["DIVERGENCES", "Divergence", "KDLoss", "LossSums", "fused_ce_kd"]
+__all__ = ["DIVERGENCES", "FORWARD_KL", "Divergence", "KDLoss", "LossSums", "fused_ce_kd"]

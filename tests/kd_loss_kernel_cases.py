@@ -1,0 +1,105 @@
+"""Cases of the Triton kernel against the PyTorch path; ``test_kd_loss_triton`` runs them.
+
+They run in Triton's interpreter where ``TRITON_INTERPRET`` is 1, else on the GPU.  The interpreter must be
+chosen before Triton is first imported: hence a file of its own, and a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from shared.kd_loss import FORWARD_KL, chunk, triton_kernel
+from shared.kd_loss.teacher import SparseTeacher, sparse_teacher
+from shared.kd_loss.tile import LossSettings
+from shared.policies import Policy, Random, Threshold, TopK
+from shared.sparse import position_seeds, sparsify
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+FIRST = 2  # the chunk begins at the teacher's third position
+
+
+def teacher_of(num_rows: int, num_ids: int, policy: Policy, temperature: float, tail: str) -> SparseTeacher:
+    generator = torch.Generator().manual_seed(num_ids)
+    logits = 3 * torch.randn(FIRST + num_rows, num_ids, generator=generator)
+    num_vocab_ids = num_ids - num_ids // 9
+    logits[:, num_vocab_ids:] = -torch.inf
+    seeds = position_seeds(0, b"key", FIRST + num_rows)
+    targets = sparsify(logits.log_softmax(-1), policy, temperatures=(1.0, 2.0), seeds=seeds).to(DEVICE)
+    return sparse_teacher(
+        targets,
+        temperature=temperature,
+        divergence=FORWARD_KL,
+        tail=tail,
+        num_vocab_ids=num_vocab_ids,
+        dtype=torch.float32,
+    )
+
+
+def assert_kernel_agrees(
+    num_rows: int,
+    num_ids: int,
+    dtype: torch.dtype,
+    teacher: SparseTeacher | None,
+    settings: LossSettings,
+    *,
+    with_weights: bool = True,
+    with_grad: bool = True,
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = (4 * torch.randn(num_rows, num_ids, generator=generator)).to(DEVICE, dtype)
+    labels = torch.randint(num_ids, (num_rows,), generator=generator).to(DEVICE)
+    weights = torch.rand(num_rows, generator=generator).to(DEVICE) if with_weights else None
+    got_logits, want_logits = logits.clone(), logits.float().clone()
+    arguments = (labels, weights, teacher, FIRST, settings)
+    got = triton_kernel.chunk_loss_(got_logits, *arguments, with_grad=with_grad)
+    want = chunk.chunk_loss_torch_(want_logits, *arguments, with_grad=with_grad)
+    for value, other in zip(got, want, strict=True):
+        torch.testing.assert_close(value, other, rtol=2e-5, atol=5e-5)
+    if with_grad:
+        torch.testing.assert_close(got_logits, want_logits.to(dtype), rtol=2**-7, atol=2e-6)
+    else:
+        assert torch.equal(got_logits, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("num_rows", "num_ids"), [(1, 1), (1, 17), (3, 17), (2, 8192), (2, 8193), (1, 20_000)]
+)
+def test_shapes(num_rows: int, num_ids: int, temperature: float, dtype: torch.dtype) -> None:
+    teacher = teacher_of(num_rows, num_ids, Threshold(tau=0.05), temperature, "ghost")
+    assert_kernel_agrees(num_rows, num_ids, dtype, teacher, LossSettings(0.4, temperature, num_ids))
+
+
+@pytest.mark.parametrize("policy", [Random(draws=300), TopK(k=130), TopK(k=1)])
+@pytest.mark.parametrize("tail", ["uniform", "renormalize", "drop"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("kd_ratio", [0.0, 0.4, 1.0])
+def test_policies_and_settings(policy: Policy, tail: str, softcap: float | None, kd_ratio: float) -> None:
+    teacher = teacher_of(2, 450, policy, 2.0, tail)
+    assert_kernel_agrees(2, 450, torch.float32, teacher, LossSettings(kd_ratio, 2.0, 400, softcap))
+
+
+def test_a_large_vocabulary() -> None:
+    teacher = teacher_of(1, 248_320, Threshold(tau=1 / 512), 1.0, "ghost")
+    assert_kernel_agrees(1, 248_320, torch.bfloat16, teacher, LossSettings(0.5, 1.0, 248_320))
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_without_teacher_or_weights(with_grad: bool) -> None:
+    settings = LossSettings(0.0, 1.0, 50)
+    assert_kernel_agrees(3, 50, torch.float32, None, settings, with_weights=False, with_grad=with_grad)
+    assert_kernel_agrees(0, 50, torch.float32, None, settings, with_weights=False)
+
+
+def test_rows_that_begin_with_masked_logits() -> None:
+    logits = torch.randn(2, 20_000, device=DEVICE)
+    logits[:, :10_000] = -torch.inf
+    labels, settings = torch.tensor([10_001, 19_999], device=DEVICE), LossSettings(0.0, 1.0, 20_000)
+    want = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    ce, _ = triton_kernel.chunk_loss_(logits, labels, None, None, 0, settings, with_grad=True)
+    torch.testing.assert_close(ce, want)
+    assert bool((logits[:, :10_000] == 0).all())
