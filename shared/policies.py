@@ -26,10 +26,15 @@ class _Policy(BaseModel):
 
 
 class Threshold(_Policy):
-    """Keep each token above ``tau`` exactly; draw the others, each draw standing for a mass of ``tau``."""
+    """Keep each token above ``tau``; draw the others, each draw standing for a mass of ``tau``.
+
+    Kept probabilities are rounded, without bias, to fp16 log-probs or to ``levels``: fewer of these, as many
+    as the noise of the draws leaves any use for, in half the bytes.
+    """
 
     kind: Literal["threshold"] = "threshold"
     tau: Annotated[float, Field(ge=1e-6, le=1)] = 1 / 512
+    values: Literal["levels", "fp16"] = "levels"  # of temperature 1 alone; several need fp16
 
     @property
     def is_sampled(self) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 from shared.errors import DataError, RecipeError
 from shared.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse.draws import Independent, Systematic, draw, padded_width, substream, uniforms
-from shared.sparse.targets import SparseTargets
+from shared.sparse.grid import has_floor, logprob_grid, round_unbiased
+from shared.sparse.targets import SparseTargets, share_logprobs
 
 # Positions are worked on in groups of so many log-probs.  On a CPU the temporaries then stay in its cache (a
 # third of the time that large groups took); elsewhere they stay below 1 GiB.
@@ -92,7 +93,7 @@ def _sparsify_group(
     entropy_NT = torch.stack([_entropy(t) for t in tempered], 1)
     match policy:
         case Threshold():
-            kept = _threshold(logprobs_NV, tempered, policy, temperatures == (1.0,), seeds_N)
+            kept = _threshold(logprobs_NV, tempered, policy, temperatures, seeds_N)
         case Random():
             kept = _random(logprobs_NV, tempered, policy, seeds_N)
         case TopK():
@@ -100,8 +101,7 @@ def _sparsify_group(
         case TopP():
             kept = _top_p(logprobs_NV, policy)
     others = [t.log_normalizer for t, value in zip(tempered, temperatures, strict=True) if value != 1.0]
-    floor = policy.log_tau if isinstance(policy, Threshold) and temperatures == (1.0,) else None
-    order = _canonical_order(kept, floor)
+    order = ((kept.position << 32) | kept.ids).argsort()
     num_positions = len(logprobs_NV)
     counts = torch.bincount(kept.position, minlength=num_positions)
     empty = torch.zeros(0, dtype=torch.int32, device=logprobs_NV.device)
@@ -133,10 +133,9 @@ def _temper(logprobs_NV: Tensor, temperature: float) -> _Tempered:
 def _check_normalised(
     logprobs_NV: Tensor, tempered: list[_Tempered], temperatures: tuple[float, ...], first_position: int
 ) -> None:
-    if 1.0 in temperatures:
-        total_N = tempered[temperatures.index(1.0)].probs.sum(-1)
-    else:
-        total_N = logprobs_NV.exp().sum(-1)
+    captured = dict(zip(temperatures, tempered, strict=True))
+    probs_NV = captured[1.0].probs if 1.0 in captured else logprobs_NV.exp()
+    total_N = probs_NV.sum(-1)
     wrong = ((total_N - 1).abs() < 1e-3).logical_not()  # NaN compares false
     if wrong.any():
         index = int(wrong.nonzero()[0])
@@ -154,7 +153,11 @@ def _entropy(tempered: _Tempered) -> Tensor:
 
 
 def _threshold(
-    logprobs_NV: Tensor, tempered: list[_Tempered], policy: Threshold, has_floor: bool, seeds_N: Tensor
+    logprobs_NV: Tensor,
+    tempered: list[_Tempered],
+    policy: Threshold,
+    temperatures: tuple[float, ...],
+    seeds_N: Tensor,
 ) -> _Kept:
     """Each token with probability ``min(1, max_T p_T / tau)``: the certain ones, and a draw from the rest."""
     heaviest_NV, mass_NV = tempered[0].logprobs, tempered[0].probs
@@ -169,11 +172,11 @@ def _threshold(
     drawn_position, drawn_ids, _ = draw(mass_NV, points)
     position = torch.cat([certain_position, drawn_position])
     ids = torch.cat([certain_ids, drawn_ids])
-    chance = uniforms(substream(seeds_N, 1)[position], ids)
-    logprobs = _round_unbiased(logprobs_NV[position, ids], chance)
-    if has_floor:
+    logprobs = logprobs_NV[position, ids]
+    if has_floor(policy, temperatures):
         logprobs[len(certain_ids) :] = policy.log_tau
-    return _Kept(position, ids, logprobs)
+    chance = uniforms(substream(seeds_N, 1)[position], ids)
+    return _Kept(position, ids, round_unbiased(logprobs, chance, logprob_grid(policy, temperatures)))
 
 
 def _random(logprobs_NV: Tensor, tempered: list[_Tempered], policy: Random, seeds_N: Tensor) -> _Kept:
@@ -185,10 +188,10 @@ def _random(logprobs_NV: Tensor, tempered: list[_Tempered], policy: Random, seed
     points_NK = uniforms(seeds_N[:, None], counters).sort(-1).values
     position, ids, draw_counts = draw(mass_NV, Independent(points_NK))
     if len(tempered) == 1:
-        logprobs = (draw_counts.double() / policy.draws).log()
+        logprobs = share_logprobs(draw_counts, policy)
     else:
-        logprobs = logprobs_NV[position, ids]
-    return _Kept(position, ids, logprobs.half(), draw_counts)
+        logprobs = _nearest_fp16(logprobs_NV[position, ids])
+    return _Kept(position, ids, logprobs, draw_counts)
 
 
 def _top_k(logprobs_NV: Tensor, policy: TopK) -> _Kept:
@@ -205,30 +208,8 @@ def _top_p(logprobs_NV: Tensor, policy: TopP) -> _Kept:
 
 def _kept_where(mask_NK: Tensor, logprobs_NK: Tensor, ids_NK: Tensor) -> _Kept:
     position, column = mask_NK.nonzero(as_tuple=True)
-    return _Kept(position, ids_NK[position, column], logprobs_NK[position, column].half())
+    return _Kept(position, ids_NK[position, column], _nearest_fp16(logprobs_NK[position, column]))
 
 
-def _round_unbiased(logprobs: Tensor, chance: Tensor) -> Tensor:
-    """fp16 neighbours of fp32 log-probs, chosen so that the mean of their *probabilities* is exact.
-
-    ``chance`` is uniform in [0, 1).  A log-prob that fp16 can hold stays as it is.
-    """
-    # Adding 0.0 makes one zero of two.  Below zero, the next number down has the next larger bit pattern.
-    logprobs = logprobs.clamp_max(0.0) + 0.0
-    nearest = logprobs.half()
-    bits = nearest.view(torch.int16)
-    low = torch.where(nearest.float() <= logprobs, bits, torch.where(nearest == 0, -(1 << 15) + 1, bits + 1))
-    low_value = low.view(torch.float16).float()
-    high = torch.where(low == -(1 << 15) + 1, 0, low - 1)
-    high_value = high.view(torch.float16).float()
-    is_between = low_value < logprobs
-    share = torch.expm1(logprobs - low_value) / torch.expm1(high_value - low_value)
-    return torch.where(is_between & (chance < share), high, low).to(torch.int16).view(torch.float16)
-
-
-def _canonical_order(kept: _Kept, floor: float | None) -> Tensor:
-    """The order that ``SparseTargets`` documents; ``floor`` marks entries without a log-prob of their own."""
-    key = kept.position * 2
-    if floor is not None:
-        key += kept.logprobs == floor
-    return ((key << 32) | kept.ids).argsort()
+def _nearest_fp16(logprobs: Tensor) -> Tensor:
+    return logprobs.clamp_min(-65504.0).half() + 0.0  # which makes one zero of two

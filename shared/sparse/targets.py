@@ -21,15 +21,13 @@ from shared.policies import Policy, Random, Threshold
 class SparseTargets:
     """The entries of N positions, and what gives their weights at each captured temperature.
 
-    Entries are in one canonical order: by position; in a position first those with a log-prob of their own,
-    then those at the floor (``threshold`` at temperature 1 alone, see below); each by ascending id.  No id
-    comes twice at a position.
+    Entries are in one order: by position, then by ascending id; no id comes twice at a position.
 
     Shapes   offsets (N + 1,) int64: entries of position n are ``offsets[n]:offsets[n + 1]``
              ids (E,) int32
              logprobs (E,) fp16, natural logs at temperature 1.  Where temperature 1 alone was captured by a
              sampled policy they are the logs of the entries' *weights*: for ``threshold`` a kept token's
-             log-prob, or, of a drawn one, ``policy.log_tau`` (the floor); for ``random`` ``log(count/draws)``
+             log-prob, or ``policy.log_tau`` of a drawn one; for ``random`` ``log(count / draws)``
              log_normalizers (N, T') fp32: log sum_v p(v) ** (1 / t) for the captured t that are not 1
              entropy (N, T) fp32, nats, of the teacher's whole distribution at each captured temperature
              draw_counts (E,) int32: how often ``random`` drew each entry; empty (0,) for other policies
@@ -162,6 +160,11 @@ class SparseTargets:
             for name in ("ids", "logprobs", "log_normalizers", "entropy", "draw_counts")
         }
         return replace(first, offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)), **joined)
+
+
+def share_logprobs(draw_counts: Tensor, policy: Random) -> Tensor:
+    """Logs (E,) fp16 of the shares of draws: what ``random`` has for log-probs at its only temperature."""
+    return (draw_counts.double() / policy.draws).log().half()
 
 
 def _position_index(counts: Tensor, num_entries: int) -> Tensor:
