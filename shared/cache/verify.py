@@ -23,7 +23,7 @@ from shared.errors import CacheFormatError
 from shared.policies import Random, Threshold
 from shared.sparse import SparseTargets
 
-ENTROPY_TOLERANCE = 1e-3  # nats a position: the teacher computes in fp32
+TOLERANCE_NATS = 1e-3  # a position: the teacher computes in fp32
 SUM_TOLERANCE = 0.01  # of a position's weights: their logs are rounded to fp16
 ROWS_DECODED_TOGETHER = 256
 
@@ -122,15 +122,17 @@ def _row_faults(view: ShardView, manifest: Manifest) -> Iterator[str]:
     lengths = np.diff(view.answer_offsets)
     tokens = view.answer_dictionary[view.answer_indices]
     outside = np.append(0, np.cumsum((tokens < 0) | (tokens >= inputs.vocab_size)))
-    highest = (np.log(inputs.vocab_size) + ENTROPY_TOLERANCE) * lengths[:, None]
+    highest = (np.log(inputs.vocab_size) + TOLERANCE_NATS) * lengths[:, None]
     entropies = view.entropy_sums
     checks = {
         "num_positions is not the number of answer ids": lengths != view.num_positions,
         "an answer id is outside the vocabulary": np.diff(outside[view.answer_offsets]) > 0,
         "the answer is longer than max_answer_tokens": lengths > (inputs.max_answer_tokens or np.inf),
-        "ce_sum is negative or not finite": ~(np.isfinite(view.ce_sums) & (view.ce_sums >= 0)),
+        "ce_sum is negative or not finite": ~(
+            np.isfinite(view.ce_sums) & (view.ce_sums >= -TOLERANCE_NATS * lengths)
+        ),
         "an entropy sum is not between 0 and log(vocab_size) a position": ~(
-            (entropies >= -ENTROPY_TOLERANCE * lengths[:, None]) & (entropies <= highest)
+            (entropies >= -TOLERANCE_NATS * lengths[:, None]) & (entropies <= highest)
         ).all(axis=1),
     }
     for fault, wrong in checks.items():

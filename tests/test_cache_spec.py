@@ -1,0 +1,120 @@
+"""A reader written from docs/cache-format.md and docs/targets.md alone reads what the project wrote.
+
+Above the line nothing of the project is imported; below it a cache is made, and both readers are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+
+def canonical(value: Any) -> bytes:
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    assert (manifest["format"], manifest["format_version"]) == ("teachonce-cache", 1)
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    assert hashlib.sha256(canonical(rest)).hexdigest() == manifest["sha256"]
+    return manifest
+
+
+def read_arrow(folder: Path, entry: dict[str, Any]) -> tuple[pa.RecordBatch, dict[str, Any]]:
+    data = (folder / entry["name"]).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+    assert len(data) == entry["bytes"]
+    stream = pa.ipc.open_file(data)
+    assert stream.num_record_batches == 1
+    metadata = stream.schema.metadata[b"teachonce"]
+    assert canonical(json.loads(metadata)) == metadata
+    return stream.get_batch(0), json.loads(metadata)
+
+
+def read_index(folder: Path, manifest: dict[str, Any]) -> dict[bytes, tuple[int, int, int]]:
+    batch, metadata = read_arrow(folder, manifest["index"])
+    assert metadata == {"format": "teachonce-cache", "format_version": 1, "index": True}
+    assert [(field.name, str(field.type)) for field in batch.schema] == [
+        ("key", "fixed_size_binary[16]"),
+        ("shard", "int32"),
+        ("row", "int32"),
+        ("num_positions", "int32"),
+    ]
+    keys, *places = (column.to_pylist() for column in batch.columns)
+    assert keys == sorted(set(keys))
+    assert len(keys) == manifest["totals"]["examples"]
+    return dict(zip(keys, zip(*places, strict=True), strict=True))
+
+
+def content_identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    identity = json.loads(json.dumps(manifest["identity"]))
+    for part, name in (("teacher", "name"), ("teacher", "revision")):
+        del identity[part][name]
+    del identity["data"]
+    return {"format_version": 1, **identity}
+
+
+def read_shard(folder: Path, manifest: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    entry = manifest["shards"][number]
+    batch, metadata = read_arrow(folder, entry)
+    identity = content_identity(manifest)
+    assert metadata["identity"] == identity
+    unit, sha256 = Path(entry["name"]).stem.split("-")
+    assert (unit, sha256) == (metadata["unit"], entry["sha256"])
+    temperatures = len(manifest["identity"]["targets"]["temperatures"])
+    kinds = {field.name: str(field.type) for field in batch.schema}
+    assert kinds.pop("answer_ids").startswith("list<item: dictionary<values=int32, indices=uint")
+    assert kinds == {
+        "key": "fixed_size_binary[16]",
+        "num_positions": "int32",
+        "num_entries": "int32",
+        "truncated": "bool",
+        "ce_sum": "double",
+        "entropy_sums": f"fixed_size_list<item: double not null>[{temperatures}]",
+        "payload": "binary",
+    }
+    rows = batch.to_pylist()
+    assert not metadata["skipped"]
+    digest = hashlib.sha256(canonical(identity)).digest()
+    keys = b"".join(row["key"] for row in rows)
+    assert hashlib.blake2b(digest + keys, digest_size=8).hexdigest() == unit
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+from cache_examples import capture, make_example, make_identity, make_key  # noqa: E402
+
+from shared.policies import Random, Threshold, TopK, TopP  # noqa: E402
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0), (3.0,)])
+@pytest.mark.parametrize("policy", [Threshold(tau=1 / 16), TopK(k=4), TopP(p=0.7), Random(draws=30)])
+def test_a_reader_made_from_the_text_reads_a_cache(tmp_path: Path, policy, temperatures) -> None:
+    identity = make_identity(policy=policy, temperatures=temperatures)
+    capture(tmp_path, range(23), identity=identity)
+    manifest = read_manifest(tmp_path)
+    index = read_index(tmp_path, manifest)
+    shards = [read_shard(tmp_path, manifest, number) for number in range(len(manifest["shards"]))]
+    assert manifest["totals"]["positions"] == sum(row["num_positions"] for rows in shards for row in rows)
+    for number in range(23):
+        shard, place, num_positions = index[make_key(number)]
+        found = shards[shard][place]
+        row, targets = make_example(number, identity)
+        assert found["key"] == row.key
+        assert found["answer_ids"] == row.answer_ids.tolist()
+        assert found["num_positions"] == num_positions == targets.num_positions
+        assert found["num_entries"] == targets.num_entries
+        assert found["truncated"] == row.truncated
+        assert found["ce_sum"] == row.ce_sum
+        assert np.array_equal(found["entropy_sums"], row.entropy_sums)
+        assert found["payload"] == row.payload
