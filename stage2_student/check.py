@@ -24,7 +24,7 @@ from stage2_student.estimate import MemoryEstimate, count_parameters, estimate_m
 from stage2_student.freezing import find_parts, freeze
 from stage2_student.inputs import open_cache
 from stage2_student.student import check_vocabulary, meta_model
-from stage2_student.train import step_shape, total_steps
+from stage2_student.train import require_even_ranks, step_shape, total_steps
 
 TOKENS_WITHOUT_DATA = 1024
 NUM_MEASURED = 32
@@ -168,17 +168,11 @@ def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor)
 
 def _describe_steps(report: Report, recipe: Recipe, num_ranks: int) -> None:
     config = recipe.optimization
-    microbatches = -(-config.global_batch_size // config.microbatch_size)
-    rounds = -(-microbatches // num_ranks)
+    rounds = require_even_ranks(recipe, num_ranks)
     report.add(
         "step",
         f"{config.global_batch_size} examples: {rounds} round(s) of {config.microbatch_size} on {num_ranks} rank(s)",
     )
-    if rounds * num_ranks != microbatches:
-        raise RecipeError(
-            f"optimization.global_batch_size {config.global_batch_size} is not a multiple of microbatch_size "
-            f"{config.microbatch_size} times {num_ranks} ranks: some ranks would wait in each step"
-        )
     if num_ranks % recipe.parallel.dp_replicate:
         raise RecipeError(
             f"parallel.dp_replicate {recipe.parallel.dp_replicate} does not divide {num_ranks} ranks"

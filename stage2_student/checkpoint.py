@@ -120,7 +120,7 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], *, alone: bool = False) 
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            warnings.filterwarnings("ignore", message=".*torch.distributed is")
             dcp.load(state, checkpoint_id=checkpoint.path, no_dist=alone)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[-1]

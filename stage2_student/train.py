@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from shared.config import Recipe
-from shared.errors import TrainingError
+from shared.errors import RecipeError, TrainingError
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, stop_on_sigterm
 from stage2_student.agreement import Step, in_agreement
 from stage2_student.checkpoint import Checkpoint, Facts, load, set_num_updates, student_state
@@ -38,6 +38,7 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
     """Runs, or goes on with, a training run; called by all ranks.  Returns the exit status."""
     folder = RunFolder(recipe.run.path, keep_checkpoints=recipe.run.keep_checkpoints)
     folder.refuse_existing(resume=resume)
+    require_even_ranks(recipe, world.size)
     inputs = open_inputs(recipe, world)
     shape = step_shape(recipe, inputs.train.num_examples)
     num_steps = total_steps(recipe, shape)
@@ -64,6 +65,21 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
     if world.is_main:
         print_summary(results)
     return 0
+
+
+def require_even_ranks(recipe: Recipe, num_ranks: int) -> int:
+    """Rounds of microbatches in a step: the global batch is microbatch x rounds x ranks.
+
+    Raises   RecipeError  when it is not, and some ranks would wait in each step
+    """
+    config = recipe.optimization
+    rounds, rest = divmod(config.global_batch_size, config.microbatch_size * num_ranks)
+    if rest:
+        raise RecipeError(
+            f"optimization.global_batch_size {config.global_batch_size} is not a multiple of microbatch_size "
+            f"{config.microbatch_size} times {num_ranks} ranks. Change one of them, or the number of processes"
+        )
+    return rounds
 
 
 def step_shape(recipe: Recipe, num_examples: int) -> StepShape:
@@ -134,7 +150,7 @@ class Trainer:
         with bar:
             for step in in_agreement(fed, self.world, stop):
                 if step.stop:
-                    self._save(validation_loss=None)
+                    self._save_unless_saved()
                     return False
                 self._one_step(step, bar)
                 is_last = self.step == self.num_steps
@@ -219,6 +235,12 @@ class Trainer:
             kd = f", kd {losses.kd:.4f}" if self.recipe.distils else ""
             tqdm.write(f"step {self.step}: validation loss {losses.loss:.4f}, ce {losses.ce:.4f}{kd}")
         return losses
+
+    def _save_unless_saved(self) -> None:
+        """Before an orderly stop; a checkpoint of this step may be there, with its validation loss."""
+        latest = self.folder.checkpoints.latest()
+        if latest is None or latest.facts.step != self.step:
+            self._save(validation_loss=None)
 
     def _save(self, *, validation_loss: float | None) -> None:
         facts = Facts(

@@ -12,7 +12,7 @@ import datasets
 import pytest
 from samples import ANSWERS, QUESTIONS, make_examples
 
-from shared.config import DataConfig
+from shared.config import DataConfig, Recipe
 from shared.processing import ExampleProcessor, open_processor
 from shared.small_models import make_small_model, train_tokenizer
 from shared.vqa import Example
@@ -98,3 +98,26 @@ def data_config(vqa_folder: Path) -> DataConfig:
 def processor(student_folder: Path, data_config: DataConfig) -> ExampleProcessor:
     """The example processor of the small models."""
     return open_processor(str(student_folder), data_config)
+
+
+@pytest.fixture(scope="session")
+def teacher_cache(
+    tmp_path_factory: pytest.TempPathFactory, vqa_folder: Path, teacher_folder: Path, student_folder: Path
+) -> Path:
+    """A cache of the small teacher's targets for every row of the small data set."""
+    from shared.recipe_files import validate_tree
+    from shared.runtime import StopRequest, distributed
+    from stage1_teacher.capture import capture
+
+    path = tmp_path_factory.mktemp("caches") / "cache"
+    tree = {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": str(path), "num_workers": 0, "temperatures": [1.0, 2.0]},
+        "student": {"model": str(student_folder)},
+        "optimization": {"max_steps": 1},
+        "run": {"name": "unused"},
+    }
+    with distributed(device="cpu") as world:
+        assert capture(validate_tree(Recipe, tree, origin="fixture"), world, StopRequest()) == 0
+    return path

@@ -1,0 +1,158 @@
+"""Small runs of stage two for tests: recipes, ranks as forked processes, and what a run wrote."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from shared.config import Recipe
+from shared.recipe_files import validate_tree
+from shared.runtime import World, distributed
+from stage2_student.train import train
+
+FORK = multiprocessing.get_context("fork")
+RANKS_TIMEOUT_S = 240
+
+
+def make_recipe(tree: dict[str, Any], **overrides: Any) -> Recipe:
+    """``optimization__max_steps=3`` sets ``optimization.max_steps``."""
+    merged = {section: dict(values) for section, values in tree.items()}
+    for key, value in overrides.items():
+        section, _, name = key.partition("__")
+        merged.setdefault(section, {})[name] = value
+    return validate_tree(Recipe, merged, origin="recipe test")
+
+
+def run_alone(recipe: Recipe, *, resume: bool = False) -> int:
+    with distributed(device="cpu") as world:
+        return train(recipe, world, resume=resume)
+
+
+def run_ranks(recipe: Recipe, num_ranks: int, *, resume: bool = False) -> list[int]:
+    return on_ranks(num_ranks, lambda world: train(recipe, world, resume=resume))
+
+
+def on_ranks(num_ranks: int, function: Callable[[World], Any]) -> list[Any]:
+    """What ``function(world)`` returns on each of that many gloo ranks; its first error is raised here."""
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(num_ranks):
+        receiver, sender = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=_rank, args=(rank, num_ranks, port, function, sender))
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    results = [_receive(pipe, process) for pipe, process in zip(pipes, processes, strict=True)]
+    for process in processes:
+        process.join(timeout=30)
+        if process.is_alive():
+            process.kill()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def step_records(recipe: Recipe) -> list[dict[str, Any]]:
+    """The steps that a run has logged, without what depends on the clock."""
+    return [_timeless(record) for record in records(recipe) if record["event"] == "step"]
+
+
+def validation_records(recipe: Recipe) -> list[dict[str, Any]]:
+    return [_timeless(record) for record in records(recipe) if record["event"] == "validation"]
+
+
+def records(recipe: Recipe) -> list[dict[str, Any]]:
+    lines = (recipe.run.path / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def state_of(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, by name: weights and moments."""
+    path = recipe.run.path / "checkpoints" / f"step-{step:06d}"
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in metadata.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def assert_same_state(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def start(recipe: Recipe, *, resume: bool) -> Any:
+    """A run in a process of its own, to be killed; it ends with the run's status."""
+    process = FORK.Process(target=_alone, args=(recipe, resume))
+    process.start()
+    return process
+
+
+def _alone(recipe: Recipe, resume: bool) -> None:
+    os._exit(run_alone(recipe, resume=resume))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _timeless(record: dict[str, Any]) -> dict[str, Any]:
+    names = (
+        "event",
+        "step",
+        "epoch",
+        "loss",
+        "ce_loss",
+        "kd_loss",
+        "num_positions",
+        "grad_norm",
+        "learning_rate",
+    )
+    return {name: record[name] for name in names if name in record}
+
+
+def _rank(rank: int, num_ranks: int, port: int, function: Callable[[World], Any], sender: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        with distributed(device="cpu") as world:
+            result = function(world)
+        pickle.dumps(result)
+    except BaseException as error:
+        error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
+        result = error
+    sender.send(result)
+    sender.close()
+    os._exit(0)  # the parent's fixtures are not this process's to tear down
+
+
+def _receive(pipe: Any, process: Any) -> Any:
+    if not pipe.poll(RANKS_TIMEOUT_S):
+        process.kill()
+        return TimeoutError(f"a rank did not end within {RANKS_TIMEOUT_S} s")
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        return RuntimeError(f"a rank ended with status {process.exitcode} without a result")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

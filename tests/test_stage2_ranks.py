@@ -1,0 +1,58 @@
+"""How a step is cut into ranks and microbatches changes its losses and gradients by rounding only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stage2_runs import make_recipe, run_alone, run_ranks, step_records, validation_records
+
+
+@pytest.fixture
+def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path, teacher_cache: Path) -> dict[str, Any]:
+    """Two epochs of 9 examples in steps of 4, 4 and 1."""
+    return {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64, "limit": 9},
+        "teacher": {"model": "gone"},
+        "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
+        "student": {"model": str(student_folder), "compute_dtype": "float32"},
+        "loss": {"kd_ratio": 0.5, "chunk_size": 16},
+        "optimization": {
+            "global_batch_size": 4,
+            "microbatch_size": 4,
+            "max_steps": 6,
+            "learning_rate": 1e-2,
+            "num_warmup_steps": 2,
+        },
+        "run": {"name": "one", "root": str(tmp_path), "num_workers": 0, "export": False},
+    }
+
+
+def assert_same_losses(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.pop("event") == other.pop("event")
+        assert mine == pytest.approx(other, rel=2e-5)
+
+
+def test_cutting_a_step_does_not_change_it(tree: dict[str, Any]) -> None:
+    one = make_recipe(tree)
+    run_alone(one)
+    assert [record["num_positions"] for record in step_records(one)].count(0) == 0
+    for size in (2, 1):
+        accumulated = make_recipe(tree, run__name=f"of-{size}", optimization__microbatch_size=size)
+        run_alone(accumulated)
+        assert_same_losses(step_records(accumulated), step_records(one))
+        assert_same_losses(validation_records(accumulated), validation_records(one))
+
+
+@pytest.mark.parametrize(("num_ranks", "microbatch_size"), [(2, 2), (2, 1), (4, 1)])
+def test_ranks_equal_one_rank(tree: dict[str, Any], num_ranks: int, microbatch_size: int) -> None:
+    """The last step of an epoch has one example: the other ranks forward one that does not count."""
+    one = make_recipe(tree)
+    run_alone(one)
+    many = make_recipe(tree, run__name="many", optimization__microbatch_size=microbatch_size)
+    assert run_ranks(many, num_ranks) == [0] * num_ranks
+    assert_same_losses(step_records(many), step_records(one))
+    assert_same_losses(validation_records(many), validation_records(one))

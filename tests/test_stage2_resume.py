@@ -1,0 +1,206 @@
+"""A run that is stopped, killed or moved to other ranks goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stage2_runs import (
+    assert_same_state,
+    make_recipe,
+    records,
+    run_alone,
+    run_ranks,
+    start,
+    state_of,
+    step_records,
+    validation_records,
+)
+
+from shared.config import Recipe
+from shared.errors import CheckpointError, RecipeError
+from shared.runtime import INTERRUPTED_STATUS
+from stage2_student.run_folder import RunFolder
+
+NUM_STEPS = 20  # of 3 to an epoch
+
+
+@pytest.fixture(scope="module")
+def tree(
+    tmp_path_factory: pytest.TempPathFactory, vqa_folder: Path, student_folder: Path, teacher_cache: Path
+) -> dict[str, Any]:
+    return {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64, "limit": 9},
+        "teacher": {"model": "gone"},
+        "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
+        "student": {"model": str(student_folder), "compute_dtype": "float32"},
+        "loss": {"kd_ratio": 0.5},
+        "optimization": {
+            "global_batch_size": 4,
+            "microbatch_size": 2,
+            "max_steps": NUM_STEPS,
+            "learning_rate": 1e-2,
+            "num_warmup_steps": 4,
+        },
+        "run": {
+            "name": "unbroken",
+            "root": str(tmp_path_factory.mktemp("runs")),
+            "num_workers": 0,
+            "checkpoint_every": 1,
+            "validate_every": 5,
+            "keep_checkpoints": 100,
+            "export": False,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(tree: dict[str, Any]) -> Recipe:
+    """A run that nothing has stopped, with a checkpoint of each step."""
+    recipe = make_recipe(tree)
+    assert run_alone(recipe) == 0
+    return recipe
+
+
+def stopped_after(unbroken: Recipe, tree: dict[str, Any], step: int, name: str, **overrides: Any) -> Recipe:
+    """The run as it was on disk when that step was done."""
+    recipe = make_recipe(tree, run__name=name, **overrides)
+    shutil.copytree(unbroken.run.path, recipe.run.path)
+    (recipe.run.path / "results.json").unlink()
+    for later in range(step + 1, NUM_STEPS + 1):
+        shutil.rmtree(recipe.run.path / "checkpoints" / f"step-{later:06d}")
+    return recipe
+
+
+def assert_same_run(ours: Recipe, theirs: Recipe) -> None:
+    assert step_records(ours) == step_records(theirs)
+    assert validation_records(ours) == validation_records(theirs)
+    assert_same_state(state_of(ours, NUM_STEPS), state_of(theirs, NUM_STEPS))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(s, marks=() if s == 3 else pytest.mark.slow) for s in range(1, NUM_STEPS + 1)],
+)
+def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(
+    unbroken: Recipe, tree: dict[str, Any], step: int
+) -> None:
+    recipe = stopped_after(unbroken, tree, step, f"from-{step}")
+    assert run_alone(recipe, resume=True) == 0
+    assert_same_run(recipe, unbroken)
+    assert not list(recipe.run.path.rglob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_run_goes_on_with_more_ranks_and_then_with_one(
+    unbroken: Recipe, tree: dict[str, Any], num_ranks: int
+) -> None:
+    recipe = stopped_after(unbroken, tree, 7, f"to-{num_ranks}-ranks", optimization__microbatch_size=1)
+    assert run_ranks(recipe, num_ranks, resume=True) == [0] * num_ranks
+    assert_close_run(recipe, unbroken)
+    for later in range(14, NUM_STEPS + 1):
+        shutil.rmtree(recipe.run.path / "checkpoints" / f"step-{later:06d}")
+    (recipe.run.path / "results.json").unlink()
+    assert run_alone(recipe, resume=True) == 0
+    assert_close_run(recipe, unbroken)
+
+
+def assert_close_run(ours: Recipe, theirs: Recipe) -> None:
+    for mine, other in zip(step_records(ours), step_records(theirs), strict=True):
+        assert mine.pop("event") == other.pop("event")
+        assert mine == pytest.approx(other, rel=2e-4)  # rounding, grown over up to 13 updates
+
+
+def test_sigterm_saves_and_leaves_with_its_own_status(unbroken: Recipe, tree: dict[str, Any]) -> None:
+    recipe = make_recipe(tree, run__name="terminated", run__checkpoint_every=None)
+    process = start(recipe, resume=False)
+    wait_for_steps(recipe, 4)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == INTERRUPTED_STATUS
+    done = RunFolder(recipe.run.path).checkpoints.latest()
+    assert done is not None
+    assert 4 <= done.facts.step < NUM_STEPS
+    assert run_alone(recipe, resume=True) == 0
+    assert_same_run(recipe, unbroken)
+
+
+def wait_for_steps(recipe: Recipe, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (recipe.run.path / "metrics.jsonl").exists() and len(step_records(recipe)) >= count:
+            return
+        time.sleep(0.005)
+    raise TimeoutError("the run does not get on")
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+def test_kill_9_at_any_moment_costs_no_more_than_the_last_steps(
+    unbroken: Recipe, tree: dict[str, Any], num_kills: int
+) -> None:
+    """Kills fall anywhere: reading the data, between steps, while a checkpoint is written or removed."""
+    chance = random.Random(num_kills)
+    recipe = make_recipe(tree, run__name=f"killed-{num_kills}", run__keep_checkpoints=1)
+    killed = 0
+    while killed < num_kills:
+        process = start(recipe, resume=True)
+        process.join(chance.uniform(0.02, 1.2))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            killed += 1
+        else:  # it had finished: begin anew
+            assert process.exitcode == 0
+            assert_same_run(recipe, unbroken)
+            shutil.rmtree(recipe.run.path)
+    assert run_alone(recipe, resume=True) == 0
+    assert_same_run(recipe, unbroken)
+    assert not list(recipe.run.path.rglob("*.partial"))
+
+
+def test_a_run_folder_is_not_taken_over_without_being_asked(unbroken: Recipe) -> None:
+    with pytest.raises(RecipeError, match=r"run of this name already.*--resume.*run\.name"):
+        run_alone(unbroken)
+
+
+def test_a_finished_run_says_what_came_out(unbroken: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    before = records(unbroken)
+    assert run_alone(unbroken, resume=True) == 0
+    assert "validation CE" in capsys.readouterr().out
+    assert records(unbroken) == before
+
+
+def test_another_recipe_cache_or_data_set_is_refused_with_both_sides(
+    unbroken: Recipe, tree: dict[str, Any]
+) -> None:
+    other = make_recipe(tree, optimization__learning_rate=0.5, loss__kd_ratio=0.0, data__limit=8)
+    with pytest.raises(CheckpointError) as refused:
+        run_alone(other, resume=True)
+    message = str(refused.value)
+    assert "recipe.optimization.learning_rate: the run has 0.01, now it is 0.5" in message
+    assert "cache.manifest: the run has" in message
+    assert "data.train: the run has" in message
+    assert "What may change: " in message
+    assert "run.validate_every" in message
+
+
+def test_what_may_change_may_change(unbroken: Recipe, tree: dict[str, Any]) -> None:
+    stopped = stopped_after(unbroken, tree, 18, "changed")
+    other = make_recipe(
+        tree,
+        run__name="changed",
+        run__validate_every=1,
+        optimization__microbatch_size=1,
+        optimization__max_steps=19,
+        loss__chunk_size=7,
+    )
+    assert other.run.path == stopped.run.path
+    assert run_alone(other, resume=True) == 0
+    assert step_records(other)[-1]["step"] == 19
