@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,13 @@ def test_the_index_answers_without_the_shards(cache: Path) -> None:
     assert list(reader.keys()) == [make_key(number) for number in range(40)]  # the order of capture
     with pytest.raises(CacheFormatError, match=r"shard 00000: .* is missing\. Run teacher-cache again"):
         reader.read([make_key(0)])
+
+
+def test_an_index_of_another_order_is_found_out(cache: Path) -> None:
+    reader = CacheReader(str(cache))
+    reader.index = replace(reader.index, rows=reader.index.rows[::-1] % 5)
+    with pytest.raises(CacheFormatError, match="where the index says"):
+        reader.read([make_key(number) for number in range(40)])
 
 
 def test_no_keys_give_no_positions(cache: Path) -> None:

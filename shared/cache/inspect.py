@@ -1,7 +1,7 @@
 """``inspect``: who taught, what is kept, how large it is.
 
-Counts and sums are of the whole cache; distributions over positions are of a sample of its rows, spread
-evenly.
+Counts are of the whole cache.  What is in the rows is told by a sample of them, spread evenly over a few
+shards that are spread evenly over the cache: a large cache need not be read, and hashed, for it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from shared.cache.reader import CacheReader
 
+SAMPLED_SHARDS = 32
 SAMPLED_ROWS = 2048
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -41,9 +42,11 @@ def inspect(reader: CacheReader, *, sampled_rows: int = SAMPLED_ROWS) -> dict[st
 
 
 def _sample(reader: CacheReader, size: int) -> dict[str, Any]:
-    keys = list(reader.keys())
-    step = max(1, len(keys) // size)
-    rows = reader.rows(keys[::step])
+    numbers = _spread(len(reader.manifest.shards), SAMPLED_SHARDS)
+    rows = []
+    for number in numbers:
+        view = reader.shard(number)
+        rows += [view.row(row) for row in _spread(len(view), -(-size // len(numbers)))]
     targets = reader.targets(rows)
     positions = sum(row.num_positions for row in rows)
     entropies = np.array([row.entropy_sums for row in rows]).sum(axis=0) / max(positions, 1)
@@ -61,6 +64,11 @@ def _sample(reader: CacheReader, size: int) -> dict[str, Any]:
         "cross_entropy": sum(row.ce_sum for row in rows) / max(positions, 1),
         "payload_bytes_per_position": sum(len(row.payload) for row in rows) / max(positions, 1),
     }
+
+
+def _spread(total: int, most: int) -> list[int]:
+    """At most ``most`` of the numbers below ``total``, spread evenly."""
+    return [number * total // min(total, most) for number in range(min(total, most))]
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

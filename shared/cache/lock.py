@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from shared.cache.layout import LOCK_NAME
+from shared.cache.storage import explain_write_errors
 from shared.errors import CacheFormatError
 
 CANNOT_LOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -39,9 +40,10 @@ class CaptureLock:
     @classmethod
     def in_folder(cls, folder: Path) -> Self:
         """Makes the folder if it is new, and acquires its lock."""
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = cls(folder)
-        lock.acquire()
+        with explain_write_errors(f"cache {folder}", LOCK_NAME):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = cls(folder)
+            lock.acquire()
         return lock
 
     def acquire(self) -> None:

@@ -124,7 +124,15 @@ class CacheReader:
     def rows(self, keys: Sequence[bytes], *, names: Sequence[str] = ()) -> list[Row]:
         """The rows of these keys, their payloads not decoded.  Raises as :meth:`read` does."""
         found = self._find(keys, names)
-        return [self.shard(int(self.index.shards[i])).row(int(self.index.rows[i])) for i in found]
+        places = zip(self.index.shards[found].tolist(), self.index.rows[found].tolist(), strict=True)
+        rows = [self.shard(shard).row(row) for shard, row in places]
+        for key, row in zip(keys, rows, strict=True):
+            if row.key != key:
+                raise CacheFormatError(
+                    f"{self._folder.where}: where the index says {key.hex()} there is {row.key.hex()}. Run "
+                    "teacher-cache verify, and capture the cache again."
+                )
+        return rows
 
     def targets(self, rows: Sequence[Row]) -> SparseTargets:
         """The rows' payloads decoded, one after the other, with their entropies."""
