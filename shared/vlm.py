@@ -92,6 +92,16 @@ def load_vlm(
     return model.eval()
 
 
+def empty_vlm(
+    config: PretrainedConfig, *, dtype: torch.dtype, attn_implementation: str | None
+) -> PreTrainedModel:
+    """The model's shape without memory behind it, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+
+
 def split(model: PreTrainedModel) -> tuple[nn.Module, Head]:
     """The body and the head.
 
@@ -99,7 +109,9 @@ def split(model: PreTrainedModel) -> tuple[nn.Module, Head]:
     """
     body, linear = model.base_model, model.get_output_embeddings()
     if body is model or not isinstance(linear, nn.Linear):
-        raise RecipeError(f"model class {type(model).__name__}: found no body with a linear head on top of it")
+        raise RecipeError(
+            f"model class {type(model).__name__}: found no body with a linear head on top of it"
+        )
     text = model.config.get_text_config()
     scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
     return body, Head(linear, scale=float(scale), softcap=getattr(text, "final_logit_softcapping", None))

@@ -32,9 +32,11 @@ class BatchRunner:
     """Runs batches; one that does not fit into memory is halved, and its size is never tried again.
 
     max_tokens  the budget, which only shrinks
+    may_shrink  False where other ranks take part in each forward, so that none may be tried again
     """
 
     max_tokens: int
+    may_shrink: bool = True
 
     def run(
         self, lengths: Sequence[int], forward: Callable[[list[int]], Result]
@@ -60,6 +62,11 @@ class BatchRunner:
         """The same examples in batches of at most half of the first one's size, in reverse order."""
         too_large = batches[0]
         longest = max(lengths[index] for index in too_large)
+        if not self.may_shrink:
+            raise TrainingError(
+                f"a batch of {longest * len(too_large)} tokens does not fit into the device's memory, and a teacher "
+                "that is sharded over ranks cannot try a smaller one. Lower cache.batch_tokens"
+            ) from error
         if len(too_large) == 1:
             raise TrainingError(
                 f"one sequence of {longest} tokens does not fit into the device's memory. Make pictures smaller "

@@ -28,10 +28,11 @@ from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, environment
 from shared.sparse import position_seeds
 from stage1_teacher.batching import BatchRunner
 from stage1_teacher.handover import BackgroundWriter
+from stage1_teacher.lockstep import Lockstep
 from stage1_teacher.planning import CaptureData, identity_of, open_rows, same_but_for_weights, survey
 from stage1_teacher.progress import Tally, require_space
 from stage1_teacher.shards import CapturedBatch, ShardAssembler
-from stage1_teacher.teacher import Teacher, load_teacher, weight_fingerprint
+from stage1_teacher.teacher import Teacher, load_teacher
 from stage1_teacher.windows import EncodedWindow, WindowSource, claimed, encoded_windows, lengths_of
 
 MAX_PENDING_BATCHES = 4  # on their way to disk
@@ -63,7 +64,7 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         if world.is_main:
             tqdm.write(f"cache {recipe.cache.path} holds all of the data; nothing to capture")
         return 0
-    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, device=world.device)
+    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
     begin = time.monotonic()
     writer, assignment = open_cache(recipe, processor, data, teacher, world)
     with writer:
@@ -99,7 +100,8 @@ def open_cache(
     assert recipe.cache is not None
     path, assignment, writer = recipe.cache.path, None, None
     if data is not None:
-        identity = identity_of(recipe, processor, data, weights_fingerprint=weight_fingerprint(teacher.model))
+        assert teacher.weights_fingerprint is not None
+        identity = identity_of(recipe, processor, data, weights_fingerprint=teacher.weights_fingerprint)
         writer = CacheWriter.open(path, identity, created_by=_versions())
         plan = writer.stored_plan() or writer.plan(
             data.numbered_keys(),
@@ -137,21 +139,23 @@ def capture_units(
         require_space(cache.path, unit, num_units_left=len(units) - tally.add_unit())
 
     assembler = ShardAssembler(writer, units, on_rows=tally.add, on_shard=on_shard)
-    runner = BatchRunner(cache.batch_tokens)
+    runner = BatchRunner(cache.batch_tokens, may_shrink=not teacher.is_sharded)
     refusals = Refusals(store, num_known=len(assignment.plan.skipped), allowed=recipe.data.max_dropped)
     mine = claimed(units, lambda: store.add("claimed", 1) - 1)
     source = WindowSource(open_rows(recipe), processor)
+    lockstep = Lockstep(lambda: idle_forward(source, teacher), is_needed=teacher.is_sharded)
     with BackgroundWriter(assembler.take, max_pending=MAX_PENDING_BATCHES) as background:
         for window in encoded_windows(source, mine, num_workers=cache.num_workers):
             for refused in window.refused:
                 refusals.count(refused.reason)
                 background.put((window.unit_id, refused))
-            for batch in captured_batches(window, processor, teacher, runner, cache):
+            for batch in captured_batches(window, processor, teacher, runner, cache, lockstep):
                 background.put(batch)
                 if stop.received:
                     break
             if stop.received:
                 break
+        lockstep.finish()
     dist.barrier()
     return tally.close()
 
@@ -162,15 +166,22 @@ def captured_batches(
     teacher: Teacher,
     runner: BatchRunner,
     cache: CacheConfig,
+    lockstep: Lockstep,
 ) -> Iterator[CapturedBatch]:
     """Runs the teacher over a window, batch by batch."""
 
     def forward(indices: list[int]) -> CapturedBatch:
         encoded = [window.encoded[index] for index in indices]
+        lockstep.join()
         return capture_batch(encoded, window.unit_id, processor, teacher, cache)
 
     for _, captured in runner.run(lengths_of(window.encoded), forward):
         yield captured
+
+
+def idle_forward(source: WindowSource, teacher: Teacher) -> None:
+    """A forward on behalf of other ranks, over any readable example."""
+    teacher.hidden(source.processor.collate([source.any_encoded()]).to(teacher.device))
 
 
 def capture_batch(

@@ -1,6 +1,6 @@
 """The frozen teacher: whole sequences through the body, answer positions through the head, targets at once.
 
-    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, device=world.device)
+    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
     targets, ce_N = teacher.targets(batch, seeds_N, policy=..., temperatures=..., chunk_size=512)
 
 Legend: N answer positions of the batch, n positions of a chunk, D hidden size, V ids the tokenizer knows.
@@ -14,20 +14,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from shared.config import TeacherConfig
 from shared.policies import Policy
 from shared.processing import Batch
+from shared.runtime import World
+from shared.sharding import blocks, fill
 from shared.sparse import SparseTargets, sparsify
-from shared.vlm import Head, last_hidden_states, load_vlm, split
+from shared.vlm import Head, empty_vlm, last_hidden_states, load_config, load_vlm, split
 
 
 @dataclass(frozen=True)
 class Teacher:
     """A frozen model on its device.
 
-    num_token_ids  ids the tokenizer knows; the head may be wider, and its padding ids carry no mass.
+    num_token_ids        ids the tokenizer knows; the head may be wider, and its padding ids carry no mass
+    is_sharded           over all ranks, which must then call ``hidden`` the same number of times
+    weights_fingerprint  of the whole model; on the first rank alone
     """
 
     model: PreTrainedModel
@@ -35,6 +41,8 @@ class Teacher:
     head: Head
     num_token_ids: int
     device: torch.device
+    is_sharded: bool = False
+    weights_fingerprint: str | None = None
 
     @torch.inference_mode()
     def targets(
@@ -73,21 +81,57 @@ class Teacher:
         return self.head.logits(hidden_nD)[:, : self.num_token_ids].float().log_softmax(-1)
 
 
-def load_teacher(config: TeacherConfig, *, num_token_ids: int, device: torch.device) -> Teacher:
-    """The teacher with its weights on ``device``.
+def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> Teacher:
+    """The teacher with its weights on the device; called by all ranks.
 
-    Raises   RecipeError  when it cannot be opened or split into body and head.
+    With ``config.shard`` the first rank alone reads the weights, and each block is sharded over all ranks
+    (FSDP2); embeddings, norms and head stay whole on every rank.
+
+    Raises   RecipeError  when it cannot be opened, or split into body and head
     """
-    model = load_vlm(
+    sharded = config.shard and world.size > 1
+    source = _whole(config) if world.is_main or not sharded else None
+    fingerprint = weight_fingerprint(source) if source is not None and world.is_main else None
+    if sharded:
+        model = _sharded(config, source, world)
+    else:
+        assert source is not None
+        model = source
+        nn.Module.to(model, world.device)
+    body, head = split(model)
+    return Teacher(
+        model.requires_grad_(False).eval(),
+        body,
+        head,
+        min(num_token_ids, head.weight_VD.shape[0]),
+        world.device,
+        sharded,
+        fingerprint,
+    )
+
+
+def _whole(config: TeacherConfig) -> PreTrainedModel:
+    return load_vlm(
         config.model,
         revision=config.revision,
         dtype=getattr(torch, config.dtype),
         attn_implementation=config.attn_implementation,
     )
-    model.requires_grad_(False)
-    nn.Module.to(model, device)
-    body, head = split(model)
-    return Teacher(model, body, head, min(num_token_ids, head.weight_VD.shape[0]), device)
+
+
+def _sharded(config: TeacherConfig, source: PreTrainedModel | None, world: World) -> PreTrainedModel:
+    model = empty_vlm(
+        load_config(config.model, config.revision),
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    model.to_empty(device=world.device)
+    model.tie_weights()  # which to_empty has undone
+    fill(model, source, world)
+    return model
 
 
 def weight_fingerprint(model: nn.Module) -> str:

@@ -70,6 +70,16 @@ class WindowSource(Dataset):
             encoded.append(one)
         return EncodedWindow(window.unit_id, encoded, refused)
 
+    def any_encoded(self) -> Encoded:
+        """The first example whose picture can be used."""
+        for split in self.rows.splits:
+            for row in range(len(split)):
+                try:
+                    return self.processor.encode(split[row])
+                except DataError:
+                    continue
+        raise DataError("no row can be used")
+
 
 def encoded_windows(
     source: WindowSource, units: Iterable[Unit], *, num_workers: int

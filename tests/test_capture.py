@@ -266,3 +266,16 @@ def test_two_ranks_write_the_bytes_of_one(tree: dict[str, Any], tmp_path: Path) 
     assert process.returncode == 0, output
     run(with_values(tree, "cache", path=str(tmp_path / "one")))
     assert files(tmp_path / "cache") == files(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_teacher_sharded_over_two_ranks_writes_the_bytes_of_a_whole_one(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Seven units for two ranks: one of them idles at the end."""
+    tree = with_values(tree, "data", limit=7)
+    process = start(with_values(tree, "teacher", shard=True), tmp_path, nproc=2)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    run(with_values(tree, "cache", path=str(tmp_path / "whole")))
+    assert files(tmp_path / "cache") == files(tmp_path / "whole")

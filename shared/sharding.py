@@ -1,0 +1,51 @@
+"""A model that no rank holds whole: its blocks, and how weights get from one rank's host memory to all shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from shared.runtime import World
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks, innermost first: those Transformers keeps on one device, else list members."""
+    names = set(model._no_split_modules or [])
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        found = [block for members in lists for block in members if any(True for _ in block.parameters())]
+    return found[::-1]
+
+
+def fill(model: nn.Module, source: nn.Module | None, world: World) -> None:
+    """Copies parameters and buffers of the first rank's ``source`` into all ranks' shards, one at a time.
+
+    Called by all ranks; ``source`` counts on the first only.  Buffers that no file holds (rotary tables) are
+    among them: on the meta device they were never computed.
+    """
+    values = {} if source is None else dict(_named_tensors(source))
+    with torch.no_grad():
+        for name, own in _named_tensors(model):
+            whole = torch.empty(own.shape, dtype=own.dtype, device=world.device)
+            if source is not None:
+                whole.copy_(values[name])
+            _scatter(whole, own)
+
+
+def _scatter(whole: Tensor, own: Tensor) -> None:
+    if isinstance(own, DTensor):
+        own.to_local().copy_(distribute_tensor(whole, own.device_mesh, own.placements).to_local())
+    else:
+        dist.broadcast(whole, src=0)
+        own.copy_(whole)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
