@@ -493,6 +493,8 @@ def test_settings_that_are_refused() -> None:
     check_refused("there are no targets", targets=None)
     check_refused("temperature 3 was not captured", CacheMismatchError, temperature=3.0)
     check_refused("temperature is 0", temperature=0.0)
+    check_refused("softcap is 0", softcap=0.0)
+    check_refused("num_vocab_ids is 18; the head has 17 ids", num_vocab_ids=18)
     check_refused("serve only", divergence=Divergence("reverse_kl"))
     check_refused("tail 'gost'", tail="gost", targets=targets)
     check_refused("positions", ValueError, labels_N=torch.zeros(3, dtype=torch.int64))

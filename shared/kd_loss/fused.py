@@ -99,10 +99,11 @@ def fused_ce_kd(
         bias_V, _ = local_part(bias_V, 0, None)
     shard = None if group is None else VocabShard.agree(group, weight_VD.shape[0], labels_N)
     num_ids = weight_VD.shape[0] if shard is None else shard.total_ids
-    settings = LossSettings(kd_ratio, temperature, num_vocab_ids or num_ids, softcap, divergence, shard)
-    _check(settings, chunk_size, has_targets=targets is not None)
+    num_vocab_ids = num_ids if num_vocab_ids is None else num_vocab_ids
+    settings = LossSettings(kd_ratio, temperature, num_vocab_ids, softcap, divergence, shard)
+    _check(settings, chunk_size, num_ids, has_targets=targets is not None)
     positions = counted_positions(hidden_ND, labels_N, weights_N, targets, ignore_index)
-    positions = with_checked_ids(positions, num_ids, settings.num_vocab_ids)
+    positions = with_checked_ids(positions, num_ids, num_vocab_ids)
     teacher = None
     if positions.targets is not None:
         teacher = sparse_teacher(
@@ -110,7 +111,7 @@ def fused_ce_kd(
             temperature=temperature,
             divergence=divergence,
             tail=tail,
-            num_vocab_ids=settings.num_vocab_ids,
+            num_vocab_ids=num_vocab_ids,
             dtype=torch.promote_types(hidden_ND.dtype, torch.float32),
         )
     work = _Work(positions, teacher, settings, chunk_size, with_grad=torch.is_grad_enabled())
@@ -118,13 +119,17 @@ def fused_ce_kd(
     return LossSums(loss, ce, kd, entropy, positions.count)
 
 
-def _check(settings: LossSettings, chunk_size: int, *, has_targets: bool) -> None:
+def _check(settings: LossSettings, chunk_size: int, num_ids: int, *, has_targets: bool) -> None:
     if not 0.0 <= settings.kd_ratio <= 1.0:
         raise RecipeError(f"kd_ratio is {settings.kd_ratio}; it must lie between 0 (CE only) and 1 (KD only)")
     if not settings.temperature > 0:
         raise RecipeError(f"temperature is {settings.temperature}; it must be above 0")
     if chunk_size < 1:
         raise RecipeError(f"chunk_size is {chunk_size}; the fused loss takes at least one position at a time")
+    if settings.softcap is not None and not settings.softcap > 0:
+        raise RecipeError(f"softcap is {settings.softcap}; it must be above 0, or None for no cap")
+    if not 1 <= settings.num_vocab_ids <= num_ids:
+        raise RecipeError(f"num_vocab_ids is {settings.num_vocab_ids}; the head has {num_ids} ids")
     if settings.kd_ratio > 0 and not has_targets:
         raise RecipeError(
             f"kd_ratio is {settings.kd_ratio} but there are no targets; give some, or set it to 0"

@@ -62,7 +62,7 @@ def chunk_loss_(
         logits_CV.stride(0),
         float(settings.kd_ratio),
         float(settings.temperature),
-        float(settings.softcap or 1.0),
+        1.0 if settings.softcap is None else float(settings.softcap),
         HAS_WEIGHTS=weights_C is not None,
         HAS_TEACHER=rows is not None,
         HAS_SPREAD=rows is not None and rows.spread_N is not None,

@@ -1,0 +1,179 @@
+"""The loss on a CPU: time and memory, side by side in one run.
+
+    python -m tests.benchmarks.bench_loss
+
+Times are medians of rounds in which the variants take turns, forward and backward.  Memory is physical: each
+variant runs alone in a fresh process, where the kernel's high-water mark of resident memory (``VmHWM``) is
+reset once the inputs exist and every code path is warm.
+"""
+
+# ruff: noqa: N815  (shape suffixes)
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.kd_loss import KDLoss, fused_ce_kd
+from shared.policies import Threshold
+from shared.sparse import SparseTargets, position_seeds, sparsify
+
+V, D, NUM_POSITIONS, CHUNK, ROUNDS = 64_000, 256, 4096, 512, 5
+MIB = 2**20
+
+
+@dataclass
+class Inputs:
+    """Hidden states, head, labels, and a teacher whose entropies are those of a language model's answers."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    labels_N: Tensor
+    targets: SparseTargets
+    teacher_NV: Tensor | None = None
+
+    @classmethod
+    def make(cls, num_positions: int, *, with_dense_teacher: bool) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        hidden_ND = torch.randn(num_positions, D, generator=generator)
+        weight_VD = torch.randn(V, D, generator=generator) / D**0.5
+        labels_N = torch.randint(V, (num_positions,), generator=generator)
+        seeds = position_seeds(0, b"bench", num_positions)
+        sharpness_N = 1 + 6 * torch.rand(num_positions, generator=generator)
+        parts, dense = [], []
+        for start in range(0, num_positions, 256):
+            rows = slice(start, start + 256)
+            teacher_CV = (hidden_ND[rows] @ weight_VD.t()) * sharpness_N[rows, None]
+            parts.append(sparsify(teacher_CV.log_softmax(-1), Threshold(), seeds=seeds[rows]))
+            dense += [teacher_CV] if with_dense_teacher else []
+        return cls(
+            hidden_ND.requires_grad_(),
+            weight_VD.requires_grad_(),
+            labels_N,
+            SparseTargets.concat(parts),
+            torch.cat(dense) if with_dense_teacher else None,
+        )
+
+    def clear(self) -> None:
+        self.hidden_ND.grad = self.weight_VD.grad = None
+
+
+def fused_ce(inputs: Inputs) -> None:
+    sums = fused_ce_kd(inputs.hidden_ND, inputs.weight_VD, inputs.labels_N, kd_ratio=0.0, chunk_size=CHUNK)
+    sums.loss.backward()
+
+
+def fused_both(inputs: Inputs) -> None:
+    sums = fused_ce_kd(
+        inputs.hidden_ND, inputs.weight_VD, inputs.labels_N, inputs.targets, kd_ratio=0.5, chunk_size=CHUNK
+    )
+    sums.loss.backward()
+
+
+def eager_both(inputs: Inputs) -> None:
+    """What one writes without a loss library; the dense teacher's logits are given, and not paid for."""
+    assert inputs.teacher_NV is not None
+    logits_NV = F.linear(inputs.hidden_ND, inputs.weight_VD)
+    ce = F.cross_entropy(logits_NV, inputs.labels_N, reduction="sum")
+    logq_NV, logp_NV = logits_NV.log_softmax(-1), inputs.teacher_NV.log_softmax(-1)
+    kd = F.kl_div(logq_NV, logp_NV, reduction="sum", log_target=True)
+    (0.5 * ce + 0.5 * kd).backward()
+
+
+def times_s(inputs: Inputs, variants: list[Callable[[Inputs], None]]) -> list[float]:
+    """Median seconds of each variant; they take turns, after one round that does not count."""
+    seconds: list[list[float]] = [[] for _ in variants]
+    for _ in range(ROUNDS + 1):
+        for variant, column in zip(variants, seconds, strict=True):
+            inputs.clear()
+            start = time.perf_counter()
+            variant(inputs)
+            column.append(time.perf_counter() - start)
+    return [statistics.median(column[1:]) for column in seconds]
+
+
+def _status_bytes(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _measure_peak(variant: Callable[[Inputs], None], num_positions: int, num_threads: int) -> int:
+    torch.set_num_threads(num_threads)
+    variant(Inputs.make(8, with_dense_teacher=True))
+    inputs = Inputs.make(num_positions, with_dense_teacher=variant is eager_both)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    variant(inputs)
+    return _status_bytes("VmHWM") - before
+
+
+def _measure_kept(chunk_size: int, num_positions: int, num_threads: int) -> int:
+    """What stays resident between forward and backward of ``KDLoss``."""
+    torch.set_num_threads(num_threads)
+    generator = torch.Generator().manual_seed(0)
+    student_NV = torch.randn(num_positions, V, generator=generator).requires_grad_()
+    teacher_NV = torch.randn(num_positions, V, generator=generator)
+    labels_N = torch.zeros(num_positions, dtype=torch.int64)
+    loss_function = KDLoss(chunk_size=chunk_size)
+    loss_function(student_NV[:8], teacher_NV[:8], labels_N[:8])
+    gc.collect()
+    before = _status_bytes("VmRSS")
+    loss = loss_function(student_NV, teacher_NV, labels_N)
+    gc.collect()
+    kept = _status_bytes("VmRSS") - before
+    loss.backward()
+    return kept
+
+
+def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, (*arguments, torch.get_num_threads()))
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """What was measured, the figure, and the one to reach."""
+    inputs = Inputs.make(NUM_POSITIONS, with_dense_teacher=True)
+    entries = inputs.targets.num_entries / NUM_POSITIONS
+    ce_s, both_s, eager_s = times_s(inputs, [fused_ce, fused_both, eager_both])
+    del inputs
+    both, eager = (in_fresh_process(_measure_peak, f, NUM_POSITIONS) for f in (fused_both, eager_both))
+    small, large = (in_fresh_process(_measure_peak, fused_both, n) for n in (1024, 16_384))
+    grad_row = D * 4
+    chunked, unchunked = (in_fresh_process(_measure_kept, size, NUM_POSITIONS) for size in (512, 0))
+    return [
+        ("sparse entries a position", f"{entries:.1f}", ""),
+        (f"fused CE + sparse KD, {NUM_POSITIONS} positions: time", f"{both_s:.2f} s", ""),
+        ("  against fused CE alone", f"{both_s / ce_s:.3f}", "<= 1.05"),
+        ("  against eager CE + dense KD", f"{both_s / eager_s:.3f}", "<= 0.45"),
+        ("  peak memory beyond inputs and weights", f"{both / MIB:.0f} MiB", ""),
+        ("  against eager CE + dense KD", f"{both / eager:.3f}", "<= 0.08"),
+        ("peak at 16,384 positions against 1,024, beyond inputs and weights", f"{large / small:.3f}", ""),
+        (
+            "  and beyond the hidden states' own gradient",
+            f"{(large - 16_384 * grad_row) / (small - 1024 * grad_row):.3f}",
+            "<= 1.05",
+        ),
+        ("KDLoss, dense teacher: kept for backward, chunk 512", f"{chunked / MIB:.0f} MiB", ""),
+        ("  against unchunked", f"{chunked / unchunked:.3f}", "<= 0.55"),
+    ]
+
+
+def main() -> None:
+    threads = torch.get_num_threads()
+    print(f"loss on a CPU: V = {V}, D = {D}, fp32, chunk {CHUNK}, {threads} threads, {os.cpu_count()} cores")
+    for name, figure, goal in rows():
+        print(f"  {name:<68} {figure:>10}  {goal}")
+
+
+if __name__ == "__main__":
+    main()
