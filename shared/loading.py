@@ -27,13 +27,27 @@ def loaded_items(loader: DataLoader, *, workers_setting: str) -> Iterator[Any]:
             item = next(loaded)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not _says_that_a_worker_died(error):
                 raise
             raise TrainingError(
-                f"a data-loader worker died: {str(error).splitlines()[0]}. Often the host's memory did not "
+                f"a data-loader worker died: {_first_line(error)}. Often the host's memory did not "
                 f"suffice; lower {workers_setting}"
             ) from error
         if isinstance(item, TeachonceError):
             raise item
         yield item
+
+
+def _says_that_a_worker_died(error: Exception) -> bool:
+    """The loader's own words, or the connection that broke while a dead worker's tensors were fetched.
+
+    An exception of the dataset's code has the worker's traceback in its text.
+    """
+    if "Caught " in str(error):
+        return False
+    return isinstance(error, ConnectionError | EOFError) or "DataLoader worker" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
