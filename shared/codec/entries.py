@@ -46,7 +46,7 @@ class Coded:
     row_bytes: Integers  # (R,) bytes of each row's bit stream
 
 
-class Inconsistent(ValueError):
+class InconsistentError(ValueError):
     """Symbols or bits that ``pack`` cannot have made; the message says what, of which row."""
 
 
@@ -92,7 +92,7 @@ def pack(columns: Columns, *, max_level: int) -> Coded:
 
 
 def unpack(coded: Coded, *, max_level: int) -> Columns:
-    """Raises Inconsistent where possible; what it returns is well-formed but for ids above a vocabulary."""
+    """Raises InconsistentError where possible; what it returns is well-formed but for ids above a vocabulary."""
     symbols = coded.symbols.astype(np.int64)
     is_first = symbols >= _FIRST
     row_of_symbol = np.repeat(np.arange(len(coded.row_symbols)), coded.row_symbols)
@@ -157,7 +157,7 @@ def _write_bits(fields: Integers, widths: Integers, row_fields: Integers) -> tup
 
 
 def _read_bits(bits: Bytes, row_bytes: Integers, widths: Integers, row_fields: Integers) -> Integers:
-    """The fields of ``_write_bits``; raises Inconsistent unless the bits are just as many as they need."""
+    """The fields of ``_write_bits``; raises InconsistentError unless the bits are just as many as they need."""
     row_bits = _row_sums(widths, row_fields)
     _require(-(-row_bits // 8) == row_bytes, np.arange(len(row_bytes)), "has too few or too many bits")
     padded = np.concatenate([bits, np.zeros(_WINDOW_BYTES, np.uint8)])
@@ -206,4 +206,4 @@ def _bit_length(values: Integers) -> Integers:
 
 def _require(is_sound: npt.NDArray[np.bool_], rows: Integers, problem: str) -> None:
     if not is_sound.all():
-        raise Inconsistent(f"row {rows[np.argmin(is_sound)]} of the batch {problem}")
+        raise InconsistentError(f"row {rows[np.argmin(is_sound)]} of the batch {problem}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 import zstandard
 
 from shared.codec.dictionary import DICTIONARY
-from shared.codec.entries import MAX_ID_BITS, Bytes, Coded, Columns, Inconsistent, pack, unpack
+from shared.codec.entries import MAX_ID_BITS, Bytes, Coded, Columns, InconsistentError, pack, unpack
 from shared.codec.levels import levels_of_logprobs, logprobs_of_levels, max_level
 from shared.errors import CacheFormatError
 from shared.policies import Policy, Random
@@ -59,10 +60,10 @@ def encode_many(targets: SparseTargets, row_offsets: Sequence[int]) -> list[byte
 def _plain_columns(targets: SparseTargets, bounds: npt.NDArray[np.int64]) -> list[bytes]:
     """Each row's numbers that are stored as they are: normalisers, and ``random``'s log-probs beside them."""
     normalizers = targets.log_normalizers.numpy().astype("<f4")
-    rows = [normalizers[i:j].tobytes() for i, j in zip(bounds[:-1], bounds[1:], strict=True)]
+    rows = [normalizers[i:j].tobytes() for i, j in itertools.pairwise(bounds)]
     if _has_plain_logprobs(targets.policy, targets.temperatures):
         logprobs, ends = targets.logprobs.numpy().astype("<f2"), targets.offsets.numpy()[bounds]
-        entries = zip(ends[:-1], ends[1:], strict=True)
+        entries = itertools.pairwise(ends)
         rows = [row + logprobs[i:j].tobytes() for row, (i, j) in zip(rows, entries, strict=True)]
     return rows
 
@@ -103,11 +104,11 @@ def decode(
     for row, payload in enumerate(payloads):
         try:
             parts.append(_take_apart(payload, has_plain))
-        except (Inconsistent, zstandard.ZstdError) as error:
+        except (InconsistentError, zstandard.ZstdError) as error:
             raise CacheFormatError(f"payload {row} of the batch is damaged: {error}") from error
     try:
         return _put_together(parts, policy, temperatures, vocab_size)
-    except Inconsistent as error:
+    except InconsistentError as error:
         raise CacheFormatError(f"a payload is damaged: {error}") from error
 
 
@@ -122,7 +123,7 @@ class _Parts:
 def _take_apart(payload: bytes, has_plain: bool) -> _Parts:
     if not payload or payload[0] >> 5 != _VERSION:
         found = payload[0] >> 5 if payload else "no byte"
-        raise Inconsistent(f"payload version {found} found, {_VERSION} needed")
+        raise InconsistentError(f"payload version {found} found, {_VERSION} needed")
     frame_bytes, at = _read_varint(payload, 1)
     plain = b""
     if has_plain:
@@ -131,7 +132,7 @@ def _take_apart(payload: bytes, has_plain: bool) -> _Parts:
         at += plain_bytes
     frame = _MAGIC + payload[at : at + frame_bytes]
     if at + frame_bytes > len(payload) or zstandard.frame_content_size(frame) > _MAX_SYMBOLS:
-        raise Inconsistent("a length is out of bounds")
+        raise InconsistentError("a length is out of bounds")
     symbols = _zstd().decompressor.decompress(frame, allow_extra_data=False)
     return _Parts(payload[0] & 31, plain, symbols, payload[at + frame_bytes :])
 
@@ -148,7 +149,7 @@ def _put_together(
     )
     columns = unpack(coded, max_level=max_level(policy, temperatures))
     if columns.ids.max(initial=0) >= vocab_size:
-        raise Inconsistent(f"id {columns.ids.max()} found, with a vocabulary of {vocab_size}")
+        raise InconsistentError(f"id {columns.ids.max()} found, with a vocabulary of {vocab_size}")
     num_positions = len(columns.counts)
     draw_counts = torch.from_numpy((columns.levels + 1).astype(np.int32))
     normalizers, plain_logprobs = _read_plain(parts, columns, policy, temperatures)
@@ -182,13 +183,13 @@ def _read_plain(
     extra = 2 * row_entries if _has_plain_logprobs(policy, temperatures) else 0 * row_entries
     for row, part in enumerate(parts):
         if len(part.plain) != sizes[row] + extra[row]:
-            raise Inconsistent(
+            raise InconsistentError(
                 f"row {row} of the batch has {len(part.plain)} bytes of normalisers and log-probs"
             )
     normalizers = _joined([part.plain[:size] for part, size in zip(parts, sizes, strict=True)]).view("<f4")
     logprobs = _joined([part.plain[size:] for part, size in zip(parts, sizes, strict=True)]).view("<f2")
     if not (np.isfinite(normalizers).all() and np.isfinite(logprobs).all() and (logprobs <= 0).all()):
-        raise Inconsistent("a normaliser or log-prob is out of range")
+        raise InconsistentError("a normaliser or log-prob is out of range")
     return normalizers.reshape(len(columns.counts), num_others), logprobs
 
 
@@ -213,7 +214,7 @@ def _read_varint(payload: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 127) << (7 * place)
         if byte < 128:
             return value, at + place + 1
-    raise Inconsistent("a length is out of bounds")
+    raise InconsistentError("a length is out of bounds")
 
 
 class _Zstd(threading.local):
@@ -221,8 +222,18 @@ class _Zstd(threading.local):
 
     def __init__(self) -> None:
         dictionary = zstandard.ZstdCompressionDict(DICTIONARY)
-        parameters = zstandard.ZstdCompressionParameters.from_level(
-            1, write_content_size=1, write_checksum=0, write_dict_id=0
+        # Symbols hardly repeat in runs: what is to be gained are their frequencies.  Strategies below "lazy"
+        # take the dictionary's table even where it does not suit; those above "lazy" gain nothing.
+        parameters = zstandard.ZstdCompressionParameters(
+            strategy=zstandard.STRATEGY_LAZY,
+            window_log=14,
+            hash_log=10,
+            chain_log=10,
+            search_log=2,
+            min_match=6,
+            write_content_size=1,
+            write_checksum=0,
+            write_dict_id=0,
         )
         self.compressor = zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters)
         self.decompressor = zstandard.ZstdDecompressor(dict_data=dictionary)
