@@ -27,6 +27,57 @@ def capture(recipe: str, overrides: tuple[str, ...]) -> int:
         return run_capture(loaded, world, stop)
 
 
+@commands.command("check")
+@recipe_arguments
+@click.option(
+    "--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Processes to plan for."
+)
+def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
+    """Say what a capture of RECIPE would do and take, and everything that is wrong with it."""
+    from stage1_teacher.check import check_recipe
+
+    return check_recipe(load_recipe(recipe, overrides=overrides), num_ranks=nproc).show()
+
+
+@commands.command("inspect")
+@click.argument("cache")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def inspect(cache: str, as_json: bool) -> int:
+    """Say who taught CACHE, what it keeps and how large it is."""
+    from stage1_teacher.tools import show_inspection
+
+    return show_inspection(cache, as_json=as_json)
+
+
+@commands.command("verify")
+@click.argument("cache")
+def verify(cache: str) -> int:
+    """Read every byte of CACHE and list every fault."""
+    from stage1_teacher.tools import show_verification
+
+    return show_verification(cache)
+
+
+@commands.command("export")
+@click.argument("cache")
+@click.argument("out")
+def export(cache: str, out: str) -> int:
+    """Write CACHE to the new folder OUT as plain Parquet: ids, log-probs and weights as lists."""
+    from stage1_teacher.tools import show_export
+
+    return show_export(cache, out)
+
+
+@commands.command("merge")
+@click.argument("caches", nargs=-1, required=True)
+@click.argument("out")
+def merge(caches: tuple[str, ...], out: str) -> int:
+    """Join CACHES that were captured apart, alike, into the new cache OUT."""
+    from stage1_teacher.tools import show_merge
+
+    return show_merge(caches, out)
+
+
 def main() -> None:
     run_group(commands)
 

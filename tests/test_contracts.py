@@ -15,12 +15,13 @@ STAGES = {"stage1_teacher", "stage2_student"}
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
     {"errors"},
-    {"policies", "images", "phantom"},
+    {"policies", "images", "phantom", "cli", "runtime", "loading"},
+    {"vqa_sources", "fingerprints", "prompts", "processors", "sharding"},
     {"sparse", "recipe_files"},
-    {"config", "codec", "runtime", "cli"},
+    {"config", "codec"},
     {"vqa", "kd_loss", "vlm"},
-    {"processing", "prompts", "fingerprints", "cache"},
-    {"coverage", "preflight", "small_models"},
+    {"processing", "cache"},
+    {"survey", "preflight", "small_models"},
     {"pipeline"},
 ]
 

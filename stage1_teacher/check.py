@@ -1,0 +1,128 @@
+"""What a capture would do and take, found out without weights: ``teacher-cache check RECIPE``."""
+
+from __future__ import annotations
+
+import torch
+
+from shared.cache import CacheReader
+from shared.config import Recipe
+from shared.errors import RecipeError
+from shared.policies import Random, Threshold, TopK, TopP
+from shared.preflight import (
+    Report,
+    describe_long_example,
+    describe_shape,
+    describe_split,
+    describe_tokenizer,
+    is_local,
+)
+from shared.processing import ExampleProcessor
+from shared.sharding import blocks
+from shared.survey import captured_splits
+from shared.vlm import empty_vlm, load_config, split
+
+GIB = 2**30
+FP32_BYTES = 4
+LOGITS_AT_ONCE = 4  # copies of a chunk's logits: the head's, fp32 log-probs, probabilities, one to work in
+TENSORS_PER_LAYER = 8  # of (tokens, hidden), alive at once in a forward without a graph
+
+
+def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
+    """Looks at everything that a capture by ``num_ranks`` processes would need; all problems at once."""
+    report = Report()
+    if recipe.teacher is None or recipe.cache is None:
+        report.problems.append("the recipe has no teacher and cache sections: there is nothing to capture")
+        return report
+    processor: ExampleProcessor | None = None
+    with report.collecting():
+        processor = _describe_tokenizers(report, recipe)
+    if is_local(recipe.data.source):
+        for name in captured_splits(recipe):
+            with report.collecting():
+                describe_split(report, recipe.data, name, processor)
+        with report.collecting():
+            describe_long_example(report, recipe.data, processor)
+    else:
+        report.add("data", f"{recipe.data.source} is not on this machine: not looked at")
+    with report.collecting():
+        _describe_cache(report, recipe)
+    with report.collecting():
+        _describe_teacher(report, recipe, num_ranks=num_ranks)
+    return report
+
+
+def _describe_tokenizers(report: Report, recipe: Recipe) -> ExampleProcessor | None:
+    """The teacher's; the student's must map and ask alike."""
+    assert recipe.teacher is not None
+    ours = None
+    if recipe.teacher.trained_by is not None and not is_local(recipe.teacher.model):
+        report.add(
+            "teacher", f"{recipe.teacher.model} is not there yet: recipe {recipe.teacher.trained_by} makes it"
+        )
+    else:
+        report.add("teacher", recipe.teacher.model)
+        ours = describe_tokenizer(report, recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
+    report.add("student", recipe.student.model)
+    theirs = describe_tokenizer(report, recipe.student.model, recipe.data, revision=recipe.student.revision)
+    if ours is None or theirs is None:
+        return ours or theirs
+    for what in ("tokenizer_fingerprint", "template_fingerprint"):
+        one, other = getattr(ours, what), getattr(theirs, what)
+        if one != other:
+            raise RecipeError(
+                f"{what.removesuffix('_fingerprint')}: the teacher's is {one[:12]}, the student's {other[:12]}; they "
+                "must be the same in content. Give the student's folder the teacher's files"
+            )
+    return ours
+
+
+def _describe_cache(report: Report, recipe: Recipe) -> None:
+    assert recipe.cache is not None
+    policy = recipe.cache.policy
+    report.add(
+        "targets", f"{_policy_text(policy)}; temperatures {', '.join(map(str, recipe.cache.temperatures))}"
+    )
+    if "://" not in recipe.cache.path and not is_local(recipe.cache.path):
+        report.add("cache", f"{recipe.cache.path} is not there yet")
+        return
+    totals = CacheReader(recipe.cache.path).manifest.totals
+    report.add(
+        "cache",
+        f"{recipe.cache.path} holds {totals.examples:,} examples, {totals.positions:,} positions, "
+        f"{totals.bytes / max(totals.positions, 1):.1f} bytes each",
+    )
+
+
+def _policy_text(policy: Threshold | TopK | TopP | Random) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in policy.model_dump(exclude={"kind"}).items())
+    return f"{policy.kind} ({settings})"
+
+
+def _describe_teacher(report: Report, recipe: Recipe, *, num_ranks: int) -> None:
+    """Parameters and memory, from the shapes alone."""
+    assert recipe.teacher is not None
+    assert recipe.cache is not None
+    teacher = recipe.teacher
+    if teacher.trained_by is not None and not is_local(teacher.model):
+        return
+    dtype = getattr(torch, teacher.dtype)
+    model = empty_vlm(
+        load_config(teacher.model, teacher.revision),
+        dtype=dtype,
+        attn_implementation=teacher.attn_implementation,
+    )
+    total = sum(p.numel() for p in model.parameters())
+    report.add("parameters", f"{total:,} of the teacher, all frozen")
+    describe_shape(report, model)
+    in_blocks = sum(p.numel() for block in blocks(model) for p in block.parameters())
+    held = total - in_blocks + in_blocks / num_ranks if teacher.shard else total
+    weights = held * dtype.itemsize / GIB
+    width = split(model)[1].weight_VD.shape[0]
+    logits = recipe.cache.chunk_size * width * FP32_BYTES * LOGITS_AT_ONCE / GIB
+    hidden = model.config.get_text_config().hidden_size
+    activations = recipe.cache.batch_tokens * hidden * dtype.itemsize * TENSORS_PER_LAYER / GIB
+    report.add(
+        "memory per device",
+        f"about {weights + logits + activations:.2f} GiB on {num_ranks} rank(s): weights {weights:.2f}, a chunk's "
+        f"logits {logits:.2f}, activations {activations:.2f}",
+    )

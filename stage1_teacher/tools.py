@@ -1,0 +1,99 @@
+"""What is printed of a cache: by ``inspect``, ``verify``, ``export`` and ``merge``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from shared.cache import CacheReader
+from shared.cache.export import export
+from shared.cache.inspect import inspect
+from shared.cache.merge import merge
+from shared.cache.verify import verify
+from shared.errors import CacheFormatError
+from shared.runtime import environment
+
+
+def show_inspection(location: str, *, as_json: bool) -> int:
+    """Who taught, what is kept, how large it is."""
+    summary = inspect(CacheReader(location))
+    click.echo(json.dumps(summary, indent=1) if as_json else "\n".join(_lines(summary)))
+    return 0
+
+
+def show_verification(location: str) -> int:
+    """Every fault of a cache; the status is that of a damaged cache if there is one."""
+    shards = CacheReader(location).manifest.shards
+    with tqdm(total=len(shards), desc="verify", unit="shard", leave=False) as bar:
+        found = verify(location, on_shard=lambda _: _advance(bar))
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    for fault in found.faults:
+        click.echo(f"fault: {fault}", err=True)
+    click.echo(f"{location}: {len(found.faults)} fault(s) in {len(shards)} shard(s)")
+    return CacheFormatError.exit_status if found.faults else 0
+
+
+def show_export(location: str, out: str) -> int:
+    """A cache as plain Parquet."""
+    reader = CacheReader(location)
+    with tqdm(total=len(reader.manifest.shards), desc="export", unit="shard", leave=False) as bar:
+        number = export(reader, out, on_shard=lambda _: _advance(bar))
+    click.echo(f"{out}: {number} examples as Parquet")
+    return 0
+
+
+def show_merge(sources: tuple[str, ...], out: str) -> int:
+    """One cache of several."""
+    facts = environment()
+    versions = {name: str(facts[name]) for name in ("teachonce", "torch", "transformers")}
+    manifest = merge(sources, out, created_by=versions)
+    click.echo(f"{out}: {manifest.totals.examples} examples in {len(manifest.shards)} shard(s)")
+    return 0
+
+
+def _advance(bar: tqdm) -> None:
+    bar.update()
+
+
+def _lines(summary: dict[str, Any]) -> list[str]:
+    identity, totals = summary["identity"], summary["totals"]
+    teacher, targets = identity["teacher"], identity["targets"]
+    lines = [
+        f"cache      {summary['location']}, {summary['sha256'][:12]}",
+        f"teacher    {teacher['name']}, {teacher['dtype']}, weights {teacher['weights_fingerprint'][:12]}",
+        f"targets    {_plain(targets['policy'])}; seed {targets['seed']}",
+        f"at         temperature {_plain(targets['temperatures'])}",
+        *(f"data       {part['name']}, {part['split']}: {part['rows']} rows" for part in identity["data"]),
+        f"holds      {totals['examples']} examples, {totals['positions']} positions, {totals['entries']} entries",
+        f"size       {totals['bytes'] / 2**20:.2f} MiB in {summary['shards']} shard(s)",
+    ]
+    if totals["positions"]:
+        lines.append(
+            f"each       {summary['bytes_per_position']:.1f} bytes and {summary['entries_per_position']:.1f} "
+            "entries a position"
+        )
+    lines.append(
+        f"left out   {totals['skipped']}; cut {totals['truncated']}; equal rows {totals['duplicates']}"
+    )
+    lines += [f"           {number} x {reason}" for reason, number in summary["skipped"].items()]
+    if sample := summary["sample"]:
+        lines += [
+            f"of {sample['rows']} rows, {sample['positions']} positions:",
+            f"  entries a position        {_plain(sample['entries_per_position'])}",
+            *(f"  kept mass at T = {t:<9} {_plain(mass)}" for t, mass in sample["kept_mass"].items()),
+            f"  teacher's entropy         {_plain(sample['entropy'])} nats",
+            f"  teacher's cross-entropy   {sample['cross_entropy']:.4f} nats",
+        ]
+    return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
