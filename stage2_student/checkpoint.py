@@ -65,11 +65,13 @@ class Checkpoints:
 
     def all(self) -> list[Checkpoint]:
         """Whole checkpoints, oldest first."""
-        names = sorted(self.folder.glob("step-*"), key=lambda path: path.name)
-        return [Checkpoint(path, _read_facts(path)) for path in names if not path.name.endswith(PARTIAL)]
+        paths = (path for path in self.folder.glob("step-*") if not path.name.endswith(PARTIAL))
+        return sorted(
+            (Checkpoint(path, _read_facts(path)) for path in paths), key=lambda found: found.facts.step
+        )
 
     def latest(self) -> Checkpoint | None:
-        return max(self.all(), key=lambda found: found.facts.step, default=None)
+        return next(reversed(self.all()), None)
 
     def best(self) -> Checkpoint | None:
         """The one with the lowest validation loss, among those taken at a step that was validated."""

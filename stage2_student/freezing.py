@@ -20,7 +20,8 @@ VISION = ("visual", "vision_tower", "vision_model", "vision_encoder", "image_tow
 AUDIO = ("audio_tower", "audio_encoder", "speech_encoder", "audio_model")
 CONNECTOR = (
     *("multi_modal_projector", "merger", "deepstack_merger_list", "connector", "aligner", "mm_projector"),
-    *("modality_projection", "vision_projection", "image_projection", "embed_vision", "embed_audio"),
+    *("modality_projection", "vision_projection", "image_projection", "language_projection", "qformer"),
+    *("embed_vision", "embed_audio", "visual_embeddings_table"),
 )
 LANGUAGE = ("language_model", "text_model")
 SUBCONFIGS = {"vision": ("vision_config",), "audio": ("audio_config", "speech_config")}

@@ -11,6 +11,7 @@ belongs to the root.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from shared.config import LossConfig, ParallelConfig, Recipe, StudentConfig
@@ -81,7 +83,8 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
     check_vocabulary(skeleton, num_token_ids)
     freeze(skeleton, recipe.student.freeze)
     if recipe.student.activation_checkpointing:
-        skeleton.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The public switch has changed its name, and makes embeddings that nobody trains require gradients.
+        skeleton._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
     student = StudentWithLoss(skeleton, recipe.loss, num_token_ids=num_token_ids)
     shard(student, recipe.student, recipe.parallel, world)
     student.to_empty(device="cpu" if recipe.parallel.cpu_offload else world.device)

@@ -132,11 +132,12 @@ def _rank(rank: int, num_ranks: int, port: int, function: Callable[[World], Any]
     try:
         with distributed(device="cpu") as world:
             result = function(world)
-        pickle.dumps(result)
     except BaseException as error:
         error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
         result = error
-    sender.send(result)
+    sender.send_bytes(
+        pickle.dumps(result)
+    )  # by value: ``send`` would pass tensors as handles of this process
     sender.close()
     os._exit(0)  # the parent's fixtures are not this process's to tear down
 
@@ -146,7 +147,7 @@ def _receive(pipe: Any, process: Any) -> Any:
         process.kill()
         return TimeoutError(f"a rank did not end within {RANKS_TIMEOUT_S} s")
     try:
-        return pipe.recv()
+        return pickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join()
         return RuntimeError(f"a rank ended with status {process.exitcode} without a result")

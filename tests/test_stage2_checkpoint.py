@@ -1,0 +1,138 @@
+"""Checkpoints are whole or absent, and the newest and the best ones stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from shared.config import OptimizationConfig
+from shared.errors import CheckpointError
+from shared.runtime import World, distributed
+from stage2_student.checkpoint import Checkpoints, Facts, load, set_num_updates, student_state
+from stage2_student.optim import make_optimizer
+
+
+def facts(step: int, loss: float | None = None) -> Facts:
+    return Facts(step=step, num_updates=step, num_ranks=1, identity={"a": 1}, validation_loss=loss)
+
+
+def save(folder: Checkpoints, *taken: Facts, state: dict[str, Any] | None = None) -> None:
+    with distributed(device="cpu") as world:
+        for one in taken:
+            folder.save(state or {"model": {"w": torch.full((3,), float(one.step))}}, one, world)
+
+
+def steps(folder: Checkpoints) -> list[int]:
+    return [found.facts.step for found in folder.all()]
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints", keep=2)
+    save(folder, facts(1, 3.0), facts(2, 1.0), facts(3), facts(4, 2.0), facts(5))
+    assert steps(folder) == [2, 4, 5]
+    best, latest = folder.best(), folder.latest()
+    assert best is not None
+    assert latest is not None
+    assert (best.facts.step, latest.facts.step) == (2, 5)
+
+
+def test_without_validation_nothing_is_best_but_the_newest(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints", keep=1)
+    save(folder, facts(1), facts(2, float("nan")), facts(3))
+    assert steps(folder) == [3]
+
+
+def test_steps_beyond_a_million_are_in_order(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints", keep=2)
+    save(folder, facts(999_999), facts(1_000_000), facts(1_000_001))
+    assert steps(folder) == [1_000_000, 1_000_001]
+
+
+def test_what_a_killed_process_left_is_not_a_checkpoint_and_is_removed(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1))
+    (tmp_path / "checkpoints" / "step-000002.partial").mkdir()
+    latest = folder.latest()
+    assert latest is not None
+    assert latest.facts.step == 1
+    folder.remove_partial()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_an_error_in_the_middle_of_a_write_leaves_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("stage2_student.checkpoint.write_json", full)
+    with pytest.raises(OSError, match="no space left"):
+        save(folder, facts(2))
+    assert steps(folder) == [1]
+
+
+def test_damage_is_said_and_not_loaded(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1))
+    found = folder.at(1)
+    (data,) = found.path.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match=r"step-000001.*Delete its folder"):
+        load(found, {"model": {"w": torch.zeros(3)}}, alone=True)
+    (found.path / "facts.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"facts\.json cannot be read"):
+        folder.latest()
+
+
+def test_a_step_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1), facts(2))
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7; there are: 1, 2"):
+        folder.at(7)
+
+
+def test_model_and_optimizer_come_back_bit_for_bit_and_go_on_alike(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints")
+    config = OptimizationConfig(max_steps=9, learning_rate=0.1)
+
+    def fresh(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+        model[0].weight.requires_grad_(False)
+        return model, make_optimizer(model, config)
+
+    def advance(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            model(torch.full((2, 3), float(step + 1))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = fresh(0)
+    advance(model, optimizer, range(3))
+    save(folder, facts(3), state=student_state(model, optimizer))
+    advance(model, optimizer, range(3, 6))
+    other, its_optimizer = fresh(1)
+    load(folder.at(3), student_state(other, its_optimizer), alone=True)
+    set_num_updates(its_optimizer, 3)
+    advance(other, its_optimizer, range(3, 6))
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_two_ranks_see_one_another_s_checkpoint(tmp_path: Path) -> None:
+    from stage2_runs import on_ranks
+
+    def work(world: World) -> list[int]:
+        folder = Checkpoints(tmp_path / "checkpoints", keep=1)
+        for step in (1, 2):
+            folder.save({"model": {"w": torch.arange(3.0)}}, facts(step), world)
+        return steps(folder)
+
+    assert on_ranks(2, work) == [[2], [2]]

@@ -1,0 +1,100 @@
+"""The order of examples: complete, the same for any number of ranks, and never another one."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stage2_student.order import StepShape, deal, epoch_order, pass_slots, step_examples, training_slots
+
+SIZES = st.integers(1, 60)
+GOLDEN = (
+    [9, 4, 0, 3, 5, 1, 6, 2, 7, 8],
+    [2, 0, 7, 6, 3, 1, 9, 4, 5, 8],
+    [3, 5, 1, 4, 0, 7, 6, 2, 9, 8],
+)
+
+
+@given(seed=st.integers(0, 2**63), epoch=st.integers(0, 1000), num_examples=SIZES)
+def test_an_epoch_holds_every_example_once(seed: int, epoch: int, num_examples: int) -> None:
+    order = epoch_order(seed=seed, epoch=epoch, num_examples=num_examples)
+    assert sorted(order.tolist()) == list(range(num_examples))
+
+
+def test_the_order_is_written_in_stone() -> None:
+    """A run resumed after an upgrade must go on in the same order."""
+    assert epoch_order(seed=42, epoch=0, num_examples=10).tolist() == GOLDEN[0]
+    assert epoch_order(seed=42, epoch=1, num_examples=10).tolist() == GOLDEN[1]
+    assert epoch_order(seed=43, epoch=0, num_examples=10).tolist() == GOLDEN[2]
+
+
+def test_orders_look_random() -> None:
+    """Each place sees each example about equally often over many epochs."""
+    orders = np.stack([epoch_order(seed=1, epoch=epoch, num_examples=8) for epoch in range(4000)])
+    counts = np.stack([np.bincount(orders[:, place], minlength=8) for place in range(8)])
+    assert (abs(counts - 500) < 6 * np.sqrt(500)).all()
+
+
+@given(num_examples=SIZES, batch=SIZES, num_steps=st.integers(1, 30))
+def test_steps_cut_epochs_into_batches_with_a_short_last_one(
+    num_examples: int, batch: int, num_steps: int
+) -> None:
+    shape = StepShape(num_examples, batch, microbatch_size=1, seed=7)
+    seen: Counter[int] = Counter()
+    for step in range(shape.num_steps_per_epoch):
+        seen.update(step_examples(step, shape).tolist())
+    assert seen == Counter(range(num_examples))
+    sizes = [len(step_examples(step, shape)) for step in range(num_steps)]
+    whole, rest = divmod(num_examples, batch)
+    epoch = [batch] * whole + [rest] * (rest > 0)
+    assert sizes == [epoch[step % len(epoch)] for step in range(num_steps)]
+
+
+@given(num_examples=SIZES, microbatch=st.integers(1, 9), num_ranks=st.integers(1, 7), seed=st.integers(0, 99))
+def test_dealing_keeps_every_example_and_gives_all_ranks_the_same_number_of_rounds(
+    num_examples: int, microbatch: int, num_ranks: int, seed: int
+) -> None:
+    lengths = np.random.default_rng(seed).integers(1, 100, num_examples)
+    rounds = deal(range(num_examples), lengths, num_ranks=num_ranks, microbatch_size=microbatch)
+    dealt = [example for batches in rounds for batch in batches for example in batch]
+    assert sorted(dealt) == list(range(num_examples))
+    assert all(len(batches) == num_ranks for batches in rounds)
+    assert all(len(batch) <= microbatch for batches in rounds for batch in batches)
+    assert len(rounds) == -(-num_examples // (microbatch * num_ranks))
+    assert [int(lengths[example]) for example in dealt] == sorted(lengths.tolist(), reverse=True)
+
+
+@given(num_examples=SIZES, microbatch=st.integers(1, 5), num_ranks=st.integers(1, 5))
+def test_all_ranks_together_forward_the_examples_of_each_step_once(
+    num_examples: int, microbatch: int, num_ranks: int
+) -> None:
+    shape = StepShape(num_examples, microbatch * num_ranks * 2, microbatch, seed=3)
+    lengths = np.arange(num_examples)
+    ranks = [
+        list(training_slots(shape, lengths, steps=range(4), rank=rank, num_ranks=num_ranks))
+        for rank in range(num_ranks)
+    ]
+    for step in range(4):
+        slots = [slot for rank in ranks for slot in rank[step]]
+        assert len({len(rank[step]) for rank in ranks}) == 1
+        counted = [example for slot in slots if slot.counts for example in slot.examples]
+        assert sorted(counted) == sorted(step_examples(step, shape).tolist())
+        assert all(len(slot.examples) == 1 for slot in slots if not slot.counts)
+
+
+def test_a_pass_takes_every_example_once_however_many_ranks() -> None:
+    lengths = np.array([3, 1, 2, 5, 4])
+    ranks = [pass_slots(lengths, microbatch_size=2, rank=rank, num_ranks=4) for rank in range(4)]
+    assert [len(slots) for slots in ranks] == [1, 1, 1, 1]
+    assert sorted(e for slots in ranks for slot in slots if slot.counts for e in slot.examples) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert ranks[3][0].examples == (1,)  # the shortest, and it does not count
+    assert not ranks[3][0].counts
