@@ -54,7 +54,7 @@ def encode_many(targets: SparseTargets, row_offsets: Sequence[int]) -> list[byte
     coded = pack(columns, max_level=max_level(policy, temperatures))
     assert coded.id_bits.max(initial=0) <= MAX_ID_BITS
     assert coded.row_symbols.max(initial=0) <= _MAX_SYMBOLS
-    return _frames(coded, _plain_columns(targets, bounds))
+    return _frames(coded, _plain_columns(targets, bounds), has_plain=_has_plain(temperatures))
 
 
 def _plain_columns(targets: SparseTargets, bounds: npt.NDArray[np.int64]) -> list[bytes]:
@@ -68,11 +68,15 @@ def _plain_columns(targets: SparseTargets, bounds: npt.NDArray[np.int64]) -> lis
     return rows
 
 
+def _has_plain(temperatures: tuple[float, ...]) -> bool:
+    return temperatures != (1.0,)
+
+
 def _has_plain_logprobs(policy: Policy, temperatures: tuple[float, ...]) -> bool:
     return isinstance(policy, Random) and len(temperatures) > 1
 
 
-def _frames(coded: Coded, plain: list[bytes]) -> list[bytes]:
+def _frames(coded: Coded, plain: list[bytes], *, has_plain: bool) -> list[bytes]:
     compressor = _zstd().compressor
     symbols, bits = coded.symbols.tobytes(), coded.bits.tobytes()
     payloads, at_symbol, at_byte = [], 0, 0
@@ -82,7 +86,7 @@ def _frames(coded: Coded, plain: list[bytes]) -> list[bytes]:
     for num_symbols, num_bytes, id_bits, numbers in rows:
         frame = compressor.compress(symbols[at_symbol : at_symbol + num_symbols])[len(_MAGIC) :]
         head = bytes([_VERSION << 5 | id_bits]) + _varint(len(frame))
-        if numbers:
+        if has_plain:
             head += _varint(len(numbers)) + numbers
         payloads.append(b"".join((head, frame, bits[at_byte : at_byte + num_bytes])))
         at_symbol += num_symbols
@@ -99,7 +103,7 @@ def decode(
              temperatures and this vocabulary
     """
     temperatures = tuple(temperatures)
-    has_plain = len(temperatures) > 1 or temperatures != (1.0,)
+    has_plain = _has_plain(temperatures)
     parts = []
     for row, payload in enumerate(payloads):
         try:
