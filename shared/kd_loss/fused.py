@@ -12,6 +12,7 @@ N positions, C positions of a chunk, D hidden, V vocabulary of the head, E entri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,17 +105,8 @@ def fused_ce_kd(
     _check(settings, chunk_size, num_ids, has_targets=targets is not None)
     positions = counted_positions(hidden_ND, labels_N, weights_N, targets, ignore_index)
     positions = with_checked_ids(positions, num_ids, num_vocab_ids)
-    teacher = None
-    if positions.targets is not None:
-        teacher = sparse_teacher(
-            positions.targets,
-            temperature=temperature,
-            divergence=divergence,
-            tail=tail,
-            num_vocab_ids=num_vocab_ids,
-            dtype=torch.promote_types(hidden_ND.dtype, torch.float32),
-        )
-    work = _Work(positions, teacher, settings, chunk_size, with_grad=torch.is_grad_enabled())
+    teacher_of = _teacher_source(positions.targets, settings, tail, hidden_ND)
+    work = _Work(positions, teacher_of, settings, chunk_size, with_grad=torch.is_grad_enabled())
     loss, ce, kd, entropy = _FusedLoss.apply(positions.hidden_ND, weight_VD, bias_V, work)
     return LossSums(loss, ce, kd, entropy, positions.count)
 
@@ -136,10 +128,39 @@ def _check(settings: LossSettings, chunk_size: int, num_ids: int, *, has_targets
         )
 
 
+# The teacher of the positions from start to stop, as the rows of a larger one from an index on.
+TeacherSource = Callable[[int, int], tuple[SparseTeacher | None, int]]
+
+
+def _teacher_source(
+    targets: SparseTargets | None, settings: LossSettings, tail: str, hidden_ND: Tensor
+) -> TeacherSource:
+    """Unpacks entries for the loss: a chunk's on a CPU, where memory counts; else all, so as not to wait."""
+    if targets is None:
+        return lambda start, stop: (None, 0)
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+
+    def unpack(part: SparseTargets) -> SparseTeacher:
+        return sparse_teacher(
+            part,
+            temperature=settings.temperature,
+            divergence=settings.divergence,
+            tail=tail,
+            num_vocab_ids=settings.num_vocab_ids,
+            dtype=dtype,
+        )
+
+    if targets.offsets.device.type != "cpu":
+        whole = unpack(targets)
+        return lambda start, stop: (whole, start)
+    unpack(targets.slice(0, 0))  # refuses what it must even where no position is left
+    return lambda start, stop: (unpack(targets.slice(start, stop)), 0)
+
+
 @dataclass(frozen=True)
 class _Work:
     positions: Positions
-    teacher: SparseTeacher | None
+    teacher_of: TeacherSource
     settings: LossSettings
     chunk_size: int
     with_grad: bool  # asked before, as autograd is off inside of a Function
@@ -183,8 +204,7 @@ def _loss_and_grads(
     grad_weight_VD = torch.zeros(weight_VD.shape, dtype=dtype, device=weight_VD.device) if needs[1] else None
     grad_bias_V = torch.zeros(num_ids, dtype=dtype, device=weight_VD.device) if needs[2] else None
     buffer_CV = hidden_ND.new_empty(min(work.chunk_size, num_positions), num_ids)
-    ce_N = hidden_ND.new_zeros(num_positions, dtype=dtype)
-    kd_N = torch.zeros_like(ce_N)
+    values_3N = hidden_ND.new_zeros(3, num_positions, dtype=dtype)  # CE, KD, the teacher's entropy
     for start in range(0, num_positions, work.chunk_size):
         chunk = slice(start, min(start + work.chunk_size, num_positions))
         hidden_CD, logits_CV = hidden_ND[chunk], buffer_CV[: chunk.stop - start]
@@ -192,15 +212,18 @@ def _loss_and_grads(
         if bias_V is not None:
             logits_CV.add_(bias_V)
         weights_N = work.positions.weights_N
-        ce_N[chunk], kd_N[chunk] = chunk_loss_(
+        teacher, first = work.teacher_of(chunk.start, chunk.stop)
+        values_3N[0, chunk], values_3N[1, chunk] = chunk_loss_(
             logits_CV,
             work.positions.labels_N[chunk],
             None if weights_N is None else weights_N[chunk],
-            work.teacher,
-            start,
+            teacher,
+            first,
             work.settings,
             with_grad=any(needs),
         )
+        if teacher is not None:
+            values_3N[2, chunk] = teacher.rows.entropy_N[first : first + len(hidden_CD)]
         if grad_hidden_ND is not None:
             torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[chunk])
         if grad_weight_VD is not None:
@@ -209,14 +232,13 @@ def _loss_and_grads(
             grad_bias_V.add_(logits_CV.sum(0, dtype=dtype))
     if work.settings.shard is not None and grad_hidden_ND is not None:
         work.settings.shard.sum(grad_hidden_ND)
-    return _sums(ce_N, kd_N, work), [grad_hidden_ND, grad_weight_VD, grad_bias_V]
+    return _sums(values_3N, work), [grad_hidden_ND, grad_weight_VD, grad_bias_V]
 
 
-def _sums(ce_N: Tensor, kd_N: Tensor, work: _Work) -> list[Tensor]:
+def _sums(values_3N: Tensor, work: _Work) -> list[Tensor]:
     """Loss, CE, KD and the teacher's entropy; added up in fp64, as KL is a small difference of large sums."""
-    entropy_N = torch.zeros_like(ce_N) if work.teacher is None else work.teacher.rows.entropy_N
     weights_N = work.positions.weights_N
-    columns_3N = torch.stack([ce_N, kd_N, entropy_N]).double()
-    ce, kd, entropy = (columns_3N if weights_N is None else columns_3N * weights_N).sum(-1)
+    wide_3N = values_3N.double()
+    ce, kd, entropy = (wide_3N if weights_N is None else wide_3N * weights_N).sum(-1)
     loss = (1 - work.settings.kd_ratio) * ce + work.settings.kd_ratio * kd
-    return [value.to(ce_N.dtype) for value in (loss, ce, kd, entropy)]
+    return [value.to(values_3N.dtype) for value in (loss, ce, kd, entropy)]

@@ -37,7 +37,7 @@ def scaled(
 
 
 def _multiply_(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor in place; narrow ones through fp32, as rounding the factor would bias every element."""
+    """grad * factor in place; narrow ones through fp32: CUDA would round the factor first, which biases all."""
     if grad.dtype.itemsize >= factor.dtype.itemsize:
         return grad.mul_(factor)
     for block in grad.view(-1).split(_BLOCK):

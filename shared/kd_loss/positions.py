@@ -73,15 +73,14 @@ def with_checked_ids(positions: Positions, num_ids: int, num_vocab_ids: int) -> 
     Raises   ValueError  on a CPU, for a label outside ``num_ids`` or an entry outside ``num_vocab_ids``
     """
     labels_N, targets, weights_N = positions.labels_N, positions.targets, positions.weights_N
+    if labels_N.device.type == "cpu":
+        _refuse_outside(labels_N, num_ids, "label {} is outside the head's {} ids")
+        if targets is not None:
+            message = "the targets' id {} is outside the {} ids of the vocabulary"
+            _refuse_outside(targets.ids, num_vocab_ids, message)
+        return positions
     is_wrong_N = (labels_N < 0) | (labels_N >= num_ids)
     is_wrong_E = is_wrong_N[:0] if targets is None else (targets.ids < 0) | (targets.ids >= num_vocab_ids)
-    if labels_N.device.type == "cpu":
-        if is_wrong_N.any():
-            raise ValueError(f"label {int(labels_N[is_wrong_N][0])} is outside the head's {num_ids} ids")
-        if targets is not None and is_wrong_E.any():
-            found = int(targets.ids[is_wrong_E][0])
-            raise ValueError(f"the targets' id {found} is outside the {num_vocab_ids} ids of the vocabulary")
-        return positions
     weights_N = torch.ones_like(labels_N, dtype=torch.float32) if weights_N is None else weights_N
     weights_N = weights_N.masked_fill(is_wrong_N | is_wrong_E.any(), torch.nan)
     if targets is not None:
@@ -89,3 +88,11 @@ def with_checked_ids(positions: Positions, num_ids: int, num_vocab_ids: int) -> 
     return replace(
         positions, labels_N=labels_N.masked_fill(is_wrong_N, 0), weights_N=weights_N, targets=targets
     )
+
+
+def _refuse_outside(ids: Tensor, num_ids: int, message: str) -> None:
+    if ids.numel() == 0:
+        return
+    for found in torch.aminmax(ids):
+        if not 0 <= int(found) < num_ids:
+            raise ValueError(message.format(int(found), num_ids))
