@@ -73,8 +73,8 @@ def make_example(number: int, identity: Identity | None = None) -> tuple[Row, Sp
         key=key,
         answer_ids=answer.numpy().astype(np.int32),
         num_entries=targets.num_entries,
-        ce_sum=float(-logprobs.double().gather(1, answer[:, None]).sum()),
-        entropy_sums=targets.entropy.double().sum(0).numpy(),
+        ce_sum=float(-logprobs.gather(1, answer[:, None]).sum()),
+        entropy_sums=targets.entropy.sum(0).double().numpy(),
         payload=codec.encode(targets),
         truncated=number % 11 == 0,
     )

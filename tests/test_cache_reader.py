@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from cache_examples import capture, make_example, make_identity, make_key, make_row
@@ -95,7 +96,7 @@ def test_the_index_answers_without_the_shards(cache: Path) -> None:
 
 def test_an_index_of_another_order_is_found_out(cache: Path) -> None:
     reader = CacheReader(str(cache))
-    reader.index = replace(reader.index, rows=reader.index.rows[::-1] % 5)
+    reader.index = replace(reader.index, places=reader.index.places[::-1])
     with pytest.raises(CacheFormatError, match="where the index says"):
         reader.read([make_key(number) for number in range(40)])
 
@@ -270,29 +271,39 @@ def test_shards_are_mapped_not_loaded(cache: Path) -> None:
 keys_strategy = st.lists(st.binary(min_size=16, max_size=16), unique=True, max_size=60)
 
 
+def as_shards(groups: list[list[bytes]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(np.frombuffer(b"".join(keys), dtype="S16"), np.arange(len(keys))) for keys in groups]
+
+
 @given(stored=keys_strategy, asked=keys_strategy)
 def test_the_index_finds_what_a_dictionary_finds(stored: list[bytes], asked: list[bytes]) -> None:
-    shards = [stored[start : start + 7] for start in range(0, len(stored), 7)]
-    places = {key: (s, r) for s, keys in enumerate(shards) for r, key in enumerate(keys)}
-    parts = [
-        (number, np.frombuffer(b"".join(keys), dtype="S16"), np.arange(len(keys), dtype=np.int32))
-        for number, keys in enumerate(shards)
-    ]
-    index = open_index(KeyIndex.from_shards(parts).encode(), where="index")
+    groups = [[], *(stored[start : start + 7] for start in range(0, len(stored), 7)), []]
+    places = {key: (s, r) for s, keys in enumerate(groups) for r, key in enumerate(keys)}
+    encoded = KeyIndex.from_shards(as_shards(groups)).encode()
+    index = open_index(encoded, shard_sizes=[len(keys) for keys in groups], where="index")
     assert split_keys(index.keys) == sorted(stored)
     asked = asked + stored[::2]
-    for key, found in zip(asked, index.find(asked).tolist(), strict=True):
-        assert (found >= 0) == (key in places)
-        if found >= 0:
-            assert (index.shards[found], index.rows[found]) == places[key]
-            assert index.num_positions[found] == places[key][1]
+    found = index.find(asked)
+    assert [place >= 0 for place in found.tolist()] == [key in places for key in asked]
+    held = [key for key in asked if key in places]
+    shards, rows = index.locate(index.find(held))
+    assert list(zip(shards.tolist(), rows.tolist(), strict=True)) == [places[key] for key in held]
+    assert index.num_positions[index.find(held)].tolist() == [places[key][1] for key in held]
+    assert [split_keys(keys) for keys, _ in index.shard_columns()] == groups
+    assert [counts.tolist() for _, counts in index.shard_columns()] == [list(range(len(g))) for g in groups]
 
 
 @given(key=st.binary(min_size=0, max_size=16))
 def test_keys_that_differ_in_trailing_zeros_only_are_different_keys(key: bytes) -> None:
     padded = key.ljust(16, b"\0")
     other = padded[:-1] + bytes([padded[-1] ^ 1])
-    index = KeyIndex.from_shards([(0, np.frombuffer(padded, dtype="S16"), np.ones(1, np.int32))])
-    assert index.find([padded, other]).tolist() == [0, -1]
-    twice = index.joined(index)
-    assert twice.duplicates() == [padded]
+    assert KeyIndex.from_shards(as_shards([[padded]])).find([padded, other]).tolist() == [0, -1]
+    assert KeyIndex.from_shards(as_shards([[padded], [other, padded]])).duplicates() == [padded]
+
+
+@pytest.mark.parametrize(("most", "kind"), [(255, "uint8"), (256, "uint16"), (65536, "uint32")])
+def test_numbers_of_positions_take_as_few_bytes_as_they_can(most: int, kind: str) -> None:
+    columns = (np.frombuffer(bytes(16), dtype="S16"), np.array([most]))
+    encoded = KeyIndex.from_shards([columns]).encode()
+    assert str(pa.ipc.open_file(encoded).schema.field("num_positions").type) == kind
+    assert open_index(encoded, shard_sizes=[1], where="index").num_positions.tolist() == [most]

@@ -14,6 +14,7 @@ import pytest
 from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_key, make_row
 
 from shared.cache import CacheReader, CacheWriter, Staging
+from shared.cache import verified as verified_module
 from shared.cache.export import export
 from shared.cache.merge import merge
 from shared.cache.staging import Staging as StagingFolder
@@ -154,15 +155,23 @@ def test_staged_files_are_used_again(memory: str, staging: Path, monkeypatch: py
     assert len(CacheReader(memory).read(KEYS)[0]) == 20
 
 
-def test_a_staged_file_that_changed_is_found(memory: str, staging: Path) -> None:
+def test_a_staged_file_that_changed_is_fetched_again(memory: str, staging: Path) -> None:
     reader = CacheReader(memory)
-    reader.read(KEYS)
+    rows = reader.rows(KEYS)
     path = staging / f"{reader.manifest.shards[0].sha256}.arrow"
-    data = bytearray(path.read_bytes())
-    data[200] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(CacheFormatError, match="shard 00000: sha256"):
-        CacheReader(memory).read(KEYS)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + b"?" + whole[201:])
+    assert [row.payload for row in CacheReader(memory).rows(KEYS)] == [row.payload for row in rows]
+    assert path.read_bytes() == whole
+
+
+def test_a_staging_disk_that_damages_everything_is_given_up(
+    memory: str, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = CacheReader(memory)
+    monkeypatch.setattr(verified_module, "sha256_of_file", lambda _: "0" * 64)
+    with pytest.raises(CacheFormatError, match=r"shard 00000: its copy in .* was lost 100 times"):
+        reader.read(KEYS)
 
 
 def staged_bytes(folder: Path) -> int:

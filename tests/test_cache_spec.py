@@ -45,14 +45,20 @@ def read_index(folder: Path, manifest: dict[str, Any]) -> dict[bytes, tuple[int,
     assert metadata == {"format": "teachonce-cache", "format_version": 1, "index": True}
     assert [(field.name, str(field.type)) for field in batch.schema] == [
         ("key", "fixed_size_binary[16]"),
-        ("shard", "int32"),
-        ("row", "int32"),
-        ("num_positions", "int32"),
+        ("place", "uint32"),
+        ("num_positions", "uint8"),
     ]
-    keys, *places = (column.to_pylist() for column in batch.columns)
+    keys, places, counts = (column.to_pylist() for column in batch.columns)
     assert keys == sorted(set(keys))
     assert len(keys) == manifest["totals"]["examples"]
-    return dict(zip(keys, zip(*places, strict=True), strict=True))
+    found = {}
+    for key, place, count in zip(keys, places, counts, strict=True):
+        shard, row = 0, place
+        while row >= manifest["shards"][shard]["examples"]:
+            row -= manifest["shards"][shard]["examples"]
+            shard += 1
+        found[key] = (shard, row, count)
+    return found
 
 
 def content_identity(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -73,13 +79,12 @@ def read_shard(folder: Path, manifest: dict[str, Any], number: int) -> list[dict
     temperatures = len(manifest["identity"]["targets"]["temperatures"])
     kinds = {field.name: str(field.type) for field in batch.schema}
     assert kinds.pop("answer_ids").startswith("list<item: dictionary<values=int32, indices=uint")
+    assert all(kinds.pop(name) in ("uint8", "uint16", "uint32") for name in ("num_positions", "num_entries"))
     assert kinds == {
         "key": "fixed_size_binary[16]",
-        "num_positions": "int32",
-        "num_entries": "int32",
         "truncated": "bool",
-        "ce_sum": "double",
-        "entropy_sums": f"fixed_size_list<item: double not null>[{temperatures}]",
+        "ce_sum": "float",
+        "entropy_sums": f"fixed_size_list<item: float not null>[{temperatures}]",
         "payload": "binary",
     }
     rows = batch.to_pylist()

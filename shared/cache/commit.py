@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from shared.cache.format import sha256_hex
 from shared.cache.identity import Identity
-from shared.cache.index import KeyIndex
+from shared.cache.index import KeyIndex, ShardColumns
 from shared.cache.layout import index_name, sha256_in
 from shared.cache.manifest import IndexInfo, Manifest, ShardInfo, SkippedRow
 from shared.cache.plan import Plan, Unit
@@ -34,20 +33,20 @@ def assemble(
     Raises   CacheFormatError  when two shards hold the same example
     """
     shards: list[ShardInfo] = []
-    parts: list[tuple[int, npt.NDArray[np.bytes_], npt.NDArray[np.int32]]] = []
+    columns: list[ShardColumns] = []
     skipped: list[SkippedRow] = []
-    places = np.full(0 if base is None else len(base.shards), -1, dtype=np.int32)  # old -> new
-    for place, (old_place, source) in enumerate(_sources(plan, base)):
+    old_columns = base_index.shard_columns()
+    for old_place, source in _sources(plan, base):
         if isinstance(source, ShardInfo):
             shards.append(source)
-            places[old_place] = place
+            columns.append(old_columns[old_place])
             continue
         name = names[source.unit_id]
         view = open_view(name)
         shards.append(shard_info(name, view))
-        parts.append((place, view.keys, view.num_positions))
+        columns.append((view.keys, view.num_positions))
         skipped += [SkippedRow(**row) for row in view.metadata["skipped"]]
-    index = base_index.moved(places).joined(KeyIndex.from_shards(parts))
+    index = KeyIndex.from_shards(columns)
     info, encoded = encode_index(index, where=where)
     manifest = Manifest.build(
         identity=grown_identity(base, plan.identity),

@@ -82,6 +82,14 @@ def read_metadata(found: pa.Schema, *, where: str) -> dict[str, Any]:
     return metadata
 
 
+def narrowest(largest: int) -> pa.DataType:
+    """The unsigned integer type that holds numbers up to this one in the fewest bytes."""
+    return pa.uint8() if largest < 1 << 8 else pa.uint16() if largest < 1 << 16 else pa.uint32()
+
+
+UNSIGNED = (pa.uint8(), pa.uint16(), pa.uint32())
+
+
 def as_buffer(source: Path | bytes | pa.Buffer) -> pa.Buffer:
     """A file mapped, or bytes as they are."""
     if isinstance(source, Path):

@@ -1,6 +1,6 @@
-"""The index: every key of a cache in order, with the shard and the row that hold it.
+"""The index: every key of a cache in order, with the place of its example.
 
-A sorted table of 28 bytes an example, mapped and searched where it lies, so that a cache of a million
+A sorted table of some 22 bytes an example, mapped and searched where it lies, so that a cache of a million
 examples opens without touching a shard.  The number of positions is in it too: a step's global count of
 labels is known before any row is read.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,78 +19,59 @@ import pyarrow as pa
 from shared.cache.format import (
     KEY_BYTES,
     KEY_DTYPE,
+    UNSIGNED,
     as_buffer,
     make_metadata,
+    narrowest,
     read_metadata,
     sha256_hex,
 )
-from shared.cache.manifest import IndexInfo
+from shared.cache.manifest import Manifest
 from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
 
-INDEX_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.binary(KEY_BYTES), nullable=False),
-        pa.field("shard", pa.int32(), nullable=False),
-        pa.field("row", pa.int32(), nullable=False),
-        pa.field("num_positions", pa.int32(), nullable=False),
-    ],
-    metadata=make_metadata({"index": True}),
-)
+PLACES = pa.uint32()
+ShardColumns = tuple[
+    npt.NDArray[np.bytes_], npt.NDArray[np.integer]
+]  # keys and num_positions, in stored order
 
 
 @dataclass(frozen=True, eq=False)
 class KeyIndex:
-    """The table's columns, all (R,): keys S16, sorted as unsigned bytes; the others int32."""
+    """The table's columns, (R,) each, and where the shards begin in the order of capture.
+
+    Shapes   keys S16, sorted as unsigned bytes; places uint32: an example's number in that order;
+             num_positions unsigned; starts (S + 1,) int64: the places of shard s are starts[s]:starts[s + 1]
+    """
 
     keys: npt.NDArray[np.bytes_]
-    shards: npt.NDArray[np.int32]
-    rows: npt.NDArray[np.int32]
-    num_positions: npt.NDArray[np.int32]
+    places: npt.NDArray[np.uint32]
+    num_positions: npt.NDArray[np.integer]
+    starts: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @classmethod
-    def empty(cls) -> KeyIndex:
-        number = np.empty(0, dtype=np.int32)
-        return cls(np.empty(0, dtype=KEY_DTYPE), number, number, number)
+    def from_shards(cls, shards: Sequence[ShardColumns]) -> KeyIndex:
+        """The index of these shards."""
+        keys = np.concatenate([keys for keys, _ in shards] or [np.empty(0, dtype=KEY_DTYPE)])
+        counts = np.concatenate([counts for _, counts in shards] or [np.empty(0, dtype=np.uint32)])
+        order = np.argsort(keys, kind="stable")
+        starts = np.append(0, np.cumsum([len(keys) for keys, _ in shards], dtype=np.int64))
+        return cls(keys[order], order.astype(np.uint32), counts[order].astype(np.uint32), starts)
 
-    @classmethod
-    def from_shards(
-        cls, parts: Sequence[tuple[int, npt.NDArray[np.bytes_], npt.NDArray[np.int32]]]
-    ) -> KeyIndex:
-        """The index of shards given as (shard, keys, num_positions), rows in stored order."""
-        if not parts:
-            return cls.empty()
-        shards = [np.full(len(keys), shard, dtype=np.int32) for shard, keys, _ in parts]
-        rows = [np.arange(len(keys), dtype=np.int32) for _, keys, _ in parts]
-        return cls(
-            np.concatenate([keys for _, keys, _ in parts]),
-            np.concatenate(shards),
-            np.concatenate(rows),
-            np.concatenate([counts for _, _, counts in parts]).astype(np.int32),
-        ).sorted()
+    def shard_columns(self) -> list[ShardColumns]:
+        """What :meth:`from_shards` makes this index of."""
+        order = np.argsort(self.places)
+        keys, counts = self.keys[order], self.num_positions[order]
+        return [(keys[start:stop], counts[start:stop]) for start, stop in pairwise(self.starts.tolist())]
 
-    def sorted(self) -> KeyIndex:
-        """By key, then by place."""
-        order = np.lexsort((self.rows, self.shards, self.keys))
-        return KeyIndex(self.keys[order], self.shards[order], self.rows[order], self.num_positions[order])
-
-    def moved(self, places: npt.NDArray[np.int32]) -> KeyIndex:
-        """With shard ``s`` renumbered ``places[s]``, and its examples left out where that is -1."""
-        shards = places[self.shards] if len(self) else self.shards
-        stays = shards >= 0
-        return KeyIndex(self.keys[stays], shards[stays], self.rows[stays], self.num_positions[stays])
-
-    def joined(self, other: KeyIndex) -> KeyIndex:
-        """The examples of both."""
-        return KeyIndex(
-            np.concatenate([self.keys, other.keys]),
-            np.concatenate([self.shards, other.shards]),
-            np.concatenate([self.rows, other.rows]),
-            np.concatenate([self.num_positions, other.num_positions]),
-        ).sorted()
+    def locate(self, found: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The shard and the row of examples that :meth:`find` found."""
+        places = self.places[found].astype(np.int64)
+        shards = np.searchsorted(self.starts, places, side="right") - 1
+        return shards, places - self.starts[shards]
 
     def duplicates(self) -> list[bytes]:
         """Keys that occur more than once."""
@@ -107,38 +89,54 @@ class KeyIndex:
 
     def encode(self) -> pa.Buffer:
         """The bytes of the index file."""
+        keys = pa.py_buffer(np.ascontiguousarray(self.keys))
+        kind = narrowest(int(self.num_positions.max(initial=0)))
         columns = [
-            pa.FixedSizeBinaryArray.from_buffers(
-                pa.binary(KEY_BYTES), len(self), [None, pa.py_buffer(np.ascontiguousarray(self.keys))]
-            ),
-            *(pa.array(column, pa.int32()) for column in (self.shards, self.rows, self.num_positions)),
+            pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(self), [None, keys]),
+            pa.array(self.places, PLACES),
+            pa.array(self.num_positions).cast(kind),
         ]
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, INDEX_SCHEMA) as stream:
-            stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=INDEX_SCHEMA))
+        with pa.ipc.new_file(sink, _schema(kind)) as stream:
+            stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=_schema(kind)))
         return sink.getvalue()
 
 
-def open_index(source: Path | bytes | pa.Buffer, *, where: str) -> KeyIndex:
-    """Maps an index file, or looks into the bytes of one.
+def _schema(num_positions: pa.DataType) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+            pa.field("place", PLACES, nullable=False),
+            pa.field("num_positions", num_positions, nullable=False),
+        ],
+        metadata=make_metadata({"index": True}),
+    )
 
-    Raises   CacheFormatError  when it is not an index of this format
+
+def open_index(source: Path | bytes | pa.Buffer, *, shard_sizes: Sequence[int], where: str) -> KeyIndex:
+    """Maps an index file, or looks into the bytes of one; ``shard_sizes``: the examples of each shard.
+
+    Raises   CacheFormatError  when it is not an index of this format, or has not that many rows
     """
     try:
         buffer = as_buffer(source)
         stream = pa.ipc.open_file(buffer)
         read_metadata(stream.schema, where=where)
-        if not stream.schema.equals(INDEX_SCHEMA) or stream.num_record_batches != 1:
+        if stream.schema not in [_schema(kind) for kind in UNSIGNED] or stream.num_record_batches != 1:
             raise CacheFormatError(f"{where}: its columns are not those of an index.")
         batch = stream.get_batch(0)
     except (pa.ArrowException, OSError) as error:
         raise CacheFormatError(f"{where}: cannot be read as an Arrow file ({error}).") from error
+    starts = np.append(0, np.cumsum(shard_sizes, dtype=np.int64))
+    if len(batch) != starts[-1]:
+        raise CacheFormatError(f"{where}: {len(batch)} keys found, {starts[-1]} examples in the manifest.")
     keys = np.frombuffer(batch.column("key").buffers()[1] or b"", dtype=KEY_DTYPE)[: len(batch)]
-    return KeyIndex(keys, *(batch.column(name).to_numpy() for name in ("shard", "row", "num_positions")))
+    return KeyIndex(keys, batch.column("place").to_numpy(), batch.column("num_positions").to_numpy(), starts)
 
 
-def load_index(folder: Folder, info: IndexInfo) -> KeyIndex:
+def load_index(folder: Folder, manifest: Manifest) -> KeyIndex:
     """The index that a manifest names, its hash checked."""
+    info = manifest.index
     where = f"{folder.where}, {info.name}"
     try:
         data = folder.read(info.name)
@@ -149,7 +147,7 @@ def load_index(folder: Folder, info: IndexInfo) -> KeyIndex:
             f"{where}: sha256 {sha256_hex(data)[:12]} differs from the manifest ({info.sha256[:12]}). "
             "Restore the file, or capture the cache again."
         )
-    return open_index(data, where=where)
+    return open_index(data, shard_sizes=[shard.examples for shard in manifest.shards], where=where)
 
 
 def split_keys(keys: npt.NDArray[np.bytes_]) -> list[bytes]:

@@ -6,7 +6,7 @@ them.  What the caches were captured from may differ, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from shared.cache.commit import encode_index, shard_info
 from shared.cache.format import sha256_hex
 from shared.cache.identity import DataSource, Identity
-from shared.cache.index import KeyIndex, split_keys
+from shared.cache.index import KeyIndex, ShardColumns, split_keys
 from shared.cache.layout import MANIFEST_NAME, PLAN_NAME, foreign_names, shard_name
 from shared.cache.lock import CaptureLock
 from shared.cache.manifest import Manifest, ShardInfo, SkippedRow
@@ -51,15 +51,16 @@ def merge(sources: Sequence[str], out: str, *, created_by: Mapping[str, str]) ->
 def _merge(readers: Sequence[CacheReader], folder: Folder, created_by: Mapping[str, str]) -> Manifest:
     identity = _joined_identity(readers)
     shards: list[ShardInfo] = []
-    index = KeyIndex.empty()
+    columns: list[ShardColumns] = []
     for reader in readers:
-        new = index.find(split_keys(reader.index.keys)) < 0
-        parts = []
-        for place, rows in _rows_by_shard(reader.index, new):
-            info, view = _copy_shard(reader, place, rows, identity, folder)
-            parts.append((len(shards), view.keys, view.num_positions))
-            shards.append(info)
-        index = index.joined(KeyIndex.from_shards(parts))
+        index = KeyIndex.from_shards(columns)
+        for place, (keys, _) in enumerate(reader.index.shard_columns()):
+            rows = np.flatnonzero(index.find(split_keys(keys)) < 0)
+            if len(rows):
+                info, view = _copy_shard(reader, place, rows, identity, folder)
+                columns.append((view.keys, view.num_positions))
+                shards.append(info)
+    index = KeyIndex.from_shards(columns)
     index_info, encoded = encode_index(index, where=folder.where)
     totals = [reader.manifest.totals for reader in readers]
     manifest = Manifest.build(
@@ -84,27 +85,15 @@ def _require_alike(readers: Sequence[CacheReader]) -> None:
         )
 
 
-def _rows_by_shard(
-    index: KeyIndex, wanted: npt.NDArray[np.bool_]
-) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
-    """(shard, its wanted rows in stored order) for each shard that has any."""
-    there = np.flatnonzero(wanted)
-    if not len(there):
-        return
-    there = there[np.lexsort((index.rows[there], index.shards[there]))]
-    shards, starts = np.unique(index.shards[there], return_index=True)
-    yield from zip(shards.tolist(), np.split(index.rows[there], starts[1:]), strict=True)
-
-
 def _copy_shard(
-    reader: CacheReader, place: int, rows: npt.NDArray[np.int32], identity: Identity, folder: Folder
+    reader: CacheReader, place: int, rows: npt.NDArray[np.int64], identity: Identity, folder: Folder
 ) -> tuple[ShardInfo, ShardView]:
     view = reader.shard(place)
     if len(rows) == len(view):
         info = reader.manifest.shards[place]
         folder.publish(info.name, reader.shard_bytes(place))
         return info, view
-    unit = make_unit(identity.digest(), split_keys(view.keys[rows]), rows.astype(np.int64))
+    unit = make_unit(identity.digest(), split_keys(view.keys[rows]), rows)
     data = encode_shard(
         [view.row(row) for row in rows.tolist()],
         num_temperatures=len(identity.targets.temperatures),

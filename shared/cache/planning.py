@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from shared.cache.format import KEY_DTYPE, canonical_json
+from shared.cache.format import canonical_json
 from shared.cache.index import KeyIndex, as_key_array, split_keys
 from shared.cache.plan import Unit, make_unit
 
@@ -59,11 +58,11 @@ def cut_units(
 
     Returns   repairs, then kept units, then the rest, ``examples_per_shard`` at a time in the order wanted
     """
-    candidates: list[tuple[Sequence[bytes], int | None]] = [
-        (_keys_of_shard(committed, place), place) for place in lost
-    ]
+    shards = [split_keys(keys) for keys, _ in committed.shard_columns()]
+    candidates: list[tuple[Sequence[bytes], int | None]] = [(shards[place], place) for place in lost]
     candidates += [(unit.keys, None) for unit in kept if unit.slot is None]
-    units, planned = [], _keys_of_shards_left(committed, lost)
+    planned = {key for place, keys in enumerate(shards) if place not in set(lost) for key in keys}
+    units = []
     for keys, slot in candidates:
         if all(key in wanted.rows for key in keys) and planned.isdisjoint(keys):
             units.append(_unit(identity_digest, keys, wanted.rows, slot))
@@ -76,14 +75,3 @@ def cut_units(
 
 def _unit(identity_digest: str, keys: Sequence[bytes], rows: Mapping[bytes, int], slot: int | None) -> Unit:
     return make_unit(identity_digest, keys, np.array([rows[key] for key in keys], dtype=np.int64), slot=slot)
-
-
-def _keys_of_shard(committed: KeyIndex, place: int) -> list[bytes]:
-    """In the order of its rows."""
-    there = np.flatnonzero(committed.shards == place)
-    return split_keys(committed.keys[there[np.argsort(committed.rows[there])]])
-
-
-def _keys_of_shards_left(committed: KeyIndex, lost: Sequence[int]) -> set[bytes]:
-    keys: npt.NDArray[np.bytes_] = committed.keys[~np.isin(committed.shards, list(lost))]
-    return set(split_keys(keys.astype(KEY_DTYPE, copy=False)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,9 @@ from shared.errors import CacheFormatError, CacheMismatchError
 from shared.policies import Policy
 from shared.sparse import SparseTargets
 
-MAX_OPEN_SHARDS = 256
+MAX_OPEN_SHARDS = 512  # each holds a file descriptor; processes often may have 1,024
 MAX_MAPPED_BYTES = 256 << 20
+FETCHES = 100  # of one remote file, before a copy that is gone or changed each time is given up
 
 
 class CacheReader:
@@ -61,16 +63,14 @@ class CacheReader:
     def _open(self, folder: Folder, staging: Staging, verified: VerifiedFiles) -> None:
         self._folder, self._staging, self._verified = folder, staging, verified
         self._shards: OrderedDict[int, ShardView] = OrderedDict()
+        self._mapped_bytes = 0
         index = self.manifest.index
         where = f"{folder.where}, {index.name}"
         self.index: KeyIndex = open_index(
-            self._map(index.name, index.sha256, index.bytes, where=where), where=where
+            self._map(index.name, index.sha256, index.bytes, where=where),
+            shard_sizes=[shard.examples for shard in self.manifest.shards],
+            where=where,
         )
-        if len(self.index) != self.manifest.totals.examples:
-            raise CacheFormatError(
-                f"{where}: {len(self.index)} keys found, {self.manifest.totals.examples} examples in the "
-                "manifest."
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -124,8 +124,8 @@ class CacheReader:
     def rows(self, keys: Sequence[bytes], *, names: Sequence[str] = ()) -> list[Row]:
         """The rows of these keys, their payloads not decoded.  Raises as :meth:`read` does."""
         found = self._find(keys, names)
-        places = zip(self.index.shards[found].tolist(), self.index.rows[found].tolist(), strict=True)
-        rows = [self.shard(shard).row(row) for shard, row in places]
+        shards, numbers = self.index.locate(found)
+        rows = [self.shard(s).row(r) for s, r in zip(shards.tolist(), numbers.tolist(), strict=True)]
         for key, row in zip(keys, rows, strict=True):
             if row.key != key:
                 raise CacheFormatError(
@@ -165,9 +165,8 @@ class CacheReader:
 
     def keys(self) -> Iterator[bytes]:
         """All keys in stored order, which reads each shard once."""
-        order = np.lexsort((self.index.rows, self.index.shards))
-        for start in range(0, len(order), 1 << 16):
-            yield from split_keys(self.index.keys[order[start : start + (1 << 16)]])
+        for keys, _ in self.index.shard_columns():
+            yield from split_keys(keys)
 
     def shard(self, number: int) -> ShardView:
         """A shard's columns, mapped; its hash is checked before its first use."""
@@ -175,8 +174,8 @@ class CacheReader:
         if view is None:
             view = open_shard(self.shard_bytes(number), where=self._where(number))
             self._shards[number] = view
-            while self._has_too_many_open():
-                self._shards.popitem(last=False)
+            self._mapped_bytes += view.num_bytes
+            self._close_least_recently_used()
         self._shards.move_to_end(number)
         return view
 
@@ -199,26 +198,38 @@ class CacheReader:
         )
         return comparison.notices
 
-    def _has_too_many_open(self) -> bool:
-        if len(self._shards) < 2:
-            return False
-        mapped = sum(view.num_bytes for view in self._shards.values())
-        return len(self._shards) > MAX_OPEN_SHARDS or mapped > MAX_MAPPED_BYTES
+    def _close_least_recently_used(self) -> None:
+        while len(self._shards) > 1 and (
+            len(self._shards) > MAX_OPEN_SHARDS or self._mapped_bytes > MAX_MAPPED_BYTES
+        ):
+            self._mapped_bytes -= self._shards.popitem(last=False)[1].num_bytes
 
     def _map(self, name: str, sha256: str, num_bytes: int, *, where: str) -> pa.Buffer:
         if isinstance(self._folder, LocalFolder):
-            path = self._folder.path / name
-            self._verified.require(path, sha256, where=where)
-            return as_buffer(path)
+            try:
+                return self._map_verified(self._folder.path / name, sha256, where=where)
+            except FileNotFoundError as error:
+                raise CacheFormatError(
+                    f"{where}: {name} is missing. Run teacher-cache again: only its examples are recomputed."
+                ) from error
         assert isinstance(self._folder, RemoteFolder)
-        while True:
+        for _ in range(FETCHES):
             path = self._staging.fetch(self._folder, name, sha256=sha256, num_bytes=num_bytes)
             try:
-                buffer = as_buffer(path)
-                self._verified.require(path, sha256, where=where)
-            except FileNotFoundError:  # removed between the two lines, to make room for another shard
+                return self._map_verified(path, sha256, where=where)
+            except FileNotFoundError:  # removed meanwhile by another process, to make room
                 continue
-            return buffer
+            except CacheFormatError:  # the copy changed since it arrived whole
+                path.unlink(missing_ok=True)
+        raise CacheFormatError(
+            f"{where}: its copy in {self._staging.folder} was lost {FETCHES} times in a row. Look after that "
+            "disk, or set TEACHONCE_STAGING_BYTES higher: too many processes share too little room."
+        )
+
+    def _map_verified(self, path: Path, sha256: str, *, where: str) -> pa.Buffer:
+        buffer = as_buffer(path)
+        self._verified.require(path, sha256, where=where)
+        return buffer
 
     def _find(self, keys: Sequence[bytes], names: Sequence[str]) -> npt.NDArray[np.int64]:
         found = self.index.find(keys)

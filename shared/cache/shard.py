@@ -8,8 +8,10 @@ be read alone from a memory map.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from shared.cache.format import KEY_BYTES, KEY_DTYPE, as_buffer, first_line, make_metadata, read_metadata
+from shared.cache.format import (
+    KEY_BYTES,
+    KEY_DTYPE,
+    as_buffer,
+    first_line,
+    make_metadata,
+    narrowest,
+    read_metadata,
+)
 from shared.cache.storage import Folder, LocalFolder
 from shared.errors import CacheFormatError
 
@@ -28,7 +38,7 @@ class Row:
 
     Shapes   key 16 bytes; answer_ids (n,) int32, n positions; entropy_sums (T,) float64, one for each
              captured temperature; payload: the entries, as ``shared.codec.encode`` wrote them
-    Units    ce_sum and entropy_sums in nats, summed over the row's positions
+    Units    ce_sum and entropy_sums in nats, summed over the row's positions; a shard holds them as float32
     """
 
     key: bytes
@@ -44,32 +54,28 @@ class Row:
         return len(self.answer_ids)
 
 
-def schema(num_temperatures: int, metadata: Mapping[str, Any]) -> pa.Schema:
-    """The columns of a shard; ``metadata`` goes into the schema as canonical JSON."""
-
-    def column(name: str, kind: pa.DataType) -> pa.Field:
-        return pa.field(name, kind, nullable=False)
-
-    token = pa.dictionary(pa.int32(), pa.int32())
-    fields = [
-        column("key", pa.binary(KEY_BYTES)),
-        column("answer_ids", pa.list_(pa.field("item", token, nullable=False))),
-        column("num_positions", pa.int32()),
-        column("num_entries", pa.int32()),
-        column("truncated", pa.bool_()),
-        column("ce_sum", pa.float64()),
-        column("entropy_sums", pa.list_(pa.field("item", pa.float64(), nullable=False), num_temperatures)),
-        column("payload", pa.binary()),
-    ]
+def _schema(
+    num_temperatures: int,
+    *,
+    token_index: pa.DataType,
+    num_positions: pa.DataType,
+    num_entries: pa.DataType,
+    metadata: Mapping[str, Any],
+) -> pa.Schema:
+    """The columns of a shard: three of them have integers as narrow as its rows allow."""
+    token = pa.dictionary(token_index, pa.int32())
+    columns = {
+        "key": pa.binary(KEY_BYTES),
+        "answer_ids": pa.list_(pa.field("item", token, nullable=False)),
+        "num_positions": num_positions,
+        "num_entries": num_entries,
+        "truncated": pa.bool_(),
+        "ce_sum": pa.float32(),
+        "entropy_sums": pa.list_(pa.field("item", pa.float32(), nullable=False), num_temperatures),
+        "payload": pa.binary(),
+    }
+    fields = [pa.field(name, kind, nullable=False) for name, kind in columns.items()]
     return pa.schema(fields, metadata=make_metadata(metadata))
-
-
-def _narrow_schema(wide: pa.Schema, distinct: int) -> pa.Schema:
-    """The same schema with the answer ids' dictionary indices as narrow as they can be."""
-    index = pa.uint8() if distinct <= 1 << 8 else pa.uint16() if distinct <= 1 << 16 else pa.int32()
-    token = pa.dictionary(index, pa.int32())
-    narrow = pa.field("answer_ids", pa.list_(pa.field("item", token, nullable=False)), nullable=False)
-    return wide.set(wide.get_field_index("answer_ids"), narrow)
 
 
 def encode_shard(rows: Sequence[Row], *, num_temperatures: int, metadata: Mapping[str, Any]) -> pa.Buffer:
@@ -81,36 +87,36 @@ def encode_shard(rows: Sequence[Row], *, num_temperatures: int, metadata: Mappin
     for row in rows:
         _check_row(row, num_temperatures)
     lengths = np.array([row.num_positions for row in rows], dtype=np.int64)
-    answers = np.concatenate(
-        [np.asarray(row.answer_ids, dtype=np.int32) for row in rows] or [np.empty(0, np.int32)]
+    entries = np.array([row.num_entries for row in rows], dtype=np.int64)
+    answers = [np.asarray(row.answer_ids, dtype=np.int32) for row in rows]
+    distinct, indices = np.unique(np.concatenate([np.empty(0, np.int32), *answers]), return_inverse=True)
+    shard_schema = _schema(
+        num_temperatures,
+        token_index=narrowest(len(distinct) - 1),
+        num_positions=narrowest(int(lengths.max(initial=0))),
+        num_entries=narrowest(int(entries.max(initial=0))),
+        metadata=metadata,
     )
-    distinct, indices = np.unique(answers, return_inverse=True)
-    shard_schema = _narrow_schema(schema(num_temperatures, metadata), len(distinct))
-    answer_type = shard_schema.field("answer_ids").type
+    kinds = {field.name: field.type for field in shard_schema}
     tokens = pa.DictionaryArray.from_arrays(
-        pa.array(indices).cast(answer_type.value_type.index_type), pa.array(distinct, pa.int32())
+        pa.array(indices).cast(kinds["answer_ids"].value_type.index_type), pa.array(distinct, pa.int32())
     )
-    entropies = np.array([row.entropy_sums for row in rows], dtype=np.float64).reshape(-1)
+    offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int32())
+    sums = pa.array(np.array([row.entropy_sums for row in rows], dtype=np.float32).reshape(-1))
     columns = [
-        pa.array([row.key for row in rows], pa.binary(KEY_BYTES)),
-        pa.ListArray.from_arrays(pa.array(_offsets(lengths), pa.int32()), tokens, type=answer_type),
-        pa.array(lengths, pa.int32()),
-        pa.array([row.num_entries for row in rows], pa.int32()),
-        pa.array([row.truncated for row in rows], pa.bool_()),
-        pa.array([row.ce_sum for row in rows], pa.float64()),
-        pa.FixedSizeListArray.from_arrays(
-            pa.array(entropies, pa.float64()), type=shard_schema.field("entropy_sums").type
-        ),
-        pa.array([row.payload for row in rows], pa.binary()),
+        pa.array([row.key for row in rows], kinds["key"]),
+        pa.ListArray.from_arrays(offsets, tokens, type=kinds["answer_ids"]),
+        pa.array(lengths).cast(kinds["num_positions"]),
+        pa.array(entries).cast(kinds["num_entries"]),
+        pa.array([row.truncated for row in rows], kinds["truncated"]),
+        pa.array(np.array([row.ce_sum for row in rows], dtype=np.float32)),
+        pa.FixedSizeListArray.from_arrays(sums, type=kinds["entropy_sums"]),
+        pa.array([row.payload for row in rows], kinds["payload"]),
     ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, shard_schema) as stream:
         stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=shard_schema))
     return sink.getvalue()
-
-
-def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
 
 
 def _check_row(row: Row, num_temperatures: int) -> None:
@@ -124,17 +130,17 @@ def _check_row(row: Row, num_temperatures: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ShardView:
-    """A shard's columns as NumPy views of its bytes; nothing is copied.
+    """A shard's columns as NumPy views of its bytes; only counts and flags are copied.
 
-    Shapes   keys (R,) S16; answer_offsets, payload_offsets (R + 1,) int32; entropy_sums (R, T) float64
+    Shapes   keys (R,) S16; answer_offsets, payload_offsets (R + 1,) int32; entropy_sums (R, T) float32
     """
 
     keys: npt.NDArray[np.bytes_]
-    num_positions: npt.NDArray[np.int32]
-    num_entries: npt.NDArray[np.int32]
+    num_positions: npt.NDArray[np.int64]
+    num_entries: npt.NDArray[np.int64]
     truncated: npt.NDArray[np.bool_]
-    ce_sums: npt.NDArray[np.float64]
-    entropy_sums: npt.NDArray[np.float64]
+    ce_sums: npt.NDArray[np.float32]
+    entropy_sums: npt.NDArray[np.float32]
     answer_offsets: npt.NDArray[np.int32]
     answer_indices: npt.NDArray[Any]
     answer_dictionary: npt.NDArray[np.int32]
@@ -161,7 +167,7 @@ class ShardView:
             answer_ids=self.answer_ids(row),
             num_entries=int(self.num_entries[row]),
             ce_sum=float(self.ce_sums[row]),
-            entropy_sums=self.entropy_sums[row].copy(),
+            entropy_sums=self.entropy_sums[row].astype(np.float64),
             payload=self.payload(row),
             truncated=bool(self.truncated[row]),
         )
@@ -199,12 +205,9 @@ def view_shard(folder: Folder, name: str, *, where: str) -> ShardView:
 
 
 def _view(batch: pa.RecordBatch, metadata: Mapping[str, Any], *, num_bytes: int, where: str) -> ShardView:
-    wanted = schema(_num_temperatures(batch.schema, where=where), {})
-    for expected in wanted:
-        index = batch.schema.get_field_index(expected.name)
-        found = batch.schema.field(index).type if index >= 0 else None
-        if found is None or not _same_type(found, expected.type):
-            raise CacheFormatError(f"{where}: column {expected.name!r} is {found}, {expected.type} needed.")
+    fault = _column_fault(tuple((field.name, str(field.type)) for field in batch.schema))
+    if fault is not None:
+        raise CacheFormatError(f"{where}: {fault}.")
     if any(column.null_count for column in batch.columns):
         raise CacheFormatError(f"{where}: null values found, none allowed.")
     answers, entropies, payload = (batch.column(name) for name in ("answer_ids", "entropy_sums", "payload"))
@@ -212,8 +215,8 @@ def _view(batch: pa.RecordBatch, metadata: Mapping[str, Any], *, num_bytes: int,
     size = len(batch)
     return ShardView(
         keys=np.frombuffer(batch.column("key").buffers()[1] or b"", dtype=KEY_DTYPE)[:size],
-        num_positions=batch.column("num_positions").to_numpy(),
-        num_entries=batch.column("num_entries").to_numpy(),
+        num_positions=batch.column("num_positions").to_numpy().astype(np.int64),
+        num_entries=batch.column("num_entries").to_numpy().astype(np.int64),
         truncated=batch.column("truncated").to_numpy(zero_copy_only=False),
         ce_sums=batch.column("ce_sum").to_numpy(),
         entropy_sums=entropies.values.to_numpy().reshape(size, entropies.type.list_size),
@@ -227,19 +230,19 @@ def _view(batch: pa.RecordBatch, metadata: Mapping[str, Any], *, num_bytes: int,
     )
 
 
-def _num_temperatures(found: pa.Schema, *, where: str) -> int:
-    index = found.get_field_index("entropy_sums")
-    kind = found.field(index).type if index >= 0 else None
-    if kind is None or not pa.types.is_fixed_size_list(kind):
-        raise CacheFormatError(f"{where}: column 'entropy_sums' is {kind}, a list of fixed size needed.")
-    return kind.list_size
+@lru_cache(maxsize=256)
+def _column_fault(kinds: tuple[tuple[str, str], ...]) -> str | None:
+    """What is wrong with columns of these names and types; integers may be of any width."""
+    narrow = pa.uint8()
+    wanted = _schema(1, token_index=narrow, num_positions=narrow, num_entries=narrow, metadata={})
+    found = dict(kinds)
+    for field in wanted:
+        kind = found.get(field.name)
+        if kind is None or _loosely(kind) != _loosely(str(field.type)):
+            return f"column {field.name!r} is {kind}, {field.type} needed"
+    return None
 
 
-def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
-    """Equality, but for the width of the answer ids' dictionary indices."""
-    if not pa.types.is_list(expected):
-        return found == expected
-    if not pa.types.is_list(found) or not pa.types.is_dictionary(found.value_type):
-        return False
-    index_type = found.value_type.index_type
-    return found.value_type.value_type == pa.int32() and index_type in (pa.uint8(), pa.uint16(), pa.int32())
+def _loosely(kind: str) -> str:
+    """A type's name without the width of unsigned integers and the number of temperatures."""
+    return re.sub(r"\buint(8|16|32)\b", "uint", re.sub(r"^(fixed_size_list<.*>)\[\d+\]$", r"\1", kind))

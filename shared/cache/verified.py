@@ -30,17 +30,12 @@ class VerifiedFiles:
         self._known: set[str] = set()
 
     def require(self, path: Path, sha256: str, *, where: str) -> None:
-        """Raises   CacheFormatError  when the file is missing or hashes otherwise."""
-        try:
-            stamp, settled = _stamp(path, sha256)
-            if stamp in self._known or (settled and self._is_stamped(stamp)):
-                self._known.add(stamp)
-                return
-            found = sha256_of_file(path)
-        except FileNotFoundError as error:
-            raise CacheFormatError(
-                f"{where}: {path.name} is missing. Run teacher-cache again: only its examples are recomputed."
-            ) from error
+        """Raises CacheFormatError when the file hashes otherwise, FileNotFoundError when there is none."""
+        stamp, settled = _stamp(path, sha256)
+        if stamp in self._known or (settled and self._is_stamped(stamp)):
+            self._known.add(stamp)
+            return
+        found = sha256_of_file(path)
         if found != sha256:
             raise CacheFormatError(
                 f"{where}: sha256 {found[:12]} differs from the manifest ({sha256[:12]}); the file changed "

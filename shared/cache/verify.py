@@ -6,7 +6,7 @@ sums, and the agreement of payloads, summaries, index and manifest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from shared import codec
 from shared.cache.format import sha256_hex
-from shared.cache.index import KeyIndex, load_index
+from shared.cache.index import KeyIndex, ShardColumns, load_index
 from shared.cache.layout import INDEX_PREFIX, MANIFEST_NAME, PLAN_NAME, SHARDS, foreign_names, unit_in
 from shared.cache.manifest import Manifest, ShardInfo, load_manifest
 from shared.cache.shard import ShardView, open_shard
@@ -50,14 +50,15 @@ def verify(location: str, *, on_shard: Callable[[ShardInfo], None] | None = None
         )
     faults: list[str] = []
     try:
-        index = load_index(folder, manifest.index)
-        faults += _index_faults(index, manifest)
+        index = load_index(folder, manifest)
+        columns = index.shard_columns()
+        faults += _index_faults(index)
     except CacheFormatError as error:
-        index = None
+        columns = None
         faults.append(str(error))
     for place, info in enumerate(manifest.shards):
         where = f"{folder.where}, shard {place:05d} ({info.name})"
-        faults += [f"{where}: {fault}" for fault in _shard_faults(folder, manifest, index, place)]
+        faults += [f"{where}: {fault}" for fault in _shard_faults(folder, manifest, place, columns)]
         if on_shard is not None:
             on_shard(info)
     faults += _total_faults(manifest)
@@ -65,20 +66,16 @@ def verify(location: str, *, on_shard: Callable[[ShardInfo], None] | None = None
     return Verification(tuple(faults + unknown), tuple(notes))
 
 
-def _index_faults(index: KeyIndex, manifest: Manifest) -> Iterator[str]:
-    if len(index) != manifest.totals.examples:
-        yield f"index: {len(index)} keys found, {manifest.totals.examples} examples in the manifest"
+def _index_faults(index: KeyIndex) -> Iterator[str]:
     if (index.keys[1:] <= index.keys[:-1]).any():
         yield "index: its keys are not in strictly ascending order; a key may be missed or lie in two shards"
-    sizes = np.array([info.examples for info in manifest.shards], dtype=np.int64)
-    outside = (index.shards < 0) | (index.shards >= len(sizes)) | (index.rows < 0)
-    if len(sizes):
-        outside |= index.rows >= sizes[np.clip(index.shards, 0, len(sizes) - 1)]
-    if outside.any():
-        yield f"index: {int(outside.sum())} keys point outside the shards"
+    if not np.array_equal(np.sort(index.places), np.arange(len(index))):
+        yield "index: its places are not the numbers of the examples, each once"
 
 
-def _shard_faults(folder: Folder, manifest: Manifest, index: KeyIndex | None, place: int) -> Iterator[str]:
+def _shard_faults(
+    folder: Folder, manifest: Manifest, place: int, columns: Sequence[ShardColumns] | None
+) -> Iterator[str]:
     info = manifest.shards[place]
     try:
         data = folder.read(info.name)
@@ -98,8 +95,10 @@ def _shard_faults(folder: Folder, manifest: Manifest, index: KeyIndex | None, pl
     yield from _header_faults(view, manifest, info)
     yield from _row_faults(view, manifest)
     yield from _payload_faults(view, manifest)
-    if index is not None:
-        yield from _place_faults(view, index, place)
+    if columns is not None:
+        keys, num_positions = columns[place]
+        if not (np.array_equal(view.keys, keys) and np.array_equal(view.num_positions, num_positions)):
+            yield "its keys or numbers of positions are not those of the index"
 
 
 def _header_faults(view: ShardView, manifest: Manifest, info: ShardInfo) -> Iterator[str]:
@@ -200,18 +199,6 @@ def _mass_bounds(targets: SparseTargets) -> tuple[float, float]:
         slack = targets.policy.tau + 1 / 8 + FP16_SLACK
         return 1 - slack, 1 + slack
     return (1 - FP16_SLACK if isinstance(targets.policy, Random) else 0.0), 1 + FP16_SLACK
-
-
-def _place_faults(view: ShardView, index: KeyIndex, place: int) -> Iterator[str]:
-    there = np.flatnonzero(index.shards == place)
-    there = there[np.argsort(index.rows[there])]
-    agrees = len(there) == len(view) and (
-        (index.keys[there] == view.keys).all()
-        and (index.rows[there] == np.arange(len(view))).all()
-        and (index.num_positions[there] == view.num_positions).all()
-    )
-    if not agrees:
-        yield "its keys, rows or numbers of positions are not those of the index"
 
 
 def _total_faults(manifest: Manifest) -> Iterator[str]:

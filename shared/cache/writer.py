@@ -205,7 +205,7 @@ class CacheWriter:
         return None if self.manifest is None else self.manifest.sha256
 
     def _base_index(self) -> KeyIndex:
-        return KeyIndex.empty() if self.manifest is None else load_index(self.folder, self.manifest.index)
+        return KeyIndex.from_shards([]) if self.manifest is None else load_index(self.folder, self.manifest)
 
     def _read_plan(self) -> Plan | None:
         try:
