@@ -47,7 +47,8 @@ class Report:
         try:
             yield
         except TeachonceError as error:
-            self.problems.append(str(error))
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
 
 
 def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:

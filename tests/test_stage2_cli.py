@@ -147,7 +147,7 @@ def test_check_shows_every_problem_at_once_with_a_status(tree: dict[str, Any], t
     tree["student"] = {"model": str(tmp_path / "nowhere")}
     shown = command("check", written(tree, tmp_path), "--nproc", "3")
     assert shown.return_value == RecipeError.exit_status
-    for problem in ("nowhere", "times 3 ranks", "split"):
+    for problem in ("model", "nowhere", "times 3 ranks", "4 problem(s)"):
         assert problem in shown.output
 
 
