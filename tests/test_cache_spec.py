@@ -1,6 +1,7 @@
 """A reader written from docs/cache-format.md and docs/targets.md alone reads what the project wrote.
 
 Above the line nothing of the project is imported; below it a cache is made, and both readers are compared.
+Payloads are taken apart by the reader that ``test_codec`` has, which is written from the text as well.
 """
 
 from __future__ import annotations
@@ -98,8 +99,29 @@ def read_shard(folder: Path, manifest: dict[str, Any], number: int) -> list[dict
 # ------------------------------------------------------------------------------------------------------------
 
 from cache_examples import capture, make_example, make_identity, make_key  # noqa: E402
+from test_codec import _read_payload, _spec_grid  # noqa: E402
 
+from shared.cache import TargetsIdentity  # noqa: E402
 from shared.policies import Random, Threshold, TopK, TopP  # noqa: E402
+from shared.sparse import SparseTargets  # noqa: E402
+
+
+def read_entries(found: dict[str, Any], settings: TargetsIdentity, expected: SparseTargets) -> None:
+    """Takes a row's payload apart and compares its entries with the targets that were captured."""
+    policy, temperatures = settings.policy, settings.temperatures
+    grid = _spec_grid(policy, temperatures)
+    max_level = policy.draws - 1 if isinstance(policy, Random) else len(grid) - 1
+    positions, plain = _read_payload(found["payload"], max_level=max_level, has_plain=temperatures != (1.0,))
+    assert [len(entries) for entries in positions] == expected.counts.tolist()
+    entries = [entry for position in positions for entry in position]
+    assert [entry[0] for entry in entries] == expected.ids.tolist()
+    levels = np.array([entry[1] for entry in entries])
+    if isinstance(policy, Random):
+        assert np.array_equal(levels + 1, expected.draw_counts.numpy())
+    else:
+        assert np.array_equal(grid[levels], expected.logprobs.numpy())
+    normalizers = expected.log_normalizers.numpy().ravel()
+    assert np.array_equal(np.frombuffer(plain, "<f4", normalizers.size), normalizers)
 
 
 @pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0), (3.0,)])
@@ -122,4 +144,4 @@ def test_a_reader_made_from_the_text_reads_a_cache(tmp_path: Path, policy, tempe
         assert found["truncated"] == row.truncated
         assert found["ce_sum"] == row.ce_sum
         assert np.array_equal(found["entropy_sums"], row.entropy_sums)
-        assert found["payload"] == row.payload
+        read_entries(found, identity.targets, targets)

@@ -16,6 +16,7 @@ Writing (stage one).  ``location`` is a path or any fsspec URL; the first proces
     writer.close()                  or use the writer as a context manager
 
     Row(key, answer_ids (n,) int32, num_entries, ce_sum, entropy_sums (T,) float64, payload, truncated=False)
+                                    the sums are stored as float32
     Identity(teacher=TeacherIdentity(name, revision, weights_fingerprint, dtype),
              inputs=InputsIdentity(tokenizer_fingerprint, template_fingerprint, image_processor_fingerprint,
                                    vocab_size, max_answer_tokens),
@@ -36,6 +37,13 @@ Reading (stage two)::
     reader.keys()                   all keys in stored order
     reader.require_student(inputs: InputsIdentity, *, temperature, policy=None) -> notices
     Staging(folder=None, *, max_bytes=None)   local copies of a remote cache; TEACHONCE_STAGING[_BYTES]
+
+Tools, each in the module of its name::
+
+    verify(location, *, on_shard=None) -> Verification(faults, notes)          tuples of sentences
+    merge(sources, out, *, created_by) -> Manifest
+    export(reader, out, *, on_shard=None) -> number of rows                    a folder of Parquet files
+    inspect(reader, *, sampled_rows=2048) -> dict of plain JSON types
 
 Errors: ``CacheFormatError`` (damaged, incomplete, another version, no space), ``CacheBusyError`` (of these:
 another capture is at work), ``CacheMismatchError`` (a sound cache of something else).
