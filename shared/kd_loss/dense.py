@@ -144,6 +144,7 @@ class KDLoss(nn.Module):
         labels_N = torch.zeros_like(index_N)
         positions = Positions(student_MV, labels_N, None, targets, count=labels_N.sum())
         positions = with_checked_ids(positions, num_ids, num_ids)
+        weights_N, targets = positions.weights_N, positions.targets or targets
         teacher = sparse_teacher(
             targets,
             temperature=self.temperature,
@@ -155,8 +156,12 @@ class KDLoss(nn.Module):
         settings = LossSettings(1.0, self.temperature, num_ids, None, self.divergence, shard)
 
         def chunk_kd(logits_CV: Tensor, start: int) -> Tensor:
-            labels_C = labels_N[: len(logits_CV)]
-            return chunk_loss_(logits_CV, labels_C, None, teacher, start, settings, with_grad=True)[1]
+            chunk = slice(start, start + len(logits_CV))
+            weights_C = None if weights_N is None else weights_N[chunk]
+            _, kd_C = chunk_loss_(
+                logits_CV, labels_N[chunk], weights_C, teacher, start, settings, with_grad=True
+            )
+            return kd_C if weights_C is None else kd_C * weights_C
 
         return chunk_kd
 

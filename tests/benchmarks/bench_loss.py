@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.bench_loss
 
-Times are of forward and backward, in rounds in which the variants take turns; ratios are medians over rounds.  Memory is physical: each
-variant runs alone in a fresh process, where the kernel's high-water mark of resident memory (``VmHWM``) is
-reset once the inputs exist and every code path is warm.
+Times are of forward and backward, in rounds in which the variants take turns; ratios are medians over rounds.
+Memory is physical: each variant runs alone in a fresh process, where the kernel's high-water mark of resident
+memory (``VmHWM``) is reset once the inputs exist and every code path is warm.
 """
 
 # ruff: noqa: N815  (shape suffixes)

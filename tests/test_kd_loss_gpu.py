@@ -1,0 +1,65 @@
+"""The fused loss on an NVIDIA GPU: equal to the CPU's, wrong ids give NaN, the host never waits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_kd_loss_fused import THRESHOLD, Problem
+
+from shared.kd_loss import fused_ce_kd
+from shared.policies import Policy, TopK
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+def on_gpu(problem: Problem, **options: object) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The sums and the gradients by hidden states and head, brought back."""
+    inputs = [tensor.detach().cuda().requires_grad_() for tensor in (problem.hidden, problem.weight)]
+    sums = fused_ce_kd(*inputs, problem.labels.cuda(), problem.targets.to("cuda"), **options)
+    grads = torch.autograd.grad(sums.loss, inputs)
+    return [value.detach().cpu() for value in sums], [grad.cpu() for grad in grads]
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("policy", "tail"), [(THRESHOLD, "ghost"), (TopK(k=3), "uniform"), (TopK(k=3), "ghost")]
+)
+def test_equal_to_the_cpu(
+    policy: Policy, tail: str, temperature: float, dtype: torch.dtype, tol: float
+) -> None:
+    problem = Problem(33, 1000, policy, dtype=dtype, hidden_size=64)
+    problem.labels[5] = -100
+    options = {"kd_ratio": 0.4, "temperature": temperature, "chunk_size": 8, "tail": tail}
+    want = problem.fused(**options)
+    want_grads = torch.autograd.grad(want.loss, [problem.hidden, problem.weight])
+    got, got_grads = on_gpu(problem, **options)
+    for value, other in zip(got, want, strict=True):
+        torch.testing.assert_close(value, other.detach(), rtol=tol, atol=tol)
+    for grad, other in zip(got_grads, want_grads, strict=True):
+        assert (grad.double() - other.double()).norm() < tol * other.double().norm()
+
+
+def test_wrong_ids_give_nan() -> None:
+    problem = Problem(4, 17, THRESHOLD, dtype=torch.float32)
+    problem.labels[1] = 17
+    assert bool(on_gpu(problem, kd_ratio=0.5)[0][0].isnan())
+    problem.labels[1] = 0
+    assert bool(on_gpu(problem, kd_ratio=0.5, num_vocab_ids=2)[0][0].isnan())
+
+
+def test_the_host_does_not_wait() -> None:
+    problem = Problem(20, 1000, THRESHOLD, dtype=torch.bfloat16, hidden_size=64)
+    on_gpu(
+        problem, kd_ratio=0.5, temperature=2.0, chunk_size=8
+    )  # compiles the kernel, and asks what addmm can
+    hidden, weight = (tensor.detach().cuda().requires_grad_() for tensor in (problem.hidden, problem.weight))
+    labels, targets = problem.labels.cuda(), problem.targets.to("cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused_ce_kd(
+            hidden, weight, labels, targets, kd_ratio=0.5, temperature=2.0, chunk_size=8
+        ).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
