@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 from stage2_runs import make_recipe, run_alone, run_ranks, step_records, validation_records
 
+from shared.config import Recipe
 
-@pytest.fixture
-def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path, teacher_cache: Path) -> dict[str, Any]:
+
+@pytest.fixture(scope="module")
+def tree(
+    tmp_path_factory: pytest.TempPathFactory, vqa_folder: Path, student_folder: Path, teacher_cache: Path
+) -> dict[str, Any]:
     """Two epochs of 9 examples in steps of 4, 4 and 1."""
     return {
         "data": {"source": str(vqa_folder), "max_answer_tokens": 64, "limit": 9},
@@ -25,7 +29,12 @@ def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path, teacher_cache: 
             "learning_rate": 1e-2,
             "num_warmup_steps": 2,
         },
-        "run": {"name": "one", "root": str(tmp_path), "num_workers": 0, "export": False},
+        "run": {
+            "name": "one",
+            "root": str(tmp_path_factory.mktemp("runs")),
+            "num_workers": 0,
+            "export": False,
+        },
     }
 
 
@@ -36,10 +45,15 @@ def assert_same_losses(ours: list[dict[str, Any]], theirs: list[dict[str, Any]])
         assert mine == pytest.approx(other, rel=2e-5)
 
 
-def test_cutting_a_step_does_not_change_it(tree: dict[str, Any]) -> None:
-    one = make_recipe(tree)
-    run_alone(one)
-    assert [record["num_positions"] for record in step_records(one)].count(0) == 0
+@pytest.fixture(scope="module")
+def one(tree: dict[str, Any]) -> Recipe:
+    """The run of one rank and one microbatch."""
+    recipe = make_recipe(tree)
+    run_alone(recipe)
+    return recipe
+
+
+def test_cutting_a_step_does_not_change_it(tree: dict[str, Any], one: Recipe) -> None:
     for size in (2, 1):
         accumulated = make_recipe(tree, run__name=f"of-{size}", optimization__microbatch_size=size)
         run_alone(accumulated)
@@ -47,12 +61,16 @@ def test_cutting_a_step_does_not_change_it(tree: dict[str, Any]) -> None:
         assert_same_losses(validation_records(accumulated), validation_records(one))
 
 
-@pytest.mark.parametrize(("num_ranks", "microbatch_size"), [(2, 2), (2, 1), (4, 1)])
-def test_ranks_equal_one_rank(tree: dict[str, Any], num_ranks: int, microbatch_size: int) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "microbatch_size"), [(2, 2), (2, 1), pytest.param(4, 1, marks=pytest.mark.slow)]
+)
+def test_ranks_equal_one_rank(
+    tree: dict[str, Any], one: Recipe, num_ranks: int, microbatch_size: int
+) -> None:
     """The last step of an epoch has one example: the other ranks forward one that does not count."""
-    one = make_recipe(tree)
-    run_alone(one)
-    many = make_recipe(tree, run__name="many", optimization__microbatch_size=microbatch_size)
+    many = make_recipe(
+        tree, run__name=f"{num_ranks}-{microbatch_size}", optimization__microbatch_size=microbatch_size
+    )
     assert run_ranks(many, num_ranks) == [0] * num_ranks
     assert_same_losses(step_records(many), step_records(one))
     assert_same_losses(validation_records(many), validation_records(one))

@@ -170,7 +170,7 @@ def data_wait(step: Step) -> float:
 
 
 def peak_bytes(folder: str, variant: str, num_threads: int) -> int:
-    """High-water mark of resident memory beyond what was there before the first step: activations, gradients, moments."""
+    """High-water mark of resident memory beyond what was there before: activations, gradients, moments."""
     torch.set_num_threads(num_threads)
 
     def measure(step: Step) -> int:

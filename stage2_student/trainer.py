@@ -1,0 +1,199 @@
+"""The student in training: what changes from step to step, and the log of it."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from shared.config import Recipe
+from shared.errors import TrainingError
+from shared.runtime import StopRequest, World
+from stage2_student.agreement import Step, in_agreement
+from stage2_student.checkpoint import Checkpoint, Facts, load, set_num_updates, student_state
+from stage2_student.feed import feed
+from stage2_student.inputs import Inputs
+from stage2_student.optim import learning_rate, make_optimizer, set_learning_rate
+from stage2_student.order import StepShape, pass_slots, training_slots
+from stage2_student.run_folder import RunFolder
+from stage2_student.step import Losses, StepResult, seed_step, train_step
+from stage2_student.student import build_student
+from stage2_student.validate import validate
+
+
+class Trainer:
+    """The student in training: what changes from step to step, and nothing else."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        inputs: Inputs,
+        shape: StepShape,
+        num_steps: int,
+        folder: RunFolder,
+        world: World,
+    ) -> None:
+        self.recipe = recipe
+        self.inputs = inputs
+        self.shape = shape
+        self.num_steps = num_steps
+        self.folder = folder
+        self.world = world
+        self.student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
+        self.optimizer = make_optimizer(self.student, recipe.optimization)
+        self.step = 0  # steps done
+        self.num_updates = 0
+
+    def restore(self, checkpoint: Checkpoint | None) -> None:
+        """Goes back to where a checkpoint was taken."""
+        if checkpoint is None:
+            return
+        load(checkpoint, student_state(self.student.model, self.optimizer))
+        set_num_updates(self.optimizer, checkpoint.facts.num_updates)
+        self.step, self.num_updates = checkpoint.facts.step, checkpoint.facts.num_updates
+
+    def fit(self, stop: StopRequest) -> bool:
+        """Steps to the end; False when it was asked to stop before."""
+        if self.step == 0:
+            self._validate()
+        run = self.recipe.run
+        fed = feed(
+            self.inputs.training_source(),
+            training_slots(
+                self.shape,
+                self.inputs.train.lengths,
+                steps=range(self.step, self.num_steps),
+                rank=self.world.rank,
+                num_ranks=self.world.size,
+            ),
+            num_workers=run.num_workers,
+            pin_memory=self.world.device.type == "cuda",
+        )
+        bar = tqdm(total=self.num_steps, initial=self.step, unit="step", disable=not self.world.is_main)
+        with bar:
+            for step in in_agreement(fed, self.world, stop):
+                if step.stop:
+                    self._save_unless_saved()
+                    return False
+                self._one_step(step, bar)
+                is_last = self.step == self.num_steps
+                losses = self._validate() if is_last or _due(self.step, run.validate_every) else None
+                if is_last or _due(self.step, run.checkpoint_every):
+                    self._save(validation_loss=None if losses is None else losses.loss)
+        return True
+
+    def _one_step(self, step: Step, bar: tqdm) -> None:
+        config = self.recipe.optimization
+        begin = time.perf_counter()
+        rate = learning_rate(config, step=self.step, num_steps=self.num_steps)
+        set_learning_rate(self.optimizer, rate)
+        seed_step(self.recipe.run.seed, step=self.step, rank=self.world.rank)
+        result = train_step(
+            self.student,
+            self.optimizer,
+            step.microbatches,
+            self.world,
+            num_positions=step.num_positions,
+            max_grad_norm=config.max_grad_norm,
+        )
+        self.step += 1
+        self.num_updates += result.updated
+        record = self._record(step, result, rate, step_s=time.perf_counter() - begin + step.wait_s)
+        if self.world.is_main:
+            self.folder.metrics.append(record)
+            bar.update()
+            bar.set_postfix(loss=f"{result.losses.loss:.3f}", data_wait=f"{record['data_wait']:.0%}")
+        self._require_finite(result)
+
+    def _require_finite(self, result: StepResult) -> None:
+        limit = self.recipe.optimization.max_skipped_steps
+        if not result.updated and self.step - self.num_updates > limit:
+            raise TrainingError(
+                f"step {self.step}: the loss is {result.losses.loss}, the norm of its gradient "
+                f"{result.grad_norm}; {self.step - self.num_updates} step(s) are not finite, "
+                f"optimization.max_skipped_steps allows {limit}. They have not changed the student; a lower "
+                "learning rate or a longer warm-up may help"
+            )
+
+    def _record(self, step: Step, result: StepResult, rate: float, *, step_s: float) -> dict[str, Any]:
+        losses = result.losses
+        return {
+            "event": "step",
+            "step": self.step,
+            "epoch": (self.step - 1) // self.shape.num_steps_per_epoch,
+            **_named(losses, distils=self.recipe.distils),
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "updated": result.updated,
+            "step_s": step_s,
+            "data_wait": step.wait_s / step_s,
+            "positions_per_s": losses.num_positions / step_s,
+            "tokens_per_s": step.num_tokens / step_s,
+            "peak_memory_gib": peak_memory_gib(self.world),
+        }
+
+    def _validate(self) -> Losses | None:
+        """Losses over the validation split, logged; None where the data have none."""
+        if self.inputs.validation is None:
+            return None
+        begin = time.perf_counter()
+        lengths = self.inputs.validation.lengths
+        slots = pass_slots(
+            lengths,
+            microbatch_size=self.recipe.optimization.microbatch_size,
+            rank=self.world.rank,
+            num_ranks=self.world.size,
+        )
+        losses = validate(
+            self.student,
+            self.inputs.validation_source(),
+            slots,
+            self.world,
+            num_workers=self.recipe.run.num_workers,
+        )
+        record = {"event": "validation", "step": self.step, **_named(losses, distils=self.recipe.distils)}
+        record["validation_s"] = time.perf_counter() - begin
+        if self.world.is_main:
+            self.folder.metrics.append(record)
+            kd = f", kd {losses.kd:.4f}" if self.recipe.distils else ""
+            tqdm.write(f"step {self.step}: validation loss {losses.loss:.4f}, ce {losses.ce:.4f}{kd}")
+        return losses
+
+    def _save_unless_saved(self) -> None:
+        """Before an orderly stop; a checkpoint of this step may be there, with its validation loss."""
+        latest = self.folder.checkpoints.latest()
+        if latest is None or latest.facts.step != self.step:
+            self._save(validation_loss=None)
+
+    def _save(self, *, validation_loss: float | None) -> None:
+        facts = Facts(
+            step=self.step,
+            num_updates=self.num_updates,
+            num_ranks=self.world.size,
+            identity=self.inputs.identity(self.recipe),
+            validation_loss=validation_loss,
+        )
+        self.folder.checkpoints.save(student_state(self.student.model, self.optimizer), facts, self.world)
+
+
+def peak_memory_gib(world: World) -> float:
+    """Of the device where it has memory of its own, else of this process."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _named(losses: Losses, *, distils: bool) -> dict[str, float | int | None]:
+    return {
+        "loss": losses.loss,
+        "ce_loss": losses.ce,
+        "kd_loss": losses.kd if distils else None,
+        "num_positions": losses.num_positions,
+    }
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
