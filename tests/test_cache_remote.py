@@ -68,6 +68,26 @@ def test_a_file_url_is_a_local_folder(tmp_path: Path) -> None:
     assert len(CacheReader(str(tmp_path / "cache"))) == 5
 
 
+def test_two_captures_at_once_cannot_damage_each_other(staging: Path) -> None:
+    """Object stores have no locks.  Other data, and some examples of both."""
+    url = f"memory://together-{time.time_ns()}/cache"
+    writers = [CacheWriter.open(url, make_identity(), created_by=VERSIONS) for _ in range(2)]
+    plans = []
+    for writer, numbers in zip(writers, (range(10), range(5, 20)), strict=True):
+        plans.append(writer.plan(keys_and_rows(numbers), examples_per_shard=5))
+    for turn in range(3):
+        for writer, plan in zip(writers, plans, strict=True):
+            for unit in plan.units[turn : turn + 1]:
+                with writer.unit(unit) as shard:
+                    for number in unit.rows:
+                        shard.add(make_row(int(number)))
+    for writer, plan, examples in zip(writers, plans, (10, 15), strict=True):
+        writer.commit(plan)
+        reader = CacheReader(url)
+        assert len(reader) == examples
+        assert len(reader.rows(list(reader.keys()))) == examples
+
+
 def check_life_of_a_cache(url: str, tmp_path: Path) -> None:
     """Captured in two goes, grown, read, verified, merged and exported: as a local one."""
     local = tmp_path / "local"

@@ -36,7 +36,7 @@ from shared.policies import Policy
 from shared.sparse import SparseTargets
 
 MAX_OPEN_SHARDS = 512  # each holds a file descriptor; processes often may have 1,024
-MAX_MAPPED_BYTES = 512 << 20
+MAX_MAPPED_BYTES = 256 << 20  # what streaming adds to the memory of a process, at most
 FETCHES = 100  # of one remote file, before a copy that is gone or changed each time is given up
 
 

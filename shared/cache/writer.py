@@ -138,7 +138,7 @@ class CacheWriter:
             units = tuple(cut)
         plan = Plan(self.identity, units, tuple(skipped), wanted.duplicates, self._base, request, lost)
         self.folder.publish(PLAN_NAME, plan.encode())
-        self._discard_shards(keep={unit.unit_id for unit in units})
+        self._discard_shards([] if old is None else old.units, keep={unit.unit_id for unit in units})
         return plan
 
     def is_finished(self, unit: Unit) -> bool:
@@ -197,7 +197,7 @@ class CacheWriter:
             self.folder.publish(MANIFEST_NAME, manifest.dumps())
             self.manifest = manifest
         self.folder.remove(PLAN_NAME)
-        self._discard_shards(keep=set())
+        self._discard_shards(plan.units, keep=set())
         return self.manifest
 
     @property
@@ -256,9 +256,18 @@ class CacheWriter:
         begun = old.lost if old is not None and old.base == self._base else ()
         return tuple(sorted({*self._missing_shards(), *begun}))
 
-    def _discard_shards(self, *, keep: set[str]) -> None:
+    def _discard_shards(self, units: Sequence[Unit], *, keep: set[str]) -> None:
+        """Removes shards that are in no manifest: all of them, or those of ``units`` where nothing says that
+        we are alone.
+        """
+        alone = self._lock is not None and self._lock.works
+        ours = {unit.unit_id for unit in units}
         committed = set() if self.manifest is None else {shard.name for shard in self.manifest.shards}
-        stray = [n for n in self.folder.names(SHARDS) if n not in committed and unit_in(n) not in keep]
+        stray = [
+            name
+            for name in self.folder.names(SHARDS)
+            if name not in committed and unit_in(name) not in keep and (alone or unit_in(name) in ours)
+        ]
         for name in stray:
             self.folder.remove(name)
         if stray:
