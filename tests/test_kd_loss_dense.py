@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import reference_losses as reference
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -12,6 +11,7 @@ from shared.errors import RecipeError
 from shared.kd_loss import DIVERGENCES, Divergence, KDLoss
 from shared.policies import Threshold, TopK
 from shared.sparse import SparseTargets, position_seeds, sparsify
+from tests import reference_losses as reference
 
 IGNORED = -100
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import reference_losses as reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from shared.errors import CacheMismatchError, RecipeError
 from shared.kd_loss import Divergence, LossSums, fused_ce_kd, gradients
 from shared.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
+from tests import reference_losses as reference
 
 THRESHOLD = Threshold(tau=0.1)
 IGNORED = -100

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kd_loss_fused import THRESHOLD, Problem
 
 from shared.kd_loss import fused_ce_kd
 from shared.policies import Policy, TopK
+from tests.test_kd_loss_fused import THRESHOLD, Problem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

@@ -10,6 +10,7 @@ memory (``VmHWM``) is reset once the inputs exist and every code path is warm.
 # ruff: noqa: N815  (shape suffixes)
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -111,13 +112,19 @@ def _status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def _resident_bytes() -> int:
+    """Resident memory, once what was freed has gone back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
 def _measure_peak(variant: Callable[[Inputs], None], num_positions: int, num_threads: int) -> int:
     torch.set_num_threads(num_threads)
     variant(Inputs.make(8, with_dense_teacher=True))
     inputs = Inputs.make(num_positions, with_dense_teacher=variant is eager_both)
-    gc.collect()
+    before = _resident_bytes()
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
     variant(inputs)
     return _status_bytes("VmHWM") - before
 
@@ -131,11 +138,9 @@ def _measure_kept(chunk_size: int, num_positions: int, num_threads: int) -> int:
     labels_N = torch.zeros(num_positions, dtype=torch.int64)
     loss_function = KDLoss(chunk_size=chunk_size)
     loss_function(student_NV[:8], teacher_NV[:8], labels_N[:8])
-    gc.collect()
-    before = _status_bytes("VmRSS")
+    before = _resident_bytes()
     loss = loss_function(student_NV, teacher_NV, labels_N)
-    gc.collect()
-    kept = _status_bytes("VmRSS") - before
+    kept = _resident_bytes() - before
     loss.backward()
     return kept
 
