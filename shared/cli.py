@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -30,7 +31,8 @@ def run(group: click.Command) -> None:
     try:
         status = group.main(standalone_mode=False)
     except TeachonceError as error:
-        click.echo(f"error: {error}", err=True)
+        rank = os.environ.get("RANK", "0")
+        click.echo(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", err=True)
         sys.exit(error.exit_status)
     except click.ClickException as error:
         error.show()

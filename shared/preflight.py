@@ -14,6 +14,7 @@ import click
 import numpy as np
 from transformers import PreTrainedModel
 
+from shared.cache import CacheReader
 from shared.config import DataConfig, Split
 from shared.errors import RecipeError, TeachonceError
 from shared.processing import ExampleProcessor, open_processor
@@ -86,6 +87,15 @@ def describe_split(report: Report, data: DataConfig, name: Split, processor: Exa
         told = f", {counts.sum():,} answer positions, {counts.mean():.1f} on average, {num_cut} answers cut"
     report.add(name, f"{len(opened):,} examples{told}")
     return int(counts.sum())
+
+
+def describe_cache_totals(report: Report, cache: CacheReader) -> None:
+    totals = cache.manifest.totals
+    report.add(
+        "cache",
+        f"{cache.location}: {totals.examples:,} examples, {totals.positions:,} positions, "
+        f"{totals.bytes / max(totals.positions, 1):.1f} bytes a position",
+    )
 
 
 def answer_positions(

@@ -10,6 +10,7 @@ from shared.errors import RecipeError
 from shared.policies import Random, Threshold, TopK, TopP
 from shared.preflight import (
     Report,
+    describe_cache_totals,
     describe_long_example,
     describe_shape,
     describe_split,
@@ -85,12 +86,7 @@ def _describe_cache(report: Report, recipe: Recipe) -> None:
     if "://" not in recipe.cache.path and not is_local(recipe.cache.path):
         report.add("cache", f"{recipe.cache.path} is not there yet")
         return
-    totals = CacheReader(recipe.cache.path).manifest.totals
-    report.add(
-        "cache",
-        f"{recipe.cache.path} holds {totals.examples:,} examples, {totals.positions:,} positions, "
-        f"{totals.bytes / max(totals.positions, 1):.1f} bytes each",
-    )
+    describe_cache_totals(report, CacheReader(recipe.cache.path))
 
 
 def _policy_text(policy: Threshold | TopK | TopP | Random) -> str:

@@ -11,7 +11,9 @@ from tqdm import tqdm
 from shared.cache import CacheReader
 from shared.cache.export import export
 from shared.cache.inspect import inspect
+from shared.cache.manifest import load_manifest
 from shared.cache.merge import merge
+from shared.cache.storage import open_folder
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError
 from shared.runtime import environment
@@ -26,7 +28,8 @@ def show_inspection(location: str, *, as_json: bool) -> int:
 
 def show_verification(location: str) -> int:
     """Every fault of a cache; the status is that of a damaged cache if there is one."""
-    shards = CacheReader(location).manifest.shards
+    manifest = load_manifest(open_folder(location))
+    shards = () if manifest is None else manifest.shards
     with tqdm(total=len(shards), desc="verify", unit="shard", leave=False) as bar:
         found = verify(location, on_shard=lambda _: _advance(bar))
     for note in found.notes:

@@ -37,9 +37,9 @@ def run(recipe: str, overrides: tuple[str, ...], resume: bool) -> int:
 )
 def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
     """Say what RECIPE would do and what it would take, and everything that is wrong with it."""
-    from stage2_student.check import check_recipe, print_report
+    from stage2_student.check import check_recipe
 
-    return print_report(check_recipe(load_recipe(recipe, overrides=overrides), num_ranks=nproc))
+    return check_recipe(load_recipe(recipe, overrides=overrides), num_ranks=nproc).show()
 
 
 @commands.command("evaluate")

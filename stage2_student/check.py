@@ -6,49 +6,27 @@ weights; a data set that is not on this machine is not fetched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import click
-import numpy as np
 from transformers import PreTrainedModel
 
 from shared.config import Recipe, Split
-from shared.errors import RecipeError, TeachonceError
-from shared.processing import ExampleProcessor, open_processor
-from shared.vlm import split
-from shared.vqa import VqaSplit, open_split
-from stage2_student.estimate import MemoryEstimate, count_parameters, estimate_memory
+from shared.errors import RecipeError
+from shared.preflight import (
+    TOKENS_WITHOUT_DATA,
+    Report,
+    describe_cache_totals,
+    describe_long_example,
+    describe_shape,
+    describe_split,
+    describe_tokenizer,
+    is_local,
+)
+from shared.processing import ExampleProcessor
+from shared.vqa import open_split
+from stage2_student.estimate import count_parameters, estimate_memory
 from stage2_student.freezing import find_parts, freeze
 from stage2_student.inputs import open_cache
 from stage2_student.student import check_vocabulary, meta_model
 from stage2_student.train import require_even_ranks, step_shape, total_steps
-
-TOKENS_WITHOUT_DATA = 1024
-NUM_MEASURED = 32
-
-
-@dataclass
-class Report:
-    """Facts in the order in which they were found, and problems."""
-
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    memory: MemoryEstimate | None = None
-
-    def add(self, name: str, value: str) -> None:
-        self.facts.append((name, value))
-
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Notes a problem and goes on."""
-        try:
-            yield
-        except TeachonceError as error:
-            if str(error) not in self.problems:
-                self.problems.append(str(error))
 
 
 def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
@@ -60,7 +38,9 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
         model = meta_model(recipe.student)
         _describe_model(report, recipe, model)
     with report.collecting():
-        processor = _open_processor(report, recipe)
+        processor = describe_tokenizer(
+            report, recipe.student.model, recipe.data, revision=recipe.student.revision
+        )
     if model is not None and processor is not None:
         with report.collecting():
             check_vocabulary(model, processor.num_token_ids)
@@ -71,21 +51,10 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
     with report.collecting():
         _describe_steps(report, recipe, num_ranks)
     if model is not None:
-        report.memory = estimate_memory(model, recipe, num_ranks=num_ranks, tokens_per_example=tokens)
+        memory = estimate_memory(model, recipe, num_ranks=num_ranks, tokens_per_example=tokens)
+        parts = ", ".join(f"{name} {value:.2f}" for name, value in vars(memory).items())
+        report.add("memory per device", f"about {memory.total:.2f} GiB on {num_ranks} rank(s): {parts}")
     return report
-
-
-def print_report(report: Report) -> int:
-    """Prints it; returns the exit status."""
-    for name, value in report.facts:
-        click.echo(f"{name:<18} {value}")
-    if report.memory is not None:
-        parts = ", ".join(f"{name} {value:.2f}" for name, value in vars(report.memory).items())
-        click.echo(f"{'memory per device':<18} about {report.memory.total:.2f} GiB ({parts})")
-    for problem in report.problems:
-        click.echo(f"problem: {problem}", err=True)
-    click.echo(f"{len(report.problems)} problem(s)" if report.problems else "no problem found")
-    return RecipeError.exit_status if report.problems else 0
 
 
 def _describe_model(report: Report, recipe: Recipe, model: PreTrainedModel) -> None:
@@ -99,52 +68,21 @@ def _describe_model(report: Report, recipe: Recipe, model: PreTrainedModel) -> N
             total = sum(p.numel() for p in parameters)
             trained = sum(p.numel() for p in parameters if p.requires_grad)
             report.add(f"  {name}", f"{total:,}: {trained:,} trained")
-    text = model.config.get_text_config()
-    report.add("text model", f"{text.num_hidden_layers} layers, hidden {text.hidden_size}")
-    report.add("head", f"{split(model)[1].weight_VD.shape[0]:,} ids wide")
-
-
-def _open_processor(report: Report, recipe: Recipe) -> ExampleProcessor | None:
-    folder = Path(recipe.student.model)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")):
-        report.add("tokenizer", f"none in {folder}: not looked at")
-        return None
-    processor = open_processor(recipe.student.model, recipe.data, revision=recipe.student.revision)
-    report.add("tokenizer", f"{processor.num_token_ids:,} ids, {processor.tokenizer_fingerprint[:12]}")
-    return processor
+    describe_shape(report, model)
 
 
 def _describe_data(report: Report, recipe: Recipe, processor: ExampleProcessor | None) -> int:
     """Returns the tokens of a long example, for the estimate."""
-    if not Path(recipe.data.source).exists():
+    if not is_local(recipe.data.source):
         report.add("data", f"{recipe.data.source} is not on this machine: not looked at")
         return TOKENS_WITHOUT_DATA
-    tokens = TOKENS_WITHOUT_DATA
     wanted: list[Split] = ["train", "validation"] if recipe.data.splits.validation else ["train"]
     for name in wanted:
         with report.collecting():
-            opened = open_split(recipe.data, name)
-            report.add(name, f"{len(opened):,} examples" + _positions(opened, recipe, processor))
-            if processor is not None and name == "train":
-                tokens = _long_example(opened, processor)
-                report.add("  example", f"{tokens:,} tokens, the longest of the first {NUM_MEASURED}")
-    return tokens
-
-
-def _positions(opened: VqaSplit, recipe: Recipe, processor: ExampleProcessor | None) -> str:
-    """Answer tokens and the end of the turn, counted without looking at a picture."""
-    if processor is None:
-        return ""
-    answers = [example.answer for example in opened]
-    limit = recipe.data.max_answer_tokens
-    ids = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
-    counts = np.array([min(len(one) + 1, limit) for one in ids])
-    cut = sum(len(one) > limit for one in ids)
-    return f", {counts.sum():,} answer positions, {counts.mean():.1f} on average, {cut} answers cut"
-
-
-def _long_example(opened: VqaSplit, processor: ExampleProcessor) -> int:
-    return max(len(processor.encode(opened[row]).input_ids) for row in range(min(NUM_MEASURED, len(opened))))
+            describe_split(report, recipe.data, name, processor)
+    with report.collecting():
+        return describe_long_example(report, recipe.data, processor)
+    return TOKENS_WITHOUT_DATA
 
 
 def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor) -> None:
@@ -152,17 +90,12 @@ def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor)
         report.add("cache", "none needed: kd_ratio is 0")
         return
     assert recipe.cache is not None
-    if not Path(recipe.cache.path).exists() and "://" not in recipe.cache.path:
+    if "://" not in recipe.cache.path and not is_local(recipe.cache.path):
         report.add("cache", f"{recipe.cache.path} is not there yet: teacher-cache makes it")
         return
     cache, notices = open_cache(recipe, processor)
     assert cache is not None
-    totals = cache.manifest.totals
-    report.add(
-        "cache",
-        f"{recipe.cache.path}: {totals.examples:,} examples, {totals.positions:,} positions, "
-        f"{totals.bytes / max(1, totals.positions):.1f} bytes a position",
-    )
+    describe_cache_totals(report, cache)
     for notice in notices:
         report.add("  note", notice)
 
@@ -178,7 +111,7 @@ def _describe_steps(report: Report, recipe: Recipe, num_ranks: int) -> None:
         raise RecipeError(
             f"parallel.dp_replicate {recipe.parallel.dp_replicate} does not divide {num_ranks} ranks"
         )
-    if Path(recipe.data.source).exists():
+    if is_local(recipe.data.source):
         shape = step_shape(recipe, len(open_split(recipe.data, "train")))
         report.add("steps", f"{total_steps(recipe, shape):,}, {shape.num_steps_per_epoch:,} an epoch")
     elif config.max_steps is not None:

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from shared.config import Recipe
+from shared.sharding import blocks
 from shared.vlm import split
-from stage2_student.student import blocks
 
 GIB = 2**30
 # Tensors of (tokens, hidden) that a transformer block keeps for its backward pass, MLP included, in units of the

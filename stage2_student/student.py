@@ -10,11 +10,10 @@ belongs to the root.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -24,7 +23,6 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
@@ -32,8 +30,9 @@ from shared.config import LossConfig, ParallelConfig, Recipe, StudentConfig
 from shared.errors import RecipeError
 from shared.kd_loss import LossSums, fused_ce_kd
 from shared.runtime import World
+from shared.sharding import blocks, fill
 from shared.sparse import SparseTargets
-from shared.vlm import last_hidden_states, load_config, load_vlm, split
+from shared.vlm import empty_vlm, last_hidden_states, load_config, load_vlm, split
 from stage2_student.freezing import freeze
 
 
@@ -99,12 +98,11 @@ def meta_model(config: StudentConfig) -> PreTrainedModel:
 
 
 def empty_model(model_config: PretrainedConfig, config: StudentConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            model_config,
-            dtype=getattr(torch, config.param_dtype),
-            attn_implementation=config.attn_implementation,
-        )
+    return empty_vlm(
+        model_config,
+        dtype=getattr(torch, config.param_dtype),
+        attn_implementation=config.attn_implementation,
+    )
 
 
 def full_model(config: StudentConfig, *, seed: int) -> PreTrainedModel:
@@ -177,16 +175,6 @@ def data_parallel_mesh(parallel: ParallelConfig, world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks, innermost first: those Transformers keeps on one device, else list members."""
-    names = set(model._no_split_modules or [])
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if not found:
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        found = [block for members in lists for block in members if any(True for _ in block.parameters())]
-    return found[::-1]
-
-
 def fsdp_modules(student: nn.Module) -> Iterable[FSDPModule]:
     return (module for module in student.modules() if isinstance(module, FSDPModule))
 
@@ -199,31 +187,3 @@ def reshard(student: nn.Module) -> None:
     """
     for module in fsdp_modules(student):
         module.reshard()
-
-
-def fill(model: nn.Module, source: nn.Module | None, world: World) -> None:
-    """Copies parameters and buffers of the first rank's ``source`` into all ranks' shards, one at a time.
-
-    Buffers that no file holds (rotary tables) are among them: on the meta device they were never computed.
-    """
-    values = {} if source is None else dict(_named_tensors(source))
-    with torch.no_grad():
-        for name, own in _named_tensors(model):
-            whole = torch.empty(own.shape, dtype=own.dtype, device=world.device)
-            if source is not None:
-                whole.copy_(values[name])
-            _scatter(whole, own)
-
-
-def _scatter(whole: Tensor, own: Tensor) -> None:
-    """``whole`` counts on the first rank only."""
-    if isinstance(own, DTensor):
-        own.to_local().copy_(distribute_tensor(whole, own.device_mesh, own.placements).to_local())
-    else:
-        dist.broadcast(whole, src=0)
-        own.copy_(whole)
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()

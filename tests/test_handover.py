@@ -25,13 +25,20 @@ def fail_at_three(item: int) -> None:
 
 
 def test_error_in_the_thread_reaches_the_one_who_puts() -> None:
-    with pytest.raises(OSError, match="No space left"), BackgroundWriter(fail_at_three, max_pending=1) as writer:
-        for item in range(1000):
-            writer.put(item)
+    def put_many() -> None:
+        with BackgroundWriter(fail_at_three, max_pending=1) as writer:
+            for item in range(1000):
+                writer.put(item)
+
+    with pytest.raises(OSError, match="No space left"):
+        put_many()
 
 
 def test_error_on_the_last_item_reaches_the_end_of_the_block() -> None:
-    with pytest.raises(OSError, match="No space left"), BackgroundWriter(fail_at_three, max_pending=9) as writer:
+    with (
+        pytest.raises(OSError, match="No space left"),
+        BackgroundWriter(fail_at_three, max_pending=9) as writer,
+    ):
         writer.put(3)
 
 
@@ -42,11 +49,15 @@ def test_put_does_not_hang_when_the_thread_dies_while_the_queue_is_full() -> Non
         gate.wait()
         raise RuntimeError("died")
 
-    with pytest.raises(RuntimeError, match="died"), BackgroundWriter(wait_then_die, max_pending=1) as writer:
-        writer.put(0)
-        writer.put(1)
-        threading.Timer(0.1, gate.set).start()
-        writer.put(2)
+    def put_three() -> None:
+        with BackgroundWriter(wait_then_die, max_pending=1) as writer:
+            writer.put(0)
+            writer.put(1)
+            threading.Timer(0.1, gate.set).start()
+            writer.put(2)
+
+    with pytest.raises(RuntimeError, match="died"):
+        put_three()
 
 
 def test_an_exception_in_the_block_drops_what_waits_and_ends_the_thread() -> None:
@@ -57,10 +68,15 @@ def test_an_exception_in_the_block_drops_what_waits_and_ends_the_thread() -> Non
         written.append(item)
 
     before = threading.active_count()
-    with pytest.raises(KeyError), BackgroundWriter(slow, max_pending=100) as writer:
-        for item in range(100):
-            writer.put(item)
-        raise KeyError
+
+    def put_and_fail() -> None:
+        with BackgroundWriter(slow, max_pending=100) as writer:
+            for item in range(100):
+                writer.put(item)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        put_and_fail()
     assert len(written) < 100
     assert threading.active_count() == before
 

@@ -1,0 +1,138 @@
+"""What a capture adds to the teacher's bare forward pass, on the same batches, taking turns.
+
+    python -m tests.benchmarks.bench_capture
+
+Bare: the body on whole sequences, the head on the answer positions.  Capture: the same, and log-softmax, sparse
+targets, the hand-over, payloads, and the shards on disk.  Pictures are decoded beforehand for both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from shared.cache import CacheWriter
+from shared.config import CacheConfig, DataConfig, Recipe, TeacherConfig
+from shared.phantom.dataset import write_dataset
+from shared.processing import Encoded, open_processor
+from shared.recipe_files import validate_tree
+from shared.runtime import distributed
+from shared.small_models import make_small_model, train_tokenizer
+from shared.vqa import open_split
+from stage1_teacher.batching import batches_of_like_length
+from stage1_teacher.capture import capture_batch
+from stage1_teacher.handover import BackgroundWriter
+from stage1_teacher.planning import identity_of, survey
+from stage1_teacher.progress import Tally
+from stage1_teacher.shards import CapturedBatch, ShardAssembler
+from stage1_teacher.teacher import Teacher, load_teacher
+
+ROUNDS = 5
+PICTURES = 24
+
+
+def make_recipe(folder: Path, *, hidden_size: int, num_layers: int) -> Recipe:
+    data, model = folder / "data", folder / "teacher"
+    if not data.exists():
+        write_dataset(data, pictures={"train": PICTURES, "validation": 1, "test": 1})
+    texts = [
+        text
+        for one in open_split(DataConfig(source=str(data)), "train")
+        for text in (one.question, one.answer)
+    ]
+    make_small_model(
+        model,
+        tokenizer=train_tokenizer(texts, folder / "tokenizer", vocab_size=4096),
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        vision_hidden_size=128,
+        vision_depth=4,
+        seed=0,
+    )
+    tree = {
+        "data": {"source": str(data), "splits": {"validation": None}},
+        "teacher": TeacherConfig(model=str(model), dtype="float32").model_dump(),
+        "cache": CacheConfig(path=str(folder / "cache"), splits=("train",), batch_tokens=1024).model_dump(),
+        "student": {"model": str(model)},
+        "optimization": {"max_steps": 1},
+        "run": {"name": "bench"},
+    }
+    return validate_tree(Recipe, tree, origin="benchmark")
+
+
+def timed(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def bare(teacher: Teacher, batches: list[list[Encoded]], collate: Callable) -> None:
+    with torch.inference_mode():
+        for batch in batches:
+            hidden_ND = teacher.hidden(collate(batch))
+            for start in range(0, len(hidden_ND), 512):
+                teacher.head.logits(hidden_ND[start : start + 512])
+
+
+def measure(folder: Path, *, hidden_size: int, num_layers: int) -> tuple[list[float], int, int]:
+    """Ratios of capture to bare forward, one a round; positions; parameters."""
+    recipe = make_recipe(folder, hidden_size=hidden_size, num_layers=num_layers)
+    assert recipe.teacher is not None
+    assert recipe.cache is not None
+    cache = recipe.cache
+    processor = open_processor(recipe.teacher.model, recipe.data)
+    ratios = []
+    with distributed(device="cpu") as world:
+        teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
+        data = survey(recipe, processor)
+        identity = identity_of(recipe, processor, data, weights_fingerprint="0")
+        encoded = [processor.encode(example) for example in data.keyed[0].split]
+        order = batches_of_like_length([len(one.input_ids) for one in encoded], max_tokens=cache.batch_tokens)
+        batches = [[encoded[index] for index in some] for some in order]
+
+        def captured(path: Path) -> None:
+            with CacheWriter.open(str(path), identity, created_by={}) as writer:
+                plan = writer.plan(data.numbered_keys(), examples_per_shard=cache.examples_per_shard)
+                tally = Tally(dist.HashStore(), len(encoded), show=False)
+                assembler = ShardAssembler(writer, plan.units, on_rows=tally.add, on_shard=lambda unit: None)
+                unit_id = plan.units[0].unit_id
+                with BackgroundWriter[CapturedBatch](assembler.take, max_pending=4) as background:
+                    for batch in batches:
+                        background.put(capture_batch(batch, unit_id, processor, teacher, cache))
+                writer.commit(plan)
+
+        bare(teacher, batches, processor.collate)
+        for round_index in range(ROUNDS):
+            base_s = timed(lambda: bare(teacher, batches, processor.collate))
+            path = folder / f"cache{round_index}"
+            ratios.append(timed(lambda path=path: captured(path)) / base_s)  # type: ignore[misc]
+    return (
+        ratios,
+        sum(one.num_positions for one in encoded),
+        sum(p.numel() for p in teacher.model.parameters()),
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print("capture / bare forward pass, median of rounds (range)")
+    for hidden_size, num_layers in [(192, 8), (512, 12)]:
+        with tempfile.TemporaryDirectory() as scratch:
+            ratios, positions, parameters = measure(
+                Path(scratch), hidden_size=hidden_size, num_layers=num_layers
+            )
+        print(
+            f"  {parameters / 1e6:6.1f} M parameters, {positions} positions: {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
