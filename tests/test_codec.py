@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from shared.codec import decode, encode, encode_many
 from shared.codec.dictionary import DICTIONARY
-from shared.errors import CacheFormatError
+from shared.errors import CacheFormatError, RecipeError
 from shared.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
 
@@ -252,7 +252,15 @@ def test_a_long_row() -> None:
     _assert_same_but_entropy(found, targets)
 
 
-def test_equal_targets_give_equal_bytes_in_another_process(tmp_path: Path) -> None:
+def test_an_example_beyond_the_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.codec.payload._MAX_SYMBOLS", 50)
+    targets = _targets(TopK(k=10), (1.0,), 6)
+    with pytest.raises(RecipeError, match="60 entries found, at most 50"):
+        encode(targets)
+    assert encode(targets.slice(0, 5))
+
+
+def test_equal_targets_give_equal_bytes_in_another_process() -> None:
     """No hash order, thread or history of the compressor shows."""
     targets = _targets(Threshold(tau=1 / 64), (1.0,), 30)
     first = encode(targets)

@@ -17,7 +17,7 @@ import zstandard
 from shared.codec.dictionary import DICTIONARY
 from shared.codec.entries import MAX_ID_BITS, Bytes, Coded, Columns, InconsistentError, pack, unpack
 from shared.codec.levels import levels_of_logprobs, logprobs_of_levels, max_level
-from shared.errors import CacheFormatError
+from shared.errors import CacheFormatError, RecipeError
 from shared.policies import Policy, Random
 from shared.sparse import SparseTargets
 from shared.sparse.targets import share_logprobs
@@ -35,6 +35,7 @@ def encode(targets: SparseTargets) -> bytes:
 def encode_many(targets: SparseTargets, row_offsets: Sequence[int]) -> list[bytes]:
     """The payloads of many examples: those of positions ``row_offsets[i]:row_offsets[i + 1]``.
 
+    Raises   RecipeError  for an example of more than 16 million entries
     Holds    each is what ``encode`` gives for those positions alone
     """
     policy, temperatures = targets.policy, targets.temperatures
@@ -53,7 +54,11 @@ def encode_many(targets: SparseTargets, row_offsets: Sequence[int]) -> list[byte
     )
     coded = pack(columns, max_level=max_level(policy, temperatures))
     assert coded.id_bits.max(initial=0) <= MAX_ID_BITS
-    assert coded.row_symbols.max(initial=0) <= _MAX_SYMBOLS
+    if coded.row_symbols.max(initial=0) > _MAX_SYMBOLS:
+        raise RecipeError(
+            f"an example with {coded.row_symbols.max()} entries found, at most {_MAX_SYMBOLS} possible: keep fewer a "
+            "position (cache.policy), or cut answers (data.max_answer_tokens)"
+        )
     return _frames(coded, _plain_columns(targets, bounds), has_plain=_has_plain(temperatures))
 
 
