@@ -91,7 +91,7 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise RecipeError(f"recipe {path.name}: extends itself by way of {seen[-1].name}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"recipe {path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -125,7 +125,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise RecipeError(f"--set {override!r}: needs the form section.key=value")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override!r}: the value is not YAML") from error
     node: dict[str, Any] = {keys[-1]: value}
