@@ -2,6 +2,7 @@
 RECIPE ?= phantom
 NPROC  ?= 1
 ARGS   ?=
+EXTRAS ?= dev,lora
 PYTHON ?= python3
 
 VENV   := .venv
@@ -21,7 +22,7 @@ setup: $(STAMP)  ## make .venv and install with exact versions; a no-op when not
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,lora]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 teacher-cache: setup  ## stage one: run the frozen teacher once, write the cache

@@ -5,7 +5,6 @@ both would make the host wait, so positions are left out only where weights were
 the loss into NaN, which training refuses.
 """
 
-# ruff: noqa: N815  (shape suffixes)
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

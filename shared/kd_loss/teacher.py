@@ -10,7 +10,6 @@ Two shapes cover all policies and tail modes (docs/loss.md, "Sparse teachers"):
 N positions, E entries of all positions, V vocabulary.
 """
 
-# ruff: noqa: N815  (shape suffixes)
 from __future__ import annotations
 
 import functools

@@ -7,7 +7,6 @@ Memory is physical: each variant runs alone in a fresh process, where the kernel
 memory (``VmHWM``) is reset once the inputs exist and every code path is warm.
 """
 
-# ruff: noqa: N815  (shape suffixes)
 from __future__ import annotations
 
 import ctypes

@@ -6,7 +6,6 @@ Times are medians of CUDA events over rounds in which the variants take turns.  
 the same chunks with the same fp32 sum for the head's gradient, and once more unchunked in plain bf16.
 """
 
-# ruff: noqa: N815  (shape suffixes)
 from __future__ import annotations
 
 import statistics
