@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ from shared.recipe_files import validate_tree
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, distributed
 from shared.vqa import open_split
 from stage1_teacher.capture import capture
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the processes started here have: on a CPU, sums change in their last bit with the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
