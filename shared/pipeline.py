@@ -81,11 +81,11 @@ def make_inputs(recipe: str, plan: Recipe, overrides: Sequence[str]) -> int:
     if phantom is not None and not Path(plan.data.source).exists():
         sizes = [f"--{name}={value}" for name, value in phantom.model_dump().items()]
         status = command("shared.phantom", plan.data.source, *sizes)
-    if (
-        not status
-        and small_models is not None
-        and any(not Path(m.path).exists() for m in small_models.models)
-    ):
+    named = {plan.student.model, plan.teacher.model if plan.teacher else None}
+    made = (
+        [] if small_models is None else [model.path for model in small_models.models if model.path in named]
+    )
+    if not status and any(not Path(path).exists() for path in made):
         status = command("shared.small_models", recipe, *_as_options(overrides))
     return status
 

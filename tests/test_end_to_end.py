@@ -1,0 +1,122 @@
+"""The main job as a user starts it: from an empty folder to a student, then a second student without the teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from shared.config import load_recipe
+from shared.errors import CacheMismatchError, DataError
+from shared.processing import open_processor
+from shared.vqa import open_split
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "bootstrap.phantom={train: 8, validation: 4, test: 1, size: 64, seed: 0}",
+    "evaluation.max_examples=4",
+    "run.validate_every=null",
+]
+
+
+def pipeline(
+    folder: Path, verb: str, *settings: str, arguments: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    options = [part for setting in (*TINY, *settings) for part in ("--set", setting)]
+    return subprocess.run(
+        [sys.executable, "-m", "shared.pipeline", verb, "phantom", *options, *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the default recipe, made tiny, has run from nothing."""
+    folder = tmp_path_factory.mktemp("from_nothing")
+    done = pipeline(folder, "train-student", "optimization.num_epochs=0.5")
+    assert done.returncode == 0, done.stderr
+    for line in ("validation CE", "validation KD", "short answers", "bytes a position", "times"):
+        assert line in done.stdout
+    return folder
+
+
+@pytest.mark.slow
+def test_the_second_student_needs_nothing_of_the_teacher(finished: Path) -> None:
+    shutil.move(finished / "work/runs/phantom_teacher", finished / "away")
+    shutil.move(finished / "work/phantom/models/large", finished / "away_too")
+    try:
+        settings = ("run.name=soft", "loss.kd_ratio=1.0", "optimization.num_epochs=0.2")
+        done = pipeline(finished, "train-student", *settings)
+        assert done.returncode == 0, done.stderr
+        assert "stage1_teacher" not in done.stderr
+        assert not (finished / "work/runs/phantom_teacher").exists()
+    finally:
+        shutil.move(finished / "away", finished / "work/runs/phantom_teacher")
+        shutil.move(finished / "away_too", finished / "work/phantom/models/large")
+
+
+@pytest.mark.slow
+def test_a_run_of_the_same_name_is_refused_with_its_own_status(finished: Path) -> None:
+    done = pipeline(finished, "train-student")
+    assert done.returncode == 3
+    assert "Add --resume" in done.stderr
+    resumed = pipeline(finished, "train-student", "optimization.num_epochs=0.5", arguments=("--resume",))
+    assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.slow
+def test_a_capture_of_a_complete_cache_does_nothing(finished: Path) -> None:
+    manifest = finished / "work/caches/phantom/manifest.json"
+    before = manifest.read_bytes()
+    done = pipeline(finished, "teacher-cache")
+    assert done.returncode == 0, done.stderr
+    assert "nothing to capture" in done.stdout
+    assert manifest.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_another_policy_for_the_same_cache_is_refused(finished: Path) -> None:
+    settings = ("run.name=other", "cache.policy={kind: top_k, k: 4}")
+    done = pipeline(finished, "train-student", *settings)
+    assert done.returncode == CacheMismatchError.exit_status
+    assert "threshold" in done.stderr
+    assert "top_k" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_exported_student_answers_and_its_loss_is_the_trainers(finished: Path) -> None:
+    recipe = load_recipe("phantom")
+    data = recipe.data.model_copy(update={"source": str(finished / recipe.data.source)})
+    export = finished / "work/runs/phantom/export"
+    model = AutoModelForImageTextToText.from_pretrained(export).eval()
+    processor = open_processor(str(export), data)
+    split = open_split(data, "validation")
+    total, count = 0.0, 0
+    for example in split:
+        batch = processor.collate([processor.encode(example)])
+        with torch.no_grad():
+            logits = model(**batch.inputs).logits.flatten(0, 1)[batch.position_index]
+        total += torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
+        count += len(batch.labels)
+    results = json.loads((finished / "work/runs/phantom/results.json").read_text())
+    assert total / count == pytest.approx(results["after"]["ce_loss"], rel=1e-5)
+    prompt = processor.collate([processor.encode_prompt(split[0])])
+    ids = model.generate(**prompt.inputs, max_new_tokens=4, do_sample=False)
+    assert ids.shape[1] > prompt.inputs["input_ids"].shape[1]
+
+
+def test_medpix_sample_says_what_is_missing_where_the_data_are_not(tmp_path: Path) -> None:
+    data = load_recipe("medpix_sample", overrides=[f"data.source={tmp_path / 'none'}"]).data
+    with pytest.raises(DataError, match="none"):
+        open_split(data, "train")
