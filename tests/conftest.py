@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of a Hugging Face library
+# Before the first import of torch.  Ranks are forked here, and a fork of a process whose OpenMP threads have worked
+# hangs in its first parallel region; and on a CPU the last bit of a sum changes with the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets

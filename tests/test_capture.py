@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,6 @@ from shared.recipe_files import validate_tree
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, distributed
 from shared.vqa import open_split
 from stage1_teacher.capture import capture
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the processes started here have: on a CPU, sums change in their last bit with the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -226,10 +215,8 @@ def command(tree: dict[str, Any], tmp_path: Path, *, nproc: int = 1) -> list[str
 
 
 def start(tree: dict[str, Any], tmp_path: Path, **options: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command(tree, tmp_path, **options),
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

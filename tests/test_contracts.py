@@ -83,13 +83,17 @@ assert not dist.is_initialized() and threading.active_count() == 1
 assert torch.equal(torch.random.get_rng_state(), state) and torch.get_default_dtype() == torch.float32
 assert os.listdir() == []
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("module", ["stage1_teacher", "stage2_student", "shared.pipeline"])
 def test_command_lines_explain_themselves(module: str) -> None:
-    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "Commands:" in done.stdout
 

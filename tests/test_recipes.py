@@ -39,7 +39,12 @@ def test_reference_recipe_has_the_figures_of_the_reference_example() -> None:
     assert recipe.student.model == "Qwen/Qwen3.5-4B"
     assert (steps.global_batch_size, steps.microbatch_size, steps.max_steps) == (16, 1, 300)
     assert (recipe.run.validate_every, recipe.run.checkpoint_every, recipe.run.seed) == (50, 200, 42)
-    assert (steps.learning_rate, steps.weight_decay, steps.betas, steps.eps) == (5e-5, 0.01, (0.9, 0.95), 1e-8)
+    assert (steps.learning_rate, steps.weight_decay, steps.betas, steps.eps) == (
+        5e-5,
+        0.01,
+        (0.9, 0.95),
+        1e-8,
+    )
     assert (steps.schedule, steps.num_warmup_steps, steps.max_grad_norm) == ("cosine", 30, 1.0)
     assert (recipe.loss.kd_ratio, recipe.loss.temperature, recipe.loss.chunk_size) == (0.5, 1.0, 512)
     assert recipe.student.freeze.vision
