@@ -32,7 +32,7 @@ def position_seeds(seed: int, key: bytes, num_positions: int) -> Tensor:
 
     Holds    the first seeds of a longer answer are those of a shorter one
     """
-    digest = hashlib.blake2b(key, digest_size=8, key=struct.pack("<q", seed)).digest()
+    digest = hashlib.blake2b(key, digest_size=8, key=(seed % (1 << 64)).to_bytes(8, "little")).digest()
     start = torch.full((num_positions,), struct.unpack("<q", digest)[0], dtype=torch.int64)
     return _hash(start, torch.arange(num_positions))
 

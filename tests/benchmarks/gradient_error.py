@@ -62,8 +62,8 @@ class GradientError:
         }
         for mode, values_E in sparse.items():
             self.add_entries(f"{name}, {mode}", features_NC, targets, values_E)
-        others_NV = torch.nn.functional.normalize(others_NV, p=1, dim=1)
-        self.add_dense(f"{name}, ghost", features_NC * missing_N[:, None], others_NV)
+        ghost_N = missing_N / others_NV.sum(-1).clamp_min(1e-30)
+        self.add_dense(f"{name}, ghost", features_NC * ghost_N[:, None], others_NV)
         self.add_dense(f"{name}, drop", features_NC * missing_N[:, None], student_NV)
         self._sum(f"{name}, uniform", features_NC.shape[1]).add_((features_NC * even_N[:, None]).sum(0))
 
@@ -85,5 +85,6 @@ def features(hidden_ND: Tensor) -> Tensor:
 
 
 def _norm(sum_VC: Tensor, mean_cosine: float) -> float:
-    common, rest = sum_VC[:, 0].double().norm().item(), sum_VC[:, 1:].double().norm().item()
+    columns = torch.linalg.vector_norm(sum_VC, dim=0, dtype=torch.float64)
+    common, rest = columns[0].item(), columns[1:].norm().item()
     return math.sqrt(mean_cosine * common**2 + (1 - mean_cosine) * rest**2)
