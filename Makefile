@@ -7,7 +7,8 @@ PYTHON ?= python3
 
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+comma  := ,
+STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
@@ -26,10 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 teacher-cache: setup  ## stage one: run the frozen teacher once, write the cache
-	@$(BIN)/python -m shared.pipeline teacher-cache $(RECIPE) --nproc $(NPROC) $(ARGS)
+	@$(BIN)/python -m shared.pipeline teacher-cache "$(RECIPE)" --nproc $(NPROC) $(ARGS)
 
 train-student: setup  ## stage two: train a student from the cache; makes the cache first when it is missing
-	@$(BIN)/python -m shared.pipeline train-student $(RECIPE) --nproc $(NPROC) $(ARGS)
+	@$(BIN)/python -m shared.pipeline train-student "$(RECIPE)" --nproc $(NPROC) $(ARGS)
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest

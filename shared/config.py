@@ -262,6 +262,13 @@ class Recipe(Section):
         problems = []
         if self.loss.kd_ratio > 0 and self.cache is None:
             problems.append("loss.kd_ratio above 0 needs a cache section; kd_ratio 0 is plain fine-tuning")
+        if self.cache is not None:
+            wanted = [name for name in ("train", "validation") if getattr(self.data.splits, name) is not None]
+            lacking = [name for name in wanted if name not in self.cache.splits]
+            if lacking and self.loss.kd_ratio > 0:
+                problems.append(f"cache.splits lacks {', '.join(lacking)}, which the student needs")
+            if len(set(self.cache.splits)) != len(self.cache.splits):
+                problems.append("cache.splits names a split twice")
         if self.cache is not None and self.teacher is None:
             problems.append("a cache section needs a teacher section: it says whose targets the cache holds")
         if self.cache is not None:

@@ -6,12 +6,22 @@ worker's traceback and hide the row's name.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from shared.errors import TeachonceError, TrainingError
+
+
+def ignore_sigterm(worker: int) -> None:
+    """``worker_init_fn`` of every loader: a worker lives as long as its parent does.
+
+    torchrun and Slurm signal whole process groups; the parent decides when to stop, and needs its workers to
+    finish what it is doing.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def loaded_items(loader: DataLoader, *, workers_setting: str) -> Iterator[Any]:

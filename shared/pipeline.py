@@ -17,14 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from shared.cli import recipe_arguments, run
-from shared.config import Recipe, load_recipe
+from shared.config import Recipe, TeacherConfig, load_recipe
+from shared.runtime import INTERRUPTED_STATUS
 from shared.survey import cache_covers
 
-SETTINGS_A_TEACHER_SHARES = ("data.", "bootstrap.")
+SETTINGS_A_TEACHER_SHARES = ("data.", "data=", "bootstrap.", "bootstrap=")
 
 
 @click.group()
@@ -59,7 +61,11 @@ def make_cache(
 ) -> int:
     """Runs stage one; returns its exit status."""
     plan = load_recipe(recipe, overrides=tuple(overrides))
-    status = make_inputs(recipe, plan, overrides) or make_teacher(plan, overrides, nproc=nproc)
+    status = make_inputs(recipe, plan, overrides)
+    if not status and is_missing(plan.teacher) and cache_covers(plan):
+        click.echo("the cache holds all of the data; nothing to capture, and the teacher is not needed")
+        return 0
+    status = status or make_teacher(plan, overrides, nproc=nproc)
     return status or launch("stage1_teacher", "capture", recipe, overrides, stage_arguments, nproc=nproc)
 
 
@@ -72,6 +78,11 @@ def make_student(
     if not status and plan.distils and not cache_covers(plan):
         status = make_cache(recipe, overrides, nproc=nproc)
     return status or launch("stage2_student", "run", recipe, overrides, stage_arguments, nproc=nproc)
+
+
+def is_missing(teacher: TeacherConfig | None) -> bool:
+    """Whether the teacher is one that a recipe of ours trains, and not there."""
+    return teacher is not None and teacher.trained_by is not None and not Path(teacher.model).exists()
 
 
 def make_inputs(recipe: str, plan: Recipe, overrides: Sequence[str]) -> int:
@@ -93,7 +104,7 @@ def make_inputs(recipe: str, plan: Recipe, overrides: Sequence[str]) -> int:
 def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
     """Trains the teacher by the recipe that makes it, where its folder is missing."""
     teacher = plan.teacher
-    if teacher is None or teacher.trained_by is None or Path(teacher.model).exists():
+    if teacher is None or teacher.trained_by is None or not is_missing(teacher):
         return 0
     shared_settings = [item for item in overrides if item.startswith(SETTINGS_A_TEACHER_SHARES)]
     begun = load_recipe(teacher.trained_by, overrides=shared_settings).run.path.exists()
@@ -126,6 +137,8 @@ def launch(
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException:  # torchrun has handed it on to the processes, and waited for them
+        return INTERRUPTED_STATUS
     return 0
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import click
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
 from shared.cache import CacheReader
-from shared.config import DataConfig, Split
-from shared.errors import RecipeError, TeachonceError
+from shared.config import DataConfig, Recipe, Split
+from shared.errors import DataError, RecipeError, TeachonceError
 from shared.processing import ExampleProcessor, open_processor
 from shared.vlm import split
-from shared.vqa import VqaSplit, open_split
+from shared.vqa import Example, VqaSplit, open_split
 
 NUM_MEASURED = 32  # examples whose tokens are counted, pictures and all
 TOKENS_WITHOUT_DATA = 1024
@@ -58,6 +59,23 @@ def is_local(name: str) -> bool:
     return Path(name).exists()
 
 
+def _would_be_fetched(name: str, revision: str | None) -> bool:
+    """Whether a model is the Hub's and no part of it is on this machine."""
+    try:
+        return not is_local(name) and try_to_load_from_cache(name, "config.json", revision=revision) is None
+    except ValueError:  # a path, and none of this machine: opening it says so
+        return False
+
+
+def is_made_later(recipe: Recipe, name: str) -> bool:
+    """Whether a model is missing that the recipe makes for itself, or trains, when it is first run."""
+    small = recipe.bootstrap.small_models
+    made = {model.path for model in small.models} if small else set()
+    if recipe.teacher is not None and recipe.teacher.trained_by is not None:
+        made.add(recipe.teacher.model)
+    return name in made and not is_local(name)
+
+
 def describe_shape(report: Report, model: PreTrainedModel) -> None:
     """Layers and the head's width."""
     text = model.config.get_text_config()
@@ -70,6 +88,9 @@ def describe_tokenizer(
 ) -> ExampleProcessor | None:
     """Opens the processor where the model's folder has a tokenizer."""
     folder = Path(name)
+    if _would_be_fetched(name, revision):
+        report.add("  tokenizer", f"{name} is not on this machine: not looked at")
+        return None
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         report.add("  tokenizer", f"none in {folder}: not looked at")
         return None
@@ -98,6 +119,26 @@ def describe_cache_totals(report: Report, cache: CacheReader) -> None:
     )
 
 
+def readable(opened: VqaSplit, data: DataConfig) -> list[Example]:
+    """The examples that can be read.
+
+    Raises   DataError  with every row that cannot, when they are more than ``data.max_dropped``
+    """
+    examples, reasons = [], []
+    for row in range(len(opened)):
+        try:
+            examples.append(opened[row])
+        except DataError as error:
+            reasons.append(str(error))
+    if len(reasons) > data.max_dropped:
+        listed = "\n".join(f"  - {reason}" for reason in reasons)
+        raise DataError(
+            f"{opened.source}, split {opened.name}: {len(reasons)} row(s) cannot be used, data.max_dropped "
+            f"allows {data.max_dropped}:\n{listed}"
+        )
+    return examples
+
+
 def answer_positions(
     opened: VqaSplit, data: DataConfig, processor: ExampleProcessor | None
 ) -> tuple[np.ndarray, int]:
@@ -107,7 +148,7 @@ def answer_positions(
     """
     if processor is None:
         return np.zeros(0, np.int64), 0
-    answers = [example.answer for example in opened]
+    answers = [example.answer for example in readable(opened, data)]
     ids = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
     limit = data.max_answer_tokens
     lengths = np.array([len(one) for one in ids], np.int64)
@@ -119,8 +160,13 @@ def describe_long_example(report: Report, data: DataConfig, processor: ExamplePr
     if processor is None or not is_local(data.source):
         return TOKENS_WITHOUT_DATA
     opened = open_split(data, "train")
-    tokens = max(
-        len(processor.encode(opened[row]).input_ids) for row in range(min(NUM_MEASURED, len(opened)))
-    )
+    lengths = []
+    for row in range(min(NUM_MEASURED, len(opened))):
+        try:
+            lengths.append(len(processor.encode(opened[row]).input_ids))
+        except DataError as error:
+            if not data.max_dropped:
+                report.problems.append(str(error))
+    tokens = max(lengths, default=TOKENS_WITHOUT_DATA)
     report.add("  example", f"{tokens:,} tokens, the longest of the first {NUM_MEASURED}")
     return tokens

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from shared.errors import RecipeError
 
+CHOICE = "policy"  # the one key whose mapping is a tagged union
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -32,7 +33,12 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"key {key!r} stands twice in the mapping that begins in line {line}")
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Decimal, as in YAML 1.2; 1.1 reads 010 as 8."""
+        return int(self.construct_scalar(node))
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in [
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -40,9 +46,7 @@ for _tag, _pattern, _first in [
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
 ]:
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
-    )
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 def recipe_names() -> list[str]:
@@ -53,7 +57,7 @@ def recipe_names() -> list[str]:
 def read_recipe_tree(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
     """The recipe's tree with ``extends`` and overrides applied, and what to call it in messages."""
     path = _find(name_or_path)
-    tree = _read(path, seen=())
+    tree = _read(path.resolve(), seen=())
     for override in overrides:
         _apply(tree, override)
     return tree, f"recipe {path.name}"
@@ -84,7 +88,9 @@ def _find(name_or_path: str | Path) -> Path:
         return packaged
     near = difflib.get_close_matches(str(name_or_path), recipe_names(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(recipe_names())}."
-    raise RecipeError(f"recipe {name_or_path!r}: unknown; {hint} A recipe of your own is given as a .yaml file.")
+    raise RecipeError(
+        f"recipe {name_or_path!r}: unknown; {hint} A recipe of your own is given as a .yaml file."
+    )
 
 
 def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise RecipeError(f"recipe {path}: extends needs the name or the file of one recipe")
-    beside = path.parent / base
+    beside = (path.parent / base).resolve()
     base_path = beside if beside.suffix in {".yaml", ".yml"} and beside.is_file() else _find(base)
     return _merge(_read(base_path, seen=(*seen, path)), tree)
 
@@ -110,10 +116,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         mine = merged.get(key)
-        # A tagged union (``kind``) is one choice: keys of the other choice must not shine through.
-        choice = isinstance(value, dict) and isinstance(mine, dict) and value.get("kind") != mine.get("kind")
-        if isinstance(value, dict) and isinstance(mine, dict) and not ("kind" in value and choice):
-            merged[key] = _merge(mine, value)
+        if isinstance(value, dict) and isinstance(mine, dict):
+            # A policy is one choice: keys of another kind of policy must not shine through.
+            other_choice = key == CHOICE and "kind" in value and value["kind"] != mine.get("kind")
+            merged[key] = value if other_choice else _merge(mine, value)
         else:
             merged[key] = value
     return merged

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from shared.cache import CacheReader, InputsIdentity
 from shared.config import DataConfig, Recipe, Split
 from shared.errors import CacheFormatError, DataError
+from shared.images import decode_rgb
 from shared.processing import ExampleProcessor, open_processor
 from shared.vqa import VqaSplit, open_split
 
@@ -46,8 +47,14 @@ def keys_fingerprint(keys: Sequence[bytes]) -> str:
     return hashlib.blake2b(b"".join(keys), digest_size=16).hexdigest()
 
 
-def survey_keys(data: DataConfig, name: Split, processor: ExampleProcessor, *, show: bool = False) -> Keyed:
-    """Reads every row of the split once.  ``show``: with a progress bar."""
+def survey_keys(
+    data: DataConfig, name: Split, processor: ExampleProcessor, *, show: bool = False, decode: bool = False
+) -> Keyed:
+    """Reads every row of the split once.
+
+    show    with a progress bar
+    decode  also finds pictures that cannot be decoded, where no capture has found them before
+    """
     split = open_split(data, name)
     rows: list[int] = []
     keys: list[bytes] = []
@@ -56,6 +63,8 @@ def survey_keys(data: DataConfig, name: Split, processor: ExampleProcessor, *, s
     for row in tqdm(range(len(split)), desc=f"reading {name}", unit="row", disable=not show, leave=False):
         try:
             example = split[row]
+            if decode:
+                decode_rgb(example.image, where=split.where(row))
         except DataError as error:
             unreadable.append((row, str(error)))
             continue

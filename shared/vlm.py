@@ -95,11 +95,18 @@ def load_vlm(
 def empty_vlm(
     config: PretrainedConfig, *, dtype: torch.dtype, attn_implementation: str | None
 ) -> PreTrainedModel:
-    """The model's shape without memory behind it, on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation
-        )
+    """The model's shape without memory behind it, on the meta device.
+
+    Raises   RecipeError  when this model cannot be made so, as with an attention that is not installed
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation
+            )
+    except (ValueError, ImportError) as error:
+        reason = str(error).split("\n")[0]
+        raise RecipeError(f"model of type {config.model_type}: cannot be made: {reason}") from error
 
 
 def split(model: PreTrainedModel) -> tuple[nn.Module, Head]:

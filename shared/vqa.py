@@ -59,7 +59,7 @@ class VqaSplit:
         row = self.rows[index]
         value = {field: row.get(column) for field, column in self.columns.items()}
         return Example(
-            image=_picture(value["image"], self.rows.folder, where=where),
+            image=_picture(value["image"], self.rows.folder_of(index), where=where),
             question=_text(value["question"], "question", where=where),
             answer=_text(value["answer"], "answer", where=where),
             kind=_label(value.get("kind")),

@@ -7,9 +7,9 @@ A source is, in this order: a folder that ``datasets.save_to_disk`` wrote; a fil
 one kind (Parquet before Arrow before JSONL); else a name on the Hugging Face Hub.  Parquet and Arrow are
 read through ``datasets``, memory-mapped from its cache; of JSONL only the place of each line is held.
 
-A file belongs to the split that its name says, without shard numbers (``train-00000-of-00002.parquet``,
-``validation.jsonl``), or else the innermost folder that is called so (``train/part-0.parquet``).  A source
-of a single file also answers to ``train``.
+A file belongs to the split that its name says, as it stands (``train2017.jsonl``) or without shard numbers
+(``train-00000-of-00002.parquet``), or else the innermost folder that is called so
+(``train/part-0.parquet``).  A source of a single file also answers to ``train``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ _SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 class Rows(Protocol):
     """Rows of named columns; cheap to pickle, safe to read from many processes."""
 
-    @property
-    def folder(self) -> Path | None: ...  # relative picture paths start here
+    def folder_of(self, index: int) -> Path | None: ...  # where a row's relative picture path starts
 
     @property
     def columns(self) -> list[str]: ...
@@ -49,6 +48,9 @@ class ArrowRows:
 
     dataset: datasets.Dataset
     folder: Path | None
+
+    def folder_of(self, index: int) -> Path | None:
+        return self.folder
 
     @property
     def columns(self) -> list[str]:
@@ -66,9 +68,11 @@ class JsonLinesRows:
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = tuple(files)
-        self.folder: Path | None = files[0].parent
         places = (place for number, file in enumerate(files) for place in _line_places(number, file))
         self._places = np.fromiter(places, dtype=np.dtype((np.int64, 4)))  # file, line, first byte, length
+
+    def folder_of(self, index: int) -> Path | None:
+        return self._files[int(self._places[index][0])].parent
 
     @property
     def columns(self) -> list[str]:
@@ -130,7 +134,9 @@ def _open_files(path: Path, split: str, splits: set[str]) -> Rows:
     names = {file: _split_names(file, path) for file in files}
     members = [file for file in files if next((n for n in names[file] if n in splits), None) == split]
     if not members:
-        choose(split, [names[file][0] for file in files], what=f"data.source {path}: split")
+        choose(
+            split, [_SHARD_NUMBERS.sub("", file.stem) for file in files], what=f"data.source {path}: split"
+        )
     if kind == "jsonl":
         return JsonLinesRows(members)
     data_files = {"train": [str(file) for file in members]}
@@ -151,9 +157,9 @@ def _data_files(path: Path) -> tuple[str, list[Path]]:
 
 def _split_names(file: Path, source: Path) -> list[str]:
     """What a file's split may be called, the likeliest first."""
-    stem = _SHARD_NUMBERS.sub("", file.stem)
     folders = file.relative_to(source).parts[-2::-1]
-    return [name for name in (stem, *folders) if name] + (["train"] if file == source else [])
+    names = dict.fromkeys((file.stem, _SHARD_NUMBERS.sub("", file.stem), *folders))
+    return [name for name in names if name] + (["train"] if file == source else [])
 
 
 def _saved_to_disk(path: Path, split: str) -> datasets.Dataset:

@@ -26,6 +26,7 @@ from shared.errors import CacheFormatError, DataError, RecipeError
 from shared.processing import Encoded, ExampleProcessor, open_processor
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, environment
 from shared.sparse import position_seeds
+from shared.vlm import check_split
 from stage1_teacher.batching import BatchRunner
 from stage1_teacher.handover import BackgroundWriter
 from stage1_teacher.lockstep import Lockstep
@@ -65,6 +66,9 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
             tqdm.write(f"cache {recipe.cache.path} holds all of the data; nothing to capture")
         return 0
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
+    if not teacher.is_sharded and world.is_main:
+        first = WindowSource(open_rows(recipe), processor).any_encoded()
+        check_split(teacher.model, processor.collate([first]).to(world.device).inputs)
     begin = time.monotonic()
     writer, assignment = open_cache(recipe, processor, data, teacher, world)
     with writer:

@@ -16,6 +16,7 @@ from shared.preflight import (
     describe_split,
     describe_tokenizer,
     is_local,
+    is_made_later,
 )
 from shared.processing import ExampleProcessor
 from shared.sharding import blocks
@@ -34,9 +35,7 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
     if recipe.teacher is None or recipe.cache is None:
         report.problems.append("the recipe has no teacher and cache sections: there is nothing to capture")
         return report
-    processor: ExampleProcessor | None = None
-    with report.collecting():
-        processor = _describe_tokenizers(report, recipe)
+    processor = _describe_tokenizers(report, recipe)
     if is_local(recipe.data.source):
         for name in captured_splits(recipe):
             with report.collecting():
@@ -53,28 +52,31 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
 
 
 def _describe_tokenizers(report: Report, recipe: Recipe) -> ExampleProcessor | None:
-    """The teacher's; the student's must map and ask alike."""
+    """The teacher's, or where it has none yet the student's; they must map and ask alike."""
     assert recipe.teacher is not None
-    ours = None
-    if recipe.teacher.trained_by is not None and not is_local(recipe.teacher.model):
-        report.add(
-            "teacher", f"{recipe.teacher.model} is not there yet: recipe {recipe.teacher.trained_by} makes it"
-        )
-    else:
-        report.add("teacher", recipe.teacher.model)
-        ours = describe_tokenizer(report, recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
-    report.add("student", recipe.student.model)
-    theirs = describe_tokenizer(report, recipe.student.model, recipe.data, revision=recipe.student.revision)
-    if ours is None or theirs is None:
-        return ours or theirs
+    found: list[ExampleProcessor] = []
+    for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if is_made_later(recipe, model.model):
+            report.add(role, f"{model.model} is not there yet: it is made when the recipe is first run")
+            continue
+        report.add(role, model.model)
+        with report.collecting():
+            processor = describe_tokenizer(report, model.model, recipe.data, revision=model.revision)
+            found += [] if processor is None else [processor]
+    if len(found) == 2:
+        with report.collecting():
+            _require_alike(*found)
+    return found[0] if found else None
+
+
+def _require_alike(teacher: ExampleProcessor, student: ExampleProcessor) -> None:
     for what in ("tokenizer_fingerprint", "template_fingerprint"):
-        one, other = getattr(ours, what), getattr(theirs, what)
+        one, other = getattr(teacher, what), getattr(student, what)
         if one != other:
             raise RecipeError(
                 f"{what.removesuffix('_fingerprint')}: the teacher's is {one[:12]}, the student's {other[:12]}; they "
                 "must be the same in content. Give the student's folder the teacher's files"
             )
-    return ours
 
 
 def _describe_cache(report: Report, recipe: Recipe) -> None:
@@ -99,7 +101,7 @@ def _describe_teacher(report: Report, recipe: Recipe, *, num_ranks: int) -> None
     assert recipe.teacher is not None
     assert recipe.cache is not None
     teacher = recipe.teacher
-    if teacher.trained_by is not None and not is_local(teacher.model):
+    if is_made_later(recipe, teacher.model):
         return
     dtype = getattr(torch, teacher.dtype)
     model = empty_vlm(

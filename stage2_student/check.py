@@ -9,7 +9,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from shared.config import Recipe, Split
-from shared.errors import RecipeError
+from shared.errors import CacheMismatchError, RecipeError
 from shared.preflight import (
     TOKENS_WITHOUT_DATA,
     Report,
@@ -19,8 +19,10 @@ from shared.preflight import (
     describe_split,
     describe_tokenizer,
     is_local,
+    is_made_later,
 )
 from shared.processing import ExampleProcessor
+from shared.survey import cache_covers
 from shared.vqa import open_split
 from stage2_student.estimate import count_parameters, estimate_memory
 from stage2_student.freezing import find_parts, freeze
@@ -34,13 +36,16 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
     report = Report()
     report.add("run", f"{recipe.run.path}" + (" (exists)" if recipe.run.path.exists() else ""))
     model = processor = None
-    with report.collecting():
-        model = meta_model(recipe.student)
-        _describe_model(report, recipe, model)
-    with report.collecting():
-        processor = describe_tokenizer(
-            report, recipe.student.model, recipe.data, revision=recipe.student.revision
-        )
+    if is_made_later(recipe, recipe.student.model):
+        report.add("student", f"{recipe.student.model} is not there yet: `make train-student` makes it")
+    else:
+        with report.collecting():
+            model = meta_model(recipe.student)
+            _describe_model(report, recipe, model)
+        with report.collecting():
+            processor = describe_tokenizer(
+                report, recipe.student.model, recipe.data, revision=recipe.student.revision
+            )
     if model is not None and processor is not None:
         with report.collecting():
             check_vocabulary(model, processor.num_token_ids)
@@ -96,6 +101,11 @@ def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor)
     cache, notices = open_cache(recipe, processor)
     assert cache is not None
     describe_cache_totals(report, cache)
+    if is_local(recipe.data.source) and not cache_covers(recipe):
+        raise CacheMismatchError(
+            f"cache {recipe.cache.path} lacks examples of {recipe.data.source}. Run teacher-cache again: only what "
+            "is missing is captured"
+        )
     for notice in notices:
         report.add("  note", notice)
 

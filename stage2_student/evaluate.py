@@ -27,6 +27,7 @@ from shared.processing import ExampleProcessor, open_processor
 from shared.runtime import World
 from shared.vlm import load_vlm
 from shared.vqa import Example, open_split
+from stage2_student.survey import survey
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ def evaluate_folder(recipe: Recipe, folder: Path, world: World, *, rows: np.ndar
     """Each rank answers its share with a whole copy of the student; all ranks return all scores."""
     split_name: Split = "validation" if recipe.data.splits.validation is not None else "train"
     split = open_split(recipe.data, split_name)
-    wanted = (np.arange(len(split)) if rows is None else rows).tolist()[
-        : recipe.evaluation.max_examples or None
-    ]
     processor = open_processor(str(folder), recipe.data)
+    if rows is None:
+        rows = survey(recipe.data, split_name, processor, None).rows
+    wanted = rows.tolist()[: recipe.evaluation.max_examples or None]
     model = load_vlm(
         str(folder),
         revision=None,

@@ -65,7 +65,7 @@ class StudentWithLoss(nn.Module):
             kd_ratio=self.loss.kd_ratio,
             temperature=self.loss.temperature,
             chunk_size=self.loss.chunk_size,
-            bias_V=head.bias_V,
+            bias_V=head.bias_V if head.bias_V is None or head.scale == 1.0 else head.bias_V * head.scale,
             softcap=head.softcap,
             num_vocab_ids=self.num_token_ids,
             **({"tail": self.loss.tail} if self.loss.tail else {}),

@@ -23,7 +23,7 @@ def summarize(
     begin = time.perf_counter()
     answers = None
     if recipe.evaluation.max_examples and recipe.run.export:
-        rows = None if inputs.validation is None else inputs.validation.rows
+        rows = (inputs.validation or inputs.train).rows
         answers = evaluate_folder(recipe, folder.export, world, rows=rows)
     answering_s = time.perf_counter() - begin
     results = _results(recipe, inputs, folder, step=step)

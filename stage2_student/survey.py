@@ -52,7 +52,9 @@ def survey(
     """Raises   DataError           when more rows are unusable than ``data.max_dropped`` allows
     CacheMismatchError  when the cache lacks usable rows
     """
-    keyed = survey_keys(data, name, processor, show=show)
+    # Without a cache nobody has looked at the pictures yet; where all must be usable, a bad one waits for its step.
+    decode = cache is None and data.max_dropped > 0
+    keyed = survey_keys(data, name, processor, show=show, decode=decode)
     skipped = {} if cache is None else {row.key: row.reason for row in cache.manifest.skipped if row.key}
     usable = np.array([key.hex() not in skipped for key in keyed.keys], dtype=bool)
     dropped = [reason for _, reason in keyed.unreadable]

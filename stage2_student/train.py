@@ -34,6 +34,8 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
     results = folder.read_results()
     if results is not None and results["step"] >= num_steps:
         if world.is_main:
+            if recipe.run.export and not folder.export.exists():
+                export_checkpoint(folder, choose_checkpoint(folder), folder.export)
             print_summary(results)
         return 0
     if world.is_main:

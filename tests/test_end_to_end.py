@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,11 @@ from transformers import AutoModelForImageTextToText
 from shared.config import load_recipe
 from shared.errors import CacheMismatchError, DataError
 from shared.processing import open_processor
+from shared.runtime import INTERRUPTED_STATUS
 from shared.vqa import open_split
 
 ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 TINY = [
     "bootstrap.phantom={train: 8, validation: 4, test: 1, size: 64, seed: 0}",
     "evaluation.max_examples=4",
@@ -29,15 +33,19 @@ TINY = [
 def pipeline(
     folder: Path, verb: str, *settings: str, arguments: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    options = [part for setting in (*TINY, *settings) for part in ("--set", setting)]
     return subprocess.run(
-        [sys.executable, "-m", "shared.pipeline", verb, "phantom", *options, *arguments],
+        [*command(verb, *settings), *arguments],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def command(verb: str, *settings: str) -> list[str]:
+    options = [part for setting in (*TINY, *settings) for part in ("--set", setting)]
+    return [sys.executable, "-m", "shared.pipeline", verb, "phantom", *options]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +69,8 @@ def test_the_second_student_needs_nothing_of_the_teacher(finished: Path) -> None
         assert done.returncode == 0, done.stderr
         assert "stage1_teacher" not in done.stderr
         assert not (finished / "work/runs/phantom_teacher").exists()
+        assert not (finished / "work/phantom/models/large").exists()
+        assert "nothing to capture" in pipeline(finished, "teacher-cache").stdout
     finally:
         shutil.move(finished / "away", finished / "work/runs/phantom_teacher")
         shutil.move(finished / "away_too", finished / "work/phantom/models/large")
@@ -73,6 +83,36 @@ def test_a_run_of_the_same_name_is_refused_with_its_own_status(finished: Path) -
     assert "Add --resume" in done.stderr
     resumed = pipeline(finished, "train-student", "optimization.num_epochs=0.5", arguments=("--resume",))
     assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.slow
+def test_a_lost_export_is_made_again(finished: Path) -> None:
+    export = finished / "work/runs/phantom/export"
+    shutil.rmtree(export)
+    done = pipeline(finished, "train-student", "optimization.num_epochs=0.5", arguments=("--resume",))
+    assert done.returncode == 0, done.stderr
+    assert (export / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_pipeline_leaves_a_run_to_resume(finished: Path) -> None:
+    run = finished / "work/runs/stopped"
+    process = subprocess.Popen(
+        command("train-student", "run.name=stopped", "optimization.num_epochs=200"),
+        cwd=finished,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and '"step": 2' not in _text(run / "metrics.jsonl"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == INTERRUPTED_STATUS
+    assert list((run / "checkpoints").glob("step-*"))
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 @pytest.mark.slow

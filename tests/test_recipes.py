@@ -144,3 +144,29 @@ def test_unknown_recipes_get_a_suggestion(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, "- a\n- b\n"))
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(write(tmp_path, "a: [\n"))
+
+
+def test_overriding_one_column_leaves_the_others(tmp_path: Path) -> None:
+    columns = "{image: picture, question: frage, answer: antwort, kind: null, case: null}"
+    base = write(tmp_path, MINIMAL.replace("source: somewhere", f"source: somewhere, columns: {columns}"))
+    recipe = load_recipe(base, overrides=["data.columns.kind=type"])
+    assert (recipe.data.columns.question, recipe.data.columns.kind) == ("frage", "type")
+
+
+def test_integers_are_decimal() -> None:
+    recipe = load_recipe("phantom", overrides=["cache.seed=010", "run.seed=08"])
+    assert recipe.cache is not None
+    assert (recipe.cache.seed, recipe.run.seed) == (10, 8)
+
+
+def test_extending_itself_by_another_path_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, f"extends: ../{tmp_path.name}/mine.yaml\n")
+    with pytest.raises(RecipeError, match="extends itself"):
+        load_recipe(path)
+
+
+def test_a_cache_must_hold_the_splits_that_the_student_needs() -> None:
+    with pytest.raises(RecipeError, match=r"cache\.splits lacks validation"):
+        load_recipe("phantom", overrides=["cache.splits=[train]"])
+    with pytest.raises(RecipeError, match="names a split twice"):
+        load_recipe("phantom", overrides=["cache.splits=[train, train, validation]"])

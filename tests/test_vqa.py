@@ -315,3 +315,21 @@ def test_the_medpix_sample_opens_whole() -> None:
     assert len(open_split(data, "validation")) == 200
     assert {one.kind for one in train} == {"alignment", "from caption"}
     assert any("\n" in one.answer for one in train)
+
+
+def test_jsonl_pictures_are_relative_to_their_own_file(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b")):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        (folder / "p.png").write_bytes(encoded_picture(number))
+        (folder / "part.jsonl").write_text(json.dumps(words(image_id="p.png")))
+    split = open_split(DataConfig(source=str(tmp_path)), "train")
+    assert [one.image for one in split] == [encoded_picture(0), encoded_picture(1)]
+
+
+def test_a_split_whose_name_ends_in_digits(tmp_path: Path) -> None:
+    for name in ("fold1", "fold2"):
+        data = jsonl(tmp_path, [words(answer=name)], name=f"{name}.jsonl")
+    folds = data.model_copy(update={"splits": SplitsConfig(train="fold1", validation="fold2")})
+    assert [one.answer for one in open_split(folds, "train")] == ["fold1"]
+    assert [one.answer for one in open_split(folds, "validation")] == ["fold2"]
