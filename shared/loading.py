@@ -6,7 +6,7 @@ worker's traceback and hide the row's name.
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from shared.errors import TeachonceError, TrainingError
 
 
-def ignore_sigterm(worker: int) -> None:
-    """``worker_init_fn`` of every loader: a worker lives as long as its parent does.
+def leave_process_group(worker: int) -> None:
+    """``worker_init_fn`` of every loader: signals to the parent's process group do not reach the worker.
 
-    torchrun and Slurm signal whole process groups; the parent decides when to stop, and needs its workers to
-    finish what it is doing.
+    torchrun signals whole groups, and a worker that died of SIGTERM took its trainer along before that had saved.
+    To ignore SIGTERM instead is no cure: the interpreter ends its children by it, and then waits for them for ever.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.setpgid(0, 0)
 
 
 def loaded_items(loader: DataLoader, *, workers_setting: str) -> Iterator[Any]:

@@ -191,7 +191,9 @@ class ExampleProcessor:
 
     def _prompt_inputs(self, example: Example) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What there is for each token, of shape (S,), and the rest."""
-        where = f"row {example.index}" + (f" (case {example.case})" if example.case else "")
+        where = (example.where or f"row {example.index}") + (
+            f" (case {example.case})" if example.case else ""
+        )
         image = decode_rgb(example.image, background=self._background, where=where)
         marked = self._prompt.holds_marker(example.question)
         text = self._prompt.stand_in_text() if marked else self._prompt.text(example.question)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Example:
     kind: str  # where the question comes from, or "": results are reported by it
     case: str  # or ""
     index: int  # the row in its split
+    where: str = field(default="", compare=False)  # how messages name it
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class VqaSplit:
             kind=_label(value.get("kind")),
             case=_label(value.get("case")),
             index=index,
+            where=where,
         )
 
     def where(self, index: int) -> str:
@@ -93,12 +95,12 @@ def open_split(data: DataConfig, split: Split) -> VqaSplit:
 def _columns(data: DataConfig, rows: Rows) -> dict[str, str]:
     """The column of each field; MedPix's ``mode`` and ``case_id`` may be missing unless asked for by name."""
     columns = {}
-    for field, column in data.columns.model_dump().items():
-        optional = field in ("kind", "case") and field not in data.columns.model_fields_set
+    for name, column in data.columns.model_dump().items():
+        optional = name in ("kind", "case") and name not in data.columns.model_fields_set
         if column is None or (optional and column not in rows.columns):
             continue
-        choose(column, rows.columns, what=f"{data.source}: data.columns.{field}: column")
-        columns[field] = column
+        choose(column, rows.columns, what=f"{data.source}: data.columns.{name}: column")
+        columns[name] = column
     return columns
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared.cache import Unit
 from shared.errors import DataError, TeachonceError
-from shared.loading import ignore_sigterm, loaded_items
+from shared.loading import leave_process_group, loaded_items
 from shared.processing import Encoded, ExampleProcessor
 from stage1_teacher.planning import NumberedRows
 
@@ -94,7 +94,7 @@ def encoded_windows(
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=leave_process_group,
     )
     yield from loaded_items(loader, workers_setting="cache.num_workers")
 

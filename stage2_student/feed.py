@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared.cache import CacheReader
 from shared.errors import CacheMismatchError, TeachonceError
-from shared.loading import ignore_sigterm, loaded_items
+from shared.loading import leave_process_group, loaded_items
 from shared.processing import IGNORE_INDEX, Encoded, ExampleProcessor
 from shared.sparse import SparseTargets
 from shared.vqa import VqaSplit
@@ -136,7 +136,7 @@ def feed(
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=leave_process_group,
     )
     microbatches = loaded_items(loader, workers_setting="run.num_workers")
     for slots in for_steps:
