@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from shared.cache import CacheWriter, Row, Unit
-from shared.codec import encode
+from shared.codec import encode_many
 from shared.processing import Encoded
 from shared.sparse import SparseTargets
 from stage1_teacher.handover import HostCopy
@@ -43,23 +44,20 @@ class CapturedBatch:
         tensors: dict[str, Any] = self.copy.wait()
         ce_N = tensors.pop("ce").double()
         targets = replace(self.targets, **tensors)
-        rows, start = [], 0
-        for one in self.encoded:
-            stop = start + one.num_positions
-            mine = targets.slice(start, stop)
-            rows.append(
-                Row(
-                    key=one.key,
-                    answer_ids=one.answer_ids.numpy().astype(np.int32),
-                    num_entries=mine.num_entries,
-                    ce_sum=float(ce_N[start:stop].sum()),
-                    entropy_sums=mine.entropy.double().sum(0).numpy(),
-                    payload=encode(mine),
-                    truncated=one.truncated,
-                )
+        offsets = [0, *np.cumsum([one.num_positions for one in self.encoded]).tolist()]
+        payloads = encode_many(targets, offsets)
+        return [
+            Row(
+                key=one.key,
+                answer_ids=one.answer_ids.numpy().astype(np.int32),
+                num_entries=int(targets.offsets[stop] - targets.offsets[start]),
+                ce_sum=float(ce_N[start:stop].sum()),
+                entropy_sums=targets.entropy[start:stop].double().sum(0).numpy(),
+                payload=payload,
+                truncated=one.truncated,
             )
-            start = stop
-        return rows
+            for one, payload, (start, stop) in zip(self.encoded, payloads, pairwise(offsets), strict=True)
+        ]
 
 
 class ShardAssembler:
