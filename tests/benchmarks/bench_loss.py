@@ -27,7 +27,8 @@ from shared.kd_loss import KDLoss, fused_ce_kd
 from shared.policies import Threshold
 from shared.sparse import SparseTargets, position_seeds, sparsify
 
-V, D, NUM_POSITIONS, CHUNK, ROUNDS = 64_000, 256, 4096, 512, 5
+V, D, NUM_POSITIONS, CHUNK = 64_000, 256, 4096, 512
+ROUNDS, CLOSE_ROUNDS = 5, 20  # matrix products scatter by a tenth from call to call: a close ratio needs many
 MIB = 2**20
 
 
@@ -89,11 +90,15 @@ def eager_both(inputs: Inputs) -> None:
     (0.5 * ce + 0.5 * kd).backward()
 
 
-def times_s(inputs: Inputs, variants: list[Callable[[Inputs], None]]) -> list[list[float]]:
-    """Seconds of each variant in each round; they take turns, after one round that does not count."""
+def times_s(inputs: Inputs, variants: list[Callable[[Inputs], None]], rounds: int) -> list[list[float]]:
+    """Seconds of each variant in each round, after one round that does not count.
+
+    They take turns, and every other round goes backwards, so that none always follows the same one.
+    """
     seconds: list[list[float]] = [[] for _ in variants]
-    for _ in range(ROUNDS + 1):
-        for variant, column in zip(variants, seconds, strict=True):
+    for round_index in range(rounds + 1):
+        pairs = list(zip(variants, seconds, strict=True))
+        for variant, column in pairs if round_index % 2 else reversed(pairs):
             inputs.clear()
             start = time.perf_counter()
             variant(inputs)
@@ -153,7 +158,9 @@ def rows() -> list[tuple[str, str, str]]:
     """What was measured, the figure, and the one to reach."""
     inputs = Inputs.make(NUM_POSITIONS, with_dense_teacher=True)
     targets = inputs.targets
-    ce_s, both_s, eager_s = times_s(inputs, [fused_ce, fused_both, eager_both])
+    both_s, eager_s = times_s(inputs, [fused_both, eager_both], ROUNDS)
+    inputs.teacher_NV = None
+    close_both_s, ce_s = times_s(inputs, [fused_both, fused_ce], CLOSE_ROUNDS)
     del inputs
     both, eager = (in_fresh_process(_measure_peak, f, NUM_POSITIONS) for f in (fused_both, eager_both))
     small, large = (in_fresh_process(_measure_peak, fused_both, n) for n in (1024, 16_384))
@@ -164,7 +171,7 @@ def rows() -> list[tuple[str, str, str]]:
         ("teacher: positions over 3 nats", f"{(targets.entropy > 3).float().mean():.2f}", ""),
         ("entries a position", f"{targets.num_entries / NUM_POSITIONS:.1f}", ""),
         (f"fused CE + sparse KD, {NUM_POSITIONS} positions: time", f"{statistics.median(both_s):.2f} s", ""),
-        ("  against fused CE alone", f"{ratio(both_s, ce_s):.3f}", "<= 1.05"),
+        ("  against fused CE alone", f"{ratio(close_both_s, ce_s):.3f}", "<= 1.05"),
         ("  against eager CE + dense KD", f"{ratio(both_s, eager_s):.3f}", "<= 0.45"),
         ("  peak memory beyond inputs and weights", f"{both / MIB:.0f} MiB", ""),
         ("  against eager CE + dense KD", f"{both / eager:.3f}", "<= 0.08"),
