@@ -118,6 +118,8 @@ class StudentConfig(Section):
     attn_implementation: str | None = None
     freeze: FreezeConfig = FreezeConfig()
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of each decoder layer
+    compile_backend: str = "inductor"
 
 
 class LossConfig(Section):
@@ -185,8 +187,10 @@ class RunConfig(Section):
     validate_every: PositiveInt | None = None  # steps; always before the first step and after the last
     checkpoint_every: PositiveInt | None = None  # steps; always after the last
     keep_checkpoints: PositiveInt = 2  # the best one is kept beside these
+    async_checkpoints: bool = True  # written behind training, from a copy in host memory
     num_workers: NonNegativeInt = 2
     export: bool = True  # a Hugging Face folder after the last step
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside metrics.jsonl; extra `tracking`
 
     @model_validator(mode="after")
     def _name_is_a_folder_name(self) -> Self:

@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 
@@ -36,6 +37,14 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+
+    @cached_property
+    def background_group(self) -> dist.ProcessGroup:
+        """For collectives of a background thread, which must not mix with the main one's.
+
+        Made at its first use, which must be the same moment of the program on all ranks.
+        """
+        return dist.new_group(backend="gloo")
 
     @property
     def is_main(self) -> bool:

@@ -1,12 +1,18 @@
 """Checkpoints of a run: whole or absent.
 
     checkpoints = Checkpoints(run_folder / "checkpoints", keep=2)
-    checkpoints.save(student_state(student, optimizer), facts, world)
-    found = checkpoints.latest()            # a whole one, or None
+    checkpoints.save(student_state(student, optimizer), facts, world)      # copies, and writes behind training
+    checkpoints.wait()                                                      # for what is still being written
+    found = checkpoints.latest()                                            # a whole one, or None
+
+For people and scripts, the files ``latest`` and ``best`` beside the checkpoints name whole ones; nothing here
+reads them.  They are not links, which do not survive every way to copy a run.
 
 A checkpoint is written under a name that ends in ``.partial``, synced, and renamed as the last act, so a
 process killed at any moment leaves nothing that looks like a checkpoint and is none.  Tensors go through
-torch.distributed.checkpoint: each rank writes its shards, and any number of ranks can read them.
+torch.distributed.checkpoint: each rank writes its shards, and any number of ranks can read them.  A thread of
+each rank writes from a copy in host memory; the first rank's thread also does the renaming, which it may as
+soon as its own part ends, because that part ends when those of all ranks have.
 
 Nothing else is needed to go on: the order of examples, the learning rate and the random streams are pure
 functions of the recipe and the step.
@@ -19,6 +25,9 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,10 +39,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from shared.errors import CheckpointError
 from shared.runtime import World
-from stage2_student.files import sync_folder, write_json
+from stage2_student.files import sync_folder, write_json, write_text
 
 FACTS = "facts.json"
 PARTIAL = ".partial"
+LATEST, BEST = "latest", "best"  # files with the name of such a checkpoint
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -57,11 +67,16 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints; keeps the newest ``keep`` and the best one."""
+    """The folder of a run's checkpoints; keeps the newest ``keep`` and the best one.
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+    in_background  ``save`` returns when the state has been copied; False: when the checkpoint is whole
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, in_background: bool = True) -> None:
         self.folder = folder
         self.keep = keep
+        self.in_background = in_background
+        self._writing: Future[None] | None = None
 
     def all(self) -> list[Checkpoint]:
         """Whole checkpoints, oldest first."""
@@ -85,27 +100,84 @@ class Checkpoints:
         raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; there are: {there}")
 
     def save(self, state: dict[str, Any], facts: Facts, world: World) -> None:
-        """Called by all ranks; returns when the checkpoint is whole."""
-        final = self.folder / f"step-{facts.step:06d}"
-        partial = final.with_name(final.name + PARTIAL)
+        """Called by all ranks; the state may change as soon as it returns.
+
+        Raises   CheckpointError  when the checkpoint before this one, or this one, cannot be written
+        """
+        self.wait()
+        partial = self._path(facts.step, PARTIAL)
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+        group = world.background_group
         world.barrier()
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
-        if world.is_main:
-            write_json(partial / FACTS, asdict(facts))
-            if final.exists():  # the same step again, after a resume from an older one
-                _remove(final)
-            partial.rename(final)
-            sync_folder(self.folder)
-            self._forget_old()
-        world.barrier()
+        with quiet_dcp():
+            written: Future = dcp.async_save(  # type: ignore[assignment]  # of threads, not of processes
+                state,
+                storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
+                process_group=group,
+            )
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing = thread.submit(self._finish, written, facts, is_main=world.is_main)
+        thread.shutdown(wait=False)
+        if not self.in_background:
+            self.wait()
+            world.barrier()
 
-    def remove_partial(self) -> None:
-        """Clears away what a killed process left; called by one rank."""
+    def wait(self) -> None:
+        """Returns when nothing is being written any more; on the first rank the checkpoint is then whole.
+
+        Raises   CheckpointError  when it could not be written
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def raise_failure(self) -> None:
+        """Raises CheckpointError when a checkpoint could not be written; does not wait for one."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def _finish(self, written: Future, facts: Facts, *, is_main: bool) -> None:
+        """On a thread of each rank: waits until all ranks have written, then makes the folder a checkpoint."""
+        partial, final = self._path(facts.step, PARTIAL), self._path(facts.step)
+        try:
+            written.result()
+            if is_main:
+                write_json(partial / FACTS, asdict(facts))
+                if final.exists():  # the same step again, after a resume from an older one
+                    _remove(final)
+                partial.rename(final)
+                self._point()
+                self._forget_old()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[-1]
+            raise CheckpointError(
+                f"checkpoint {final}: cannot be written: {reason}. Older ones are whole; when the cause is gone, "
+                "--resume goes on from the newest of them"
+            ) from error
+
+    def _path(self, step: int, suffix: str = "") -> Path:
+        return self.folder / f"step-{step:06d}{suffix}"
+
+    def mend(self) -> None:
+        """Clears away what a killed process left, and sets ``latest`` and ``best`` right; called by one rank."""
         for path in self.folder.glob(f"step-*{PARTIAL}"):
             shutil.rmtree(path)
+        if self.folder.exists():
+            self._point()
+
+    def _point(self) -> None:
+        """Writes ``latest`` and ``best``, the second only where a checkpoint was validated."""
+        latest, best = self.latest(), self.best()
+        if best is not None and best.facts.validation_loss is None:
+            best = None
+        for name, found in ((LATEST, latest), (BEST, best)):
+            if found is None:
+                (self.folder / name).unlink(missing_ok=True)
+            else:
+                write_text(self.folder / name, found.path.name + "\n")
+        sync_folder(self.folder)
 
     def _forget_old(self) -> None:
         whole = self.all()
@@ -115,14 +187,22 @@ class Checkpoints:
                 _remove(found.path)
 
 
+@contextmanager
+def quiet_dcp() -> Iterator[None]:
+    """Without the notes that torch.distributed.checkpoint makes about its own ways."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
+
+
 def load(checkpoint: Checkpoint, state: dict[str, Any], *, alone: bool = False) -> None:
     """Reads into the tensors of ``state``, in place; called by all ranks, or by one that is ``alone``.
 
     Raises   CheckpointError  when the files are damaged or hold other tensors.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.distributed is")
+        with quiet_dcp():
             dcp.load(state, checkpoint_id=checkpoint.path, no_dist=alone)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[-1]

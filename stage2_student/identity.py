@@ -17,10 +17,18 @@ from shared.errors import CheckpointError
 MAY_CHANGE = (
     *("bootstrap", "teacher", "cache"),
     *("data.source", "data.revision", "data.columns", "data.splits", "data.limit", "data.max_dropped"),
-    *("student.attn_implementation", "student.activation_checkpointing", "loss.chunk_size", "parallel"),
+    *("student.attn_implementation", "student.activation_checkpointing"),
+    *("student.compile", "student.compile_backend", "loss.chunk_size", "parallel"),
     *("optimization.microbatch_size", "optimization.max_steps", "optimization.num_epochs"),
     *("optimization.max_skipped_steps", "run.name", "run.root", "run.validate_every", "run.checkpoint_every"),
-    *("run.keep_checkpoints", "run.num_workers", "run.export", "evaluation"),
+    *(
+        "run.keep_checkpoints",
+        "run.async_checkpoints",
+        "run.num_workers",
+        "run.export",
+        "run.trackers",
+        "evaluation",
+    ),
 )
 
 

@@ -28,14 +28,16 @@ from stage2_student.identity import require_same
 class RunFolder:
     """Paths of a run, and its log."""
 
-    def __init__(self, path: Path, *, keep_checkpoints: int = 2) -> None:
+    def __init__(self, path: Path, *, keep_checkpoints: int = 2, async_checkpoints: bool = True) -> None:
         self.path = path
         self.recipe = path / "recipe.yaml"
         self.results = path / "results.json"
         self.model_files = path / "model"
         self.export = path / "export"
         self.metrics = JsonLines(path / "metrics.jsonl")
-        self.checkpoints = Checkpoints(path / "checkpoints", keep=keep_checkpoints)
+        self.checkpoints = Checkpoints(
+            path / "checkpoints", keep=keep_checkpoints, in_background=async_checkpoints
+        )
 
     def refuse_existing(self, *, resume: bool) -> None:
         """Raises RecipeError when the folder has a run in it and nobody asked to go on with it."""
@@ -58,7 +60,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe, yaml.safe_dump(dump_recipe(recipe), sort_keys=False))
             write_json(self.path / "environment.json", environment() | {"num_ranks": world.size})
-            self.checkpoints.remove_partial()
+            self.checkpoints.mend()
             done = latest.facts.step if latest else -1  # no checkpoint: not even the first validation counts
             self.metrics.keep(lambda record: record["step"] <= done)
         world.barrier()

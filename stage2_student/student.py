@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
+import torch._dynamo as dynamo
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
@@ -32,8 +34,8 @@ from shared.kd_loss import LossSums, fused_ce_kd
 from shared.runtime import World
 from shared.sharding import blocks, fill
 from shared.sparse import SparseTargets
-from shared.vlm import empty_vlm, last_hidden_states, load_config, load_vlm, split
-from stage2_student.freezing import freeze
+from shared.vlm import check_split, empty_vlm, last_hidden_states, load_config, load_vlm, split
+from stage2_student.freezing import find_parts, freeze
 
 
 class StudentWithLoss(nn.Module):
@@ -71,6 +73,13 @@ class StudentWithLoss(nn.Module):
             **({"tail": self.loss.tail} if self.loss.tail else {}),
         )
 
+    def check_split(self, inputs: dict[str, Tensor]) -> None:
+        """``vlm.check_split`` of the sharded model; called by all ranks.
+
+        Raises   RecipeError  when body and head do not make the model's own logits
+        """
+        check_split(self.model, inputs)
+
 
 def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> StudentWithLoss:
     """The student, sharded over all ranks, with its weights; the first rank alone reads them.
@@ -85,11 +94,32 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
         # The public switch has changed its name, and makes embeddings that nobody trains require gradients.
         skeleton._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
     student = StudentWithLoss(skeleton, recipe.loss, num_token_ids=num_token_ids)
+    if recipe.student.compile:
+        compile_layers(skeleton, backend=recipe.student.compile_backend)
     shard(student, recipe.student, recipe.parallel, world)
     student.to_empty(device="cpu" if recipe.parallel.cpu_offload else world.device)
     source = full_model(recipe.student, seed=recipe.run.seed) if world.is_main else None
     fill(skeleton, source, world)
     return student.train()
+
+
+def compile_layers(model: PreTrainedModel, *, backend: str) -> None:
+    """torch.compile of each decoder layer, in place, so that names stay, and inside of FSDP's hooks.
+
+    Vision blocks are left as they are: they split by the pictures' sizes, which breaks their graphs.
+
+    Raises   RecipeError  for a backend that torch does not have
+    """
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends())
+        raise RecipeError(f"student.compile_backend {backend!r} is none of torch's: {known}")
+    # Layers share one code object, whose limit of 8 is met by two kinds of layers, with and without autograd, at a
+    # few lengths each; beyond it, dynamo silently goes on without compiling.
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
+    inside = {id(module) for part in find_parts(model)["language"] for module in part.modules()}
+    for block in blocks(model):
+        if id(block) in inside:
+            block.compile(backend=backend)
 
 
 def meta_model(config: StudentConfig) -> PreTrainedModel:
@@ -138,6 +168,11 @@ def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelCon
     of positions.  Both settings must be made on every module: on the root alone, gradients are silently
     wrong.
     """
+    if parallel.cpu_offload and world.device.type == "cpu":
+        raise RecipeError(
+            "parallel.cpu_offload keeps parameters in host memory and copies them to a GPU block by block; there is "
+            "no GPU here. Set it to false"
+        )
     mesh = data_parallel_mesh(parallel, world)
     compute, master = getattr(torch, config.compute_dtype), getattr(torch, config.param_dtype)
     policy = MixedPrecisionPolicy(
@@ -155,6 +190,7 @@ def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelCon
             reshard_after_forward=parallel.reshard_after_forward,
         )
     fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    register_fsdp_forward_method(student, "check_split")
     for module in fsdp_modules(student):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

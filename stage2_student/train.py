@@ -19,14 +19,20 @@ from stage2_student.inputs import open_inputs
 from stage2_student.order import StepShape
 from stage2_student.run_folder import RunFolder
 from stage2_student.summary import print_summary, summarize
+from stage2_student.tracking import open_trackers, require_trackers
 from stage2_student.trainer import Trainer
 
 
 def train(recipe: Recipe, world: World, *, resume: bool) -> int:
     """Runs, or goes on with, a training run; called by all ranks.  Returns the exit status."""
-    folder = RunFolder(recipe.run.path, keep_checkpoints=recipe.run.keep_checkpoints)
+    folder = RunFolder(
+        recipe.run.path,
+        keep_checkpoints=recipe.run.keep_checkpoints,
+        async_checkpoints=recipe.run.async_checkpoints,
+    )
     folder.refuse_existing(resume=resume)
     require_even_ranks(recipe, world.size)
+    require_trackers(recipe.run)
     inputs = open_inputs(recipe, world)
     shape = step_shape(recipe, inputs.train.num_examples)
     num_steps = total_steps(recipe, shape)
@@ -40,10 +46,14 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
         return 0
     if world.is_main:
         save_model_files(recipe, folder)
-    trainer = Trainer(recipe, inputs, shape, num_steps, folder, world)
-    trainer.restore(checkpoint)
-    with stop_on_sigterm() as stop:
-        finished = trainer.fit(stop)
+    with open_trackers(
+        recipe, folder.path, world, step=checkpoint.facts.step if checkpoint else -1
+    ) as trackers:
+        trainer = Trainer(recipe, inputs, shape, num_steps, folder, world, trackers)
+        trainer.restore(checkpoint)
+        trainer.check()
+        with stop_on_sigterm() as stop:
+            finished = trainer.fit(stop)
     del trainer
     gc.collect()  # sharded modules must be gone before the export needs their memory
     if not finished:

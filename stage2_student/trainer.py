@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from shared.config import Recipe
-from shared.errors import TrainingError
+from shared.errors import TeachonceError, TrainingError
 from shared.runtime import StopRequest, World
 from stage2_student.agreement import Step, in_agreement
 from stage2_student.checkpoint import Checkpoint, Facts, load, set_num_updates, student_state
-from stage2_student.feed import feed
+from stage2_student.feed import Microbatch, feed
 from stage2_student.inputs import Inputs
 from stage2_student.optim import learning_rate, make_optimizer, set_learning_rate
-from stage2_student.order import StepShape, pass_slots, training_slots
+from stage2_student.order import Slot, StepShape, pass_slots, training_slots
 from stage2_student.run_folder import RunFolder
 from stage2_student.step import Losses, StepResult, seed_step, train_step
-from stage2_student.student import build_student
+from stage2_student.student import build_student, reshard
+from stage2_student.tracking import Trackers
 from stage2_student.validate import validate
 
 
@@ -35,6 +37,7 @@ class Trainer:
         num_steps: int,
         folder: RunFolder,
         world: World,
+        trackers: Trackers,
     ) -> None:
         self.recipe = recipe
         self.inputs = inputs
@@ -42,10 +45,12 @@ class Trainer:
         self.num_steps = num_steps
         self.folder = folder
         self.world = world
+        self.trackers = trackers
         self.student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
         self.optimizer = make_optimizer(self.student, recipe.optimization)
         self.step = 0  # steps done
         self.num_updates = 0
+        self.saved_step = -1  # of the newest checkpoint
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Goes back to where a checkpoint was taken."""
@@ -54,12 +59,51 @@ class Trainer:
         load(checkpoint, student_state(self.student.model, self.optimizer))
         set_num_updates(self.optimizer, checkpoint.facts.num_updates)
         self.step, self.num_updates = checkpoint.facts.step, checkpoint.facts.num_updates
+        self.saved_step = self.step
+
+    def check(self) -> None:
+        """Proves on the first example that body and head are all there is to the student's logits.
+
+        Raises   RecipeError  when they are not; the example's own error, when it cannot be read
+        """
+        microbatch = self.inputs.training_source()[Slot(0, (0,))]
+        if isinstance(microbatch, TeachonceError):
+            raise microbatch  # on every rank, as all read the same one
+        self.student.eval()
+        self.student.check_split(microbatch.to(self.world.device).inputs)
+        self.student.train()
+        reshard(self.student)
 
     def fit(self, stop: StopRequest) -> bool:
-        """Steps to the end; False when it was asked to stop before."""
+        """Steps to the end; False when it was asked to stop before.  All checkpoints are then whole."""
+        try:
+            finished = self._steps(stop)
+        finally:
+            self.folder.checkpoints.wait()  # whatever ends the run: what was saved is kept
+        self.world.barrier()
+        return finished
+
+    def _steps(self, stop: StopRequest) -> bool:
         if self.step == 0:
             self._validate()
         run = self.recipe.run
+        with tqdm(
+            total=self.num_steps, initial=self.step, unit="step", disable=not self.world.is_main
+        ) as bar:
+            for step in in_agreement(self._fed(), self.world, stop):
+                if step.stop:
+                    if self.saved_step != self.step:
+                        self._save(validation_loss=None)
+                    return False
+                self._one_step(step, bar)
+                is_last = self.step == self.num_steps
+                losses = self._validate() if is_last or _due(self.step, run.validate_every) else None
+                if is_last or _due(self.step, run.checkpoint_every):
+                    self._save(validation_loss=None if losses is None else losses.loss)
+        return True
+
+    def _fed(self) -> Iterator[tuple[list[Microbatch], float]]:
+        """The steps' microbatches; a checkpoint that could not be written is an error here, as a row is."""
         fed = feed(
             self.inputs.training_source(),
             training_slots(
@@ -69,21 +113,12 @@ class Trainer:
                 rank=self.world.rank,
                 num_ranks=self.world.size,
             ),
-            num_workers=run.num_workers,
+            num_workers=self.recipe.run.num_workers,
             pin_memory=self.world.device.type == "cuda",
         )
-        bar = tqdm(total=self.num_steps, initial=self.step, unit="step", disable=not self.world.is_main)
-        with bar:
-            for step in in_agreement(fed, self.world, stop):
-                if step.stop:
-                    self._save_unless_saved()
-                    return False
-                self._one_step(step, bar)
-                is_last = self.step == self.num_steps
-                losses = self._validate() if is_last or _due(self.step, run.validate_every) else None
-                if is_last or _due(self.step, run.checkpoint_every):
-                    self._save(validation_loss=None if losses is None else losses.loss)
-        return True
+        for step in fed:
+            self.folder.checkpoints.raise_failure()
+            yield step
 
     def _one_step(self, step: Step, bar: tqdm) -> None:
         config = self.recipe.optimization
@@ -102,8 +137,8 @@ class Trainer:
         self.step += 1
         self.num_updates += result.updated
         record = self._record(step, result, rate, step_s=time.perf_counter() - begin + step.wait_s)
+        self._log(record)
         if self.world.is_main:
-            self.folder.metrics.append(record)
             bar.update()
             bar.set_postfix(loss=f"{result.losses.loss:.3f}", data_wait=f"{record['data_wait']:.0%}")
         self._require_finite(result)
@@ -139,6 +174,7 @@ class Trainer:
         """Losses over the validation split, logged; None where the data have none."""
         if self.inputs.validation is None:
             return None
+        self.folder.checkpoints.wait()  # workers are forked here, and a fork beside a busy thread may hang
         begin = time.perf_counter()
         lengths = self.inputs.validation.lengths
         slots = pass_slots(
@@ -156,17 +192,16 @@ class Trainer:
         )
         record = {"event": "validation", "step": self.step, **_named(losses, distils=self.recipe.distils)}
         record["validation_s"] = time.perf_counter() - begin
+        self._log(record)
         if self.world.is_main:
-            self.folder.metrics.append(record)
             kd = f", kd {losses.kd:.4f}" if self.recipe.distils else ""
             tqdm.write(f"step {self.step}: validation loss {losses.loss:.4f}, ce {losses.ce:.4f}{kd}")
         return losses
 
-    def _save_unless_saved(self) -> None:
-        """Before an orderly stop; a checkpoint of this step may be there, with its validation loss."""
-        latest = self.folder.checkpoints.latest()
-        if latest is None or latest.facts.step != self.step:
-            self._save(validation_loss=None)
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self.folder.metrics.append(record)
+            self.trackers.log(record)
 
     def _save(self, *, validation_loss: float | None) -> None:
         facts = Facts(
@@ -177,6 +212,7 @@ class Trainer:
             validation_loss=validation_loss,
         )
         self.folder.checkpoints.save(student_state(self.student.model, self.optimizer), facts, self.world)
+        self.saved_step = self.step
 
 
 def peak_memory_gib(world: World) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stage2_runs import on_ranks
 from torch import nn
 
 from shared.config import OptimizationConfig
@@ -24,6 +28,7 @@ def save(folder: Checkpoints, *taken: Facts, state: dict[str, Any] | None = None
     with distributed(device="cpu") as world:
         for one in taken:
             folder.save(state or {"model": {"w": torch.full((3,), float(one.step))}}, one, world)
+        folder.wait()
 
 
 def steps(folder: Checkpoints) -> list[int]:
@@ -46,6 +51,23 @@ def test_without_validation_nothing_is_best_but_the_newest(tmp_path: Path) -> No
     assert steps(folder) == [3]
 
 
+def test_latest_and_best_name_whole_checkpoints(tmp_path: Path) -> None:
+    def named() -> dict[str, str]:
+        files = (path for path in (tmp_path / "checkpoints").iterdir() if path.is_file())
+        named = {path.name: path.read_text().strip() for path in files}
+        return {name: to for name, to in named.items() if (tmp_path / "checkpoints" / to).is_dir()}
+
+    folder = Checkpoints(tmp_path / "checkpoints", keep=1)
+    save(folder, facts(1))
+    assert named() == {"latest": "step-000001"}
+    save(folder, facts(2, 1.0), facts(3, 2.0))
+    assert named() == {"latest": "step-000003", "best": "step-000002"}
+    (tmp_path / "checkpoints" / "latest").unlink()  # killed before it was written
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000002")
+    folder.mend()
+    assert named() == {"latest": "step-000003", "best": "step-000003"}
+
+
 def test_steps_beyond_a_million_are_in_order(tmp_path: Path) -> None:
     folder = Checkpoints(tmp_path / "checkpoints", keep=2)
     save(folder, facts(999_999), facts(1_000_000), facts(1_000_001))
@@ -59,23 +81,46 @@ def test_what_a_killed_process_left_is_not_a_checkpoint_and_is_removed(tmp_path:
     latest = folder.latest()
     assert latest is not None
     assert latest.facts.step == 1
-    folder.remove_partial()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    folder.mend()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-000001", "latest"}
 
 
-def test_an_error_in_the_middle_of_a_write_leaves_no_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_leaves_no_checkpoint_and_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    """A full disk, as far as a process can see: the files may not grow beyond a few bytes."""
+
+    def fill_up(world: World) -> tuple[list[int], list[str]]:
+        folder = Checkpoints(tmp_path / "checkpoints")
+        folder.save({"model": {"w": torch.zeros(3)}}, facts(1), world)
+        folder.wait()
+        world.barrier()
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+        folder.save({"model": {"w": torch.zeros(3000)}}, facts(2), world)
+        errors = []
+        for wait in (folder.wait, folder.raise_failure):
+            try:
+                wait()
+            except CheckpointError as error:
+                errors.append(str(error))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return steps(folder), errors
+
+    for whole, errors in on_ranks(2, fill_up):
+        assert whole == [1]
+        assert len(errors) == 1  # said once
+        assert "step-000002: cannot be written" in errors[0]
+
+
+def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """What is written is the state at the time of the call."""
+    state = {"model": {"w": torch.ones(1000, 100)}}
     folder = Checkpoints(tmp_path / "checkpoints")
-    save(folder, facts(1))
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("stage2_student.checkpoint.write_json", full)
-    with pytest.raises(OSError, match="no space left"):
-        save(folder, facts(2))
-    assert steps(folder) == [1]
+    with distributed(device="cpu") as world:
+        folder.save(state, facts(1), world)
+        state["model"]["w"].fill_(7.0)
+        folder.wait()
+    load(folder.at(1), state, alone=True)
+    assert (state["model"]["w"] == 1.0).all()
 
 
 def test_damage_is_said_and_not_loaded(tmp_path: Path) -> None:
@@ -127,12 +172,12 @@ def test_model_and_optimizer_come_back_bit_for_bit_and_go_on_alike(tmp_path: Pat
 
 
 def test_two_ranks_see_one_another_s_checkpoint(tmp_path: Path) -> None:
-    from stage2_runs import on_ranks
-
     def work(world: World) -> list[int]:
         folder = Checkpoints(tmp_path / "checkpoints", keep=1)
         for step in (1, 2):
             folder.save({"model": {"w": torch.arange(3.0)}}, facts(step), world)
+        folder.wait()
+        world.barrier()
         return steps(folder)
 
     assert on_ranks(2, work) == [[2], [2]]

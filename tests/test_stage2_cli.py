@@ -66,7 +66,8 @@ def test_a_run_leaves_everything_that_a_reader_needs(tree: dict[str, Any], tmp_p
     assert {one["row"] for one in answers} == {0, 1, 2, 3}
     assert json.loads((run / "environment.json").read_text())["torch"] == torch.__version__
     assert yaml.safe_load((run / "recipe.yaml").read_text())["optimization"]["betas"] == [0.9, 0.95]
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
+    checkpoints = {path.name for path in (run / "checkpoints").iterdir()}
+    assert checkpoints == {"step-000002", "step-000004", "latest", "best"}
 
 
 def test_an_override_that_is_wrong_is_one_message_with_its_status(

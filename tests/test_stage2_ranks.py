@@ -9,6 +9,7 @@ import pytest
 from stage2_runs import make_recipe, run_alone, run_ranks, step_records, validation_records
 
 from shared.config import Recipe
+from shared.errors import RecipeError
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,25 @@ def test_ranks_equal_one_rank(
     assert run_ranks(many, num_ranks) == [0] * num_ranks
     assert_same_losses(step_records(many), step_records(one))
     assert_same_losses(validation_records(many), validation_records(one))
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_groups_that_hold_a_whole_copy_each_equal_one_rank(
+    tree: dict[str, Any], one: Recipe, num_ranks: int
+) -> None:
+    """Hybrid sharding: two replicas, each sharded over one rank or two."""
+    hybrid = make_recipe(
+        tree,
+        run__name=f"hybrid-{num_ranks}",
+        optimization__microbatch_size=1,
+        parallel__dp_replicate=2,
+    )
+    assert run_ranks(hybrid, num_ranks) == [0] * num_ranks
+    assert_same_losses(step_records(hybrid), step_records(one))
+    assert_same_losses(validation_records(hybrid), validation_records(one))
+
+
+def test_offloading_to_the_host_needs_a_gpu_beside_it(tree: dict[str, Any]) -> None:
+    recipe = make_recipe(tree, run__name="offloaded", parallel__cpu_offload=True)
+    with pytest.raises(RecipeError, match=r"parallel\.cpu_offload .* no GPU here"):
+        run_alone(recipe)

@@ -16,14 +16,18 @@ from stage2_runs import (
     step_records,
     validation_records,
 )
+from torch._dynamo.utils import counters as dynamo_counters
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3_5ForConditionalGeneration
 
 from shared.config import FreezeConfig
 from shared.errors import RecipeError, TrainingError
 from shared.processing import ExampleProcessor
+from shared.runtime import World
 from shared.vqa import open_split
 from stage2_student.freezing import find_parts, freeze
+from stage2_student.inputs import open_inputs
+from stage2_student.order import Slot
 from stage2_student.student import build_student, full_model
 
 
@@ -200,7 +204,8 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_student_moves(
     )
     with pytest.raises(TrainingError, match=r"step 2: the loss is .*max_skipped_steps allows 0"):
         run_ranks(recipe, num_ranks)
-    assert [path.name for path in (recipe.run.path / "checkpoints").iterdir()] == ["step-000001"]
+    checkpoints = {path.name for path in (recipe.run.path / "checkpoints").iterdir()}
+    assert checkpoints == {"step-000001", "latest"}
 
 
 def test_steps_that_are_not_finite_may_be_left_out_and_are_counted(tree: dict[str, Any]) -> None:
@@ -215,3 +220,70 @@ def test_steps_that_are_not_finite_may_be_left_out_and_are_counted(tree: dict[st
     run_alone(recipe)
     first, last = state_of(recipe, 2), state_of(recipe, 3)
     assert all(torch.equal(first[name], last[name]) for name in first)
+
+
+def test_a_frozen_tower_runs_without_autograd(tree: dict[str, Any]) -> None:
+    """What enters the language model has no graph behind it, so nothing of the tower is kept for a backward."""
+
+    def graphs(world: World) -> tuple[bool, bool]:
+        recipe = make_recipe(tree, student__freeze={"vision": True, "connector": True})
+        inputs = open_inputs(recipe, world)
+        student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
+        seen: list[bool] = []
+        (tower,) = find_parts(student.model)["vision"]
+        for module in tower.modules():
+            module.register_forward_hook(lambda _, __, output: seen.append(_has_graph(output)))
+        microbatch = inputs.training_source()[Slot(0, (0, 1))]
+        loss = student(microbatch.inputs, microbatch.position_index, microbatch.labels, None).loss
+        loss.backward()
+        assert len(seen) > 3
+        return any(seen), loss.requires_grad
+
+    assert on_ranks(1, graphs) == [(False, True)]
+
+
+def _has_graph(output: Any) -> bool:
+    values = (
+        output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
+    )
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
+def test_a_student_that_changes_its_logits_is_refused_before_the_first_step(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two ranks, sharded: the check sees what the model really does."""
+    original = Qwen3_5ForConditionalGeneration.forward
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    monkeypatch.setattr(Qwen3_5ForConditionalGeneration, "forward", changed)
+    recipe = make_recipe(tree)
+    with pytest.raises(RecipeError, match="its logits differ"):
+        run_ranks(recipe, 2)
+    assert step_records(recipe) == []
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_losses_by_rounding_only(distilling: dict[str, Any]) -> None:
+    """With the backend that traces like the default one, but writes no code, which takes minutes on a CPU.
+
+    By hand with ``inductor``: losses within 1e-6, and 219 s for three steps.
+    """
+    plain = make_recipe(distilling, run__name="plain")
+    compiled = make_recipe(distilling, student__compile=True, student__compile_backend="eager")
+    assert run_alone(plain) == 0
+    assert run_alone(compiled) == 0
+    assert dynamo_counters["frames"]["ok"] > 0
+    for ours, theirs in zip(step_records(compiled), step_records(plain), strict=True):
+        assert {**ours, "event": 0} == pytest.approx({**theirs, "event": 0}, rel=2e-5)
+    assert state_of(compiled, 3).keys() == state_of(plain, 3).keys()
+
+
+def test_an_unknown_compiler_is_refused(tree: dict[str, Any]) -> None:
+    recipe = make_recipe(tree, student__compile=True, student__compile_backend="inducktor")
+    with pytest.raises(RecipeError, match="compile_backend 'inducktor' is none of torch's"):
+        run_alone(recipe)
