@@ -107,6 +107,16 @@ class FreezeConfig(Section):
     language: bool = False
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) instead of the student's own weights; extra ``lora``."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0  # an adapter's output is multiplied by alpha / rank
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of an adapter's input
+    target_modules: tuple[str, ...] | None = None  # as peft's; null: all linear layers of the language model
+    merge: bool = False  # the export is a whole model instead of an adapter
+
+
 class StudentConfig(Section):
     """The student of stage two."""
 
@@ -117,9 +127,19 @@ class StudentConfig(Section):
     compute_dtype: Dtype = "bfloat16"
     attn_implementation: str | None = None
     freeze: FreezeConfig = FreezeConfig()
+    lora: LoraConfig | None = None
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of each decoder layer
     compile_backend: str = "inductor"
+
+    @model_validator(mode="after")
+    def _adapters_are_trained(self) -> Self:
+        if self.lora is not None and self.freeze.language:
+            raise ValueError(
+                "freeze.language beside lora: adapters are part of the language model. Leave the switch out: with "
+                "lora all weights but the adapters' are frozen"
+            )
+        return self
 
 
 class LossConfig(Section):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
+from shared.adapters import base_of, is_adapter, merged
 from shared.errors import RecipeError
 
 
@@ -45,10 +46,11 @@ class Head:
 
 
 def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """The model's configuration.
+    """The model's configuration; an adapter's folder stands for its base model.
 
     Raises   RecipeError  when there is no model of that name, or it is not a decoder-only VLM.
     """
+    name, revision = base_of(name, revision)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
@@ -66,11 +68,15 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
 def load_vlm(
     name: str, *, revision: str | None, dtype: torch.dtype, attn_implementation: str | None
 ) -> PreTrainedModel:
-    """The model with its weights, on the CPU, in evaluation mode.
+    """The model with its weights, on the CPU, in evaluation mode; an adapter's folder gives it with them merged.
 
     Raises   RecipeError  when it cannot be opened, or its files lack weights.
     """
     load_config(name, revision)
+    if is_adapter(name):
+        base, its_revision = base_of(name, revision)
+        whole = load_vlm(base, revision=its_revision, dtype=dtype, attn_implementation=attn_implementation)
+        return merged(whole, name)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,

@@ -63,15 +63,20 @@ def evaluate(recipe: str, overrides: tuple[str, ...], model: Path | None) -> int
 @click.argument("run_folder", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(min=0), help="Of the checkpoint; the newest by default.")
 @click.option("--best", is_flag=True, help="The checkpoint with the lowest validation loss.")
+@click.option(
+    "--merge/--adapter",
+    default=None,
+    help="Of a run with LoRA: a whole model, or the adapter; as its recipe says.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write; RUN_FOLDER/export by default.")
-def export(run_folder: Path, step: int | None, best: bool, out: Path | None) -> int:
+def export(run_folder: Path, step: int | None, best: bool, merge: bool | None, out: Path | None) -> int:
     """Write a checkpoint of RUN_FOLDER as a Hugging Face folder."""
     from stage2_student.export import choose_checkpoint, export_checkpoint
     from stage2_student.run_folder import RunFolder
 
     folder = RunFolder(run_folder)
     checkpoint = choose_checkpoint(folder, step=step, best=best)
-    click.echo(export_checkpoint(folder, checkpoint, out or folder.export))
+    click.echo(export_checkpoint(folder, checkpoint, out or folder.export, merge=merge))
     return 0
 
 

@@ -25,9 +25,9 @@ from shared.processing import ExampleProcessor
 from shared.survey import cache_covers
 from shared.vqa import open_split
 from stage2_student.estimate import count_parameters, estimate_memory
-from stage2_student.freezing import find_parts, freeze
+from stage2_student.freezing import find_parts
 from stage2_student.inputs import open_cache
-from stage2_student.student import check_vocabulary, meta_model
+from stage2_student.student import check_vocabulary, choose_trained, meta_model
 from stage2_student.train import require_even_ranks, step_shape, total_steps
 
 
@@ -64,7 +64,7 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
 
 def _describe_model(report: Report, recipe: Recipe, model: PreTrainedModel) -> None:
     report.add("student", f"{recipe.student.model} ({type(model).__name__})")
-    freeze(model, recipe.student.freeze)
+    choose_trained(model, recipe.student, seed=recipe.run.seed)
     total, trained = count_parameters(model), count_parameters(model, trained_only=True)
     report.add("parameters", f"{total:,}: {trained:,} trained, {total - trained:,} frozen")
     for name, modules in find_parts(model).items():

@@ -1,5 +1,7 @@
 """A checkpoint as an ordinary Hugging Face folder: sharded safetensors, tokenizer, processor, settings.
 
+A run with LoRA becomes an adapter's folder, or a whole model's with the adapters merged into its weights.
+
 The run's folder keeps the small files of the student's original folder (``model/``), so that any checkpoint
 can be exported at any time, by one process, whether or not the original is still there.
 """
@@ -15,6 +17,7 @@ from shared.config import Recipe, load_recipe
 from shared.errors import CheckpointError, RecipeError
 from shared.vlm import load_config
 from stage2_student.checkpoint import Checkpoint, load, student_state
+from stage2_student.lora import add_adapters, merge_adapters, save_adapters
 from stage2_student.run_folder import RunFolder
 from stage2_student.student import empty_model
 
@@ -60,18 +63,35 @@ def choose_checkpoint(folder: RunFolder, *, step: int | None = None, best: bool 
     return found
 
 
-def export_checkpoint(folder: RunFolder, checkpoint: Checkpoint, out: Path) -> Path:
-    """Writes ``out``, whole or not at all; the weights keep the dtype they were trained in."""
+def export_checkpoint(
+    folder: RunFolder, checkpoint: Checkpoint, out: Path, *, merge: bool | None = None
+) -> Path:
+    """Writes ``out``, whole or not at all; the weights keep the dtype they were trained in.
+
+    merge  adapters into the weights; by default as the run's recipe says
+    """
     recipe = load_recipe(folder.recipe)
+    lora = recipe.student.lora
+    if merge and lora is None:
+        raise RecipeError(f"{folder.path}: the run has no adapters to merge; its export is a whole model")
     model = empty_model(load_config(str(folder.model_files)), recipe.student)
+    if lora is not None:
+        add_adapters(model, lora, seed=recipe.run.seed)
     model.to_empty(device="cpu")
     model.tie_weights()  # which to_empty has undone
     load(checkpoint, student_state(model), alone=True)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+    is_adapter = lora is not None and not (lora.merge if merge is None else merge)
+    if is_adapter:
+        save_adapters(model, partial, base=recipe.student.model, revision=recipe.student.revision)
+    else:
+        merge_adapters(model)
+        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
     for path in _small_files(folder.model_files):
-        if path.name != "config.json":
+        if (
+            path.name != "config.json"
+        ):  # a model's is written; an adapter's folder has none, or it would pass for one
             shutil.copyfile(path, partial / path.name)
     _replace_folder(partial, out)
     return out

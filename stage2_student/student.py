@@ -36,6 +36,7 @@ from shared.sharding import blocks, fill
 from shared.sparse import SparseTargets
 from shared.vlm import check_split, empty_vlm, last_hidden_states, load_config, load_vlm, split
 from stage2_student.freezing import find_parts, freeze
+from stage2_student.lora import add_adapters
 
 
 class StudentWithLoss(nn.Module):
@@ -89,7 +90,7 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
     """
     skeleton = meta_model(recipe.student)
     check_vocabulary(skeleton, num_token_ids)
-    freeze(skeleton, recipe.student.freeze)
+    choose_trained(skeleton, recipe.student, seed=recipe.run.seed)
     if recipe.student.activation_checkpointing:
         # The public switch has changed its name, and makes embeddings that nobody trains require gradients.
         skeleton._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
@@ -98,9 +99,22 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
         compile_layers(skeleton, backend=recipe.student.compile_backend)
     shard(student, recipe.student, recipe.parallel, world)
     student.to_empty(device="cpu" if recipe.parallel.cpu_offload else world.device)
-    source = full_model(recipe.student, seed=recipe.run.seed) if world.is_main else None
+    source = None
+    if world.is_main:
+        source = full_model(recipe.student, seed=recipe.run.seed)
+        choose_trained(source, recipe.student, seed=recipe.run.seed)
     fill(skeleton, source, world)
     return student.train()
+
+
+def choose_trained(model: PreTrainedModel, config: StudentConfig, *, seed: int) -> None:
+    """Freezes what is not trained, and adds the adapters that are, if there are to be any.
+
+    seed  of the adapters' first weights, which do not depend on the number of ranks
+    """
+    freeze(model, config.freeze)
+    if config.lora is not None:
+        add_adapters(model, config.lora, seed=seed)
 
 
 def compile_layers(model: PreTrainedModel, *, backend: str) -> None:

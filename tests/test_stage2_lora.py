@@ -1,0 +1,168 @@
+"""Adapters are trained alone, alike on any number of ranks, and leave as an adapter or as a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from stage2_runs import (
+    assert_same_state,
+    make_recipe,
+    run_alone,
+    run_ranks,
+    state_of,
+    step_records,
+    validation_records,
+)
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from shared.errors import RecipeError
+from shared.processing import Batch, ExampleProcessor
+from shared.vlm import load_vlm
+from shared.vqa import Example
+from stage2_student.__main__ import commands
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture
+def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path, teacher_cache: Path) -> dict[str, Any]:
+    return {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+        "teacher": {"model": "gone"},
+        "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
+        "student": {
+            "model": str(student_folder),
+            "compute_dtype": "float32",
+            "lora": {"rank": 4, "alpha": 8.0},
+        },
+        "loss": {"kd_ratio": 0.5, "chunk_size": 16},
+        "optimization": {
+            "global_batch_size": 4,
+            "microbatch_size": 2,
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+        },
+        "run": {"name": "run", "root": str(tmp_path), "num_workers": 0},
+    }
+
+
+@pytest.fixture
+def batch(processor: ExampleProcessor, examples: list[Example]) -> Batch:
+    return processor.collate([processor.encode(one) for one in examples[:3]])
+
+
+@torch.no_grad()
+def logits(model: Any, batch: Batch) -> torch.Tensor:
+    return model.eval()(**batch.inputs, use_cache=False).logits
+
+
+def test_adapters_alone_are_trained(tree: dict[str, Any], student_folder: Path) -> None:
+    recipe = make_recipe(tree)
+    assert run_alone(recipe) == 0
+    state, base = state_of(recipe, 4), base_of(student_folder)
+    weights = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+    frozen = {name.replace(".base_layer.", "."): t for name, t in weights.items() if ".lora_" not in name}
+    for name, tensor in base.named_parameters():
+        assert torch.equal(frozen[name], tensor), name
+    adapters = {name for name in weights if ".lora_" in name}
+    assert {name.removeprefix("exp_avg.") for name in state if name.startswith("exp_avg.")} == adapters
+    assert all(weights[name].any() for name in adapters)  # the zero factors have moved
+    assert not any("visual" in name or "lm_head" in name for name in adapters)
+    first, last = validation_records(recipe)[0], validation_records(recipe)[-1]
+    assert last["loss"] < first["loss"]
+
+
+def test_ranks_and_a_resume_change_nothing(tree: dict[str, Any]) -> None:
+    one, two = make_recipe(tree, run__name="one"), make_recipe(tree, run__name="two")
+    run_alone(one)
+    run_ranks(two, 2)
+    for ours, theirs in zip(step_records(two), step_records(one), strict=True):
+        assert {**ours, "event": 0} == pytest.approx({**theirs, "event": 0}, rel=2e-5)
+    constant = {"optimization__schedule": "constant"}
+    unbroken = make_recipe(tree, run__name="unbroken", **constant)
+    run_alone(unbroken)
+    begun = make_recipe(tree, run__name="begun", optimization__max_steps=2, **constant)
+    run_alone(begun)
+    resumed = make_recipe(tree, run__name="begun", **constant)
+    run_alone(resumed, resume=True)
+    assert step_records(resumed) == step_records(unbroken)
+    assert_same_state(state_of(resumed, 4), state_of(unbroken, 4))
+
+
+def test_the_adapter_and_the_merged_model_answer_alike(
+    tree: dict[str, Any], student_folder: Path, batch: Batch, tmp_path: Path
+) -> None:
+    recipe = make_recipe(tree)
+    run_alone(recipe)
+    export = recipe.run.path / "export"
+    assert (export / "adapter_model.safetensors").exists()
+    assert not list(export.glob("model*.safetensors"))
+    with_adapter = peft.PeftModel.from_pretrained(base_of(student_folder), str(export))
+
+    merged = tmp_path / "merged"
+    command(str(recipe.run.path), "--merge", "--out", str(merged))
+    assert not (merged / "adapter_config.json").exists()
+    whole = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32)
+    base = base_of(student_folder)
+    assert whole.state_dict().keys() == base.state_dict().keys()
+    torch.testing.assert_close(logits(whole, batch), logits(with_adapter, batch), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(whole, batch), logits(base, batch), atol=1e-2)
+
+
+def test_the_student_s_answers_are_those_of_its_adapter(
+    tree: dict[str, Any], student_folder: Path, batch: Batch
+) -> None:
+    """The export is opened as any folder is: by ``evaluate``, and at the end of the run."""
+    recipe = make_recipe(tree, evaluation__max_examples=2, evaluation__max_new_tokens=4)
+    assert run_alone(recipe) == 0
+    assert len((recipe.run.path / "answers.jsonl").read_text().splitlines()) == 2
+    opened = load_vlm(
+        str(recipe.run.path / "export"), revision=None, dtype=torch.float32, attn_implementation=None
+    )
+    plainly = AutoModelForImageTextToText.from_pretrained(recipe.run.path / "export", dtype=torch.float32)
+    torch.testing.assert_close(logits(opened, batch), logits(plainly, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_a_recipe_may_ask_for_the_merged_model(tree: dict[str, Any]) -> None:
+    tree["student"]["lora"]["merge"] = True
+    recipe = make_recipe(tree, optimization__max_steps=1)
+    run_alone(recipe)
+    export = recipe.run.path / "export"
+    assert list(export.glob("model*.safetensors"))
+    assert not (export / "adapter_config.json").exists()
+
+
+def test_targets_may_be_named_and_are_checked(tree: dict[str, Any]) -> None:
+    tree["student"]["lora"]["target_modules"] = ["q_proj", "linear_fc1"]
+    recipe = make_recipe(tree, optimization__max_steps=1, run__export=False)
+    run_alone(recipe)
+    adapted = {name.partition(".lora_A")[0] for name in state_of(recipe, 1) if ".lora_A" in name}
+    assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "linear_fc1"}
+    tree["student"]["lora"]["target_modules"] = ["q_prj"]
+    with pytest.raises(RecipeError, match=r"'q_prj' is no linear layer.*q_proj"):
+        run_alone(make_recipe(tree, run__name="other"))
+
+
+def test_adapters_in_a_frozen_language_model_are_a_contradiction(tree: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"freeze\.language beside lora"):
+        make_recipe(tree, student__freeze={"language": True})
+
+
+def test_a_run_without_adapters_has_nothing_to_merge(tree: dict[str, Any]) -> None:
+    recipe = make_recipe(tree, student__lora=None, optimization__max_steps=1, run__export=False)
+    run_alone(recipe)
+    result = CliRunner().invoke(commands, ["export", str(recipe.run.path), "--merge"])
+    assert "no adapters to merge" in str(result.exception)
+
+
+def base_of(folder: Path) -> PreTrainedModel:
+    return load_vlm(str(folder), revision=None, dtype=torch.float32, attn_implementation=None)
+
+
+def command(*arguments: str) -> None:
+    result = CliRunner().invoke(commands, ["export", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
