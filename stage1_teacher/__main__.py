@@ -3,6 +3,8 @@ than one process)."""
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from shared.cli import recipe_arguments
@@ -37,6 +39,57 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
     from stage1_teacher.check import check_recipe
 
     return check_recipe(load_recipe(recipe, overrides=overrides), num_ranks=nproc).show()
+
+
+@commands.command("estimate")
+@recipe_arguments
+@click.option("--examples", default=64, show_default=True, type=click.IntRange(min=1), help="Sample size.")
+@click.option(
+    "--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Devices to project for."
+)
+@click.option(
+    "--students", default=1, show_default=True, type=click.IntRange(min=1), help="Students to train."
+)
+@click.option(
+    "--epochs", type=click.FloatRange(min=0, min_open=True), help="Of each student; the recipe's by default."
+)
+@click.option(
+    "--tau",
+    "taus",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Also of this; may be repeated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def estimate(
+    recipe: str,
+    overrides: tuple[str, ...],
+    examples: int,
+    nproc: int,
+    students: int,
+    epochs: float | None,
+    taus: tuple[float, ...],
+    as_json: bool,
+) -> int:
+    """Say, from a sample, how long a capture of RECIPE takes, how large its cache is, and when it pays."""
+    from stage1_teacher.estimate import TAUS, show
+    from stage1_teacher.estimate import estimate as run_estimate
+
+    with distributed() as world:
+        found = run_estimate(
+            load_recipe(recipe, overrides=overrides),
+            world,
+            num_examples=examples,
+            num_ranks=nproc,
+            num_students=students,
+            num_epochs=epochs,
+            taus=taus or TAUS,
+        )
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        show(found)
+    return 0
 
 
 @commands.command("inspect")

@@ -59,12 +59,32 @@ class Teacher:
         Shapes   seeds_N (N,) int64; returns targets of N positions and (N,) fp32 nats, both on the device
         Holds    at no time are there more than ``chunk_size`` rows of logits; no logits of prompts exist
         """
-        hidden_ND = self.hidden(batch)
+        return self.sparse_targets(
+            self.hidden(batch),
+            batch.labels,
+            seeds_N,
+            policy=policy,
+            temperatures=temperatures,
+            chunk_size=chunk_size,
+        )
+
+    @torch.inference_mode()
+    def sparse_targets(
+        self,
+        hidden_ND: Tensor,
+        labels_N: Tensor,
+        seeds_N: Tensor,
+        *,
+        policy: Policy,
+        temperatures: Sequence[float],
+        chunk_size: int,
+    ) -> tuple[SparseTargets, Tensor]:
+        """What ``targets`` makes of the body's hidden states."""
         parts, losses = [], []
         for start in range(0, len(hidden_ND), chunk_size):
             chunk = slice(start, start + chunk_size)
             logprobs_nV = self.logprobs(hidden_ND[chunk])
-            losses.append(-logprobs_nV.gather(1, batch.labels[chunk, None]).squeeze(1))
+            losses.append(-logprobs_nV.gather(1, labels_N[chunk, None]).squeeze(1))
             parts.append(
                 sparsify(logprobs_nV, policy, temperatures=tuple(temperatures), seeds=seeds_N[chunk])
             )

@@ -1,0 +1,107 @@
+"""An estimate from a sample against the capture it announces."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from shared.break_even import TeacherCosts
+from shared.cache import CacheReader
+from shared.config import Recipe
+from shared.errors import RecipeError
+from shared.recipe_files import validate_tree
+from shared.runtime import StopRequest, distributed
+from stage1_teacher.__main__ import commands
+from stage1_teacher.capture import capture
+from stage1_teacher.estimate import estimate
+
+
+@pytest.fixture
+def tree(tmp_path: Path, vqa_folder: Path, teacher_folder: Path, student_folder: Path) -> dict[str, Any]:
+    return {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {
+            "path": str(tmp_path / "cache"),
+            "policy": {"kind": "threshold", "tau": 1 / 64},
+            "examples_per_shard": 4,
+            "num_workers": 0,
+        },
+        "student": {"model": str(student_folder)},
+        "optimization": {"max_steps": 6, "global_batch_size": 4},
+        "run": {"name": "mine"},
+    }
+
+
+def test_a_sample_of_everything_is_what_the_capture_then_writes(tree: dict[str, Any], tmp_path: Path) -> None:
+    recipe = validate_tree(Recipe, tree, origin="test")
+    with distributed(device="cpu") as world:
+        found = estimate(recipe, world, num_examples=16, taus=(1 / 64, 1 / 512))
+        assert not (tmp_path / "cache").exists()
+        capture(recipe, world, StopRequest())
+    held = CacheReader(tmp_path / "cache").manifest
+    assert (found.num_examples, found.num_positions) == (held.totals.examples, held.totals.positions)
+    assert found.num_shards == len(held.shards)
+    own = next(size for size in found.sizes if size.is_recipe)
+    assert own.policy == "threshold 1/64"
+    assert own.entries_per_position == pytest.approx(held.totals.entries / held.totals.positions)
+    assert own.total_bytes == pytest.approx(held.totals.bytes, rel=0.03)
+    assert found.num_epochs == 2.0
+
+
+def test_smaller_taus_cost_more_and_each_policy_is_measured_once(tree: dict[str, Any]) -> None:
+    recipe = validate_tree(Recipe, tree, origin="test")
+    with distributed(device="cpu") as world:
+        found = estimate(recipe, world, num_examples=5, taus=(1 / 4, 1 / 64, 1 / 1024))
+    assert found.num_sampled == 5
+    assert [size.policy for size in found.sizes] == ["threshold 1/4", "threshold 1/64", "threshold 1/1024"]
+    assert all(seconds > 0 for seconds in vars(found.times).values())
+    assert found.times.capture > 0.5 * found.times.live
+
+
+def test_the_command_prints_a_page_or_json(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["cache"]["policy"] = {"kind": "top_k", "k": 8}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    arguments = [
+        "estimate",
+        str(recipe),
+        "--examples",
+        "4",
+        "--students",
+        "3",
+        "--epochs",
+        "2",
+        "--tau",
+        "0.125",
+    ]
+    page = CliRunner().invoke(commands, arguments, catch_exceptions=False)
+    assert page.exit_code == 0
+    assert "top_k 8" in page.output
+    assert "<- the recipe" in page.output
+    assert "3 student(s) of 2 epoch(s)" in page.output
+    printed = CliRunner().invoke(commands, [*arguments, "--json"], catch_exceptions=False)
+    found = json.loads(printed.stdout)
+    assert {size["policy"] for size in found["sizes"]} == {"top_k 8", "threshold 1/8"}
+    assert found["live_s"] == pytest.approx(6 * found["costs"]["live_epoch_s"])
+
+
+def test_without_a_teacher_there_is_nothing_to_estimate(tree: dict[str, Any]) -> None:
+    tree["loss"] = {"kd_ratio": 0.0}
+    del tree["teacher"], tree["cache"]
+    with distributed(device="cpu") as world, pytest.raises(RecipeError, match="needs a teacher and a cache"):
+        estimate(validate_tree(Recipe, tree, origin="test"), world)
+
+
+def test_break_even_by_hand() -> None:
+    costs = TeacherCosts(capture_s=600.0, live_epoch_s=500.0, cached_epoch_s=20.0)
+    assert costs.break_even_epochs == 1.25
+    assert costs.live_s(num_students=3, num_epochs=2) == 3000.0
+    assert costs.cached_s(num_students=3, num_epochs=2) == 720.0
+    assert TeacherCosts(600.0, 20.0, 20.0).break_even_epochs == math.inf
