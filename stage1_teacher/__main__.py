@@ -4,6 +4,7 @@ than one process)."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
@@ -95,11 +96,12 @@ def estimate(
 @commands.command("inspect")
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def inspect(cache: str, as_json: bool) -> int:
+@click.option("--plots", type=click.Path(path_type=Path), help="Folder for pictures of it (extra `report`).")
+def inspect(cache: str, as_json: bool, plots: Path | None) -> int:
     """Say who taught CACHE, what it keeps and how large it is."""
     from stage1_teacher.tools import show_inspection
 
-    return show_inspection(cache, as_json=as_json)
+    return show_inspection(cache, as_json=as_json, plots=plots)
 
 
 @commands.command("verify")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,12 +18,17 @@ from shared.cache.storage import open_folder
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError
 from shared.runtime import environment
+from stage1_teacher.plots import plot_cache
 
 
-def show_inspection(location: str, *, as_json: bool) -> int:
-    """Who taught, what is kept, how large it is."""
-    summary = inspect(CacheReader(location))
+def show_inspection(location: str, *, as_json: bool, plots: Path | None = None) -> int:
+    """Who taught, what is kept, how large it is; as pictures too, if there is a folder for them."""
+    reader = CacheReader(location)
+    drawn = [] if plots is None else plot_cache(reader, plots)
+    summary = inspect(reader)
     click.echo(json.dumps(summary, indent=1) if as_json else "\n".join(_lines(summary)))
+    for path in drawn:
+        click.echo(path, err=as_json)
     return 0
 
 

@@ -9,9 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import fsspec
 import pytest
+import yaml
 from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_key, make_row
+from click.testing import CliRunner
 
 from shared.cache import CacheReader, CacheWriter, Staging
 from shared.cache import verified as verified_module
@@ -21,6 +24,7 @@ from shared.cache.staging import Staging as StagingFolder
 from shared.cache.storage import LocalFolder, RemoteFolder, open_folder
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError
+from stage1_teacher.__main__ import commands
 
 FORK = multiprocessing.get_context("fork")
 KEYS = [make_key(number) for number in range(20)]
@@ -283,3 +287,33 @@ def test_what_a_killed_process_was_fetching_is_cleared_away(memory: str, staging
 def test_an_unknown_protocol_is_an_error_of_the_user(tmp_path: Path) -> None:
     with pytest.raises(CacheFormatError, match="cannot be reached"):
         CacheReader("nosuch://bucket/cache")
+
+
+def test_a_capture_by_command_writes_to_s3(
+    s3: str, tmp_path: Path, vqa_folder: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    """And what reads a cache reads it from there."""
+    tree = {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": s3, "examples_per_shard": 5, "num_workers": 0},
+        "student": {"model": str(student_folder)},
+        "optimization": {"max_steps": 1},
+        "run": {"name": "mine"},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    local = str(tmp_path / "local")
+    for arguments in (
+        ["capture", str(recipe)],
+        ["capture", str(recipe), "--set", f"cache.path={local}"],
+        ["capture", str(recipe)],  # again: there is nothing to do
+        ["verify", s3],
+        ["inspect", s3],
+        ["export", s3, str(tmp_path / "export")],
+    ):
+        result = CliRunner().invoke(commands, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, (arguments, result.output)
+    remote, here = CacheReader(s3), CacheReader(local)
+    assert [shard.sha256 for shard in remote.manifest.shards] == [s.sha256 for s in here.manifest.shards]
+    assert len(datasets.load_dataset("parquet", data_dir=str(tmp_path / "export"), split="train")) == 16

@@ -1,7 +1,7 @@
 """A reader written from docs/cache-format.md and docs/targets.md alone reads what the project wrote.
 
 Above the line nothing of the project is imported; below it a cache is made, and both readers are compared.
-Payloads are taken apart by the reader that ``test_codec`` has, which is written from the text as well.
+Payloads are taken apart by the reader in ``payload_reader``, which is written from the text as well.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from payload_reader import read_payload, spec_grid
 
 
 def canonical(value: Any) -> bytes:
@@ -99,7 +100,6 @@ def read_shard(folder: Path, manifest: dict[str, Any], number: int) -> list[dict
 # ------------------------------------------------------------------------------------------------------------
 
 from cache_examples import capture, make_example, make_identity, make_key  # noqa: E402
-from test_codec import _read_payload, _spec_grid  # noqa: E402
 
 from shared.cache import TargetsIdentity  # noqa: E402
 from shared.policies import Random, Threshold, TopK, TopP  # noqa: E402
@@ -109,9 +109,9 @@ from shared.sparse import SparseTargets  # noqa: E402
 def read_entries(found: dict[str, Any], settings: TargetsIdentity, expected: SparseTargets) -> None:
     """Takes a row's payload apart and compares its entries with the targets that were captured."""
     policy, temperatures = settings.policy, settings.temperatures
-    grid = _spec_grid(policy, temperatures)
+    grid = spec_grid(policy.model_dump(), temperatures)
     max_level = policy.draws - 1 if isinstance(policy, Random) else len(grid) - 1
-    positions, plain = _read_payload(found["payload"], max_level=max_level, has_plain=temperatures != (1.0,))
+    positions, plain = read_payload(found["payload"], max_level=max_level, has_plain=temperatures != (1.0,))
     assert [len(entries) for entries in positions] == expected.counts.tolist()
     entries = [entry for position in positions for entry in position]
     assert [entry[0] for entry in entries] == expected.ids.tolist()

@@ -24,6 +24,8 @@ from cache_examples import (
     make_key,
     make_row,
 )
+from click.testing import CliRunner
+from PIL import Image
 
 from shared import codec
 from shared.cache import CacheReader, CacheWriter, DataSource, Row, SkippedRow
@@ -35,6 +37,7 @@ from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.policies import Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets
+from stage1_teacher.__main__ import commands
 
 
 def capture_changed(path: Path, change: Callable[[Row], Row], numbers: Sequence[int] = range(9)) -> None:
@@ -332,3 +335,18 @@ def test_a_summary_of_a_sample_and_of_nothing(tmp_path: Path) -> None:
     summary = inspect(CacheReader(str(tmp_path / "none")))
     assert summary["sample"] is None
     assert summary["bytes_per_position"] is None
+
+
+def test_pictures_of_a_cache(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    capture(tmp_path / "cache", range(20))
+    arguments = ["inspect", str(tmp_path / "cache"), "--plots", str(tmp_path / "plots")]
+    result = CliRunner().invoke(commands, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    drawn = sorted((tmp_path / "plots").iterdir())
+    assert [one.name for one in drawn] == ["bytes.png", "certainty.png", "entries.png"]
+    for one in drawn:
+        with Image.open(one) as picture:
+            assert picture.size == (1024, 576)
+            assert len(set(picture.convert("L").resize((64, 36)).tobytes())) > 10
+        assert one.name in result.output

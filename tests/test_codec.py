@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import math
 import random
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from payload_reader import read_payload, spec_dictionary, spec_grid
 
 from shared.codec import decode, encode, encode_many
 from shared.codec.dictionary import DICTIONARY
@@ -22,7 +19,6 @@ from shared.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
 
 VOCAB_SIZE = 5000
-_SPEC = Path(__file__).parents[1] / "docs" / "targets.md"
 _CASES: list[tuple[Policy, tuple[float, ...]]] = [
     (Threshold(tau=1 / 64), (1.0,)),
     (Threshold(tau=1 / 512), (1.0,)),
@@ -62,103 +58,15 @@ def _assert_same_but_entropy(left: SparseTargets, right: SparseTargets) -> None:
         assert torch.equal(found, wanted), name
 
 
-# An independent reader, in plain Python, of what docs/targets.md says.  It imports nothing of ours.
-
-
-def _spec_dictionary() -> bytes:
-    (block,) = re.findall(r"```dictionary\n(.*?)```", _SPEC.read_text(), re.DOTALL)
-    return base64.b64decode(block)
-
-
-def _read_leb128(payload: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = payload[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-
-
-class _Bits:
-    def __init__(self, data: bytes) -> None:
-        self.value, self.size, self.at = int.from_bytes(data, "little"), 8 * len(data), 0
-
-    def take(self, width: int) -> int:
-        field = (self.value >> self.at) & ((1 << width) - 1)
-        self.at += width
-        return field
-
-
-def _read_payload(
-    payload: bytes, *, max_level: int, has_plain: bool
-) -> tuple[list[list[tuple[int, int]]], bytes]:
-    """Each position's (id, level) pairs, and the plain bytes."""
-    assert payload[0] >> 5 == 1
-    id_bits = payload[0] & 31
-    frame_bytes, at = _read_leb128(payload, 1)
-    plain = b""
-    if has_plain:
-        plain_bytes, at = _read_leb128(payload, at)
-        plain, at = payload[at : at + plain_bytes], at + plain_bytes
-    reader = zstandard.ZstdDecompressor(dict_data=zstandard.ZstdCompressionDict(_spec_dictionary()))
-    symbols = reader.decompress(b"\x28\xb5\x2f\xfd" + payload[at : at + frame_bytes])
-    bits = _Bits(payload[at + frame_bytes :])
-
-    groups: list[list[int]] = []
-    for symbol in symbols:
-        if symbol >= 128:
-            groups.append([])
-        groups[-1].append(symbol)
-    lowest, widths = [0, 1, 17, 81], [0, 4, 6, max(max_level - 81, 0).bit_length()]
-    positions = []
-    for group in groups:
-        entries, previous = [], -1
-        for i, symbol in enumerate(group):
-            expected = max(0, id_bits * i // len(group) - int(math.log2(len(group))))
-            gap_class = (symbol + expected) % 32
-            if gap_class == 31:
-                assert len(group) == 1
-                break
-            gap = 0
-            if gap_class:
-                gap = bits.take(gap_class - 1) | 1 << (gap_class - 1)
-            level_class = symbol // 32 % 4
-            level = lowest[level_class] + bits.take(widths[level_class])
-            previous += gap + 1
-            entries.append((previous, level))
-        positions.append(entries)
-    assert bits.size - 8 < bits.at <= bits.size
-    return positions, plain
-
-
-def _spec_grid(policy: Policy, temperatures: tuple[float, ...]) -> np.ndarray:
-    """The log-probs that levels stand for."""
-    everything = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    everything = np.sort(everything[np.isfinite(everything) & (everything < 0)])
-    everything = np.append(everything, np.float16(0))
-    if not isinstance(policy, Threshold) or temperatures != (1.0,):
-        return everything
-    log_tau = np.float16(math.log(policy.tau))
-    if policy.values == "fp16":
-        return everything[everything >= log_tau]
-    root = math.exp(float(log_tau) / 2)
-    steps = math.ceil(16 * (1 / root - 1))
-    if steps == 0:
-        return np.zeros(1, np.float16)
-    inner = [2 * math.log(root + (1 - root) * j / steps) for j in range(1, steps)]
-    return np.array([log_tau, *inner, 0], np.float16)
-
-
 @pytest.mark.parametrize(("policy", "temperatures"), _CASES)
 def test_the_specification_suffices_to_read_a_payload(
     policy: Policy, temperatures: tuple[float, ...]
 ) -> None:
     targets = _targets(policy, temperatures, 11)
     is_random = isinstance(policy, Random)
-    grid = _spec_grid(policy, temperatures)
+    grid = spec_grid(policy.model_dump(), temperatures)
     max_level = policy.draws - 1 if is_random else len(grid) - 1
-    positions, plain = _read_payload(encode(targets), max_level=max_level, has_plain=temperatures != (1.0,))
+    positions, plain = read_payload(encode(targets), max_level=max_level, has_plain=temperatures != (1.0,))
     assert [len(entries) for entries in positions] == targets.counts.tolist()
     ids, levels = zip(*[entry for entries in positions for entry in entries], strict=True)
     assert list(ids) == targets.ids.tolist()
@@ -173,7 +81,7 @@ def test_the_specification_suffices_to_read_a_payload(
 
 
 def test_the_specification_prints_the_dictionary() -> None:
-    assert _spec_dictionary() == DICTIONARY
+    assert spec_dictionary() == DICTIONARY
 
 
 # Round trips.

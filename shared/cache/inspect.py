@@ -6,6 +6,7 @@ shards that are spread evenly over the cache: a large cache need not be read, an
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,32 +38,72 @@ def inspect(reader: CacheReader, *, sampled_rows: int = SAMPLED_ROWS) -> dict[st
         "entries_per_position": totals.entries / totals.positions if totals.positions else None,
         "positions_per_example": _quantiles(reader.index.num_positions),
         "skipped": _counted([row.reason for row in manifest.skipped]),
-        "sample": _sample(reader, sampled_rows) if len(reader) else None,
+        "sample": _summary(sample_rows(reader, sampled_rows)) if len(reader) else None,
     }
 
 
-def _sample(reader: CacheReader, size: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of a cache: R rows with N positions in all.
+
+    counts_N       entries of each position
+    kept_mass_N    by temperature: the sum of the weights of each position
+    positions_R    positions of each row
+    entropy_R      by temperature: the teacher's, nats a position, mean over the row
+    ce_R           the teacher's cross-entropy, nats a position, mean over the row
+    payload_R      bytes a position
+    """
+
+    counts_N: np.ndarray
+    kept_mass_N: dict[float, np.ndarray]
+    positions_R: np.ndarray
+    entropy_R: dict[float, np.ndarray]
+    ce_R: np.ndarray
+    payload_R: np.ndarray
+
+
+def sample_rows(reader: CacheReader, size: int = SAMPLED_ROWS) -> Sample:
+    """At most about ``size`` rows of at most 32 shards, spread evenly; of a cache that is not empty."""
     numbers = _spread(len(reader.manifest.shards), SAMPLED_SHARDS)
     rows = []
     for number in numbers:
         view = reader.shard(number)
         rows += [view.row(row) for row in _spread(len(view), -(-size // len(numbers)))]
     targets = reader.targets(rows)
-    positions = sum(row.num_positions for row in rows)
-    entropies = np.array([row.entropy_sums for row in rows]).sum(axis=0) / max(positions, 1)
-    mass = {}
+    kept_mass_N = {}
     for temperature in reader.temperatures:
         kept = torch.zeros(targets.num_positions)
         kept.index_add_(0, targets.position_index, targets.weights(temperature))
-        mass[str(temperature)] = {"mean": float(kept.mean()), **_quantiles(kept.numpy())}
+        kept_mass_N[temperature] = kept.numpy()
+    positions_R = np.array([row.num_positions for row in rows])
+    entropies_RT = np.array([row.entropy_sums for row in rows]) / positions_R[:, None]
+    return Sample(
+        counts_N=targets.counts.numpy(),
+        kept_mass_N=kept_mass_N,
+        positions_R=positions_R,
+        entropy_R=dict(zip(reader.temperatures, entropies_RT.T, strict=True)),
+        ce_R=np.array([row.ce_sum for row in rows]) / positions_R,
+        payload_R=np.array([len(row.payload) for row in rows]) / positions_R,
+    )
+
+
+def _summary(sample: Sample) -> dict[str, Any]:
+    """Means are over positions."""
+
+    def mean(values_R: np.ndarray) -> float:
+        return float(np.average(values_R, weights=sample.positions_R))
+
     return {
-        "rows": len(rows),
-        "positions": positions,
-        "entries_per_position": _quantiles(targets.counts.numpy()),
-        "kept_mass": mass,
-        "entropy": {str(t): float(e) for t, e in zip(reader.temperatures, entropies, strict=True)},
-        "cross_entropy": sum(row.ce_sum for row in rows) / max(positions, 1),
-        "payload_bytes_per_position": sum(len(row.payload) for row in rows) / max(positions, 1),
+        "rows": len(sample.positions_R),
+        "positions": int(sample.positions_R.sum()),
+        "entries_per_position": _quantiles(sample.counts_N),
+        "kept_mass": {
+            str(t): {"mean": float(mass_N.mean()), **_quantiles(mass_N)}
+            for t, mass_N in sample.kept_mass_N.items()
+        },
+        "entropy": {str(t): mean(entropy_R) for t, entropy_R in sample.entropy_R.items()},
+        "cross_entropy": mean(sample.ce_R),
+        "payload_bytes_per_position": mean(sample.payload_R),
     }
 
 
