@@ -16,6 +16,7 @@ Legend: B examples, S padded length, N labels of the batch, D hidden size.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
@@ -39,6 +40,7 @@ from shared.vqa import Example
 
 IGNORE_INDEX = -100
 KEY_BYTES = 16
+CHARACTERS_PER_TOKEN = 4  # of English prose, roughly
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +142,21 @@ class ExampleProcessor:
             state.update(len(field).to_bytes(8, "little"))
             state.update(field)
         return state.digest()
+
+    def approximate_length(self, example: Example) -> int:
+        """About how many tokens an example has, to put like with like: nothing is decoded or tokenized.
+
+        A picture's tokens follow from its size, where the processor says how; text has one for four characters.
+        """
+        text = (len(example.question) + len(example.answer)) // CHARACTERS_PER_TOKEN
+        count = getattr(self._processor, "_get_num_multimodal_tokens", None)
+        try:
+            with Image.open(io.BytesIO(example.image)) as picture:  # reads the header alone
+                width, height = picture.size
+            tokens = 0 if count is None else sum(count(image_sizes=[(height, width)])["num_image_tokens"])
+        except Exception:  # of many types; whoever decodes the picture says what is wrong with it
+            tokens = 0
+        return text + tokens
 
     def encode(self, example: Example) -> Encoded:
         """Raises   DataError  naming the row, when its picture cannot be used."""

@@ -27,7 +27,7 @@ class Keyed:
     """The readable rows of a split.
 
     rows        (n,) int64, rows of the split; ``keys`` are theirs, in order
-    lengths     (n,) int64, characters of question and answer: a measure to put like with like
+    lengths     (n,) int64, about so many tokens, the picture's among them: a measure to put like with like
     unreadable  (row, reason) of each row that has no usable picture, question or answer
     """
 
@@ -70,7 +70,7 @@ def survey_keys(
             continue
         rows.append(row)
         keys.append(processor.key(example))
-        lengths.append(len(example.question) + len(example.answer))
+        lengths.append(processor.approximate_length(example))
     return Keyed(split, np.array(rows, np.int64), tuple(keys), np.array(lengths, np.int64), tuple(unreadable))
 
 

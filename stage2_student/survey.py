@@ -25,7 +25,7 @@ class Survey:
     """The usable examples of a split.
 
     rows         (num_examples,) int64, rows of the split
-    lengths      (num_examples,) int64, characters of question and answer: a measure to put like with like
+    lengths      (num_examples,) int64, about so many tokens, the picture's among them
     fingerprint  hex, over the keys in order
     dropped      a reason for each row that was left out
     """

@@ -463,3 +463,19 @@ def test_folders_that_are_no_vlm_are_recipe_errors(tmp_path: Path, tokenizer_fol
     for folder in (tmp_path / "nowhere", tmp_path, tokenizer_folder):
         with pytest.raises(RecipeError, match=f"model {folder}: its processor cannot be opened"):
             open_processor(str(folder), DataConfig(source="x"))
+
+
+def test_the_approximate_length_counts_the_picture_s_tokens(
+    processor: ExampleProcessor, examples: list[Example]
+) -> None:
+    """Without decoding it; what is left is the text, the same for examples that differ in the picture alone."""
+    small, large = (
+        dataclasses.replace(examples[0], image=encoded_picture(0, size=size))
+        for size in ((64, 64), (256, 192))
+    )
+    encoded = [processor.encode(one) for one in (small, large)]
+    more = len(encoded[1].input_ids) - len(encoded[0].input_ids)
+    assert more > 0
+    assert processor.approximate_length(large) - processor.approximate_length(small) == more
+    broken = dataclasses.replace(small, image=b"no picture")
+    assert 0 < processor.approximate_length(broken) < processor.approximate_length(small)
