@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared.cache import Unit
 from shared.errors import DataError, TeachonceError
-from shared.loading import leave_process_group, loaded_items
+from shared.loading import PackedDataset, leave_process_group, loaded_items
 from shared.processing import Encoded, ExampleProcessor
 from stage1_teacher.planning import NumberedRows
 
@@ -89,7 +89,7 @@ def encoded_windows(
     Raises   TeachonceError  a row's own error, or that a worker died
     """
     loader: DataLoader = DataLoader(
-        source,
+        PackedDataset(source) if num_workers else source,
         sampler=windows_of(units),
         batch_size=None,
         num_workers=num_workers,

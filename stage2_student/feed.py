@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared.cache import CacheReader
 from shared.errors import CacheMismatchError, TeachonceError
-from shared.loading import leave_process_group, loaded_items
+from shared.loading import PackedDataset, leave_process_group, loaded_items
 from shared.processing import IGNORE_INDEX, Encoded, ExampleProcessor
 from shared.sparse import SparseTargets
 from shared.vqa import VqaSplit
@@ -130,7 +130,7 @@ def feed(
     """
     for_loader, for_steps = tee(slots_by_step)
     loader: DataLoader = DataLoader(
-        source,
+        PackedDataset(source) if num_workers else source,
         sampler=chain.from_iterable(for_loader),  # lazy: a few steps ahead, however long the run
         batch_size=None,
         num_workers=num_workers,

@@ -1,0 +1,63 @@
+"""What workers send arrives as it was made."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shared.errors import DataError
+from shared.loading import ALIGNMENT, pack, unpack
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
+
+
+@dataclass
+class Item:
+    name: str
+    tensors: dict[str, Tensor]
+    more: list[Tensor]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), max_size=6))
+def test_values_come_back_bit_for_bit(kinds: list[tuple[torch.dtype, list[int]]]) -> None:
+    tensors = [(torch.rand(shape) * 200).to(dtype) for dtype, shape in kinds]
+    item = Item("a", {str(number): tensor for number, tensor in enumerate(tensors)}, tensors[:1])
+    packed = pickle.loads(pickle.dumps(pack(item)))
+    found = unpack(packed)
+    assert found.name == "a"
+    for number, tensor in enumerate(tensors):
+        copy = found.tensors[str(number)]
+        assert copy.dtype == tensor.dtype
+        assert copy.shape == tensor.shape
+        assert torch.equal(copy, tensor)
+        assert copy.data_ptr() % min(ALIGNMENT, copy.dtype.itemsize) == 0
+    assert len(found.more) == len(tensors[:1])
+
+
+def test_strided_and_shared_tensors_come_back_as_their_values() -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    found = unpack(pack([whole.t(), whole[:, 1], whole[0].expand(5, 4)]))
+    assert torch.equal(found[0], whole.t())
+    assert torch.equal(found[1], whole[:, 1])
+    assert torch.equal(found[2], whole[0].expand(5, 4))
+
+
+def test_errors_and_other_values_are_packed_too() -> None:
+    error = unpack(pack(DataError("row 3")))
+    assert isinstance(error, DataError)
+    assert str(error) == "row 3"
+    assert unpack(pack(None)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_one_pinned_buffer_pins_everything() -> None:
+    found = unpack(pack({"a": torch.ones(3), "b": torch.zeros(2, dtype=torch.int64)}).pin_memory())
+    assert all(tensor.is_pinned() for tensor in found.values())
