@@ -13,7 +13,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import pytest
-from samples import ANSWERS, QUESTIONS, make_examples
+from samples import ANSWERS, PLAIN_CHAT, QUESTIONS, make_examples
+from tokenizers import AddedToken
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
+)
 
 from shared.config import DataConfig, Recipe
 from shared.processing import ExampleProcessor, open_processor
@@ -61,6 +70,29 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: P
         seed=2,
         tie_word_embeddings=False,
     )
+
+
+@pytest.fixture(scope="session")
+def llava_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A LLaVA without weights: another processor, another image processor, pictures of one size."""
+    folder = tmp_path_factory.mktemp("llava")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
+    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    options = {
+        "patch_size": 14,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+    template = PLAIN_CHAT.replace("<|image_pad|>", "<image>")
+    LlavaProcessor(images, tokenizer, chat_template=template, **options).save_pretrained(folder)
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlavaConfig(
+        vision_config=CLIPVisionConfig(**tiny, image_size=28, patch_size=14, projection_dim=32),
+        text_config=LlamaConfig(**tiny, num_key_value_heads=2, vocab_size=len(tokenizer) + 7),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    ).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,12 @@ ANSWERS = (
     "MR of the brain \u2013 T1W, no contrast.",
 )
 
+PLAIN_CHAT = (
+    "{% for m in messages %}{{ m.role | upper }}:"
+    "{% for p in m.content %}{{ ' <|image_pad|>' if p.type == 'image' else ' ' + p.text }}{% endfor %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
 
 def encoded_picture(seed: int, size: tuple[int, int] = (48, 40), format: str = "PNG") -> bytes:
     """A file of coloured noise."""

@@ -12,15 +12,11 @@ import torch
 from hypothesis import example as hypothesis_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import encoded_picture
+from samples import PLAIN_CHAT, encoded_picture
 from torch.utils.data import DataLoader
 from transformers import (
-    AddedToken,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    CLIPImageProcessorPil,
-    LlavaConfig,
-    LlavaProcessor,
     PreTrainedTokenizerBase,
 )
 
@@ -41,11 +37,6 @@ MARKED = st.lists(
 THINKING = CHAT_TEMPLATE.replace(
     "{{- '<|im_start|>assistant\\n' -}}",
     "{{- '<|im_start|>assistant\\n<think>\\n' + ('\\n</think>\\n\\n' if enable_thinking is false else '') -}}",
-)
-PLAIN_CHAT = (
-    "{% for m in messages %}{{ m.role | upper }}:"
-    "{% for p in m.content %}{{ ' <|image_pad|>' if p.type == 'image' else ' ' + p.text }}{% endfor %}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 
@@ -427,24 +418,6 @@ def test_workers_make_the_same_batches(
 
 
 # --- another family -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def llava_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """A LLaVA: another processor class, another image processor, pictures of one size."""
-    folder = tmp_path_factory.mktemp("llava")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
-    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    options = {
-        "patch_size": 14,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-    }
-    template = PLAIN_CHAT.replace("<|image_pad|>", "<image>")
-    LlavaProcessor(images, tokenizer, chat_template=template, **options).save_pretrained(folder)
-    LlavaConfig().save_pretrained(folder)
-    return folder
 
 
 def test_another_family_goes_through_its_own_processor(llava_folder: Path) -> None:

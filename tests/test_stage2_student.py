@@ -287,3 +287,40 @@ def test_an_unknown_compiler_is_refused(tree: dict[str, Any]) -> None:
     recipe = make_recipe(tree, student__compile=True, student__compile_backend="inducktor")
     with pytest.raises(RecipeError, match="compile_backend 'inducktor' is none of torch's"):
         run_alone(recipe)
+
+
+def test_parameters_may_be_bf16_themselves(distilling: dict[str, Any]) -> None:
+    """Half of the memory of weights and moments; the loss still falls, and a resume is exact."""
+    settings = {
+        "student__param_dtype": "bfloat16",
+        "student__compute_dtype": "bfloat16",
+        "optimization__max_steps": 6,
+        "optimization__schedule": "constant",
+    }
+    unbroken = make_recipe(distilling, **settings)
+    assert run_ranks(unbroken, 2) == [0, 0]
+    state = state_of(unbroken, 6)
+    assert {tensor.dtype for name, tensor in state.items() if "lm_head" in name or "proj" in name} == {
+        torch.bfloat16
+    }
+    first, last = validation_records(unbroken)[0], validation_records(unbroken)[-1]
+    assert last["loss"] < first["loss"]
+    begun = make_recipe(distilling, **settings | {"run__name": "begun", "optimization__max_steps": 3})
+    resumed = make_recipe(distilling, **settings, run__name="begun")
+    run_ranks(begun, 2)
+    run_ranks(resumed, 2, resume=True)
+    assert step_records(resumed) == step_records(unbroken)
+
+
+def test_another_family_is_trained_and_exported(tree: dict[str, Any], llava_folder: Path) -> None:
+    """A LLaVA with a head wider than its tokenizer, from its configuration alone, vision frozen, on two ranks."""
+    recipe = make_recipe(
+        tree, student__model=str(llava_folder), student__init="random", student__freeze={"vision": True}
+    )
+    assert run_ranks(recipe, 2) == [0, 0]
+    first, last = validation_records(recipe)[0], validation_records(recipe)[-1]
+    assert last["loss"] < first["loss"]
+    exported = AutoModelForImageTextToText.from_pretrained(recipe.run.path / "export", dtype=torch.float32)
+    trained = state_of(recipe, 3)
+    for name, parameter in exported.named_parameters():
+        assert torch.equal(parameter, trained[f"model.{name}"]), name
