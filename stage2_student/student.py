@@ -182,11 +182,6 @@ def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelCon
     of positions.  Both settings must be made on every module: on the root alone, gradients are silently
     wrong.
     """
-    if parallel.cpu_offload and world.device.type == "cpu":
-        raise RecipeError(
-            "parallel.cpu_offload keeps parameters in host memory and copies them to a GPU block by block; there is "
-            "no GPU here. Set it to false"
-        )
     mesh = data_parallel_mesh(parallel, world)
     compute, master = getattr(torch, config.compute_dtype), getattr(torch, config.param_dtype)
     policy = MixedPrecisionPolicy(
@@ -194,7 +189,9 @@ def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelCon
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # models keep some inputs, such as rotary tables, in fp32 on purpose
     )
-    offload = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
+    offload = OffloadPolicy()
+    if parallel.cpu_offload:  # pinned for copies to a GPU; without one the same path, which copies nothing
+        offload = CPUOffloadPolicy(pin_memory=world.device.type != "cpu")
     for block in blocks(student.model):
         fully_shard(
             block,
