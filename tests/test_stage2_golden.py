@@ -8,8 +8,10 @@ they must come out bit for bit; another one may round otherwise.  After a change
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,13 @@ NUM_STEPS = 20
 
 
 def processor_kind() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    """Model, stepping and instruction sets: libraries choose their kernels by these, and so their rounding."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else [platform.platform()]
+    names = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
+    facts = [line for line in lines if line.partition("\t")[0].rstrip() in names or len(lines) == 1]
+    digest = hashlib.blake2b("\n".join(facts).encode(), digest_size=8).hexdigest()
+    return f"{torch.backends.cpu.get_cpu_capability()}, {digest}"
 
 
 def golden() -> dict[str, Any]:
@@ -63,7 +67,7 @@ def test_losses_of_twenty_steps(
     if version not in stored:
         pytest.skip(f"no losses recorded for torch {version}; RENEW_GOLDEN_LOSSES=1 records them")
     expected = stored[version]
-    tolerance = 0.0 if expected["processor"] == processor_kind() else 1e-4
+    tolerance = 0.0 if expected["processor"] == processor_kind() else 1e-3
     for name in names:
         assert len(found[name]) == NUM_STEPS
         assert found[name] == pytest.approx(expected[name], rel=tolerance, abs=0.0), name
