@@ -93,6 +93,44 @@ def estimate(
     return 0
 
 
+@commands.command("audit")
+@click.argument("cache")
+@click.option("--examples", default=64, show_default=True, type=click.IntRange(min=1), help="Sample size.")
+@click.option("--recipe", help="Whose teacher and data to take; by default that of the cache's capture.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe."
+)
+@click.option(
+    "--max-error",
+    type=click.FloatRange(min=0),
+    help="Of the head's gradient over the most positions: above it the status is that of a damaged cache.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the sample.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def audit(
+    cache: str,
+    examples: int,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    max_error: float | None,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Run the teacher again over a sample of CACHE, and compare what it says with what is kept."""
+    from stage1_teacher.tools import show_audit
+
+    with distributed() as world:
+        return show_audit(
+            cache,
+            world,
+            recipe=None if recipe is None else load_recipe(recipe, overrides=overrides),
+            num_examples=examples,
+            max_error=max_error,
+            seed=seed,
+            as_json=as_json,
+        )
+
+
 @commands.command("inspect")
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")

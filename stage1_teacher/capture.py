@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
 from shared.cache import CacheReader, CacheWriter, Identity, Manifest, Plan, Unit
-from shared.config import CacheConfig, Recipe
+from shared.config import CacheConfig, Recipe, dump_recipe
 from shared.errors import CacheFormatError, DataError, RecipeError
 from shared.processing import Encoded, ExampleProcessor, open_processor
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, environment
@@ -78,7 +78,8 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         if world.is_main:
             manifest = writer.commit(assignment.plan, settle_s=SETTLE_S if world.size > 1 else 0.0)
             elapsed_s = time.monotonic() - begin
-            writer.log("captured", seconds=round(elapsed_s, 3), ranks=world.size, **totals, **environment())
+            facts = {**totals, **environment(), "recipe": dump_recipe(recipe)}
+            writer.log("captured", seconds=round(elapsed_s, 3), ranks=world.size, **facts)
             tqdm.write(summary(recipe.cache, manifest, totals, elapsed_s))
     return 0
 

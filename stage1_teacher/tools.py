@@ -1,4 +1,4 @@
-"""What is printed of a cache: by ``inspect``, ``verify``, ``export`` and ``merge``."""
+"""What is printed of a cache: by ``inspect``, ``verify``, ``audit``, ``export`` and ``merge``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from shared.cache.manifest import load_manifest
 from shared.cache.merge import merge
 from shared.cache.storage import open_folder
 from shared.cache.verify import verify
+from shared.config import Recipe
 from shared.errors import CacheFormatError
-from shared.runtime import environment
+from shared.runtime import World, environment
+from stage1_teacher.audit import audit, recipe_of_cache
+from stage1_teacher.audit import show as show_findings
 from stage1_teacher.plots import plot_cache
 
 
@@ -44,6 +47,30 @@ def show_verification(location: str) -> int:
         click.echo(f"fault: {fault}", err=True)
     click.echo(f"{location}: {len(found.faults)} fault(s) in {len(shards)} shard(s)")
     return CacheFormatError.exit_status if found.faults else 0
+
+
+def show_audit(
+    location: str,
+    world: World,
+    *,
+    recipe: Recipe | None,
+    num_examples: int,
+    max_error: float | None,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """The cache against its teacher; the status is that of a damaged cache if it is further off than allowed."""
+    reader = CacheReader(location)
+    found = audit(recipe or recipe_of_cache(reader), reader, world, num_examples=num_examples, seed=seed)
+    exceeded = [] if max_error is None else found.exceeds(max_error)
+    if world.is_main:
+        if as_json:
+            click.echo(json.dumps(found.to_json(), indent=1))
+        else:
+            show_findings(found)
+        for message in exceeded:
+            click.echo(f"error: {message}", err=True)
+    return CacheFormatError.exit_status if exceeded else 0
 
 
 def show_export(location: str, out: str) -> int:

@@ -1,0 +1,469 @@
+"""Is the cache faithful?  The teacher runs again over sampled rows, and what it says is compared with what is kept.
+
+    found = audit(recipe, reader, world, num_examples=64)
+    show(found)
+
+Beside each figure stands its *noise floor*: the same figure for the same teacher run a second time with each
+example in a batch of its own.  A cache cannot be closer to its teacher than the teacher is to itself.
+
+What a student feels is the gradient of the head.  Its error is measured for a student that knows how often each
+token comes and nothing else: q, the mean of the teacher's distributions over the audited positions.  Hidden
+states are the teacher's, projected to at most 128 dimensions, which keeps norms and angles.
+
+Legend: N positions, n of a block, V vocabulary, E entries, C projected hidden dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shared.cache import CacheReader
+from shared.cache.layout import LOG_NAME
+from shared.cache.storage import open_folder
+from shared.config import Recipe
+from shared.errors import CacheFormatError, CacheMismatchError, DataError, RecipeError
+from shared.processing import Encoded, ExampleProcessor, open_processor
+from shared.recipe_files import validate_tree
+from shared.runtime import World
+from shared.sparse import SparseTargets
+from shared.survey import inputs_identity
+from stage1_teacher.batching import BatchRunner
+from stage1_teacher.planning import NumberedRows, open_rows
+from stage1_teacher.teacher import Teacher, load_teacher
+
+BLOCK = 64  # positions at a time, and the smallest batch whose gradient is looked at
+BATCHES = (64, 512, 4096)  # positions
+PROJECTED = 128
+TRIES = 4  # rows looked at for each that is wanted: some may have been left out of the cache
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean over positions, and the same of the teacher against itself; None where it is not defined."""
+
+    cache: float | None
+    floor: float | None
+
+
+@dataclass(frozen=True)
+class AtTemperature:
+    """How far the cache is from the teacher at one temperature.
+
+    top1_agreement    share of positions where no entry weighs more than the teacher's most likely token
+    kept_mass         sum of the weights of a position
+    logprob_bias      mean over positions of sum_v (p^ - p)(v) log p(v), nats: zero in expectation where the
+                      targets are unbiased; ``logprob_bias_error`` is its standard error over examples
+    answer_bias       mean of (p^ - p) at the answer's token, and its standard error
+    kl                KL(teacher || what is kept, the rest spread evenly), nats; of ``top_k`` and ``top_p``
+                      alone: a draw leaves out tokens that the teacher does not
+    gradient_error    by number of positions: relative error of the head's gradient, mean over such batches
+    gradient_cosine   the same, of the angle between both gradients
+    """
+
+    temperature: float
+    top1_agreement: Measured
+    kept_mass: Measured
+    logprob_bias: Measured
+    logprob_bias_error: float
+    answer_bias: Measured
+    answer_bias_error: float
+    kl: Measured
+    gradient_error: dict[int, Measured]
+    gradient_cosine: dict[int, Measured]
+
+    @property
+    def worst_case(self) -> tuple[int, float]:
+        """(positions, error) of the largest batch there were positions for."""
+        size = max(self.gradient_error)
+        error = self.gradient_error[size].cache
+        assert error is not None
+        return size, error
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was compared, and what came out."""
+
+    cache: str
+    teacher: str
+    num_examples: int
+    num_positions: int
+    num_not_cached: int  # rows that were looked at and are not in the cache
+    results: tuple[AtTemperature, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def exceeds(self, max_error: float) -> list[str]:
+        """Every temperature at which the gradient's error is above the bound, as a message; a NaN is above."""
+        found = []
+        for result in self.results:
+            size, error = result.worst_case
+            if not error <= max_error:
+                found.append(
+                    f"cache {self.cache}: at temperature {result.temperature:g} the head's gradient over {size} "
+                    f"positions is off by {error:.4f}, more than {max_error:g}"
+                )
+        return found
+
+
+def audit(recipe: Recipe, reader: CacheReader, world: World, *, num_examples: int, seed: int = 0) -> Audit:
+    """Runs the teacher over rows of the recipe's data that the cache holds.
+
+    With several ranks all of them do the same, as a teacher that is sharded over them needs.
+
+    Raises   CacheMismatchError  when the recipe's teacher, tokenizer or template is not the cache's
+             DataError           when no row that was looked at is in the cache
+    """
+    if recipe.teacher is None or recipe.cache is None:
+        raise RecipeError(f"recipe of run {recipe.run.name}: an audit needs a teacher and a cache section")
+    processor = open_processor(recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
+    require_inputs(reader, recipe, processor)
+    encoded, num_missing = choose(reader, open_rows(recipe), processor, num_examples=num_examples, seed=seed)
+    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
+    if world.is_main:
+        require_teacher(reader, teacher, recipe.teacher.dtype)
+    together = hidden_states(encoded, processor, teacher, max_tokens=recipe.cache.batch_tokens)
+    alone = hidden_states(encoded, processor, teacher, max_tokens=1)
+    rows = reader.rows([one.key for one in encoded])
+    for one, row in zip(encoded, rows, strict=True):
+        if one.answer_ids.tolist() != row.answer_ids.tolist():
+            raise CacheMismatchError(
+                f"cache {reader.location}: row {one.key.hex()} holds other answer tokens than the data. The "
+                "tokenizers or templates differ"
+            )
+    comparison = Comparison.of(teacher, encoded, reader.targets(rows), together, alone, seed=seed)
+    return Audit(
+        cache=reader.location,
+        teacher=recipe.teacher.model,
+        num_examples=len(encoded),
+        num_positions=len(comparison.labels_N),
+        num_not_cached=num_missing,
+        results=tuple(comparison.at(temperature) for temperature in reader.temperatures),
+    )
+
+
+def require_inputs(reader: CacheReader, recipe: Recipe, processor: ExampleProcessor) -> None:
+    """Raises   CacheMismatchError  with both sides of all that differs"""
+    stored = reader.manifest.identity
+    own = inputs_identity(processor, recipe.data)
+    ours = stored.model_copy(update={"inputs": own})
+    stored.compare_capture(ours).require(
+        where=f"cache {reader.location}",
+        remedy="Audit it with the recipe that it was captured with (--recipe)",
+    )
+
+
+def require_teacher(reader: CacheReader, teacher: Teacher, dtype: str) -> None:
+    """Raises   CacheMismatchError  when these are other weights, or weights of another type"""
+    stored = reader.manifest.identity.teacher
+    if (stored.weights_fingerprint, stored.dtype) != (teacher.weights_fingerprint, dtype):
+        raise CacheMismatchError(
+            f"cache {reader.location}: its teacher {stored.name} has weights {stored.weights_fingerprint[:12]} in "
+            f"{stored.dtype}, this one {str(teacher.weights_fingerprint)[:12]} in {dtype}. Audit it with the "
+            "teacher that made it"
+        )
+
+
+def choose(
+    reader: CacheReader, rows: NumberedRows, processor: ExampleProcessor, *, num_examples: int, seed: int
+) -> tuple[list[Encoded], int]:
+    """Examples in random order that the cache holds, equal ones once; how many looked at are not in it.
+
+    Raises   DataError  when there are none
+    """
+    total = sum(len(split) for split in rows.splits)
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randperm(total, generator=generator)[: TRIES * num_examples].tolist()
+    found: dict[bytes, Encoded] = {}
+    num_missing = 0
+    for number in tqdm(numbers, desc="reading the sample", unit="ex", leave=False):
+        if len(found) == num_examples:
+            break
+        split, row = rows.find(number)
+        try:
+            one = processor.encode(split[row])
+        except DataError:
+            num_missing += 1
+            continue
+        if one.key in reader:
+            found[one.key] = one
+        else:
+            num_missing += 1
+    if not found:
+        raise DataError(
+            f"cache {reader.location}: none of {num_missing} rows of {rows.splits[0].source} that were looked at "
+            "is in it. It was captured from other data, or with another template"
+        )
+    return list(found.values()), num_missing
+
+
+def hidden_states(
+    encoded: Sequence[Encoded], processor: ExampleProcessor, teacher: Teacher, *, max_tokens: int
+) -> Tensor:
+    """(N, D) of all answer positions, in the order of the examples; in host memory."""
+    runner = BatchRunner(max_tokens, may_shrink=not teacher.is_sharded)
+    found: dict[int, Tensor] = {}
+
+    def forward(indices: list[int]) -> Tensor:
+        batch = processor.collate([encoded[index] for index in indices]).to(teacher.device)
+        return teacher.hidden(batch).cpu()
+
+    lengths = [len(one.input_ids) for one in encoded]
+    for indices, hidden_ND in tqdm(runner.run(lengths, forward), desc="teacher", unit="batch", leave=False):
+        parts = hidden_ND.split([encoded[index].num_positions for index in indices])
+        found.update(zip(indices, parts, strict=True))
+    return torch.cat([found[index] for index in range(len(encoded))])
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Positions in random order, so that a batch of them holds many examples, as a training step does."""
+
+    teacher: Teacher
+    hidden_ND: Tensor
+    again_ND: Tensor  # of the same positions, from other batches
+    features_NC: Tensor
+    labels_N: Tensor
+    example_N: Tensor
+    targets: SparseTargets
+
+    @classmethod
+    def of(
+        cls,
+        teacher: Teacher,
+        encoded: Sequence[Encoded],
+        targets: SparseTargets,
+        hidden_ND: Tensor,
+        again_ND: Tensor,
+        *,
+        seed: int,
+    ) -> Comparison:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(hidden_ND), generator=generator)
+        counts = torch.tensor([one.num_positions for one in encoded])
+        width = hidden_ND.shape[1]
+        features_ND = hidden_ND.float()
+        if width > PROJECTED:
+            features_ND = (
+                features_ND @ torch.randn(width, PROJECTED, generator=generator) / math.sqrt(PROJECTED)
+            )
+        return cls(
+            teacher=teacher,
+            hidden_ND=hidden_ND[order],
+            again_ND=again_ND[order],
+            features_NC=features_ND[order],
+            labels_N=torch.cat([one.answer_ids for one in encoded])[order],
+            example_N=torch.arange(len(encoded)).repeat_interleave(counts)[order],
+            targets=targets.select(order),
+        )
+
+    @torch.inference_mode()
+    def at(self, temperature: float) -> AtTemperature:
+        """Two passes: the mean distribution, which is the student's, then everything against it."""
+        total_V = torch.zeros(self.teacher.num_token_ids, dtype=torch.float64)
+        for block in self._blocks():
+            total_V += self._probs(self.hidden_ND, block, temperature).sum(0, dtype=torch.float64)
+        student_V = (total_V / len(self.labels_N)).float()
+        columns: dict[str, list[Tensor]] = {}
+        gradients = Gradients(len(self.labels_N))
+        for block in tqdm(
+            list(self._blocks()), desc=f"comparing at {temperature:g}", unit="block", leave=False
+        ):
+            live_nV = self._probs(self.hidden_ND, block, temperature)
+            again_nV = self._probs(self.again_ND, block, temperature)
+            kept_nV = self._kept(block, temperature)
+            for name, other_nV in (("cache", kept_nV), ("floor", again_nV)):
+                for figure, values_n in self._figures(
+                    live_nV, other_nV, block, is_cache=name == "cache"
+                ).items():
+                    columns.setdefault(f"{figure} {name}", []).append(values_n)
+            gradients.add(
+                self.features_NC[block],
+                live_nV,
+                {"cache": self._taught(kept_nV, student_V), "floor": again_nV - student_V},
+                student_V,
+            )
+        return self._result(
+            temperature, {name: torch.cat(parts) for name, parts in columns.items()}, gradients
+        )
+
+    def _blocks(self) -> Iterator[slice]:
+        for start in range(0, len(self.labels_N), BLOCK):
+            yield slice(start, min(start + BLOCK, len(self.labels_N)))
+
+    def _probs(self, hidden_ND: Tensor, block: slice, temperature: float) -> Tensor:
+        """The teacher's distributions (n, V) fp32."""
+        logprobs_nV = self.teacher.logprobs(hidden_ND[block].to(self.teacher.device)).cpu()
+        return (logprobs_nV / temperature).softmax(-1) if temperature != 1.0 else logprobs_nV.exp()
+
+    def _kept(self, block: slice, temperature: float) -> Tensor:
+        """The cache's weights, (n, V) fp32."""
+        part = self.targets.slice(block.start, block.stop)
+        kept_nV = torch.zeros(part.num_positions, self.teacher.num_token_ids)
+        kept_nV.index_put_((part.position_index, part.ids.long()), part.weights(temperature), accumulate=True)
+        return kept_nV
+
+    def _taught(self, kept_nV: Tensor, student_V: Tensor) -> Tensor:
+        """(n, V): the negative gradient by the student's logits, as the trainer makes it of these targets."""
+        mass_n1 = kept_nV.sum(-1, keepdim=True)
+        if self.targets.policy.is_sampled:
+            return kept_nV - mass_n1 * student_V
+        others_nV = student_V.expand_as(kept_nV).masked_fill(
+            kept_nV > 0, 0
+        )  # the trainer's default: a ghost bucket
+        ghost_nV = others_nV * ((1 - mass_n1).clamp_min(0) / others_nV.sum(-1, keepdim=True).clamp_min(1e-30))
+        return kept_nV + ghost_nV - student_V
+
+    def _figures(
+        self, live_nV: Tensor, other_nV: Tensor, block: slice, *, is_cache: bool
+    ) -> dict[str, Tensor]:
+        """One number a position, (n,), of each figure that is defined."""
+        log_live_nV = live_nV.clamp_min(1e-30).log()
+        difference_nV = other_nV - live_nV
+        labels_n1 = self.labels_N[block, None]
+        figures = {
+            "top1": (other_nV.gather(1, live_nV.argmax(-1, keepdim=True)) == other_nV.amax(-1, keepdim=True))
+            .squeeze(1)
+            .float(),
+            "mass": other_nV.sum(-1),
+            "logprob": (difference_nV * log_live_nV).sum(-1),
+            "answer": difference_nV.gather(1, labels_n1).squeeze(1),
+        }
+        if not is_cache:
+            figures["kl"] = (live_nV * (log_live_nV - other_nV.clamp_min(1e-30).log())).sum(-1)
+        elif not self.targets.policy.is_sampled:
+            missing_n1 = (1 - other_nV.sum(-1, keepdim=True)).clamp_min(0)
+            is_left_nV = other_nV == 0
+            even_n1 = missing_n1 / is_left_nV.sum(-1, keepdim=True).clamp_min(1)
+            filled_nV = torch.where(is_left_nV, even_n1, other_nV).clamp_min(1e-30)
+            figures["kl"] = (live_nV * (log_live_nV - filled_nV.log())).sum(-1)
+        return figures
+
+    def _result(self, temperature: float, columns: dict[str, Tensor], gradients: Gradients) -> AtTemperature:
+        def both(figure: str) -> Measured:
+            found = [columns.get(f"{figure} {name}") for name in ("cache", "floor")]
+            cache, floor = (None if one is None else one.double().mean().item() for one in found)
+            return Measured(cache, floor)
+
+        return AtTemperature(
+            temperature=temperature,
+            top1_agreement=both("top1"),
+            kept_mass=both("mass"),
+            logprob_bias=both("logprob"),
+            logprob_bias_error=self._standard_error(columns["logprob cache"]),
+            answer_bias=both("answer"),
+            answer_bias_error=self._standard_error(columns["answer cache"]),
+            kl=both("kl"),
+            gradient_error=gradients.errors(),
+            gradient_cosine=gradients.cosines(),
+        )
+
+    def _standard_error(self, values_N: Tensor) -> float:
+        """Of the mean over positions, whose examples are independent and whose positions are not."""
+        centred_N = values_N.double() - values_N.double().mean()
+        num_examples = int(self.example_N.max()) + 1
+        sums_B = torch.zeros(num_examples, dtype=torch.float64).index_add_(0, self.example_N, centred_N)
+        return sums_B.norm().item() / len(values_N)
+
+
+class Gradients:
+    """Gradients of the head, summed over batches of 64, 512 and 4,096 positions, and how they differ."""
+
+    def __init__(self, num_positions: int) -> None:
+        whole = min(num_positions, BLOCK)
+        self.sizes = [size for size in BATCHES if size <= num_positions] or [whole]
+        self.sums: dict[int, dict[str, Tensor]] = {}
+        self.found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+        self.seen = 0
+
+    def add(self, features_nC: Tensor, live_nV: Tensor, others: dict[str, Tensor], student_V: Tensor) -> None:
+        """``others`` are what the trainer would make of other targets, (n, V)."""
+        self.seen += len(features_nC)
+        own = {name: taught_nV.T @ features_nC for name, taught_nV in others.items()}
+        own["live"] = (live_nV - student_V).T @ features_nC
+        for size in self.sizes:
+            held = self.sums.setdefault(size, {})
+            for name, value in own.items():
+                held[name] = held[name] + value if name in held else value
+            if self.seen % size == 0:
+                self._close(size)
+
+    def _close(self, size: int) -> None:
+        live = self.sums[size]["live"].double()
+        for name in ("cache", "floor"):
+            other = self.sums[size][name].double()
+            error = (other - live).norm() / live.norm().clamp_min(1e-30)
+            cosine = (other * live).sum() / (other.norm() * live.norm()).clamp_min(1e-30)
+            self.found.setdefault((size, name), []).append((error.item(), cosine.item()))
+        self.sums.pop(size)
+
+    def errors(self) -> dict[int, Measured]:
+        return self._means(0)
+
+    def cosines(self) -> dict[int, Measured]:
+        return self._means(1)
+
+    def _means(self, column: int) -> dict[int, Measured]:
+        def mean(size: int, name: str) -> float:
+            values = [pair[column] for pair in self.found[size, name]]
+            return sum(values) / len(values)
+
+        return {size: Measured(mean(size, "cache"), mean(size, "floor")) for size in self.sizes}
+
+
+def recipe_of_cache(reader: CacheReader) -> Recipe:
+    """The recipe of the newest capture, from the cache's log.
+
+    Raises   CacheFormatError  when the log is not there or holds none, as in a merged cache
+    """
+    try:
+        lines = open_folder(reader.location).read(LOG_NAME).decode().splitlines()
+    except FileNotFoundError:
+        lines = []
+    for line in reversed(lines):
+        tree = json.loads(line).get("recipe")
+        if tree is not None:
+            return validate_tree(Recipe, tree, origin=f"cache {reader.location}, {LOG_NAME}")
+    raise CacheFormatError(
+        f"cache {reader.location}: its {LOG_NAME} does not hold the recipe it was captured with. Give it: --recipe"
+    )
+
+
+def show(found: Audit) -> None:
+    """A table for people."""
+    click.echo(
+        f"cache {found.cache} against {found.teacher}: {found.num_examples} examples, {found.num_positions} positions"
+    )
+    if found.num_not_cached:
+        click.echo(f"  {found.num_not_cached} row(s) that were looked at are not in the cache")
+    for result in found.results:
+        click.echo(f"\ntemperature {result.temperature:g}{'cache':>36}{'noise floor':>14}")
+        for label, measured, form in _lines(result):
+            cells = [
+                "-" if value is None else f"{value:{form}}" for value in (measured.cache, measured.floor)
+            ]
+            click.echo(f"  {label:<36}{cells[0]:>14}{cells[1]:>14}")
+
+
+def _lines(result: AtTemperature) -> list[tuple[str, Measured, str]]:
+    lines = [
+        ("top-1 agreement", result.top1_agreement, ".4%"),
+        ("kept mass", result.kept_mass, ".6f"),
+        (f"bias in log-prob (+- {result.logprob_bias_error:.1e}), nats", result.logprob_bias, "+.2e"),
+        (f"bias at the answer (+- {result.answer_bias_error:.1e})", result.answer_bias, "+.2e"),
+        ("KL to the reconstruction, nats", result.kl, ".3g"),
+    ]
+    for size, measured in result.gradient_error.items():
+        lines.append((f"head gradient, {size:,} positions: error", measured, ".3g"))
+        lines.append(("  cosine", result.gradient_cosine[size], ".6f"))
+    return lines
