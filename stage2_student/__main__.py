@@ -59,6 +59,57 @@ def evaluate(recipe: str, overrides: tuple[str, ...], model: Path | None) -> int
     return 0
 
 
+@commands.command("sweep")
+@recipe_arguments
+@click.option(
+    "--grid",
+    multiple=True,
+    required=True,
+    metavar="SECTION.KEY=A,B,...",
+    help="Values to try; several grids are combined.",
+)
+@click.option(
+    "--jobs",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Runs at once; each has its own GPU.",
+)
+def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: int) -> int:
+    """Train a student of RECIPE for every combination of the grid; the same command goes on with the rest."""
+    from stage2_student.compare import read_run, table
+    from stage2_student.sweep import plan_jobs
+    from stage2_student.sweep import sweep as run_sweep
+
+    planned = plan_jobs(recipe, overrides, grid)
+    outcome = run_sweep(planned, num_parallel=jobs)
+    finished = [job.plan.run.path for job in planned if outcome.statuses[job.name] == 0]
+    if finished:
+        click.echo("\n".join(table([read_run(path) for path in finished])))
+    if outcome.failed:
+        click.echo(f"{len(outcome.failed)} of {len(planned)} failed: {', '.join(outcome.failed)}", err=True)
+    return outcome.status
+
+
+@commands.command("compare")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for programs.")
+@click.option("--plots", type=click.Path(path_type=Path), help="Folder for curves (extra `report`).")
+def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) -> int:
+    """Show RUNS, folders of runs, side by side, and when their cache has paid."""
+    from stage2_student.compare import cache_uses, plot, read_run, save, table
+
+    records = [read_run(path) for path in runs]
+    click.echo("\n".join(table(records)))
+    for use in cache_uses(records):
+        click.echo(use.line())
+    if json_path is not None:
+        save(records, json_path)
+    for path in plot(records, plots) if plots is not None else []:
+        click.echo(path)
+    return 0
+
+
 @commands.command("export")
 @click.argument("run_folder", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(min=0), help="Of the checkpoint; the newest by default.")

@@ -1,0 +1,245 @@
+"""Runs side by side: the settings in which they differ, what they came to, and when their cache has paid.
+
+    rows = [read_run(Path("work/runs/soft")), read_run(Path("work/runs/hard"))]
+    click.echo("\\n".join(table(rows)))
+
+Everything is read from what the runs left on disk.  A run that is not finished is shown with what it has logged.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shared.break_even import TeacherCosts
+from shared.cache.layout import LOG_NAME
+from shared.cache.storage import open_folder
+from shared.errors import RecipeError, TeachonceError
+from stage2_student.files import write_json
+from stage2_student.run_folder import RunFolder
+
+UNIMPORTANT = ("run.name", "run.root")  # differ by nature
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as it lies on disk.
+
+    settings         the resolved recipe, flat: ``loss.kd_ratio`` and so on
+    losses           of the last validation, nats a position; None for what was not computed
+    accuracy         of short answers; None where none were asked
+    positions_per_s  over all steps, waits for data included
+    step_s           median
+    peak_memory_gib  of the first rank
+    num_epochs       done; 1 for a run that did not come to the end of its first
+    reading_s        time that steps waited for data: all that the cache can have cost them
+    cache            where it lies; None for plain fine-tuning
+    records          the lines of metrics.jsonl
+    """
+
+    name: str
+    path: Path
+    is_finished: bool
+    num_steps: int
+    settings: dict[str, Any]
+    losses: dict[str, float | None]
+    accuracy: float | None
+    positions_per_s: float | None
+    step_s: float | None
+    peak_memory_gib: float | None
+    num_epochs: float
+    reading_s: float
+    cache: str | None
+    records: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "records"} | {
+            "path": str(self.path)
+        }
+
+
+def read_run(path: Path) -> RunRecord:
+    """Raises   RecipeError  when the folder has no run in it"""
+    folder = RunFolder(path)
+    if not folder.recipe.exists():
+        raise RecipeError(f"{path}: there is no run in it (no {folder.recipe.name})")
+    settings = flat(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))
+    records = folder.metrics.read()
+    steps = [record for record in records if record["event"] == "step"]
+    validations = [record for record in records if record["event"] == "validation"]
+    results = folder.read_results()
+    training_s = sum(record["step_s"] for record in steps)
+    positions = sum(record["num_positions"] for record in steps)
+    last = validations[-1] if validations else {}
+    answers = None if results is None else results["answers"]
+    return RunRecord(
+        name=str(settings["run.name"]),
+        path=path,
+        is_finished=results is not None,
+        num_steps=steps[-1]["step"] if steps else 0,
+        settings=settings,
+        losses={name: last.get(name) for name in ("loss", "ce_loss", "kd_loss")},
+        accuracy=None if answers is None else answers["accuracy"],
+        positions_per_s=positions / training_s if training_s else None,
+        step_s=statistics.median(record["step_s"] for record in steps) if steps else None,
+        peak_memory_gib=max((record["peak_memory_gib"] for record in steps), default=None),
+        num_epochs=_epochs(steps),
+        reading_s=sum(record["data_wait"] * record["step_s"] for record in steps),
+        cache=settings["cache.path"] if settings["loss.kd_ratio"] > 0 else None,
+        records=tuple(records),
+    )
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"loss": {"kd_ratio": 1}}`` as ``{"loss.kd_ratio": 1}``; lists and empty mappings are values."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def differing(runs: Sequence[RunRecord]) -> list[str]:
+    """The settings that not all runs share, names left out."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in UNIMPORTANT)
+    return [key for key in keys if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
+
+
+def table(runs: Sequence[RunRecord]) -> list[str]:
+    """A Markdown table, one line a run."""
+    settings = differing(runs)
+    head = ["run", *settings, "steps", "CE", "KL", "right", "positions/s", "step", "memory"]
+    lines = [head, ["---"] * len(head)]
+    for run in runs:
+        lines.append(
+            [
+                run.name if run.is_finished else f"{run.name} (not finished)",
+                *(_plain(run.settings.get(key)) for key in settings),
+                str(run.num_steps),
+                _number(run.losses["ce_loss"], ".4f"),
+                _number(run.losses["kd_loss"], ".4f"),
+                _number(run.accuracy, ".1%"),
+                _number(run.positions_per_s, ".0f"),
+                _number(run.step_s, ".3f", " s"),
+                _number(run.peak_memory_gib, ".2f", " GiB"),
+            ]
+        )
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """What a cache cost, in seconds of one device, and what was trained on it."""
+
+    cache: str
+    num_students: int
+    num_epochs: float
+    costs: TeacherCosts
+
+    def line(self) -> str:
+        live_s = self.costs.live_s(num_students=1, num_epochs=self.num_epochs)
+        cached_s = self.costs.cached_s(num_students=1, num_epochs=self.num_epochs)
+        return (
+            f"{self.cache}: captured in {self.costs.capture_s:.0f} s; {self.num_students} student(s), "
+            f"{self.num_epochs:.1f} epochs in all. Teacher's part: {cached_s:.0f} s with the cache, about "
+            f"{live_s:.0f} s live; it pays after {self.costs.break_even_epochs:.2f} epochs"
+        )
+
+
+def cache_uses(runs: Sequence[RunRecord]) -> list[CacheUse]:
+    """One for each cache whose log tells how long its capture took.
+
+    A live teacher is taken to need, for each example of an epoch, what the capture needed for it: a capture adds
+    little to the teacher's forward pass (docs/benchmarks.md).  Waits for data count as the cache's in full.
+    """
+    found = []
+    for cache in dict.fromkeys(run.cache for run in runs if run.cache is not None):
+        captured = _captured(cache)
+        trained = [run for run in runs if run.cache == cache and run.num_epochs > 0]
+        if captured is None or not trained:
+            continue
+        seconds, num_positions = captured
+        epoch_positions = [
+            sum(r["num_positions"] for r in run.records if r["event"] == "step") / run.num_epochs
+            for run in trained
+        ]
+        num_epochs = sum(run.num_epochs for run in trained)
+        live_epoch_s = seconds * statistics.fmean(epoch_positions) / num_positions
+        reading_s = sum(run.reading_s for run in trained) / num_epochs
+        found.append(
+            CacheUse(cache, len(trained), num_epochs, TeacherCosts(seconds, live_epoch_s, reading_s))
+        )
+    return found
+
+
+def plot(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
+    """Curves of validation CE and KL over steps, one line a run; returns the pictures' paths.
+
+    Raises   RecipeError  when matplotlib is not installed
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RecipeError("plots need matplotlib. Run `pip install 'teachonce[report]'`")
+    from matplotlib.figure import Figure  # without pyplot: no global state, and no screen is looked for
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for field, label in (("ce_loss", "cross-entropy"), ("kd_loss", "divergence from the teacher")):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        for run in runs:
+            points = [(r["step"], r[field]) for r in run.records if r["event"] == "validation"]
+            points = [point for point in points if point[1] is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=run.name)
+        axes.set(title=f"Validation: {label}", xlabel="step", ylabel="nats a position")
+        if axes.lines:
+            axes.legend(frameon=False)
+        paths.append(folder / f"{field}.png")
+        figure.savefig(paths[-1], dpi=160)
+    return paths
+
+
+def save(runs: Sequence[RunRecord], path: Path) -> None:
+    """Rows and break-even as JSON."""
+    uses = [asdict(use) | {"break_even_epochs": use.costs.break_even_epochs} for use in cache_uses(runs)]
+    write_json(path, {"runs": [run.to_json() for run in runs], "caches": uses})
+
+
+def _captured(location: str) -> tuple[float, int] | None:
+    """Seconds and positions of all captures in a cache's log; None where it has none."""
+    try:
+        lines = open_folder(location).read(LOG_NAME).decode().splitlines()
+    except (OSError, TeachonceError):
+        return None
+    events = [record for record in map(json.loads, lines) if record["event"] == "captured"]
+    seconds = sum(record["seconds"] * record["ranks"] for record in events)
+    positions = sum(record["positions"] for record in events)
+    return (seconds, positions) if positions else None
+
+
+def _epochs(steps: Sequence[dict[str, Any]]) -> float:
+    """Epochs done: whole ones, and of the last one its share of the steps of the first; 1 where that is the last."""
+    if not steps:
+        return 0.0
+    num_steps = Counter(record["epoch"] for record in steps)
+    last = max(num_steps)
+    return last + num_steps[last] / num_steps[0]
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,186 @@
+"""Many students from one cache: every combination of a grid is a run of its own.
+
+    train-student sweep phantom --grid loss.kd_ratio=0,0.5,1 --grid optimization.learning_rate=1e-3,3e-3 --jobs 2
+
+Each run is an ordinary one, in a process and a folder of its own, so it can be resumed, looked at and exported like
+any other; the same command goes on with what is not finished.  A run that fails is reported, the others go on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import torch
+
+from shared.config import Recipe, load_recipe
+from shared.errors import RecipeError
+from shared.runtime import INTERRUPTED_STATUS, stop_on_sigterm
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    plan: Recipe
+
+    @property
+    def name(self) -> str:
+        return self.plan.run.name
+
+    @property
+    def log(self) -> Path:
+        return self.plan.run.path.with_suffix(self.plan.run.path.suffix + ".log")
+
+    def command(self) -> list[str]:
+        options = [part for item in self.overrides for part in ("--set", item)]
+        resume = ["--resume"] if self.plan.run.path.exists() else []
+        return [sys.executable, "-m", "stage2_student", "run", self.recipe, *options, *resume]
+
+
+@dataclass
+class Outcome:
+    """How the jobs ended, by name; in their order."""
+
+    statuses: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> list[str]:
+        return [name for name, status in self.statuses.items() if status not in (0, INTERRUPTED_STATUS)]
+
+    @property
+    def status(self) -> int:
+        """Zero where all is done; else the first bad one."""
+        return next((status for status in self.statuses.values() if status), 0)
+
+
+def plan_jobs(recipe: str, overrides: Sequence[str], grid: Sequence[str]) -> list[Job]:
+    """Every combination, each validated before any is run.
+
+    Raises   RecipeError  for a grid that is not ``key=value,value``, a key given twice, a recipe that does not fit
+    """
+    axes: dict[str, list[str]] = {}
+    for item in grid:
+        key, equals, text = item.partition("=")
+        values = _split(text)
+        if not equals or not key or not all(values):
+            raise RecipeError(f"--grid {item!r}: needs the form section.key=value,value")
+        if key in axes:
+            raise RecipeError(f"--grid {item!r}: {key} is there already; give all its values at once")
+        if len(set(values)) < len(values):
+            raise RecipeError(f"--grid {item!r}: a value is there twice")
+        axes[key] = values
+    if "run.name" in axes:
+        raise RecipeError("--grid run.name: each run is named by its settings")
+    base = load_recipe(recipe, overrides=tuple(overrides))
+    jobs = []
+    for combination in itertools.product(*axes.values()):
+        settings = [f"{key}={value}" for key, value in zip(axes, combination, strict=True)]
+        name = "-".join([base.run.name, *map(_part, settings)])
+        own = (*overrides, *settings, f"run.name={name}")
+        jobs.append(Job(recipe, own, load_recipe(recipe, overrides=own)))
+    names = [job.name for job in jobs]
+    if len(set(names)) < len(names):
+        raise RecipeError(
+            "two combinations of the grid would share a run's folder; write their values otherwise"
+        )
+    return jobs
+
+
+def sweep(jobs: Sequence[Job], *, num_parallel: int) -> Outcome:
+    """Runs all jobs, at most so many at once; SIGTERM is handed on to those that run, and no more are begun.
+
+    With GPUs, each job sees one of its own; without, all share the cores evenly.
+    """
+    outcome = Outcome()
+    pending, slots = list(jobs), list(range(num_parallel))
+    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+    told: frozenset[int] = frozenset()
+    with stop_on_sigterm() as stop:
+        try:
+            while running or (pending and not stop.received):
+                while pending and slots and not stop.received:
+                    job, slot = pending.pop(0), slots.pop(0)
+                    click.echo(f"begins  {job.name}")
+                    running[slot] = (job, _start(job, slot, num_parallel))
+                if stop.received:
+                    told = _tell([process for _, process in running.values()], told)
+                for slot, (job, process) in list(running.items()):
+                    status = process.poll()
+                    if status is not None:
+                        del running[slot]
+                        slots.append(slot)
+                        outcome.statuses[job.name] = status if status >= 0 else 128 - status
+                        click.echo(_ending(job, outcome.statuses[job.name]))
+                time.sleep(POLL_S)
+        finally:  # empty, unless something went wrong here
+            _tell([process for _, process in running.values()], told)
+            for _, process in running.values():
+                process.wait()
+    for job in pending:
+        outcome.statuses[job.name] = INTERRUPTED_STATUS
+    return Outcome({job.name: outcome.statuses[job.name] for job in jobs})
+
+
+def _start(job: Job, slot: int, num_parallel: int) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    num_gpus = torch.cuda.device_count()
+    if num_gpus:
+        visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = visible[slot % num_gpus]
+    else:  # spinning threads of one job would take the cores of another
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_parallel)))
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(job.log, "ab") as log:
+        return subprocess.Popen(
+            job.command(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
+
+
+def _tell(processes: Sequence[subprocess.Popen[bytes]], told: frozenset[int]) -> frozenset[int]:
+    """Hands SIGTERM on, once to each; a second one would end it without a checkpoint."""
+    for process in processes:
+        if process.pid not in told:
+            process.terminate()
+    return told | {process.pid for process in processes}
+
+
+def _ending(job: Job, status: int) -> str:
+    if status == 0:
+        return f"done    {job.name}"
+    if status == INTERRUPTED_STATUS:
+        return f"stopped {job.name}: the same command goes on"
+    tail = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    reason = next((line for line in reversed(tail) if "rror" in line), tail[-1] if tail else "no output")
+    return f"FAILED  {job.name}: status {status}, {reason.strip()[:300]} (all of it: {job.log})"
+
+
+def _split(text: str) -> list[str]:
+    """At commas that are not inside brackets, so that a value may be a list or a mapping."""
+    parts, depth, current = [], 0, ""
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and not depth:
+            parts.append(current.strip())
+            current = ""
+        else:
+            current += character
+    return [*parts, current.strip()]
+
+
+def _part(setting: str) -> str:
+    """A setting as part of a folder's name: its key's last word and its value."""
+    key, _, value = setting.partition("=")
+    return re.sub(r"[^A-Za-z0-9=._+]+", "_", f"{key.rpartition('.')[2]}={value}")

@@ -1,0 +1,184 @@
+"""``train-student sweep`` and ``compare``: many students, one cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from stage2_runs import make_recipe, run_alone
+
+from shared.errors import RecipeError
+from shared.runtime import INTERRUPTED_STATUS
+from stage2_student.__main__ import commands
+from stage2_student.compare import cache_uses, differing, flat, read_run, table
+from stage2_student.sweep import plan_jobs
+
+
+@pytest.fixture
+def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path, teacher_cache: Path) -> dict[str, Any]:
+    return {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+        "teacher": {"model": "gone"},
+        "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
+        "student": {"model": str(student_folder), "compute_dtype": "float32"},
+        "optimization": {"global_batch_size": 4, "microbatch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
+        "run": {"name": "grid", "root": str(tmp_path / "runs"), "num_workers": 0, "validate_every": 2},
+    }
+
+
+@pytest.fixture
+def recipe(tree: dict[str, Any], tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def command(*arguments: str) -> Result:
+    return CliRunner().invoke(commands, list(arguments), standalone_mode=False)
+
+
+# --- planning --------------------------------------------------------------------------------------------
+
+
+def test_every_combination_is_a_run_of_its_own(recipe: str) -> None:
+    jobs = plan_jobs(
+        recipe, ["loss.chunk_size=64"], ["loss.kd_ratio=0,0.5", "optimization.betas=[0.9, 0.95],[0.8, 0.9]"]
+    )
+    assert [(job.plan.loss.kd_ratio, job.plan.optimization.betas) for job in jobs] == [
+        (0.0, (0.9, 0.95)),
+        (0.0, (0.8, 0.9)),
+        (0.5, (0.9, 0.95)),
+        (0.5, (0.8, 0.9)),
+    ]
+    assert jobs[0].name == "grid-kd_ratio=0-betas=_0.9_0.95_"
+    assert len({job.plan.run.path for job in jobs}) == 4
+    assert all(job.plan.loss.chunk_size == 64 for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (["loss.kd_ratio"], "needs the form"),
+        (["loss.kd_ratio=0,,1"], "needs the form"),
+        (["loss.kd_ratio=0", "loss.kd_ratio=1"], "there already"),
+        (["loss.kd_ratio=0,0"], "there twice"),
+        (["loss.kd_rato=0,1"], "did you mean 'kd_ratio'"),
+        (["loss.kd_ratio=0,2"], "less than or equal to 1"),
+        (["run.name=a,b"], "named by its settings"),
+        (["data.source=a/b,a_b"], "share a run's folder"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_any_run(recipe: str, grid: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan_jobs(recipe, [], grid)
+
+
+# --- running ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_reported_and_the_others_are_finished(
+    recipe: str, tmp_path: Path, student_folder: Path
+) -> None:
+    grid = ["--grid", f"student.model={student_folder},{tmp_path}/missing", "--grid", "loss.kd_ratio=0,1"]
+    shown = command("sweep", recipe, *grid, "--jobs", "2")
+    assert shown.return_value == RecipeError.exit_status
+    assert shown.output.count("done    ") == shown.output.count("FAILED  ") == 2
+    assert "2 of 4 failed" in shown.output
+    assert "| loss.kd_ratio |" in shown.output
+    finished = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/results.json"))
+    assert [name.rpartition("-")[2] for name in finished] == ["kd_ratio=0", "kd_ratio=1"]
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/results.json")}
+    again = command(
+        "sweep", recipe, "--grid", "loss.kd_ratio=0,1", "--set", f"student.model={student_folder}"
+    )
+    assert again.return_value == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.slow
+def test_sigterm_stops_the_runs_in_order_and_the_same_command_goes_on(recipe: str, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "stage2_student", "sweep", recipe, "--grid", "loss.kd_ratio=0.25,0.75"]
+    long = [*arguments, "--set", "optimization.max_steps=400"]
+    process = subprocess.Popen(
+        long, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    metrics = tmp_path / "runs" / "grid-kd_ratio=0.25" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"step"' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == INTERRUPTED_STATUS
+    assert "stopped grid-kd_ratio=0.25" in output
+    assert "grid-kd_ratio=0.75" not in output
+    done = max(json.loads(line)["step"] for line in metrics.read_text().splitlines())
+    ended = command(
+        "sweep", recipe, "--grid", "loss.kd_ratio=0.25,0.75", "--set", f"optimization.max_steps={done + 2}"
+    )
+    assert ended.return_value == 0, ended.output
+    assert read_run(metrics.parent).num_steps == done + 2
+
+
+# --- comparing -------------------------------------------------------------------------------------------
+
+
+def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tmp_path: Path) -> None:
+    recipes = [
+        make_recipe(tree, run__name=f"run{ratio}", loss__kd_ratio=ratio, loss__temperature=2.0)
+        for ratio in (0.0, 1.0)
+    ]
+    for recipe in recipes:
+        assert run_alone(recipe) == 0
+    runs = [read_run(recipe.run.path) for recipe in recipes]
+    assert differing(runs) == ["loss.kd_ratio"]
+    head, _, plain, distilled = table(runs)
+    assert head.startswith("| run | loss.kd_ratio | steps | CE | KL |")
+    assert "| run0.0 | 0 | 4 |" in plain
+    assert f"| {runs[1].losses['kd_loss']:.4f} |" in distilled
+    assert runs[0].losses["kd_loss"] is None
+
+    assert runs[1].num_epochs == pytest.approx(4 / 3)  # three steps an epoch
+    (use,) = cache_uses(runs)
+    assert (use.num_students, use.num_epochs) == (1, runs[1].num_epochs)
+    assert use.costs.capture_s > 0
+    # 12 of the cache's 16 examples are seen in an epoch
+    assert 0.5 < use.costs.live_epoch_s / use.costs.capture_s < 1.0
+
+    shown = command(
+        *("compare", *(str(run.path) for run in runs)),
+        *("--json", str(tmp_path / "found.json"), "--plots", str(tmp_path / "plots")),
+    )
+    assert shown.return_value == 0, shown.output
+    assert "it pays after" in shown.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [run["name"] for run in found["runs"]] == ["run0.0", "run1.0"]
+    assert (tmp_path / "plots" / "kd_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no run in it"):
+        read_run(tmp_path)
+
+
+def test_an_unfinished_run_is_shown_with_what_it_has(tree: dict[str, Any]) -> None:
+    recipe = make_recipe(tree)
+    run_alone(recipe)
+    (recipe.run.path / "results.json").unlink()
+    run = read_run(recipe.run.path)
+    assert not run.is_finished
+    assert "grid (not finished)" in table([run])[2]
+
+
+def test_flat() -> None:
+    assert flat({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
