@@ -1,0 +1,392 @@
+"""The same student taught in many ways: labels alone, a live teacher, caches of several policies and sizes.
+
+    python -m tests.benchmarks.bench_students [--recipes phantom medpix_sample] [--seeds 0 1 2]
+
+Every variant has the same student, the same order of examples and the same number of steps; a seed changes the
+order and the cache's draws.  Two lengths, of about the same number of steps: one epoch over all rows, and twenty
+over the first 240.  ``top_k`` and ``random`` get the caches that come nearest to the default's size.  What counts
+is measured against the teacher's *whole* distributions on held-out rows.
+
+Every run is a process of its own, on one thread.  A run that is done is kept in work/benchmarks/students.jsonl and
+not done again: delete the file to begin anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shared import codec
+from shared.config import LossConfig, Recipe, load_recipe
+from shared.kd_loss import KDLoss, LossSums
+from shared.policies import Policy, Random, Threshold, TopK
+from shared.processing import open_processor
+from shared.runtime import StopRequest, World, distributed
+from shared.sparse import position_seeds
+from shared.vlm import last_hidden_states, load_vlm, split
+from stage1_teacher.capture import capture
+from stage1_teacher.teacher import Teacher, load_teacher
+from stage2_student.feed import Microbatch, feed
+from stage2_student.inputs import Inputs, open_inputs
+from stage2_student.optim import learning_rate, make_optimizer, set_learning_rate
+from stage2_student.order import pass_slots, training_slots
+from stage2_student.step import seed_step, train_step
+from stage2_student.student import StudentWithLoss, build_student
+from stage2_student.train import step_shape, total_steps
+from tests.benchmarks.bench_loss import _status_bytes as status_bytes
+
+FOLDER = Path("work/benchmarks")
+RESULTS = FOLDER / "students.jsonl"
+LENGTHS: dict[str, dict[str, int | None]] = {
+    "1 epoch": {"num_epochs": 1, "limit": None},
+    "20 epochs": {"num_epochs": 20, "limit": 240},
+}
+TAUS = (512, 64, 16)  # the default first
+SIZE_SAMPLE = 48  # examples by which equal sizes are found
+LABELS, LIVE = "labels alone", "teacher live"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run; ``policy`` is None for the two variants that need no cache."""
+
+    recipe: str
+    variant: str
+    length: str
+    seed: int
+    kd_ratio: float
+    policy: Policy | None
+
+    @property
+    def key(self) -> list[Any]:
+        return [self.recipe, self.variant, self.length, self.seed, self.kd_ratio]
+
+    def load(self) -> Recipe:
+        """The recipe of this run; without a cache it is that of plain fine-tuning, whatever is done with it."""
+        recipe = load_recipe(self.recipe)
+        sizes = LENGTHS[self.length]
+        assert recipe.cache is not None
+        kd_ratio = self.kd_ratio if self.policy is not None else 0.0
+        return recipe.model_copy(
+            update={
+                "data": recipe.data.model_copy(update={"limit": sizes["limit"]}),
+                "cache": recipe.cache.model_copy(update=self._cache()),
+                "loss": recipe.loss.model_copy(update={"kd_ratio": kd_ratio}),
+                "optimization": recipe.optimization.model_copy(
+                    update={"num_epochs": sizes["num_epochs"], "max_steps": None}
+                ),
+                "run": recipe.run.model_copy(update={"seed": self.seed, "num_workers": 0}),
+            }
+        )
+
+    def _cache(self) -> dict[str, Any]:
+        if self.policy is None:
+            return {}
+        seed = self.seed if self.policy.is_sampled else 0  # without a draw all seeds share a cache
+        name = self.variant.replace("/", "_").replace(" ", "_")
+        path = FOLDER / "caches" / f"{self.recipe}-{name}-{seed}"
+        return {"path": str(path), "policy": self.policy, "seed": seed, "num_workers": 0}
+
+
+# --- preparing -------------------------------------------------------------------------------------------
+
+
+def prepare(name: str) -> Recipe:
+    """Data, models, a trained teacher and its default cache, all as ``make teacher-cache`` makes them."""
+    command = [sys.executable, "-m", "shared.pipeline", "teacher-cache", name]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return load_recipe(name)
+
+
+def policies_of_equal_size(recipe: Recipe, world: World) -> dict[str, Policy]:
+    """The default, smaller caches, and the other policies at the default's bytes a position."""
+    processor = open_processor(recipe.student.model, recipe.data)
+    assert recipe.teacher is not None
+    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
+    rows = open_inputs(recipe, world).train
+    step = max(1, rows.num_examples // SIZE_SAMPLE)
+    encoded = [processor.encode(rows.split[int(row)]) for row in rows.rows[::step]]
+    hidden = [teacher.hidden(processor.collate([one])) for one in encoded]
+    labels = [processor.collate([one]).labels for one in encoded]
+    seeds = [position_seeds(0, one.key, one.num_positions) for one in encoded]
+
+    def num_bytes(policy: Policy) -> int:
+        with torch.inference_mode():
+            made = [
+                teacher.sparse_targets(h, y, s, policy=policy, temperatures=(1.0,), chunk_size=512)[0]
+                for h, y, s in zip(hidden, labels, seeds, strict=True)
+            ]
+        return sum(len(codec.encode(one)) for one in made)
+
+    wanted = num_bytes(Threshold(tau=1 / TAUS[0]))
+    found: dict[str, Policy] = {f"tau 1/{tau}": Threshold(tau=1 / tau) for tau in TAUS}
+    k = nearest(lambda k: num_bytes(TopK(k=k)), wanted, most=teacher.num_token_ids)
+    draws = nearest(lambda draws: num_bytes(Random(draws=draws)), wanted, most=65535)
+    return found | {f"top {k}": TopK(k=k), f"random {draws}": Random(draws=draws)}
+
+
+def nearest(size: Callable[[int], int], wanted: int, *, most: int) -> int:
+    """The largest number, up to ``most``, whose size is at most ``wanted``; sizes rise with it."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) <= wanted else (low, middle - 1)
+    return low
+
+
+def held_out_path(name: str) -> Path:
+    return FOLDER / f"{name}-held-out.pt"
+
+
+def save_held_out(recipe: Recipe, name: str, world: World) -> None:
+    """The teacher's log-probs (N, V) of each held-out microbatch, in order."""
+    inputs = open_inputs(recipe, world)
+    assert recipe.teacher is not None
+    num_ids = inputs.processor.num_token_ids
+    teacher = load_teacher(recipe.teacher, num_token_ids=num_ids, world=world)
+    with torch.inference_mode():
+        logprobs = [teacher.logprobs(teacher.hidden(one)).clone() for one in held_out(inputs)]  # type: ignore[arg-type]
+    torch.save(logprobs, held_out_path(name))
+
+
+def held_out(inputs: Inputs) -> Iterable[Microbatch]:
+    assert inputs.validation is not None
+    slots = pass_slots(inputs.validation.lengths, microbatch_size=8, rank=0, num_ranks=1)
+    source = inputs.validation_source()
+    source.cache = None  # whole distributions are compared here
+    return (
+        source.microbatch(slot, [int(inputs.validation.rows[i]) for i in slot.examples]) for slot in slots
+    )
+
+
+# --- one run ---------------------------------------------------------------------------------------------
+
+
+class LiveTeacher:
+    """Beside the student, as in an online recipe: its forward pass in every step, its whole distribution."""
+
+    def __init__(self, recipe: Recipe, num_ids: int, world: World) -> None:
+        assert recipe.teacher is not None
+        self.teacher: Teacher = load_teacher(recipe.teacher, num_token_ids=num_ids, world=world)
+
+    @torch.no_grad()
+    def teach(self, microbatch: Microbatch) -> Microbatch:
+        logits_NV = self.teacher.head.logits(self.teacher.hidden(microbatch))  # type: ignore[arg-type]
+        return replace(microbatch, targets=logits_NV[:, : self.teacher.num_token_ids].clone())  # type: ignore[arg-type]
+
+
+def dense_forward(
+    self: StudentWithLoss, inputs: dict[str, Tensor], index: Tensor, labels: Tensor, teacher_NV: Tensor
+) -> LossSums:
+    """Eager cross-entropy and dense KD, from logits."""
+    body, head = split(self.model)
+    hidden_ND = last_hidden_states(body, inputs).flatten(0, 1).index_select(0, index)
+    logits_NV = head.logits(hidden_ND)[:, : self.num_token_ids]
+    ce = F.cross_entropy(logits_NV.float(), labels, reduction="sum")
+    kd = KDLoss()(logits_NV, teacher_NV, labels, num_batch_labels=1)
+    loss = (1 - self.loss.kd_ratio) * ce + self.loss.kd_ratio * kd
+    return LossSums(loss, ce.detach(), kd.detach(), torch.zeros(()), torch.tensor(len(labels)))
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Trains and measures; in a process of its own."""
+    torch.set_num_threads(1)
+    recipe = job.load()
+    with distributed(device="cpu") as world:
+        inputs = open_inputs(recipe, world)
+        encode = lru_cache(maxsize=512)(inputs.processor.encode)  # what workers do beside the step elsewhere
+        inputs.processor.encode = encode  # type: ignore[method-assign]
+        student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
+        student.loss = LossConfig(kd_ratio=recipe.loss.kd_ratio)
+        teach: Callable[[Microbatch], Microbatch] = lambda one: one  # noqa: E731
+        if job.variant == LIVE:
+            student.loss = LossConfig(kd_ratio=job.kd_ratio)
+            student.forward = MethodType(dense_forward, student)  # type: ignore[method-assign]
+            teach = LiveTeacher(recipe, inputs.processor.num_token_ids, world).teach
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status_bytes("VmRSS")
+        seconds = fit(recipe, inputs, student, teach, world)
+        peak = status_bytes("VmHWM") - before
+        trained = plain_model(recipe, student)
+        measured = measure(trained, inputs, torch.load(held_out_path(job.recipe), mmap=True), recipe)
+        size = None
+        if inputs.cache is not None:
+            totals = inputs.cache.manifest.totals
+            size = totals.bytes / totals.positions
+    del student, trained
+    times = {"step_s": statistics.median(seconds), "num_steps": len(seconds)}
+    return measured | times | {"peak_bytes": peak, "bytes_per_position": size}
+
+
+def fit(
+    recipe: Recipe,
+    inputs: Inputs,
+    student: StudentWithLoss,
+    teach: Callable[[Microbatch], Microbatch],
+    world: World,
+) -> list[float]:
+    """All steps; returns what each took, the reading of its data left out."""
+    optimizer = make_optimizer(student, recipe.optimization)
+    shape = step_shape(recipe, inputs.train.num_examples)
+    num_steps = total_steps(recipe, shape)
+    slots = training_slots(shape, inputs.train.lengths, steps=range(num_steps), rank=0, num_ranks=1)
+    seconds = []
+    fed = feed(inputs.training_source(), slots, num_workers=0, pin_memory=False)
+    for step, (microbatches, _) in enumerate(fed):
+        set_learning_rate(optimizer, learning_rate(recipe.optimization, step=step, num_steps=num_steps))
+        seed_step(recipe.run.seed, step=step, rank=0)
+        begin = time.perf_counter()
+        taught = [teach(one) for one in microbatches]
+        count = sum(one.num_positions for one in taught)
+        train_step(student, optimizer, taught, world, num_positions=count, max_grad_norm=1.0)
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def plain_model(recipe: Recipe, student: StudentWithLoss) -> PreTrainedModel:
+    model = load_vlm(recipe.student.model, revision=None, dtype=torch.float32, attn_implementation=None)
+    state = student.model.state_dict()
+    model.load_state_dict(
+        {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in state.items()}
+    )
+    return model.eval()
+
+
+@torch.inference_mode()
+def measure(
+    model: PreTrainedModel, inputs: Inputs, teacher: list[Tensor], recipe: Recipe
+) -> dict[str, float | None]:
+    """Over the held-out split: KL from the teacher's whole distributions and CE, nats a position; accuracy.
+
+    An answer is right when every token of it is the most likely one, the end of the turn among them: that is
+    when greedy decoding gives the reference to the letter.
+    """
+    assert inputs.validation is not None
+    body, head = split(model)
+    kl = ce = 0.0
+    count, right = 0, []
+    for microbatch, teacher_NV in zip(held_out(inputs), teacher, strict=True):
+        hidden_BSD = last_hidden_states(body, microbatch.inputs)
+        hidden_ND = hidden_BSD.flatten(0, 1)[microbatch.position_index]
+        logq_NV = head.logits(hidden_ND)[:, : teacher_NV.shape[1]].float().log_softmax(-1)
+        kl += F.kl_div(logq_NV, teacher_NV, reduction="sum", log_target=True).item()
+        ce += F.nll_loss(logq_NV, microbatch.labels, reduction="sum").item()
+        count += microbatch.num_positions
+        example_N = microbatch.position_index // hidden_BSD.shape[1]
+        hit_N = logq_NV.argmax(-1) == microbatch.labels
+        for place, example in enumerate(microbatch.slot.examples):
+            row = inputs.validation.split[int(inputs.validation.rows[example])]
+            if len(row.answer.split()) <= recipe.evaluation.short_answer_words:
+                right.append(bool(hit_N[example_N == place].all()))
+    return {"kl": kl / count, "ce": ce / count, "accuracy": statistics.fmean(right) if right else None}
+
+
+# --- all runs --------------------------------------------------------------------------------------------
+
+
+def done() -> dict[str, dict[str, Any]]:
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {json.dumps(record["key"]): record for record in map(json.loads, lines)}
+
+
+def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str]) -> None:
+    """The runs of one recipe that are not done yet, seed by seed, so that variants take turns."""
+    recipe = prepare(name)
+    with distributed(device="cpu") as world:
+        policies = policies_of_equal_size(recipe, world)
+        if not held_out_path(name).exists():
+            save_held_out(recipe, name, world)
+    variants: dict[str, Policy | None] = {LABELS: None, LIVE: None} | policies
+    for seed in seeds:
+        for length in lengths:
+            for variant, policy in variants.items():
+                job = Job(name, variant, length, seed, kd_ratio, policy)
+                if json.dumps(job.key) in done():
+                    continue
+                if policy is not None:
+                    with distributed(device="cpu") as world:
+                        capture(replace(job, length="1 epoch").load(), world, StopRequest())
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    found = pool.apply(run, (job,))
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps({"key": job.key} | found) + "\n")
+                print(f"  {' | '.join(map(str, job.key))}: KL {found['kl']:.4f}", file=sys.stderr, flush=True)
+
+
+def table(name: str, length: str, kd_ratio: float) -> list[str]:
+    """Markdown; means over seeds, and half the range in brackets."""
+    kept = [r for r in done().values() if (r["key"][0], r["key"][2], r["key"][4]) == (name, length, kd_ratio)]
+    variants = list(dict.fromkeys(record["key"][1] for record in kept))
+
+    def values(variant: str, field: str) -> list[float]:
+        return [r[field] for r in kept if r["key"][1] == variant and r[field] is not None]
+
+    def shown(variant: str, field: str, form: str) -> str:
+        some = values(variant, field)
+        return f"{statistics.fmean(some):{form}} ({(max(some) - min(some)) / 2:{form}})" if some else "-"
+
+    def against(variant: str, field: str, reference: str) -> str:
+        some, other = values(variant, field), values(reference, field)
+        return f"{statistics.fmean(some) / statistics.fmean(other):.3f}" if some and other else "-"
+
+    lines = [
+        "| taught by | bytes | held-out KL | against live | CE | right | step | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for variant in variants:
+        size = values(variant, "bytes_per_position")
+        cells = [
+            variant,
+            f"{statistics.fmean(size):.0f}" if size else "-",
+            shown(variant, "kl", ".4f"),
+            against(variant, "kl", LIVE),
+            shown(variant, "ce", ".4f"),
+            shown(variant, "accuracy", ".1%"),
+            against(variant, "step_s", LABELS),
+            against(variant, "peak_bytes", LABELS),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipes", nargs="+", default=["phantom", "medpix_sample"])
+    parser.add_argument("--lengths", nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--kd-ratio", type=float, default=0.5)
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in arguments.recipes:
+        if name == "medpix_sample" and not Path(load_recipe(name).data.source).exists():
+            print(f"{name}: its records are not here, left out")
+            continue
+        run_all(name, seeds=arguments.seeds, kd_ratio=arguments.kd_ratio, lengths=arguments.lengths)
+        for length in arguments.lengths:
+            print(f"\n{name}, {length}, kd_ratio {arguments.kd_ratio}")
+            print("\n".join(table(name, length, arguments.kd_ratio)))
+
+
+if __name__ == "__main__":
+    main()
