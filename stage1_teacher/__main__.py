@@ -142,6 +142,21 @@ def inspect(cache: str, as_json: bool, plots: Path | None) -> int:
     return show_inspection(cache, as_json=as_json, plots=plots)
 
 
+@commands.command("report")
+@click.argument("cache")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--recipe", help="Whose data to show; by default that of the cache's capture.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe."
+)
+def report(cache: str, out: Path, recipe: str | None, overrides: tuple[str, ...]) -> int:
+    """Write OUT, one HTML file about CACHE, with pictures of examples (extra `report`)."""
+    from stage1_teacher.tools import show_report
+
+    loaded = None if recipe is None else load_recipe(recipe, overrides=overrides)
+    return show_report(cache, out, recipe=loaded)
+
+
 @commands.command("verify")
 @click.argument("cache")
 def verify(cache: str) -> int:

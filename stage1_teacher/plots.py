@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import numpy as np
 
 from shared.cache import CacheReader
 from shared.cache.inspect import Sample, sample_rows
-from shared.errors import CacheFormatError, RecipeError
+from shared.errors import CacheFormatError
+from shared.html_report import require_matplotlib
 
 BLUE, ORANGE = "#33628f", "#d17a22"
 SIZE_INCHES = (6.4, 3.6)
@@ -24,18 +24,12 @@ def plot_cache(reader: CacheReader, folder: Path) -> list[Path]:
     Raises   RecipeError       when matplotlib is not installed
              CacheFormatError  when the cache is empty
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RecipeError("plots need matplotlib. Run `pip install 'teachonce[report]'`")
+    require_matplotlib()
     if not len(reader):
         raise CacheFormatError(f"cache {reader.location}: it is empty, there is nothing to draw")
     sample = sample_rows(reader)
     folder.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Callable[[Any, Sample], None]] = {
-        "entries": _entries,
-        "certainty": _certainty,
-        "bytes": _bytes,
-    }
-    return [_draw(folder / f"{name}.png", sample, draw) for name, draw in drawings.items()]
+    return [_draw(folder / f"{name}.png", sample, draw) for name, draw in DRAWINGS.items()]
 
 
 def _draw(path: Path, sample: Sample, draw: Callable[[Any, Sample], None]) -> Path:
@@ -99,3 +93,22 @@ def _bytes(axes: Any, sample: Sample) -> None:
     )
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
+
+
+def draw_kept_mass(axes: Any, sample: Sample) -> None:
+    """Sums of weights at each captured temperature."""
+    most = max(float(mass_N.max()) for mass_N in sample.kept_mass_N.values())
+    least = min(float(mass_N.min()) for mass_N in sample.kept_mass_N.values())
+    edges = np.linspace(least - 1e-3, most + 1e-3, 40)
+    for temperature, mass_N in sample.kept_mass_N.items():
+        each = np.full(len(mass_N), 100 / len(mass_N))
+        axes.hist(mass_N, bins=edges, weights=each, histtype="step", label=f"T = {temperature:g}")
+    axes.set(title="Kept mass", xlabel="sum of a position's weights", ylabel="share of positions (%)")
+    axes.legend(frameon=False)
+
+
+DRAWINGS: dict[str, Callable[[Any, Sample], None]] = {
+    "entries": _entries,
+    "certainty": _certainty,
+    "bytes": _bytes,
+}

@@ -1,4 +1,4 @@
-"""What is printed of a cache: by ``inspect``, ``verify``, ``audit``, ``export`` and ``merge``."""
+"""What is printed of a cache: by ``inspect``, ``verify``, ``audit``, ``report``, ``export`` and ``merge``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from shared.runtime import World, environment
 from stage1_teacher.audit import audit, recipe_of_cache
 from stage1_teacher.audit import show as show_findings
 from stage1_teacher.plots import plot_cache
+from stage1_teacher.report import write_cache_report
 
 
 def show_inspection(location: str, *, as_json: bool, plots: Path | None = None) -> int:
@@ -71,6 +72,19 @@ def show_audit(
         for message in exceeded:
             click.echo(f"error: {message}", err=True)
     return CacheFormatError.exit_status if exceeded else 0
+
+
+def show_report(location: str, out: Path, *, recipe: Recipe | None) -> int:
+    """A cache as an HTML page; without examples where no recipe says which data they are of."""
+    reader = CacheReader(location)
+    if recipe is None:
+        try:
+            recipe = recipe_of_cache(reader)
+        except CacheFormatError as error:
+            click.echo(f"note: {error}", err=True)
+    write_cache_report(reader, recipe, out)
+    click.echo(out)
+    return 0
 
 
 def show_export(location: str, out: str) -> int:

@@ -110,6 +110,19 @@ def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) 
     return 0
 
 
+@commands.command("report")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def report(runs: tuple[Path, ...], out: Path) -> int:
+    """Write OUT, one HTML file about RUNS, folders of runs: curves, costs, answers (extra `report`)."""
+    from stage2_student.compare import read_run
+    from stage2_student.report import write_run_report
+
+    write_run_report([read_run(path) for path in runs], out)
+    click.echo(out)
+    return 0
+
+
 @commands.command("export")
 @click.argument("run_folder", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(min=0), help="Of the checkpoint; the newest by default.")

@@ -8,7 +8,6 @@ Everything is read from what the runs left on disk.  A run that is not finished 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 from collections import Counter
@@ -23,10 +22,12 @@ from shared.break_even import TeacherCosts
 from shared.cache.layout import LOG_NAME
 from shared.cache.storage import open_folder
 from shared.errors import RecipeError, TeachonceError
+from shared.html_report import require_matplotlib
 from stage2_student.files import write_json
 from stage2_student.run_folder import RunFolder
 
-UNIMPORTANT = ("run.name", "run.root")  # differ by nature
+UNIMPORTANT = ("run.name", "run.root", "bootstrap.")  # differ by nature, or make what is named elsewhere
+MAX_SHOWN = 40  # characters of a value
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def differing(runs: Sequence[RunRecord]) -> list[str]:
     """The settings that not all runs share, names left out."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in UNIMPORTANT)
+    keys = dict.fromkeys(key for run in runs for key in run.settings if not key.startswith(UNIMPORTANT))
     return [key for key in keys if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
 
 
@@ -186,8 +187,7 @@ def plot(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
 
     Raises   RecipeError  when matplotlib is not installed
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RecipeError("plots need matplotlib. Run `pip install 'teachonce[report]'`")
+    require_matplotlib()
     from matplotlib.figure import Figure  # without pyplot: no global state, and no screen is looked for
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,4 +242,5 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def _plain(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= MAX_SHOWN else f"...{text[-MAX_SHOWN:]}"

@@ -16,7 +16,7 @@ STAGES = {"stage1_teacher", "stage2_student"}
 FLOORS = [
     {"errors"},
     {"policies", "images", "phantom", "cli", "runtime", "loading", "adapters", "break_even"},
-    {"vqa_sources", "fingerprints", "prompts", "processors", "sharding"},
+    {"html_report", "vqa_sources", "fingerprints", "prompts", "processors", "sharding"},
     {"sparse", "recipe_files"},
     {"config", "codec"},
     {"vqa", "kd_loss", "vlm"},

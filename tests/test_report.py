@@ -1,0 +1,174 @@
+"""Reports: one HTML file with everything in it, that a browser shows at any width."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from stage2_runs import make_recipe, run_alone
+
+from shared.cache import CacheReader
+from shared.html_report import Page, Section, card, facts, paragraph, table, write_page
+from stage1_teacher.__main__ import commands as teacher_commands
+from stage1_teacher.report import write_cache_report
+from stage2_student.__main__ import commands as student_commands
+
+pytest.importorskip("matplotlib")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LOOK = """<script>addEventListener("load", () => {
+  const pictures = [...document.images], found = {}
+  for (const width of [390, 1280]) {
+    document.body.style.width = document.body.style.maxWidth = width + "px"
+    found[width] = document.body.scrollWidth
+  }
+  found.pictures = pictures.length
+  found.broken = pictures.filter(one => !one.naturalWidth).length
+  document.title = JSON.stringify(found)
+})</script>"""
+
+
+@pytest.fixture
+def tree(
+    tmp_path: Path, vqa_folder: Path, teacher_folder: Path, student_folder: Path, teacher_cache: Path
+) -> dict[str, Any]:
+    return {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
+        "student": {"model": str(student_folder), "compute_dtype": "float32"},
+        "optimization": {"global_batch_size": 4, "microbatch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
+        "run": {"name": "run", "root": str(tmp_path / "runs"), "num_workers": 0, "validate_every": 2},
+        "evaluation": {"max_examples": 4, "max_new_tokens": 4, "batch_size": 3},
+    }
+
+
+@pytest.fixture
+def cache_page(tree: dict[str, Any], tmp_path: Path, teacher_cache: Path) -> Path:
+    write_cache_report(CacheReader(teacher_cache), make_recipe(tree), tmp_path / "cache.html")
+    return tmp_path / "cache.html"
+
+
+@pytest.fixture
+def run_page(tree: dict[str, Any], tmp_path: Path) -> Path:
+    folders = []
+    for ratio in (0.5, 1.0):
+        recipe = make_recipe(tree, run__name=f"run{ratio}", loss__kd_ratio=ratio)
+        assert run_alone(recipe) == 0
+        folders.append(str(recipe.run.path))
+    shown = CliRunner().invoke(
+        student_commands, ["report", *folders, str(tmp_path / "runs.html")], standalone_mode=False
+    )
+    assert shown.return_value == 0, shown.output
+    return tmp_path / "runs.html"
+
+
+def test_a_cache_with_its_examples(cache_page: Path) -> None:
+    text = cache_page.read_text()
+    for words in (
+        "Where the teacher is surest",
+        "Where it is least sure",
+        "Kept mass",
+        "entries a position",
+        "from caption",
+    ):
+        assert words.lower() in text.lower()
+    assert text.count("data:image/jpeg;base64,") == 12
+    assert text.count("data:image/svg+xml;base64,") == 4
+
+
+def test_everything_is_inside(cache_page: Path, run_page: Path) -> None:
+    for page in (cache_page, run_page):
+        sources = re.findall(r'(?:src|href)="([^"]{0,30})', page.read_text())
+        assert sources
+        assert all(source.startswith("data:") for source in sources)
+
+
+def test_the_same_cache_gives_the_same_page(
+    cache_page: Path, tree: dict[str, Any], teacher_cache: Path
+) -> None:
+    before = cache_page.read_bytes()
+    write_cache_report(CacheReader(teacher_cache), make_recipe(tree), cache_page)
+    assert cache_page.read_bytes() == before
+
+
+def test_runs_with_curves_and_answers(run_page: Path) -> None:
+    text = run_page.read_text()
+    for words in (
+        "run0.5",
+        "run1.0",
+        "loss.kd_ratio",
+        "Divergence from the teacher",
+        "Learning rate",
+        "it pays after",
+    ):
+        assert words in text
+    assert text.count("data:image/svg+xml;base64,") == 6
+    assert text.count("data:image/jpeg;base64,") == 8  # four answers of each run
+
+
+def test_without_the_data_there_is_a_reason_instead_of_examples(
+    tree: dict[str, Any], tmp_path: Path, teacher_cache: Path
+) -> None:
+    recipe = make_recipe(tree, data__source=str(tmp_path / "gone"))
+    write_cache_report(CacheReader(teacher_cache), recipe, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "data:image/jpeg" not in text
+    assert "gone" in text
+
+
+def test_the_command_finds_the_recipe_of_the_capture(tmp_path: Path, teacher_cache: Path) -> None:
+    shown = CliRunner().invoke(
+        teacher_commands, ["report", str(teacher_cache), str(tmp_path / "page.html")], standalone_mode=False
+    )
+    assert shown.return_value == 0, shown.output
+    assert (tmp_path / "page.html").read_text().count("data:image/jpeg") == 12
+
+
+def test_what_comes_from_data_is_escaped(tmp_path: Path) -> None:
+    evil = '<script>alert("1")</script>'
+    pieces = [paragraph(evil), facts({evil: evil}), table([evil], [[evil]])]
+    write_page(Page(evil, [Section(evil, pieces)], lead=evil), tmp_path / "page.html")
+    assert "<script" not in (tmp_path / "page.html").read_text()
+    assert not (tmp_path / "page.html.partial").exists()
+
+
+def test_a_picture_that_cannot_be_decoded() -> None:
+    from shared.errors import DataError
+
+    with pytest.raises(DataError):
+        card(b"no picture", {})
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize("kind", ["cache", "runs"])
+def test_a_browser_shows_it_at_both_widths(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    page: Path = request.getfixturevalue("cache_page" if kind == "cache" else "run_page")
+    looked_at = tmp_path / "look.html"
+    looked_at.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"),
+            looked_at.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    found = json.loads(title[1])
+    assert found["pictures"] == page.read_text().count("<img")
+    assert found["broken"] == 0
+    assert found["390"] <= 390
+    assert found["1280"] <= 1280
