@@ -3,13 +3,14 @@ than one process)."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
 from shared.cli import recipe_arguments
 from shared.cli import run as run_group
-from shared.config import load_recipe
+from shared.config import Split, load_recipe
 from shared.runtime import distributed
 
 
@@ -43,19 +44,61 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
 
 
 @commands.command("evaluate")
-@recipe_arguments
+@click.argument("what", metavar="RUN|MODEL|RECIPE")
+@click.option(
+    "--recipe", help="Whose data and settings to take; a run has its own, a model's folder needs one."
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe."
+)
 @click.option(
     "--model", type=click.Path(path_type=Path), help="Folder to evaluate; the run's export by default."
 )
-def evaluate(recipe: str, overrides: tuple[str, ...], model: Path | None) -> int:
-    """Let a trained student answer validation questions of RECIPE, and count the right ones."""
-    from stage2_student.evaluate import evaluate_folder, print_scores
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Validation by default.")
+@click.option(
+    "--examples", type=click.IntRange(min=1), help="The first ones only; as the recipe says by default."
+)
+@click.option("--references/--no-references", default=True, help="Teacher and untrained student beside it.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Parquet file; RUN/evaluation/SPLIT.parquet by default."
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def evaluate(
+    what: str,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    model: Path | None,
+    split: Split | None,
+    examples: int | None,
+    references: bool,
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Let a trained student answer questions, beside its teacher and itself before training."""
+    from stage2_student import evaluate as evaluation
 
-    loaded = load_recipe(recipe, overrides=overrides)
+    subject = evaluation.Subject.find(
+        what, recipe=lambda name: load_recipe(name, overrides=overrides), given=recipe, model=model
+    )
+    asked = split or evaluation.default_split(subject.recipe)
     with distributed() as world:
-        scores = evaluate_folder(loaded, model or loaded.run.path / "export", world)
+        found = evaluation.evaluate(
+            subject.recipe,
+            evaluation.models(subject.recipe, subject.model, references=references),
+            world,
+            split=asked,
+            num_examples=examples or subject.recipe.evaluation.max_examples or None,
+        )
         if world.is_main:
-            print_scores(scores)
+            if out is None and subject.folder is not None:
+                out = subject.folder / "evaluation" / f"{asked}.parquet"
+            if out is not None:
+                evaluation.save(found, out)
+            if as_json:
+                click.echo(json.dumps([one.to_json() for one in found], indent=1))
+            else:
+                evaluation.show(found)
+                click.echo(f"\npredictions: {out}" if out else "")
     return 0
 
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText
 from shared.errors import CheckpointError, RecipeError
 from shared.small_models import save_reference_config
 from stage2_student.__main__ import commands
+from stage2_student.answer_metrics import normalize
 from stage2_student.check import check_recipe
-from stage2_student.evaluate import normalize
 from stage2_student.run_folder import RunFolder
 
 
@@ -117,7 +117,7 @@ def test_evaluate_answers_with_a_folder_of_any_model(
 ) -> None:
     shown = command("evaluate", written(tree, tmp_path), "--model", str(student_folder))
     assert shown.exit_code == 0, shown.output
-    assert "short answers right: " in shown.output
+    assert "right, short" in shown.output
 
 
 def test_answers_are_compared_without_case_punctuation_and_spaces() -> None:

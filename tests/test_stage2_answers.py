@@ -1,0 +1,189 @@
+"""``train-student evaluate``: what an answer is worth, how sure a mean is, and the command on a real small run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from stage2_runs import make_recipe, on_ranks, run_alone
+from transformers import AutoTokenizer
+
+from shared.errors import DataError, RecipeError
+from stage2_student.__main__ import commands
+from stage2_student.answer_metrics import exact_match, mean_interval, rouge_l, token_f1
+from stage2_student.evaluate import answers_of
+
+# --- metrics ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "match", "f1", "rouge"),
+    [
+        ("Axial.", " axial", True, 1.0, 1.0),
+        ("axial CT", "CT", False, 2 / 3, 2 / 3),
+        ("CT axial", "axial CT", False, 1.0, 0.5),  # the order counts in ROUGE-L
+        ("a a a", "a", False, 0.5, 0.5),
+        ("mass in the lung", "a small mass in the left lung", False, 8 / 11, 8 / 11),
+        ("", "yes", False, 0.0, 0.0),
+        ("?!", "...", True, 1.0, 1.0),
+        ("Bösartig", "bösartig", True, 1.0, 1.0),
+        ("腫瘤 左", "左 腫瘤", False, 1.0, 0.5),
+    ],
+)
+def test_by_hand(answer: str, reference: str, match: bool, f1: float, rouge: float) -> None:
+    assert exact_match(answer, reference) is match
+    assert token_f1(answer, reference) == pytest.approx(f1)
+    assert rouge_l(answer, reference) == pytest.approx(rouge)
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_shares_symmetric_and_one_for_equals(one: str, other: str) -> None:
+    for metric in (token_f1, rouge_l):
+        assert 0 <= metric(one, other) <= 1
+        assert metric(one, other) == pytest.approx(metric(other, one))
+        assert metric(one, one) == 1
+
+
+def test_intervals() -> None:
+    generator = np.random.default_rng(1)
+    values = generator.random(400).tolist()
+    few, many = mean_interval(values[:40], range(40)), mean_interval(values, range(400))
+    assert few is not None
+    assert many is not None
+    assert few == mean_interval(values[:40], [f"picture {i}" for i in range(40)])  # names do not matter
+    assert few.low < few.mean < few.high
+    assert many.high - many.low < 0.5 * (few.high - few.low)
+    # Of a mean of uniform numbers: 1.96 x sqrt(1 / 12 / n) on either side.
+    assert many.high - many.low == pytest.approx(2 * 1.96 * math.sqrt(1 / 12 / 400), rel=0.15)
+
+
+def test_questions_about_one_picture_stand_or_fall_together() -> None:
+    values = [float(i % 2) for i in range(20) for _ in range(5)]
+    apart = mean_interval(values, range(100))
+    together = mean_interval(values, [i // 5 for i in range(100)])
+    assert apart is not None
+    assert together is not None
+    assert together.high - together.low > 1.8 * (apart.high - apart.low)
+
+
+def test_nothing_to_average_and_a_single_value() -> None:
+    assert mean_interval([], []) is None
+    alone = mean_interval([0.25], ["p"])
+    assert alone is not None
+    assert (alone.low, alone.mean, alone.high, alone.count) == (0.25, 0.25, 0.25, 1)
+
+
+# --- the command -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tree(
+    tmp_path_factory: pytest.TempPathFactory,
+    vqa_folder: Path,
+    teacher_folder: Path,
+    student_folder: Path,
+    teacher_cache: Path,
+) -> dict[str, Any]:
+    return {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
+        "student": {"model": str(student_folder), "compute_dtype": "float32"},
+        "optimization": {"global_batch_size": 4, "microbatch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
+        "run": {"name": "run", "root": str(tmp_path_factory.mktemp("runs")), "num_workers": 0},
+        "evaluation": {"max_new_tokens": 4, "batch_size": 3},
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tree: dict[str, Any]) -> Path:
+    recipe = make_recipe(tree)
+    assert run_alone(recipe) == 0
+    return recipe.run.path
+
+
+def command(*arguments: str) -> Result:
+    return CliRunner().invoke(commands, ["evaluate", *arguments], standalone_mode=False)
+
+
+def test_a_run_beside_its_references(run: Path) -> None:
+    shown = command(str(run))
+    assert shown.return_value == 0, shown.output
+    for words in ("student", "teacher", "untrained", "ROUGE-L", "token F1", "from caption"):
+        assert words in shown.stdout
+    lines = pq.read_table(run / "evaluation" / "validation.parquet").to_pylist()
+    assert [(line["model"], line["row"]) for line in lines] == [
+        (model, row) for model in ("student", "teacher", "untrained") for row in range(4)
+    ]
+    assert {"kind", "case", "image_sha256", "question", "reference", "answer", "rouge_l"} <= set(lines[0])
+    student, teacher, untrained = json.loads((run / "evaluation" / "validation.json").read_text())
+    # What validation said of the trained student, and of the untrained one before the first step.
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validations = [record for record in logged if record["event"] == "validation"]
+    for scores, record in ((untrained, validations[0]), (student, validations[-1])):
+        assert scores["ce"] == pytest.approx(record["ce_loss"], rel=1e-5)
+        assert scores["kl"] == pytest.approx(record["kd_loss"], rel=1e-5)
+    # This teacher's head is 384 wide and knows nothing: its padding ids, which targets leave out, have their share.
+    num_ids = len(AutoTokenizer.from_pretrained(run / "export"))
+    assert teacher["kl"] == pytest.approx(math.log(384 / num_ids), abs=0.01)
+    assert teacher["kl"] < untrained["kl"]
+    assert set(student["by_kind"]) == {line["kind"] for line in lines}
+
+
+def test_a_model_s_folder_and_a_recipe(run: Path, tree: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    options = ("--no-references", "--json", "--examples", "2", "--split", "train")
+    by_run = json.loads(command(str(run), *options).stdout)
+    by_recipe = json.loads(command(str(recipe), *options).stdout)
+    by_model = json.loads(
+        command(
+            str(run / "export"), "--recipe", str(recipe), *options, "--out", str(tmp_path / "x.parquet")
+        ).stdout
+    )
+    assert by_run == by_recipe == by_model
+    assert by_run[0]["num_examples"] == 2
+    assert pq.read_table(tmp_path / "x.parquet").num_rows == 2
+
+
+def test_without_a_cache_there_is_no_kl(run: Path, tmp_path: Path) -> None:
+    shown = command(str(run), "--set", f"cache.path={tmp_path}/gone", "--no-references", "--json")
+    assert shown.return_value == 0, shown.output
+    (student,) = json.loads(shown.stdout)
+    assert student["kl"] is None
+    assert student["ce"] > 0
+    assert "no KL" in shown.stderr
+
+
+def test_a_reference_that_is_gone_is_left_out_and_named(run: Path, tmp_path: Path) -> None:
+    shown = command(str(run), "--set", f"teacher.model={tmp_path}/gone", "--json")
+    assert [one["model"] for one in json.loads(shown.stdout)] == ["student", "untrained"]
+    assert "teacher is left out" in shown.stderr
+
+
+def test_what_cannot_be_evaluated(run: Path, tmp_path: Path) -> None:
+    for arguments, error, message in [
+        ((str(tmp_path),), RecipeError, "neither a run"),
+        ((str(run / "export"),), RecipeError, "--recipe"),
+        ((str(run), "--split", "test"), DataError, "names no test split"),
+        ((str(run), "--model", str(tmp_path / "none")), RecipeError, "none"),
+    ]:
+        found = command(*arguments)
+        assert isinstance(found.exception, error), (arguments, found.exception)
+        assert message in str(found.exception)
+
+
+def test_two_ranks_answer_as_one(run: Path, tree: dict[str, Any]) -> None:
+    recipe = make_recipe(tree)
+    alone = on_ranks(1, lambda world: answers_of(recipe, str(run / "export"), world, split="train"))
+    shared = on_ranks(2, lambda world: answers_of(recipe, str(run / "export"), world, split="train"))
+    assert shared == [alone[0], alone[0]]
