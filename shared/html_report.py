@@ -22,6 +22,7 @@ from shared.errors import RecipeError
 from shared.images import decode_rgb
 
 THUMBNAIL = 320  # pixels of a picture's longer side
+NOTHING = "(nothing)"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --paper: #ffffff; --line: #d9dee4; --soft: #f4f6f8;
         --accent: #33628f }

@@ -27,6 +27,7 @@ from stage2_student.files import write_json
 from stage2_student.run_folder import RunFolder
 
 UNIMPORTANT = ("run.name", "run.root", "bootstrap.")  # differ by nature, or make what is named elsewhere
+FIRST_KEYS = {"teacher": "teacher.model", "cache": "cache.path"}  # of sections that a recipe may lack
 MAX_SHOWN = 40  # characters of a value
 
 
@@ -110,9 +111,16 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing(runs: Sequence[RunRecord]) -> list[str]:
-    """The settings that not all runs share, names left out."""
+    """The settings that not all runs share, names left out; of a section that some lack, its first key alone."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if not key.startswith(UNIMPORTANT))
-    return [key for key in keys if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
+    lacking = [section for section in FIRST_KEYS if any(section in run.settings for run in runs)]
+    hidden = tuple(f"{section}." for section in lacking)
+    shown = [
+        key
+        for key in keys
+        if key not in lacking and (not key.startswith(hidden) or key in FIRST_KEYS.values())
+    ]
+    return [key for key in shown if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
 
 
 def table(runs: Sequence[RunRecord]) -> list[str]:

@@ -166,6 +166,18 @@ def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tm
     assert (tmp_path / "plots" / "kd_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_without_a_cache_section_beside_one_with(tree: dict[str, Any]) -> None:
+    tuned = {name: section for name, section in tree.items() if name not in ("teacher", "cache")}
+    recipes = [
+        make_recipe(tuned, run__name="tuned", loss__kd_ratio=0.0),
+        make_recipe(tree, run__name="distilled"),
+    ]
+    for recipe in recipes:
+        assert run_alone(recipe) == 0
+    found = differing([read_run(recipe.run.path) for recipe in recipes])
+    assert found == ["loss.kd_ratio", "teacher.model", "cache.path"]
+
+
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no run in it"):
         read_run(tmp_path)

@@ -347,13 +347,14 @@ def table(name: str, length: str, kd_ratio: float) -> list[str]:
         return f"{statistics.fmean(some) / statistics.fmean(other):.3f}" if some and other else "-"
 
     lines = [
-        "| taught by | bytes | held-out KL | against live | CE | right | step | memory |",
-        "|---|---|---|---|---|---|---|---|",
+        "| taught by | seeds | bytes | held-out KL | against live | CE | right | step | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in variants:
         size = values(variant, "bytes_per_position")
         cells = [
             variant,
+            str(len(values(variant, "kl"))),
             f"{statistics.fmean(size):.0f}" if size else "-",
             shown(variant, "kl", ".4f"),
             against(variant, "kl", LIVE),
