@@ -58,9 +58,17 @@ def read_recipe_tree(name_or_path: str | Path, overrides: Sequence[str] = ()) ->
     """The recipe's tree with ``extends`` and overrides applied, and what to call it in messages."""
     path = _find(name_or_path)
     tree = _read(path.resolve(), seen=())
+    apply_overrides(tree, overrides)
+    return tree, f"recipe {path.name}"
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Lays each ``section.key=value`` over the tree, in place; values are YAML.
+
+    Raises   RecipeError  when one has another form
+    """
     for override in overrides:
         _apply(tree, override)
-    return tree, f"recipe {path.name}"
 
 
 def validate_tree(model: type[Model], tree: dict[str, Any], *, origin: str) -> Model:

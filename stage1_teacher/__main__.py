@@ -123,7 +123,8 @@ def audit(
         return show_audit(
             cache,
             world,
-            recipe=None if recipe is None else load_recipe(recipe, overrides=overrides),
+            recipe_name=recipe,
+            overrides=overrides,
             num_examples=examples,
             max_error=max_error,
             seed=seed,
@@ -153,8 +154,7 @@ def report(cache: str, out: Path, recipe: str | None, overrides: tuple[str, ...]
     """Write OUT, one HTML file about CACHE, with pictures of examples (extra `report`)."""
     from stage1_teacher.tools import show_report
 
-    loaded = None if recipe is None else load_recipe(recipe, overrides=overrides)
-    return show_report(cache, out, recipe=loaded)
+    return show_report(cache, out, recipe_name=recipe, overrides=overrides)
 
 
 @commands.command("verify")

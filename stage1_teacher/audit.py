@@ -32,7 +32,7 @@ from shared.cache.storage import open_folder
 from shared.config import Recipe
 from shared.errors import CacheFormatError, CacheMismatchError, DataError, RecipeError
 from shared.processing import Encoded, ExampleProcessor, open_processor
-from shared.recipe_files import validate_tree
+from shared.recipe_files import apply_overrides, validate_tree
 from shared.runtime import World
 from shared.sparse import SparseTargets
 from shared.survey import inputs_identity
@@ -421,10 +421,11 @@ class Gradients:
         return {size: Measured(mean(size, "cache"), mean(size, "floor")) for size in self.sizes}
 
 
-def recipe_of_cache(reader: CacheReader) -> Recipe:
-    """The recipe of the newest capture, from the cache's log.
+def recipe_of_cache(reader: CacheReader, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of the newest capture, from the cache's log, with ``section.key=value`` laid over it.
 
     Raises   CacheFormatError  when the log is not there or holds none, as in a merged cache
+             RecipeError       when it does not fit the overrides
     """
     try:
         lines = open_folder(reader.location).read(LOG_NAME).decode().splitlines()
@@ -433,6 +434,7 @@ def recipe_of_cache(reader: CacheReader) -> Recipe:
     for line in reversed(lines):
         tree = json.loads(line).get("recipe")
         if tree is not None:
+            apply_overrides(tree, overrides)
             return validate_tree(Recipe, tree, origin=f"cache {reader.location}, {LOG_NAME}")
     raise CacheFormatError(
         f"cache {reader.location}: its {LOG_NAME} does not hold the recipe it was captured with. Give it: --recipe"

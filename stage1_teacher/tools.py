@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from shared.cache.manifest import load_manifest
 from shared.cache.merge import merge
 from shared.cache.storage import open_folder
 from shared.cache.verify import verify
-from shared.config import Recipe
+from shared.config import Recipe, load_recipe
 from shared.errors import CacheFormatError
 from shared.runtime import World, environment
 from stage1_teacher.audit import audit, recipe_of_cache
@@ -54,7 +55,8 @@ def show_audit(
     location: str,
     world: World,
     *,
-    recipe: Recipe | None,
+    recipe_name: str | None,
+    overrides: Sequence[str],
     num_examples: int,
     max_error: float | None,
     seed: int,
@@ -62,7 +64,8 @@ def show_audit(
 ) -> int:
     """The cache against its teacher; the status is that of a damaged cache if it is further off than allowed."""
     reader = CacheReader(location)
-    found = audit(recipe or recipe_of_cache(reader), reader, world, num_examples=num_examples, seed=seed)
+    recipe = _find_recipe(reader, recipe_name, overrides)
+    found = audit(recipe, reader, world, num_examples=num_examples, seed=seed)
     exceeded = [] if max_error is None else found.exceeds(max_error)
     if world.is_main:
         if as_json:
@@ -74,17 +77,24 @@ def show_audit(
     return CacheFormatError.exit_status if exceeded else 0
 
 
-def show_report(location: str, out: Path, *, recipe: Recipe | None) -> int:
+def show_report(location: str, out: Path, *, recipe_name: str | None, overrides: Sequence[str]) -> int:
     """A cache as an HTML page; without examples where no recipe says which data they are of."""
     reader = CacheReader(location)
-    if recipe is None:
-        try:
-            recipe = recipe_of_cache(reader)
-        except CacheFormatError as error:
-            click.echo(f"note: {error}", err=True)
+    recipe = None
+    try:
+        recipe = _find_recipe(reader, recipe_name, overrides)
+    except CacheFormatError as error:
+        click.echo(f"note: {error}", err=True)
     write_cache_report(reader, recipe, out)
     click.echo(out)
     return 0
+
+
+def _find_recipe(reader: CacheReader, name: str | None, overrides: Sequence[str]) -> Recipe:
+    """The named recipe, or else that of the cache's capture."""
+    return (
+        recipe_of_cache(reader, overrides) if name is None else load_recipe(name, overrides=tuple(overrides))
+    )
 
 
 def show_export(location: str, out: str) -> int:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from shared.cache import CacheReader
 from shared.cache.layout import LOG_NAME
 from shared.config import Recipe
-from shared.errors import CacheFormatError, CacheMismatchError, DataError
+from shared.errors import CacheFormatError, CacheMismatchError, DataError, RecipeError
 from shared.recipe_files import validate_tree
 from shared.runtime import StopRequest, distributed
 from shared.vlm import load_vlm
@@ -151,6 +151,16 @@ def test_the_command_finds_the_recipe_in_the_cache(tree: dict[str, Any]) -> None
     assert found["num_examples"] == 8
     (result,) = found["results"]
     assert math.isfinite(next(iter(result["gradient_error"].values()))["cache"])
+
+
+def test_settings_are_laid_over_the_recipe_of_the_cache(tree: dict[str, Any]) -> None:
+    _, path = captured(tree)
+    gone = invoke(str(path), "--set", "teacher.model=nowhere")
+    assert gone.exception is not None
+    assert "nowhere" in str(gone.exception)
+    unknown = invoke(str(path), "--set", "data.limits=3")
+    assert isinstance(unknown.exception, RecipeError)
+    assert "did you mean 'limit'?" in str(unknown.exception)
 
 
 def test_a_bound_turns_the_status_red(tree: dict[str, Any]) -> None:

@@ -44,18 +44,6 @@ def memory(staging: Path) -> Iterator[str]:
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """A server on this machine that speaks the S3 protocol."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
 def s3(s3_server: str, staging: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     settings = {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}

@@ -1,4 +1,4 @@
-"""Both stages on two machines: two torchrun agents that meet at a rendezvous, as docs/scaling.md starts them."""
+"""Both stages on two machines: two torchrun agents that meet at a rendezvous, by the commands of docs/scaling.md."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from documents import ROOT, blocks, command_words
 from stage2_runs import make_recipe, run_alone, step_records, validation_records
 
 from shared.config import dump_recipe
@@ -19,16 +20,18 @@ AGENTS = 2
 TIMEOUT_S = 240
 
 
-def on_two_agents(*arguments: str) -> None:
-    """Runs a module with one rank on each of two agents; their output is shown if one fails."""
+def on_two_agents(line: str, recipe: Path) -> None:
+    """Runs a documented command with one rank on each of two agents; their output is shown if one fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", f"--nnodes={AGENTS}", "--nproc-per-node=1"),
-        *("--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=test", "--local-addr=127.0.0.1"),
-        *("-m", *arguments),
-    ]
+    here = {"HEAD:29500": endpoint, "--nproc-per-node=8": "--nproc-per-node=1", "mine.yaml": str(recipe)}
+    for documented, meant in here.items():
+        assert documented in line
+        line = line.replace(documented, meant)
+    torchrun, *arguments = command_words(line)
+    assert torchrun == "torchrun"
+    command = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1", *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     agents = [
         subprocess.Popen(
@@ -60,11 +63,12 @@ def test_a_cache_and_a_student_made_by_two_nodes(
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(yaml.safe_dump(dump_recipe(two)))
 
-    on_two_agents("stage1_teacher", "capture", str(recipe_file))
+    capture, train = blocks(ROOT / "docs" / "scaling.md", "sh")[0].lines
+    on_two_agents(capture, recipe_file)
     shards = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "shards").iterdir()}
     assert shards == {path.name: path.read_bytes() for path in (teacher_cache / "shards").iterdir()}
 
-    on_two_agents("stage2_student", "run", str(recipe_file))
+    on_two_agents(train, recipe_file)
     one = make_recipe(tree, run__name="one")
     run_alone(one)
     for ours, theirs in (

@@ -1,0 +1,262 @@
+"""What the README and the documents tell a user to type is typed here, in their order, with small sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import fsspec
+import pytest
+import yaml
+from click.testing import CliRunner
+from documents import DOCUMENTS, ROOT, blocks, command_words
+
+from shared.cache import CacheReader
+from shared.config import dump_recipe, load_recipe
+from shared.phantom.dataset import write_dataset
+from shared.vqa import open_split
+from stage1_teacher.__main__ import commands as teacher_commands
+from stage1_teacher.audit import recipe_of_cache
+from stage2_student.__main__ import commands as student_commands
+
+GROUPS = {"teacher-cache": teacher_commands, "train-student": student_commands}
+TIMEOUT_S = 300
+# What is laid over the documented commands: nothing but sizes.
+SMALL_PHANTOM = [
+    "bootstrap.phantom.train=8",
+    "bootstrap.phantom.validation=4",
+    "bootstrap.phantom.test=1",
+    "bootstrap.phantom.size=64",
+    "optimization.num_epochs=0.5",
+    "run.validate_every=null",
+    "evaluation.max_examples=4",
+]
+SMALL_OWN = {
+    "teacher": {"model": "models/large", "dtype": "float32"},
+    "student": {"model": "models/small", "compute_dtype": "float32"},
+    "optimization": {"global_batch_size": 8, "max_steps": 2, "num_warmup_steps": 0},
+    "evaluation": {"max_examples": 2, "max_new_tokens": 4},
+}
+
+
+# --- a place to type in ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Workbench:
+    """A folder with the Makefile and the environment, as a checkout has them."""
+
+    folder: Path
+
+    def type(self, line: str) -> None:
+        """Runs one documented command; what it printed is shown if it fails."""
+        words = smaller(command_words(line))
+        program = Path(words[0]).name
+        if program in GROUPS:
+            assert shutil.which(program, path=str(self.folder / ".venv" / "bin"))
+            done = CliRunner().invoke(GROUPS[program], words[1:], standalone_mode=False)
+            status, output = done.return_value or 0, done.output
+            if done.exception is not None:
+                raise AssertionError(f"{line}\n{output}") from done.exception
+        else:
+            ran = subprocess.run(
+                words,
+                cwd=self.folder,
+                env=os.environ,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+            status, output = ran.returncode, ran.stdout
+        assert status == 0, f"{line}\n{output}"
+
+
+def smaller(words: list[str]) -> list[str]:
+    """The command with fewer processes, and with small sizes where it takes the drawn set's recipe."""
+    words = ["NPROC=2" if word.startswith("NPROC=") else word for word in words]
+    settings = [part for item in SMALL_PHANTOM for part in ("--set", item)]
+    if words[0] == "make" and words[1] in ("teacher-cache", "train-student"):
+        recipe = next((word for word in words if word.startswith("RECIPE=")), "RECIPE=phantom")
+        given = next((word for word in words if word.startswith("ARGS=")), "ARGS=")
+        rest = [word for word in words if not word.startswith("ARGS=")]
+        return [*rest, " ".join([given, *(settings if recipe == "RECIPE=phantom" else [])])]
+    return [*words, *settings] if "phantom" in words else words
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workbench:
+    if sys.prefix == sys.base_prefix:
+        pytest.skip("needs the environment that make setup makes")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = tmp_path / ".venv"
+    environment.mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        if not entry.name.startswith(".installed"):
+            (environment / entry.name).symlink_to(entry)
+    (environment / ".installed-dev-lora").touch()  # nothing is installed again
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{environment / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TEACHONCE_STAGING", str(tmp_path / "staging"))
+    return Workbench(tmp_path)
+
+
+def small_run(cache: Path, student: Path) -> dict[str, Any]:
+    """A recipe for a student of a cache that is there."""
+    recipe = recipe_of_cache(CacheReader(cache))
+    tree = dump_recipe(recipe)
+    tree["student"] = {"model": str(student), "compute_dtype": "float32"}
+    tree["optimization"] = {"global_batch_size": 4, "max_steps": 2}
+    tree["run"] = {"name": "slurm", "root": "runs", "num_workers": 0}
+    return tree
+
+
+def bring_own(bench: Workbench, recipe: str, large: Path, small: Path) -> None:
+    """What a user brings: ``mine.yaml`` as documented, its data as JSONL, models."""
+    tree = yaml.safe_load(recipe)
+    assert not set(tree) & set(SMALL_OWN)
+    Path("mine.yaml").write_text(recipe + yaml.safe_dump(SMALL_OWN))
+    for name, folder in {"large": large, "small": small, "other": small}.items():
+        shutil.copytree(folder, Path("models") / name)
+    write_dataset(Path("drawn"), pictures={"train": 4, "validation": 2, "test": 1}, seed=5)
+    drawn = load_recipe("phantom", overrides=["data.source=drawn"]).data
+    source = Path("data/mine")
+    (source / "pictures").mkdir(parents=True)
+    for split, name in (("train", "train"), ("validation", "dev")):
+        lines = []
+        for number, row in enumerate(open_split(drawn, split)):
+            picture = f"pictures/{name}-{number}.png"
+            (source / picture).write_bytes(row.image)
+            lines.append(json.dumps({"image": picture, "question": row.question, "answer": row.answer}))
+        (source / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+# --- the documents ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_readme_from_top_to_bottom(bench: Workbench, teacher_folder: Path, student_folder: Path) -> None:
+    """Shell and Python alike.  What only develops this project is looked up, not run from within a test."""
+    pytest.importorskip("matplotlib")
+    for block in blocks(ROOT / "README.md"):
+        if block.language == "yaml" and "extends" in block.text:
+            bring_own(bench, block.text, teacher_folder, student_folder)
+        elif block.language == "yaml":
+            Path("other.yaml").write_text(f"extends: mine.yaml\n{block.text}")
+            assert load_recipe("other.yaml").student.freeze.vision
+        elif block.language == "python":
+            exec(compile(block.text, "README.md", "exec"), {})
+        elif block.language == "sh" and "make test" not in block.text:
+            for line in block.lines:
+                if "NPROC=8" in line:  # a student of the name of one above
+                    line = f"{line.partition('#')[0]} ARGS='--set run.name=many'"
+                bench.type(line)
+
+
+@pytest.mark.slow
+def test_the_guides_from_top_to_bottom(
+    bench: Workbench,
+    teacher_folder: Path,
+    student_folder: Path,
+    s3_server: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("matplotlib")
+    settings = {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").mkdir("bucket")
+    for block in blocks(ROOT / "docs" / "guides.md"):
+        if block.language == "yaml":
+            bring_own(bench, block.text, teacher_folder, student_folder)
+        elif block.language == "sh":
+            for line in block.lines:
+                bench.type(line)
+    assert {path.name for path in Path("runs").iterdir() if path.is_dir()} >= {
+        "mine",
+        "warm",
+        "remote",
+        "many",
+    }
+
+
+@pytest.mark.slow
+def test_slurms_script(bench: Workbench, teacher_cache: Path, student_folder: Path) -> None:
+    """With its two programs played, one machine of one process, and a student without a teacher."""
+    Path("mine.yaml").write_text(yaml.safe_dump(small_run(teacher_cache, student_folder)))
+    _, script = blocks(ROOT / "docs" / "scaling.md", "sh")
+    played = 'scontrol() { echo 127.0.0.1; }; srun() { "$@"; }; SLURM_NNODES=1 SLURM_JOB_ID=7 SLURM_JOB_NODELIST=x\n'
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    text = script.text.replace("--nproc-per-node=8", "--nproc-per-node=1").replace("29500", str(port))
+    done = subprocess.run(["bash", "-euc", played + text], timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0
+    assert Path("runs/slurm/results.json").exists()
+
+
+# --- what is mentioned in passing ------------------------------------------------------------------------
+
+
+def mentioned() -> list[tuple[str, str]]:
+    """Commands between backticks and in indented synopses."""
+    found = []
+    for path in DOCUMENTS:
+        text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        spans = re.findall(r"`([^`]+)`", text) + re.findall(r"^    (\S.*)$", text, flags=re.MULTILINE)
+        for span in spans:
+            line = " ".join(span.split()).removeprefix(".venv/bin/")
+            if re.match(r"(make|teacher-cache|train-student|python -m) ", line):
+                found.append((path.name, line))
+    found += [
+        ("README.md", line)
+        for one in blocks(ROOT / "README.md", "sh")
+        for line in one.lines
+        if "make" in line
+    ]
+    return found
+
+
+@pytest.mark.parametrize(("document", "line"), mentioned())
+def test_a_command_that_is_mentioned_exists(document: str, line: str) -> None:
+    words = line.split()
+    if words[0] == "python":
+        assert importlib.util.find_spec(words[2]) is not None
+    elif words[0] == "make":
+        if words[1] != "...":
+            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+            assert words[1] in targets
+    else:
+        command = GROUPS[words[0]].commands[words[1]]
+        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        assert isinstance(command, click.Command)
+        assert set(re.findall(r"--[a-z][a-z-]*", line)) <= known | {"--help"}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        file, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        aimed = path.parent / file if file else path
+        assert aimed.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", aimed.read_text(), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}, (
+                target
+            )
