@@ -111,7 +111,7 @@ def ratio(numerator_s: list[float], denominator_s: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator_s, denominator_s, strict=True))
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 
@@ -120,7 +120,7 @@ def _resident_bytes() -> int:
     """Resident memory, once what was freed has gone back to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return _status_bytes("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def _measure_peak(variant: Callable[[Inputs], None], num_positions: int, num_threads: int) -> int:
@@ -130,7 +130,7 @@ def _measure_peak(variant: Callable[[Inputs], None], num_positions: int, num_thr
     before = _resident_bytes()
     Path("/proc/self/clear_refs").write_text("5")
     variant(inputs)
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def _measure_kept(chunk_size: int, num_positions: int, num_threads: int) -> int:

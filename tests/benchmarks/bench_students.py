@@ -7,8 +7,8 @@ order and the cache's draws.  Two lengths, of about the same number of steps: on
 over the first 240.  ``top_k`` and ``random`` get the caches that come nearest to the default's size.  What counts
 is measured against the teacher's *whole* distributions on held-out rows.
 
-Every run is a process of its own, on one thread.  A run that is done is kept in work/benchmarks/students.jsonl and
-not done again: delete the file to begin anew.
+Every run is a process of its own, on one thread.  Steps are timed apart: all variants take turns in one process, step
+by step.  What is done is kept in work/benchmarks/students.jsonl and not done again: delete the file to begin anew.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -50,7 +50,7 @@ from stage2_student.order import pass_slots, training_slots
 from stage2_student.step import seed_step, train_step
 from stage2_student.student import StudentWithLoss, build_student
 from stage2_student.train import step_shape, total_steps
-from tests.benchmarks.bench_loss import _status_bytes as status_bytes
+from tests.benchmarks.bench_loss import status_bytes
 
 FOLDER = Path("work/benchmarks")
 RESULTS = FOLDER / "students.jsonl"
@@ -59,7 +59,9 @@ LENGTHS: dict[str, dict[str, int | None]] = {
     "20 epochs": {"num_epochs": 20, "limit": 240},
 }
 TAUS = (512, 64, 16)  # the default first
+TIMED_STEPS = 70
 SIZE_SAMPLE = 48  # examples by which equal sizes are found
+TIMED = "1 epoch, timed"
 LABELS, LIVE = "labels alone", "teacher live"
 
 
@@ -81,7 +83,7 @@ class Job:
     def load(self) -> Recipe:
         """The recipe of this run; without a cache it is that of plain fine-tuning, whatever is done with it."""
         recipe = load_recipe(self.recipe)
-        sizes = LENGTHS[self.length]
+        sizes = LENGTHS[self.length.removesuffix(", timed")]
         assert recipe.cache is not None
         kd_ratio = self.kd_ratio if self.policy is not None else 0.0
         return recipe.model_copy(
@@ -205,62 +207,78 @@ def dense_forward(
     return LossSums(loss, ce.detach(), kd.detach(), torch.zeros(()), torch.tensor(len(labels)))
 
 
+class Training:
+    """One job, ready to step."""
+
+    def __init__(self, job: Job, world: World) -> None:
+        self.recipe, self.world = job.load(), world
+        self.inputs = open_inputs(self.recipe, world)
+        processor = self.inputs.processor
+        encode = lru_cache(maxsize=512)(processor.encode)  # what workers do beside the step elsewhere
+        processor.encode = encode  # type: ignore[method-assign]
+        num_ids = processor.num_token_ids
+        self.student = build_student(self.recipe, world, num_token_ids=num_ids)
+        self.student.loss = LossConfig(kd_ratio=self.recipe.loss.kd_ratio)
+        self.teach: Callable[[Microbatch], Microbatch] = lambda one: one
+        if job.variant == LIVE:
+            self.student.loss = LossConfig(kd_ratio=job.kd_ratio)
+            self.student.forward = MethodType(dense_forward, self.student)  # type: ignore[method-assign]
+            self.teach = LiveTeacher(self.recipe, num_ids, world).teach
+
+    def steps(self) -> Iterator[float]:
+        """All steps; yields the processor seconds that each took on the one thread, without the reading of its data.
+
+        Processor time, because several runs may share the machine.
+        """
+        recipe, student = self.recipe, self.student
+        optimizer = make_optimizer(student, recipe.optimization)
+        shape = step_shape(recipe, self.inputs.train.num_examples)
+        num_steps = total_steps(recipe, shape)
+        lengths = self.inputs.train.lengths
+        slots = training_slots(shape, lengths, steps=range(num_steps), rank=0, num_ranks=1)
+        fed = feed(self.inputs.training_source(), slots, num_workers=0, pin_memory=False)
+        for step, (microbatches, _) in enumerate(fed):
+            set_learning_rate(optimizer, learning_rate(recipe.optimization, step=step, num_steps=num_steps))
+            seed_step(recipe.run.seed, step=step, rank=0)
+            begin = time.process_time()
+            taught = [self.teach(one) for one in microbatches]
+            count = sum(one.num_positions for one in taught)
+            train_step(student, optimizer, taught, self.world, num_positions=count, max_grad_norm=1.0)
+            yield time.process_time() - begin
+
+
 def run(job: Job) -> dict[str, Any]:
     """Trains and measures; in a process of its own."""
     torch.set_num_threads(1)
-    recipe = job.load()
     with distributed(device="cpu") as world:
-        inputs = open_inputs(recipe, world)
-        encode = lru_cache(maxsize=512)(inputs.processor.encode)  # what workers do beside the step elsewhere
-        inputs.processor.encode = encode  # type: ignore[method-assign]
-        student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
-        student.loss = LossConfig(kd_ratio=recipe.loss.kd_ratio)
-        teach: Callable[[Microbatch], Microbatch] = lambda one: one  # noqa: E731
-        if job.variant == LIVE:
-            student.loss = LossConfig(kd_ratio=job.kd_ratio)
-            student.forward = MethodType(dense_forward, student)  # type: ignore[method-assign]
-            teach = LiveTeacher(recipe, inputs.processor.num_token_ids, world).teach
+        training = Training(job, world)
         Path("/proc/self/clear_refs").write_text("5")
         before = status_bytes("VmRSS")
-        seconds = fit(recipe, inputs, student, teach, world)
+        num_steps = sum(1 for _ in training.steps())
         peak = status_bytes("VmHWM") - before
-        trained = plain_model(recipe, student)
-        measured = measure(trained, inputs, torch.load(held_out_path(job.recipe), mmap=True), recipe)
+        trained = plain_model(training.recipe, training.student)
+        whole = torch.load(held_out_path(job.recipe), mmap=True)
+        measured = measure(trained, training.inputs, whole, training.recipe)
         size = None
-        if inputs.cache is not None:
-            totals = inputs.cache.manifest.totals
+        if training.inputs.cache is not None:
+            totals = training.inputs.cache.manifest.totals
             size = totals.bytes / totals.positions
-    del student, trained
-    times = {"step_cpu_s": statistics.median(seconds), "num_steps": len(seconds)}
-    return measured | times | {"peak_bytes": peak, "bytes_per_position": size}
+    del training, trained
+    return measured | {"num_steps": num_steps, "peak_bytes": peak, "bytes_per_position": size}
 
 
-def fit(
-    recipe: Recipe,
-    inputs: Inputs,
-    student: StudentWithLoss,
-    teach: Callable[[Microbatch], Microbatch],
-    world: World,
-) -> list[float]:
-    """All steps; returns the processor seconds that each took on the one thread, the reading of its data left out.
-
-    Processor time, because several runs may share the machine.
-    """
-    optimizer = make_optimizer(student, recipe.optimization)
-    shape = step_shape(recipe, inputs.train.num_examples)
-    num_steps = total_steps(recipe, shape)
-    slots = training_slots(shape, inputs.train.lengths, steps=range(num_steps), rank=0, num_ranks=1)
-    seconds = []
-    fed = feed(inputs.training_source(), slots, num_workers=0, pin_memory=False)
-    for step, (microbatches, _) in enumerate(fed):
-        set_learning_rate(optimizer, learning_rate(recipe.optimization, step=step, num_steps=num_steps))
-        seed_step(recipe.run.seed, step=step, rank=0)
-        begin = time.process_time()
-        taught = [teach(one) for one in microbatches]
-        count = sum(one.num_positions for one in taught)
-        train_step(student, optimizer, taught, world, num_positions=count, max_grad_norm=1.0)
-        seconds.append(time.process_time() - begin)
-    return seconds
+def time_steps(jobs: list[Job]) -> list[float]:
+    """The median step of each, seconds; they take turns over the same examples, another one first each time."""
+    torch.set_num_threads(1)
+    seconds: list[list[float]] = [[] for _ in jobs]
+    with distributed(device="cpu") as world:
+        trainings = [Training(job, world).steps() for job in jobs]
+        for turn in range(TIMED_STEPS):
+            for place in range(len(jobs)):
+                number = (turn + place) % len(jobs)
+                seconds[number].append(next(trainings[number]))
+        del trainings
+    return [statistics.median(column) for column in seconds]
 
 
 def plain_model(recipe: Recipe, student: StudentWithLoss) -> PreTrainedModel:
@@ -331,11 +349,19 @@ def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str])
                 with RESULTS.open("a") as file:
                     file.write(json.dumps({"key": job.key} | found) + "\n")
                 print(f"  {' | '.join(map(str, job.key))}: KL {found['kl']:.4f}", file=sys.stderr, flush=True)
+    jobs = [Job(name, variant, TIMED, 0, kd_ratio, policy) for variant, policy in variants.items()]
+    if any(json.dumps(job.key) not in done() for job in jobs):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            medians = pool.apply(time_steps, (jobs,))
+        with RESULTS.open("a") as file:
+            for job, median in zip(jobs, medians, strict=True):
+                file.write(json.dumps({"key": job.key, "step_s": median}) + "\n")
 
 
 def table(name: str, length: str, kd_ratio: float) -> list[str]:
-    """Markdown; means over seeds, and half the range in brackets."""
+    """Markdown; means over seeds, and half their range in brackets; ratios are of runs of the same seed."""
     kept = [r for r in done().values() if (r["key"][0], r["key"][2], r["key"][4]) == (name, length, kd_ratio)]
+    kept.sort(key=lambda record: record["key"][3])
     variants = list(dict.fromkeys(record["key"][1] for record in kept))
 
     def values(variant: str, field: str) -> list[float]:
@@ -347,8 +373,16 @@ def table(name: str, length: str, kd_ratio: float) -> list[str]:
         return f"{statistics.fmean(some):{form}} ({(max(some) - min(some)) / 2:{form}})" if some else "-"
 
     def against(variant: str, field: str, reference: str) -> str:
-        some, other = values(variant, field), values(reference, field)
-        return f"{statistics.fmean(some) / statistics.fmean(other):.3f}" if some and other else "-"
+        ratios = [one / other for one, other in zip(values(variant, field), values(reference, field))]  # noqa: B905
+        spread = (max(ratios) - min(ratios)) / 2
+        return f"{statistics.fmean(ratios):.3f} ({spread:.3f})" if variant != reference else "1"
+
+    def step(variant: str) -> str:
+        one, other = (
+            done().get(json.dumps([name, label, TIMED, 0, kd_ratio]), {}).get("step_s")
+            for label in (variant, LABELS)
+        )
+        return f"{one / other:.3f}" if one and other else "-"
 
     lines = [
         "| taught by | seeds | bytes | held-out KL | against live | CE | right | step | memory |",
@@ -364,7 +398,7 @@ def table(name: str, length: str, kd_ratio: float) -> list[str]:
             against(variant, "kl", LIVE),
             shown(variant, "ce", ".4f"),
             shown(variant, "accuracy", ".1%"),
-            against(variant, "step_cpu_s", LABELS),
+            step(variant),
             against(variant, "peak_bytes", LABELS),
         ]
         lines.append(f"| {' | '.join(cells)} |")

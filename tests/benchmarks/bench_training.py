@@ -36,8 +36,7 @@ from stage2_student.order import training_slots
 from stage2_student.step import train_step
 from stage2_student.student import build_student
 from stage2_student.train import step_shape
-from tests.benchmarks.bench_loss import _status_bytes as status_bytes
-from tests.benchmarks.bench_loss import in_fresh_process
+from tests.benchmarks.bench_loss import in_fresh_process, status_bytes
 
 ROUNDS, NUM_STEPS = 12, 4
 MIB = 2**20
