@@ -268,7 +268,10 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def time_steps(jobs: list[Job]) -> list[float]:
-    """The median step of each, seconds; they take turns over the same examples, another one first each time."""
+    """The median ratio of each one's step to the first one's; they take turns, another one first each time.
+
+    A ratio is of steps over the same examples: their answers, and so their times, differ in length.
+    """
     torch.set_num_threads(1)
     seconds: list[list[float]] = [[] for _ in jobs]
     with distributed(device="cpu") as world:
@@ -278,7 +281,10 @@ def time_steps(jobs: list[Job]) -> list[float]:
                 number = (turn + place) % len(jobs)
                 seconds[number].append(next(trainings[number]))
         del trainings
-    return [statistics.median(column) for column in seconds]
+    return [
+        statistics.median(one / other for one, other in zip(column, seconds[0], strict=True))
+        for column in seconds
+    ]
 
 
 def plain_model(recipe: Recipe, student: StudentWithLoss) -> PreTrainedModel:
@@ -352,10 +358,10 @@ def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str])
     jobs = [Job(name, variant, TIMED, 0, kd_ratio, policy) for variant, policy in variants.items()]
     if any(json.dumps(job.key) not in done() for job in jobs):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            medians = pool.apply(time_steps, (jobs,))
+            ratios = pool.apply(time_steps, (jobs,))
         with RESULTS.open("a") as file:
-            for job, median in zip(jobs, medians, strict=True):
-                file.write(json.dumps({"key": job.key, "step_s": median}) + "\n")
+            for job, ratio in zip(jobs, ratios, strict=True):
+                file.write(json.dumps({"key": job.key, "step": ratio}) + "\n")
 
 
 def table(name: str, length: str, kd_ratio: float) -> list[str]:
@@ -378,11 +384,8 @@ def table(name: str, length: str, kd_ratio: float) -> list[str]:
         return f"{statistics.fmean(ratios):.3f} ({spread:.3f})" if variant != reference else "1"
 
     def step(variant: str) -> str:
-        one, other = (
-            done().get(json.dumps([name, label, TIMED, 0, kd_ratio]), {}).get("step_s")
-            for label in (variant, LABELS)
-        )
-        return f"{one / other:.3f}" if one and other else "-"
+        timed = done().get(json.dumps([name, variant, TIMED, 0, kd_ratio]))
+        return f"{timed['step']:.3f}" if timed else "-"
 
     lines = [
         "| taught by | seeds | bytes | held-out KL | against live | CE | right | step | memory |",
