@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from shared.errors import TeachonceError
 
+FILE = click.Path(path_type=Path, dir_okay=False)  # to be written
+FOLDER = click.Path(path_type=Path, file_okay=False)  # to write into
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

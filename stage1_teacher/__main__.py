@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shared.cli import recipe_arguments
+from shared.cli import FILE, FOLDER, recipe_arguments
 from shared.cli import run as run_group
 from shared.config import load_recipe
 from shared.runtime import distributed, stop_on_sigterm
@@ -135,7 +135,7 @@ def audit(
 @commands.command("inspect")
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.option("--plots", type=click.Path(path_type=Path), help="Folder for pictures of it (extra `report`).")
+@click.option("--plots", type=FOLDER, help="Folder for pictures of it (extra `report`).")
 def inspect(cache: str, as_json: bool, plots: Path | None) -> int:
     """Say who taught CACHE, what it keeps and how large it is."""
     from stage1_teacher.tools import show_inspection
@@ -145,7 +145,7 @@ def inspect(cache: str, as_json: bool, plots: Path | None) -> int:
 
 @commands.command("report")
 @click.argument("cache")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=FILE)
 @click.option("--recipe", help="Whose data to show; by default that of the cache's capture.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shared.cli import recipe_arguments
+from shared.cli import FILE, FOLDER, recipe_arguments
 from shared.cli import run as run_group
 from shared.config import Split, load_recipe
 from shared.runtime import distributed
@@ -59,9 +59,7 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
     "--examples", type=click.IntRange(min=1), help="The first ones only; as the recipe says by default."
 )
 @click.option("--references/--no-references", default=True, help="Teacher and untrained student beside it.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Parquet file; RUN/evaluation/SPLIT.parquet by default."
-)
+@click.option("--out", type=FILE, help="Parquet file; RUN/evaluation/SPLIT.parquet by default.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def evaluate(
     what: str,
@@ -136,13 +134,13 @@ def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: 
 
 @commands.command("compare")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for programs.")
-@click.option("--plots", type=click.Path(path_type=Path), help="Folder for curves (extra `report`).")
+@click.option("--json", "json_path", type=FILE, help="File for programs.")
+@click.option("--plots", type=FOLDER, help="Folder for curves (extra `report`).")
 def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) -> int:
     """Show RUNS, folders of runs, side by side, and when their cache has paid."""
-    from stage2_student.compare import cache_uses, plot, read_run, save, table
+    from stage2_student.compare import cache_uses, plot, read_runs, save, table
 
-    records = [read_run(path) for path in runs]
+    records = read_runs(runs)
     click.echo("\n".join(table(records)))
     for use in cache_uses(records):
         click.echo(use.line())
@@ -155,13 +153,13 @@ def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) 
 
 @commands.command("report")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=FILE)
 def report(runs: tuple[Path, ...], out: Path) -> int:
     """Write OUT, one HTML file about RUNS, folders of runs: curves, costs, answers (extra `report`)."""
-    from stage2_student.compare import read_run
+    from stage2_student.compare import read_runs
     from stage2_student.report import write_run_report
 
-    write_run_report([read_run(path) for path in runs], out)
+    write_run_report(read_runs(runs), out)
     click.echo(out)
     return 0
 

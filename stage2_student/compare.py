@@ -68,6 +68,14 @@ class RunRecord:
         }
 
 
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """Each run once, in their order.
+
+    Raises   RecipeError  when a folder has no run in it
+    """
+    return [read_run(path) for path in {path.resolve(): path for path in paths}.values()]
+
+
 def read_run(path: Path) -> RunRecord:
     """Raises   RecipeError  when the folder has no run in it"""
     folder = RunFolder(path)

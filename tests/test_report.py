@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 from stage2_runs import make_recipe, run_alone
@@ -128,6 +129,14 @@ def test_the_command_finds_the_recipe_of_the_capture(tmp_path: Path, teacher_cac
     )
     assert shown.return_value == 0, shown.output
     assert (tmp_path / "page.html").read_text().count("data:image/jpeg") == 12
+
+
+@pytest.mark.parametrize("commands", [teacher_commands, student_commands])
+def test_a_folder_is_not_written_over(commands: click.Group, tmp_path: Path) -> None:
+    """As when the name of the page was forgotten, and the last run stands in its place."""
+    done = CliRunner().invoke(commands, ["report", "something", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "is a directory" in done.output
 
 
 def test_what_comes_from_data_is_escaped(tmp_path: Path) -> None:

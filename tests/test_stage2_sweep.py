@@ -16,10 +16,11 @@ import yaml
 from click.testing import CliRunner, Result
 from stage2_runs import make_recipe, run_alone
 
+from shared.config import dump_recipe
 from shared.errors import RecipeError
 from shared.runtime import INTERRUPTED_STATUS
 from stage2_student.__main__ import commands
-from stage2_student.compare import cache_uses, differing, flat, read_run, table
+from stage2_student.compare import cache_uses, differing, flat, read_run, read_runs, table
 from stage2_student.sweep import plan_jobs
 
 
@@ -176,6 +177,13 @@ def test_a_run_without_a_cache_section_beside_one_with(tree: dict[str, Any]) -> 
         assert run_alone(recipe) == 0
     found = differing([read_run(recipe.run.path) for recipe in recipes])
     assert found == ["loss.kd_ratio", "teacher.model", "cache.path"]
+
+
+def test_a_run_given_twice_is_one(tree: dict[str, Any]) -> None:
+    path = make_recipe(tree).run.path
+    path.mkdir(parents=True)
+    (path / "recipe.yaml").write_text(yaml.safe_dump(dump_recipe(make_recipe(tree))))
+    assert len(read_runs([path, path.parent / "." / path.name, path])) == 1
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
