@@ -153,9 +153,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _explain(item: Any, model: type[BaseModel]) -> list[str]:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
+        key = str(item["loc"][-1])
         section = _section_keys(model, item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), section, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(section))}"
+        near = difflib.get_close_matches(key, section, n=1) or [
+            path for path in _key_paths(model) if path.rpartition(".")[2] == key
+        ]
+        hint = f"did you mean {near[0]!r}?" if len(near) == 1 else f"known keys: {', '.join(sorted(section))}"
         return [f"{where}: unknown key; {hint}"]
     if item["type"] == "missing":
         return [f"{where}: is required"]
@@ -174,6 +177,14 @@ def _section_keys(model: type[BaseModel], loc: Sequence[int | str]) -> set[str]:
         stepped = [m for parent in models for m in _models_in(parent, part)]
         models = stepped or models
     return {name for m in models for name in m.model_fields}
+
+
+def _key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of the recipe with its section, such as ``loss.kd_ratio``."""
+    for name in model.model_fields:
+        yield prefix + name
+        for part in _models_in(model, name):
+            yield from _key_paths(part, f"{prefix}{name}.")
 
 
 def _models_in(parent: type[BaseModel], part: int | str) -> Iterator[type[BaseModel]]:

@@ -74,6 +74,19 @@ run: {}
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ("student.kd_ratio=1", "did you mean 'loss.kd_ratio'"),
+        ("student.rank=8", "did you mean 'student.lora.rank'"),
+        ("student.seed=8", "known keys: "),  # more than one section has it
+    ],
+)
+def test_a_key_in_another_section_is_found(setting: str, hint: str) -> None:
+    with pytest.raises(RecipeError, match=hint):
+        load_recipe("phantom", overrides=[setting])
+
+
 def test_unknown_key_inside_a_policy_names_the_policys_keys(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'tau'"):
         load_recipe("phantom", overrides=["cache.policy.taus=0.1"])
