@@ -4,8 +4,8 @@
 
 Every variant has the same student, the same order of examples and the same number of steps; a seed changes the
 order and the cache's draws.  Two lengths, of about the same number of steps: one epoch over all rows, and twenty
-over the first 240.  ``top_k`` and ``random`` get the caches that come nearest to the default's size.  What counts
-is measured against the teacher's *whole* distributions on held-out rows.
+over the first 240.  ``top_k`` and ``random`` get the caches that come nearest to the sizes of the default and of 1/64.
+What counts is measured against the teacher's *whole* distributions on held-out rows.
 
 Every run is a process of its own, on one thread.  Steps are timed apart: all variants take turns in one process, step
 by step.  What is done is kept in work/benchmarks/students.jsonl and not done again: delete the file to begin anew.
@@ -58,7 +58,7 @@ LENGTHS: dict[str, dict[str, int | None]] = {
     "1 epoch": {"num_epochs": 1, "limit": None},
     "20 epochs": {"num_epochs": 20, "limit": 240},
 }
-TAUS = (512, 64, 16)  # the default first
+TAUS = (512, 2048, 64, 16)  # the default first
 TIMED_STEPS = 70
 SIZE_SAMPLE = 48  # examples by which equal sizes are found
 TIMED = "1 epoch, timed"
@@ -67,7 +67,7 @@ LABELS, LIVE = "labels alone", "teacher live"
 
 @dataclass(frozen=True)
 class Job:
-    """One run; ``policy`` is None for the two variants that need no cache."""
+    """One run; ``policy`` is None for the two variants that need no cache, ``kd_ratio`` 0 for labels alone."""
 
     recipe: str
     variant: str
@@ -75,6 +75,12 @@ class Job:
     seed: int
     kd_ratio: float
     policy: Policy | None
+
+    @classmethod
+    def of(
+        cls, recipe: str, variant: str, length: str, seed: int, kd_ratio: float, policy: Policy | None
+    ) -> Job:
+        return cls(recipe, variant, length, seed, 0.0 if variant == LABELS else kd_ratio, policy)
 
     @property
     def key(self) -> list[Any]:
@@ -118,7 +124,7 @@ def prepare(name: str) -> Recipe:
 
 
 def policies_of_equal_size(recipe: Recipe, world: World) -> dict[str, Policy]:
-    """The default, smaller caches, and the other policies at the default's bytes a position."""
+    """The default, other sizes, and the other policies at the bytes a position of the default and of 1/64."""
     processor = open_processor(recipe.student.model, recipe.data)
     assert recipe.teacher is not None
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
@@ -137,11 +143,13 @@ def policies_of_equal_size(recipe: Recipe, world: World) -> dict[str, Policy]:
             ]
         return sum(len(codec.encode(one)) for one in made)
 
-    wanted = num_bytes(Threshold(tau=1 / TAUS[0]))
     found: dict[str, Policy] = {f"tau 1/{tau}": Threshold(tau=1 / tau) for tau in TAUS}
-    k = nearest(lambda k: num_bytes(TopK(k=k)), wanted, most=teacher.num_token_ids)
-    draws = nearest(lambda draws: num_bytes(Random(draws=draws)), wanted, most=65535)
-    return found | {f"top {k}": TopK(k=k), f"random {draws}": Random(draws=draws)}
+    for tau in (TAUS[0], 64):
+        wanted = num_bytes(Threshold(tau=1 / tau))
+        k = nearest(lambda k: num_bytes(TopK(k=k)), wanted, most=teacher.num_token_ids)
+        draws = nearest(lambda draws: num_bytes(Random(draws=draws)), wanted, most=65535)
+        found |= {f"top {k}": TopK(k=k), f"random {draws}": Random(draws=draws)}
+    return found
 
 
 def nearest(size: Callable[[int], int], wanted: int, *, most: int) -> int:
@@ -344,7 +352,7 @@ def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str])
     for seed in seeds:
         for length in lengths:
             for variant, policy in variants.items():
-                job = Job(name, variant, length, seed, kd_ratio, policy)
+                job = Job.of(name, variant, length, seed, kd_ratio, policy)
                 if json.dumps(job.key) in done():
                     continue
                 if policy is not None:
@@ -355,7 +363,7 @@ def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str])
                 with RESULTS.open("a") as file:
                     file.write(json.dumps({"key": job.key} | found) + "\n")
                 print(f"  {' | '.join(map(str, job.key))}: KL {found['kl']:.4f}", file=sys.stderr, flush=True)
-    jobs = [Job(name, variant, TIMED, 0, kd_ratio, policy) for variant, policy in variants.items()]
+    jobs = [Job.of(name, variant, TIMED, 0, kd_ratio, policy) for variant, policy in variants.items()]
     if any(json.dumps(job.key) not in done() for job in jobs):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             ratios = pool.apply(time_steps, (jobs,))
@@ -366,7 +374,8 @@ def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str])
 
 def table(name: str, length: str, kd_ratio: float) -> list[str]:
     """Markdown; means over seeds, and half their range in brackets; ratios are of runs of the same seed."""
-    kept = [r for r in done().values() if (r["key"][0], r["key"][2], r["key"][4]) == (name, length, kd_ratio)]
+    keys = [[name, length, ratio] for ratio in (0.0, kd_ratio)]
+    kept = [r for r in done().values() if [r["key"][0], r["key"][2], r["key"][4]] in keys]
     kept.sort(key=lambda record: record["key"][3])
     variants = list(dict.fromkeys(record["key"][1] for record in kept))
 
@@ -384,7 +393,7 @@ def table(name: str, length: str, kd_ratio: float) -> list[str]:
         return f"{statistics.fmean(ratios):.3f} ({spread:.3f})" if variant != reference else "1"
 
     def step(variant: str) -> str:
-        timed = done().get(json.dumps([name, variant, TIMED, 0, kd_ratio]))
+        timed = done().get(json.dumps(Job.of(name, variant, TIMED, 0, kd_ratio, None).key))
         return f"{timed['step']:.3f}" if timed else "-"
 
     lines = [
