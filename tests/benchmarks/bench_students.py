@@ -4,7 +4,7 @@
 
 Every variant has the same student, the same order of examples and the same number of steps; a seed changes the
 order and the cache's draws.  Two lengths, of about the same number of steps: one epoch over all rows, and twenty
-over the first 240.  ``top_k`` and ``random`` get the caches that come nearest to the sizes of the default and of 1/64.
+over the first 240.  ``top_k`` and ``random`` get the caches nearest in size to the default and to 1/64.
 What counts is measured against the teacher's *whole* distributions on held-out rows.
 
 Every run is a process of its own, on one thread.  Steps are timed apart: all variants take turns in one process, step
