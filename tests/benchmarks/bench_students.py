@@ -372,49 +372,74 @@ def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str])
                 file.write(json.dumps({"key": job.key, "step": ratio}) + "\n")
 
 
-def table(name: str, length: str, kd_ratio: float) -> list[str]:
-    """Markdown; means over seeds, and half their range in brackets; ratios are of runs of the same seed."""
-    keys = [[name, length, ratio] for ratio in (0.0, kd_ratio)]
-    kept = [r for r in done().values() if [r["key"][0], r["key"][2], r["key"][4]] in keys]
-    kept.sort(key=lambda record: record["key"][3])
-    variants = list(dict.fromkeys(record["key"][1] for record in kept))
+def mean(values: list[float], form: str) -> str:
+    """Over seeds, and half their range in brackets."""
+    if not values:
+        return "-"
+    return f"{statistics.fmean(values):{form}} ({(max(values) - min(values)) / 2:{form}})"
 
-    def values(variant: str, field: str) -> list[float]:
-        found = (r.get(field) for r in kept if r["key"][1] == variant)
-        return [value for value in found if value is not None]
 
-    def shown(variant: str, field: str, form: str) -> str:
-        some = values(variant, field)
-        return f"{statistics.fmean(some):{form}} ({(max(some) - min(some)) / 2:{form}})" if some else "-"
+class Results:
+    """What has been measured of a recipe at a ``kd_ratio``, and of labels alone."""
 
-    def against(variant: str, field: str, reference: str) -> str:
-        ratios = [one / other for one, other in zip(values(variant, field), values(reference, field))]  # noqa: B905
-        spread = (max(ratios) - min(ratios)) / 2
-        return f"{statistics.fmean(ratios):.3f} ({spread:.3f})" if variant != reference else "1"
+    def __init__(self, name: str, kd_ratio: float) -> None:
+        self.name, self.kd_ratio = name, kd_ratio
+        kept = [r for r in done().values() if r["key"][0] == name and r["key"][4] in (0.0, kd_ratio)]
+        self.records = sorted(kept, key=lambda record: record["key"][3])
+        found = (r["key"][1] for r in self.records if r["key"][2] in LENGTHS)
+        self.variants = sorted(dict.fromkeys(found), key=self._place)
 
-    def step(variant: str) -> str:
-        timed = done().get(json.dumps(Job.of(name, variant, TIMED, 0, kd_ratio, None).key))
-        return f"{timed['step']:.3f}" if timed else "-"
+    def values(self, variant: str, length: str, field: str) -> dict[int, float]:
+        """By seed."""
+        found = {r["key"][3]: r.get(field) for r in self.records if r["key"][1:3] == [variant, length]}
+        return {seed: value for seed, value in found.items() if value is not None}
 
-    lines = [
-        "| taught by | seeds | bytes | held-out KL | against live | CE | right | step | memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for variant in variants:
-        size = values(variant, "bytes_per_position")
-        cells = [
-            variant,
-            str(len(values(variant, "kl"))),
-            f"{statistics.fmean(size):.0f}" if size else "-",
-            shown(variant, "kl", ".4f"),
-            against(variant, "kl", LIVE),
-            shown(variant, "ce", ".4f"),
-            shown(variant, "accuracy", ".1%"),
-            step(variant),
-            against(variant, "peak_bytes", LABELS),
+    def ratio(self, variant: str, length: str, field: str, reference: str) -> list[float]:
+        """Of runs of the same seed."""
+        ones, others = (self.values(label, length, field) for label in (variant, reference))
+        return [one / others[seed] for seed, one in ones.items() if seed in others]
+
+    def size(self, variant: str) -> float:
+        found = [
+            value
+            for length in LENGTHS
+            for value in self.values(variant, length, "bytes_per_position").values()
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        return statistics.fmean(found) if found else 0.0
+
+    def _place(self, variant: str) -> tuple[int, float]:
+        kinds = (LABELS, LIVE, "tau", "top", "random")
+        return next(i for i, kind in enumerate(kinds) if variant.startswith(kind)), -self.size(variant)
+
+    def table(self) -> list[str]:
+        """Markdown: what the students learned."""
+        head = "| taught by | bytes |" + "".join(f" KL, {one} | / live | CE | right |" for one in LENGTHS)
+        lines = [head, "|---" * (2 + 4 * len(LENGTHS)) + "|"]
+        for variant in self.variants:
+            cells = [variant, f"{self.size(variant):.0f}" if self.size(variant) else "-"]
+            for length in LENGTHS:
+                of_seed = {
+                    name: [*self.values(variant, length, name).values()] for name in ("kl", "ce", "accuracy")
+                }
+                cells += [
+                    mean(of_seed["kl"], ".3f"),
+                    mean(self.ratio(variant, length, "kl", LIVE), ".3f") if variant != LIVE else "1",
+                    mean(of_seed["ce"], ".3f"),
+                    f"{100 * statistics.fmean(of_seed['accuracy']):.1f} %" if of_seed["accuracy"] else "-",
+                ]
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    def costs(self) -> list[str]:
+        """Markdown: what a step took, against labels alone."""
+        lines = ["| taught by | step | memory, " + " | memory, ".join(LENGTHS) + " |"]
+        lines.append("|---" * (2 + len(LENGTHS)) + "|")
+        for variant in self.variants:
+            step = self.values(variant, TIMED, "step")
+            memory = [mean(self.ratio(variant, one, "peak_bytes", LABELS), ".3f") for one in LENGTHS]
+            cells = [variant, f"{step[0]:.3f}" if step else "-", *memory]
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
 
 
 def main() -> None:
@@ -434,9 +459,9 @@ def main() -> None:
             print(f"{name}: its records are not here, left out")
             continue
         run_all(name, seeds=arguments.seeds, kd_ratio=arguments.kd_ratio, lengths=arguments.lengths)
-        for length in arguments.lengths:
-            print(f"\n{name}, {length}, kd_ratio {arguments.kd_ratio}")
-            print("\n".join(table(name, length, arguments.kd_ratio)))
+        found = Results(name, arguments.kd_ratio)
+        print(f"\n{name}, kd_ratio {arguments.kd_ratio}; means over seeds, half their range in brackets\n")
+        print("\n".join([*found.table(), "", *found.costs()]))
 
 
 if __name__ == "__main__":
