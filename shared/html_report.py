@@ -118,9 +118,10 @@ def cards(pieces: Sequence[str]) -> str:
 
 
 def card(image: bytes, values: Mapping[str, str]) -> str:
-    """A picture, as a file's bytes, over names and values."""
+    """A picture, as a file's bytes, over names and values; an empty one is said to be empty."""
     terms = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in values.items()
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value) or '<i>(empty)</i>'}</dd>"
+        for name, value in values.items()
     )
     return f'<div class="card"><img alt="" src="{thumbnail(image)}"><dl>{terms}</dl></div>'
 

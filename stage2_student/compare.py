@@ -213,11 +213,13 @@ def plot(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        for run in runs:
+        for number, run in enumerate(runs):
             points = [(r["step"], r[field]) for r in run.records if r["event"] == "validation"]
             points = [point for point in points if point[1] is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=run.name)
+                axes.plot(
+                    *zip(*points, strict=True), marker="o", markersize=3, label=run.name, color=f"C{number}"
+                )
         axes.set(title=f"Validation: {label}", xlabel="step", ylabel="nats a position")
         if axes.lines:
             axes.legend(frameon=False)

@@ -22,6 +22,7 @@ from stage2_student.compare import RunRecord, cache_uses, table
 from stage2_student.run_folder import RunFolder
 
 NUM_ANSWERS = 12
+LEGEND = {"facecolor": "white", "edgecolor": "none", "framealpha": 0.8}
 SMOOTHED = 0.02  # of the steps: the width of the running mean over training losses
 
 
@@ -67,29 +68,28 @@ def _cost_figures(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _draw_losses(axes: Any, *, runs: Sequence[RunRecord], field: str) -> None:
-    for run in runs:
+    for number, run in enumerate(runs):
+        color = f"C{number}"  # of a run, the same in every figure
         steps = _points(run, "step", field)
         validations = _points(run, "validation", field)
-        color = (
-            axes.plot(*zip(*validations, strict=True), "o-", markersize=4, label=run.name)[0].get_color()
-            if validations
-            else None
-        )
+        if validations:
+            axes.plot(*zip(*validations, strict=True), "o-", markersize=4, label=run.name, color=color)
         if steps:
             axes.plot(*zip(*_running_mean(steps), strict=True), linewidth=0.8, alpha=0.6, color=color)
     axes.set(xlabel="step", ylabel="nats a position")
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(**LEGEND)
 
 
 def _draw_steps(axes: Any, *, runs: Sequence[RunRecord], field: str, factor: float) -> None:
-    for run in runs:
+    for number, run in enumerate(runs):
         points = [(step, value * factor) for step, value in _points(run, "step", field)]
         if points:
-            axes.plot(*zip(*points, strict=True), linewidth=0.9, label=run.name)
+            axes.plot(*zip(*points, strict=True), linewidth=0.9, label=run.name, color=f"C{number}")
     axes.set(xlabel="step")
     axes.set_ylim(bottom=0)
     if axes.lines:
-        axes.legend(frameon=False)
+        axes.legend(**LEGEND)
 
 
 def _points(run: RunRecord, event: str, field: str) -> list[tuple[int, float]]:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from samples import encoded_picture
 from stage2_runs import make_recipe, run_alone
 
 from shared.cache import CacheReader
@@ -145,6 +146,10 @@ def test_what_comes_from_data_is_escaped(tmp_path: Path) -> None:
     write_page(Page(evil, [Section(evil, pieces)], lead=evil), tmp_path / "page.html")
     assert "<script" not in (tmp_path / "page.html").read_text()
     assert not (tmp_path / "page.html.partial").exists()
+
+
+def test_an_empty_answer_is_said_to_be_empty() -> None:
+    assert "<dt>student</dt><dd><i>(empty)</i></dd>" in card(encoded_picture(0), {"student": ""})
 
 
 def test_a_picture_that_cannot_be_decoded() -> None:
