@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import datasets
 import fsspec
@@ -258,6 +261,32 @@ def test_many_processes_share_a_tight_staging_folder(memory: str, staging: Path)
         process.join()
         assert process.exitcode == 0
     assert most <= bound
+
+
+def test_a_copy_takes_its_name_only_while_nobody_counts(
+    memory: str, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever makes room reads all names, then all sizes: a file renamed in between would count for nothing."""
+    folder = open_folder(memory)
+    assert isinstance(folder, RemoteFolder)
+    shard = CacheReader(memory).manifest.shards[0]
+    area = Staging(staging, max_bytes=1 << 20)
+    with contextlib.ExitStack() as counting:
+
+        def open_while_another_counts(name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+            counting.enter_context(area._locked(".lock"))
+            return RemoteFolder.open(folder, name)
+
+        monkeypatch.setattr(folder, "open", open_while_another_counts)
+        fetching = threading.Thread(
+            target=area.fetch, args=(folder, shard.name), kwargs={"sha256": shard.sha256, "num_bytes": shard.bytes}
+        )
+        fetching.start()
+        fetching.join(timeout=0.5)
+        copies = [path.suffix for path in staging.glob(f"{shard.sha256}*")]
+    fetching.join()
+    assert copies == [".part"]
+    assert [path.suffix for path in staging.glob(f"{shard.sha256}*")] == [".arrow"]
 
 
 def test_what_a_killed_process_was_fetching_is_cleared_away(memory: str, staging: Path) -> None:

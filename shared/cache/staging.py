@@ -87,7 +87,8 @@ class Staging:
                     f"what the manifest says ({num_bytes}, {sha256[:12]}). Try again; if it stays so, "
                     "capture the shard again."
                 )
-            os.replace(temporary, path)
+            with self._locked(".lock"):  # whoever counts meanwhile would find neither name
+                os.replace(temporary, path)
         except FileNotFoundError as error:
             raise CacheFormatError(f"{where}: is missing. Capture it again.") from error
         finally:
