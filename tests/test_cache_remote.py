@@ -279,7 +279,9 @@ def test_a_copy_takes_its_name_only_while_nobody_counts(
 
         monkeypatch.setattr(folder, "open", open_while_another_counts)
         fetching = threading.Thread(
-            target=area.fetch, args=(folder, shard.name), kwargs={"sha256": shard.sha256, "num_bytes": shard.bytes}
+            target=area.fetch,
+            args=(folder, shard.name),
+            kwargs={"sha256": shard.sha256, "num_bytes": shard.bytes},
         )
         fetching.start()
         fetching.join(timeout=0.5)
