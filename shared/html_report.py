@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib.util
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import RecipeError
+from shared.figures import Draw, svg
 from shared.images import decode_rgb
 
 THUMBNAIL = 320  # pixels of a picture's longer side
-NOTHING = "(nothing)"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --paper: #ffffff; --line: #d9dee4; --soft: #f4f6f8;
         --accent: #33628f }
@@ -138,29 +136,11 @@ def thumbnail(image: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def figure(draw: Callable[[Any], None], caption: str) -> str:
-    """What ``draw`` draws on matplotlib's axes, as a vector picture; called without an effect on global state.
+def figure(draw: Draw, caption: str) -> str:
+    """What ``draw`` draws on matplotlib's axes, as a vector picture.
 
     Raises   RecipeError  when matplotlib is not installed
     """
-    require_matplotlib()
-    import matplotlib as mpl
-    from matplotlib.figure import Figure  # without pyplot: no global state, and no screen is looked for
-
-    drawn = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = drawn.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    draw(axes)
-    buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "teachonce"}):  # the same drawing, the same bytes
-        drawn.savefig(buffer, format="svg", metadata={"Date": None})
-    source = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    source = f"data:image/svg+xml;base64,{base64.b64encode(svg(draw)).decode()}"
     text = html.escape(caption)
     return f'<figure><img class="drawn" alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
-
-
-def require_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RecipeError("reports and plots need matplotlib. Run `pip install 'teachonce[report]'`")

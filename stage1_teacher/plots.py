@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,9 @@ import numpy as np
 from shared.cache import CacheReader
 from shared.cache.inspect import Sample, sample_rows
 from shared.errors import CacheFormatError
-from shared.html_report import require_matplotlib
+from shared.figures import require_matplotlib, save_png
 
 BLUE, ORANGE = "#33628f", "#d17a22"
-SIZE_INCHES = (6.4, 3.6)
-DPI = 160
 
 
 def plot_cache(reader: CacheReader, folder: Path) -> list[Path]:
@@ -29,20 +28,7 @@ def plot_cache(reader: CacheReader, folder: Path) -> list[Path]:
         raise CacheFormatError(f"cache {reader.location}: it is empty, there is nothing to draw")
     sample = sample_rows(reader)
     folder.mkdir(parents=True, exist_ok=True)
-    return [_draw(folder / f"{name}.png", sample, draw) for name, draw in DRAWINGS.items()]
-
-
-def _draw(path: Path, sample: Sample, draw: Callable[[Any, Sample], None]) -> Path:
-    from matplotlib.figure import Figure  # without pyplot: no global state, and no screen is looked for
-
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    draw(axes, sample)
-    figure.savefig(path, dpi=DPI)
-    return path
+    return [save_png(partial(draw, sample=sample), folder / f"{name}.png") for name, draw in DRAWINGS.items()]
 
 
 def _entries(axes: Any, sample: Sample) -> None:
@@ -107,7 +93,7 @@ def draw_kept_mass(axes: Any, sample: Sample) -> None:
     axes.legend(frameon=False)
 
 
-DRAWINGS: dict[str, Callable[[Any, Sample], None]] = {
+DRAWINGS: dict[str, Callable[..., None]] = {
     "entries": _entries,
     "certainty": _certainty,
     "bytes": _bytes,

@@ -13,6 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from shared.break_even import TeacherCosts
 from shared.cache.layout import LOG_NAME
 from shared.cache.storage import open_folder
 from shared.errors import RecipeError, TeachonceError
-from shared.html_report import require_matplotlib
+from shared.figures import require_matplotlib, save_png
 from stage2_student.files import write_json
 from stage2_student.run_folder import RunFolder
 
@@ -131,26 +132,31 @@ def differing(runs: Sequence[RunRecord]) -> list[str]:
     return [key for key in shown if len({json.dumps(run.settings.get(key)) for run in runs}) > 1]
 
 
-def table(runs: Sequence[RunRecord]) -> list[str]:
-    """A Markdown table, one line a run."""
+def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """The head of a table, and the cells of each run."""
     settings = differing(runs)
     head = ["run", *settings, "steps", "CE", "KL", "right", "positions/s", "step", "memory"]
-    lines = [head, ["---"] * len(head)]
-    for run in runs:
-        lines.append(
-            [
-                run.name if run.is_finished else f"{run.name} (not finished)",
-                *(_plain(run.settings.get(key)) for key in settings),
-                str(run.num_steps),
-                _number(run.losses["ce_loss"], ".4f"),
-                _number(run.losses["kd_loss"], ".4f"),
-                _number(run.accuracy, ".1%"),
-                _number(run.positions_per_s, ".0f"),
-                _number(run.step_s, ".3f", " s"),
-                _number(run.peak_memory_gib, ".2f", " GiB"),
-            ]
-        )
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    rows = [
+        [
+            run.name if run.is_finished else f"{run.name} (not finished)",
+            *(_plain(run.settings.get(key)) for key in settings),
+            str(run.num_steps),
+            _number(run.losses["ce_loss"], ".4f"),
+            _number(run.losses["kd_loss"], ".4f"),
+            _number(run.accuracy, ".1%"),
+            _number(run.positions_per_s, ".0f"),
+            _number(run.step_s, ".3f", " s"),
+            _number(run.peak_memory_gib, ".2f", " GiB"),
+        ]
+        for run in runs
+    ]
+    return head, rows
+
+
+def table(runs: Sequence[RunRecord]) -> list[str]:
+    """The results in Markdown, one line a run."""
+    head, rows = results(runs)
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 @dataclass(frozen=True)
@@ -204,28 +210,26 @@ def plot(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
     Raises   RecipeError  when matplotlib is not installed
     """
     require_matplotlib()
-    from matplotlib.figure import Figure  # without pyplot: no global state, and no screen is looked for
-
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for field, label in (("ce_loss", "cross-entropy"), ("kd_loss", "divergence from the teacher")):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        for number, run in enumerate(runs):
-            points = [(r["step"], r[field]) for r in run.records if r["event"] == "validation"]
-            points = [point for point in points if point[1] is not None]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True), marker="o", markersize=3, label=run.name, color=f"C{number}"
-                )
-        axes.set(title=f"Validation: {label}", xlabel="step", ylabel="nats a position")
-        if axes.lines:
-            axes.legend(frameon=False)
-        paths.append(folder / f"{field}.png")
-        figure.savefig(paths[-1], dpi=160)
-    return paths
+    return [
+        save_png(partial(_draw_validations, runs=runs, field=field, label=label), folder / f"{field}.png")
+        for field, label in (("ce_loss", "cross-entropy"), ("kd_loss", "divergence from the teacher"))
+    ]
+
+
+def points(run: RunRecord, event: str, field: str) -> list[tuple[int, float]]:
+    """(step, value) of each record of that kind which has one."""
+    return [(r["step"], r[field]) for r in run.records if r["event"] == event and r.get(field) is not None]
+
+
+def _draw_validations(axes: Any, *, runs: Sequence[RunRecord], field: str, label: str) -> None:
+    for number, run in enumerate(runs):
+        if found := points(run, "validation", field):
+            color = f"C{number}"  # of a run, the same in every figure
+            axes.plot(*zip(*found, strict=True), marker="o", markersize=3, label=run.name, color=color)
+    axes.set(title=f"Validation: {label}", xlabel="step", ylabel="nats a position")
+    if axes.lines:
+        axes.legend(frameon=False)
 
 
 def save(runs: Sequence[RunRecord], path: Path) -> None:

@@ -6,6 +6,7 @@ write_run_report([read_run(Path("work/runs/phantom"))], Path("report.html"))
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,9 @@ import pyarrow.parquet as pq
 
 from shared.config import Recipe, Split, load_recipe
 from shared.errors import TeachonceError
-from shared.html_report import Page, Section, card, cards, figure, figures, paragraph, write_page
-from shared.html_report import table as html_table
+from shared.html_report import Page, Section, card, cards, figure, figures, paragraph, table, write_page
 from shared.vqa import open_split
-from stage2_student.compare import RunRecord, cache_uses, table
+from stage2_student.compare import RunRecord, cache_uses, points, results
 from stage2_student.run_folder import RunFolder
 
 NUM_ANSWERS = 12
@@ -28,9 +28,9 @@ SMOOTHED = 0.02  # of the steps: the width of the running mean over training los
 
 def write_run_report(runs: Sequence[RunRecord], path: Path) -> None:
     """Raises   RecipeError  when matplotlib is not installed"""
-    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table(runs)]
+    head, rows = results(runs)
     sections = [
-        Section("Results", [html_table(lines[0], lines[2:])]),
+        Section("Results", [table(head, rows)]),
         Section("Losses, nats a position", [figures(_loss_figures(runs))]),
         Section("The run itself", [figures(_cost_figures(runs))]),
     ]
@@ -70,8 +70,8 @@ def _cost_figures(runs: Sequence[RunRecord]) -> list[str]:
 def _draw_losses(axes: Any, *, runs: Sequence[RunRecord], field: str) -> None:
     for number, run in enumerate(runs):
         color = f"C{number}"  # of a run, the same in every figure
-        steps = _points(run, "step", field)
-        validations = _points(run, "validation", field)
+        steps = points(run, "step", field)
+        validations = points(run, "validation", field)
         if validations:
             axes.plot(*zip(*validations, strict=True), "o-", markersize=4, label=run.name, color=color)
         if steps:
@@ -83,28 +83,21 @@ def _draw_losses(axes: Any, *, runs: Sequence[RunRecord], field: str) -> None:
 
 def _draw_steps(axes: Any, *, runs: Sequence[RunRecord], field: str, factor: float) -> None:
     for number, run in enumerate(runs):
-        points = [(step, value * factor) for step, value in _points(run, "step", field)]
-        if points:
-            axes.plot(*zip(*points, strict=True), linewidth=0.9, label=run.name, color=f"C{number}")
+        scaled = [(step, value * factor) for step, value in points(run, "step", field)]
+        if scaled:
+            axes.plot(*zip(*scaled, strict=True), linewidth=0.9, label=run.name, color=f"C{number}")
     axes.set(xlabel="step")
     axes.set_ylim(bottom=0)
     if axes.lines:
         axes.legend(**LEGEND)
 
 
-def _points(run: RunRecord, event: str, field: str) -> list[tuple[int, float]]:
-    return [(r["step"], r[field]) for r in run.records if r["event"] == event and r.get(field) is not None]
-
-
-def _running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    width = max(1, round(len(points) * SMOOTHED))
+def _running_mean(values: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    width = max(1, round(len(values) * SMOOTHED))
+    windows = (values[max(0, i - width) : i + width + 1] for i in range(len(values)))
     return [
-        (
-            points[i][0],
-            sum(value for _, value in points[max(0, i - width) : i + width + 1])
-            / len(points[max(0, i - width) : i + width + 1]),
-        )
-        for i in range(len(points))
+        (step, statistics.fmean(value for _, value in window))
+        for (step, _), window in zip(values, windows, strict=True)
     ]
 
 

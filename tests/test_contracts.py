@@ -15,7 +15,7 @@ STAGES = {"stage1_teacher", "stage2_student"}
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
     {"errors"},
-    {"policies", "images", "phantom", "cli", "runtime", "loading", "adapters", "break_even"},
+    {"policies", "images", "phantom", "cli", "runtime", "loading", "adapters", "break_even", "figures"},
     {"html_report", "vqa_sources", "fingerprints", "prompts", "processors", "sharding"},
     {"sparse", "recipe_files"},
     {"config", "codec"},
