@@ -15,7 +15,6 @@ Legend: N positions, n of a block, V vocabulary, E entries, C projected hidden d
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,31 +26,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.cache import CacheReader
-from shared.cache.layout import LOG_NAME
-from shared.cache.storage import open_folder
 from shared.config import Recipe
-from shared.errors import CacheFormatError, CacheMismatchError, DataError, RecipeError
+from shared.errors import CacheMismatchError, DataError, RecipeError
 from shared.processing import Encoded, ExampleProcessor, open_processor
-from shared.recipe_files import apply_overrides, validate_tree
 from shared.runtime import World
 from shared.sparse import SparseTargets
 from shared.survey import inputs_identity
 from stage1_teacher.batching import BatchRunner
+from stage1_teacher.head_gradient import BLOCK, HeadGradients, Measured
 from stage1_teacher.planning import NumberedRows, open_rows
 from stage1_teacher.teacher import Teacher, load_teacher
 
-BLOCK = 64  # positions at a time, and the smallest batch whose gradient is looked at
-BATCHES = (64, 512, 4096)  # positions
 PROJECTED = 128
 TRIES = 4  # rows looked at for each that is wanted: some may have been left out of the cache
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A mean over positions, and the same of the teacher against itself; None where it is not defined."""
-
-    cache: float | None
-    floor: float | None
 
 
 @dataclass(frozen=True)
@@ -275,7 +262,7 @@ class Comparison:
             total_V += self._probs(self.hidden_ND, block, temperature).sum(0, dtype=torch.float64)
         student_V = (total_V / len(self.labels_N)).float()
         columns: dict[str, list[Tensor]] = {}
-        gradients = Gradients(len(self.labels_N))
+        gradients = HeadGradients(len(self.labels_N))
         for block in tqdm(
             list(self._blocks()), desc=f"comparing at {temperature:g}", unit="block", leave=False
         ):
@@ -349,7 +336,9 @@ class Comparison:
             figures["kl"] = (live_nV * (log_live_nV - filled_nV.log())).sum(-1)
         return figures
 
-    def _result(self, temperature: float, columns: dict[str, Tensor], gradients: Gradients) -> AtTemperature:
+    def _result(
+        self, temperature: float, columns: dict[str, Tensor], gradients: HeadGradients
+    ) -> AtTemperature:
         def both(figure: str) -> Measured:
             found = [columns.get(f"{figure} {name}") for name in ("cache", "floor")]
             cache, floor = (None if one is None else one.double().mean().item() for one in found)
@@ -374,71 +363,6 @@ class Comparison:
         num_examples = int(self.example_N.max()) + 1
         sums_B = torch.zeros(num_examples, dtype=torch.float64).index_add_(0, self.example_N, centred_N)
         return sums_B.norm().item() / len(values_N)
-
-
-class Gradients:
-    """Gradients of the head, summed over batches of 64, 512 and 4,096 positions, and how they differ."""
-
-    def __init__(self, num_positions: int) -> None:
-        whole = min(num_positions, BLOCK)
-        self.sizes = [size for size in BATCHES if size <= num_positions] or [whole]
-        self.sums: dict[int, dict[str, Tensor]] = {}
-        self.found: dict[tuple[int, str], list[tuple[float, float]]] = {}
-        self.seen = 0
-
-    def add(self, features_nC: Tensor, live_nV: Tensor, others: dict[str, Tensor], student_V: Tensor) -> None:
-        """``others`` are what the trainer would make of other targets, (n, V)."""
-        self.seen += len(features_nC)
-        own = {name: taught_nV.T @ features_nC for name, taught_nV in others.items()}
-        own["live"] = (live_nV - student_V).T @ features_nC
-        for size in self.sizes:
-            held = self.sums.setdefault(size, {})
-            for name, value in own.items():
-                held[name] = held[name] + value if name in held else value
-            if self.seen % size == 0:
-                self._close(size)
-
-    def _close(self, size: int) -> None:
-        live = self.sums[size]["live"].double()
-        for name in ("cache", "floor"):
-            other = self.sums[size][name].double()
-            error = (other - live).norm() / live.norm().clamp_min(1e-30)
-            cosine = (other * live).sum() / (other.norm() * live.norm()).clamp_min(1e-30)
-            self.found.setdefault((size, name), []).append((error.item(), cosine.item()))
-        self.sums.pop(size)
-
-    def errors(self) -> dict[int, Measured]:
-        return self._means(0)
-
-    def cosines(self) -> dict[int, Measured]:
-        return self._means(1)
-
-    def _means(self, column: int) -> dict[int, Measured]:
-        def mean(size: int, name: str) -> float:
-            values = [pair[column] for pair in self.found[size, name]]
-            return sum(values) / len(values)
-
-        return {size: Measured(mean(size, "cache"), mean(size, "floor")) for size in self.sizes}
-
-
-def recipe_of_cache(reader: CacheReader, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of the newest capture, from the cache's log, with ``section.key=value`` laid over it.
-
-    Raises   CacheFormatError  when the log is not there or holds none, as in a merged cache
-             RecipeError       when it does not fit the overrides
-    """
-    try:
-        lines = open_folder(reader.location).read(LOG_NAME).decode().splitlines()
-    except FileNotFoundError:
-        lines = []
-    for line in reversed(lines):
-        tree = json.loads(line).get("recipe")
-        if tree is not None:
-            apply_overrides(tree, overrides)
-            return validate_tree(Recipe, tree, origin=f"cache {reader.location}, {LOG_NAME}")
-    raise CacheFormatError(
-        f"cache {reader.location}: its {LOG_NAME} does not hold the recipe it was captured with. Give it: --recipe"
-    )
 
 
 def show(found: Audit) -> None:

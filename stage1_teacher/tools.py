@@ -13,14 +13,16 @@ from tqdm import tqdm
 from shared.cache import CacheReader
 from shared.cache.export import export
 from shared.cache.inspect import inspect
+from shared.cache.layout import LOG_NAME
 from shared.cache.manifest import load_manifest
 from shared.cache.merge import merge
 from shared.cache.storage import open_folder
 from shared.cache.verify import verify
 from shared.config import Recipe, load_recipe
 from shared.errors import CacheFormatError
+from shared.recipe_files import apply_overrides, validate_tree
 from shared.runtime import World, environment
-from stage1_teacher.audit import audit, recipe_of_cache
+from stage1_teacher.audit import audit
 from stage1_teacher.audit import show as show_findings
 from stage1_teacher.plots import plot_cache
 from stage1_teacher.report import write_cache_report
@@ -88,6 +90,26 @@ def show_report(location: str, out: Path, *, recipe_name: str | None, overrides:
     write_cache_report(reader, recipe, out)
     click.echo(out)
     return 0
+
+
+def recipe_of_cache(reader: CacheReader, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of the newest capture, from the cache's log, with ``section.key=value`` laid over it.
+
+    Raises   CacheFormatError  when the log is not there or holds none, as in a merged cache
+             RecipeError       when it does not fit the overrides
+    """
+    try:
+        lines = open_folder(reader.location).read(LOG_NAME).decode().splitlines()
+    except FileNotFoundError:
+        lines = []
+    for line in reversed(lines):
+        tree = json.loads(line).get("recipe")
+        if tree is not None:
+            apply_overrides(tree, overrides)
+            return validate_tree(Recipe, tree, origin=f"cache {reader.location}, {LOG_NAME}")
+    raise CacheFormatError(
+        f"cache {reader.location}: its {LOG_NAME} does not hold the recipe it was captured with. Give it: --recipe"
+    )
 
 
 def _find_recipe(reader: CacheReader, name: str | None, overrides: Sequence[str]) -> Recipe:

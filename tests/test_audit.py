@@ -19,8 +19,9 @@ from shared.recipe_files import validate_tree
 from shared.runtime import StopRequest, distributed
 from shared.vlm import load_vlm
 from stage1_teacher.__main__ import commands
-from stage1_teacher.audit import AtTemperature, Audit, Gradients, audit
+from stage1_teacher.audit import AtTemperature, Audit, audit
 from stage1_teacher.capture import capture
+from stage1_teacher.head_gradient import HeadGradients
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_gradients_against_their_definition() -> None:
     features_NC = torch.randn(128, 5, generator=generator)
     live_NV, other_NV = torch.randn(2, 128, 7, generator=generator).softmax(-1)
     student_V = torch.randn(7, generator=generator).softmax(-1)
-    gradients = Gradients(128)
+    gradients = HeadGradients(128)
     for block in (slice(0, 64), slice(64, 128)):
         taught = {"cache": other_NV[block] - student_V, "floor": live_NV[block] - student_V}
         gradients.add(features_NC[block], live_NV[block], taught, student_V)
@@ -123,7 +124,7 @@ def test_gradients_against_their_definition() -> None:
 
 
 def test_fewer_positions_than_a_block_are_one_batch() -> None:
-    gradients = Gradients(10)
+    gradients = HeadGradients(10)
     live_NV = torch.full((10, 3), 1 / 3)
     taught_NV = live_NV - torch.tensor([0.2, 0.3, 0.5])
     gradients.add(
