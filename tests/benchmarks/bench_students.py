@@ -51,23 +51,16 @@ from stage2_student.step import seed_step, train_step
 from stage2_student.student import StudentWithLoss, build_student
 from stage2_student.train import step_shape, total_steps
 from tests.benchmarks.bench_loss import status_bytes
+from tests.benchmarks.student_results import FOLDER, LABELS, LENGTHS, LIVE, TIMED, Results, done, keep
 
-FOLDER = Path("work/benchmarks")
-RESULTS = FOLDER / "students.jsonl"
-LENGTHS: dict[str, dict[str, int | None]] = {
-    "1 epoch": {"num_epochs": 1, "limit": None},
-    "20 epochs": {"num_epochs": 20, "limit": 240},
-}
 TAUS = (512, 2048, 64, 16)  # the default first
 TIMED_STEPS = 70
 SIZE_SAMPLE = 48  # examples by which equal sizes are found
-TIMED = "1 epoch, timed"
-LABELS, LIVE = "labels alone", "teacher live"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run; ``policy`` is None for the two variants that need no cache, ``kd_ratio`` 0 for labels alone."""
+    """One run; ``policy`` is None for the two variants that need no cache.  The ``key`` of labels alone has kd_ratio 0."""
 
     recipe: str
     variant: str
@@ -76,15 +69,10 @@ class Job:
     kd_ratio: float
     policy: Policy | None
 
-    @classmethod
-    def of(
-        cls, recipe: str, variant: str, length: str, seed: int, kd_ratio: float, policy: Policy | None
-    ) -> Job:
-        return cls(recipe, variant, length, seed, 0.0 if variant == LABELS else kd_ratio, policy)
-
     @property
     def key(self) -> list[Any]:
-        return [self.recipe, self.variant, self.length, self.seed, self.kd_ratio]
+        kd_ratio = 0.0 if self.variant == LABELS else self.kd_ratio
+        return [self.recipe, self.variant, self.length, self.seed, kd_ratio]
 
     def load(self) -> Recipe:
         """The recipe of this run; without a cache it is that of plain fine-tuning, whatever is done with it."""
@@ -336,11 +324,6 @@ def measure(
 # --- all runs --------------------------------------------------------------------------------------------
 
 
-def done() -> dict[str, dict[str, Any]]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {json.dumps(record["key"]): record for record in map(json.loads, lines)}
-
-
 def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str]) -> None:
     """The runs of one recipe that are not done yet, seed by seed, so that variants take turns."""
     recipe = prepare(name)
@@ -352,7 +335,7 @@ def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str])
     for seed in seeds:
         for length in lengths:
             for variant, policy in variants.items():
-                job = Job.of(name, variant, length, seed, kd_ratio, policy)
+                job = Job(name, variant, length, seed, kd_ratio, policy)
                 if json.dumps(job.key) in done():
                     continue
                 if policy is not None:
@@ -360,86 +343,14 @@ def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str])
                         capture(replace(job, length="1 epoch").load(), world, StopRequest())
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     found = pool.apply(run, (job,))
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps({"key": job.key} | found) + "\n")
+                keep(job.key, found)
                 print(f"  {' | '.join(map(str, job.key))}: KL {found['kl']:.4f}", file=sys.stderr, flush=True)
-    jobs = [Job.of(name, variant, TIMED, 0, kd_ratio, policy) for variant, policy in variants.items()]
+    jobs = [Job(name, variant, TIMED, 0, kd_ratio, policy) for variant, policy in variants.items()]
     if any(json.dumps(job.key) not in done() for job in jobs):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             ratios = pool.apply(time_steps, (jobs,))
-        with RESULTS.open("a") as file:
-            for job, ratio in zip(jobs, ratios, strict=True):
-                file.write(json.dumps({"key": job.key, "step": ratio}) + "\n")
-
-
-def mean(values: list[float], form: str) -> str:
-    """Over seeds, and half their range in brackets."""
-    if not values:
-        return "-"
-    return f"{statistics.fmean(values):{form}} ({(max(values) - min(values)) / 2:{form}})"
-
-
-class Results:
-    """What has been measured of a recipe at a ``kd_ratio``, and of labels alone."""
-
-    def __init__(self, name: str, kd_ratio: float) -> None:
-        self.name, self.kd_ratio = name, kd_ratio
-        kept = [r for r in done().values() if r["key"][0] == name and r["key"][4] in (0.0, kd_ratio)]
-        self.records = sorted(kept, key=lambda record: record["key"][3])
-        found = (r["key"][1] for r in self.records if r["key"][2] in LENGTHS)
-        self.variants = sorted(dict.fromkeys(found), key=self._place)
-
-    def values(self, variant: str, length: str, field: str) -> dict[int, float]:
-        """By seed."""
-        found = {r["key"][3]: r.get(field) for r in self.records if r["key"][1:3] == [variant, length]}
-        return {seed: value for seed, value in found.items() if value is not None}
-
-    def ratio(self, variant: str, length: str, field: str, reference: str) -> list[float]:
-        """Of runs of the same seed."""
-        ones, others = (self.values(label, length, field) for label in (variant, reference))
-        return [one / others[seed] for seed, one in ones.items() if seed in others]
-
-    def size(self, variant: str) -> float:
-        found = [
-            value
-            for length in LENGTHS
-            for value in self.values(variant, length, "bytes_per_position").values()
-        ]
-        return statistics.fmean(found) if found else 0.0
-
-    def _place(self, variant: str) -> tuple[int, float]:
-        kinds = (LABELS, LIVE, "tau", "top", "random")
-        return next(i for i, kind in enumerate(kinds) if variant.startswith(kind)), -self.size(variant)
-
-    def table(self) -> list[str]:
-        """Markdown: what the students learned."""
-        head = "| taught by | bytes |" + "".join(f" KL, {one} | / live | CE | right |" for one in LENGTHS)
-        lines = [head, "|---" * (2 + 4 * len(LENGTHS)) + "|"]
-        for variant in self.variants:
-            cells = [variant, f"{self.size(variant):.0f}" if self.size(variant) else "-"]
-            for length in LENGTHS:
-                of_seed = {
-                    name: [*self.values(variant, length, name).values()] for name in ("kl", "ce", "accuracy")
-                }
-                cells += [
-                    mean(of_seed["kl"], ".3f"),
-                    mean(self.ratio(variant, length, "kl", LIVE), ".3f") if variant != LIVE else "1",
-                    mean(of_seed["ce"], ".3f"),
-                    f"{100 * statistics.fmean(of_seed['accuracy']):.1f} %" if of_seed["accuracy"] else "-",
-                ]
-            lines.append(f"| {' | '.join(cells)} |")
-        return lines
-
-    def costs(self) -> list[str]:
-        """Markdown: what a step took, against labels alone."""
-        lines = ["| taught by | step | memory, " + " | memory, ".join(LENGTHS) + " |"]
-        lines.append("|---" * (2 + len(LENGTHS)) + "|")
-        for variant in self.variants:
-            step = self.values(variant, TIMED, "step")
-            memory = [mean(self.ratio(variant, one, "peak_bytes", LABELS), ".3f") for one in LENGTHS]
-            cells = [variant, f"{step[0]:.3f}" if step else "-", *memory]
-            lines.append(f"| {' | '.join(cells)} |")
-        return lines
+        for job, ratio in zip(jobs, ratios, strict=True):
+            keep(job.key, {"step": ratio})
 
 
 def main() -> None:

@@ -1,0 +1,97 @@
+"""What ``bench_students`` has measured: one JSON line a run, and the tables of docs/benchmarks.md made of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path("work/benchmarks")
+RESULTS = FOLDER / "students.jsonl"
+LENGTHS: dict[str, dict[str, int | None]] = {
+    "1 epoch": {"num_epochs": 1, "limit": None},
+    "20 epochs": {"num_epochs": 20, "limit": 240},
+}
+TIMED = "1 epoch, timed"
+LABELS, LIVE = "labels alone", "teacher live"
+
+
+def done() -> dict[str, dict[str, Any]]:
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {json.dumps(record["key"]): record for record in map(json.loads, lines)}
+
+
+def keep(key: list[Any], found: dict[str, Any]) -> None:
+    with RESULTS.open("a") as file:
+        file.write(json.dumps({"key": key} | found) + "\n")
+
+
+def mean(values: list[float], form: str) -> str:
+    """Over seeds, and half their range in brackets."""
+    if not values:
+        return "-"
+    return f"{statistics.fmean(values):{form}} ({(max(values) - min(values)) / 2:{form}})"
+
+
+class Results:
+    """What has been measured of a recipe at a ``kd_ratio``, and of labels alone."""
+
+    def __init__(self, name: str, kd_ratio: float) -> None:
+        self.name, self.kd_ratio = name, kd_ratio
+        kept = [r for r in done().values() if r["key"][0] == name and r["key"][4] in (0.0, kd_ratio)]
+        self.records = sorted(kept, key=lambda record: record["key"][3])
+        found = (r["key"][1] for r in self.records if r["key"][2] in LENGTHS)
+        self.variants = sorted(dict.fromkeys(found), key=self._place)
+
+    def values(self, variant: str, length: str, field: str) -> dict[int, float]:
+        """By seed."""
+        found = {r["key"][3]: r.get(field) for r in self.records if r["key"][1:3] == [variant, length]}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def ratio(self, variant: str, length: str, field: str, reference: str) -> list[float]:
+        """Of runs of the same seed."""
+        ones, others = (self.values(label, length, field) for label in (variant, reference))
+        return [one / others[seed] for seed, one in ones.items() if seed in others]
+
+    def size(self, variant: str) -> float:
+        found = [
+            value
+            for length in LENGTHS
+            for value in self.values(variant, length, "bytes_per_position").values()
+        ]
+        return statistics.fmean(found) if found else 0.0
+
+    def _place(self, variant: str) -> tuple[int, float]:
+        kinds = (LABELS, LIVE, "tau", "top", "random")
+        return next(i for i, kind in enumerate(kinds) if variant.startswith(kind)), -self.size(variant)
+
+    def table(self) -> list[str]:
+        """Markdown: what the students learned."""
+        head = "| taught by | bytes |" + "".join(f" KL, {one} | / live | CE | right |" for one in LENGTHS)
+        lines = [head, "|---" * (2 + 4 * len(LENGTHS)) + "|"]
+        for variant in self.variants:
+            cells = [variant, f"{self.size(variant):.0f}" if self.size(variant) else "-"]
+            for length in LENGTHS:
+                of_seed = {
+                    name: [*self.values(variant, length, name).values()] for name in ("kl", "ce", "accuracy")
+                }
+                cells += [
+                    mean(of_seed["kl"], ".3f"),
+                    mean(self.ratio(variant, length, "kl", LIVE), ".3f") if variant != LIVE else "1",
+                    mean(of_seed["ce"], ".3f"),
+                    f"{100 * statistics.fmean(of_seed['accuracy']):.1f} %" if of_seed["accuracy"] else "-",
+                ]
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    def costs(self) -> list[str]:
+        """Markdown: what a step took, against labels alone."""
+        lines = ["| taught by | step | memory, " + " | memory, ".join(LENGTHS) + " |"]
+        lines.append("|---" * (2 + len(LENGTHS)) + "|")
+        for variant in self.variants:
+            step = self.values(variant, TIMED, "step")
+            memory = [mean(self.ratio(variant, one, "peak_bytes", LABELS), ".3f") for one in LENGTHS]
+            cells = [variant, f"{step[0]:.3f}" if step else "-", *memory]
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
