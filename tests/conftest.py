@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of a Hugging Face library
 # Before the first import of torch.  Ranks are forked here, and a fork of a process whose OpenMP threads have worked
@@ -157,6 +158,20 @@ def teacher_cache(
     with distributed(device="cpu") as world:
         assert capture(validate_tree(Recipe, tree, origin="fixture"), world, StopRequest()) == 0
     return path
+
+
+@pytest.fixture(scope="session")
+def distillation_tree(
+    vqa_folder: Path, teacher_folder: Path, student_folder: Path, teacher_cache: Path
+) -> dict[str, Any]:
+    """A recipe of four steps of the small student with the small cache; whoever uses it adds a ``run``."""
+    return {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
+        "student": {"model": str(student_folder), "compute_dtype": "float32"},
+        "optimization": {"global_batch_size": 4, "microbatch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
+    }
 
 
 @pytest.fixture(scope="session")

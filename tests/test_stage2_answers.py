@@ -86,19 +86,8 @@ def test_nothing_to_average_and_a_single_value() -> None:
 
 
 @pytest.fixture(scope="module")
-def tree(
-    tmp_path_factory: pytest.TempPathFactory,
-    vqa_folder: Path,
-    teacher_folder: Path,
-    student_folder: Path,
-    teacher_cache: Path,
-) -> dict[str, Any]:
-    return {
-        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
-        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
-        "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
-        "student": {"model": str(student_folder), "compute_dtype": "float32"},
-        "optimization": {"global_batch_size": 4, "microbatch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
+def tree(tmp_path_factory: pytest.TempPathFactory, distillation_tree: dict[str, Any]) -> dict[str, Any]:
+    return distillation_tree | {
         "run": {"name": "run", "root": str(tmp_path_factory.mktemp("runs")), "num_workers": 0},
         "evaluation": {"max_new_tokens": 4, "batch_size": 3},
     }

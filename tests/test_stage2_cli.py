@@ -24,13 +24,9 @@ from stage2_student.run_folder import RunFolder
 
 
 @pytest.fixture
-def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path, teacher_cache: Path) -> dict[str, Any]:
-    return {
-        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+def tree(tmp_path: Path, distillation_tree: dict[str, Any]) -> dict[str, Any]:
+    return distillation_tree | {
         "teacher": {"model": "gone"},
-        "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
-        "student": {"model": str(student_folder), "compute_dtype": "float32"},
-        "optimization": {"global_batch_size": 4, "microbatch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
         "run": {
             "name": "run",
             "root": str(tmp_path / "runs"),
