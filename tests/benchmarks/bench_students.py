@@ -60,7 +60,7 @@ SIZE_SAMPLE = 48  # examples by which equal sizes are found
 
 @dataclass(frozen=True)
 class Job:
-    """One run; ``policy`` is None for the two variants that need no cache.  The ``key`` of labels alone has kd_ratio 0."""
+    """One run; ``policy`` is None for variants without a cache; the ``key`` of labels alone has kd_ratio 0."""
 
     recipe: str
     variant: str
