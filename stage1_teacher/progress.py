@@ -15,6 +15,7 @@ from shared.cache import Row, Unit
 from shared.errors import CacheFormatError
 
 COUNTERS = ("examples", "positions", "entries", "bytes")
+TEACHER_MS = "teacher_ms"  # of all ranks together
 
 
 @dataclass
@@ -49,12 +50,16 @@ class Tally:
             if self.show:
                 self._refresh()
 
+    def add_teacher(self, seconds: float) -> None:
+        """What of this rank's time was the teacher's own."""
+        self.store.add(TEACHER_MS, round(1e3 * seconds))
+
     def add_unit(self) -> int:
         """Counts a published unit; returns how many all ranks have published."""
         return self.store.add("units", 1)
 
     def totals(self) -> dict[str, int]:
-        return {name: self.store.add(name, 0) for name in COUNTERS}
+        return {name: self.store.add(name, 0) for name in (*COUNTERS, TEACHER_MS)}
 
     def close(self) -> dict[str, int]:
         """Ends the bar; returns the totals of all ranks."""

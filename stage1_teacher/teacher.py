@@ -25,6 +25,7 @@ from shared.runtime import World
 from shared.sharding import blocks, fill
 from shared.sparse import SparseTargets, sparsify
 from shared.vlm import Head, empty_vlm, last_hidden_states, load_config, load_vlm, split
+from stage1_teacher.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Teacher:
     num_token_ids        ids the tokenizer knows; the head may be wider, and its padding ids carry no mass
     is_sharded           over all ranks, which must then call ``hidden`` the same number of times
     weights_fingerprint  of the whole model; on the first rank alone
+    stopwatch            runs with body, head and log-softmax: what a live teacher would cost too
     """
 
     model: PreTrainedModel
@@ -41,6 +43,7 @@ class Teacher:
     head: Head
     num_token_ids: int
     device: torch.device
+    stopwatch: Stopwatch
     is_sharded: bool = False
     weights_fingerprint: str | None = None
 
@@ -93,12 +96,14 @@ class Teacher:
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) that predict the batch's answer tokens."""
-        return last_hidden_states(self.body, batch.inputs).flatten(0, 1)[batch.position_index]
+        with self.stopwatch.running():
+            return last_hidden_states(self.body, batch.inputs).flatten(0, 1)[batch.position_index]
 
     @torch.inference_mode()
     def logprobs(self, hidden_nD: Tensor) -> Tensor:
         """Natural log-probabilities (n, V) fp32 at temperature 1."""
-        return self.head.logits(hidden_nD)[:, : self.num_token_ids].float().log_softmax(-1)
+        with self.stopwatch.running():
+            return self.head.logits(hidden_nD)[:, : self.num_token_ids].float().log_softmax(-1)
 
 
 def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> Teacher:
@@ -125,6 +130,7 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> 
         head,
         min(num_token_ids, head.weight_VD.shape[0]),
         world.device,
+        Stopwatch(world.device),
         sharded,
         fingerprint,
     )

@@ -17,10 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import yaml
 
 from shared.break_even import TeacherCosts
 from shared.cache.layout import LOG_NAME
+from shared.cache.manifest import load_manifest
 from shared.cache.storage import open_folder
 from shared.errors import RecipeError, TeachonceError
 from shared.figures import require_matplotlib, save_png
@@ -70,11 +72,17 @@ class RunRecord:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Each run once, in their order.
+    """Each run once, in their order.  Files among them, as the logs of a sweep in ``runs/*``, are left out, and said.
 
-    Raises   RecipeError  when a folder has no run in it
+    Raises   RecipeError  when a folder has no run in it, or none is left
     """
-    return [read_run(path) for path in {path.resolve(): path for path in paths}.values()]
+    files = [path for path in paths if path.is_file()]
+    if files:
+        click.echo(f"note: no folders of runs, left out: {', '.join(map(str, files))}", err=True)
+    folders = {path.resolve(): path for path in paths if path not in files}
+    if not folders:
+        raise RecipeError(f"{', '.join(map(str, paths))}: there is no run among them")
+    return [read_run(path) for path in folders.values()]
 
 
 def read_run(path: Path) -> RunRecord:
@@ -181,25 +189,24 @@ class CacheUse:
 def cache_uses(runs: Sequence[RunRecord]) -> list[CacheUse]:
     """One for each cache whose log tells how long its capture took.
 
-    A live teacher is taken to need, for each example of an epoch, what the capture needed for it: a capture adds
-    little to the teacher's forward pass (docs/benchmarks.md).  Waits for data count as the cache's in full.
+    A live teacher is taken to need, for each position of an epoch, what the teacher itself needed in the capture.
+    Waits for data count as the cache's in full.
     """
     found = []
     for cache in dict.fromkeys(run.cache for run in runs if run.cache is not None):
-        captured = _captured(cache)
+        captured = captured_times(cache)
         trained = [run for run in runs if run.cache == cache and run.num_epochs > 0]
         if captured is None or not trained:
             continue
-        seconds, num_positions = captured
         epoch_positions = [
             sum(r["num_positions"] for r in run.records if r["event"] == "step") / run.num_epochs
             for run in trained
         ]
         num_epochs = sum(run.num_epochs for run in trained)
-        live_epoch_s = seconds * statistics.fmean(epoch_positions) / num_positions
+        live_epoch_s = captured.teacher_s * statistics.fmean(epoch_positions) / captured.num_positions
         reading_s = sum(run.reading_s for run in trained) / num_epochs
         found.append(
-            CacheUse(cache, len(trained), num_epochs, TeacherCosts(seconds, live_epoch_s, reading_s))
+            CacheUse(cache, len(trained), num_epochs, TeacherCosts(captured.seconds, live_epoch_s, reading_s))
         )
     return found
 
@@ -238,16 +245,34 @@ def save(runs: Sequence[RunRecord], path: Path) -> None:
     write_json(path, {"runs": [run.to_json() for run in runs], "caches": uses})
 
 
-def _captured(location: str) -> tuple[float, int] | None:
-    """Seconds and positions of all captures in a cache's log; None where it has none."""
+@dataclass(frozen=True)
+class CapturedTimes:
+    """Seconds of one device: of all that a cache holds, and the teacher's own among them."""
+
+    seconds: float
+    teacher_s: float
+    num_positions: int
+
+
+def captured_times(location: str) -> CapturedTimes | None:
+    """From the captures in a cache's log; None where it has none.
+
+    A capture that was stopped has logged nothing: its part is taken to have cost what the others did.
+    """
     try:
-        lines = open_folder(location).read(LOG_NAME).decode().splitlines()
+        folder = open_folder(location)
+        lines = folder.read(LOG_NAME).decode().splitlines()
+        manifest = load_manifest(folder)
     except (OSError, TeachonceError):
         return None
-    events = [record for record in map(json.loads, lines) if record["event"] == "captured"]
-    seconds = sum(record["seconds"] * record["ranks"] for record in events)
-    positions = sum(record["positions"] for record in events)
-    return (seconds, positions) if positions else None
+    records = [record for record in map(json.loads, lines) if record["event"] == "captured"]
+    positions = sum(record["positions"] for record in records)
+    if manifest is None or not positions:
+        return None
+    held = manifest.totals.positions
+    seconds = sum(record["seconds"] * record["ranks"] for record in records)
+    teacher_s = sum(record["teacher_ms"] for record in records) / 1e3
+    return CapturedTimes(seconds * held / positions, teacher_s * held / positions, held)
 
 
 def _epochs(steps: Sequence[dict[str, Any]]) -> float:

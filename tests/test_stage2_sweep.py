@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from shared.config import dump_recipe
 from shared.errors import RecipeError
 from shared.runtime import INTERRUPTED_STATUS
 from stage2_student.__main__ import commands
-from stage2_student.compare import cache_uses, differing, flat, read_run, read_runs, table
+from stage2_student.compare import cache_uses, captured_times, differing, flat, read_run, read_runs, table
 from stage2_student.sweep import plan_jobs
 
 
@@ -149,8 +150,11 @@ def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tm
     (use,) = cache_uses(runs)
     assert (use.num_students, use.num_epochs) == (1, runs[1].num_epochs)
     assert use.costs.capture_s > 0
-    # 12 of the cache's 16 examples are seen in an epoch
-    assert 0.5 < use.costs.live_epoch_s / use.costs.capture_s < 1.0
+    # The live teacher costs what the teacher cost in the capture, of which 12 of 16 examples are seen in an epoch.
+    captured = captured_times(use.cache)
+    assert captured is not None
+    assert use.costs.capture_s == captured.seconds
+    assert 0.5 < use.costs.live_epoch_s / captured.teacher_s < 1.0
 
     shown = command(
         *("compare", *(str(run.path) for run in runs)),
@@ -161,6 +165,22 @@ def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tm
     found = json.loads((tmp_path / "found.json").read_text())
     assert [run["name"] for run in found["runs"]] == ["run0.0", "run1.0"]
     assert (tmp_path / "plots" / "kd_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_capture_that_was_stopped_has_cost_what_all_of_it_costs(
+    teacher_cache: Path, tmp_path: Path
+) -> None:
+    whole = captured_times(str(teacher_cache))
+    assert whole is not None
+    assert 0 < whole.teacher_s < whole.seconds
+
+    resumed = shutil.copytree(teacher_cache, tmp_path / "cache")
+    (line,) = (json.loads(line) for line in (resumed / "log.jsonl").read_text().splitlines())
+    rest = line | {name: line[name] / 8 for name in ("seconds", "teacher_ms", "positions")}
+    (resumed / "log.jsonl").write_text('{"event": "interrupted"}\n' + json.dumps(rest) + "\n")
+    found = captured_times(str(resumed))
+    assert found is not None
+    assert (found.seconds, found.teacher_s) == pytest.approx((whole.seconds, whole.teacher_s))
 
 
 def test_a_run_without_a_cache_section_beside_one_with(tree: dict[str, Any]) -> None:
@@ -180,6 +200,21 @@ def test_a_run_given_twice_is_one(tree: dict[str, Any]) -> None:
     path.mkdir(parents=True)
     (path / "recipe.yaml").write_text(yaml.safe_dump(dump_recipe(make_recipe(tree))))
     assert len(read_runs([path, path.parent / "." / path.name, path])) == 1
+
+
+def test_files_beside_the_runs_are_left_out_and_said(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with ``compare runs/*`` after a sweep."""
+    path = make_recipe(tree).run.path
+    path.mkdir(parents=True)
+    (path / "recipe.yaml").write_text(yaml.safe_dump(dump_recipe(make_recipe(tree))))
+    log = path.with_suffix(".log")
+    log.touch()
+    assert [run.path for run in read_runs([path, log])] == [path]
+    assert str(log) in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="no run among them"):
+        read_runs([log])
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
