@@ -4,8 +4,8 @@
     rows = evaluate(recipe, models(recipe, folder), world, split="test")    # beside its references
 
 A model is opened from its Hugging Face folder, as its users will open it, and answers greedily.  An answer is
-right when it equals the reference but for case, punctuation and spaces; that is asked of short references only,
-where there is one way to say it.  Token F1 and ROUGE-L are of all answers.
+right when it equals the reference but for case, punctuation and spaces.  Accuracy is over short references,
+where there is one way to say it; exact match, token F1 and ROUGE-L are over all.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ class Evaluated:
 
         return {
             "accuracy": interval(short, lambda one: float(one.is_right)),
+            "exact_match": interval(some, lambda one: float(one.is_right)),
             "token_f1": interval(some, lambda one: one.token_f1),
             "rouge_l": interval(some, lambda one: one.rouge_l),
         }
@@ -322,7 +323,9 @@ def show(found: Sequence[Evaluated]) -> None:
     click.echo(
         f"{len(student.answers)} questions, {num_short} with short answers; 95 % intervals over pictures\n"
     )
-    click.echo(f"{'':<24}{'right, short':>22}{'token F1':>22}{'ROUGE-L':>22}{'CE':>9}{'KL':>9}")
+    click.echo(
+        f"{'':<24}{'right, short':>20}{'exact, all':>20}{'token F1':>20}{'ROUGE-L':>20}{'CE':>9}{'KL':>9}"
+    )
     for model in found:
         losses = "".join(f"{'-' if value is None else f'{value:.4f}':>9}" for value in (model.ce, model.kl))
         click.echo(f"{model.name:<24}{_cells(model.intervals())}{losses}")
@@ -331,8 +334,11 @@ def show(found: Sequence[Evaluated]) -> None:
 
 
 def _cells(intervals: dict[str, Interval | None]) -> str:
-    shown = ("-" if i is None else f"{i.mean:.1%} ({i.low:.1%}, {i.high:.1%})" for i in intervals.values())
-    return "".join(f"{text:>22}" for text in shown)
+    shown = (
+        "-" if i is None else f"{i.mean:.1%} ({100 * i.low:.1f}-{100 * i.high:.1f})"
+        for i in intervals.values()
+    )
+    return "".join(f"{text:>20}" for text in shown)
 
 
 def _share_right(answers: Sequence[Answer]) -> float:

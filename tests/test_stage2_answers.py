@@ -107,7 +107,7 @@ def command(*arguments: str) -> Result:
 def test_a_run_beside_its_references(run: Path) -> None:
     shown = command(str(run))
     assert shown.return_value == 0, shown.output
-    for words in ("student", "teacher", "untrained", "ROUGE-L", "token F1", "from caption"):
+    for words in ("student", "teacher", "untrained", "exact, all", "ROUGE-L", "token F1", "from caption"):
         assert words in shown.stdout
     lines = pq.read_table(run / "evaluation" / "validation.parquet").to_pylist()
     assert [(line["model"], line["row"]) for line in lines] == [
@@ -126,6 +126,9 @@ def test_a_run_beside_its_references(run: Path) -> None:
     assert teacher["kl"] == pytest.approx(math.log(384 / num_ids), abs=0.01)
     assert teacher["kl"] < untrained["kl"]
     assert set(student["by_kind"]) == {line["kind"] for line in lines}
+    own = [line for line in lines if line["model"] == "student"]
+    assert student["exact_match"]["count"] == len(own)
+    assert student["accuracy"]["count"] == sum(line["is_short"] for line in own)
 
 
 def test_a_model_s_folder_and_a_recipe(run: Path, tree: dict[str, Any], tmp_path: Path) -> None:
