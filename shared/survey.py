@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from shared.cache import CacheReader, InputsIdentity
 from shared.config import DataConfig, Recipe, Split
 from shared.errors import CacheFormatError, DataError
 from shared.images import decode_rgb
 from shared.processing import ExampleProcessor, open_processor
+from shared.progress import progress
 from shared.vqa import VqaSplit, open_split
 
 
@@ -60,7 +60,7 @@ def survey_keys(
     keys: list[bytes] = []
     lengths: list[int] = []
     unreadable: list[tuple[int, str]] = []
-    for row in tqdm(range(len(split)), desc=f"reading {name}", unit="row", disable=not show, leave=False):
+    for row in progress(range(len(split)), desc=f"reading {name}", unit="row", disable=not show, leave=False):
         try:
             example = split[row]
             if decode:

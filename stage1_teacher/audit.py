@@ -23,12 +23,12 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from shared.cache import CacheReader
 from shared.config import Recipe
 from shared.errors import CacheMismatchError, DataError, RecipeError
 from shared.processing import Encoded, ExampleProcessor, open_processor
+from shared.progress import progress
 from shared.runtime import World
 from shared.sparse import SparseTargets
 from shared.survey import inputs_identity
@@ -173,7 +173,7 @@ def choose(
     numbers = torch.randperm(total, generator=generator)[: TRIES * num_examples].tolist()
     found: dict[bytes, Encoded] = {}
     num_missing = 0
-    for number in tqdm(numbers, desc="reading the sample", unit="ex", leave=False):
+    for number in progress(numbers, desc="reading the sample", unit="ex", leave=False):
         if len(found) == num_examples:
             break
         split, row = rows.find(number)
@@ -206,7 +206,9 @@ def hidden_states(
         return teacher.hidden(batch).cpu()
 
     lengths = [len(one.input_ids) for one in encoded]
-    for indices, hidden_ND in tqdm(runner.run(lengths, forward), desc="teacher", unit="batch", leave=False):
+    for indices, hidden_ND in progress(
+        runner.run(lengths, forward), desc="teacher", unit="batch", leave=False
+    ):
         parts = hidden_ND.split([encoded[index].num_positions for index in indices])
         found.update(zip(indices, parts, strict=True))
     return torch.cat([found[index] for index in range(len(encoded))])
@@ -263,7 +265,7 @@ class Comparison:
         student_V = (total_V / len(self.labels_N)).float()
         columns: dict[str, list[Tensor]] = {}
         gradients = HeadGradients(len(self.labels_N))
-        for block in tqdm(
+        for block in progress(
             list(self._blocks()), desc=f"comparing at {temperature:g}", unit="block", leave=False
         ):
             live_nV = self._probs(self.hidden_ND, block, temperature)

@@ -18,7 +18,6 @@ from typing import Any
 
 import click
 import torch
-from tqdm import tqdm
 
 from shared.break_even import TeacherCosts
 from shared.cache import CacheReader, CacheWriter, Identity, Row
@@ -27,6 +26,7 @@ from shared.errors import DataError, RecipeError
 from shared.policies import Policy, Threshold
 from shared.preflight import answer_positions
 from shared.processing import Batch, Encoded, ExampleProcessor, open_processor
+from shared.progress import progress
 from shared.runtime import World
 from shared.sparse import position_seeds
 from stage1_teacher.batching import BatchRunner
@@ -206,7 +206,7 @@ class Sample:
         numbers = list(dict(data.numbered_keys()).values())
         chosen = [numbers[i * len(numbers) // num_examples] for i in range(num_examples)]
         encoded, begin = [], time.perf_counter()
-        for number in tqdm(dict.fromkeys(chosen), desc="reading the sample", unit="ex", leave=False):
+        for number in progress(dict.fromkeys(chosen), desc="reading the sample", unit="ex", leave=False):
             split, row = rows.find(number)
             try:
                 encoded.append(processor.encode(split[row]))
@@ -234,7 +234,9 @@ class Sample:
         lengths = [len(one.input_ids) for one in self.encoded]
         runner = BatchRunner(self.cache.batch_tokens)
         live(teacher, processor.collate(self.encoded[:1]).to(teacher.device), self.cache.chunk_size)
-        seconds = [result for _, result in tqdm(runner.run(lengths, forward), desc="teacher", leave=False)]
+        seconds = [
+            result for _, result in progress(runner.run(lengths, forward), desc="teacher", leave=False)
+        ]
         number = len(self.encoded)
         return Times(
             live=sum(one for one, _ in seconds) / number,

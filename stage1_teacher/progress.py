@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from shared.cache import Row, Unit
 from shared.errors import CacheFormatError
+from shared.progress import progress
 
 COUNTERS = ("examples", "positions", "entries", "bytes")
 TEACHER_MS = "teacher_ms"  # of all ranks together
@@ -33,7 +34,7 @@ class Tally:
     _begin_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self._bar = tqdm(
+        self._bar = progress(
             total=self.num_examples, desc="capture", unit="ex", disable=not self.show, mininterval=1.0
         )
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from shared.cache import CacheReader, Row
 from shared.cache.inspect import Sample, inspect, sample_rows
@@ -35,6 +34,7 @@ from shared.html_report import (
     write_page,
 )
 from shared.processing import ExampleProcessor, open_processor
+from shared.progress import progress
 from shared.vqa import Example
 from stage1_teacher.planning import open_rows
 from stage1_teacher.plots import DRAWINGS, draw_kept_mass
@@ -93,7 +93,7 @@ def look_at(reader: CacheReader, recipe: Recipe, *, seed: int) -> list[Shown]:
     total = sum(len(split) for split in rows.splits)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:NUM_LOOKED_AT].tolist()
     found: dict[bytes, Example] = {}
-    for number in tqdm(order, desc="reading examples", unit="ex", leave=False):
+    for number in progress(order, desc="reading examples", unit="ex", leave=False):
         split, row = rows.find(number)
         try:
             example = split[row]

@@ -20,6 +20,7 @@ from shared.cache.storage import open_folder
 from shared.cache.verify import verify
 from shared.config import Recipe, load_recipe
 from shared.errors import CacheFormatError
+from shared.progress import progress
 from shared.recipe_files import apply_overrides, validate_tree
 from shared.runtime import World, environment
 from stage1_teacher.audit import audit
@@ -43,7 +44,7 @@ def show_verification(location: str) -> int:
     """Every fault of a cache; the status is that of a damaged cache if there is one."""
     manifest = load_manifest(open_folder(location))
     shards = () if manifest is None else manifest.shards
-    with tqdm(total=len(shards), desc="verify", unit="shard", leave=False) as bar:
+    with progress(total=len(shards), desc="verify", unit="shard", leave=False) as bar:
         found = verify(location, on_shard=lambda _: _advance(bar))
     for note in found.notes:
         click.echo(f"note: {note}")
@@ -122,7 +123,7 @@ def _find_recipe(reader: CacheReader, name: str | None, overrides: Sequence[str]
 def show_export(location: str, out: str) -> int:
     """A cache as plain Parquet."""
     reader = CacheReader(location)
-    with tqdm(total=len(reader.manifest.shards), desc="export", unit="shard", leave=False) as bar:
+    with progress(total=len(reader.manifest.shards), desc="export", unit="shard", leave=False) as bar:
         number = export(reader, out, on_shard=lambda _: _advance(bar))
     click.echo(f"{out}: {number} examples as Parquet")
     return 0

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from shared.config import Recipe
 from shared.errors import TeachonceError, TrainingError
+from shared.progress import progress
 from shared.runtime import StopRequest, World
 from stage2_student.agreement import Step, in_agreement
 from stage2_student.checkpoint import Checkpoint, Facts, load, set_num_updates, student_state
@@ -87,7 +88,7 @@ class Trainer:
         if self.step == 0:
             self._validate()
         run = self.recipe.run
-        with tqdm(
+        with progress(
             total=self.num_steps, initial=self.step, unit="step", disable=not self.world.is_main
         ) as bar:
             for step in in_agreement(self._fed(), self.world, stop):
@@ -139,8 +140,9 @@ class Trainer:
         record = self._record(step, result, rate, step_s=time.perf_counter() - begin + step.wait_s)
         self._log(record)
         if self.world.is_main:
+            figures = {"loss": f"{result.losses.loss:.3f}", "data_wait": f"{record['data_wait']:.0%}"}
+            bar.set_postfix(figures, refresh=False)
             bar.update()
-            bar.set_postfix(loss=f"{result.losses.loss:.3f}", data_wait=f"{record['data_wait']:.0%}")
         self._require_finite(result)
 
     def _require_finite(self, result: StepResult) -> None:

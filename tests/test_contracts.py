@@ -15,7 +15,18 @@ STAGES = {"stage1_teacher", "stage2_student"}
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
     {"errors"},
-    {"policies", "images", "phantom", "cli", "runtime", "loading", "adapters", "break_even", "figures"},
+    {
+        "policies",
+        "images",
+        "phantom",
+        "cli",
+        "runtime",
+        "loading",
+        "adapters",
+        "break_even",
+        "figures",
+        "progress",
+    },
     {"html_report", "vqa_sources", "fingerprints", "prompts", "processors", "sharding"},
     {"sparse", "recipe_files"},
     {"config", "codec"},

@@ -1,0 +1,42 @@
+"""Progress: at a terminal a bar that moves, in a log a line now and then.
+
+for row in progress(range(num_rows), desc="reading", unit="row"): ...
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+LOG_EVERY_S = 30.0
+
+
+def progress(iterable: Iterable[Any] | None = None, *, file: TextIO | None = None, **options: Any) -> tqdm:
+    """What tqdm takes and gives.  In a file, what is done within half a minute leaves no trace."""
+    file = file or sys.stderr
+    if file.isatty():
+        return tqdm(iterable, file=file, **options)
+    rare = {"mininterval": LOG_EVERY_S, "maxinterval": LOG_EVERY_S, "delay": LOG_EVERY_S}
+    return LogLines(iterable, file=file, **{**options, **rare})
+
+
+class LogLines(tqdm):
+    """Lines, in place of one that is drawn over and over: a file would keep every copy of it."""
+
+    _shown_s = 0.0
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """A line, if the last one is old enough or all is done; an empty message would wipe a bar away."""
+        now_s = time.time()  # tqdm's clock
+        is_last = self.disable  # as tqdm marks the end
+        if msg is None and (is_last or now_s - max(self._shown_s, self.start_t) >= self.mininterval):
+            self._shown_s = now_s
+            self.fp.write(f"{self}" if is_last else f"{self}\n")  # tqdm ends the last one
+            self.fp.flush()
+
+    def clear(self, nolock: bool = False) -> None:
+        """Nothing to wipe away."""
