@@ -11,7 +11,7 @@ Validation, where a live teacher would run as well, is left out, in favour of th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,16 @@ class TeacherCosts:
         """Epochs, of all students together, after which the cache has cost less; infinite where it never does."""
         saved_s = self.live_epoch_s - self.cached_epoch_s
         return self.capture_s / saved_s if saved_s > 0 else math.inf
+
+    def to_json(self) -> dict[str, float | None]:
+        """Plain JSON values: ``break_even_epochs`` is None where the cache never pays, as JSON has no infinity."""
+        epochs = self.break_even_epochs
+        return asdict(self) | {"break_even_epochs": epochs if math.isfinite(epochs) else None}
+
+    def pays_after(self) -> str:
+        """``pays after 1.23 epochs`` or ``never pays``."""
+        epochs = self.break_even_epochs
+        return f"pays after {epochs:.2f} epochs" if math.isfinite(epochs) else "never pays"
 
     def live_s(self, *, num_students: int, num_epochs: float) -> float:
         return num_students * num_epochs * self.live_epoch_s

@@ -105,3 +105,17 @@ def test_break_even_by_hand() -> None:
     assert costs.live_s(num_students=3, num_epochs=2) == 3000.0
     assert costs.cached_s(num_students=3, num_epochs=2) == 720.0
     assert TeacherCosts(600.0, 20.0, 20.0).break_even_epochs == math.inf
+
+
+def test_a_cache_that_never_pays_is_plain_json_and_plain_words() -> None:
+    pays = TeacherCosts(capture_s=600.0, live_epoch_s=500.0, cached_epoch_s=20.0)
+    never = TeacherCosts(capture_s=600.0, live_epoch_s=20.0, cached_epoch_s=20.0)
+    assert pays.to_json() == {
+        "capture_s": 600.0,
+        "live_epoch_s": 500.0,
+        "cached_epoch_s": 20.0,
+        "break_even_epochs": 1.25,
+    }
+    assert never.to_json()["break_even_epochs"] is None
+    json.dumps(never.to_json(), allow_nan=False)
+    assert (pays.pays_after(), never.pays_after()) == ("pays after 1.25 epochs", "never pays")
