@@ -41,6 +41,20 @@ def base_of(name: str, revision: str | None) -> tuple[str, str | None]:
     return settings["base_model_name_or_path"], settings.get("revision")
 
 
+def lineage(name: str, revision: str | None) -> list[tuple[str, str | None]]:
+    """The whole model, then the adapters that were trained on top of each other, up to the one named.
+
+    Raises   RecipeError  when an adapter's settings do not say what it belongs to, or lead in a circle
+    """
+    found = [(name, revision)]
+    while is_adapter(found[0][0]):
+        base = base_of(*found[0])
+        if base in found:
+            raise RecipeError(f"{base[0]}: an adapter that is, over others, its own base model")
+        found.insert(0, base)
+    return found
+
+
 def merged(base: PreTrainedModel, folder: str) -> PreTrainedModel:
     """The base model with the adapter's products added to its weights.
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from shared.adapters import base_of
+from shared.adapters import lineage
 from shared.errors import RecipeError
 
 
@@ -38,7 +38,7 @@ def load_processor(
 
     Raises   RecipeError  when it cannot be opened, takes no pictures, or knows no such bounds.
     """
-    model, revision = base_of(model, revision)
+    model, revision = lineage(model, revision)[0]
     asked = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     bounds = {name: value for name, value in asked.items() if value is not None}
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:

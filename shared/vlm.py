@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from shared.adapters import base_of, is_adapter, merged
+from shared.adapters import base_of, is_adapter, lineage, merged
 from shared.errors import RecipeError
 
 
@@ -50,7 +50,7 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
 
     Raises   RecipeError  when there is no model of that name, or it is not a decoder-only VLM.
     """
-    name, revision = base_of(name, revision)
+    name, revision = lineage(name, revision)[0]
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:

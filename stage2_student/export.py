@@ -13,6 +13,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from shared import adapters
+from shared.adapters import lineage
 from shared.config import Recipe, load_recipe
 from shared.errors import CheckpointError, RecipeError
 from shared.vlm import load_config
@@ -27,25 +29,27 @@ MAX_SHARD_SIZE = "5GB"
 
 
 def save_model_files(recipe: Recipe, folder: RunFolder) -> None:
-    """Copies what is not weights from the student's original folder into the run's."""
-    source = Path(recipe.student.model)
-    if not source.is_dir():
-        try:
-            source = Path(
-                snapshot_download(
-                    recipe.student.model,
-                    revision=recipe.student.revision,
-                    allow_patterns=list(SMALL_FILES),
-                    ignore_patterns=[WEIGHTS_INDEX],
-                )
-            )
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"model {recipe.student.model}: its files cannot be fetched: {error}"
-            ) from error
+    """Copies what is not weights from the student's original folder into the run's.
+
+    Of an adapter, first what its base model has: a folder as peft writes it holds nothing else.
+    """
     folder.model_files.mkdir(exist_ok=True)
-    for path in _small_files(source):
-        shutil.copyfile(path, folder.model_files / path.name)
+    for name, revision in lineage(recipe.student.model, recipe.student.revision):
+        for path in _small_files(_local(name, revision)):
+            shutil.copyfile(path, folder.model_files / path.name)
+
+
+def _local(name: str, revision: str | None) -> Path:
+    """A folder with the model's small files."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=list(SMALL_FILES), ignore_patterns=[WEIGHTS_INDEX]
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model {name}: its files cannot be fetched: {error}") from error
+    return Path(found)
 
 
 def choose_checkpoint(folder: RunFolder, *, step: int | None = None, best: bool = False) -> Checkpoint:
@@ -68,12 +72,15 @@ def export_checkpoint(
 ) -> Path:
     """Writes ``out``, whole or not at all; the weights keep the dtype they were trained in.
 
-    merge  adapters into the weights; by default as the run's recipe says
+    merge  adapters into the weights; by default as the run's recipe says, and where the student began from an
+           adapter itself: a chain of them is opened by nothing else
     """
     recipe = load_recipe(folder.recipe)
     lora = recipe.student.lora
     if merge and lora is None:
         raise RecipeError(f"{folder.path}: the run has no adapters to merge; its export is a whole model")
+    if merge is None:
+        merge = lora is not None and (lora.merge or adapters.is_adapter(recipe.student.model))
     model = empty_model(load_config(str(folder.model_files)), recipe.student)
     if lora is not None:
         add_adapters(model, lora, seed=recipe.run.seed)
@@ -82,24 +89,23 @@ def export_checkpoint(
     load(checkpoint, student_state(model), alone=True)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    is_adapter = lora is not None and not (lora.merge if merge is None else merge)
-    if is_adapter:
+    if lora is not None and not merge:
         save_adapters(model, partial, base=recipe.student.model, revision=recipe.student.revision)
     else:
         merge_adapters(model)
         model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
     for path in _small_files(folder.model_files):
-        if (
-            path.name != "config.json"
-        ):  # a model's is written; an adapter's folder has none, or it would pass for one
+        # A model's configuration is written above; an adapter's folder has none, or it would pass for a model.
+        if path.name != "config.json":
             shutil.copyfile(path, partial / path.name)
     _replace_folder(partial, out)
     return out
 
 
 def _small_files(folder: Path) -> list[Path]:
+    """But for what belongs to weights that are not copied: their index, an adapter's settings."""
     found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
-    return sorted(found - set(folder.glob(WEIGHTS_INDEX)))
+    return sorted(found - {*folder.glob(WEIGHTS_INDEX), folder / adapters.SETTINGS})
 
 
 def _replace_folder(new: Path, out: Path) -> None:

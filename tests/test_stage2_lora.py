@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from stage2_runs import (
     step_records,
     validation_records,
 )
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from shared.errors import RecipeError
 from shared.processing import Batch, ExampleProcessor
@@ -134,6 +135,46 @@ def test_a_recipe_may_ask_for_the_merged_model(tree: dict[str, Any]) -> None:
     export = recipe.run.path / "export"
     assert list(export.glob("model*.safetensors"))
     assert not (export / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 32.0}], ids=["whole", "adapters"])
+def test_a_student_that_begins_from_an_adapter(tree: dict[str, Any], lora: dict[str, Any] | None) -> None:
+    """It leaves as a whole model that any tool opens, and nothing in it says otherwise."""
+    first = make_recipe(tree, run__name="first")
+    run_alone(first)
+    recipe = make_recipe(
+        tree, student__model=str(first.run.path / "export"), student__lora=lora, optimization__max_steps=1
+    )
+    run_alone(recipe)
+    export = recipe.run.path / "export"
+    assert not (export / "adapter_config.json").exists()
+    assert (export / "tokenizer_config.json").exists()
+    trained = state_of(recipe, 1)
+    opened = dict(AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).named_parameters())
+    for name, tensor in trained.items():
+        if name.startswith("model.") and ".lora_" not in name:
+            plain = name.removeprefix("model.")
+            expected = tensor
+            if ".base_layer." in name:
+                place = name.replace("base_layer.weight", "lora_{}.default.weight")
+                expected = tensor + 16.0 * trained[place.format("B")] @ trained[place.format("A")]
+                plain = plain.replace(".base_layer.", ".")
+            torch.testing.assert_close(opened[plain], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_s_bare_folder_as_student(tree: dict[str, Any], tmp_path: Path) -> None:
+    """As peft writes it: weights and settings alone."""
+    first = make_recipe(tree, run__name="first")
+    run_alone(first)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(first.run.path / "export" / name, bare)
+    recipe = make_recipe(tree, student__model=str(bare), student__lora=None, optimization__max_steps=1)
+    run_alone(recipe)
+    shutil.rmtree(bare)
+    AutoModelForImageTextToText.from_pretrained(recipe.run.path / "export")
+    AutoTokenizer.from_pretrained(recipe.run.path / "export")
 
 
 def test_targets_may_be_named_and_are_checked(tree: dict[str, Any]) -> None:
