@@ -2,13 +2,13 @@
 
     exact_match("Axial.", "axial"), token_f1("axial CT", "CT"), rouge_l("a small mass", "a mass")
 
-Texts are compared without case, punctuation and spaces, whatever their script.  ROUGE-L is the F-measure of the
-longest common subsequence of words, as the package rouge-score computes it.
+Texts are compared without case, punctuation and spaces, whatever their script.  Signs are no punctuation: "HER2+"
+is the opposite of "HER2-", and "< 5 mm" of "> 5 mm".  ROUGE-L is the F-measure of the longest common subsequence of
+words, as the package rouge-score computes it.
 """
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -23,9 +23,22 @@ CONFIDENCE = 0.95
 
 
 def normalize(text: str) -> str:
-    """Lower case, letters and digits of any script, single spaces."""
+    """Lower case; words of letters, digits and marks of any script, and signs alone; single spaces."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"\w+", folded))
+    return " ".join("".join(_kept(*around) for around in zip(f" {folded}", folded, f"{folded[1:]} ")).split())
+
+
+def _kept(before: str, character: str, after: str) -> str:
+    """A character between its neighbours, or what stands in its place."""
+    category = unicodedata.category(character)
+    if category[0] in "LMN":  # \w leaves out marks, without which words of many scripts fall apart
+        return character
+    if category == "Sm" or character == "%":
+        return f" {character} "
+    if character == "-" and after.isdigit() and not before.isalnum():  # not in "5-10"
+        return " - "
+    is_decimal_point = character == "." and before.isdigit() and after.isdigit()
+    return character if is_decimal_point else " "
 
 
 def exact_match(answer: str, reference: str) -> bool:

@@ -37,6 +37,14 @@ from stage2_student.evaluate import answers_of
         ("?!", "...", True, 1.0, 1.0),
         ("Bösartig", "bösartig", True, 1.0, 1.0),
         ("腫瘤 左", "左 腫瘤", False, 1.0, 0.5),
+        ("की", "का", False, 0.0, 0.0),  # vowel signs are marks, not letters
+        ("น้ำ", "นำ", False, 0.0, 0.0),
+        ("HER2+", "HER2-", False, 2 / 3, 2 / 3),
+        ("<5 mm", "> 5 mm", False, 2 / 3, 2 / 3),
+        ("-5", "5", False, 2 / 3, 2 / 3),
+        ("1.5 cm", "15 cm", False, 0.5, 0.5),
+        ("T1-weighted, 5-10", "t1 weighted 5 10", True, 1.0, 1.0),
+        ("• mass- liver", "mass; liver.", True, 1.0, 1.0),
     ],
 )
 def test_by_hand(answer: str, reference: str, match: bool, f1: float, rouge: float) -> None:
