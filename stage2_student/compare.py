@@ -27,6 +27,7 @@ from shared.cache.storage import open_folder
 from shared.errors import RecipeError, TeachonceError
 from shared.figures import require_matplotlib, save_png
 from stage2_student.files import write_json
+from stage2_student.identity import flat
 from stage2_student.run_folder import RunFolder
 
 UNIMPORTANT = ("run.name", "run.root", "bootstrap.")  # differ by nature, or make what is named elsewhere
@@ -91,13 +92,10 @@ def read_run(path: Path) -> RunRecord:
     if not folder.recipe.exists():
         raise RecipeError(f"{path}: there is no run in it (no {folder.recipe.name})")
     settings = flat(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))
-    records = folder.metrics.read()
-    steps = [record for record in records if record["event"] == "step"]
-    validations = [record for record in records if record["event"] == "validation"]
+    metrics = folder.read_metrics()
+    steps = metrics.steps
     results = folder.read_results()
-    training_s = sum(record["step_s"] for record in steps)
-    positions = sum(record["num_positions"] for record in steps)
-    last = validations[-1] if validations else {}
+    last = metrics.validations[-1] if metrics.validations else {}
     answers = None if results is None else results["answers"]
     return RunRecord(
         name=str(settings["run.name"]),
@@ -107,24 +105,14 @@ def read_run(path: Path) -> RunRecord:
         settings=settings,
         losses={name: last.get(name) for name in ("loss", "ce_loss", "kd_loss")},
         accuracy=None if answers is None else answers["accuracy"],
-        positions_per_s=positions / training_s if training_s else None,
+        positions_per_s=metrics.positions_per_s,
         step_s=statistics.median(record["step_s"] for record in steps) if steps else None,
         peak_memory_gib=max((record["peak_memory_gib"] for record in steps), default=None),
         num_epochs=_epochs(steps),
-        reading_s=sum(record["data_wait"] * record["step_s"] for record in steps),
+        reading_s=metrics.wait_s,
         cache=settings["cache.path"] if settings["loss.kd_ratio"] > 0 else None,
-        records=tuple(records),
+        records=metrics.records,
     )
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"loss": {"kd_ratio": 1}}`` as ``{"loss.kd_ratio": 1}``; lists and empty mappings are values."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def differing(runs: Sequence[RunRecord]) -> list[str]:

@@ -6,7 +6,6 @@ content, so their folders may move.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from shared.config import Recipe, dump_recipe
@@ -32,9 +31,21 @@ MAY_CHANGE = (
 )
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"loss": {"kd_ratio": 1}}`` as ``{"loss.kd_ratio": 1}``; lists and empty mappings are values."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
 def run_identity(recipe: Recipe, *, contents: dict[str, str | None]) -> dict[str, Any]:
     """Flat: ``contents`` (fingerprints by name) and the recipe's keys that must not change."""
-    keys = {f"recipe.{key}": value for key, value in _flat(dump_recipe(recipe)) if not _may_change(key)}
+    keys = {
+        f"recipe.{key}": value for key, value in flat(dump_recipe(recipe)).items() if not _may_change(key)
+    }
     return dict(contents) | keys
 
 
@@ -55,11 +66,3 @@ def require_same(found: dict[str, Any], now: dict[str, Any], *, where: str) -> N
 
 def _may_change(key: str) -> bool:
     return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

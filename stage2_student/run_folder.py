@@ -12,6 +12,7 @@ results.json        written last: the run is finished
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,36 @@ from shared.runtime import World, environment
 from stage2_student.checkpoint import Checkpoint, Checkpoints
 from stage2_student.files import JsonLines, write_json, write_text
 from stage2_student.identity import require_same
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The lines of metrics.jsonl, and what they come to.  Times are those of the first rank, which writes it."""
+
+    records: tuple[dict[str, Any], ...]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["event"] == "step"]
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["event"] == "validation"]
+
+    @property
+    def training_s(self) -> float:
+        return sum(record["step_s"] for record in self.steps)
+
+    @property
+    def wait_s(self) -> float:
+        """For data, of all steps."""
+        return sum(record["data_wait"] * record["step_s"] for record in self.steps)
+
+    @property
+    def positions_per_s(self) -> float | None:
+        """Over all steps, waits for data included; None before the first."""
+        positions = sum(record["num_positions"] for record in self.steps)
+        return positions / self.training_s if self.steps else None
 
 
 class RunFolder:
@@ -65,6 +96,9 @@ class RunFolder:
             self.metrics.keep(lambda record: record["step"] <= done)
         world.barrier()
         return latest
+
+    def read_metrics(self) -> Metrics:
+        return Metrics(tuple(self.metrics.read()))
 
     def read_results(self) -> dict[str, Any] | None:
         """What the finished run came to; None while it is not finished."""

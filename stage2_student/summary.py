@@ -61,25 +61,22 @@ def print_summary(results: dict[str, Any]) -> None:
 
 
 def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) -> dict[str, Any]:
-    records = folder.metrics.read()
-    steps = [record for record in records if record["event"] == "step"]
-    validations = [record for record in records if record["event"] == "validation"]
-    training_s = sum(record["step_s"] for record in steps)
+    metrics = folder.read_metrics()
     best = folder.checkpoints.best()
     return {
         "run": recipe.run.name,
         "step": step,
-        "before": _losses(validations, at=0),
-        "after": _losses(validations, at=step),
+        "before": _losses(metrics.validations, at=0),
+        "after": _losses(metrics.validations, at=step),
         "best_step": best.facts.step if best and best.facts.validation_loss is not None else None,
-        "num_skipped_steps": sum(not record["updated"] for record in steps),
+        "num_skipped_steps": sum(not record["updated"] for record in metrics.steps),
         "dropped_rows": [*inputs.train.dropped, *(inputs.validation.dropped if inputs.validation else ())],
         "cache": _cache(inputs),
-        "positions_per_s": sum(record["num_positions"] for record in steps) / max(training_s, 1e-9),
-        "data_wait": sum(record["data_wait"] * record["step_s"] for record in steps) / max(training_s, 1e-9),
+        "positions_per_s": metrics.positions_per_s or 0.0,
+        "data_wait": metrics.wait_s / max(metrics.training_s, 1e-9),
         "times_s": {
-            "training": training_s,
-            "validation": sum(record["validation_s"] for record in validations),
+            "training": metrics.training_s,
+            "validation": sum(record["validation_s"] for record in metrics.validations),
         },
         "export": str(folder.export) if recipe.run.export else None,
     }

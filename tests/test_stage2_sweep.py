@@ -21,7 +21,8 @@ from shared.config import dump_recipe
 from shared.errors import RecipeError
 from shared.runtime import INTERRUPTED_STATUS
 from stage2_student.__main__ import commands
-from stage2_student.compare import cache_uses, captured_times, differing, flat, read_run, read_runs, table
+from stage2_student.compare import cache_uses, captured_times, differing, read_run, read_runs, table
+from stage2_student.identity import flat
 from stage2_student.sweep import plan_jobs
 
 
