@@ -171,6 +171,53 @@ def test_masked_logits(chunk_size: int) -> None:
     assert bool(torch.autograd.grad(got, masked_student)[0].isfinite().all())
 
 
+FAR = -120.0  # nats below the top: more than the exponent of fp32 holds
+
+
+def far_logits(case: str) -> tuple[Tensor, Tensor]:
+    """Student and teacher, fp32, some of whose ids have no mass that fp32 could hold."""
+    student, teacher = (logits(6, 17, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    if case == "far below in both":
+        student[:, 12:15], teacher[:, 13:] = FAR, FAR
+    elif case == "masked in the student":
+        student[:, 12:] = -torch.inf
+    else:
+        assert case == "masked in both"
+        student[:, 12:] = teacher[:, 12:] = -torch.inf
+    return student, teacher
+
+
+@pytest.mark.parametrize("chunk_size", [0, 4])
+@pytest.mark.parametrize("case", ["far below in both", "masked in the student", "masked in both"])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_ids_without_mass(kind: str, case: str, chunk_size: int) -> None:
+    """As in fp64, which holds these masses.  Forward KL has no bound where the student excludes an id."""
+    student, teacher = far_logits(case)
+    want, want_grad = expected(student.clamp_min(-600), teacher.clamp_min(-600), labels(6), 1.0, kind)
+    if kind == "forward_kl" and case == "masked in the student":
+        want = torch.full_like(want, torch.inf)
+    student.requires_grad_()
+    got = KDLoss(chunk_size=chunk_size, divergence=Divergence(kind, 0.3))(student, teacher, labels(6), 1)
+    (got_grad,) = torch.autograd.grad(got, student)
+    torch.testing.assert_close(got.detach().double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got_grad.double(), want_grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 4])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_narrow_softmax_of_small_masses(kind: str, chunk_size: int) -> None:
+    """Masses that fp16 just holds, whose mixture it would not."""
+    student, teacher = (logits(6, 17, seed=seed, dtype=torch.float16) for seed in (0, 1))
+    student[:, 12:] = teacher[:, 12:] = -12.0
+    student.requires_grad_()
+    want, want_grad = expected(student, teacher, labels(6), 1.0, kind)
+    loss = KDLoss(chunk_size=chunk_size, divergence=Divergence(kind, 0.3), fp32_upcast=False)
+    got = loss(student, teacher, labels(6), 1)
+    assert abs(float(got.detach()) - float(want)) < 2e-2 * float(want)
+    (got_grad,) = torch.autograd.grad(got, student)
+    assert (got_grad.double() - want_grad).norm() < 2e-2 * want_grad.norm()
+
+
 def kept_bytes(chunk_size: int) -> int:
     """Memory of what the graph holds on to."""
     storages: dict[int, int] = {}

@@ -8,6 +8,7 @@ formula turns any of them into a gradient by the logits (docs/loss.md, "From ter
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +43,10 @@ class Divergence:
             raise RecipeError(f"divergence {self.kind}: beta is {self.beta}; it must lie between 0 and 1")
 
     def terms(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
-        """The summands and their derivatives by ``logq``, elementwise; a teacher mass of zero adds no p-term.
+        """The summands and their derivatives by ``logq``, elementwise; a mass of zero adds no term of its own.
 
-        Shapes   logp, logq  any equal shape, fp32 or fp64, nats; -inf is a mass of zero
+        Shapes   logp, logq  any equal shape and float dtype, nats; -inf is a mass of zero
+        Holds    autograd through the summands gives the same gradient by logits, and no NaN for -inf
         """
         p, q = logp.exp(), logq.exp()
         if self.kind == "forward_kl":
@@ -55,7 +57,7 @@ class Divergence:
         if self.kind == "total_variation":
             return (p - q).abs() / 2, torch.sign(q - p) * q / 2
         beta = self.beta
-        log_mixture = (beta * p + (1 - beta) * q).log()
+        log_mixture = _log_mixture(logp, logq, beta)
         of_student = (1 - beta) * _weighted(q, logq - log_mixture)
         return beta * _weighted(p, logp - log_mixture) + of_student, of_student
 
@@ -64,5 +66,14 @@ FORWARD_KL = Divergence()
 
 
 def _weighted(mass: Tensor, log_ratio: Tensor) -> Tensor:
-    """mass * log_ratio, with 0 * inf = 0."""
-    return torch.where(mass > 0, mass * log_ratio, torch.zeros_like(mass))
+    """mass * log_ratio, with 0 * inf = 0.  Both are masked: autograd multiplies the gradient of each by the other."""
+    counts = mass > 0
+    return torch.where(counts, mass, 0) * torch.where(counts, log_ratio, 0)
+
+
+def _log_mixture(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    """log(beta * p + (1 - beta) * q), never -inf: from logs, as masses that just fit underflow times beta."""
+    lowest = torch.finfo(logq.dtype).min / 4  # -inf would be NaN to logaddexp's gradient
+    return torch.logaddexp(
+        logp.clamp_min(lowest) + math.log(beta), logq.clamp_min(lowest) + math.log1p(-beta)
+    )
