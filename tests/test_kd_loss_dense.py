@@ -218,6 +218,22 @@ def test_narrow_softmax_of_small_masses(kind: str, chunk_size: int) -> None:
     assert (got_grad.double() - want_grad).norm() < 2e-2 * want_grad.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("chunk_size", [0, 512])
+def test_sums_are_fp32_at_least(chunk_size: int, dtype: torch.dtype) -> None:
+    """Of so many positions that their KD is more than fp16 holds."""
+    student, teacher = (4 * logits(4000, 17, seed=seed, dtype=dtype) for seed in (0, 1))
+    student.requires_grad_()
+    ids = torch.zeros(4000, dtype=torch.int64)
+    want, _ = expected(student, teacher, ids, 2.0, "forward_kl")
+    assert float(want) > torch.finfo(torch.float16).max
+    for fp32_upcast in (True, False):
+        loss = KDLoss(temperature=2.0, chunk_size=chunk_size, fp32_upcast=fp32_upcast)
+        got = loss(student, teacher, ids, 1)
+        assert got.dtype == torch.float32
+        assert abs(float(got.detach()) - float(want)) < 1e-2 * float(want)
+
+
 def kept_bytes(chunk_size: int) -> int:
     """Memory of what the graph holds on to."""
     storages: dict[int, int] = {}

@@ -119,7 +119,8 @@ class KDLoss(nn.Module):
         logp_NV = torch.log_softmax(teacher_MV.detach().to(dtype) / self.temperature, -1)
         logq_NV = torch.log_softmax(student_MV.to(dtype) / self.temperature, -1)
         terms_NV, _ = self.divergence.terms(logp_NV, logq_NV)
-        return terms_NV.sum() * self.temperature**2
+        kd_N = terms_NV.sum(-1, dtype=_sum_dtype(student_MV))
+        return kd_N.sum(dtype=torch.float64).to(kd_N.dtype) * self.temperature**2
 
     def _tile_kd_(self, student_RV: Tensor, teacher_RV: Tensor, shard: VocabShard | None) -> Tensor:
         """KD of a few rows, whose student logits become its gradient by them."""
@@ -127,9 +128,10 @@ class KDLoss(nn.Module):
         logp_RV = _log_softmax(teacher_RV.detach().to(dtype) / temperature, shard)
         logq_RV = _log_softmax(student_RV.to(dtype) / temperature, shard)
         terms_RV, slopes_RV = self.divergence.terms(logp_RV, logq_RV)
-        sums_2R = torch.stack([terms_RV.sum(-1), slopes_RV.sum(-1)])
+        wide = _sum_dtype(student_RV)
+        sums_2R = torch.stack([terms_RV.sum(-1, dtype=wide), slopes_RV.sum(-1, dtype=wide)])
         kd_R, slope_sum_R = sums_2R if shard is None else shard.sum(sums_2R)
-        gradient_RV = slopes_RV.addcmul_(logq_RV.exp_(), slope_sum_R[:, None], value=-1)
+        gradient_RV = slopes_RV.addcmul_(logq_RV.exp_(), slope_sum_R[:, None].to(dtype), value=-1)
         student_RV.copy_(gradient_RV.mul_(temperature))
         return kd_R * temperature**2
 
@@ -166,7 +168,12 @@ class KDLoss(nn.Module):
         return chunk_kd
 
     def _dtype(self, logits: Tensor) -> torch.dtype:
-        return torch.promote_types(logits.dtype, torch.float32) if self.fp32_upcast else logits.dtype
+        return _sum_dtype(logits) if self.fp32_upcast else logits.dtype
+
+
+def _sum_dtype(logits: Tensor) -> torch.dtype:
+    """Of sums over ids and of what is returned: never narrower than fp32."""
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _teacher_part(teacher: Tensor, student_MV: Tensor, shard: VocabShard | None) -> Tensor:
@@ -199,7 +206,6 @@ class _ChunkedKd(torch.autograd.Function):
     ) -> Tensor:
         step = chunk_size or max(1, len(index_N))
         grad_MV = torch.zeros_like(student_MV) if with_grad and ctx.needs_input_grad[0] else None
-        dtype = torch.promote_types(student_MV.dtype, torch.float32)
         kd = torch.zeros((), dtype=torch.float64, device=student_MV.device)
         for start in range(0, len(index_N), step):
             index_C = index_N[start : start + step]
@@ -208,7 +214,7 @@ class _ChunkedKd(torch.autograd.Function):
             if grad_MV is not None:
                 grad_MV.index_copy_(0, index_C, logits_CV)
         ctx.save_for_backward(grad_MV)
-        return kd.to(dtype)
+        return kd.to(_sum_dtype(student_MV))
 
     @staticmethod
     @once_differentiable
