@@ -52,6 +52,7 @@ def test_dense_teacher(kind: str, temperature: float, chunk_size: int) -> None:
     got = loss(student, teacher, ids, num_batch_labels=7)
     torch.testing.assert_close(got, want / 7)
     torch.testing.assert_close(torch.autograd.grad(got, student)[0], want_grad / 7)
+    torch.testing.assert_close(loss(student, teacher, ids, num_batch_labels=torch.tensor(7)), want / 7)
     torch.testing.assert_close(loss(student, teacher, ids), want / 6)
 
 
@@ -148,12 +149,14 @@ def test_temperature_squared_in_value_and_gradient() -> None:
 
 @pytest.mark.parametrize("chunk_size", [0, 2])
 @pytest.mark.parametrize("is_sparse", [False, True])
-def test_no_labels_give_a_zero_with_a_graph(chunk_size: int, is_sparse: bool) -> None:
+@pytest.mark.parametrize("num_batch_labels", [None, 0, torch.tensor(0), 7])
+def test_no_labels_give_a_zero_with_a_graph(
+    chunk_size: int, is_sparse: bool, num_batch_labels: int | Tensor | None
+) -> None:
     student, teacher = logits(4, 17).requires_grad_(), logits(4, 17, seed=1)
     ids = torch.full((4,), IGNORED)
-    got = KDLoss(chunk_size=chunk_size)(
-        student, sparse(teacher[:0], TopK(k=2)) if is_sparse else teacher, ids
-    )
+    targets = sparse(teacher[:0], TopK(k=2)) if is_sparse else teacher
+    got = KDLoss(chunk_size=chunk_size)(student, targets, ids, num_batch_labels)
     assert float(got.detach()) == 0
     assert float(torch.autograd.grad(got, student)[0].abs().sum()) == 0
 

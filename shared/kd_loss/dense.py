@@ -73,14 +73,15 @@ class KDLoss(nn.Module):
         student_logits: Tensor,
         teacher: Tensor | SparseTargets,
         labels: Tensor,
-        num_batch_labels: int | None = None,
+        num_batch_labels: int | Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch.
 
         Shapes   student_logits (..., V); labels (...) int64; teacher (..., V) logits, or SparseTargets of
                  the valid positions in their order
                  under a vocabulary split: this rank's part of both logits, or a whole teacher
-        Returns  () nats: the mean over valid positions, or their sum over ``num_batch_labels``
+        Returns  () fp32 (fp64 for fp64 logits), nats: the mean over valid positions, or their sum over
+                 ``num_batch_labels``, which may be a tensor (); no labels at all count as one
         """
         student_MV, group = local_part(student_logits, -1, self.tp_group)
         student_MV, labels_M = student_MV.reshape(-1, student_MV.shape[-1]), labels.reshape(-1)
@@ -93,7 +94,8 @@ class KDLoss(nn.Module):
         else:
             chunk_kd = self._sparse_chunks(teacher, index_N, student_MV, shard)
             kd = _ChunkedKd.apply(student_MV, index_N, self.chunk_size, chunk_kd, torch.is_grad_enabled())
-        return kd / (max(1, len(index_N)) if num_batch_labels is None else num_batch_labels)
+        num_labels = len(index_N) if num_batch_labels is None else num_batch_labels
+        return kd / (num_labels.clamp_min(1) if isinstance(num_labels, Tensor) else max(1, num_labels))
 
     def _from_logits(
         self, student_MV: Tensor, teacher: Tensor, index_N: Tensor, shard: VocabShard | None
