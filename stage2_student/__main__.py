@@ -59,7 +59,9 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
     "--examples", type=click.IntRange(min=1), help="The first ones only; as the recipe says by default."
 )
 @click.option("--references/--no-references", default=True, help="Teacher and untrained student beside it.")
-@click.option("--out", type=FILE, help="Parquet file; RUN/evaluation/SPLIT.parquet by default.")
+@click.option(
+    "--out", type=FILE, help="Parquet file; RUN/evaluation/SPLIT.parquet for a run's own student."
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def evaluate(
     what: str,
@@ -79,19 +81,21 @@ def evaluate(
         what, recipe=lambda name: load_recipe(name, overrides=overrides), given=recipe, model=model
     )
     asked = split or evaluation.default_split(subject.recipe)
+    if out is None and subject.run is not None:
+        out = subject.run / "evaluation" / f"{asked}.parquet"
+    found: list[evaluation.Evaluated] = []
     with distributed() as world:
-        found = evaluation.evaluate(
+        for one in evaluation.evaluate(
             subject.recipe,
             evaluation.models(subject.recipe, subject.model, references=references),
             world,
             split=asked,
             num_examples=examples or subject.recipe.evaluation.max_examples or None,
-        )
+        ):
+            found.append(one)
+            if world.is_main and out is not None:
+                evaluation.save(found, out)  # after each: another one may take long, or all memory
         if world.is_main:
-            if out is None and subject.folder is not None:
-                out = subject.folder / "evaluation" / f"{asked}.parquet"
-            if out is not None:
-                evaluation.save(found, out)
             if as_json:
                 click.echo(json.dumps([one.to_json() for one in found], indent=1))
             else:

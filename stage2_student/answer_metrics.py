@@ -24,8 +24,8 @@ CONFIDENCE = 0.95
 
 def normalize(text: str) -> str:
     """Lower case; words of letters, digits and marks of any script, and signs alone; single spaces."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(_kept(*around) for around in zip(f" {folded}", folded, f"{folded[1:]} ")).split())
+    padded = f" {unicodedata.normalize('NFKC', text).casefold()} "
+    return " ".join("".join(_kept(*padded[i - 1 : i + 2]) for i in range(1, len(padded) - 1)).split())
 
 
 def _kept(before: str, character: str, after: str) -> str:

@@ -1,79 +1,33 @@
-"""What a student answers, how good that is, and how far it is from its teacher.
+"""How good a student's answers are, and how far it is from its teacher: beside that, and itself before training.
 
-    scores = evaluate_folder(recipe, run_folder.export, world)              # at the end of a run
-    rows = evaluate(recipe, models(recipe, folder), world, split="test")    # beside its references
+    for one in evaluate(recipe, models(recipe, folder), world, split="test"):
+        ...
 
-A model is opened from its Hugging Face folder, as its users will open it, and answers greedily.  An answer is
-right when it equals the reference but for case, punctuation and spaces.  Accuracy is over short references,
-where there is one way to say it; exact match, token F1 and ROUGE-L are over all.
+Accuracy is over short references, where there is one way to say it; exact match, token F1 and ROUGE-L are over
+all.  Intervals are over pictures.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
-from transformers import PreTrainedModel
 
-from shared.config import FreezeConfig, Recipe, Split
-from shared.errors import CacheFormatError, CacheMismatchError, DataError, RecipeError, TeachonceError
-from shared.processing import ExampleProcessor, open_processor
+from shared.config import Recipe, Split
+from shared.errors import DataError, RecipeError, TeachonceError
 from shared.runtime import World
-from shared.vlm import load_vlm
-from shared.vqa import Example, open_split
-from stage2_student.answer_metrics import Interval, exact_match, mean_interval, rouge_l, token_f1
-from stage2_student.feed import MicrobatchSource
+from stage2_student.answer_metrics import Interval, mean_interval
+from stage2_student.answers import Answer, ModelSource, answers_of
 from stage2_student.files import write_json
-from stage2_student.inputs import open_cache
-from stage2_student.order import pass_slots
-from stage2_student.step import Losses
-from stage2_student.student import build_student
-from stage2_student.survey import survey, survey_once
-from stage2_student.validate import validate
+from stage2_student.model_losses import losses_of
 
 STUDENT, TEACHER, UNTRAINED = "student", "teacher", "untrained"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A question, what the data set says, and what the model says."""
-
-    row: int
-    kind: str
-    case: str
-    image_sha256: str  # of the picture's file
-    question: str
-    reference: str
-    answer: str
-    is_short: bool
-    is_right: bool
-    token_f1: float
-    rouge_l: float
-
-
-@dataclass(frozen=True)
-class Scores:
-    """``accuracy`` is over short references; None where there are none."""
-
-    num_examples: int
-    num_short: int
-    accuracy: float | None
-    accuracy_by_kind: dict[str, float]
-    token_f1: float | None
-    rouge_l: float | None
-    answers: tuple[Answer, ...]
-
-    def summary(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "answers"}
 
 
 @dataclass(frozen=True)
@@ -81,10 +35,10 @@ class Evaluated:
     """One model: its answers, and its losses where they could be computed (None where not)."""
 
     name: str
-    folder: str
+    model: str
     answers: tuple[Answer, ...]
-    ce: float | None
-    kl: float | None
+    ce: float | None = None
+    kl: float | None = None
 
     def intervals(self, kind: str | None = None) -> dict[str, Interval | None]:
         """Of one kind of question, or of all."""
@@ -111,7 +65,7 @@ class Evaluated:
 
         return {
             "model": self.name,
-            "folder": self.folder,
+            "folder": self.model,
             "num_examples": len(self.answers),
             "ce": self.ce,
             "kl": self.kl,
@@ -120,188 +74,48 @@ class Evaluated:
         }
 
 
-def evaluate_folder(recipe: Recipe, folder: Path, world: World, *, rows: np.ndarray | None = None) -> Scores:
-    """Each rank answers its share with a whole copy of the student; all ranks return all scores."""
-    split = default_split(recipe)
-    return score(answers_of(recipe, str(folder), world, split=split, rows=rows))
-
-
 def default_split(recipe: Recipe) -> Split:
     return "validation" if recipe.data.splits.validation is not None else "train"
 
 
-def models(recipe: Recipe, folder: Path, *, references: bool) -> dict[str, str]:
+def models(recipe: Recipe, folder: str, *, references: bool) -> dict[str, ModelSource]:
     """The model to evaluate, and what to hold it against: its teacher, and the student before training."""
-    found = {STUDENT: str(folder)}
+    found = {STUDENT: ModelSource.student(recipe, folder)}
     if references and recipe.teacher is not None:
-        found[TEACHER] = recipe.teacher.model
+        found[TEACHER] = ModelSource.teacher(recipe)
     if references and recipe.student.init == "pretrained":
-        found[UNTRAINED] = recipe.student.model
+        found[UNTRAINED] = ModelSource.untrained(recipe)
     return found
 
 
 def evaluate(
     recipe: Recipe,
-    folders: dict[str, str],
+    sources: dict[str, ModelSource],
     world: World,
     *,
     split: Split,
     num_examples: int | None = None,
-) -> list[Evaluated]:
-    """All models over the same rows; called by all ranks.  A reference that cannot be opened is left out, and said.
+) -> Iterator[Evaluated]:
+    """One model after the other over the same rows, the first ones alone if asked for; called by all ranks.
 
-    Raises   TeachonceError  of the kind that fits, for the first model; DataError for a split the data do not have
+    A reference that cannot be opened, or does not fit into memory, is left out, and said.
+
+    Raises   TeachonceError  of the kind that fits, for the student; DataError for a split the data do not have
     """
     if getattr(recipe.data.splits, split) is None:
         raise DataError(f"{recipe.data.source}: the recipe names no {split} split (data.splits.{split})")
-    limited = recipe.model_copy(
-        update={"evaluation": recipe.evaluation.model_copy(update={"max_examples": num_examples or 0})}
-    )
-    found = []
-    for name, folder in folders.items():
+    for name, source in sources.items():
         try:
-            answers = answers_of(limited, folder, world, split=split)
-            losses = losses_of(recipe, folder, world, split=split, num_examples=num_examples)
-        except TeachonceError as error:
+            answers = answers_of(recipe, source, world, split=split, num_examples=num_examples)
+            ce, kl = losses_of(recipe, source, world, split=split, num_examples=num_examples)
+        except (TeachonceError, torch.OutOfMemoryError) as error:
             if name == STUDENT:
                 raise
             if world.is_main:
                 click.echo(f"note: {name} is left out: {error}", err=True)
-            continue
-        ce, kl = losses
-        found.append(Evaluated(name, folder, tuple(answers), ce, kl))
-    return found
-
-
-def answers_of(
-    recipe: Recipe, folder: str, world: World, *, split: Split, rows: np.ndarray | None = None
-) -> list[Answer]:
-    """What the model of a folder answers, by row; called by all ranks, which share the rows."""
-    examples = open_split(recipe.data, split)
-    processor = open_processor(folder, recipe.data)
-    if rows is None:
-        rows = survey(recipe.data, split, processor, None).rows
-    wanted = rows.tolist()[: recipe.evaluation.max_examples or None]
-    model = load_vlm(
-        folder,
-        revision=None,
-        dtype=getattr(torch, recipe.student.compute_dtype),
-        attn_implementation=recipe.student.attn_implementation,
-    )
-    model.to(world.device)  # type: ignore[arg-type]
-    config = recipe.evaluation
-    own: list[Answer] = []
-    mine = wanted[world.rank :: world.size]
-    for begin in range(0, len(mine), config.batch_size):
-        some = [examples[row] for row in mine[begin : begin + config.batch_size]]
-        texts = answer(model, processor, some, max_new_tokens=config.max_new_tokens)
-        own += [
-            judge(example, text, short_answer_words=config.short_answer_words)
-            for example, text in zip(some, texts, strict=True)
-        ]
-    gathered: list[list[Answer]] = [[] for _ in range(world.size)]
-    dist.all_gather_object(gathered, own)
-    return sorted((one for share in gathered for one in share), key=lambda one: one.row)
-
-
-def losses_of(
-    recipe: Recipe, folder: str, world: World, *, split: Split, num_examples: int | None = None
-) -> tuple[float | None, float | None]:
-    """CE and KL from the cache, nats a position, as validation computes them; called by all ranks.
-
-    KL is None where there is no cache of this data, and what keeps the model from it is said.
-    """
-    plain = recipe.student.model_copy(
-        update={
-            "model": folder,
-            "revision": None,
-            "init": "pretrained",
-            "lora": None,
-            "freeze": FreezeConfig(),
-            "compile": False,
-        }
-    )
-    with_model = recipe.model_copy(update={"student": plain})
-    processor = open_processor(folder, recipe.data)
-    try:
-        ratio = max(recipe.loss.kd_ratio, 0.5) if recipe.cache is not None else 0.0
-        distilling = with_model.model_copy(
-            update={"loss": recipe.loss.model_copy(update={"kd_ratio": ratio})}
-        )
-        losses = _validated(distilling, processor, world, split=split, num_examples=num_examples)
-    except (CacheFormatError, CacheMismatchError, FileNotFoundError) as error:
-        if world.is_main:
-            click.echo(f"note: no KL, the cache cannot be used: {error}", err=True)
-        tuning = with_model.model_copy(update={"loss": recipe.loss.model_copy(update={"kd_ratio": 0.0})})
-        return _validated(tuning, processor, world, split=split, num_examples=num_examples).ce, None
-    temperature = recipe.loss.temperature
-    return losses.ce, losses.kd / temperature**2 if ratio else None
-
-
-def _validated(
-    recipe: Recipe, processor: ExampleProcessor, world: World, *, split: Split, num_examples: int | None
-) -> Losses:
-    cache, _ = open_cache(recipe, processor)
-    found = survey_once(recipe.data, split, processor, cache, world)
-    found = replace(found, rows=found.rows[:num_examples], lengths=found.lengths[:num_examples])
-    slots = pass_slots(
-        found.lengths,
-        microbatch_size=recipe.optimization.microbatch_size,
-        rank=world.rank,
-        num_ranks=world.size,
-    )
-    source = MicrobatchSource(found.split, found.rows, processor, cache)
-    student = build_student(recipe, world, num_token_ids=processor.num_token_ids)
-    return validate(student, source, slots, world, num_workers=recipe.run.num_workers)
-
-
-@torch.inference_mode()
-def answer(
-    model: PreTrainedModel, processor: ExampleProcessor, examples: Sequence[Example], *, max_new_tokens: int
-) -> list[str]:
-    """Greedy answers, up to the end of the turn, which is not part of them."""
-    batch = processor.collate([processor.encode_prompt(one) for one in examples], padding_side="left")
-    batch = batch.to(model.device)
-    ids = model.generate(  # type: ignore[operator]
-        **batch.inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=processor.end_of_turn,
-        pad_token_id=processor.end_of_turn,
-    )
-    new = ids[:, batch.inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def judge(example: Example, text: str, *, short_answer_words: int) -> Answer:
-    return Answer(
-        row=example.index,
-        kind=example.kind,
-        case=example.case,
-        image_sha256=hashlib.sha256(example.image).hexdigest(),
-        question=example.question,
-        reference=example.answer,
-        answer=text,
-        is_short=len(example.answer.split()) <= short_answer_words,
-        is_right=exact_match(text, example.answer),
-        token_f1=token_f1(text, example.answer),
-        rouge_l=rouge_l(text, example.answer),
-    )
-
-
-def score(answers: Sequence[Answer]) -> Scores:
-    short = [one for one in answers if one.is_short]
-    kinds = sorted({one.kind for one in short if one.kind})
-    return Scores(
-        num_examples=len(answers),
-        num_short=len(short),
-        accuracy=_share_right(short) if short else None,
-        accuracy_by_kind={kind: _share_right([one for one in short if one.kind == kind]) for kind in kinds},
-        token_f1=float(np.mean([one.token_f1 for one in answers])) if answers else None,
-        rouge_l=float(np.mean([one.rouge_l for one in answers])) if answers else None,
-        answers=tuple(answers),
-    )
+        else:
+            yield Evaluated(name, source.model, tuple(answers), ce, kl)
+        world.release_memory()
 
 
 def save(found: Sequence[Evaluated], path: Path) -> None:
@@ -324,13 +138,13 @@ def show(found: Sequence[Evaluated]) -> None:
         f"{len(student.answers)} questions, {num_short} with short answers; 95 % intervals over pictures\n"
     )
     click.echo(
-        f"{'':<24}{'right, short':>20}{'exact, all':>20}{'token F1':>20}{'ROUGE-L':>20}{'CE':>9}{'KL':>9}"
+        f"{'':<22}{'right, short':>22}{'exact, all':>22}{'token F1':>22}{'ROUGE-L':>22}{'CE':>9}{'KL':>9}"
     )
     for model in found:
         losses = "".join(f"{'-' if value is None else f'{value:.4f}':>9}" for value in (model.ce, model.kl))
-        click.echo(f"{model.name:<24}{_cells(model.intervals())}{losses}")
+        click.echo(f"{model.name:<22}{_cells(model.intervals())}{losses}")
         for kind in model.kinds:
-            click.echo(f"  {kind:<22}{_cells(model.intervals(kind))}")
+            click.echo(f"  {kind:<20}{_cells(model.intervals(kind))}")
 
 
 def _cells(intervals: dict[str, Interval | None]) -> str:
@@ -338,37 +152,72 @@ def _cells(intervals: dict[str, Interval | None]) -> str:
         "-" if i is None else f"{i.mean:.1%} ({100 * i.low:.1f}-{100 * i.high:.1f})"
         for i in intervals.values()
     )
-    return "".join(f"{text:>20}" for text in shown)
-
-
-def _share_right(answers: Sequence[Answer]) -> float:
-    return sum(one.is_right for one in answers) / len(answers)
+    return "".join(f"{text:>22}" for text in shown)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What ``evaluate`` was asked about: a recipe, a model's folder, and where results go by default."""
+    """What ``evaluate`` was asked about: a recipe, a model, and a run's folder if it is that run's own student."""
 
     recipe: Recipe
-    model: Path
-    folder: Path | None
+    model: str
+    run: Path | None
 
     @classmethod
     def find(
         cls, what: str, *, recipe: Callable[[str], Recipe], given: str | None, model: Path | None
     ) -> Subject:
-        """``what`` is a run's folder, a model's folder (then ``given`` names the recipe), or a recipe.
+        """``what`` is a run's folder, a recipe, or a model's folder or Hub name (then ``given`` is the recipe).
 
         Raises   RecipeError  when it is none of these, or a model without a recipe
         """
         path = Path(what)
         if (path / "recipe.yaml").exists():
-            return cls(recipe(given or str(path / "recipe.yaml")), model or path / "export", path)
-        if any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-            if given is None:
-                raise RecipeError(f"{what}: a model's folder; say which data it is to be asked: --recipe")
-            return cls(recipe(given), path, None)
-        if path.is_dir():
-            raise RecipeError(f"{what}: neither a run (no recipe.yaml) nor a model (no config.json)")
-        loaded = recipe(what)
-        return cls(loaded, model or loaded.run.path / "export", loaded.run.path)
+            return cls._of_run(recipe(given or str(path / "recipe.yaml")), path, model)
+        is_model = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+        if is_model and given is None:
+            raise RecipeError(f"{what}: a model's folder; say which data it is to be asked: --recipe")
+        if given is not None and (is_model or not path.exists()):
+            return cls(recipe(given), what, None)
+        try:
+            loaded = recipe(what)
+        except RecipeError as error:
+            if path.is_dir():
+                raise RecipeError(
+                    f"{what}: neither a run (no recipe.yaml) nor a model (no config.json)"
+                ) from error
+            raise
+        return cls._of_run(loaded, loaded.run.path, model)
+
+    @classmethod
+    def _of_run(cls, recipe: Recipe, run: Path, model: Path | None) -> Subject:
+        return cls(recipe, str(run / "export"), run) if model is None else cls(recipe, str(model), None)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """``accuracy`` is over short references; None where there are none."""
+
+    num_examples: int
+    num_short: int
+    accuracy: float | None
+    answers: tuple[Answer, ...]
+
+    def summary(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "answers"}
+
+
+def evaluate_folder(recipe: Recipe, folder: Path, world: World, *, rows: Any = None) -> Scores:
+    """Each rank answers its share with a whole copy of the student; all ranks return all scores."""
+    source = ModelSource.student(recipe, str(folder))
+    answers = answers_of(
+        recipe,
+        source,
+        world,
+        split=default_split(recipe),
+        rows=rows,
+        num_examples=recipe.evaluation.max_examples or None,
+    )
+    short = [one for one in answers if one.is_short]
+    right = sum(one.is_right for one in short) / len(short) if short else None
+    return Scores(len(answers), len(short), right, tuple(answers))

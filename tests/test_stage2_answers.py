@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 from hypothesis import given
@@ -17,10 +20,15 @@ from hypothesis import strategies as st
 from stage2_runs import make_recipe, on_ranks, run_alone
 from transformers import AutoTokenizer
 
+from shared.config import load_recipe
 from shared.errors import DataError, RecipeError
+from shared.vlm import load_vlm
+from stage2_student import answers, model_losses
 from stage2_student.__main__ import commands
 from stage2_student.answer_metrics import exact_match, mean_interval, rouge_l, token_f1
-from stage2_student.evaluate import answers_of
+from stage2_student.answers import ModelSource, answers_of
+from stage2_student.evaluate import Subject, models
+from stage2_student.student import build_student
 
 # --- metrics ---------------------------------------------------------------------------------------------
 
@@ -170,6 +178,93 @@ def test_a_reference_that_is_gone_is_left_out_and_named(run: Path, tmp_path: Pat
     assert "teacher is left out" in shown.stderr
 
 
+def test_a_reference_for_which_memory_does_not_suffice_costs_nothing_else(
+    run: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str, **options: Any) -> Any:
+        if name == tree["teacher"]["model"]:
+            raise torch.OutOfMemoryError("the teacher is large")
+        return load_vlm(name, **options)
+
+    monkeypatch.setattr(answers, "load_vlm", load)
+    shown = command(str(run), "--json")
+    assert [one["model"] for one in json.loads(shown.stdout)] == ["student", "untrained"]
+    assert "teacher is left out: the teacher is large" in shown.stderr
+
+
+def test_one_model_is_gone_before_the_next_one_is_opened(
+    run: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    counts = []
+
+    def build(*arguments: Any, **options: Any) -> Any:
+        counts.append(len(alive))
+        student = build_student(*arguments, **options)
+        alive.add(student)
+        return student
+
+    monkeypatch.setattr(model_losses, "build_student", build)
+    assert command(str(run), "--json").return_value == 0
+    assert counts == [0, 0, 0]
+
+
+def test_references_are_those_that_the_recipe_pins(tree: dict[str, Any]) -> None:
+    recipe = make_recipe(
+        tree,
+        teacher__revision="a",
+        teacher__dtype="bfloat16",
+        teacher__attn_implementation="eager",
+        student__revision="b",
+    )
+    found = models(recipe, "runs/one/export", references=True)
+    teacher, student = tree["teacher"]["model"], tree["student"]["model"]
+    assert found["student"] == ModelSource("runs/one/export", None, "float32", "float32", None)
+    assert found["teacher"] == ModelSource(teacher, "a", "bfloat16", "bfloat16", "eager")
+    assert found["untrained"] == ModelSource(student, "b", "float32", "float32", None)
+
+
+def test_answers_are_greedy_whatever_the_folder_asks_for(run: Path, tmp_path: Path) -> None:
+    options = ("--no-references", "--out", str(tmp_path / "a.parquet"))
+    assert command(str(run), *options).return_value == 0
+    picky = shutil.copytree(run / "export", tmp_path / "picky")
+    (picky / "generation_config.json").write_text(json.dumps({"repetition_penalty": 9.0, "do_sample": True}))
+    given = ("--recipe", str(run / "recipe.yaml"), "--no-references", "--out", str(tmp_path / "b.parquet"))
+    assert command(str(picky), *given).return_value == 0
+    first, second = (
+        pq.read_table(tmp_path / name)["answer"].to_pylist() for name in ("a.parquet", "b.parquet")
+    )
+    assert first == second
+
+
+def test_another_model_leaves_the_run_s_own_predictions_alone(run: Path, tree: dict[str, Any]) -> None:
+    assert command(str(run), "--no-references").return_value == 0
+    before = (run / "evaluation" / "validation.parquet").read_bytes()
+    assert command(str(run), "--model", tree["student"]["model"], "--no-references").return_value == 0
+    assert (run / "evaluation" / "validation.parquet").read_bytes() == before
+
+
+def test_settings_of_training_do_not_stand_in_the_way(run: Path) -> None:
+    """Two replicas on one process; labels alone, at a temperature that no cache has."""
+    own = ("--no-references", "--json")
+    (expected,) = json.loads(command(str(run), *own).stdout)
+    for setting in (("parallel.dp_replicate=2",), ("loss.kd_ratio=0", "loss.temperature=7")):
+        options = [part for item in setting for part in ("--set", item)]
+        (found,) = json.loads(command(str(run), *own, *options).stdout)
+        assert found["kl"] == pytest.approx(expected["kl"])
+
+
+def test_a_folder_that_has_a_recipe_s_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "phantom").mkdir()
+    found = Subject.find("phantom", recipe=load_recipe, given=None, model=None)
+    assert found.run == Path("work/runs/phantom")
+    hub = Subject.find("someone/model", recipe=load_recipe, given="phantom", model=None)
+    assert (hub.model, hub.run) == ("someone/model", None)
+
+
 def test_what_cannot_be_evaluated(run: Path, tmp_path: Path) -> None:
     for arguments, error, message in [
         ((str(tmp_path),), RecipeError, "neither a run"),
@@ -184,6 +279,7 @@ def test_what_cannot_be_evaluated(run: Path, tmp_path: Path) -> None:
 
 def test_two_ranks_answer_as_one(run: Path, tree: dict[str, Any]) -> None:
     recipe = make_recipe(tree)
-    alone = on_ranks(1, lambda world: answers_of(recipe, str(run / "export"), world, split="train"))
-    shared = on_ranks(2, lambda world: answers_of(recipe, str(run / "export"), world, split="train"))
+    source = ModelSource.student(recipe, str(run / "export"))
+    alone = on_ranks(1, lambda world: answers_of(recipe, source, world, split="train"))
+    shared = on_ranks(2, lambda world: answers_of(recipe, source, world, split="train"))
     assert shared == [alone[0], alone[0]]
