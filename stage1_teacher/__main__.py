@@ -95,7 +95,11 @@ def estimate(
 
 @commands.command("audit")
 @click.argument("cache")
-@click.option("--examples", default=64, show_default=True, type=click.IntRange(min=1), help="Sample size.")
+@click.option(
+    "--examples",
+    type=click.IntRange(min=1),
+    help="Sample size; by default as many as 4,096 positions need, from 64 to 256.",
+)
 @click.option("--recipe", help="Whose teacher and data to take; by default that of the cache's capture.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe."
@@ -103,16 +107,24 @@ def estimate(
 @click.option(
     "--max-error",
     type=click.FloatRange(min=0),
-    help="Of the head's gradient over the most positions: above it the status is that of a damaged cache.",
+    help="Of the head's gradient: above it the status is that of a damaged cache.",
+)
+@click.option(
+    "--max-error-positions",
+    default=512,
+    show_default=True,
+    type=click.Choice([64, 512, 4096]),
+    help="Over how many positions the bound is; it is an error if the sample has fewer.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the sample.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def audit(
     cache: str,
-    examples: int,
+    examples: int | None,
     recipe: str | None,
     overrides: tuple[str, ...],
     max_error: float | None,
+    max_error_positions: int,
     seed: int,
     as_json: bool,
 ) -> int:
@@ -127,6 +139,7 @@ def audit(
             overrides=overrides,
             num_examples=examples,
             max_error=max_error,
+            max_error_positions=max_error_positions,
             seed=seed,
             as_json=as_json,
         )

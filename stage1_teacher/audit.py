@@ -1,10 +1,11 @@
 """Is the cache faithful?  The teacher runs again over sampled rows, and what it says is compared with what is kept.
 
-    found = audit(recipe, reader, world, num_examples=64)
+    found = audit(recipe, reader, world)
     show(found)
 
 Beside each figure stands its *noise floor*: the same figure for the same teacher run a second time with each
-example in a batch of its own.  A cache cannot be closer to its teacher than the teacher is to itself.
+example in a batch of its own.  A cache cannot be closer to its teacher than the teacher is to itself.  Where the
+first pass had no larger batches there is no floor: both passes would be the same one.
 
 What a student feels is the gradient of the head.  Its error is measured for a student that knows how often each
 token comes and nothing else: q, the mean of the teacher's distributions over the audited positions.  Hidden
@@ -33,12 +34,16 @@ from shared.runtime import World
 from shared.sparse import SparseTargets
 from shared.survey import inputs_identity
 from stage1_teacher.batching import BatchRunner
-from stage1_teacher.head_gradient import BLOCK, HeadGradients, Measured
+from stage1_teacher.head_gradient import BATCHES, BLOCK, HeadGradients, Measured
 from stage1_teacher.planning import NumberedRows, open_rows
 from stage1_teacher.teacher import Teacher, load_teacher
 
 PROJECTED = 128
 TRIES = 4  # rows looked at for each that is wanted: some may have been left out of the cache
+# Where no number of examples is asked for: as many as the largest batch needs, but not so many that all their
+# pictures, which are held at once, take much memory.
+MIN_EXAMPLES, MAX_EXAMPLES = 64, 256
+ENOUGH_POSITIONS = max(BATCHES)
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,12 @@ class AtTemperature:
     top1_agreement    share of positions where no entry weighs more than the teacher's most likely token
     kept_mass         sum of the weights of a position
     logprob_bias      mean over positions of sum_v (p^ - p)(v) log p(v), nats: zero in expectation where the
-                      targets are unbiased; ``logprob_bias_error`` is its standard error over examples
+                      targets are unbiased; ``logprob_bias_error`` is its standard error over examples, None for one
     answer_bias       mean of (p^ - p) at the answer's token, and its standard error
     kl                KL(teacher || what is kept, the rest spread evenly), nats; of ``top_k`` and ``top_p``
                       alone: a draw leaves out tokens that the teacher does not
-    gradient_error    by number of positions: relative error of the head's gradient, mean over such batches
+    gradient_error    by number of positions, of each in ``BATCHES``: relative error of the head's gradient, mean
+                      over such batches; it falls with their size, so it is None where there were too few positions
     gradient_cosine   the same, of the angle between both gradients
     """
 
@@ -60,20 +66,12 @@ class AtTemperature:
     top1_agreement: Measured
     kept_mass: Measured
     logprob_bias: Measured
-    logprob_bias_error: float
+    logprob_bias_error: float | None
     answer_bias: Measured
-    answer_bias_error: float
+    answer_bias_error: float | None
     kl: Measured
     gradient_error: dict[int, Measured]
     gradient_cosine: dict[int, Measured]
-
-    @property
-    def worst_case(self) -> tuple[int, float]:
-        """(positions, error) of the largest batch there were positions for."""
-        size = max(self.gradient_error)
-        error = self.gradient_error[size].cache
-        assert error is not None
-        return size, error
 
 
 @dataclass(frozen=True)
@@ -85,42 +83,65 @@ class Audit:
     num_examples: int
     num_positions: int
     num_not_cached: int  # rows that were looked at and are not in the cache
+    num_unreadable: int
     results: tuple[AtTemperature, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def exceeds(self, max_error: float) -> list[str]:
-        """Every temperature at which the gradient's error is above the bound, as a message; a NaN is above."""
+    def exceeds(self, max_error: float, *, num_positions: int) -> list[str]:
+        """Every temperature at which the gradient's error over so many positions is above the bound, as a message.
+
+        A NaN is above.  The audit was made with at least ``num_positions``.
+        """
         found = []
         for result in self.results:
-            size, error = result.worst_case
+            error = result.gradient_error[num_positions].cache
+            assert error is not None
             if not error <= max_error:
                 found.append(
-                    f"cache {self.cache}: at temperature {result.temperature:g} the head's gradient over {size} "
-                    f"positions is off by {error:.4f}, more than {max_error:g}"
+                    f"cache {self.cache}: at temperature {result.temperature:g} the head's gradient over "
+                    f"{num_positions:,} positions is off by {error:.4f}, more than {max_error:g}"
                 )
         return found
 
 
-def audit(recipe: Recipe, reader: CacheReader, world: World, *, num_examples: int, seed: int = 0) -> Audit:
+def audit(
+    recipe: Recipe,
+    reader: CacheReader,
+    world: World,
+    *,
+    num_examples: int | None = None,
+    min_positions: int = 0,
+    seed: int = 0,
+) -> Audit:
     """Runs the teacher over rows of the recipe's data that the cache holds.
 
     With several ranks all of them do the same, as a teacher that is sharded over them needs.
 
+    num_examples   None: as many as ``ENOUGH_POSITIONS`` need, from ``MIN_EXAMPLES`` to ``MAX_EXAMPLES``
+    min_positions  without which there is nothing to hold against a bound
+
     Raises   CacheMismatchError  when the recipe's teacher, tokenizer or template is not the cache's
-             DataError           when no row that was looked at is in the cache
+             DataError           when no row that was looked at is in the cache, or there are too few positions
     """
     if recipe.teacher is None or recipe.cache is None:
         raise RecipeError(f"recipe of run {recipe.run.name}: an audit needs a teacher and a cache section")
     processor = open_processor(recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
     require_inputs(reader, recipe, processor)
-    encoded, num_missing = choose(reader, open_rows(recipe), processor, num_examples=num_examples, seed=seed)
+    sample = choose(reader, open_rows(recipe), processor, num_examples=num_examples, seed=seed)
+    encoded = sample.encoded
+    if sample.num_positions < min_positions:
+        raise DataError(
+            f"cache {reader.location}: {len(encoded)} examples with {sample.num_positions:,} positions found, a "
+            f"bound on the head's gradient over {min_positions:,} positions needs as many. Take more (--examples), or "
+            "bound the error over fewer (--max-error-positions)"
+        )
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
     if world.is_main:
         require_teacher(reader, teacher, recipe.teacher.dtype)
-    together = hidden_states(encoded, processor, teacher, max_tokens=recipe.cache.batch_tokens)
-    alone = hidden_states(encoded, processor, teacher, max_tokens=1)
+    together, largest = hidden_states(encoded, processor, teacher, max_tokens=recipe.cache.batch_tokens)
+    alone = hidden_states(encoded, processor, teacher, max_tokens=1)[0] if largest > 1 else None
     rows = reader.rows([one.key for one in encoded])
     for one, row in zip(encoded, rows, strict=True):
         if one.answer_ids.tolist() != row.answer_ids.tolist():
@@ -134,7 +155,8 @@ def audit(recipe: Recipe, reader: CacheReader, world: World, *, num_examples: in
         teacher=recipe.teacher.model,
         num_examples=len(encoded),
         num_positions=len(comparison.labels_N),
-        num_not_cached=num_missing,
+        num_not_cached=sample.num_not_cached,
+        num_unreadable=sample.num_unreadable,
         results=tuple(comparison.at(temperature) for temperature in reader.temperatures),
     )
 
@@ -161,45 +183,66 @@ def require_teacher(reader: CacheReader, teacher: Teacher, dtype: str) -> None:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Examples that the cache holds, and how many rows that were looked at are not among them."""
+
+    encoded: list[Encoded]
+    num_not_cached: int
+    num_unreadable: int
+
+    @property
+    def num_positions(self) -> int:
+        return sum(one.num_positions for one in self.encoded)
+
+
 def choose(
-    reader: CacheReader, rows: NumberedRows, processor: ExampleProcessor, *, num_examples: int, seed: int
-) -> tuple[list[Encoded], int]:
-    """Examples in random order that the cache holds, equal ones once; how many looked at are not in it.
+    reader: CacheReader,
+    rows: NumberedRows,
+    processor: ExampleProcessor,
+    *,
+    num_examples: int | None,
+    seed: int,
+) -> Sample:
+    """Examples in random order, equal ones once.
 
     Raises   DataError  when there are none
     """
+    fewest, most = (MIN_EXAMPLES, MAX_EXAMPLES) if num_examples is None else (num_examples, num_examples)
     total = sum(len(split) for split in rows.splits)
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randperm(total, generator=generator)[: TRIES * num_examples].tolist()
+    numbers = torch.randperm(total, generator=generator)[: TRIES * most].tolist()
     found: dict[bytes, Encoded] = {}
-    num_missing = 0
+    num_positions = num_not_cached = num_unreadable = 0
     for number in progress(numbers, desc="reading the sample", unit="ex", leave=False):
-        if len(found) == num_examples:
+        if len(found) >= most or (len(found) >= fewest and num_positions >= ENOUGH_POSITIONS):
             break
         split, row = rows.find(number)
         try:
             one = processor.encode(split[row])
         except DataError:
-            num_missing += 1
+            num_unreadable += 1
             continue
-        if one.key in reader:
+        if one.key not in reader:
+            num_not_cached += 1
+        elif one.key not in found:
             found[one.key] = one
-        else:
-            num_missing += 1
+            num_positions += one.num_positions
     if not found:
         raise DataError(
-            f"cache {reader.location}: none of {num_missing} rows of {rows.splits[0].source} that were looked at "
-            "is in it. It was captured from other data, or with another template"
+            f"cache {reader.location}: none of {num_not_cached + num_unreadable} rows of {rows.splits[0].source} "
+            "that were looked at is in it. It was captured from other data, or with another template"
         )
-    return list(found.values()), num_missing
+    return Sample(list(found.values()), num_not_cached, num_unreadable)
 
 
 def hidden_states(
     encoded: Sequence[Encoded], processor: ExampleProcessor, teacher: Teacher, *, max_tokens: int
-) -> Tensor:
-    """(N, D) of all answer positions, in the order of the examples; in host memory."""
+) -> tuple[Tensor, int]:
+    """(N, D) of all answer positions, in the order of the examples, in host memory; examples of the largest batch."""
     runner = BatchRunner(max_tokens, may_shrink=not teacher.is_sharded)
     found: dict[int, Tensor] = {}
+    largest = 0
 
     def forward(indices: list[int]) -> Tensor:
         batch = processor.collate([encoded[index] for index in indices]).to(teacher.device)
@@ -211,7 +254,8 @@ def hidden_states(
     ):
         parts = hidden_ND.split([encoded[index].num_positions for index in indices])
         found.update(zip(indices, parts, strict=True))
-    return torch.cat([found[index] for index in range(len(encoded))])
+        largest = max(largest, len(indices))
+    return torch.cat([found[index] for index in range(len(encoded))]), largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +264,7 @@ class Comparison:
 
     teacher: Teacher
     hidden_ND: Tensor
-    again_ND: Tensor  # of the same positions, from other batches
+    again_ND: Tensor | None  # of the same positions, from other batches
     features_NC: Tensor
     labels_N: Tensor
     example_N: Tensor
@@ -233,7 +277,7 @@ class Comparison:
         encoded: Sequence[Encoded],
         targets: SparseTargets,
         hidden_ND: Tensor,
-        again_ND: Tensor,
+        again_ND: Tensor | None,
         *,
         seed: int,
     ) -> Comparison:
@@ -249,7 +293,7 @@ class Comparison:
         return cls(
             teacher=teacher,
             hidden_ND=hidden_ND[order],
-            again_ND=again_ND[order],
+            again_ND=None if again_ND is None else again_ND[order],
             features_NC=features_ND[order],
             labels_N=torch.cat([one.answer_ids for one in encoded])[order],
             example_N=torch.arange(len(encoded)).repeat_interleave(counts)[order],
@@ -269,18 +313,19 @@ class Comparison:
             list(self._blocks()), desc=f"comparing at {temperature:g}", unit="block", leave=False
         ):
             live_nV = self._probs(self.hidden_ND, block, temperature)
-            again_nV = self._probs(self.again_ND, block, temperature)
+            again_nV = None if self.again_ND is None else self._probs(self.again_ND, block, temperature)
             kept_nV = self._kept(block, temperature)
             for name, other_nV in (("cache", kept_nV), ("floor", again_nV)):
-                for figure, values_n in self._figures(
-                    live_nV, other_nV, block, is_cache=name == "cache"
-                ).items():
+                if other_nV is None:
+                    continue
+                figures = self._figures(live_nV, other_nV, block, is_cache=name == "cache")
+                for figure, values_n in figures.items():
                     columns.setdefault(f"{figure} {name}", []).append(values_n)
             gradients.add(
                 self.features_NC[block],
-                live_nV,
-                {"cache": self._taught(kept_nV, student_V), "floor": again_nV - student_V},
-                student_V,
+                live_nV=live_nV - student_V,
+                cache_nV=self._taught(kept_nV, student_V),
+                floor_nV=None if again_nV is None else again_nV - student_V,
             )
         return self._result(
             temperature, {name: torch.cat(parts) for name, parts in columns.items()}, gradients
@@ -359,10 +404,12 @@ class Comparison:
             gradient_cosine=gradients.cosines(),
         )
 
-    def _standard_error(self, values_N: Tensor) -> float:
-        """Of the mean over positions, whose examples are independent and whose positions are not."""
-        centred_N = values_N.double() - values_N.double().mean()
+    def _standard_error(self, values_N: Tensor) -> float | None:
+        """Of the mean over positions: examples are independent, their positions are not.  None for one example."""
         num_examples = int(self.example_N.max()) + 1
+        if num_examples == 1:
+            return None
+        centred_N = values_N.double() - values_N.double().mean()
         sums_B = torch.zeros(num_examples, dtype=torch.float64).index_add_(0, self.example_N, centred_N)
         return sums_B.norm().item() / len(values_N)
 
@@ -372,26 +419,34 @@ def show(found: Audit) -> None:
     click.echo(
         f"cache {found.cache} against {found.teacher}: {found.num_examples} examples, {found.num_positions} positions"
     )
-    if found.num_not_cached:
-        click.echo(f"  {found.num_not_cached} row(s) that were looked at are not in the cache")
+    if found.num_not_cached or found.num_unreadable:
+        click.echo(
+            f"  left out: {found.num_not_cached} row(s) are not in the cache, {found.num_unreadable} cannot be read"
+        )
     for result in found.results:
-        click.echo(f"\ntemperature {result.temperature:g}{'cache':>36}{'noise floor':>14}")
-        for label, measured, form in _lines(result):
+        click.echo(f"\ntemperature {result.temperature:g}{'cache':>38}{'noise floor':>14}")
+        for label, measured, form, note in _lines(result):
             cells = [
                 "-" if value is None else f"{value:{form}}" for value in (measured.cache, measured.floor)
             ]
-            click.echo(f"  {label:<36}{cells[0]:>14}{cells[1]:>14}")
+            click.echo(f"  {label:<38}{cells[0]:>14}{cells[1]:>14}{note}")
 
 
-def _lines(result: AtTemperature) -> list[tuple[str, Measured, str]]:
+def _lines(result: AtTemperature) -> list[tuple[str, Measured, str, str]]:
+    """Label, values, their format, and what is to be said of them."""
     lines = [
-        ("top-1 agreement", result.top1_agreement, ".4%"),
-        ("kept mass", result.kept_mass, ".6f"),
-        (f"bias in log-prob (+- {result.logprob_bias_error:.1e}), nats", result.logprob_bias, "+.2e"),
-        (f"bias at the answer (+- {result.answer_bias_error:.1e})", result.answer_bias, "+.2e"),
-        ("KL to the reconstruction, nats", result.kl, ".3g"),
+        ("top-1 agreement", result.top1_agreement, ".4%", ""),
+        ("kept mass", result.kept_mass, ".6f", ""),
+        (f"bias in log-prob{_scatter(result.logprob_bias_error)}, nats", result.logprob_bias, "+.2e", ""),
+        (f"bias at the answer{_scatter(result.answer_bias_error)}", result.answer_bias, "+.2e", ""),
+        ("KL to the reconstruction, nats", result.kl, ".3g", ""),
     ]
     for size, measured in result.gradient_error.items():
-        lines.append((f"head gradient, {size:,} positions: error", measured, ".3g"))
-        lines.append(("  cosine", result.gradient_cosine[size], ".6f"))
+        note = f"  (needs {size:,} positions)" if measured.cache is None else ""
+        lines.append((f"head gradient, {size:,} positions: error", measured, ".3g", note))
+        lines.append(("  cosine", result.gradient_cosine[size], ".6f", ""))
     return lines
+
+
+def _scatter(standard_error: float | None) -> str:
+    return "" if standard_error is None else f" (+- {standard_error:.1e})"

@@ -9,58 +9,85 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-BLOCK = 64  # positions at a time, and the smallest batch whose gradient is looked at
-BATCHES = (64, 512, 4096)  # positions
+BLOCK = 64  # positions at a time
+BATCHES = (64, 512, 4096)  # positions, multiples of a block
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A mean over positions, and the same of the teacher against itself; None where it is not defined."""
+    """A figure of the cache, and the same of the teacher against itself; None where it is not defined."""
 
     cache: float | None
     floor: float | None
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Gradients (V, C) of the positions of one batch so far."""
+
+    live: Tensor
+    cache: Tensor
+    floor: Tensor | None
+
+
 class HeadGradients:
-    """Gradients of the head, summed over batches of 64, 512 and 4,096 positions, and how they differ."""
+    """Gradients of the head, summed over batches of 64, 512 and 4,096 positions, and how they differ.
+
+    Holds    a size that there are too few positions for has no figure; positions that fill no batch count in none
+    """
 
     def __init__(self, num_positions: int) -> None:
-        whole = min(num_positions, BLOCK)
-        self.sizes = [size for size in BATCHES if size <= num_positions] or [whole]
-        self.sums: dict[int, dict[str, Tensor]] = {}
-        self.found: dict[tuple[int, str], list[tuple[float, float]]] = {}
-        self.seen = 0
+        self._sizes = [size for size in BATCHES if size <= num_positions]
+        self._sums: dict[int, _Sums] = {}
+        self._of_cache: dict[int, list[tuple[float, float]]] = {}
+        self._of_floor: dict[int, list[tuple[float, float]]] = {}
+        self._seen = 0
 
-    def add(self, features_nC: Tensor, live_nV: Tensor, others: dict[str, Tensor], student_V: Tensor) -> None:
-        """``others`` are what the trainer would make of other targets, (n, V)."""
-        self.seen += len(features_nC)
-        own = {name: taught_nV.T @ features_nC for name, taught_nV in others.items()}
-        own["live"] = (live_nV - student_V).T @ features_nC
-        for size in self.sizes:
-            held = self.sums.setdefault(size, {})
-            for name, value in own.items():
-                held[name] = held[name] + value if name in held else value
-            if self.seen % size == 0:
+    def add(self, features_nC: Tensor, *, live_nV: Tensor, cache_nV: Tensor, floor_nV: Tensor | None) -> None:
+        """One block: what each target pulls the student's logits by, the negative gradient."""
+        self._seen += len(features_nC)
+        live, cache = live_nV.T @ features_nC, cache_nV.T @ features_nC
+        floor = None if floor_nV is None else floor_nV.T @ features_nC
+        for size in self._sizes:
+            held = self._sums.get(size)
+            if held is not None:
+                sums = _Sums(held.live + live, held.cache + cache, _add(held.floor, floor))
+            else:
+                sums = _Sums(live, cache, floor)
+            self._sums[size] = sums
+            if self._seen % size == 0:
                 self._close(size)
 
     def _close(self, size: int) -> None:
-        live = self.sums[size]["live"].double()
-        for name in ("cache", "floor"):
-            other = self.sums[size][name].double()
-            error = (other - live).norm() / live.norm().clamp_min(1e-30)
-            cosine = (other * live).sum() / (other.norm() * live.norm()).clamp_min(1e-30)
-            self.found.setdefault((size, name), []).append((error.item(), cosine.item()))
-        self.sums.pop(size)
+        sums = self._sums.pop(size)
+        self._of_cache.setdefault(size, []).append(_difference(sums.cache, sums.live))
+        if sums.floor is not None:
+            self._of_floor.setdefault(size, []).append(_difference(sums.floor, sums.live))
 
     def errors(self) -> dict[int, Measured]:
+        """Relative errors, means over batches of each size."""
         return self._means(0)
 
     def cosines(self) -> dict[int, Measured]:
         return self._means(1)
 
     def _means(self, column: int) -> dict[int, Measured]:
-        def mean(size: int, name: str) -> float:
-            values = [pair[column] for pair in self.found[size, name]]
-            return sum(values) / len(values)
+        def mean(pairs: list[tuple[float, float]]) -> float | None:
+            return sum(pair[column] for pair in pairs) / len(pairs) if pairs else None
 
-        return {size: Measured(mean(size, "cache"), mean(size, "floor")) for size in self.sizes}
+        return {
+            size: Measured(mean(self._of_cache.get(size, [])), mean(self._of_floor.get(size, [])))
+            for size in BATCHES
+        }
+
+
+def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else one + other
+
+
+def _difference(other: Tensor, live: Tensor) -> tuple[float, float]:
+    """Relative error and cosine."""
+    other, live = other.double(), live.double()
+    error = (other - live).norm() / live.norm().clamp_min(1e-30)
+    cosine = (other * live).sum() / (other.norm() * live.norm()).clamp_min(1e-30)
+    return error.item(), cosine.item()

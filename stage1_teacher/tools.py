@@ -60,16 +60,18 @@ def show_audit(
     *,
     recipe_name: str | None,
     overrides: Sequence[str],
-    num_examples: int,
+    num_examples: int | None,
     max_error: float | None,
+    max_error_positions: int,
     seed: int,
     as_json: bool,
 ) -> int:
     """The cache against its teacher; the status is that of a damaged cache if it is further off than allowed."""
     reader = CacheReader(location)
     recipe = _find_recipe(reader, recipe_name, overrides)
-    found = audit(recipe, reader, world, num_examples=num_examples, seed=seed)
-    exceeded = [] if max_error is None else found.exceeds(max_error)
+    min_positions = 0 if max_error is None else max_error_positions
+    found = audit(recipe, reader, world, num_examples=num_examples, min_positions=min_positions, seed=seed)
+    exceeded = [] if max_error is None else found.exceeds(max_error, num_positions=max_error_positions)
     if world.is_main:
         if as_json:
             click.echo(json.dumps(found.to_json(), indent=1))
