@@ -243,7 +243,7 @@ class CapturedTimes:
 
 
 def captured_times(location: str) -> CapturedTimes | None:
-    """From the captures in a cache's log; None where it has none.
+    """From the captures in a cache's log; None where it has none whose teacher was timed, which old ones have not.
 
     A capture that was stopped has logged nothing: its part is taken to have cost what the others did.
     """
@@ -253,7 +253,11 @@ def captured_times(location: str) -> CapturedTimes | None:
         manifest = load_manifest(folder)
     except (OSError, TeachonceError):
         return None
-    records = [record for record in map(json.loads, lines) if record["event"] == "captured"]
+    records = [
+        record
+        for record in map(json.loads, lines)
+        if record["event"] == "captured" and "teacher_ms" in record
+    ]
     positions = sum(record["positions"] for record in records)
     if manifest is None or not positions:
         return None

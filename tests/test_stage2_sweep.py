@@ -184,6 +184,18 @@ def test_a_capture_that_was_stopped_has_cost_what_all_of_it_costs(
     assert (found.seconds, found.teacher_s) == pytest.approx((whole.seconds, whole.teacher_s))
 
 
+def test_captures_whose_teacher_was_not_timed_are_left_out(teacher_cache: Path, tmp_path: Path) -> None:
+    """Those of caches from before it was."""
+    whole = captured_times(str(teacher_cache))
+    copied = shutil.copytree(teacher_cache, tmp_path / "cache")
+    timed = json.loads((copied / "log.jsonl").read_text())
+    untimed = {name: value for name, value in timed.items() if name != "teacher_ms"} | {"seconds": 1e6}
+    (copied / "log.jsonl").write_text(json.dumps(untimed) + "\n")
+    assert captured_times(str(copied)) is None
+    (copied / "log.jsonl").write_text(f"{json.dumps(untimed)}\n{json.dumps(timed)}\n")
+    assert captured_times(str(copied)) == whole
+
+
 def test_a_run_without_a_cache_section_beside_one_with(tree: dict[str, Any]) -> None:
     tuned = {name: section for name, section in tree.items() if name not in ("teacher", "cache")}
     recipes = [
