@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,8 +44,8 @@ class RunRecord:
     positions_per_s  over all steps, waits for data included
     step_s           median
     peak_memory_gib  of the first rank
-    num_epochs       done; 1 for a run that did not come to the end of its first
-    reading_s        time that steps waited for data: all that the cache can have cost them
+    num_epochs       done; None where the log does not tell
+    reading_s        time that steps waited for data, of all ranks: all that the cache can have cost them
     cache            where it lies; None for plain fine-tuning
     records          the lines of metrics.jsonl
     """
@@ -61,7 +60,7 @@ class RunRecord:
     positions_per_s: float | None
     step_s: float | None
     peak_memory_gib: float | None
-    num_epochs: float
+    num_epochs: float | None
     reading_s: float
     cache: str | None
     records: tuple[dict[str, Any], ...]
@@ -108,8 +107,8 @@ def read_run(path: Path) -> RunRecord:
         positions_per_s=metrics.positions_per_s,
         step_s=statistics.median(record["step_s"] for record in steps) if steps else None,
         peak_memory_gib=max((record["peak_memory_gib"] for record in steps), default=None),
-        num_epochs=_epochs(steps),
-        reading_s=metrics.wait_s,
+        num_epochs=steps[-1].get("num_epochs") if steps else 0.0,
+        reading_s=metrics.wait_s * folder.num_ranks(),
         cache=settings["cache.path"] if settings["loss.kd_ratio"] > 0 else None,
         records=metrics.records,
     )
@@ -131,12 +130,13 @@ def differing(runs: Sequence[RunRecord]) -> list[str]:
 def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """The head of a table, and the cells of each run."""
     settings = differing(runs)
-    head = ["run", *settings, "steps", "CE", "KL", "right", "positions/s", "step", "memory"]
+    head = ["run", *settings, "steps", "epochs", "CE", "KL", "right", "positions/s", "step", "memory"]
     rows = [
         [
             run.name if run.is_finished else f"{run.name} (not finished)",
             *(_plain(run.settings.get(key)) for key in settings),
             str(run.num_steps),
+            _number(run.num_epochs, ".2f"),
             _number(run.losses["ce_loss"], ".4f"),
             _number(run.losses["kd_loss"], ".4f"),
             _number(run.accuracy, ".1%"),
@@ -169,8 +169,8 @@ class CacheUse:
         cached_s = self.costs.cached_s(num_students=1, num_epochs=self.num_epochs)
         return (
             f"{self.cache}: captured in {self.costs.capture_s:.0f} s; {self.num_students} student(s), "
-            f"{self.num_epochs:.1f} epochs in all. Teacher's part: {cached_s:.0f} s with the cache, about "
-            f"{live_s:.0f} s live; it pays after {self.costs.break_even_epochs:.2f} epochs"
+            f"{self.num_epochs:.2f} epochs in all. Teacher's part: {cached_s:.0f} s with the cache, about "
+            f"{live_s:.0f} s live; it {self.costs.pays_after()}"
         )
 
 
@@ -178,19 +178,20 @@ def cache_uses(runs: Sequence[RunRecord]) -> list[CacheUse]:
     """One for each cache whose log tells how long its capture took.
 
     A live teacher is taken to need, for each position of an epoch, what the teacher itself needed in the capture.
-    Waits for data count as the cache's in full.
+    Waits for data count as the cache's in full.  Runs whose epochs are unknown are left out.
     """
     found = []
     for cache in dict.fromkeys(run.cache for run in runs if run.cache is not None):
         captured = captured_times(cache)
-        trained = [run for run in runs if run.cache == cache and run.num_epochs > 0]
+        epochs = {run.path: run.num_epochs for run in runs if run.cache == cache and run.num_epochs}
+        trained = [run for run in runs if run.path in epochs]
         if captured is None or not trained:
             continue
         epoch_positions = [
-            sum(r["num_positions"] for r in run.records if r["event"] == "step") / run.num_epochs
+            sum(r["num_positions"] for r in run.records if r["event"] == "step") / epochs[run.path]
             for run in trained
         ]
-        num_epochs = sum(run.num_epochs for run in trained)
+        num_epochs = sum(epochs.values())
         live_epoch_s = captured.teacher_s * statistics.fmean(epoch_positions) / captured.num_positions
         reading_s = sum(run.reading_s for run in trained) / num_epochs
         found.append(
@@ -207,8 +208,8 @@ def plot(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
     require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     return [
-        save_png(partial(_draw_validations, runs=runs, field=field, label=label), folder / f"{field}.png")
-        for field, label in (("ce_loss", "cross-entropy"), ("kd_loss", "divergence from the teacher"))
+        save_png(partial(_draw_validations, runs=runs, field=field, title=title), folder / f"{field}.png")
+        for field, title in (("ce_loss", "cross-entropy"), ("kd_loss", "divergence from the teacher"))
     ]
 
 
@@ -217,19 +218,22 @@ def points(run: RunRecord, event: str, field: str) -> list[tuple[int, float]]:
     return [(r["step"], r[field]) for r in run.records if r["event"] == event and r.get(field) is not None]
 
 
-def _draw_validations(axes: Any, *, runs: Sequence[RunRecord], field: str, label: str) -> None:
+def _draw_validations(axes: Any, *, runs: Sequence[RunRecord], field: str, title: str) -> None:
     for number, run in enumerate(runs):
         if found := points(run, "validation", field):
             color = f"C{number}"  # of a run, the same in every figure
             axes.plot(*zip(*found, strict=True), marker="o", markersize=3, label=run.name, color=color)
-    axes.set(title=f"Validation: {label}", xlabel="step", ylabel="nats a position")
+    axes.set(title=f"Validation: {title}", xlabel="step", ylabel="nats a position")
     if axes.lines:
         axes.legend(frameon=False)
 
 
 def save(runs: Sequence[RunRecord], path: Path) -> None:
-    """Rows and break-even as JSON."""
-    uses = [asdict(use) | {"break_even_epochs": use.costs.break_even_epochs} for use in cache_uses(runs)]
+    """Rows and break-even as JSON; ``break_even_epochs`` is null where a cache never pays."""
+    uses = [
+        asdict(use) | {"break_even_epochs": use.costs.to_json()["break_even_epochs"]}
+        for use in cache_uses(runs)
+    ]
     write_json(path, {"runs": [run.to_json() for run in runs], "caches": uses})
 
 
@@ -265,15 +269,6 @@ def captured_times(location: str) -> CapturedTimes | None:
     seconds = sum(record["seconds"] * record["ranks"] for record in records)
     teacher_s = sum(record["teacher_ms"] for record in records) / 1e3
     return CapturedTimes(seconds * held / positions, teacher_s * held / positions, held)
-
-
-def _epochs(steps: Sequence[dict[str, Any]]) -> float:
-    """Epochs done: whole ones, and of the last one its share of the steps of the first; 1 where that is the last."""
-    if not steps:
-        return 0.0
-    num_steps = Counter(record["epoch"] for record in steps)
-    last = max(num_steps)
-    return last + num_steps[last] / num_steps[0]
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

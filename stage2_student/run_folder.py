@@ -100,6 +100,11 @@ class RunFolder:
     def read_metrics(self) -> Metrics:
         return Metrics(tuple(self.metrics.read()))
 
+    def num_ranks(self) -> int:
+        """As the run was last begun or resumed; one where it does not say."""
+        path = self.path / "environment.json"
+        return int(json.loads(path.read_text(encoding="utf-8"))["num_ranks"]) if path.exists() else 1
+
     def read_results(self) -> dict[str, Any] | None:
         """What the finished run came to; None while it is not finished."""
         if not self.results.exists():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,19 @@ import yaml
 from click.testing import CliRunner, Result
 from stage2_runs import make_recipe, run_alone
 
-from shared.config import dump_recipe
+from shared.config import Recipe, dump_recipe
 from shared.errors import RecipeError
 from shared.runtime import INTERRUPTED_STATUS
 from stage2_student.__main__ import commands
-from stage2_student.compare import cache_uses, captured_times, differing, read_run, read_runs, table
+from stage2_student.compare import (
+    cache_uses,
+    captured_times,
+    differing,
+    read_run,
+    read_runs,
+    save,
+    table,
+)
 from stage2_student.identity import flat
 from stage2_student.sweep import plan_jobs
 
@@ -39,6 +48,34 @@ def recipe(tree: dict[str, Any], tmp_path: Path) -> str:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return str(path)
+
+
+def written_run(recipe: Recipe, *, num_ranks: int = 1) -> Path:
+    """A run that has logged two steps of three in an epoch, without having trained."""
+    path = recipe.run.path
+    path.mkdir(parents=True)
+    (path / "recipe.yaml").write_text(yaml.safe_dump(dump_recipe(recipe)))
+    (path / "environment.json").write_text(json.dumps({"num_ranks": num_ranks}))
+    step = {
+        "event": "step",
+        "epoch": 0,
+        "num_positions": 40,
+        "step_s": 1.0,
+        "data_wait": 0.2,
+        "peak_memory_gib": 0.5,
+    }
+    lines = [step | {"step": number, "num_epochs": number / 3} for number in (1, 2)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def relog(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes each record of a run's log in place."""
+    log = path / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    for record in records:
+        change(record)
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def command(*arguments: str) -> Result:
@@ -142,8 +179,8 @@ def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tm
     runs = [read_run(recipe.run.path) for recipe in recipes]
     assert differing(runs) == ["loss.kd_ratio"]
     head, _, plain, distilled = table(runs)
-    assert head.startswith("| run | loss.kd_ratio | steps | CE | KL |")
-    assert "| run0.0 | 0 | 4 |" in plain
+    assert head.startswith("| run | loss.kd_ratio | steps | epochs | CE | KL |")
+    assert "| run0.0 | 0 | 4 | 1.33 |" in plain
     assert f"| {runs[1].losses['kd_loss']:.4f} |" in distilled
     assert runs[0].losses["kd_loss"] is None
 
@@ -165,7 +202,50 @@ def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tm
     assert "it pays after" in shown.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert [run["name"] for run in found["runs"]] == ["run0.0", "run1.0"]
+    assert found["caches"][0]["break_even_epochs"] == pytest.approx(use.costs.break_even_epochs)
     assert (tmp_path / "plots" / "kd_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_part_of_an_epoch_is_no_whole_one(tree: dict[str, Any]) -> None:
+    recipe = make_recipe(tree, optimization__max_steps=1)  # of three
+    assert run_alone(recipe) == 0
+    run = read_run(recipe.run.path)
+    assert run.num_epochs == pytest.approx(1 / 3)
+    (use,) = cache_uses([run])
+    (step,) = (record for record in run.records if record["event"] == "step")
+    captured = captured_times(use.cache)
+    assert captured is not None
+    epoch_share = 3 * step["num_positions"] / captured.num_positions
+    assert use.costs.live_epoch_s == pytest.approx(captured.teacher_s * epoch_share)
+
+
+def test_epochs_that_no_log_tells_are_unknown(tree: dict[str, Any]) -> None:
+    """Runs from before they were logged: they are shown, and left out of what their cache has saved."""
+    old, new = (written_run(make_recipe(tree, run__name=name)) for name in ("old", "new"))
+    relog(old, lambda record: record.pop("num_epochs", None))
+    assert read_run(old).num_epochs is None
+    assert "| old (not finished) | 2 | - |" in table([read_run(old)])[2]
+    assert cache_uses([read_run(old)]) == []
+    assert cache_uses(read_runs([old, new])) == cache_uses([read_run(new)])
+
+
+def test_waits_are_those_of_all_ranks_as_the_capture_is(tree: dict[str, Any]) -> None:
+    """The log has the first rank's; costs are in seconds of one device."""
+    alone, four = (
+        read_run(written_run(make_recipe(tree, run__name=f"ranks{n}"), num_ranks=n)) for n in (1, 4)
+    )
+    assert alone.reading_s == pytest.approx(0.4)  # two steps that waited 0.2 s
+    assert four.reading_s == pytest.approx(1.6)
+
+
+def test_a_cache_that_never_pays(tree: dict[str, Any], tmp_path: Path) -> None:
+    path = written_run(make_recipe(tree))
+    relog(path, lambda record: record.update(step_s=1e6))
+    (use,) = cache_uses([read_run(path)])
+    assert use.line().endswith("never pays")
+    save([read_run(path)], tmp_path / "found.json")
+    (cache,) = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)["caches"]
+    assert cache["break_even_epochs"] is None
 
 
 def test_a_capture_that_was_stopped_has_cost_what_all_of_it_costs(
