@@ -27,7 +27,7 @@ from shared.errors import RecipeError, TeachonceError
 from shared.figures import require_matplotlib, save_png
 from stage2_student.files import write_json
 from stage2_student.identity import flat
-from stage2_student.run_folder import RunFolder
+from stage2_student.run_folder import Metrics, RunFolder
 
 UNIMPORTANT = ("run.name", "run.root", "bootstrap.")  # differ by nature, or make what is named elsewhere
 FIRST_KEYS = {"teacher": "teacher.model", "cache": "cache.path"}  # of sections that a recipe may lack
@@ -39,7 +39,8 @@ class RunRecord:
     """One run as it lies on disk.
 
     settings         the resolved recipe, flat: ``loss.kd_ratio`` and so on
-    losses           of the last validation, nats a position; None for what was not computed
+    losses           of the last validation, nats a position; None for what was not computed.  ``kl`` is the
+                     divergence itself, where the log's ``kd_loss`` carries the factor temperature ** 2
     accuracy         of short answers; None where none were asked
     positions_per_s  over all steps, waits for data included
     step_s           median
@@ -47,7 +48,7 @@ class RunRecord:
     num_epochs       done; None where the log does not tell
     reading_s        time that steps waited for data, of all ranks: all that the cache can have cost them
     cache            where it lies; None for plain fine-tuning
-    records          the lines of metrics.jsonl
+    records          the lines of metrics.jsonl, with ``kl`` beside ``kd_loss``
     """
 
     name: str
@@ -91,7 +92,7 @@ def read_run(path: Path) -> RunRecord:
     if not folder.recipe.exists():
         raise RecipeError(f"{path}: there is no run in it (no {folder.recipe.name})")
     settings = flat(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))
-    metrics = folder.read_metrics()
+    metrics = _with_kl(folder.read_metrics(), temperature=settings["loss.temperature"])
     steps = metrics.steps
     results = folder.read_results()
     last = metrics.validations[-1] if metrics.validations else {}
@@ -102,7 +103,7 @@ def read_run(path: Path) -> RunRecord:
         is_finished=results is not None,
         num_steps=steps[-1]["step"] if steps else 0,
         settings=settings,
-        losses={name: last.get(name) for name in ("loss", "ce_loss", "kd_loss")},
+        losses={name: last.get(name) for name in ("loss", "ce_loss", "kl")},
         accuracy=None if answers is None else answers["accuracy"],
         positions_per_s=metrics.positions_per_s,
         step_s=statistics.median(record["step_s"] for record in steps) if steps else None,
@@ -112,6 +113,14 @@ def read_run(path: Path) -> RunRecord:
         cache=settings["cache.path"] if settings["loss.kd_ratio"] > 0 else None,
         records=metrics.records,
     )
+
+
+def _with_kl(metrics: Metrics, *, temperature: float) -> Metrics:
+    found = (
+        record if record.get("kd_loss") is None else record | {"kl": record["kd_loss"] / temperature**2}
+        for record in metrics.records
+    )
+    return Metrics(tuple(found))
 
 
 def differing(runs: Sequence[RunRecord]) -> list[str]:
@@ -138,7 +147,7 @@ def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
             str(run.num_steps),
             _number(run.num_epochs, ".2f"),
             _number(run.losses["ce_loss"], ".4f"),
-            _number(run.losses["kd_loss"], ".4f"),
+            _number(run.losses["kl"], ".4f"),
             _number(run.accuracy, ".1%"),
             _number(run.positions_per_s, ".0f"),
             _number(run.step_s, ".3f", " s"),
@@ -209,12 +218,12 @@ def plot(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     return [
         save_png(partial(_draw_validations, runs=runs, field=field, title=title), folder / f"{field}.png")
-        for field, title in (("ce_loss", "cross-entropy"), ("kd_loss", "divergence from the teacher"))
+        for field, title in (("ce_loss", "cross-entropy"), ("kl", "divergence from the teacher"))
     ]
 
 
 def points(run: RunRecord, event: str, field: str) -> list[tuple[int, float]]:
-    """(step, value) of each record of that kind which has one."""
+    """(step, value) of each record of that kind which has one; ``kl`` is a field of those with a ``kd_loss``."""
     return [(r["step"], r[field]) for r in run.records if r["event"] == event and r.get(field) is not None]
 
 

@@ -26,6 +26,7 @@ from stage2_student.compare import (
     cache_uses,
     captured_times,
     differing,
+    points,
     read_run,
     read_runs,
     save,
@@ -181,8 +182,8 @@ def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tm
     head, _, plain, distilled = table(runs)
     assert head.startswith("| run | loss.kd_ratio | steps | epochs | CE | KL |")
     assert "| run0.0 | 0 | 4 | 1.33 |" in plain
-    assert f"| {runs[1].losses['kd_loss']:.4f} |" in distilled
-    assert runs[0].losses["kd_loss"] is None
+    assert f"| {runs[1].losses['kl']:.4f} |" in distilled
+    assert runs[0].losses["kl"] is None
 
     assert runs[1].num_epochs == pytest.approx(4 / 3)  # three steps an epoch
     (use,) = cache_uses(runs)
@@ -203,7 +204,22 @@ def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tm
     found = json.loads((tmp_path / "found.json").read_text())
     assert [run["name"] for run in found["runs"]] == ["run0.0", "run1.0"]
     assert found["caches"][0]["break_even_epochs"] == pytest.approx(use.costs.break_even_epochs)
-    assert (tmp_path / "plots" / "kd_loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plots" / "kl.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kl_is_the_divergence_itself_whatever_the_temperature(tree: dict[str, Any]) -> None:
+    """kd_loss carries the factor temperature ** 2, by which a sweep over temperatures would be ranked."""
+    recipe = make_recipe(tree, loss__kd_ratio=1.0, loss__temperature=2.0)
+    assert run_alone(recipe) == 0
+    run = read_run(recipe.run.path)
+    shown = command("evaluate", str(run.path), "--no-references", "--json").stdout
+    (evaluated,) = json.loads(shown[shown.index("[\n") :])
+    assert run.losses["kl"] == pytest.approx(evaluated["kl"], rel=1e-4)
+    assert run.to_json()["losses"]["kl"] == run.losses["kl"]
+    assert points(run, "validation", "kl")[-1] == (4, run.losses["kl"])
+    for event in ("step", "validation"):
+        carried = {step: value / 4 for step, value in points(run, event, "kd_loss")}
+        assert dict(points(run, event, "kl")) == pytest.approx(carried)
 
 
 def test_a_part_of_an_epoch_is_no_whole_one(tree: dict[str, Any]) -> None:
