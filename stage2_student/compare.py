@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -123,6 +124,12 @@ def _with_kl(metrics: Metrics, *, temperature: float) -> Metrics:
     return Metrics(tuple(found))
 
 
+def labels(runs: Sequence[RunRecord]) -> list[str]:
+    """What to call each run: its name, or its folder where several have that name."""
+    times = Counter(run.name for run in runs)
+    return [run.name if times[run.name] == 1 else str(run.path) for run in runs]
+
+
 def differing(runs: Sequence[RunRecord]) -> list[str]:
     """The settings that not all runs share, names left out; of a section that some lack, its first key alone."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if not key.startswith(UNIMPORTANT))
@@ -142,7 +149,7 @@ def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     head = ["run", *settings, "steps", "epochs", "CE", "KL", "right", "positions/s", "step", "memory"]
     rows = [
         [
-            run.name if run.is_finished else f"{run.name} (not finished)",
+            label if run.is_finished else f"{label} (not finished)",
             *(_plain(run.settings.get(key)) for key in settings),
             str(run.num_steps),
             _number(run.num_epochs, ".2f"),
@@ -153,7 +160,7 @@ def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
             _number(run.step_s, ".3f", " s"),
             _number(run.peak_memory_gib, ".2f", " GiB"),
         ]
-        for run in runs
+        for label, run in zip(labels(runs), runs, strict=True)
     ]
     return head, rows
 
@@ -161,7 +168,7 @@ def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
 def table(runs: Sequence[RunRecord]) -> list[str]:
     """The results in Markdown, one line a run."""
     head, rows = results(runs)
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(map(_cell, cells))} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 @dataclass(frozen=True)
@@ -228,10 +235,10 @@ def points(run: RunRecord, event: str, field: str) -> list[tuple[int, float]]:
 
 
 def _draw_validations(axes: Any, *, runs: Sequence[RunRecord], field: str, title: str) -> None:
-    for number, run in enumerate(runs):
+    for number, (label, run) in enumerate(zip(labels(runs), runs, strict=True)):
         if found := points(run, "validation", field):
             color = f"C{number}"  # of a run, the same in every figure
-            axes.plot(*zip(*found, strict=True), marker="o", markersize=3, label=run.name, color=color)
+            axes.plot(*zip(*found, strict=True), marker="o", markersize=3, label=label, color=color)
     axes.set(title=f"Validation: {title}", xlabel="step", ylabel="nats a position")
     if axes.lines:
         axes.legend(frameon=False)
@@ -282,6 +289,12 @@ def captured_times(location: str) -> CapturedTimes | None:
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _cell(text: str) -> str:
+    """Of a Markdown table: what would end the cell or its line is escaped."""
+    marked = text.replace("\\", "\\\\").replace("|", "\\|")
+    return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in marked)
 
 
 def _plain(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from stage2_student.compare import (
     cache_uses,
     captured_times,
     differing,
+    labels,
     points,
     read_run,
     read_runs,
@@ -262,6 +264,29 @@ def test_a_cache_that_never_pays(tree: dict[str, Any], tmp_path: Path) -> None:
     save([read_run(path)], tmp_path / "found.json")
     (cache,) = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)["caches"]
     assert cache["break_even_epochs"] is None
+
+
+def test_runs_of_one_name_are_told_apart(tree: dict[str, Any], tmp_path: Path) -> None:
+    places = [("a", "same"), ("b", "same"), ("a", "other")]
+    runs = [
+        read_run(written_run(make_recipe(tree, run__root=str(tmp_path / root), run__name=name)))
+        for root, name in places
+    ]
+    assert labels(runs) == [str(tmp_path / "a" / "same"), str(tmp_path / "b" / "same"), "other"]
+    shown = [line.split(" | ")[0] for line in table(runs)[2:]]
+    assert shown == [f"| {label} (not finished)" for label in labels(runs)]
+
+
+@pytest.mark.parametrize("prompt", ["one\ntwo", "one|two", "one\r\ntwo", "a\\|b"])
+def test_a_value_cannot_break_the_table(tree: dict[str, Any], prompt: str) -> None:
+    recipes = [
+        make_recipe(tree, run__name="bare"),
+        make_recipe(tree, run__name="told", data__system_prompt=prompt),
+    ]
+    lines = table([read_run(written_run(recipe)) for recipe in recipes])
+    assert all(len(line.splitlines()) == 1 for line in lines)
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert len(columns) == 1
 
 
 def test_a_capture_that_was_stopped_has_cost_what_all_of_it_costs(
