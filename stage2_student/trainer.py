@@ -160,7 +160,7 @@ class Trainer:
         return {
             "event": "step",
             "step": self.step,
-            "epoch": (self.step - 1) // self.shape.num_steps_per_epoch,  # done
+            "epoch": (self.step - 1) // self.shape.num_steps_per_epoch,
             "num_epochs": self.step / self.shape.num_steps_per_epoch,  # done
             **_named(losses, distils=self.recipe.distils),
             "grad_norm": result.grad_norm,
