@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.kd_loss import fused_ce_kd
+from shared.kd_loss import KDLoss, fused_ce_kd
 from shared.policies import Policy, TopK
 from tests.test_kd_loss_fused import THRESHOLD, Problem
 
@@ -46,6 +46,14 @@ def test_wrong_ids_give_nan() -> None:
     assert bool(on_gpu(problem, kd_ratio=0.5)[0][0].isnan())
     problem.labels[1] = 0
     assert bool(on_gpu(problem, kd_ratio=0.5, num_vocab_ids=2)[0][0].isnan())
+
+
+def test_wrong_ids_give_nan_from_logits() -> None:
+    targets = Problem(4, 17, THRESHOLD, dtype=torch.float32).targets.to("cuda")
+    logits, labels = torch.zeros(4, 2, device="cuda").requires_grad_(), torch.zeros(4).long().cuda()
+    loss = KDLoss()(logits, targets, labels)
+    assert bool(loss.isnan())
+    assert bool(torch.autograd.grad(loss, logits)[0].isnan().all())
 
 
 def test_the_host_does_not_wait() -> None:

@@ -23,7 +23,7 @@ from shared.errors import RecipeError
 from shared.kd_loss.chunk import chunk_loss_, rows_per_tile
 from shared.kd_loss.divergences import FORWARD_KL, Divergence
 from shared.kd_loss.gradients import scaled
-from shared.kd_loss.positions import Positions, with_checked_ids
+from shared.kd_loss.positions import with_checked_entries
 from shared.kd_loss.teacher import sparse_teacher
 from shared.kd_loss.tile import LossSettings
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
@@ -92,8 +92,7 @@ class KDLoss(nn.Module):
         if isinstance(teacher, Tensor):
             kd = self._from_logits(student_MV, teacher, index_N, shard)
         else:
-            chunk_kd = self._sparse_chunks(teacher, index_N, student_MV, shard)
-            kd = _ChunkedKd.apply(student_MV, index_N, self.chunk_size, chunk_kd, torch.is_grad_enabled())
+            kd = self._from_targets(student_MV, teacher, index_N, shard)
         num_labels = len(index_N) if num_batch_labels is None else num_batch_labels
         return kd / (num_labels.clamp_min(1) if isinstance(num_labels, Tensor) else max(1, num_labels))
 
@@ -137,37 +136,32 @@ class KDLoss(nn.Module):
         student_RV.copy_(gradient_RV.mul_(temperature))
         return kd_R * temperature**2
 
-    def _sparse_chunks(
-        self, targets: SparseTargets, index_N: Tensor, student_MV: Tensor, shard: VocabShard | None
-    ) -> ChunkKd:
+    def _from_targets(
+        self, student_MV: Tensor, targets: SparseTargets, index_N: Tensor, shard: VocabShard | None
+    ) -> Tensor:
         if targets.num_positions != len(index_N):
             raise ValueError(
                 f"the targets have {targets.num_positions} positions, the labels {len(index_N)} valid ones"
             )
         num_ids = student_MV.shape[1] if shard is None else shard.total_ids
-        labels_N = torch.zeros_like(index_N)
-        positions = Positions(student_MV, labels_N, None, targets, count=labels_N.sum())
-        positions = with_checked_ids(positions, num_ids, num_ids)
-        weights_N, targets = positions.weights_N, positions.targets or targets
+        targets, factor = with_checked_entries(targets, num_ids)
         teacher = sparse_teacher(
             targets,
             temperature=self.temperature,
             divergence=self.divergence,
             tail=self.tail,
             num_vocab_ids=num_ids,
-            dtype=torch.promote_types(student_MV.dtype, torch.float32),
+            dtype=_sum_dtype(student_MV),
         )
         settings = LossSettings(1.0, self.temperature, num_ids, None, self.divergence, shard)
 
         def chunk_kd(logits_CV: Tensor, start: int) -> Tensor:
-            chunk = slice(start, start + len(logits_CV))
-            weights_C = None if weights_N is None else weights_N[chunk]
-            _, kd_C = chunk_loss_(
-                logits_CV, labels_N[chunk], weights_C, teacher, start, settings, with_grad=True
-            )
-            return kd_C if weights_C is None else kd_C * weights_C
+            labels_C = torch.zeros_like(index_N[: len(logits_CV)])  # any: CE has no part in the loss
+            _, kd_C = chunk_loss_(logits_CV, labels_C, None, teacher, start, settings, with_grad=True)
+            return kd_C
 
-        return chunk_kd
+        kd = _ChunkedKd.apply(student_MV, index_N, self.chunk_size, chunk_kd, torch.is_grad_enabled())
+        return kd * factor
 
     def _dtype(self, logits: Tensor) -> torch.dtype:
         return _sum_dtype(logits) if self.fp32_upcast else logits.dtype

@@ -75,18 +75,32 @@ def with_checked_ids(positions: Positions, num_ids: int, num_vocab_ids: int) -> 
     if labels_N.device.type == "cpu":
         _refuse_outside(labels_N, num_ids, "label {} is outside the head's {} ids")
         if targets is not None:
-            message = "the targets' id {} is outside the {} ids of the vocabulary"
-            _refuse_outside(targets.ids, num_vocab_ids, message)
+            with_checked_entries(targets, num_vocab_ids)
         return positions
     is_wrong_N = (labels_N < 0) | (labels_N >= num_ids)
-    is_wrong_E = is_wrong_N[:0] if targets is None else (targets.ids < 0) | (targets.ids >= num_vocab_ids)
     weights_N = torch.ones_like(labels_N, dtype=torch.float32) if weights_N is None else weights_N
-    weights_N = weights_N.masked_fill(is_wrong_N | is_wrong_E.any(), torch.nan)
+    weights_N = weights_N.masked_fill(is_wrong_N, torch.nan)
     if targets is not None:
-        targets = replace(targets, ids=targets.ids.masked_fill(is_wrong_E, 0))
+        targets, factor = with_checked_entries(targets, num_vocab_ids)
+        weights_N = weights_N * factor
     return replace(
         positions, labels_N=labels_N.masked_fill(is_wrong_N, 0), weights_N=weights_N, targets=targets
     )
+
+
+def with_checked_entries(targets: SparseTargets, num_vocab_ids: int) -> tuple[SparseTargets, Tensor]:
+    """The same targets, with no id outside the vocabulary, and a factor () of the loss: one, or NaN.
+
+    Raises   ValueError  on a CPU, for an entry outside ``num_vocab_ids``
+    """
+    if targets.ids.device.type == "cpu":
+        _refuse_outside(
+            targets.ids, num_vocab_ids, "the targets' id {} is outside the {} ids of the vocabulary"
+        )
+        return targets, torch.ones(())
+    is_wrong_E = (targets.ids < 0) | (targets.ids >= num_vocab_ids)
+    factor = torch.ones((), device=targets.ids.device).masked_fill(is_wrong_E.any(), torch.nan)
+    return replace(targets, ids=targets.ids.masked_fill(is_wrong_E, 0)), factor
 
 
 def _refuse_outside(ids: Tensor, num_ids: int, message: str) -> None:
