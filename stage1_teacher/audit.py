@@ -7,9 +7,10 @@ Beside each figure stands its *noise floor*: the same figure for the same teache
 example in a batch of its own.  A cache cannot be closer to its teacher than the teacher is to itself.  Where the
 first pass had no larger batches there is no floor: both passes would be the same one.
 
-What a student feels is the gradient of the head.  Its error is measured for a student that knows how often each
-token comes and nothing else: q, the mean of the teacher's distributions over the audited positions.  Hidden
-states are the teacher's, projected to at most 128 dimensions, which keeps norms and angles.
+What a student feels is the gradient of the head, as the trainer's loss makes it, with the recipe's ``loss.tail``.
+Its error is measured for a student that knows how often each token comes and nothing else: q, the mean of the
+teacher's distributions over the audited positions.  Hidden states are the teacher's, projected to at most 128
+dimensions, which keeps norms and angles.
 
 Legend: N positions, n of a block, V vocabulary, E entries, C projected hidden dimensions.
 """
@@ -34,11 +35,13 @@ from shared.runtime import World
 from shared.sparse import SparseTargets
 from shared.survey import inputs_identity
 from stage1_teacher.batching import BatchRunner
-from stage1_teacher.head_gradient import BATCHES, BLOCK, HeadGradients, Measured
+from stage1_teacher.head_gradient import BATCHES, BLOCK, HeadGradients, Measured, pull
 from stage1_teacher.planning import NumberedRows, open_rows
 from stage1_teacher.teacher import Teacher, load_teacher
 
 PROJECTED = 128
+DEFAULT_TAIL = "ghost"  # that of the trainer's loss
+WHOLE_TAILS = ("ghost", "uniform")  # which leave no token without mass
 TRIES = 4  # rows looked at for each that is wanted: some may have been left out of the cache
 # Where no number of examples is asked for: as many as the largest batch needs, but not so many that all their
 # pictures, which are held at once, take much memory.
@@ -55,8 +58,9 @@ class AtTemperature:
     logprob_bias      mean over positions of sum_v (p^ - p)(v) log p(v), nats: zero in expectation where the
                       targets are unbiased; ``logprob_bias_error`` is its standard error over examples, None for one
     answer_bias       mean of (p^ - p) at the answer's token, and its standard error
-    kl                KL(teacher || what is kept, the rest spread evenly), nats; of ``top_k`` and ``top_p``
-                      alone: a draw leaves out tokens that the teacher does not
+    kl                KL(teacher || what the loss takes the cache for), nats: kept tokens, the rest spread evenly by
+                      the tail mode ``uniform``, and as q has it by ``ghost``.  None where tokens are left
+                      without mass, as by a draw, ``renormalize`` and ``drop``: it would be infinite
     gradient_error    by number of positions, of each in ``BATCHES``: relative error of the head's gradient, mean
                       over such batches; it falls with their size, so it is None where there were too few positions
     gradient_cosine   the same, of the angle between both gradients
@@ -80,6 +84,9 @@ class Audit:
 
     cache: str
     teacher: str
+    tail: (
+        str | None
+    )  # where the loss puts the mass that top_k and top_p left out; None for draws, which leave none
     num_examples: int
     num_positions: int
     num_not_cached: int  # rows that were looked at and are not in the cache
@@ -134,8 +141,8 @@ def audit(
     if sample.num_positions < min_positions:
         raise DataError(
             f"cache {reader.location}: {len(encoded)} examples with {sample.num_positions:,} positions found, a "
-            f"bound on the head's gradient over {min_positions:,} positions needs as many. Take more (--examples), or "
-            "bound the error over fewer (--max-error-positions)"
+            f"bound on the head's gradient over {min_positions:,} positions needs as many. Take more (--examples), "
+            "or bound the error over fewer (--max-error-positions)"
         )
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
     if world.is_main:
@@ -149,10 +156,12 @@ def audit(
                 f"cache {reader.location}: row {one.key.hex()} holds other answer tokens than the data. The "
                 "tokenizers or templates differ"
             )
-    comparison = Comparison.of(teacher, encoded, reader.targets(rows), together, alone, seed=seed)
+    targets, tail = reader.targets(rows), recipe.loss.tail or DEFAULT_TAIL
+    comparison = Comparison.of(teacher, encoded, targets, together, alone, tail=tail, seed=seed)
     return Audit(
         cache=reader.location,
         teacher=recipe.teacher.model,
+        tail=None if targets.policy.is_sampled else tail,
         num_examples=len(encoded),
         num_positions=len(comparison.labels_N),
         num_not_cached=sample.num_not_cached,
@@ -269,6 +278,7 @@ class Comparison:
     labels_N: Tensor
     example_N: Tensor
     targets: SparseTargets
+    tail: str
 
     @classmethod
     def of(
@@ -279,6 +289,7 @@ class Comparison:
         hidden_ND: Tensor,
         again_ND: Tensor | None,
         *,
+        tail: str,
         seed: int,
     ) -> Comparison:
         generator = torch.Generator().manual_seed(seed)
@@ -298,6 +309,7 @@ class Comparison:
             labels_N=torch.cat([one.answer_ids for one in encoded])[order],
             example_N=torch.arange(len(encoded)).repeat_interleave(counts)[order],
             targets=targets.select(order),
+            tail=tail,
         )
 
     @torch.inference_mode()
@@ -306,26 +318,31 @@ class Comparison:
         total_V = torch.zeros(self.teacher.num_token_ids, dtype=torch.float64)
         for block in self._blocks():
             total_V += self._probs(self.hidden_ND, block, temperature).sum(0, dtype=torch.float64)
-        student_V = (total_V / len(self.labels_N)).float()
+        student_V = total_V / len(self.labels_N)
         columns: dict[str, list[Tensor]] = {}
+
+        def add(figures: dict[str, Tensor], name: str) -> None:
+            for figure, values_n in figures.items():
+                columns.setdefault(f"{figure} {name}", []).append(values_n)
+
         gradients = HeadGradients(len(self.labels_N))
         for block in progress(
             list(self._blocks()), desc=f"comparing at {temperature:g}", unit="block", leave=False
         ):
             live_nV = self._probs(self.hidden_ND, block, temperature)
             again_nV = None if self.again_ND is None else self._probs(self.again_ND, block, temperature)
-            kept_nV = self._kept(block, temperature)
-            for name, other_nV in (("cache", kept_nV), ("floor", again_nV)):
-                if other_nV is None:
-                    continue
-                figures = self._figures(live_nV, other_nV, block, is_cache=name == "cache")
-                for figure, values_n in figures.items():
-                    columns.setdefault(f"{figure} {name}", []).append(values_n)
+            pull_nV = pull(self._targets(block), student_V, temperature=temperature, tail=self.tail)
+            found = self._figures(live_nV, self._kept(block, temperature), block)
+            if not self.targets.policy.is_sampled and self.tail in WHOLE_TAILS:
+                found["kl"] = _kl(live_nV, (student_V + pull_nV).float())
+            add(found, "cache")
+            if again_nV is not None:
+                add(self._figures(live_nV, again_nV, block) | {"kl": _kl(live_nV, again_nV)}, "floor")
             gradients.add(
                 self.features_NC[block],
-                live_nV=live_nV - student_V,
-                cache_nV=self._taught(kept_nV, student_V),
-                floor_nV=None if again_nV is None else again_nV - student_V,
+                live_nV=(live_nV - student_V).float(),
+                cache_nV=pull_nV.float(),
+                floor_nV=None if again_nV is None else (again_nV - student_V).float(),
             )
         return self._result(
             temperature, {name: torch.cat(parts) for name, parts in columns.items()}, gradients
@@ -340,48 +357,27 @@ class Comparison:
         logprobs_nV = self.teacher.logprobs(hidden_ND[block].to(self.teacher.device)).cpu()
         return (logprobs_nV / temperature).softmax(-1) if temperature != 1.0 else logprobs_nV.exp()
 
+    def _targets(self, block: slice) -> SparseTargets:
+        return self.targets.slice(block.start, block.stop)
+
     def _kept(self, block: slice, temperature: float) -> Tensor:
         """The cache's weights, (n, V) fp32."""
-        part = self.targets.slice(block.start, block.stop)
+        part = self._targets(block)
         kept_nV = torch.zeros(part.num_positions, self.teacher.num_token_ids)
         kept_nV.index_put_((part.position_index, part.ids.long()), part.weights(temperature), accumulate=True)
         return kept_nV
 
-    def _taught(self, kept_nV: Tensor, student_V: Tensor) -> Tensor:
-        """(n, V): the negative gradient by the student's logits, as the trainer makes it of these targets."""
-        mass_n1 = kept_nV.sum(-1, keepdim=True)
-        if self.targets.policy.is_sampled:
-            return kept_nV - mass_n1 * student_V
-        others_nV = student_V.expand_as(kept_nV).masked_fill(
-            kept_nV > 0, 0
-        )  # the trainer's default: a ghost bucket
-        ghost_nV = others_nV * ((1 - mass_n1).clamp_min(0) / others_nV.sum(-1, keepdim=True).clamp_min(1e-30))
-        return kept_nV + ghost_nV - student_V
-
-    def _figures(
-        self, live_nV: Tensor, other_nV: Tensor, block: slice, *, is_cache: bool
-    ) -> dict[str, Tensor]:
-        """One number a position, (n,), of each figure that is defined."""
-        log_live_nV = live_nV.clamp_min(1e-30).log()
+    def _figures(self, live_nV: Tensor, other_nV: Tensor, block: slice) -> dict[str, Tensor]:
+        """One number a position, (n,), of each figure."""
         difference_nV = other_nV - live_nV
         labels_n1 = self.labels_N[block, None]
-        figures = {
-            "top1": (other_nV.gather(1, live_nV.argmax(-1, keepdim=True)) == other_nV.amax(-1, keepdim=True))
-            .squeeze(1)
-            .float(),
+        is_top_n1 = other_nV.gather(1, live_nV.argmax(-1, keepdim=True)) == other_nV.amax(-1, keepdim=True)
+        return {
+            "top1": is_top_n1.squeeze(1).float(),
             "mass": other_nV.sum(-1),
-            "logprob": (difference_nV * log_live_nV).sum(-1),
+            "logprob": (difference_nV * _log(live_nV)).sum(-1),
             "answer": difference_nV.gather(1, labels_n1).squeeze(1),
         }
-        if not is_cache:
-            figures["kl"] = (live_nV * (log_live_nV - other_nV.clamp_min(1e-30).log())).sum(-1)
-        elif not self.targets.policy.is_sampled:
-            missing_n1 = (1 - other_nV.sum(-1, keepdim=True)).clamp_min(0)
-            is_left_nV = other_nV == 0
-            even_n1 = missing_n1 / is_left_nV.sum(-1, keepdim=True).clamp_min(1)
-            filled_nV = torch.where(is_left_nV, even_n1, other_nV).clamp_min(1e-30)
-            figures["kl"] = (live_nV * (log_live_nV - filled_nV.log())).sum(-1)
-        return figures
 
     def _result(
         self, temperature: float, columns: dict[str, Tensor], gradients: HeadGradients
@@ -414,11 +410,22 @@ class Comparison:
         return sums_B.norm().item() / len(values_N)
 
 
+def _kl(live_nV: Tensor, other_nV: Tensor) -> Tensor:
+    """KL(live || other), (n,)."""
+    return (live_nV * (_log(live_nV) - _log(other_nV))).sum(-1)
+
+
+def _log(probs_nV: Tensor) -> Tensor:
+    return probs_nV.clamp_min(1e-30).log()
+
+
 def show(found: Audit) -> None:
     """A table for people."""
     click.echo(
         f"cache {found.cache} against {found.teacher}: {found.num_examples} examples, {found.num_positions} positions"
     )
+    if found.tail is not None:
+        click.echo(f"  gradient and reconstruction with tail {found.tail} (loss.tail)")
     if found.num_not_cached or found.num_unreadable:
         click.echo(
             f"  left out: {found.num_not_cached} row(s) are not in the cache, {found.num_unreadable} cannot be read"

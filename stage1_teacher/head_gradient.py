@@ -1,5 +1,9 @@
 """How far apart two targets are for a student: by the gradient of its head, over batches of several sizes.
 
+    gradients = HeadGradients(num_positions)
+    cache_nV = pull(targets, student_V, temperature=1.0, tail="ghost")
+    gradients.add(features_nC, live_nV=live_nV - student_V, cache_nV=cache_nV, floor_nV=None)
+
 Legend: n positions of a block, V vocabulary, C projected hidden dimensions.
 """
 
@@ -7,10 +11,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from shared.kd_loss import FORWARD_KL
+from shared.kd_loss.chunk import chunk_loss_
+from shared.kd_loss.teacher import sparse_teacher
+from shared.kd_loss.tile import LossSettings
+from shared.sparse import SparseTargets
 
 BLOCK = 64  # positions at a time
 BATCHES = (64, 512, 4096)  # positions, multiples of a block
+
+
+def pull(targets: SparseTargets, student_V: Tensor, *, temperature: float, tail: str) -> Tensor:
+    """What the trainer's own loss pulls the student's logits by, over the temperature: the negative gradient.
+
+    Added to the student it is the distribution that the loss takes the targets for, where that is one.
+
+    Shapes   student_V (V,) fp64, a student that says the same everywhere, at this temperature
+    Returns  (n, V) fp64, as what is left of a difference is looked at
+    """
+    num_ids = len(student_V)
+    teacher = sparse_teacher(
+        targets,
+        temperature=temperature,
+        divergence=FORWARD_KL,
+        tail=tail,
+        num_vocab_ids=num_ids,
+        dtype=torch.float64,
+    )
+    logits_nV = student_V.clamp_min(1e-300).log().repeat(targets.num_positions, 1)
+    labels_n = torch.zeros(targets.num_positions, dtype=torch.int64)  # of CE, which has no part in it
+    # At temperature 1, as these logits have been divided by theirs.
+    settings = LossSettings(kd_ratio=1.0, temperature=1.0, num_vocab_ids=num_ids)
+    chunk_loss_(logits_nV, labels_n, None, teacher, 0, settings, with_grad=True)
+    return logits_nV.neg_()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,22 @@ import datasets
 import pytest
 import torch
 from click.testing import CliRunner
+from reference_losses import truncated_kd
 
 from shared.cache import CacheReader
 from shared.cache.layout import LOG_NAME
 from shared.config import Recipe
 from shared.errors import CacheFormatError, CacheMismatchError, DataError, RecipeError
+from shared.kd_loss import fused_ce_kd
+from shared.policies import TAIL_MODES, TopK
 from shared.recipe_files import validate_tree
 from shared.runtime import StopRequest, distributed
+from shared.sparse import sparsify
 from shared.vlm import load_vlm
 from stage1_teacher.__main__ import commands
-from stage1_teacher.audit import AtTemperature, Audit, audit
+from stage1_teacher.audit import DEFAULT_TAIL, AtTemperature, Audit, audit
 from stage1_teacher.capture import capture
-from stage1_teacher.head_gradient import BATCHES, HeadGradients, Measured
+from stage1_teacher.head_gradient import BATCHES, HeadGradients, Measured, pull
 
 
 @pytest.fixture
@@ -138,6 +143,45 @@ def test_without_a_second_pass_gradients_have_no_floor() -> None:
     assert gradients.errors()[64] == Measured(cache=0.0, floor=None)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("tail", TAIL_MODES)
+def test_the_pull_is_the_gradient_of_the_loss(tail: str, temperature: float) -> None:
+    logits_NV = torch.randn(3, 11, generator=torch.Generator().manual_seed(1)).double()
+    targets = sparsify(
+        logits_NV.float().log_softmax(-1), TopK(k=4), temperatures=(1.0, 2.0), seeds=torch.arange(3)
+    )
+    student_V = torch.linspace(-1, 1, 11, dtype=torch.float64).requires_grad_()
+    pull_NV = pull(
+        targets, (student_V.detach() / temperature).softmax(-1), temperature=temperature, tail=tail
+    )
+    for position in range(3):
+        one = targets.slice(position, position + 1)
+        loss = truncated_kd(student_V, one.ids, one.weights(temperature), temperature, tail)
+        (gradient_V,) = torch.autograd.grad(loss, student_V)
+        torch.testing.assert_close(pull_NV[position], -gradient_V / temperature, rtol=1e-5, atol=1e-6)
+
+
+def test_the_tail_is_that_of_the_recipe(tree: dict[str, Any]) -> None:
+    """What a student feels of a cut cache depends on where the loss puts the rest."""
+    recipe, path = captured(tree, policy={"kind": "top_k", "k": 4})
+    found = {
+        tail: audited(recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"tail": tail})}), path)
+        for tail in (None, *TAIL_MODES)
+    }
+    assert [one.tail for one in found.values()] == ["ghost", *TAIL_MODES]
+    assert found[None].results == found["ghost"].results
+    assert len({error_over_64(found[tail].results[0]) for tail in TAIL_MODES}) == 4
+    kl = {tail: found[tail].results[0].kl.cache for tail in TAIL_MODES}
+    assert kl["ghost"] is not None
+    assert kl["uniform"] is not None
+    assert 0 < kl["ghost"] != kl["uniform"] > 0
+    assert kl["renormalize"] is kl["drop"] is None
+
+
+def test_the_default_tail_is_that_of_the_trainers_loss() -> None:
+    assert inspect.signature(fused_ce_kd).parameters["tail"].default == DEFAULT_TAIL
+
+
 def test_one_example_has_neither_a_noise_floor_nor_a_standard_error(tree: dict[str, Any]) -> None:
     """Its batch is of one shape in both passes, and one number has no scatter: a zero would be a claim."""
     found = audited(*captured(tree), num_examples=1)
@@ -176,12 +220,19 @@ def test_the_command_finds_the_recipe_in_the_cache(tree: dict[str, Any]) -> None
     (result,) = found["results"]
     assert set(result["gradient_error"]) == {"64", "512", "4096"}
     assert result["gradient_error"]["4096"] == {"cache": None, "floor": None}
+    assert found["tail"] is None
 
 
 def test_a_missing_size_says_what_it_needs(tree: dict[str, Any]) -> None:
     _, path = captured(tree)
     (line,) = [line for line in invoke(str(path)).output.splitlines() if "4,096 positions: error" in line]
     assert line.split()[-5:] == ["-", "-", "(needs", "4,096", "positions)"]
+
+
+def test_the_tail_is_named(tree: dict[str, Any]) -> None:
+    _, path = captured(tree, policy={"kind": "top_k", "k": 4})
+    assert "tail uniform" in invoke(str(path), "--set", "loss.tail=uniform").output
+    assert "tail ghost" in invoke(str(path)).output
 
 
 def test_settings_are_laid_over_the_recipe_of_the_cache(tree: dict[str, Any]) -> None:
