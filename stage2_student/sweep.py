@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -106,35 +107,77 @@ def sweep(jobs: Sequence[Job], *, num_parallel: int) -> Outcome:
     """
     outcome = Outcome()
     pending, slots = list(jobs), list(range(num_parallel))
-    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
-    told: frozenset[int] = frozenset()
+    running: dict[int, _Attempt] = {}
     with stop_on_sigterm() as stop:
         try:
             while running or (pending and not stop.received):
                 while pending and slots and not stop.received:
                     job, slot = pending.pop(0), slots.pop(0)
                     click.echo(f"begins  {job.name}")
-                    running[slot] = (job, _start(job, slot, num_parallel))
-                if stop.received:
-                    told = _tell([process for _, process in running.values()], told)
-                for slot, (job, process) in list(running.items()):
-                    status = process.poll()
+                    running[slot] = _start(job, slot, num_parallel)
+                for slot, attempt in list(running.items()):
+                    if stop.received:
+                        attempt.tell()
+                    status = attempt.status()
                     if status is not None:
                         del running[slot]
                         slots.append(slot)
-                        outcome.statuses[job.name] = status if status >= 0 else 128 - status
-                        click.echo(_ending(job, outcome.statuses[job.name]))
+                        outcome.statuses[attempt.job.name] = status
+                        click.echo(attempt.ending(status))
                 time.sleep(POLL_S)
         finally:  # empty, unless something went wrong here
-            _tell([process for _, process in running.values()], told)
-            for _, process in running.values():
-                process.wait()
+            for attempt in running.values():
+                attempt.tell()
+            for attempt in running.values():
+                attempt.process.wait()
     for job in pending:
         outcome.statuses[job.name] = INTERRUPTED_STATUS
     return Outcome({job.name: outcome.statuses[job.name] for job in jobs})
 
 
-def _start(job: Job, slot: int, num_parallel: int) -> subprocess.Popen[bytes]:
+@dataclass
+class _Attempt:
+    """A job that runs; ``log_begin`` is where its part of the log begins, after those of earlier attempts."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    log_begin: int
+    told: bool = False
+
+    def tell(self) -> None:
+        """Hands SIGTERM on, once; a second one would end the run without a checkpoint."""
+        if not self.told:
+            self.process.terminate()
+            self.told = True
+
+    def status(self) -> int | None:
+        """None while it runs; as a shell counts it for a death by signal."""
+        found = self.process.poll()
+        if self.told and found == -signal.SIGTERM:  # it was still importing, and has nothing to save
+            return INTERRUPTED_STATUS
+        return found if found is None or found >= 0 else 128 - found
+
+    def ending(self, status: int) -> str:
+        job = self.job
+        if status == 0:
+            return f"done    {job.name}"
+        if status == INTERRUPTED_STATUS:
+            return f"stopped {job.name}: the same command goes on"
+        killed = self.process.returncode < 0
+        reason = (
+            f"killed by signal {-self.process.returncode}" if killed else f"status {status}, {self._reason()}"
+        )
+        return f"FAILED  {job.name}: {reason} (all of it: {job.log})"
+
+    def _reason(self) -> str:
+        with open(self.job.log, "rb") as log:
+            log.seek(self.log_begin)
+            lines = log.read().decode("utf-8", errors="replace").splitlines()
+        last = lines[-1] if lines else "no output"
+        return next((line for line in reversed(lines) if "rror" in line), last).strip()[:300]
+
+
+def _start(job: Job, slot: int, num_parallel: int) -> _Attempt:
     environment = dict(os.environ)
     num_gpus = torch.cuda.device_count()
     if num_gpus:
@@ -144,27 +187,11 @@ def _start(job: Job, slot: int, num_parallel: int) -> subprocess.Popen[bytes]:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_parallel)))
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
-        return subprocess.Popen(
+        log_begin = log.tell()
+        process = subprocess.Popen(
             job.command(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
         )
-
-
-def _tell(processes: Sequence[subprocess.Popen[bytes]], told: frozenset[int]) -> frozenset[int]:
-    """Hands SIGTERM on, once to each; a second one would end it without a checkpoint."""
-    for process in processes:
-        if process.pid not in told:
-            process.terminate()
-    return told | {process.pid for process in processes}
-
-
-def _ending(job: Job, status: int) -> str:
-    if status == 0:
-        return f"done    {job.name}"
-    if status == INTERRUPTED_STATUS:
-        return f"stopped {job.name}: the same command goes on"
-    tail = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    reason = next((line for line in reversed(tail) if "rror" in line), tail[-1] if tail else "no output")
-    return f"FAILED  {job.name}: status {status}, {reason.strip()[:300]} (all of it: {job.log})"
+        return _Attempt(job, process, log_begin)
 
 
 def _split(text: str) -> list[str]:

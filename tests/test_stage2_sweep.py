@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import yaml
 from click.testing import CliRunner, Result
 from stage2_runs import make_recipe, run_alone
 
-from shared.config import Recipe, dump_recipe
+from shared.config import Recipe, dump_recipe, load_recipe
 from shared.errors import RecipeError
 from shared.runtime import INTERRUPTED_STATUS
 from stage2_student.__main__ import commands
@@ -35,7 +37,8 @@ from stage2_student.compare import (
     table,
 )
 from stage2_student.identity import flat
-from stage2_student.sweep import plan_jobs
+from stage2_student.sweep import Job, plan_jobs
+from stage2_student.sweep import sweep as run_sweep
 
 
 @pytest.fixture
@@ -124,6 +127,70 @@ def test_a_wrong_grid_is_refused_before_any_run(recipe: str, grid: list[str], me
 # --- running ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Script(Job):
+    """A job that is a few lines of Python instead of a run."""
+
+    code: str
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", self.code]
+
+
+@pytest.fixture
+def script(recipe: str) -> Callable[..., Script]:
+    def make(code: str, name: str = "grid") -> Script:
+        return Script(recipe, (), load_recipe(recipe, overrides=(f"run.name={name}",)), code)
+
+    return make
+
+
+def test_a_job_that_is_told_to_stop_before_it_listens_is_stopped(
+    script: Callable[..., Script], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that still imports torch: SIGTERM ends it, and that is no failure."""
+    job = script("import time; print('begun', flush=True); time.sleep(60)")
+
+    def stop_once_begun() -> None:
+        while not (job.log.exists() and "begun" in job.log.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop_once_begun, daemon=True)
+    stopping.start()
+    outcome = run_sweep([job], num_parallel=1)
+    stopping.join()
+    assert outcome.statuses == {"grid": INTERRUPTED_STATUS}
+    assert outcome.failed == []
+    assert "stopped grid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_job_that_something_else_kills_has_failed(
+    script: Callable[..., Script], capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    outcome = run_sweep(
+        [script(f"import os; print('error: no reason'); os.kill(os.getpid(), {int(number)})")], num_parallel=1
+    )
+    assert outcome.statuses == {"grid": 128 + number}
+    assert f"FAILED  grid: killed by signal {int(number)} " in capsys.readouterr().out
+
+
+def test_the_reason_is_of_this_attempt(
+    script: Callable[..., Script], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (
+        script("import sys; sys.exit('an error: old')"),
+        script("import sys; sys.exit('out of disk')"),
+    )
+    for job in (first, second):
+        assert run_sweep([job], num_parallel=1).statuses == {"grid": 1}
+    old, new = (line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED"))
+    assert "status 1, an error: old" in old
+    assert "status 1, out of disk" in new
+    assert "an error: old" in second.log.read_text()
+
+
 @pytest.mark.slow
 def test_a_failed_run_is_reported_and_the_others_are_finished(
     recipe: str, tmp_path: Path, student_folder: Path
@@ -134,8 +201,8 @@ def test_a_failed_run_is_reported_and_the_others_are_finished(
     assert shown.output.count("done    ") == shown.output.count("FAILED  ") == 2
     assert "2 of 4 failed" in shown.output
     assert "| loss.kd_ratio |" in shown.output
-    finished = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/results.json"))
-    assert [name.rpartition("-")[2] for name in finished] == ["kd_ratio=0", "kd_ratio=1"]
+    finished = [read_run(path.parent) for path in (tmp_path / "runs").glob("*/results.json")]
+    assert sorted(run.settings["loss.kd_ratio"] for run in finished) == [0, 1]
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/results.json")}
     again = command(
