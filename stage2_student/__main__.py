@@ -115,12 +115,10 @@ def evaluate(
 )
 @click.option(
     "--jobs",
-    default=1,
-    show_default=True,
     type=click.IntRange(min=1),
-    help="Runs at once; each has its own GPU.",
+    help="Runs at once; by default one for each GPU, or one at a time without.",
 )
-def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: int) -> int:
+def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: int | None) -> int:
     """Train a student of RECIPE for every combination of the grid; the same command goes on with the rest."""
     from stage2_student.compare import read_run, table
     from stage2_student.sweep import plan_jobs

@@ -100,11 +100,14 @@ def plan_jobs(recipe: str, overrides: Sequence[str], grid: Sequence[str]) -> lis
     return jobs
 
 
-def sweep(jobs: Sequence[Job], *, num_parallel: int) -> Outcome:
+def sweep(jobs: Sequence[Job], *, num_parallel: int | None = None) -> Outcome:
     """Runs all jobs, at most so many at once; SIGTERM is handed on to those that run, and no more are begun.
 
     With GPUs, each job sees one of its own; without, all share the cores evenly.
+
+    num_parallel  by default the number of GPUs, or 1 without
     """
+    num_parallel = min(num_parallel or max(1, torch.cuda.device_count()), len(jobs))
     outcome = Outcome()
     pending, slots = list(jobs), list(range(num_parallel))
     running: dict[int, _Attempt] = {}

@@ -145,6 +145,11 @@ def script(recipe: str) -> Callable[..., Script]:
     return make
 
 
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+
 def test_a_job_that_is_told_to_stop_before_it_listens_is_stopped(
     script: Callable[..., Script], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +194,34 @@ def test_the_reason_is_of_this_attempt(
     assert "status 1, an error: old" in old
     assert "status 1, out of disk" in new
     assert "an error: old" in second.log.read_text()
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_cores_are_shared_by_the_jobs_there_are(
+    script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    jobs = [script("import os; print(os.environ['OMP_NUM_THREADS'])", name) for name in ("one", "two")]
+    run_sweep(jobs[:1], num_parallel=8)
+    assert jobs[0].log.read_text().split() == ["16"]
+    run_sweep(jobs, num_parallel=8)
+    assert [job.log.read_text().split()[-1] for job in jobs] == ["8", "8"]
+
+
+@pytest.mark.parametrize(("num_gpus", "at_once"), [(0, 1), (1, 1), (2, 2)])
+def test_as_many_at_once_as_there_are_gpus(
+    script: Callable[..., Script],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    num_gpus: int,
+    at_once: int,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    jobs = [script("import time; time.sleep(0.5)", name) for name in ("one", "two", "three")]
+    run_sweep(jobs)
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert shown.index("done") == at_once
 
 
 @pytest.mark.slow
