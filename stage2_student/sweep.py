@@ -15,8 +15,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import click
@@ -24,9 +26,11 @@ import torch
 
 from shared.config import Recipe, load_recipe
 from shared.errors import RecipeError
+from shared.fingerprints import digest
 from shared.runtime import INTERRUPTED_STATUS, stop_on_sigterm
 
 POLL_S = 0.2
+MAX_NAME = 120  # characters; file systems take 255 bytes, and suffixes are to come
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def plan_jobs(recipe: str, overrides: Sequence[str], grid: Sequence[str]) -> lis
     jobs = []
     for combination in itertools.product(*axes.values()):
         settings = [f"{key}={value}" for key, value in zip(axes, combination, strict=True)]
-        name = "-".join([base.run.name, *map(_part, settings)])
+        name = _name(base.run.name, settings)
         own = (*overrides, *settings, f"run.name={name}")
         jobs.append(Job(recipe, own, load_recipe(recipe, overrides=own)))
     names = [job.name for job in jobs]
@@ -210,7 +214,28 @@ def _split(text: str) -> list[str]:
     return [*parts, current.strip()]
 
 
+def _name(base: str, settings: Sequence[str]) -> str:
+    """A run's name: the base's and its settings; of a long one the beginning, and a hash of all settings."""
+    name = "-".join([base, *map(_part, settings)])
+    if len(name) <= MAX_NAME:
+        return name
+    mark = digest(list(settings))[:8]
+    return f"{name[: MAX_NAME - len(mark) - 1]}-{mark}"
+
+
 def _part(setting: str) -> str:
-    """A setting as part of a folder's name: its key's last word and its value."""
+    """A setting as part of a folder's name: its value, and its key's last word where that says which key it is."""
     key, _, value = setting.partition("=")
-    return re.sub(r"[^A-Za-z0-9=._+]+", "_", f"{key.rpartition('.')[2]}={value}")
+    word = key.rpartition(".")[2]
+    return re.sub(r"[^A-Za-z0-9=._+]+", "_", f"{key if word in _shared_words() else word}={value}")
+
+
+@cache
+def _shared_words() -> frozenset[str]:
+    """Last words of more than one key, as ``chunk_size``: of the loss and of the cache.
+
+    Of all keys a recipe may have rather than those it has, so that names do not change with its sections.
+    """
+    sections = Recipe.model_json_schema()["$defs"].values()
+    words = Counter(word for section in sections for word in section["properties"])
+    return frozenset(word for word, count in words.items() if count > 1)

@@ -124,6 +124,35 @@ def test_a_wrong_grid_is_refused_before_any_run(recipe: str, grid: list[str], me
         plan_jobs(recipe, [], grid)
 
 
+def test_a_long_value_makes_a_name_that_the_file_system_takes(recipe: str) -> None:
+    names = [
+        job.name
+        for job in plan_jobs(
+            recipe, [], [f"data.system_prompt={'long ' * 60}one,{'long ' * 60}two", "loss.kd_ratio=0,1"]
+        )
+    ]
+    assert len(set(names)) == 4
+    assert all(len(name) <= 120 and name.startswith("grid-system_prompt=long_long_") for name in names)
+
+
+def test_keys_that_share_their_last_word_do_not_share_a_folder(recipe: str) -> None:
+    names = {
+        key: plan_jobs(recipe, [], [f"{key}={value}"])[0].name
+        for key, value in [
+            ("loss.chunk_size", 64),
+            ("cache.chunk_size", 64),
+            ("optimization.learning_rate", 64),
+            ("student.lora.rank", 64),
+        ]
+    }
+    assert list(names.values()) == [
+        "grid-loss.chunk_size=64",
+        "grid-cache.chunk_size=64",
+        "grid-learning_rate=64",
+        "grid-rank=64",
+    ]
+
+
 # --- running ---------------------------------------------------------------------------------------------
 
 
