@@ -4,7 +4,7 @@
 
 Every variant has the same student, the same order of examples and the same number of steps; a seed changes the
 order and the cache's draws.  Two lengths, of about the same number of steps: one epoch over all rows, and twenty
-over the first 240.  ``top_k`` and ``random`` get the caches nearest in size to the default and to 1/64.
+over the first 240.  ``top_k`` and ``random`` get the largest caches that are not above the default and 1/64 in size.
 What counts is measured against the teacher's *whole* distributions on held-out rows.
 
 Every run is a process of its own, on one thread.  Steps are timed apart: all variants take turns in one process, step
@@ -134,14 +134,14 @@ def policies_of_equal_size(recipe: Recipe, world: World) -> dict[str, Policy]:
     found: dict[str, Policy] = {f"tau 1/{tau}": Threshold(tau=1 / tau) for tau in TAUS}
     for tau in (TAUS[0], 64):
         wanted = num_bytes(Threshold(tau=1 / tau))
-        k = nearest(lambda k: num_bytes(TopK(k=k)), wanted, most=teacher.num_token_ids)
-        draws = nearest(lambda draws: num_bytes(Random(draws=draws)), wanted, most=65535)
+        k = largest_within(lambda k: num_bytes(TopK(k=k)), wanted, most=teacher.num_token_ids)
+        draws = largest_within(lambda draws: num_bytes(Random(draws=draws)), wanted, most=65535)
         found |= {f"top {k}": TopK(k=k), f"random {draws}": Random(draws=draws)}
     return found
 
 
-def nearest(size: Callable[[int], int], wanted: int, *, most: int) -> int:
-    """The largest number, up to ``most``, whose size is at most ``wanted``; sizes rise with it."""
+def largest_within(size: Callable[[int], int], wanted: int, *, most: int) -> int:
+    """The largest number from 1 to ``most`` whose size is at most ``wanted``, 1 if none is; sizes rise with it."""
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -338,19 +338,33 @@ def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str])
                 job = Job(name, variant, length, seed, kd_ratio, policy)
                 if json.dumps(job.key) in done():
                     continue
-                if policy is not None:
-                    with distributed(device="cpu") as world:
-                        capture(replace(job, length="1 epoch").load(), world, StopRequest())
+                capture_for(job)
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     found = pool.apply(run, (job,))
                 keep(job.key, found)
                 print(f"  {' | '.join(map(str, job.key))}: KL {found['kl']:.4f}", file=sys.stderr, flush=True)
-    jobs = [Job(name, variant, TIMED, 0, kd_ratio, policy) for variant, policy in variants.items()]
+    jobs = timed_jobs(name, variants, seeds=seeds, kd_ratio=kd_ratio)
     if any(json.dumps(job.key) not in done() for job in jobs):
+        for job in jobs:
+            capture_for(job)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             ratios = pool.apply(time_steps, (jobs,))
         for job, ratio in zip(jobs, ratios, strict=True):
             keep(job.key, {"step": ratio})
+
+
+def timed_jobs(
+    name: str, variants: dict[str, Policy | None], *, seeds: list[int], kd_ratio: float
+) -> list[Job]:
+    """With one seed, as a step's time hardly depends on it."""
+    return [Job(name, variant, TIMED, seeds[0], kd_ratio, policy) for variant, policy in variants.items()]
+
+
+def capture_for(job: Job) -> None:
+    """The job's cache over all rows, whatever its length; nothing is done where it is there."""
+    if job.policy is not None:
+        with distributed(device="cpu") as world:
+            capture(replace(job, length="1 epoch").load(), world, StopRequest())
 
 
 def main() -> None:

@@ -92,6 +92,6 @@ class Results:
         for variant in self.variants:
             step = self.values(variant, TIMED, "step")
             memory = [mean(self.ratio(variant, one, "peak_bytes", LABELS), ".3f") for one in LENGTHS]
-            cells = [variant, f"{step[0]:.3f}" if step else "-", *memory]
+            cells = [variant, f"{statistics.fmean(step.values()):.3f}" if step else "-", *memory]
             lines.append(f"| {' | '.join(cells)} |")
         return lines
