@@ -86,10 +86,10 @@ def estimate(
             num_epochs=epochs,
             taus=taus or TAUS,
         )
-    if as_json:
-        click.echo(json.dumps(found.to_json(), indent=1))
-    else:
-        show(found)
+        if world.is_main and as_json:
+            click.echo(json.dumps(found.to_json(), indent=1))
+        elif world.is_main:
+            show(found)
     return 0
 
 

@@ -55,8 +55,8 @@ class Times:
 
     live      the teacher's body, and its head and log-softmax at answer positions: what a live teacher costs
     capture   the same, and targets, hand-over and payloads
-    pictures  reading and encoding an example, in one worker process
-    reading   an example's targets from the cache, in one worker process
+    pictures  reading and encoding an example, in one process
+    reading   an example's targets from the cache, in one process
     """
 
     live: float
@@ -81,11 +81,10 @@ class Estimate:
     costs: TeacherCosts
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; ``break_even_epochs`` is None where the cache never pays."""
+        """Plain JSON types."""
         students = {"num_students": self.num_students, "num_epochs": self.num_epochs}
-        epochs = self.costs.break_even_epochs
         return asdict(self) | {
-            "break_even_epochs": epochs if epochs != float("inf") else None,
+            "costs": self.costs.to_json(),
             "live_s": self.costs.live_s(**students),  # type: ignore[arg-type]
             "cached_s": self.costs.cached_s(**students),  # type: ignore[arg-type]
         }
@@ -133,7 +132,13 @@ def estimate(
         num_epochs=epochs_of(recipe, totals.training_examples) if num_epochs is None else num_epochs,
         times=times,
         sizes=tuple(sorted(sizes, key=lambda size: size.bytes_per_position)),
-        costs=teacher_costs(times, totals, recipe.cache.num_workers, num_ranks),
+        costs=teacher_costs(
+            times,
+            totals,
+            capture_workers=recipe.cache.num_workers,
+            student_workers=recipe.run.num_workers,
+            num_ranks=num_ranks,
+        ),
     )
 
 
@@ -163,14 +168,21 @@ def count_all(recipe: Recipe, data: CaptureData, processor: ExampleProcessor) ->
     )
 
 
-def teacher_costs(times: Times, totals: Totals, num_workers: int, num_ranks: int) -> TeacherCosts:
-    """A rank is as fast as the slower of its device and its workers; reading is the workers' alone."""
-    workers = max(1, num_workers)
-    pictures_s = times.pictures / workers
+def teacher_costs(
+    times: Times, totals: Totals, *, capture_workers: int, student_workers: int, num_ranks: int
+) -> TeacherCosts:
+    """A capture is as fast as the slower of a rank's device and its workers; without workers it does both in turn.
+
+    Reading the cache is the part of the student's workers, or of its own process where it has none.
+    """
+    if capture_workers:
+        example_s = max(times.capture, times.pictures / capture_workers)
+    else:
+        example_s = times.capture + times.pictures
     return TeacherCosts(
-        capture_s=totals.examples * max(times.capture, pictures_s) / num_ranks,
+        capture_s=totals.examples * example_s / num_ranks,
         live_epoch_s=totals.training_examples * times.live / num_ranks,
-        cached_epoch_s=totals.training_examples * times.reading / workers / num_ranks,
+        cached_epoch_s=totals.training_examples * times.reading / max(1, student_workers) / num_ranks,
     )
 
 
@@ -232,7 +244,7 @@ class Sample:
             return live_s, capture_s
 
         lengths = [len(one.input_ids) for one in self.encoded]
-        runner = BatchRunner(self.cache.batch_tokens)
+        runner = BatchRunner(self.cache.batch_tokens, may_shrink=not teacher.is_sharded)
         live(teacher, processor.collate(self.encoded[:1]).to(teacher.device), self.cache.chunk_size)
         seconds = [
             result for _, result in progress(runner.run(lengths, forward), desc="teacher", leave=False)
@@ -342,7 +354,7 @@ def show(found: Estimate) -> None:
         f"measured on {found.num_sampled} examples, spread over {found.num_examples:,} with "
         f"{found.num_positions:,} positions\n"
         f"one example takes {1e3 * times.capture:.1f} ms to capture, {1e3 * times.live:.1f} ms of them the teacher; "
-        f"{1e3 * times.pictures:.1f} ms to read and encode in a worker\n"
+        f"{1e3 * times.pictures:.1f} ms to read and encode in one process\n"
     )
     click.echo(f"  {'policy':<20}{'entries':>9}{'bytes':>8}   {'cache':>10}")
     for size in found.sizes:
@@ -356,7 +368,7 @@ def show(found: Estimate) -> None:
         f"capture on {found.num_ranks} device(s): {duration(costs.capture_s)}, {found.num_shards} shard(s)\n"
         f"an epoch costs {duration(costs.live_epoch_s)} with a live teacher, {duration(costs.cached_epoch_s)} from "
         "the cache\n"
-        f"the cache pays after {costs.break_even_epochs:.2f} epoch(s) of all students together\n"
+        f"over all students together, the cache {costs.pays_after()}\n"
         f"{found.num_students} student(s) of {found.num_epochs:.3g} epoch(s): the teacher's part is "
         f"{duration(costs.live_s(num_students=found.num_students, num_epochs=found.num_epochs))} live, "
         f"{duration(costs.cached_s(num_students=found.num_students, num_epochs=found.num_epochs))} with the cache"

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
 from shared.break_even import TeacherCosts
 from shared.cache import CacheReader
 from shared.config import Recipe
-from shared.errors import RecipeError
+from shared.errors import RecipeError, TrainingError
+from shared.processing import Batch
 from shared.recipe_files import validate_tree
-from shared.runtime import StopRequest, distributed
+from shared.runtime import StopRequest, World, distributed
 from stage1_teacher.__main__ import commands
 from stage1_teacher.capture import capture
-from stage1_teacher.estimate import estimate
+from stage1_teacher.estimate import Times, Totals, estimate, teacher_costs
+from stage1_teacher.teacher import Teacher, load_teacher
 
 
 @pytest.fixture
@@ -86,10 +93,12 @@ def test_the_command_prints_a_page_or_json(tree: dict[str, Any], tmp_path: Path)
     assert "top_k 8" in page.output
     assert "<- the recipe" in page.output
     assert "3 student(s) of 2 epoch(s)" in page.output
+    assert re.search(r"the cache (pays after \d+\.\d\d epochs|never pays)", page.output)
     printed = CliRunner().invoke(commands, [*arguments, "--json"], catch_exceptions=False)
     found = json.loads(printed.stdout)
     assert {size["policy"] for size in found["sizes"]} == {"top_k 8", "threshold 1/8"}
     assert found["live_s"] == pytest.approx(6 * found["costs"]["live_epoch_s"])
+    assert "break_even_epochs" in found["costs"]
 
 
 def test_without_a_teacher_there_is_nothing_to_estimate(tree: dict[str, Any]) -> None:
@@ -97,6 +106,57 @@ def test_without_a_teacher_there_is_nothing_to_estimate(tree: dict[str, Any]) ->
     del tree["teacher"], tree["cache"]
     with distributed(device="cpu") as world, pytest.raises(RecipeError, match="needs a teacher and a cache"):
         estimate(validate_tree(Recipe, tree, origin="test"), world)
+
+
+@pytest.mark.parametrize(("num_workers", "seconds"), [(0, 60.0), (1, 40.0), (4, 20.0)])
+def test_a_capture_without_workers_reads_and_computes_in_turn(num_workers: int, seconds: float) -> None:
+    """With workers it is as slow as the slower of both; without, both follow each other."""
+    times = Times(live=1.0, capture=2.0, pictures=4.0, reading=3.0)
+    totals = Totals(examples=10, positions=100, shards=1, training_examples=10)
+    costs = teacher_costs(times, totals, capture_workers=num_workers, student_workers=0, num_ranks=1)
+    assert costs == TeacherCosts(capture_s=seconds, live_epoch_s=10.0, cached_epoch_s=30.0)
+
+
+def test_the_student_reads_with_workers_of_its_own(tree: dict[str, Any]) -> None:
+    tree["run"]["num_workers"] = 3
+    with distributed(device="cpu") as world:
+        found = estimate(validate_tree(Recipe, tree, origin="test"), world, num_examples=2, taus=())
+    assert found.costs.cached_epoch_s == pytest.approx(12 * found.times.reading / 3)
+
+
+def test_only_the_first_rank_prints(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def second_rank() -> Iterator[World]:
+        with distributed(device="cpu") as world:
+            yield replace(world, rank=1)
+
+    monkeypatch.setattr("stage1_teacher.__main__.distributed", second_rank)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    done = CliRunner().invoke(
+        commands, ["estimate", str(tmp_path / "recipe.yaml"), "--examples", "2"], standalone_mode=False
+    )
+    assert (done.return_value, done.stdout) == (0, "")
+
+
+def test_a_sharded_teacher_tries_no_smaller_batch(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks would wait for ever in the batch that did not fit."""
+
+    def load_sharded(*args: Any, **options: Any) -> Teacher:
+        return replace(load_teacher(*args, **options), is_sharded=True)
+
+    def full(teacher: Teacher, batch: Batch, chunk_size: int) -> None:
+        if len(batch.inputs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("stage1_teacher.estimate.load_teacher", load_sharded)
+    monkeypatch.setattr("stage1_teacher.estimate.live", full)
+    recipe = validate_tree(Recipe, tree, origin="test")
+    with distributed(device="cpu") as world, pytest.raises(TrainingError, match="cannot try a smaller one"):
+        estimate(recipe, world, num_examples=4)
 
 
 def test_break_even_by_hand() -> None:
