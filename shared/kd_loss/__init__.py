@@ -1,7 +1,8 @@
 """The distillation loss of both stages: chunked, in closed form, from dense or sparse teachers.
 
 ``fused_ce_kd`` goes from hidden states to the mixed loss without ever holding all logits (stage 2 trains
-with it); ``KDLoss`` starts from logits.  Both report sums in fp32 nats.  The derivation is in docs/loss.md.
+with it), and gives sums over positions; ``KDLoss`` starts from logits, and gives their mean.  Both are in
+nats, fp32 or wider.  The derivation is in docs/loss.md.
 """
 
 from __future__ import annotations

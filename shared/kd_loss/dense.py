@@ -40,13 +40,18 @@ class KDLoss(nn.Module):
 
     ignore_index  label of positions that do not count
     temperature   T of both distributions; targets must have captured it
-    fp32_upcast   softmax in fp32 whatever the logits' dtype; sparse teachers and chunks always do
+    fp32_upcast   False: a dense teacher's softmax and gradient are in the logits' dtype, which saves memory and
+                  digits; sparse teachers, and sums over ids and positions, are fp32 or wider whatever it says
     tp_group      ranks that split the vocabulary; inferred where the student's logits are a DTensor
     chunk_size    positions at a time; 0 for all at once, with plain autograd for dense teachers on one rank
     divergence, tail  as for ``fused_ce_kd``
 
-    Holds    chunked equals unchunked; two ranks equal one; a batch without labels gives a zero with a graph
-             with a chunk size, the logits' gradient is all that is kept for the backward pass
+    Holds    value and gradient do not depend on the chunk size but for rounding; two ranks equal one
+             a batch without labels gives a zero with a graph
+             gradients are finite for logits of -inf, and for ids whose mass underflows, in one model or both;
+             reverse KL excepted where the teacher alone excludes an id: it is infinite there
+             with a chunk size and a dense teacher, the graph keeps the logits' gradient and nothing else of
+             their size
     """
 
     def __init__(
