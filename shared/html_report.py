@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.figures import Draw, svg
-from shared.images import decode_rgb
+from shared.images import Background, decode_rgb
 
 THUMBNAIL = 320  # pixels of a picture's longer side
 STYLE = """
@@ -115,21 +115,24 @@ def cards(pieces: Sequence[str]) -> str:
     return f'<div class="cards">{"".join(pieces)}</div>'
 
 
-def card(image: bytes, values: Mapping[str, str]) -> str:
-    """A picture, as a file's bytes, over names and values; an empty one is said to be empty."""
+def card(image: bytes, values: Mapping[str, str], *, background: Background = "black") -> str:
+    """A picture, as a file's bytes, over names and values; an empty one is said to be empty.
+
+    background  what the recipe lays behind transparency
+    """
     terms = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(value) or '<i>(empty)</i>'}</dd>"
         for name, value in values.items()
     )
-    return f'<div class="card"><img alt="" src="{thumbnail(image)}"><dl>{terms}</dl></div>'
+    return f'<div class="card"><img alt="" src="{thumbnail(image, background)}"><dl>{terms}</dl></div>'
 
 
-def thumbnail(image: bytes) -> str:
+def thumbnail(image: bytes, background: Background) -> str:
     """The picture as the model sees it, but small; a data URL.
 
     Raises   DataError  when it cannot be decoded
     """
-    picture = decode_rgb(image)
+    picture = decode_rgb(image, background=background)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=82)

@@ -8,7 +8,6 @@ Figures are of a sample of the cache's rows; pictures need the data set that the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from shared.cache import CacheReader, Row
 from shared.cache.inspect import Sample, inspect, sample_rows
 from shared.config import Recipe
-from shared.errors import CacheFormatError, DataError, TeachonceError
+from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
 from shared.html_report import (
     Page,
     Section,
@@ -33,6 +32,7 @@ from shared.html_report import (
     table,
     write_page,
 )
+from shared.images import Background
 from shared.processing import ExampleProcessor, open_processor
 from shared.progress import progress
 from shared.vqa import Example
@@ -63,27 +63,39 @@ def write_cache_report(reader: CacheReader, recipe: Recipe | None, path: Path, *
     """recipe  of the capture, whose data are shown; without one there are no examples
 
     Raises   CacheFormatError  when the cache is empty
-             RecipeError       when matplotlib is not installed
+             RecipeError       when matplotlib is not installed, or the recipe is not one of a capture
     """
     if not len(reader):
         raise CacheFormatError(f"cache {reader.location}: it is empty, there is nothing to report")
+    if recipe is not None and (recipe.teacher is None or recipe.cache is None):
+        raise RecipeError(
+            f"recipe of run {recipe.run.name}: a report with examples needs a teacher and a cache section. Give the "
+            "recipe of the capture (--recipe), or none"
+        )
     summary, sample = inspect(reader), sample_rows(reader)
     sections = [
         Section("What it is", [facts(_identity(summary))]),
         Section("What it holds", [grid([facts(_contents(summary)), facts(_quality(summary))])]),
         Section("How sure the teacher is, and what that costs", [figures(_figures(sample))]),
     ]
-    try:
-        found = [] if recipe is None else look_at(reader, recipe, seed=seed)
-        why = "" if found else "None of the rows that were looked at is in the cache."
-    except TeachonceError as error:
-        found, why = [], str(error)
-    sections += (
-        _examples(found) if found else [Section("Examples", [paragraph(why or "No recipe was given.")])]
-    )
+    sections += _shown_examples(reader, recipe, seed=seed)
     write_page(
         Page(f"Cache {reader.location}", sections, lead="Targets of a frozen teacher, by teachonce."), path
     )
+
+
+def _shown_examples(reader: CacheReader, recipe: Recipe | None, *, seed: int) -> list[Section]:
+    """Examples, or the reason why there are none."""
+    if recipe is None:
+        why = "No recipe was given."
+    else:
+        try:
+            if found := look_at(reader, recipe, seed=seed):
+                return _examples(found, recipe.data.background)
+            why = "None of the rows that were looked at is in the cache."
+        except TeachonceError as error:
+            why = str(error)
+    return [Section("Examples", [paragraph(why)])]
 
 
 def look_at(reader: CacheReader, recipe: Recipe, *, seed: int) -> list[Shown]:
@@ -128,8 +140,16 @@ def _identity(summary: dict[str, Any]) -> dict[str, Any]:
         "temperatures": ", ".join(map(str, targets["temperatures"])),
         "seed": targets["seed"],
         "vocabulary": f"{identity['inputs']['vocab_size']:,} ids",
-        **{f"data, {part['split']}": f"{part['name']}: {part['rows']:,} rows" for part in identity["data"]},
+        **_sources(identity["data"]),
     }
+
+
+def _sources(data: list[dict[str, Any]]) -> dict[str, str]:
+    """The data sets of each split: a merged cache has several."""
+    found: dict[str, list[str]] = {}
+    for part in data:
+        found.setdefault(f"data, {part['split']}", []).append(f"{part['name']}: {part['rows']:,} rows")
+    return {split: "; ".join(parts) for split, parts in found.items()}
 
 
 def _contents(summary: dict[str, Any]) -> dict[str, str]:
@@ -170,16 +190,11 @@ def _figures(sample: Sample) -> list[str]:
     drawings = [(draw, captions[name]) for name, draw in DRAWINGS.items()]
     kept = "Sums of a position's weights; of a draw one in expectation, of a cut what was kept."
     return [
-        figure(partial(_draw_of, draw, sample), caption)
-        for draw, caption in [*drawings, (draw_kept_mass, kept)]
+        figure(partial(draw, sample=sample), caption) for draw, caption in [*drawings, (draw_kept_mass, kept)]
     ]
 
 
-def _draw_of(draw: Callable[[Any, Sample], None], sample: Sample, axes: Any) -> None:
-    draw(axes, sample)
-
-
-def _examples(found: list[Shown]) -> list[Section]:
+def _examples(found: list[Shown], background: Background) -> list[Section]:
     kinds = Counter(one.example.kind or "(none)" for one in found)
     rows = []
     for kind, number in kinds.most_common():
@@ -190,19 +205,21 @@ def _examples(found: list[Shown]) -> list[Section]:
         size = sum(len(one.row.payload) for one in of_kind) / positions
         rows.append([kind, str(number), f"{positions:,}", f"{entropy:.3f}", f"{ce:.3f}", f"{size:.1f}"])
     head = ["kind of question", "examples", "positions", "entropy", "cross-entropy", "bytes a position"]
-    surest, least = found[:NUM_SHOWN], found[::-1][:NUM_SHOWN]
+    surest, least = (
+        cards([_card(one, background) for one in shown[:NUM_SHOWN]]) for shown in (found, found[::-1])
+    )
     return [
         Section(f"Composition, of {len(found)} random examples", [table(head, rows)]),
-        Section("Where the teacher is surest", [cards([_card(one) for one in surest])]),
-        Section("Where it is least sure", [cards([_card(one) for one in least])]),
+        Section("Where the teacher is surest", [surest]),
+        Section("Where it is least sure", [least]),
     ]
 
 
-def _card(one: Shown) -> str:
+def _card(one: Shown, background: Background) -> str:
     values = {
         "question": one.example.question,
         "answer": one.example.answer,
         "teacher": f"entropy {one.entropy:.3f}, cross-entropy {one.cross_entropy:.3f} nats a position",
         "kept": f"{one.row.num_positions} positions, {len(one.row.payload)} bytes",
     }
-    return card(one.example.image, values)
+    return card(one.example.image, values, background=background)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -11,13 +13,20 @@ from typing import Any
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
+from PIL import Image
 from samples import encoded_picture
 from stage2_runs import make_recipe, run_alone
 
 from shared.cache import CacheReader
-from shared.html_report import Page, Section, card, facts, paragraph, table, write_page
+from shared.cache.merge import merge
+from shared.config import Recipe
+from shared.errors import RecipeError
+from shared.html_report import Page, Section, card, facts, figure, paragraph, table, write_page
+from shared.runtime import StopRequest, distributed
 from stage1_teacher.__main__ import commands as teacher_commands
+from stage1_teacher.capture import capture
 from stage1_teacher.report import write_cache_report
 from stage2_student.__main__ import commands as student_commands
 
@@ -100,9 +109,9 @@ def test_runs_with_curves_and_answers(run_page: Path) -> None:
         "loss.kd_ratio",
         "Divergence from the teacher",
         "Learning rate",
-        "it pays after",
     ):
         assert words in text
+    assert re.search("it (pays after|never pays)", text)  # which of both is a matter of this machine's time
     assert text.count("data:image/svg+xml;base64,") == 6
     assert text.count("data:image/jpeg;base64,") == 8  # four answers of each run
 
@@ -125,6 +134,65 @@ def test_the_command_finds_the_recipe_of_the_capture(tmp_path: Path, teacher_cac
     assert (tmp_path / "page.html").read_text().count("data:image/jpeg") == 12
 
 
+def see_through_cache(tree: dict[str, Any], folder: Path, *, background: str) -> tuple[Recipe, Path]:
+    """A cache of other data, whose pictures are transparent throughout."""
+    stream = io.BytesIO()
+    Image.new("RGBA", (40, 48)).save(stream, "PNG")
+    source = folder / "data"
+    (source / "pictures").mkdir(parents=True)
+    (source / "pictures" / "clear.png").write_bytes(stream.getvalue())
+    row = {"image_id": "pictures/clear.png", "question": "What is shown?", "answer": "nothing"}
+    (source / "train.jsonl").write_text(json.dumps(row) + "\n")
+    data = {
+        "source": str(source),
+        "splits": {"train": "train", "validation": None},
+        "columns": {"kind": None, "case": None},
+        "background": background,
+        "max_answer_tokens": 64,
+    }
+    recipe = make_recipe(tree | {"data": data, "cache": tree["cache"] | {"path": str(folder / "cache")}})
+    with distributed(device="cpu") as world:
+        assert capture(recipe, world, StopRequest()) == 0
+    return recipe, folder / "cache"
+
+
+def test_every_source_of_a_merged_cache_is_named(
+    tree: dict[str, Any], tmp_path: Path, teacher_cache: Path
+) -> None:
+    """Two sources of one split stood under one name, and the last one alone was left."""
+    recipe, other = see_through_cache(tree, tmp_path / "other", background="black")
+    merge([str(teacher_cache), str(other)], str(tmp_path / "merged"), created_by={})
+    write_cache_report(CacheReader(tmp_path / "merged"), None, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    for source, rows in ((tree["data"]["source"], 12), (recipe.data.source, 1)):
+        assert f"{source}: {rows} rows" in text
+
+
+def test_pictures_lie_on_the_background_that_the_model_sees(tree: dict[str, Any], tmp_path: Path) -> None:
+    recipe, cache = see_through_cache(tree, tmp_path / "other", background="white")
+    write_cache_report(CacheReader(cache), recipe, tmp_path / "page.html")
+    found = re.findall(r"data:image/jpeg;base64,([^\"]+)", (tmp_path / "page.html").read_text())
+    assert len(found) == 2
+    for encoded in found:
+        assert Image.open(io.BytesIO(base64.b64decode(encoded))).getextrema() == ((255, 255),) * 3
+
+
+def test_a_recipe_that_has_no_cache_shows_no_examples(
+    tree: dict[str, Any], tmp_path: Path, teacher_cache: Path
+) -> None:
+    tuning = {name: tree[name] for name in ("data", "student", "optimization", "run")}
+    (tmp_path / "tuning.yaml").write_text(yaml.safe_dump(tuning | {"loss": {"kd_ratio": 0.0}}))
+    page = tmp_path / "page.html"
+    found = CliRunner().invoke(
+        teacher_commands,
+        ["report", str(teacher_cache), str(page), "--recipe", str(tmp_path / "tuning.yaml")],
+        standalone_mode=False,
+    )
+    assert isinstance(found.exception, RecipeError)
+    assert "needs a teacher and a cache section" in str(found.exception)
+    assert not page.exists()
+
+
 @pytest.mark.parametrize("commands", [teacher_commands, student_commands])
 def test_a_folder_is_not_written_over(commands: click.Group, tmp_path: Path) -> None:
     """As when the name of the page was forgotten, and the last run stands in its place."""
@@ -134,11 +202,26 @@ def test_a_folder_is_not_written_over(commands: click.Group, tmp_path: Path) -> 
 
 
 def test_what_comes_from_data_is_escaped(tmp_path: Path) -> None:
-    evil = '<script>alert("1")</script>'
-    pieces = [paragraph(evil), facts({evil: evil}), table([evil], [[evil]])]
+    evil = '"><script>alert("1")</script>'
+    pieces = [
+        paragraph(evil),
+        facts({evil: evil}),
+        table([evil], [[evil]]),
+        card(encoded_picture(0), {evil: evil}),
+        figure(lambda axes: axes.set(title=evil), evil),
+    ]
     write_page(Page(evil, [Section(evil, pieces)], lead=evil), tmp_path / "page.html")
-    assert "<script" not in (tmp_path / "page.html").read_text()
+    text = (tmp_path / "page.html").read_text()
+    assert "<script" not in text
+    assert text.count("&quot;&gt;&lt;script&gt;") == text.count("alert(") > 9
     assert not (tmp_path / "page.html.partial").exists()
+
+
+def test_bars_and_line_ends_stay_within_their_cell() -> None:
+    cell = "yes | no\nor | both"
+    text = table(["a|b", "c"], [[cell, "d"], [cell, "e"]])
+    assert (text.count("<tr>"), text.count("<th>"), text.count("<td>")) == (3, 2, 4)
+    assert text.count(f"<td>{cell}</td>") == 2
 
 
 def test_an_empty_answer_is_said_to_be_empty() -> None:
