@@ -80,13 +80,14 @@ class AtTemperature:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was compared, and what came out."""
+    """What was compared, and what came out.
+
+    tail  where the loss puts the mass that ``top_k`` and ``top_p`` leave out; None for draws, which leave out none
+    """
 
     cache: str
     teacher: str
-    tail: (
-        str | None
-    )  # where the loss puts the mass that top_k and top_p left out; None for draws, which leave none
+    tail: str | None
     num_examples: int
     num_positions: int
     num_not_cached: int  # rows that were looked at and are not in the cache
