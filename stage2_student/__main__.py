@@ -59,9 +59,7 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
     "--examples", type=click.IntRange(min=1), help="The first ones only; as the recipe says by default."
 )
 @click.option("--references/--no-references", default=True, help="Teacher and untrained student beside it.")
-@click.option(
-    "--out", type=FILE, help="Parquet file; RUN/evaluation/SPLIT.parquet for a run's own student."
-)
+@click.option("--out", type=FILE, help="Parquet file; RUN/evaluation/SPLIT.parquet for a run's own student.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def evaluate(
     what: str,

@@ -87,6 +87,10 @@ class Interval:
     high: float
     count: int
 
+    def text(self) -> str:
+        """In per cent."""
+        return f"{self.mean:.1%} ({100 * self.low:.1f}-{100 * self.high:.1f})"
+
 
 def mean_interval(values: Sequence[float], groups: Sequence[Hashable], *, seed: int = 0) -> Interval | None:
     """The mean, and percentiles of it over 1,000 resamples; None where there is nothing to average.

@@ -24,8 +24,10 @@ from shared.break_even import TeacherCosts
 from shared.cache.layout import LOG_NAME
 from shared.cache.manifest import load_manifest
 from shared.cache.storage import open_folder
+from shared.config import Split
 from shared.errors import RecipeError, TeachonceError
 from shared.figures import require_matplotlib, save_png
+from stage2_student.evaluate import STUDENT, read_scores
 from stage2_student.files import write_json
 from stage2_student.identity import flat
 from stage2_student.run_folder import Metrics, RunFolder
@@ -42,7 +44,7 @@ class RunRecord:
     settings         the resolved recipe, flat: ``loss.kd_ratio`` and so on
     losses           of the last validation, nats a position; None for what was not computed.  ``kl`` is the
                      divergence itself, where the log's ``kd_loss`` carries the factor temperature ** 2
-    accuracy         of short answers; None where none were asked
+    scores           of the student's answers, as ``evaluate`` writes them; empty where none were asked
     positions_per_s  over all steps, waits for data included
     step_s           median
     peak_memory_gib  of the first rank
@@ -58,7 +60,7 @@ class RunRecord:
     num_steps: int
     settings: dict[str, Any]
     losses: dict[str, float | None]
-    accuracy: float | None
+    scores: dict[str, Any]
     positions_per_s: float | None
     step_s: float | None
     peak_memory_gib: float | None
@@ -97,7 +99,8 @@ def read_run(path: Path) -> RunRecord:
     steps = metrics.steps
     results = folder.read_results()
     last = metrics.validations[-1] if metrics.validations else {}
-    answers = None if results is None else results["answers"]
+    split: Split = "train" if settings.get("data.splits.validation") is None else "validation"
+    scores = {one["model"]: one for one in read_scores(folder.predictions(split))}
     return RunRecord(
         name=str(settings["run.name"]),
         path=path,
@@ -105,7 +108,7 @@ def read_run(path: Path) -> RunRecord:
         num_steps=steps[-1]["step"] if steps else 0,
         settings=settings,
         losses={name: last.get(name) for name in ("loss", "ce_loss", "kl")},
-        accuracy=None if answers is None else answers["accuracy"],
+        scores=scores.get(STUDENT, {}),
         positions_per_s=metrics.positions_per_s,
         step_s=statistics.median(record["step_s"] for record in steps) if steps else None,
         peak_memory_gib=max((record["peak_memory_gib"] for record in steps), default=None),
@@ -146,7 +149,7 @@ def differing(runs: Sequence[RunRecord]) -> list[str]:
 def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """The head of a table, and the cells of each run."""
     settings = differing(runs)
-    head = ["run", *settings, "steps", "epochs", "CE", "KL", "right", "positions/s", "step", "memory"]
+    head = ["run", *settings, "steps", "epochs", "CE", "KL", "right", "F1", "positions/s", "step", "memory"]
     rows = [
         [
             label if run.is_finished else f"{label} (not finished)",
@@ -155,7 +158,8 @@ def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
             _number(run.num_epochs, ".2f"),
             _number(run.losses["ce_loss"], ".4f"),
             _number(run.losses["kl"], ".4f"),
-            _number(run.accuracy, ".1%"),
+            _number((run.scores.get("accuracy") or {}).get("mean"), ".1%"),
+            _number((run.scores.get("token_f1") or {}).get("mean"), ".1%"),
             _number(run.positions_per_s, ".0f"),
             _number(run.step_s, ".3f", " s"),
             _number(run.peak_memory_gib, ".2f", " GiB"),

@@ -9,6 +9,7 @@ all.  Intervals are over pictures.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,12 @@ from stage2_student.files import write_json
 from stage2_student.model_losses import losses_of
 
 STUDENT, TEACHER, UNTRAINED = "student", "teacher", "untrained"
+LABELS = {
+    "accuracy": "right, short",
+    "exact_match": "exact, all",
+    "token_f1": "token F1",
+    "rouge_l": "ROUGE-L",
+}
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,12 @@ def save(found: Sequence[Evaluated], path: Path) -> None:
     write_json(path.with_suffix(".json"), [one.to_json() for one in found])
 
 
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """What ``to_json`` made of each model, from the JSON beside the predictions; empty where there is none."""
+    scores = path.with_suffix(".json")
+    return json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else []
+
+
 def show(found: Sequence[Evaluated]) -> None:
     """Tables for people: all questions, then each kind."""
     student = found[0]
@@ -137,9 +150,8 @@ def show(found: Sequence[Evaluated]) -> None:
     click.echo(
         f"{len(student.answers)} questions, {num_short} with short answers; 95 % intervals over pictures\n"
     )
-    click.echo(
-        f"{'':<22}{'right, short':>22}{'exact, all':>22}{'token F1':>22}{'ROUGE-L':>22}{'CE':>9}{'KL':>9}"
-    )
+    head = "".join(f"{label:>22}" for label in LABELS.values())
+    click.echo(f"{'':<22}{head}{'CE':>9}{'KL':>9}")
     for model in found:
         losses = "".join(f"{'-' if value is None else f'{value:.4f}':>9}" for value in (model.ce, model.kl))
         click.echo(f"{model.name:<22}{_cells(model.intervals())}{losses}")
@@ -148,11 +160,7 @@ def show(found: Sequence[Evaluated]) -> None:
 
 
 def _cells(intervals: dict[str, Interval | None]) -> str:
-    shown = (
-        "-" if i is None else f"{i.mean:.1%} ({100 * i.low:.1f}-{100 * i.high:.1f})"
-        for i in intervals.values()
-    )
-    return "".join(f"{text:>22}" for text in shown)
+    return "".join(f"{'-' if one is None else one.text():>22}" for one in intervals.values())
 
 
 @dataclass(frozen=True)
@@ -192,32 +200,3 @@ class Subject:
     @classmethod
     def _of_run(cls, recipe: Recipe, run: Path, model: Path | None) -> Subject:
         return cls(recipe, str(run / "export"), run) if model is None else cls(recipe, str(model), None)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """``accuracy`` is over short references; None where there are none."""
-
-    num_examples: int
-    num_short: int
-    accuracy: float | None
-    answers: tuple[Answer, ...]
-
-    def summary(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "answers"}
-
-
-def evaluate_folder(recipe: Recipe, folder: Path, world: World, *, rows: Any = None) -> Scores:
-    """Each rank answers its share with a whole copy of the student; all ranks return all scores."""
-    source = ModelSource.student(recipe, str(folder))
-    answers = answers_of(
-        recipe,
-        source,
-        world,
-        split=default_split(recipe),
-        rows=rows,
-        num_examples=recipe.evaluation.max_examples or None,
-    )
-    short = [one for one in answers if one.is_short]
-    right = sum(one.is_right for one in short) / len(short) if short else None
-    return Scores(len(answers), len(short), right, tuple(answers))

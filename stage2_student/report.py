@@ -5,12 +5,12 @@ write_run_report([read_run(Path("work/runs/phantom"))], Path("report.html"))
 
 from __future__ import annotations
 
-import json
+import hashlib
 import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow.parquet as pq
 
@@ -18,7 +18,9 @@ from shared.config import Recipe, Split, load_recipe
 from shared.errors import TeachonceError
 from shared.html_report import Page, Section, card, cards, figure, figures, paragraph, table, write_page
 from shared.vqa import open_split
-from stage2_student.compare import RunRecord, cache_uses, points, results
+from stage2_student.answer_metrics import Interval
+from stage2_student.compare import RunRecord, cache_uses, labels, points, results
+from stage2_student.evaluate import LABELS, read_scores
 from stage2_student.run_folder import RunFolder
 
 NUM_ANSWERS = 12
@@ -37,13 +39,13 @@ def write_run_report(runs: Sequence[RunRecord], path: Path) -> None:
     uses = cache_uses(runs)
     if uses:
         sections.append(Section("When the cache has paid", [paragraph(use.line()) for use in uses]))
-    sections += [_answers(run) for run in runs]
-    names = ", ".join(run.name for run in runs)
+    sections += [_answers(label, run) for label, run in zip(labels(runs), runs, strict=True)]
+    names = ", ".join(labels(runs))
     write_page(Page(f"Students: {names}" if len(runs) > 1 else f"Student {names}", sections), path)
 
 
 def _loss_figures(runs: Sequence[RunRecord]) -> list[str]:
-    wanted = [("ce_loss", "Cross-entropy"), ("kd_loss", "Divergence from the teacher")]
+    wanted = [("ce_loss", "Cross-entropy"), ("kl", "Divergence from the teacher")]
     return [
         figure(
             partial(_draw_losses, runs=runs, field=field),
@@ -68,12 +70,12 @@ def _cost_figures(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _draw_losses(axes: Any, *, runs: Sequence[RunRecord], field: str) -> None:
-    for number, run in enumerate(runs):
+    for number, (label, run) in enumerate(zip(labels(runs), runs, strict=True)):
         color = f"C{number}"  # of a run, the same in every figure
         steps = points(run, "step", field)
         validations = points(run, "validation", field)
         if validations:
-            axes.plot(*zip(*validations, strict=True), "o-", markersize=4, label=run.name, color=color)
+            axes.plot(*zip(*validations, strict=True), "o-", markersize=4, label=label, color=color)
         if steps:
             axes.plot(*zip(*_running_mean(steps), strict=True), linewidth=0.8, alpha=0.6, color=color)
     axes.set(xlabel="step", ylabel="nats a position")
@@ -82,10 +84,10 @@ def _draw_losses(axes: Any, *, runs: Sequence[RunRecord], field: str) -> None:
 
 
 def _draw_steps(axes: Any, *, runs: Sequence[RunRecord], field: str, factor: float) -> None:
-    for number, run in enumerate(runs):
+    for number, (label, run) in enumerate(zip(labels(runs), runs, strict=True)):
         scaled = [(step, value * factor) for step, value in points(run, "step", field)]
         if scaled:
-            axes.plot(*zip(*scaled, strict=True), linewidth=0.9, label=run.name, color=f"C{number}")
+            axes.plot(*zip(*scaled, strict=True), linewidth=0.9, label=label, color=f"C{number}")
     axes.set(xlabel="step")
     axes.set_ylim(bottom=0)
     if axes.lines:
@@ -101,40 +103,52 @@ def _running_mean(values: list[tuple[int, float]]) -> list[tuple[int, float]]:
     ]
 
 
-def _answers(run: RunRecord) -> Section:
-    """Answers that were predicted: by ``evaluate`` if it was run, else those at the end of training."""
-    title = f"Answers of {run.name}"
+def _answers(label: str, run: RunRecord) -> Section:
+    """What was asked at the end of training, or later by ``evaluate``: scores, and answers beside their pictures."""
+    folder = RunFolder(run.path)
     try:
-        found = predicted(run)
-        if not found:
-            return Section(title, [paragraph("None were asked: `train-student evaluate` does.")])
-        recipe = load_recipe(RunFolder(run.path).recipe)
-        return Section(title, [cards(_answer_cards(recipe, found))])
+        files = [path for path in sorted(folder.evaluation.glob("*.parquet")) if path.stem in get_args(Split)]
+        recipe = load_recipe(folder.recipe)
+        pieces = [piece for path in files for piece in _asked(recipe, path)]
     except TeachonceError as error:
-        return Section(title, [paragraph(str(error))])
+        pieces = [paragraph(str(error))]
+    none = [paragraph("None were asked: `train-student evaluate` does.")]
+    return Section(f"Answers of {label}", pieces or none)
 
 
-def predicted(run: RunRecord) -> dict[tuple[Split, int], dict[str, str]]:
-    """By split and row: what each model answered; the run's own student first."""
-    found: dict[tuple[Split, int], dict[str, str]] = {}
-    for path in sorted((run.path / "evaluation").glob("*.parquet")):
-        split: Split = path.stem  # type: ignore[assignment]
-        for line in pq.read_table(path).to_pylist():
-            found.setdefault((split, line["row"]), {})[line["model"]] = line["answer"]
-    own = run.path / "answers.jsonl"
-    if not found and own.exists():
-        split = "validation" if run.settings.get("data.splits.validation") is not None else "train"
-        for text in own.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            found[split, line["row"]] = {"student": line["answer"]}
-    return found
+def _asked(recipe: Recipe, path: Path) -> list[str]:
+    """Of one split: a table of scores, and some questions with what each model answered."""
+    head = ["", "questions", *LABELS.values(), "CE", "KL"]
+    rows = [
+        [
+            one["model"],
+            str(one["num_examples"]),
+            *(Interval(**one[name]).text() if one[name] else "-" for name in LABELS),
+            *("-" if one[name] is None else f"{one[name]:.4f}" for name in ("ce", "kl")),
+        ]
+        for one in read_scores(path)
+    ]
+    by_row: dict[int, list[dict[str, Any]]] = {}
+    for line in pq.read_table(path).to_pylist():
+        by_row.setdefault(line["row"], []).append(line)
+    every = max(1, len(by_row) // NUM_ANSWERS)
+    chosen = [by_row[row] for row in sorted(by_row)[::every][:NUM_ANSWERS]]
+    shown = [found for lines in chosen if (found := _card(recipe, lines)) is not None]
+    pieces = [paragraph(f"Split {path.stem}; 95 % intervals over pictures."), table(head, rows)]
+    if len(shown) < len(chosen):
+        pieces.append(paragraph(f"{len(chosen) - len(shown)} picture(s) are not those of the data any more."))
+    return [*pieces, cards(shown)]
 
 
-def _answer_cards(recipe: Recipe, found: dict[tuple[Split, int], dict[str, str]]) -> list[str]:
-    pieces = []
-    every = max(1, len(found) // NUM_ANSWERS)
-    for split, row in sorted(found)[::every][:NUM_ANSWERS]:
-        example = open_split(recipe.data, split)[row]
-        values = {"question": example.question, "reference": example.answer} | found[split, row]
-        pieces.append(card(example.image, values))
-    return pieces
+def _card(recipe: Recipe, lines: list[dict[str, Any]]) -> str | None:
+    """A question with its picture, if the data still have it in that row."""
+    asked = lines[0]
+    examples = open_split(recipe.data, asked["split"])
+    if not asked["row"] < len(examples):
+        return None
+    image = examples[asked["row"]].image
+    if hashlib.sha256(image).hexdigest() != asked["image_sha256"]:
+        return None
+    values = {"question": asked["question"], "reference": asked["reference"]}
+    values |= {line["model"]: line["answer"] for line in lines}
+    return card(image, values, background=recipe.data.background)

@@ -6,6 +6,7 @@ metrics.jsonl       a line for each step and each validation
 model/              the small files of the student's original folder: configuration, tokenizer, processor
 checkpoints/        whole ones only
 export/             a Hugging Face folder
+evaluation/         what it answered, and how good that is: SPLIT.parquet and SPLIT.json
 results.json        written last: the run is finished
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from shared.config import Recipe, dump_recipe
+from shared.config import Recipe, Split, dump_recipe
 from shared.errors import CheckpointError, RecipeError
 from shared.runtime import World, environment
 from stage2_student.checkpoint import Checkpoint, Checkpoints
@@ -65,6 +66,7 @@ class RunFolder:
         self.results = path / "results.json"
         self.model_files = path / "model"
         self.export = path / "export"
+        self.evaluation = path / "evaluation"
         self.metrics = JsonLines(path / "metrics.jsonl")
         self.checkpoints = Checkpoints(
             path / "checkpoints", keep=keep_checkpoints, in_background=async_checkpoints
@@ -96,6 +98,9 @@ class RunFolder:
             self.metrics.keep(lambda record: record["step"] <= done)
         world.barrier()
         return latest
+
+    def predictions(self, split: Split) -> Path:
+        return self.evaluation / f"{split}.parquet"
 
     def read_metrics(self) -> Metrics:
         return Metrics(tuple(self.metrics.read()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -10,8 +9,9 @@ import click
 
 from shared.config import Recipe
 from shared.runtime import World
-from stage2_student.evaluate import evaluate_folder
-from stage2_student.files import write_json, write_text
+from stage2_student.answers import ModelSource, answers_of
+from stage2_student.evaluate import STUDENT, Evaluated, default_split, save
+from stage2_student.files import write_json
 from stage2_student.inputs import Inputs
 from stage2_student.run_folder import RunFolder
 
@@ -21,20 +21,31 @@ def summarize(
 ) -> dict[str, Any]:
     """Lets the exported student answer questions, and writes ``results.json``; called by all ranks."""
     begin = time.perf_counter()
-    answers = None
-    if recipe.evaluation.max_examples and recipe.run.export:
-        rows = (inputs.validation or inputs.train).rows
-        answers = evaluate_folder(recipe, folder.export, world, rows=rows)
+    student = _answering(recipe, inputs, folder, world) if recipe.run.export else None
     answering_s = time.perf_counter() - begin
     results = _results(recipe, inputs, folder, step=step)
-    results["answers"] = None if answers is None else answers.summary()
+    results["answers"] = None if student is None else student.to_json()
     results["times_s"]["answering"] = answering_s
     if world.is_main:
-        if answers is not None:
-            lines = [json.dumps(vars(one), ensure_ascii=False) for one in answers.answers]
-            write_text(folder.path / "answers.jsonl", "\n".join(lines) + "\n")
+        if student is not None:
+            save([student], folder.predictions(default_split(recipe)))
         write_json(folder.results, results)
     return results
+
+
+def _answering(recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World) -> Evaluated | None:
+    """The student's answers, without losses: the last validation has them; None where none are asked for."""
+    if not recipe.evaluation.max_examples:
+        return None
+    answers = answers_of(
+        recipe,
+        ModelSource.student(recipe, str(folder.export)),
+        world,
+        split=default_split(recipe),
+        num_examples=recipe.evaluation.max_examples,
+        rows=(inputs.validation or inputs.train).rows,
+    )
+    return Evaluated(STUDENT, str(folder.export), tuple(answers))
 
 
 def print_summary(results: dict[str, Any]) -> None:
@@ -44,9 +55,9 @@ def print_summary(results: dict[str, Any]) -> None:
     for name, label in [("loss", "loss"), ("ce_loss", "CE"), ("kd_loss", "KD")]:
         if before and after and after[name] is not None:
             click.echo(f"  validation {label:<5} {before[name]:8.4f} -> {after[name]:8.4f} nats a position")
-    answers = results["answers"]
-    if answers and answers["accuracy"] is not None:
-        click.echo(f"  short answers    {answers['accuracy']:8.1%} right, of {answers['num_short']}")
+    accuracy = (results["answers"] or {}).get("accuracy")
+    if accuracy:
+        click.echo(f"  short answers    {accuracy['mean']:8.1%} right, of {accuracy['count']}")
     if results["cache"]:
         cache = results["cache"]
         click.echo(f"  cache            {cache['bytes_per_position']:8.1f} bytes a position, {cache['path']}")

@@ -116,6 +116,40 @@ def test_runs_with_curves_and_answers(run_page: Path) -> None:
     assert text.count("data:image/jpeg;base64,") == 8  # four answers of each run
 
 
+def test_answers_are_shown_with_the_pictures_they_were_given_for(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """And scores with those of the references; whatever else lies in the folder, and whatever became of the data."""
+    recipe = make_recipe(tree)
+    assert run_alone(recipe) == 0
+    path = str(recipe.run.path)
+    evaluated = CliRunner().invoke(student_commands, ["evaluate", path], standalone_mode=False)
+    assert evaluated.return_value == 0, evaluated.output
+    shutil.copy(
+        recipe.run.path / "evaluation" / "validation.parquet",
+        recipe.run.path / "evaluation" / "other.parquet",
+    )
+
+    def page() -> str:
+        out = tmp_path / "page.html"
+        assert (
+            CliRunner()
+            .invoke(student_commands, ["report", path, str(out)], standalone_mode=False)
+            .return_value
+            == 0
+        )
+        return out.read_text()
+
+    assert page().count("data:image/jpeg") == 4
+    assert "<td>teacher</td>" in page()
+
+    settings = yaml.safe_load((recipe.run.path / "recipe.yaml").read_text())
+    settings["data"] |= {"splits": {"train": "train", "validation": "train"}, "limit": 2}
+    (recipe.run.path / "recipe.yaml").write_text(yaml.safe_dump(settings))  # other pictures, and fewer
+    assert "data:image/jpeg" not in page()
+    assert "4 picture(s) are not those of the data any more" in page()
+
+
 def test_without_the_data_there_is_a_reason_instead_of_examples(
     tree: dict[str, Any], tmp_path: Path, teacher_cache: Path
 ) -> None:

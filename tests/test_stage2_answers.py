@@ -27,6 +27,7 @@ from stage2_student import answers, model_losses
 from stage2_student.__main__ import commands
 from stage2_student.answer_metrics import exact_match, mean_interval, rouge_l, token_f1
 from stage2_student.answers import ModelSource, answers_of
+from stage2_student.compare import read_run
 from stage2_student.evaluate import Subject, models
 from stage2_student.student import build_student
 
@@ -142,6 +143,7 @@ def test_a_run_beside_its_references(run: Path) -> None:
     assert teacher["kl"] == pytest.approx(math.log(384 / num_ids), abs=0.01)
     assert teacher["kl"] < untrained["kl"]
     assert set(student["by_kind"]) == {line["kind"] for line in lines}
+    assert read_run(run).scores == student  # in ``compare`` and in the report
     own = [line for line in lines if line["model"] == "student"]
     assert student["exact_match"]["count"] == len(own)
     assert student["accuracy"]["count"] == sum(line["is_short"] for line in own)

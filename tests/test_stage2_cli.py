@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -58,7 +59,7 @@ def test_a_run_leaves_everything_that_a_reader_needs(tree: dict[str, Any], tmp_p
     assert results["after"]["ce_loss"] < results["before"]["ce_loss"]
     assert results["cache"]["bytes_per_position"] > 0
     assert results["answers"]["num_examples"] == 4
-    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    answers = pq.read_table(run / "evaluation" / "validation.parquet").to_pylist()
     assert {one["row"] for one in answers} == {0, 1, 2, 3}
     assert json.loads((run / "environment.json").read_text())["torch"] == torch.__version__
     assert yaml.safe_load((run / "recipe.yaml").read_text())["optimization"]["betas"] == [0.9, 0.95]

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -120,7 +121,7 @@ def test_the_student_s_answers_are_those_of_its_adapter(
     """The export is opened as any folder is: by ``evaluate``, and at the end of the run."""
     recipe = make_recipe(tree, evaluation__max_examples=2, evaluation__max_new_tokens=4)
     assert run_alone(recipe) == 0
-    assert len((recipe.run.path / "answers.jsonl").read_text().splitlines()) == 2
+    assert pq.read_table(recipe.run.path / "evaluation" / "validation.parquet").num_rows == 2
     opened = load_vlm(
         str(recipe.run.path / "export"), revision=None, dtype=torch.float32, attn_implementation=None
     )
