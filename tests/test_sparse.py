@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import multiprocessing
 import struct
 from collections import defaultdict
 
@@ -402,6 +403,43 @@ def test_a_position_does_not_depend_on_its_neighbours(
         "shared.sparse.sparsifier._MAX_GROUP_ELEMENTS", {"cpu": 2100}
     )  # three positions at a time
     _assert_equal(sparsify(logprobs, policy, temperatures=temperatures, seeds=seeds), whole)
+
+
+def _check_threads() -> None:
+    logprobs = _random_logprobs(8, 65_537)
+    seeds = position_seeds(0, b"threads", 8)
+    for temperatures in [(1.0,), (0.5, 2.0)]:
+        torch.set_num_threads(1)
+        want = sparsify(logprobs, Threshold(tau=1 / 64), temperatures=temperatures, seeds=seeds)
+        torch.set_num_threads(2)
+        for size in (8, 1):
+            parts = [
+                sparsify(rows, want.policy, temperatures=temperatures, seeds=row_seeds)
+                for rows, row_seeds in zip(logprobs.split(size), seeds.split(size), strict=True)
+            ]
+            _assert_equal(SparseTargets.concat(parts), want)
+
+
+def test_threads_do_not_show() -> None:
+    """torch splits the sum over one long row between threads, but not those over several rows.
+
+    In a process of its own: what is forked later from one whose threads have worked may hang.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(_check_threads)
+
+
+@pytest.mark.parametrize("policy", _POLICIES)
+@pytest.mark.parametrize("temperatures", [(1.0,), (0.5, 2.0)])
+def test_strides_do_not_show(policy: Policy, temperatures: tuple[float, ...]) -> None:
+    logprobs = _random_logprobs(40, 3001)
+    seeds = position_seeds(0, b"strides", 40)
+    want = sparsify(logprobs, policy, temperatures=temperatures, seeds=seeds)
+    columns_first = logprobs.t().contiguous().t()
+    part_of_wider = torch.nn.functional.pad(logprobs, (3, 5))[:, 3:-5]
+    for laid_out in (columns_first, part_of_wider):
+        assert not laid_out.is_contiguous()
+        _assert_equal(sparsify(laid_out, policy, temperatures=temperatures, seeds=seeds), want)
 
 
 @pytest.mark.gpu

@@ -107,7 +107,7 @@ def draw(mass_NV: Tensor, points: SamplePoints) -> tuple[Tensor, Tensor, Tensor]
     Returns  position, token id, number of points (E,) int64 each, ordered by position, then id
     Holds    every point below a position's total falls on exactly one token; on none without mass
     """
-    mass_NBW = mass_NV.view(len(mass_NV), mass_NV.shape[1] // _BLOCK_WIDTH, _BLOCK_WIDTH)
+    mass_NBW = _blocks(mass_NV)
     upper_NB = mass_NBW.sum(-1, dtype=torch.float64).cumsum(-1)
     lower_NB = F.pad(upper_NB[:, :-1], (1, 0))
     total_N1 = upper_NB[:, -1:]
@@ -130,3 +130,16 @@ def draw(mass_NV: Tensor, points: SamplePoints) -> tuple[Tensor, Tensor, Tensor]
 def padded_width(vocab_size: int) -> int:
     """The least width that holds a vocabulary in whole blocks."""
     return -(-vocab_size // _BLOCK_WIDTH) * _BLOCK_WIDTH
+
+
+def row_sums(values_NV: Tensor) -> Tensor:
+    """Sums (N,) fp64 over rows of whole blocks, always added in the same order.
+
+    Blocks first, as ``draw`` has them: of one long row torch would give each thread a part, so that its sum
+    depended on the rows beside it and on the number of threads.
+    """
+    return _blocks(values_NV).sum(-1).sum(-1, dtype=torch.float64)
+
+
+def _blocks(values_NV: Tensor) -> Tensor:
+    return values_NV.view(len(values_NV), values_NV.shape[1] // _BLOCK_WIDTH, _BLOCK_WIDTH)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared.errors import DataError, RecipeError
 from shared.policies import Policy, Random, Threshold, TopK, TopP
-from shared.sparse.draws import Independent, Systematic, draw, padded_width, substream, uniforms
+from shared.sparse.draws import Independent, Systematic, draw, padded_width, row_sums, substream, uniforms
 from shared.sparse.grid import has_floor, logprob_grid, round_unbiased
 from shared.sparse.targets import SparseTargets, share_logprobs
 
@@ -39,7 +39,8 @@ def sparsify(
     Returns  SparseTargets on that device
     Raises   DataError    for NaN, infinity, or rows whose probabilities do not sum to one
              RecipeError  for temperatures that are not different positive numbers
-    Holds    a position's entries depend on its log-probs and seed alone, not on the positions beside it
+    Holds    all that is kept of a position depends on its log-probs and seed alone, bit for bit: not on the
+             positions beside it, strides, or (on a CPU) the number of threads; other devices round differently
     Source   docs/targets.md
     """
     _check_temperatures(temperatures)
@@ -87,7 +88,7 @@ class _Tempered:
 def _sparsify_group(
     logprobs_NV: Tensor, policy: Policy, temperatures: tuple[float, ...], seeds_N: Tensor, first_position: int
 ) -> SparseTargets:
-    logprobs_NV = logprobs_NV.float()
+    logprobs_NV = logprobs_NV.float().contiguous()  # sums over other strides are added in another order
     tempered = [_temper(logprobs_NV, temperature) for temperature in temperatures]
     _check_normalised(logprobs_NV, tempered, temperatures, first_position)
     entropy_NT = torch.stack([_entropy(t) for t in tempered], 1)
@@ -120,13 +121,18 @@ def _sparsify_group(
 def _temper(logprobs_NV: Tensor, temperature: float) -> _Tempered:
     num_positions, vocab_size = logprobs_NV.shape
     log_normalizer_N = logprobs_NV.new_zeros(num_positions)
+    probs_NV = logprobs_NV.new_empty(num_positions, padded_width(vocab_size))
+    probs_NV[:, vocab_size:] = 0
     if temperature != 1.0:
         logprobs_NV = logprobs_NV / temperature
-        log_normalizer_N = logprobs_NV.logsumexp(-1)
-        logprobs_NV -= log_normalizer_N[:, None]
-    probs_NV = logprobs_NV.new_empty(num_positions, padded_width(vocab_size))
+        largest_N = logprobs_NV.amax(-1)
+        logprobs_NV -= largest_N[:, None]
     torch.exp(logprobs_NV, out=probs_NV[:, :vocab_size])
-    probs_NV[:, vocab_size:] = 0
+    if temperature != 1.0:
+        total_N = row_sums(probs_NV).float()
+        log_normalizer_N = largest_N + total_N.log()
+        logprobs_NV -= total_N.log()[:, None]
+        probs_NV /= total_N[:, None]
     return _Tempered(logprobs_NV, probs_NV, log_normalizer_N)
 
 
@@ -148,8 +154,11 @@ def _check_normalised(
 
 def _entropy(tempered: _Tempered) -> Tensor:
     # A third of the time that torch.special.entr takes, which computes the logs again.
-    surprise_NV = tempered.logprobs.clamp_min(-1e4).neg_()
-    return surprise_NV.mul_(tempered.probs[:, : surprise_NV.shape[1]]).sum(-1)
+    vocab_size = tempered.logprobs.shape[1]
+    terms_NV = torch.empty_like(tempered.probs)
+    torch.clamp_min(tempered.logprobs, -1e4, out=terms_NV[:, :vocab_size])
+    terms_NV[:, vocab_size:] = 0
+    return (0.0 - row_sums(terms_NV.mul_(tempered.probs))).float()  # a certain teacher's is 0.0, not -0.0
 
 
 def _threshold(
