@@ -25,8 +25,9 @@ from shared.runtime import StopRequest, distributed
 from shared.sparse import sparsify
 from shared.vlm import load_vlm
 from stage1_teacher.__main__ import commands
-from stage1_teacher.audit import DEFAULT_TAIL, AtTemperature, Audit, audit
+from stage1_teacher.audit import DEFAULT_TAIL, Audit, audit
 from stage1_teacher.capture import capture
+from stage1_teacher.comparison import AtTemperature
 from stage1_teacher.head_gradient import BATCHES, HeadGradients, Measured, pull
 
 
