@@ -68,7 +68,10 @@ class JsonLinesRows:
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = tuple(files)
-        places = (place for number, file in enumerate(files) for place in _line_places(number, file))
+        self._columns: dict[str, None] = {}  # an ordered set
+        places = (
+            place for number, file in enumerate(files) for place in _line_places(number, file, self._columns)
+        )
         self._places = np.fromiter(places, dtype=np.dtype((np.int64, 4)))  # file, line, first byte, length
 
     def folder_of(self, index: int) -> Path | None:
@@ -76,7 +79,8 @@ class JsonLinesRows:
 
     @property
     def columns(self) -> list[str]:
-        return list(self[0]) if len(self) else []
+        """All keys of all rows: one without an optional key, or that cannot be read, says nothing of others."""
+        return list(self._columns)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -88,7 +92,7 @@ class JsonLinesRows:
             data = stream.read(length)
         try:
             row = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self._files[file]}, line {line}: not JSON ({error})") from error
         if not isinstance(row, dict):
             found = type(row).__name__
@@ -170,14 +174,28 @@ def _saved_to_disk(path: Path, split: str) -> datasets.Dataset:
     return saved[split]
 
 
-def _line_places(number: int, file: Path) -> Iterable[tuple[int, int, int, int]]:
-    """The file's number, then number, first byte and length of each line that is not blank."""
+def _line_places(number: int, file: Path, columns: dict[str, None]) -> Iterable[tuple[int, int, int, int]]:
+    """The file's number, then number, first byte and length of each line that is not blank; adds its keys.
+
+    Each line is parsed for that: 200,000 of 300 bytes take 0.55 s in place of 0.1.  Parsing only those with a
+    colon that is not behind a known key took 0.35 s, and 0.75 where answers have colons.
+    """
     start = 0
     with open(file, "rb") as stream:
         for line_number, line in enumerate(stream, start=1):
             if line.strip():
+                columns.update(dict.fromkeys(_keys(line)))
                 yield number, line_number, start, len(line)
             start += len(line)
+
+
+def _keys(line: bytes) -> Iterable[str]:
+    """None of a line that is no JSON object: it is refused by its number when it is read."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return ()
+    return row if isinstance(row, dict) else ()
 
 
 def _can_only_be_a_path(source: str) -> bool:

@@ -245,6 +245,40 @@ def test_kind_and_case_may_be_missing_unless_asked_for(tmp_path: Path) -> None:
         open_split(asked, "train")
 
 
+def test_any_line_may_bring_a_column(tmp_path: Path) -> None:
+    """Colons in texts, columns of other rows, nested keys, and lines written in another style."""
+    rows = [
+        words(answer='sizes: 3:4, and "mode": 5'),
+        words(mode="alignment"),
+        words(nested={"question": 1, "inner": 2}),
+        words(case_id="MPX1"),
+    ]
+    data = jsonl(tmp_path, rows)
+    with open(tmp_path / "train.jsonl", "a", encoding="utf-8") as stream:
+        stream.write('\n{"image_id" : "p.png", "question" : "q", "answer" : "a", "\\u00fc" :1}')
+        stream.write('\n{"image_id":"p.png","question":"q","answer":"a","\u00e4":1}')
+    split = open_split(data, "train")
+    found = ["image_id", "question", "answer", "mode", "nested", "case_id", "\u00fc", "\u00e4"]
+    assert split.rows.columns == found
+    assert [(one.kind, one.case) for one in split][:4] == [
+        ("", ""),
+        ("alignment", ""),
+        ("", ""),
+        ("", "MPX1"),
+    ]
+
+
+@pytest.mark.parametrize("first", ['{"image_id": "p', '["a: b"]', "[" * 100_000])
+def test_a_bad_first_line_does_not_refuse_the_split(first: str, tmp_path: Path) -> None:
+    data = jsonl(tmp_path, [words(mode="alignment")])
+    file = tmp_path / "train.jsonl"
+    file.write_text(first + "\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
+    split = open_split(data, "train")
+    assert split[1].kind == "alignment"
+    with pytest.raises(DataError, match="line 1"):
+        split[0]
+
+
 def test_unknown_columns_and_splits_are_listed_with_a_suggestion(vqa_folder: Path) -> None:
     columns = ColumnsConfig(question="qestion")
     with pytest.raises(DataError, match=r"'qestion'.*found answer, case_id, .*did you mean 'question'"):
