@@ -52,9 +52,10 @@ class BatchRunner:
                 result = forward(batch)
             except torch.OutOfMemoryError as error:
                 pending = self._smaller(lengths, [batch, *pending[::-1]], error)
-                torch.cuda.empty_cache()
             else:
                 yield batch, result
+                continue
+            torch.cuda.empty_cache()  # not above, where the error's traceback still holds the batch's tensors
 
     def _smaller(
         self, lengths: Sequence[int], batches: list[list[int]], error: torch.OutOfMemoryError

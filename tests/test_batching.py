@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -57,6 +59,26 @@ def test_the_smaller_size_is_remembered() -> None:
         list(runner.run([10] * 16, forward))
     assert runner.max_tokens == 20
     assert failures == 2  # 80 tokens, 40 tokens, then never again
+
+
+def test_memory_is_emptied_when_the_failed_batch_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(num_alive()))
+
+    def num_alive() -> int:
+        return sum(reference() is not None for reference in failed)
+
+    def forward(batch: list[int]) -> None:
+        assert num_alive() == 0
+        activations = torch.zeros(len(batch))
+        if len(batch) > 2:
+            failed.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError
+
+    list(BatchRunner(max_tokens=80).run([10] * 8, forward))
+    assert len(failed) == 2
+    assert alive == [0, 0]
 
 
 def test_a_single_sequence_that_does_not_fit_says_what_to_do() -> None:
