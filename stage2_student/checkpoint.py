@@ -100,7 +100,7 @@ class Checkpoints:
         raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; there are: {there}")
 
     def save(self, state: dict[str, Any], facts: Facts, world: World) -> None:
-        """Called by all ranks; the state may change as soon as it returns.
+        """Called by all ranks, once a step; the state may change as soon as it returns.
 
         Raises   CheckpointError  when the checkpoint before this one, or this one, cannot be written
         """
@@ -145,8 +145,6 @@ class Checkpoints:
             written.result()
             if is_main:
                 write_json(partial / FACTS, asdict(facts))
-                if final.exists():  # the same step again, after a resume from an older one
-                    _remove(final)
                 partial.rename(final)
                 self._point()
                 self._forget_old()

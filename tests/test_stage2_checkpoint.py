@@ -74,6 +74,17 @@ def test_steps_beyond_a_million_are_in_order(tmp_path: Path) -> None:
     assert steps(folder) == [1_000_000, 1_000_001]
 
 
+def test_a_step_is_saved_once_and_what_was_saved_stays(tmp_path: Path) -> None:
+    """Training goes on from the newest checkpoint, so a step that has one does not come again."""
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1))
+    with pytest.raises(CheckpointError, match="step-000001: cannot be written"):
+        save(folder, facts(1), state={"model": {"w": torch.zeros(3)}})
+    state = {"model": {"w": torch.zeros(3)}}
+    load(folder.at(1), state, alone=True)
+    assert state["model"]["w"].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_what_a_killed_process_left_is_not_a_checkpoint_and_is_removed(tmp_path: Path) -> None:
     folder = Checkpoints(tmp_path / "checkpoints")
     save(folder, facts(1))
