@@ -33,7 +33,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class StepShape:
-    """The sizes that decide what a step holds."""
+    """The numbers that decide what a step holds, and how much of it a rank forwards at once.
+
+    ``microbatch_size`` is the latter: of the four it may change when a run goes on.
+    """
 
     num_examples: int
     global_batch_size: int
@@ -47,13 +50,15 @@ class StepShape:
 
 @lru_cache(maxsize=2)
 def epoch_order(*, seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    """(num_examples,) int64, a permutation: the examples sorted by a hash of (seed, epoch, example).
+    """(num_examples,) int64, read-only, a permutation: the examples sorted by a hash of (seed, epoch, example).
 
     Ours rather than NumPy's: a shuffle of theirs may change with a version, and a run resumed after an
     upgrade must go on in the same order.
     """
     stream = _mix(_mix(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
-    return np.argsort(_mix(stream ^ _mix(np.arange(num_examples, dtype=np.uint64))), kind="stable")
+    order = np.argsort(_mix(stream ^ _mix(np.arange(num_examples, dtype=np.uint64))), kind="stable")
+    order.setflags(write=False)  # all callers of one epoch get the same array
+    return order
 
 
 def step_examples(step: int, shape: StepShape) -> np.ndarray:
