@@ -21,6 +21,7 @@ from shared.recipe_files import read_recipe_tree, validate_tree
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # an int64: larger ones overflow, or are another one's alias
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
@@ -85,7 +86,7 @@ class CacheConfig(Section):
     splits: tuple[Split, ...] = ("train", "validation")
     policy: Policy = Threshold()
     temperatures: tuple[PositiveFloat, ...] = (1.0,)
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     examples_per_shard: PositiveInt = 512
     batch_tokens: PositiveInt = 16384  # tokens of a teacher's microbatch, padding counted
     chunk_size: PositiveInt = 512  # positions that pass the head together
@@ -203,7 +204,7 @@ class RunConfig(Section):
 
     name: str
     root: str = "work/runs"
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     validate_every: PositiveInt | None = None  # steps; always before the first step and after the last
     checkpoint_every: PositiveInt | None = None  # steps; always after the last
     keep_checkpoints: PositiveInt = 2  # the best one is kept beside these
@@ -239,7 +240,7 @@ class PhantomConfig(Section):
     validation: PositiveInt = 32
     test: PositiveInt = 32
     size: Annotated[int, Field(ge=64)] = 128
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class SmallModelConfig(Section):
@@ -250,7 +251,7 @@ class SmallModelConfig(Section):
     num_layers: PositiveInt
     vision_hidden_size: PositiveInt
     vision_depth: PositiveInt
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class SmallModelsConfig(Section):

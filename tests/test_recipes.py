@@ -183,3 +183,12 @@ def test_a_cache_must_hold_the_splits_that_the_student_needs() -> None:
         load_recipe("phantom", overrides=["cache.splits=[train]"])
     with pytest.raises(RecipeError, match="names a split twice"):
         load_recipe("phantom", overrides=["cache.splits=[train, train, validation]"])
+
+
+@pytest.mark.parametrize("key", ["cache.seed", "run.seed", "bootstrap.phantom.seed"])
+def test_seeds_have_63_bits(key: str) -> None:
+    """Beyond 64 they would be a seed that another number has, or an overflow in the first step."""
+    load_recipe("phantom", overrides=[f"{key}={2**63 - 1}"])
+    for wrong in (2**63, 2**64, -1):
+        with pytest.raises(RecipeError, match=key.replace(".", r"\.")):
+            load_recipe("phantom", overrides=[f"{key}={wrong}"])
