@@ -56,7 +56,9 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
 )
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Validation by default.")
 @click.option(
-    "--examples", type=click.IntRange(min=1), help="The first ones only; as the recipe says by default."
+    "--examples",
+    type=click.IntRange(min=1),
+    help="So many, spread over the split; as the recipe says by default.",
 )
 @click.option("--references/--no-references", default=True, help="Teacher and untrained student beside it.")
 @click.option("--out", type=FILE, help="Parquet file; RUN/evaluation/SPLIT.parquet for a run's own student.")

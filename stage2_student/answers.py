@@ -13,18 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import GenerationConfig, PreTrainedModel
 
 from shared.config import Recipe, Split
+from shared.errors import TeachonceError
 from shared.processing import ExampleProcessor, open_processor
 from shared.runtime import World
 from shared.vlm import load_vlm
-from shared.vqa import Example, open_split
+from shared.vqa import Example, VqaSplit
 from stage2_student.answer_metrics import exact_match, rouge_l, token_f1
-from stage2_student.survey import survey
+from stage2_student.survey import Survey, survey_once
 
 
 @dataclass(frozen=True)
@@ -90,30 +90,28 @@ def answers_of(
     *,
     split: Split,
     num_examples: int | None = None,
-    rows: np.ndarray | None = None,
+    found: Survey | None = None,
 ) -> list[Answer]:
     """What the model answers, by row; called by all ranks, which share the rows.
 
-    num_examples  the first ones alone
-    rows          that can be used, where they are known already
-    Raises        torch.OutOfMemoryError  on all ranks, when the model does not fit into the memory of one
+    num_examples  spread evenly over the split; None for all
+    found         the examples that can be used, where they are known already
+    Raises        TeachonceError or torch.OutOfMemoryError  on all ranks, what one of them met
     """
-    examples = open_split(recipe.data, split)
     processor = open_processor(source.model, recipe.data, revision=source.revision)
-    if rows is None:
-        rows = survey(recipe.data, split, processor, None).rows
-    mine = rows.tolist()[:num_examples][world.rank :: world.size]
-    own: list[Answer] | str
+    found = (found or survey_once(recipe.data, split, processor, None, world)).spread(num_examples)
+    mine = found.rows.tolist()[world.rank :: world.size]
+    own: list[Answer] | Exception
     try:
-        own = _answers(recipe, source, world, processor, [examples[row] for row in mine], split)
-    except torch.OutOfMemoryError as error:
-        own = str(error)
+        own = _answers(recipe, source, world, processor, found.split, mine, split=split)
+    except (TeachonceError, torch.OutOfMemoryError) as error:
+        own = error.with_traceback(None)  # which holds the model
     world.release_memory()
     gathered: list[Any] = [None] * world.size
     dist.all_gather_object(gathered, own)
     for share in gathered:
-        if isinstance(share, str):
-            raise torch.OutOfMemoryError(share)
+        if isinstance(share, Exception):
+            raise share
     return sorted((one for share in gathered for one in share), key=lambda one: one.row)
 
 
@@ -122,7 +120,9 @@ def _answers(
     source: ModelSource,
     world: World,
     processor: ExampleProcessor,
-    examples: list[Example],
+    examples: VqaSplit,
+    rows: list[int],
+    *,
     split: Split,
 ) -> list[Answer]:
     config = recipe.evaluation
@@ -137,8 +137,8 @@ def _answers(
     )  # a folder's own may ask for penalties: models are to be compared
     model.to(world.device)  # type: ignore[arg-type]
     found = []
-    for begin in range(0, len(examples), config.batch_size):
-        some = examples[begin : begin + config.batch_size]
+    for begin in range(0, len(rows), config.batch_size):
+        some = [examples[row] for row in rows[begin : begin + config.batch_size]]
         texts = answer(model, processor, some, max_new_tokens=config.max_new_tokens)
         found += [
             judge(example, text, split=split, short_answer_words=config.short_answer_words)

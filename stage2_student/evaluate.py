@@ -103,7 +103,7 @@ def evaluate(
     split: Split,
     num_examples: int | None = None,
 ) -> Iterator[Evaluated]:
-    """One model after the other over the same rows, the first ones alone if asked for; called by all ranks.
+    """One model after the other over the same rows, some of the split's or all of them; called by all ranks.
 
     A reference that cannot be opened, or does not fit into memory, is left out, and said.
 

@@ -5,8 +5,6 @@ ce, kl = losses_of(recipe, source, world, split="validation")        # nats a po
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import click
 
 from shared.config import FreezeConfig, LossConfig, ParallelConfig, Recipe, Split
@@ -60,8 +58,7 @@ def _validated(
     processor = open_processor(source.model, recipe.data, revision=source.revision)
     plain = _plain(recipe, source, kd_ratio)
     cache, _ = open_cache(plain, processor)
-    found = survey_once(recipe.data, split, processor, cache, world)
-    found = replace(found, rows=found.rows[:num_examples], lengths=found.lengths[:num_examples])
+    found = survey_once(recipe.data, split, processor, cache, world).spread(num_examples)
     slots = pass_slots(
         found.lengths,
         microbatch_size=recipe.optimization.microbatch_size,

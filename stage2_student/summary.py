@@ -43,7 +43,7 @@ def _answering(recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World) 
         world,
         split=default_split(recipe),
         num_examples=recipe.evaluation.max_examples,
-        rows=(inputs.validation or inputs.train).rows,
+        found=inputs.validation or inputs.train,
     )
     return Evaluated(STUDENT, str(folder.export), tuple(answers))
 

@@ -6,7 +6,7 @@ lacks a row is better reported now than in the middle of a run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch.distributed as dist
@@ -39,6 +39,13 @@ class Survey:
     @property
     def num_examples(self) -> int:
         return len(self.rows)
+
+    def spread(self, number: int | None) -> Survey:
+        """So many of the examples, spread evenly: the first ones of a set may be of one kind, or one case."""
+        if number is None or number >= self.num_examples:
+            return self
+        chosen = np.arange(number) * self.num_examples // number
+        return replace(self, rows=self.rows[chosen], lengths=self.lengths[chosen])
 
 
 def survey(

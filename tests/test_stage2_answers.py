@@ -162,6 +162,7 @@ def test_a_model_s_folder_and_a_recipe(run: Path, tree: dict[str, Any], tmp_path
     )
     assert by_run == by_recipe == by_model
     assert by_run[0]["num_examples"] == 2
+    assert pq.read_table(tmp_path / "x.parquet")["row"].to_pylist() == [0, 6]  # of twelve
     assert pq.read_table(tmp_path / "x.parquet").num_rows == 2
 
 
