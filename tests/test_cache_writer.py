@@ -16,6 +16,7 @@ from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_iden
 
 from shared.cache import CacheBusyError, CacheReader, CacheWriter, DataSource, SkippedRow, Unit
 from shared.cache import storage as storage_module
+from shared.cache.merge import merge
 from shared.cache.shard import encode_shard
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError
@@ -312,3 +313,34 @@ CacheWriter.open({str(tmp_path)!r}, make_identity(), created_by=VERSIONS)
         assert "is writing to it. Wait until it has ended" in ended.stderr
     open_writer(tmp_path).close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["shards/000000.tar", "shards/0123456789abcdef-copy.arrow", "index-a.html"])
+def test_files_of_others_are_neither_taken_for_a_cache_nor_removed(tmp_path: Path, name: str) -> None:
+    """WebDataset calls its folder ``shards``, too: a capture into such a data set once removed it."""
+    source = tmp_path / "source"
+    capture(source, range(2))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"theirs")
+    with pytest.raises(CacheFormatError, match=f"holds '{name}' but no manifest"):
+        open_writer(tmp_path)
+    with pytest.raises(CacheFormatError, match="holds"):
+        merge([str(source)], str(tmp_path), created_by={})
+    assert (tmp_path / name).read_bytes() == b"theirs"
+
+
+def test_files_of_others_outlive_every_capture_into_a_cache(tmp_path: Path) -> None:
+    capture(tmp_path, range(6))
+    theirs = [tmp_path / name for name in ("shards/000000.tar", "index-a.html", ".tmp-mine", "shards/.tmp-x")]
+    for path in theirs:
+        path.write_bytes(b"theirs")
+    capture(tmp_path, range(12))
+    with open_writer(tmp_path) as writer:  # interrupted
+        write_unit(writer, writer.plan(keys_and_rows(range(30)), examples_per_shard=5).units[0])
+    capture(tmp_path, range(14))
+    assert [path.read_bytes() for path in theirs] == [b"theirs"] * 4
+    faults = verify(str(tmp_path)).faults
+    assert sorted(fault.split(": ", 1)[1] for fault in faults) == [
+        "index-a.html is not in the manifest",
+        "shards/000000.tar is not in the manifest",
+    ]

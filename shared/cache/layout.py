@@ -10,6 +10,8 @@ log.jsonl                   times, speeds, hosts; read by people only
 
 from __future__ import annotations
 
+import re
+
 from shared.cache.storage import Folder
 
 MANIFEST_NAME = "manifest.json"
@@ -18,6 +20,9 @@ LOCK_NAME = "capture.lock"
 LOG_NAME = "log.jsonl"
 INDEX_PREFIX = "index-"
 SHARDS = "shards/"
+# Only what is named like this is ever removed: other programs have folders called "shards", too.
+INDEX_NAME = re.compile(r"index-[0-9a-f]{16}\.arrow")
+SHARD_NAME = re.compile(r"shards/[0-9a-f]{16}-[0-9a-f]{64}\.arrow")
 
 
 def index_name(sha256: str) -> str:
@@ -40,9 +45,18 @@ def sha256_in(name: str) -> str:
     return name.removesuffix(".arrow").rpartition("-")[2]
 
 
+def index_names(folder: Folder) -> list[str]:
+    """The indices that lie in a folder, whether a manifest names them or not."""
+    return [name for name in folder.names(INDEX_PREFIX) if INDEX_NAME.fullmatch(name)]
+
+
+def shard_names(folder: Folder) -> list[str]:
+    """The shards that lie in a folder, whether a manifest names them or not."""
+    return [name for name in folder.names(SHARDS) if SHARD_NAME.fullmatch(name)]
+
+
 def foreign_names(folder: Folder) -> list[str]:
     """Files that no cache has, hidden ones left out."""
-    known = {MANIFEST_NAME, PLAN_NAME, LOCK_NAME, LOG_NAME}
-    return [
-        name for name in folder.names("") if name not in known and not name.startswith((INDEX_PREFIX, "."))
-    ]
+    known = {MANIFEST_NAME, PLAN_NAME, LOCK_NAME, LOG_NAME, *index_names(folder), *shard_names(folder)}
+    names = [*folder.names(""), *folder.names(SHARDS)]
+    return [name for name in names if name not in known and not name.removeprefix(SHARDS).startswith(".")]

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,7 +113,7 @@ class LocalFolder:
         removed = []
         for folder in ("", "shards/"):
             for name in self.names(folder + TEMPORARY_PREFIX):
-                if alive_too or _writer_is_dead(name.rpartition("/")[2]):
+                if is_temporary(name) and (alive_too or _writer_is_dead(name.rpartition("/")[2])):
                     self.remove(name)
                     removed.append(name)
         return removed
@@ -185,6 +186,11 @@ def temporary_name(name: str) -> str:
     """A name no other process uses, which says whose it is."""
     host = "".join(c for c in socket.gethostname() if c.isalnum() or c == "-")
     return f"{TEMPORARY_PREFIX}{host}.{os.getpid()}.{next(_counter)}.{name[:64]}"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether :func:`temporary_name` made it."""
+    return re.fullmatch(r"\.tmp-[^.]*\.[0-9]+\.[0-9]+\..*", name.rpartition("/")[2]) is not None
 
 
 def _writer_is_dead(name: str) -> bool:

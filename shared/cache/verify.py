@@ -16,10 +16,18 @@ import torch
 from shared import codec
 from shared.cache.format import sha256_hex
 from shared.cache.index import KeyIndex, ShardColumns, load_index
-from shared.cache.layout import INDEX_PREFIX, MANIFEST_NAME, PLAN_NAME, SHARDS, foreign_names, unit_in
+from shared.cache.layout import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    SHARDS,
+    foreign_names,
+    index_names,
+    shard_names,
+    unit_in,
+)
 from shared.cache.manifest import Manifest, ShardInfo, load_manifest
 from shared.cache.shard import ShardView, open_shard
-from shared.cache.storage import TEMPORARY_PREFIX, Folder, open_folder
+from shared.cache.storage import TEMPORARY_PREFIX, Folder, is_temporary, open_folder
 from shared.errors import CacheFormatError
 from shared.policies import Random, Threshold
 from shared.sparse import SparseTargets
@@ -214,12 +222,12 @@ def _total_faults(manifest: Manifest) -> Iterator[str]:
 def _other_files(folder: Folder, manifest: Manifest) -> tuple[list[str], list[str]]:
     """Faults and notes about files that the manifest does not name."""
     named = {shard.name for shard in manifest.shards}
-    strays = [name for name in folder.names(SHARDS) if name not in named]
-    indices = [name for name in folder.names(INDEX_PREFIX) if name != manifest.index.name]
+    strays = [name for name in shard_names(folder) if name not in named]
+    indices = [name for name in index_names(folder) if name != manifest.index.name]
     growing = folder.size(PLAN_NAME) is not None
-    half_written = [name for name in strays if name.startswith(SHARDS + TEMPORARY_PREFIX)]
-    half_written += folder.names(TEMPORARY_PREFIX)
-    unknown = foreign_names(folder) + [name for name in strays if not growing and name not in half_written]
+    temporary = folder.names(SHARDS + TEMPORARY_PREFIX) + folder.names(TEMPORARY_PREFIX)
+    half_written = [name for name in temporary if is_temporary(name)]
+    unknown = foreign_names(folder) + ([] if growing else strays)
     notes = [f"{PLAN_NAME} is there: a capture goes on, or was interrupted"] if growing else []
     notes += [f"{name} is left over; the next capture removes it" for name in half_written + indices]
     faults = [f"{folder.where}: {name} is not in the manifest" for name in unknown]

@@ -27,13 +27,13 @@ from shared.cache.format import sha256_hex
 from shared.cache.identity import Identity
 from shared.cache.index import KeyIndex, load_index
 from shared.cache.layout import (
-    INDEX_PREFIX,
     LOG_NAME,
     MANIFEST_NAME,
     PLAN_NAME,
-    SHARDS,
     foreign_names,
+    index_names,
     sha256_in,
+    shard_names,
     unit_in,
 )
 from shared.cache.lock import CaptureLock
@@ -125,7 +125,7 @@ class CacheWriter:
         if old is not None and old.request == request:
             units = old.units
         else:
-            finished = {unit_in(name) for name in self.folder.names(SHARDS)}
+            finished = {unit_in(name) for name in shard_names(self.folder)}
             kept = [unit for unit in old.units if unit.unit_id in finished] if old is not None else []
             cut = cut_units(
                 wanted,
@@ -148,7 +148,7 @@ class CacheWriter:
         """
         if self._found is None:
             self._found = {}
-            for name in self.folder.names(SHARDS):
+            for name in shard_names(self.folder):
                 self._note(name)
         for name in list(self._found.get(unit.unit_id, ())):
             try:
@@ -240,7 +240,7 @@ class CacheWriter:
         if isinstance(self.folder, LocalFolder):
             self.folder.remove_temporaries(alive_too=self._lock is not None and self._lock.works)
         current = None if self.manifest is None else self.manifest.index.name
-        for name in self.folder.names(INDEX_PREFIX):
+        for name in index_names(self.folder):
             if name != current:
                 self.folder.remove(name)
 
@@ -248,7 +248,7 @@ class CacheWriter:
         """Places in the manifest of shards whose files are gone."""
         if self.manifest is None:
             return []
-        there = set(self.folder.names(SHARDS))
+        there = set(shard_names(self.folder))
         return [place for place, shard in enumerate(self.manifest.shards) if shard.name not in there]
 
     def _lost_shards(self, old: Plan | None) -> tuple[int, ...]:
@@ -265,7 +265,7 @@ class CacheWriter:
         committed = set() if self.manifest is None else {shard.name for shard in self.manifest.shards}
         stray = [
             name
-            for name in self.folder.names(SHARDS)
+            for name in shard_names(self.folder)
             if name not in committed and unit_in(name) not in keep and (alone or unit_in(name) in ours)
         ]
         for name in stray:
@@ -276,7 +276,7 @@ class CacheWriter:
     def _shard_names(self, plan: Plan, *, settle_s: float) -> dict[str, str]:
         deadline = time.monotonic() + settle_s
         while True:
-            names = {unit_in(name): name for name in reversed(self.folder.names(SHARDS))}
+            names = {unit_in(name): name for name in reversed(shard_names(self.folder))}
             missing = [unit for unit in plan.units if unit.unit_id not in names]
             if not missing:
                 return names
