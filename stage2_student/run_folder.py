@@ -80,14 +80,30 @@ class RunFolder:
                 "another run.name"
             )
 
-    def begin(self, recipe: Recipe, identity: dict[str, Any], world: World) -> Checkpoint | None:
-        """The checkpoint to go on from, if any; called by all ranks.
+    def newest(self, identity: dict[str, Any]) -> Checkpoint | None:
+        """The checkpoint to go on from, if any; changes nothing.
 
         Raises   CheckpointError  when the run in the folder is another one
         """
         latest = self.checkpoints.latest()
         if latest is not None:
             require_same(latest.facts.identity, identity, where=f"run {self.path}")
+        return latest
+
+    def require_unfinished(self, results: dict[str, Any] | None, *, num_steps: int) -> None:
+        """Raises   CheckpointError  when all would have to be done again, over what a finished run has logged"""
+        if results is not None:
+            raise CheckpointError(
+                f"run {self.path}: finished after {results['step']} steps, {num_steps} are asked for, and there "
+                "is no checkpoint to go on from. Put one back into checkpoints/, or choose another run.name"
+            )
+
+    def begin(self, recipe: Recipe, latest: Checkpoint | None, world: World) -> None:
+        """Makes the folder ready to go on from that checkpoint; called by all ranks.
+
+        What comes after the checkpoint is removed, so nothing may be wrong with the run any more: a finished
+        one, or another one, is told apart before.
+        """
         world.barrier()  # all have looked before the first rank cleans up
         if world.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -97,7 +113,6 @@ class RunFolder:
             done = latest.facts.step if latest else -1  # no checkpoint: not even the first validation counts
             self.metrics.keep(lambda record: record["step"] <= done)
         world.barrier()
-        return latest
 
     def predictions(self, split: Split) -> Path:
         return self.evaluation / f"{split}.parquet"

@@ -36,14 +36,17 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
     inputs = open_inputs(recipe, world)
     shape = step_shape(recipe, inputs.train.num_examples)
     num_steps = total_steps(recipe, shape)
-    checkpoint = folder.begin(recipe, inputs.identity(recipe), world)
+    checkpoint = folder.newest(inputs.identity(recipe))
     results = folder.read_results()
     if results is not None and results["step"] >= num_steps:
         if world.is_main:
-            if recipe.run.export and not folder.export.exists():
-                export_checkpoint(folder, choose_checkpoint(folder), folder.export)
+            if recipe.run.export and checkpoint is not None and not folder.export.exists():
+                export_checkpoint(folder, checkpoint, folder.export)
             print_summary(results)
         return 0
+    if checkpoint is None:
+        folder.require_unfinished(results, num_steps=num_steps)
+    folder.begin(recipe, checkpoint, world)
     if world.is_main:
         save_model_files(recipe, folder)
     with open_trackers(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from stage2_runs import (
     assert_same_state,
+    files_of,
     make_recipe,
     records,
     run_alone,
@@ -175,6 +176,36 @@ def test_a_finished_run_says_what_came_out(unbroken: Recipe, capsys: pytest.Capt
     assert run_alone(unbroken, resume=True) == 0
     assert "validation CE" in capsys.readouterr().out
     assert records(unbroken) == before
+
+
+@pytest.fixture
+def without_checkpoints(unbroken: Recipe, tree: dict[str, Any]) -> Recipe:
+    """A finished run whose checkpoints were deleted to save space."""
+    recipe = make_recipe(tree, run__name="without-checkpoints")
+    shutil.rmtree(recipe.run.path, ignore_errors=True)
+    shutil.copytree(unbroken.run.path, recipe.run.path)
+    shutil.rmtree(recipe.run.path / "checkpoints")
+    return recipe
+
+
+def test_a_finished_run_without_checkpoints_keeps_what_it_has(
+    without_checkpoints: Recipe, tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_of(without_checkpoints.run.path)
+    changed = make_recipe(tree, run__name="without-checkpoints", optimization__learning_rate=0.5)
+    assert run_alone(changed, resume=True) == 0
+    assert "validation CE" in capsys.readouterr().out
+    assert files_of(without_checkpoints.run.path) == before
+
+
+def test_a_finished_run_without_checkpoints_cannot_be_lengthened(
+    without_checkpoints: Recipe, tree: dict[str, Any]
+) -> None:
+    before = files_of(without_checkpoints.run.path)
+    longer = make_recipe(tree, run__name="without-checkpoints", optimization__max_steps=NUM_STEPS + 1)
+    with pytest.raises(CheckpointError, match=r"finished after 20 steps.*21 are asked for.*no checkpoint"):
+        run_alone(longer, resume=True)
+    assert files_of(without_checkpoints.run.path) == before
 
 
 def test_another_recipe_cache_or_data_set_is_refused_with_both_sides(
