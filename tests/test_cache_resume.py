@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_row
 
@@ -235,6 +238,51 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     assert [(u.unit_id, u.keys, u.rows.tolist()) for u in read.units] == [
         (u.unit_id, u.keys, u.rows.tolist()) for u in plan.units
     ]
-    (tmp_path / "plan.arrow").write_bytes(b"ARROW1 no more")
-    with pytest.raises(CacheFormatError, match=r"plan\.arrow: cannot be read"):
+
+
+def test_a_plan_with_any_flipped_bit_is_refused_before_arrow_sees_it(tmp_path: Path) -> None:
+    """A flipped bit in a column made another plan; one in Arrow's own structures brought it down."""
+    with open_writer(tmp_path) as writer:
+        writer.plan(keys_and_rows(range(6)), examples_per_shard=3)
+    sound = (tmp_path / "plan.arrow").read_bytes()
+    for place in range(len(sound)):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << place % 8
+        with pytest.raises(CacheFormatError, match="plan: sha256"):
+            Plan.decode(bytes(damaged), where="plan")
+
+
+@pytest.mark.parametrize("damage", [b"", b"ARROW1 no more", "old form"])
+def test_after_a_damaged_plan_is_deleted_finished_units_are_kept(tmp_path: Path, damage) -> None:
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(NUMBERS), examples_per_shard=5)
+        write_unit(writer, plan.units[1])
+    path = tmp_path / "plan.arrow"
+    path.write_bytes(path.read_bytes()[:-32] if damage == "old form" else damage)
+    with pytest.raises(
+        CacheFormatError, match=r"plan\.arrow: .* Delete the file and run teacher-cache again"
+    ):
         open_writer(tmp_path)
+    path.unlink()
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(NUMBERS), examples_per_shard=5)
+        assert [writer.is_finished(unit) for unit in plan.units] == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"slots": None}, {"lost": 5}, {"identity": {}}, {"skipped": [3]}, {"base": ...}],
+)
+def test_a_sound_file_that_is_no_plan_is_refused(tmp_path: Path, change: dict) -> None:
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(6)), examples_per_shard=3)
+    table = pa.ipc.open_file(plan.encode().to_pybytes()[:-32]).read_all()
+    metadata = json.loads(table.schema.metadata[b"teachonce"]) | change
+    metadata = {name: value for name, value in metadata.items() if value is not ...}
+    sink = pa.BufferOutputStream()
+    table = table.replace_schema_metadata({b"teachonce": json.dumps(metadata).encode()})
+    with pa.ipc.new_file(sink, table.schema) as stream:
+        stream.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    with pytest.raises(CacheFormatError, match="cannot be read"):
+        Plan.decode(data + hashlib.sha256(data).digest(), where="plan")

@@ -1,7 +1,8 @@
 """What a capture has to do: an ordered list of units, each of which becomes one shard.
 
 A plan is made once, by one process, and stored in the cache's folder as ``plan.arrow``; other processes and
-later starts read it, so that nobody has to hash the pictures again.  A unit's id is a digest of the capture's
+later starts read it, so that nobody has to hash the pictures again.  No manifest says what it must hash to,
+so its last 32 bytes do.  A unit's id is a digest of the capture's
 content identity and of its keys: whoever captures the unit, whenever, writes the same shard.
 """
 
@@ -17,14 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from shared.cache.format import (
-    KEY_BYTES,
-    make_metadata,
-    read_metadata,
-)
+from shared.cache.format import KEY_BYTES, first_line, make_metadata, read_metadata
 from shared.cache.identity import Identity
 from shared.cache.manifest import SkippedRow
 from shared.errors import CacheFormatError
+
+DIGEST_BYTES = 32  # SHA-256
+REMEDY = "Delete the file and run teacher-cache again: it keeps the finished units that its new plan has."
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class Plan:
         object.__setattr__(self, "num_examples", sum(map(len, self.units)))
 
     def encode(self) -> pa.Buffer:
-        """The bytes of ``plan.arrow``."""
+        """The bytes of ``plan.arrow``: an Arrow file, and its SHA-256."""
         metadata = {
             "identity": self.identity.model_dump(mode="json"),
             "skipped": [row.model_dump(mode="json") for row in self.skipped],
@@ -89,23 +89,32 @@ class Plan:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, schema) as stream:
             stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-        return sink.getvalue()
+        data = sink.getvalue().to_pybytes()
+        return pa.py_buffer(data + hashlib.sha256(data).digest())
 
     @classmethod
     def decode(cls, data: bytes, *, where: str) -> Plan:
-        """Raises   CacheFormatError  when the bytes are no plan of this format."""
+        """Raises   CacheFormatError  when the bytes are no plan of this format.
+
+        The digest comes first: Arrow takes a flipped bit for another plan, or crashes on it.
+        """
+        data, told = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+        found = hashlib.sha256(data).digest()
+        if found != told:
+            raise CacheFormatError(
+                f"{where}: sha256 {found.hex()[:12]} differs from the one at its end ({told.hex()[:12]}); the "
+                f"file is damaged or of an earlier release. {REMEDY}"
+            )
         try:
             table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
             metadata = read_metadata(table.schema, where=where)
             identity = Identity.model_validate_json(json.dumps(metadata["identity"]))
             skipped = tuple(SkippedRow(**row) for row in metadata["skipped"])
             units = _units_of(table, identity, metadata["slots"])
-        except (pa.ArrowException, KeyError, ValueError) as error:
-            raise CacheFormatError(
-                f"{where}: cannot be read ({error}). Delete the file and start again."
-            ) from error
-        base, request, lost = metadata["base"], metadata["request"], tuple(metadata["lost"])
-        return cls(identity, units, skipped, metadata["duplicates"], base, request, lost)
+            base, request, lost = metadata["base"], metadata["request"], tuple(metadata["lost"])
+            return cls(identity, units, skipped, metadata["duplicates"], base, request, lost)
+        except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+            raise CacheFormatError(f"{where}: cannot be read ({first_line(error)}). {REMEDY}") from error
 
 
 def _units_of(table: pa.Table, identity: Identity, slots: Sequence[int | None]) -> tuple[Unit, ...]:
