@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,11 @@ from shared.errors import TeachonceError
 
 FILE = click.Path(path_type=Path, dir_okay=False)  # to be written
 FOLDER = click.Path(path_type=Path, file_okay=False)  # to write into
+# What is wrong with a place that the user named, or with its disk.
+OF_FILES = {
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+}
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -40,6 +46,11 @@ def run(group: click.Command) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None or error.errno not in OF_FILES:
+            raise
+        click.echo(f"error: {error.filename}: {os.strerror(error.errno).lower()}", err=True)
+        sys.exit(os.EX_IOERR)
     except click.Abort:
         click.echo("aborted", err=True)
         sys.exit(130)

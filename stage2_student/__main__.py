@@ -77,6 +77,8 @@ def evaluate(
     """Let a trained student answer questions, beside its teacher and itself before training."""
     from stage2_student import evaluate as evaluation
 
+    if out is not None and out.suffix != ".parquet":
+        raise click.UsageError(f"--out {out}: name a .parquet file; the scores go into the .json beside it")
     subject = evaluation.Subject.find(
         what, recipe=lambda name: load_recipe(name, overrides=overrides), given=recipe, model=model
     )
@@ -181,6 +183,8 @@ def export(run_folder: Path, step: int | None, best: bool, merge: bool | None, o
     from stage2_student.export import choose_checkpoint, export_checkpoint
     from stage2_student.run_folder import RunFolder
 
+    if best and step is not None:
+        raise click.UsageError("--step and --best choose a checkpoint each; give one of them")
     folder = RunFolder(run_folder)
     checkpoint = choose_checkpoint(folder, step=step, best=best)
     click.echo(export_checkpoint(folder, checkpoint, out or folder.export, merge=merge))

@@ -186,6 +186,8 @@ class Subject:
         if is_model and given is None:
             raise RecipeError(f"{what}: a model's folder; say which data it is to be asked: --recipe")
         if given is not None and (is_model or not path.exists()):
+            if model is not None:
+                raise RecipeError(f"{what} is a model already; --model {model} goes with a run or a recipe")
             return cls(recipe(given), what, None)
         try:
             loaded = recipe(what)
@@ -199,4 +201,8 @@ class Subject:
 
     @classmethod
     def _of_run(cls, recipe: Recipe, run: Path, model: Path | None) -> Subject:
-        return cls(recipe, str(run / "export"), run) if model is None else cls(recipe, str(model), None)
+        if model is not None:
+            return cls(recipe, str(model), None)
+        if not (run / "export").is_dir():
+            raise RecipeError(f"{run}: no export in it to evaluate. `train-student export {run}` makes one")
+        return cls(recipe, str(run / "export"), run)

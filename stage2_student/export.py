@@ -15,10 +15,12 @@ from huggingface_hub import snapshot_download
 
 from shared import adapters
 from shared.adapters import lineage
-from shared.config import Recipe, load_recipe
+from shared.config import Recipe, dump_recipe, load_recipe
 from shared.errors import CheckpointError, RecipeError
+from shared.runtime import environment
 from shared.vlm import load_config
 from stage2_student.checkpoint import Checkpoint, load, student_state
+from stage2_student.files import write_json
 from stage2_student.lora import add_adapters, merge_adapters, save_adapters
 from stage2_student.run_folder import RunFolder
 from stage2_student.student import empty_model
@@ -26,6 +28,7 @@ from stage2_student.student import empty_model
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 WEIGHTS_INDEX = "*.index.json"
 MAX_SHARD_SIZE = "5GB"
+PROVENANCE = "teachonce.json"  # run, step, recipe, versions and commit, in every export
 
 
 def save_model_files(recipe: Recipe, folder: RunFolder) -> None:
@@ -72,6 +75,8 @@ def export_checkpoint(
 ) -> Path:
     """Writes ``out``, whole or not at all; the weights keep the dtype they were trained in.
 
+    An export that is there is replaced; anything else is not.
+
     merge  adapters into the weights; by default as the run's recipe says, and where the student began from an
            adapter itself: a chain of them is opened by nothing else
     """
@@ -79,6 +84,8 @@ def export_checkpoint(
     lora = recipe.student.lora
     if merge and lora is None:
         raise RecipeError(f"{folder.path}: the run has no adapters to merge; its export is a whole model")
+    target = out.resolve()
+    require_replaceable(target, folder)
     if merge is None:
         merge = lora is not None and (lora.merge or adapters.is_adapter(recipe.student.model))
     model = empty_model(load_config(str(folder.model_files)), recipe.student)
@@ -87,7 +94,7 @@ def export_checkpoint(
     model.to_empty(device="cpu")
     model.tie_weights()  # which to_empty has undone
     load(checkpoint, student_state(model), alone=True)
-    partial = out.with_name(out.name + ".partial")
+    partial = target.with_name(f".{target.name}.teachonce-partial")
     shutil.rmtree(partial, ignore_errors=True)
     if lora is not None and not merge:
         save_adapters(model, partial, base=recipe.student.model, revision=recipe.student.revision)
@@ -98,18 +105,29 @@ def export_checkpoint(
         # A model's configuration is written above; an adapter's folder has none, or it would pass for a model.
         if path.name != "config.json":
             shutil.copyfile(path, partial / path.name)
-    _replace_folder(partial, out)
+    facts = {"run": str(folder.path), "step": checkpoint.facts.step, "recipe": dump_recipe(recipe)}
+    write_json(partial / PROVENANCE, facts | environment())
+    _replace_folder(partial, target)
     return out
 
 
+def require_replaceable(out: Path, folder: RunFolder) -> None:
+    """Raises   RecipeError  when what is there was not exported by this project, and would be lost"""
+    is_ours = (out / PROVENANCE).exists() or out == folder.export.resolve()
+    if out.exists() and not is_ours and not (out.is_dir() and not any(out.iterdir())):
+        raise RecipeError(
+            f"{out}: something is there that is no export of a run. Give another --out, or move it away"
+        )
+
+
 def _small_files(folder: Path) -> list[Path]:
-    """But for what belongs to weights that are not copied: their index, an adapter's settings."""
+    """But for what belongs to weights that are not copied: their index, an adapter's settings, their origin."""
     found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
-    return sorted(found - {*folder.glob(WEIGHTS_INDEX), folder / adapters.SETTINGS})
+    return sorted(found - {*folder.glob(WEIGHTS_INDEX), folder / adapters.SETTINGS, folder / PROVENANCE})
 
 
 def _replace_folder(new: Path, out: Path) -> None:
-    old = out.with_name(out.name + ".old")
+    old = out.with_name(f".{out.name}.teachonce-old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)

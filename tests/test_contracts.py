@@ -116,3 +116,15 @@ def test_a_users_error_is_one_message_with_a_status_of_its_own(module: str) -> N
     assert done.returncode == 3
     assert done.stderr.startswith("error: recipe 'phantm': unknown; did you mean 'phantom'?")
     assert "Traceback" not in done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    place = f"{tmp_path}/file/x"
+    code = f"""
+import click
+from shared.cli import run
+run(click.Command("write", callback=lambda: open({place!r}, "w")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (74, f"error: {place}: not a directory\n")

@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -262,6 +263,7 @@ def test_a_folder_that_has_a_recipe_s_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "phantom").mkdir()
+    Path("work/runs/phantom/export").mkdir(parents=True)
     found = Subject.find("phantom", recipe=load_recipe, given=None, model=None)
     assert found.run == Path("work/runs/phantom")
     hub = Subject.find("someone/model", recipe=load_recipe, given="phantom", model=None)
@@ -274,6 +276,9 @@ def test_what_cannot_be_evaluated(run: Path, tmp_path: Path) -> None:
         ((str(run / "export"),), RecipeError, "--recipe"),
         ((str(run), "--split", "test"), DataError, "names no test split"),
         ((str(run), "--model", str(tmp_path / "none")), RecipeError, "none"),
+        ((str(run / "export"), "--recipe", "phantom", "--model", "m"), RecipeError, "is a model already"),
+        ((str(run), "--out", "scores.json"), click.UsageError, "name a .parquet file"),
+        (("phantom", "--set", f"run.root={tmp_path}"), RecipeError, "no export in it"),
     ]:
         found = command(*arguments)
         assert isinstance(found.exception, error), (arguments, found.exception)
