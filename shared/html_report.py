@@ -36,7 +36,8 @@ p { margin: .4rem 0; max-width: 46rem }
 .grid, .figures { display: grid; gap: 1.2rem; align-items: start }
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
 .figures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)) }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr));
+         margin-top: 1rem }
 .card { background: var(--soft); border-radius: 8px; padding: .8rem; overflow-wrap: anywhere }
 .card img { display: block; width: 100%; height: 11rem; object-fit: contain; background: #000; border-radius: 4px;
             margin-bottom: .6rem }
