@@ -250,6 +250,40 @@ def test_a_lost_shard_is_captured_again_in_its_old_place(tmp_path: Path) -> None
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.parametrize("damage", [None, b"", b"ARROW1"])
+@pytest.mark.parametrize("numbers", [range(23), range(30)])
+def test_a_lost_or_damaged_index_is_made_again_from_the_shards(
+    tmp_path: Path, damage: bytes | None, numbers: range
+) -> None:
+    manifest = capture(tmp_path / "c", range(23))
+    capture(tmp_path / "whole", range(23))
+    if len(numbers) > 23:
+        capture(tmp_path / "whole", numbers)
+    index = tmp_path / "c" / manifest.index.name
+    index.unlink() if damage is None else index.write_bytes(damage)
+    assert "Run teacher-cache again" in verify(str(tmp_path / "c")).faults[0]
+    with pytest.raises(CacheFormatError, match=r"index-.* [Rr]un teacher-cache again"):
+        CacheReader(str(tmp_path / "c"))
+    capture(tmp_path / "c", numbers)
+    assert files_of(tmp_path / "c") == files_of(tmp_path / "whole")
+
+
+def test_an_index_and_a_shard_lost_together_are_mended_as_the_error_says(tmp_path: Path) -> None:
+    manifest = capture(tmp_path, range(23))
+    before = files_of(tmp_path)
+    (tmp_path / manifest.index.name).unlink()
+    (tmp_path / manifest.shards[1].name).unlink()
+    (tmp_path / manifest.shards[2].name).write_bytes(b"damaged")
+    with pytest.raises(CacheFormatError, match=r"shard 00001 .*Delete manifest\.json and run teacher-cache"):
+        open_writer(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(23)), examples_per_shard=5)
+        assert [writer.is_finished(unit) for unit in plan.units] == [True, False, False, True, True]
+    capture(tmp_path, range(23))
+    assert files_of(tmp_path) == before
+
+
 def test_a_shard_lost_after_planning_is_not_dropped_silently(tmp_path: Path) -> None:
     manifest = capture(tmp_path, range(10))
     with open_writer(tmp_path) as writer:

@@ -10,10 +10,11 @@ import pyarrow as pa
 from shared.cache.format import sha256_hex
 from shared.cache.identity import Identity
 from shared.cache.index import KeyIndex, ShardColumns
-from shared.cache.layout import index_name, sha256_in
+from shared.cache.layout import MANIFEST_NAME, index_name, sha256_in
 from shared.cache.manifest import IndexInfo, Manifest, ShardInfo, SkippedRow
 from shared.cache.plan import Plan, Unit
-from shared.cache.shard import ShardView
+from shared.cache.shard import ShardView, open_shard
+from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
 
 
@@ -57,6 +58,34 @@ def assemble(
         created_by=created_by,
     )
     return manifest, encoded
+
+
+def rebuild_index(folder: Folder, manifest: Manifest) -> pa.Buffer:
+    """The bytes of the index that a manifest names, from its shards, whose hashes are checked.
+
+    Raises   CacheFormatError  when a shard is missing or damaged as well, or the bytes come out otherwise
+    """
+    remedy = f"Delete {MANIFEST_NAME} and run teacher-cache again: it keeps the whole shards that its new plan has."
+    columns: list[ShardColumns] = []
+    for place, shard in enumerate(manifest.shards):
+        where = f"{folder.where}, shard {place:05d} ({shard.name})"
+        try:
+            data = folder.read(shard.name)
+        except FileNotFoundError:
+            data = b""
+        if sha256_hex(data) != shard.sha256:
+            raise CacheFormatError(
+                f"{where}: is missing or damaged, and so is the index, which alone knows its keys. {remedy}"
+            )
+        view = open_shard(data, where=where)
+        columns.append((view.keys, view.num_positions))
+    info, encoded = encode_index(KeyIndex.from_shards(columns), where=folder.where)
+    if info != manifest.index:  # another release of Arrow may spell the same table otherwise
+        raise CacheFormatError(
+            f"{folder.where}, {manifest.index.name}: is missing or damaged, and made again from the shards "
+            f"it has sha256 {info.sha256[:12]}, not that of the manifest ({manifest.index.sha256[:12]}). {remedy}"
+        )
+    return encoded
 
 
 def encode_index(index: KeyIndex, *, where: str) -> tuple[IndexInfo, pa.Buffer]:

@@ -31,6 +31,7 @@ from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
 
 PLACES = pa.uint32()
+REMEDY = "Run teacher-cache again: it makes the index again from the shards."
 ShardColumns = tuple[
     npt.NDArray[np.bytes_], npt.NDArray[np.integer]
 ]  # keys and num_positions, in stored order
@@ -141,11 +142,11 @@ def load_index(folder: Folder, manifest: Manifest) -> KeyIndex:
     try:
         data = folder.read(info.name)
     except FileNotFoundError as error:
-        raise CacheFormatError(f"{where}: is missing. Restore it, or capture the cache again.") from error
+        raise CacheFormatError(f"{where}: is missing. {REMEDY}") from error
     if sha256_hex(data) != info.sha256:
         raise CacheFormatError(
             f"{where}: sha256 {sha256_hex(data)[:12]} differs from the manifest ({info.sha256[:12]}). "
-            "Restore the file, or capture the cache again."
+            f"{REMEDY}"
         )
     return open_index(data, shard_sizes=[shard.examples for shard in manifest.shards], where=where)
 

@@ -210,7 +210,7 @@ class CacheReader:
                 return self._map_verified(self._folder.path / name, sha256, where=where)
             except FileNotFoundError as error:
                 raise CacheFormatError(
-                    f"{where}: {name} is missing. Run teacher-cache again: only its examples are recomputed."
+                    f"{where}: {name} is missing. Run teacher-cache again: only what is missing is made again."
                 ) from error
         assert isinstance(self._folder, RemoteFolder)
         for _ in range(FETCHES):

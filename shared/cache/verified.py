@@ -39,8 +39,8 @@ class VerifiedFiles:
         if found != sha256:
             raise CacheFormatError(
                 f"{where}: sha256 {found[:12]} differs from the manifest ({sha256[:12]}); the file changed "
-                f"after it was committed. Delete {path} and run teacher-cache again: only its examples are "
-                "recomputed."
+                f"after it was committed. Delete {path} and run teacher-cache again: only what is "
+                "missing is made again."
             )
         self._known.add(stamp)
         if settled:

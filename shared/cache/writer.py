@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from shared.cache.commit import assemble
+from shared.cache.commit import assemble, rebuild_index
 from shared.cache.format import sha256_hex
 from shared.cache.identity import Identity
 from shared.cache.index import KeyIndex, load_index
@@ -65,7 +65,7 @@ class CacheWriter:
 
         Raises   CacheBusyError      when another capture is at work there (local folders)
                  CacheMismatchError  when what is there was captured otherwise: every difference, both sides
-                 CacheFormatError    when the folder holds other things
+                 CacheFormatError    when the folder holds other things, or an index is lost together with shards
         """
         folder = open_folder(location)
         lock = CaptureLock.in_folder(folder.path) if isinstance(folder, LocalFolder) else None
@@ -73,6 +73,7 @@ class CacheWriter:
             writer = cls(folder, identity, created_by)
             writer._lock = lock
             writer._check_what_is_there()
+            writer._repair_index()
             writer._sweep()
         except BaseException:
             if lock is not None:
@@ -231,6 +232,16 @@ class CacheWriter:
                     f"{self.folder.where}: holds {foreign[0]!r} but no {MANIFEST_NAME}; this is no cache. "
                     "Name an empty folder."
                 )
+
+    def _repair_index(self) -> None:
+        """Makes a lost or damaged index again, without which nothing says what the cache already holds."""
+        if self.manifest is None:
+            return
+        try:
+            load_index(self.folder, self.manifest)
+        except CacheFormatError as error:
+            self.folder.publish(self.manifest.index.name, rebuild_index(self.folder, self.manifest))
+            self.log("index made again", reason=str(error))
 
     def _sweep(self) -> None:
         """Removes what killed processes left half-written, and indices of older manifests.
