@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from shared.cache import CacheReader, InputsIdentity
+from shared.cache.manifest import ShardInfo
+from shared.cache.storage import Folder, LocalFolder, open_folder
+from shared.cache.verified import VerifiedFiles
 from shared.config import DataConfig, Recipe, Split
 from shared.errors import CacheFormatError, DataError
 from shared.images import decode_rgb
@@ -92,7 +95,10 @@ def captured_splits(recipe: Recipe) -> list[Split]:
 
 
 def cache_covers(recipe: Recipe) -> bool:
-    """Whether a committed cache holds every readable example of the recipe; opens no file of the teacher."""
+    """Whether a committed cache holds every readable example of the recipe, in shards that are whole.
+
+    Opens no file of the teacher.
+    """
     assert recipe.cache is not None
     if "://" not in recipe.cache.path and not Path(recipe.cache.path).exists():
         return False
@@ -104,6 +110,35 @@ def cache_covers(recipe: Recipe) -> bool:
     skipped = {bytes.fromhex(row.key) for row in reader.manifest.skipped if row.key}
     for name in captured_splits(recipe):
         keys = [key for key in survey_keys(recipe.data, name, processor).keys if key not in skipped]
-        if not reader.contains(keys).all():
+        if not reader.contains(keys).all() or broken_shards(reader, keys):
+            return False
+    return True
+
+
+def broken_shards(
+    reader: CacheReader, keys: Sequence[bytes] | None = None, *, hashed: bool = True
+) -> list[str]:
+    """Names of the shards that are gone or not what the manifest says, of those that hold any of the keys.
+
+    keys    None: of all shards
+    hashed  local files are hashed, as a reader does before their first use and only then: what is sound here
+            is not hashed again there.  A remote file would have to be fetched: its size has to do
+    """
+    shards: Sequence[ShardInfo] = reader.manifest.shards
+    if keys is not None:
+        found = reader.index.find(keys)
+        holding, _ = reader.index.locate(found[found >= 0])
+        shards = [shards[place] for place in np.unique(holding).tolist()]
+    folder, verified = open_folder(reader.location), VerifiedFiles() if hashed else None
+    return [shard.name for shard in shards if not _is_whole(folder, shard, verified)]
+
+
+def _is_whole(folder: Folder, shard: ShardInfo, verified: VerifiedFiles | None) -> bool:
+    if folder.size(shard.name) != shard.bytes:
+        return False
+    if verified is not None and isinstance(folder, LocalFolder):
+        try:
+            verified.require(folder.path / shard.name, shard.sha256, where=folder.where)
+        except CacheFormatError:
             return False
     return True

@@ -26,6 +26,7 @@ from shared.errors import CacheFormatError, DataError, RecipeError
 from shared.processing import Encoded, ExampleProcessor, open_processor
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, environment
 from shared.sparse import position_seeds
+from shared.survey import broken_shards
 from shared.vlm import check_split
 from stage1_teacher.batching import BatchRunner
 from stage1_teacher.handover import BackgroundWriter
@@ -93,9 +94,20 @@ def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData
         return False
     skipped = {row.key for row in reader.manifest.skipped if row.key}
     wanted = [key for key in data.all_keys() if key.hex() not in skipped]
-    return bool(reader.contains(wanted).all()) and same_but_for_weights(
-        reader.manifest.identity, recipe, processor, data
-    )
+    covered = bool(reader.contains(wanted).all())
+    if not covered or not same_but_for_weights(reader.manifest.identity, recipe, processor, data):
+        return False
+    broken = broken_shards(reader, wanted)
+    for name in broken:
+        tqdm.write(f"cache {recipe.cache.path}: {name} is gone or damaged; its examples are captured again")
+    return not broken
+
+
+def discard_broken_shards(location: str, writer: CacheWriter, data: CaptureData) -> None:
+    """Leaves the plan no file that its manifest convicts: what is gone is planned again."""
+    if writer.manifest is not None:
+        for name in broken_shards(CacheReader(location), data.all_keys()):
+            writer.folder.remove(name)
 
 
 def open_cache(
@@ -108,6 +120,7 @@ def open_cache(
         assert teacher.weights_fingerprint is not None
         identity = identity_of(recipe, processor, data, weights_fingerprint=teacher.weights_fingerprint)
         writer = CacheWriter.open(path, identity, created_by=_versions())
+        discard_broken_shards(path, writer, data)
         plan = writer.stored_plan() or writer.plan(
             data.numbered_keys(),
             examples_per_shard=recipe.cache.examples_per_shard,

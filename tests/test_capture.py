@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
 from shared.cache import CacheReader
+from shared.cache.index import split_keys
 from shared.config import Recipe
 from shared.errors import CacheMismatchError, DataError
-from shared.processing import ExampleProcessor
+from shared.processing import ExampleProcessor, open_processor
 from shared.recipe_files import validate_tree
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, distributed
+from shared.survey import cache_covers, survey_keys
 from shared.vqa import open_split
 from stage1_teacher.capture import capture
 
@@ -276,3 +279,72 @@ def test_a_teacher_sharded_over_two_ranks_writes_the_bytes_of_a_whole_one(
     assert process.returncode == 0, output
     run(with_values(tree, "cache", path=str(tmp_path / "whole")))
     assert files(tmp_path / "cache") == files(tmp_path / "whole")
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+BREAKS = {
+    "deleted": Path.unlink,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-8]),
+    "flipped": flip_a_bit,
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_a_broken_shard_alone_is_captured_again(
+    tree: dict[str, Any], tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tree)
+    whole = files(tmp_path / "cache")
+    broken = sorted((tmp_path / "cache" / "shards").iterdir())[3]
+    BREAKS[how](broken)
+    recipe = validate_tree(Recipe, tree, origin="recipe test")
+    assert not cache_covers(recipe)
+    assert run(tree) == 0
+    assert cache_covers(recipe)
+    assert files(tmp_path / "cache") == whole
+    assert broken.name in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "cache" / "log.jsonl").read_text().splitlines()]
+    assert [record["examples"] for record in records if record["event"] == "captured"] == [16, 2]
+
+
+def test_a_broken_shard_without_wanted_examples_is_no_work(tree: dict[str, Any], tmp_path: Path) -> None:
+    run(tree)
+    fewer = with_values(tree, "data", limit=4)
+    recipe = validate_tree(Recipe, fewer, origin="recipe test")
+    reader = CacheReader(str(tmp_path / "cache"))
+    wanted = {key for name in ("train", "validation") for key in keys_of(recipe, name)}
+    holding = {shard for shard, keys in enumerate(shards_of(reader)) if wanted & keys}
+    for shard, info in enumerate(reader.manifest.shards):
+        if shard not in holding:
+            (tmp_path / "cache" / info.name).unlink()
+    assert len(holding) < len(reader.manifest.shards)
+    assert cache_covers(recipe)
+
+
+def keys_of(recipe: Recipe, name: Any) -> tuple[bytes, ...]:
+    assert recipe.teacher is not None
+    return survey_keys(recipe.data, name, open_processor(recipe.teacher.model, recipe.data)).keys
+
+
+def shards_of(reader: CacheReader) -> list[set[bytes]]:
+    return [set(split_keys(keys)) for keys, _ in reader.index.shard_columns()]
+
+
+def test_a_remote_cache_is_asked_for_its_shards_sizes(tree: dict[str, Any]) -> None:
+    filesystem = fsspec.filesystem("memory")
+    tree = with_values(tree, "cache", path="memory://capture-sizes")
+    recipe = validate_tree(Recipe, tree, origin="recipe test")
+    run(tree)
+    assert cache_covers(recipe)
+    first, second = filesystem.ls("/capture-sizes/shards", detail=False)[:2]
+    filesystem.rm_file(first)
+    filesystem.pipe_file(second, filesystem.cat_file(second)[:-8])
+    assert not cache_covers(recipe)
+    assert run(tree) == 0
+    assert cache_covers(recipe)
+    filesystem.rm("/capture-sizes", recursive=True)
