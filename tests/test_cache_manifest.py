@@ -12,6 +12,7 @@ from cache_examples import VOCAB_SIZE, capture, make_identity
 from shared.cache import CacheReader, InputsIdentity, Manifest
 from shared.cache.identity import Identity
 from shared.cache.manifest import content_hash
+from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.policies import Threshold, TopK
 
@@ -58,6 +59,10 @@ def test_what_is_written_is_what_is_read(cache: Path) -> None:
         ({"shards": [{"name": "../../etc/passwd"}]}, "shards.0.name"),
         ({"totals": {"examples": -1}}, "totals.examples"),
         ({"identity": {"policy": None}}, "identity.policy"),
+        ({"skipped": [{"row": "r", "reason": "x", "key": "zz"}]}, "skipped.0.key"),
+        ({"skipped": [{"row": "r", "reason": "x", "key": "0" * 31}]}, "skipped.0.key"),
+        ({"skipped": [{"row": "r", "reason": "x", "key": "0" * 32 + "\n"}]}, "skipped.0.key"),
+        ({"totals": {"examples": 10**30}}, "totals.examples"),
     ],
 )
 def test_other_versions_and_fields_are_refused(cache: Path, changes: dict, message: str) -> None:
@@ -72,6 +77,49 @@ def test_other_versions_and_fields_are_refused(cache: Path, changes: dict, messa
 def test_a_manifest_that_is_none_is_refused(cache: Path, data: bytes) -> None:
     (cache / "manifest.json").write_bytes(data)
     with pytest.raises(CacheFormatError, match=r"manifest\.json"):
+        CacheReader(str(cache))
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("inputs", "vocab_size", 10**30),
+        ("targets", "temperatures", [0.0]),
+        ("targets", "temperatures", [-1.0]),
+    ],
+)
+def test_numbers_that_no_capture_can_have_are_refused(cache: Path, part: str, field: str, value) -> None:
+    identity = make_identity().model_dump(mode="json")
+    identity[part][field] = value
+    edit(cache, identity=identity)
+    for use in (CacheReader, verify):
+        with pytest.raises(CacheFormatError, match=rf"manifest\.json: identity\.{part}\.{field}"):
+            use(str(cache))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"seed": 0', '"seed": NaN'),
+        ('"seed": 0', '"seed": -Infinity'),
+        ('"seed": 0', '"seed": 1e999'),
+        ('"seed": 0', '"seed": ' + "[" * 100_000 + "]" * 100_000),
+        ('"seed": 0', '"seed": ' + "9" * 10_000),
+    ],
+)
+def test_json_that_is_no_json_of_ours_is_one_error(cache: Path, old: str, new: str) -> None:
+    text = (cache / "manifest.json").read_text()
+    (cache / "manifest.json").write_text(text.replace(old, new))
+    for use in (CacheReader, verify):
+        with pytest.raises(CacheFormatError, match=r"manifest\.json: not JSON .*the file is damaged"):
+            use(str(cache))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_a_manifest_saved_in_another_encoding_is_refused(cache: Path, encoding: str) -> None:
+    text = (cache / "manifest.json").read_text()
+    (cache / "manifest.json").write_text(text, encoding=encoding)
+    with pytest.raises(CacheFormatError, match=r"manifest\.json: not JSON \(.*(utf-8|BOM)"):
         CacheReader(str(cache))
 
 

@@ -74,7 +74,7 @@ def read_metadata(found: pa.Schema, *, where: str) -> dict[str, Any]:
         )
     try:
         metadata = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CacheFormatError(f"{where}: its metadata is not JSON ({error}).") from error
     if not isinstance(metadata, dict):
         raise CacheFormatError(f"{where}: its metadata is not a JSON object.")

@@ -41,7 +41,7 @@ class InputsIdentity(Record):
     tokenizer_fingerprint: str
     template_fingerprint: str
     image_processor_fingerprint: str
-    vocab_size: Annotated[int, Field(gt=0)]
+    vocab_size: Annotated[int, Field(gt=0, lt=1 << 31)]  # ids are int32
     max_answer_tokens: Annotated[int, Field(gt=0)] | None
 
 
@@ -51,7 +51,9 @@ class TargetsIdentity(Record):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
     policy: Policy
-    temperatures: Annotated[tuple[float, ...], Field(min_length=1)]
+    temperatures: Annotated[
+        tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)
+    ]
     seed: int
 
 

@@ -14,14 +14,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from shared.cache.format import FORMAT, FORMAT_VERSION, canonical_json, check_version
+from shared.cache.format import FORMAT, FORMAT_VERSION, KEY_BYTES, canonical_json, check_version
 from shared.cache.identity import Identity, Record
 from shared.cache.layout import MANIFEST_NAME
 from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # what every JSON reader keeps exact
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Key = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * KEY_BYTES}}}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
 
 
@@ -50,7 +51,7 @@ class SkippedRow(Record):
 
     row: str
     reason: str
-    key: str | None = None  # hex; None where the row could not even be read
+    key: Key | None = None  # hex; None where the row could not even be read
 
 
 class Totals(Record):
@@ -121,15 +122,17 @@ class Manifest(Record):
         Raises   CacheFormatError  when it is damaged, was edited, or is of another format version
         """
         try:
-            tree = json.loads(data)
-        except ValueError as error:
+            # decoded here: json would guess UTF-16 from bytes, which pydantic cannot read
+            tree = json.loads(data.decode(), parse_constant=_refuse_constant)
+            found = content_hash(tree) if isinstance(tree, dict) else ""
+        except (ValueError, RecursionError) as error:  # 1e999 parses, as infinity, and cannot be hashed
             raise CacheFormatError(
-                f"{where}, {MANIFEST_NAME}: not JSON ({error}); the file is damaged."
+                f"{where}, {MANIFEST_NAME}: not JSON ({error}); the file is damaged. Restore it, or capture "
+                "the cache again."
             ) from error
         if not isinstance(tree, dict):
             raise CacheFormatError(f"{where}, {MANIFEST_NAME}: a JSON object is needed.")
         check_version(tree.get("format"), tree.get("format_version"), where=f"{where}, {MANIFEST_NAME}")
-        found = content_hash(tree)
         if found != tree.get("sha256"):
             raise CacheFormatError(
                 f"{where}, {MANIFEST_NAME}: its content hashes to {found[:12]}, it says "
@@ -139,8 +142,14 @@ class Manifest(Record):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in error.errors()
+            )
             raise CacheFormatError(f"{where}, {MANIFEST_NAME}: {problems}.") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def content_hash(tree: Mapping[str, Any]) -> str:
