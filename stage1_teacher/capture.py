@@ -9,6 +9,7 @@ next start finds the shards that are finished and does the rest.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
 from shared.cache import CacheReader, CacheWriter, Identity, Manifest, Plan, Unit
+from shared.cache.layout import PLAN_NAME
+from shared.cache.storage import open_folder
 from shared.config import CacheConfig, Recipe, dump_recipe
-from shared.errors import CacheFormatError, DataError, RecipeError
+from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
 from shared.processing import Encoded, ExampleProcessor, open_processor
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, environment
 from shared.sparse import position_seeds
@@ -64,6 +67,7 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
     complete = data is not None and nothing_to_do(recipe, processor, data)
     if from_main(complete, world):
         if world.is_main:
+            remove_committed_plan(recipe.cache.path)
             tqdm.write(f"cache {recipe.cache.path} holds all of the data; nothing to capture")
         return 0
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
@@ -77,10 +81,11 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         if stop.agreed(world):
             return stopped(recipe.cache, writer, assignment, world)
         if world.is_main:
-            manifest = writer.commit(assignment.plan, settle_s=SETTLE_S if world.size > 1 else 0.0)
             elapsed_s = time.monotonic() - begin
             facts = {**totals, **environment(), "recipe": dump_recipe(recipe)}
+            # Before the commit: killed after it, the next start would find nothing to do, and nothing to log.
             writer.log("captured", seconds=round(elapsed_s, 3), ranks=world.size, **facts)
+            manifest = writer.commit(assignment.plan, settle_s=SETTLE_S if world.size > 1 else 0.0)
             tqdm.write(summary(recipe.cache, manifest, totals, elapsed_s))
     return 0
 
@@ -101,6 +106,24 @@ def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData
     for name in broken:
         tqdm.write(f"cache {recipe.cache.path}: {name} is gone or damaged; its examples are captured again")
     return not broken
+
+
+def remove_committed_plan(location: str) -> None:
+    """Removes the plan that a capture killed right after its commit has left: it adds to an older manifest.
+
+    Another capture's plan, which adds to this one, stays.
+    """
+    folder, identity = open_folder(location), CacheReader(location).manifest.identity
+    if folder.size(PLAN_NAME) is None:
+        return
+    # A cache at work, or one that may not be written, is no worse for it.
+    with (
+        contextlib.suppress(TeachonceError, OSError),
+        CacheWriter.open(location, identity, created_by={}) as writer,
+    ):
+        plan = Plan.decode(folder.read(PLAN_NAME), where=folder.where)
+        if writer.manifest is not None and plan.base != writer.manifest.sha256:
+            folder.remove(PLAN_NAME)
 
 
 def discard_broken_shards(location: str, writer: CacheWriter, data: CaptureData) -> None:

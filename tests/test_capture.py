@@ -19,6 +19,8 @@ from transformers import AutoModelForImageTextToText
 
 from shared.cache import CacheReader
 from shared.cache.index import split_keys
+from shared.cache.layout import PLAN_NAME
+from shared.cache.storage import LocalFolder
 from shared.config import Recipe
 from shared.errors import CacheMismatchError, DataError
 from shared.processing import ExampleProcessor, open_processor
@@ -348,3 +350,39 @@ def test_a_remote_cache_is_asked_for_its_shards_sizes(tree: dict[str, Any]) -> N
     assert run(tree) == 0
     assert cache_covers(recipe)
     filesystem.rm("/capture-sizes", recursive=True)
+
+
+def test_killed_right_after_its_commit_a_capture_has_its_log_line_and_leaves_no_plan(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    remove = LocalFolder.remove
+
+    def killed(folder: LocalFolder, name: str) -> None:
+        if name == PLAN_NAME:
+            raise Killed
+        remove(folder, name)
+
+    monkeypatch.setattr(LocalFolder, "remove", killed)
+    with pytest.raises(Killed):
+        run(tree)
+    monkeypatch.undo()
+    cache = tmp_path / "cache"
+    assert (cache / "manifest.json").exists()
+    (record,) = map(json.loads, (cache / "log.jsonl").read_text().splitlines())
+    assert (record["event"], record["examples"]) == ("captured", 16)
+    assert {"recipe", "seconds", "ranks", "positions", "teacher_ms"} <= record.keys()
+    assert run(tree) == 0
+    assert not (cache / PLAN_NAME).exists()
+    assert len((cache / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_plan_of_a_capture_that_goes_on_is_left_alone(tree: dict[str, Any], tmp_path: Path) -> None:
+    smaller = with_values(tree, "data", limit=4)
+    run(smaller)
+    assert run(tree, StopRequest(received=True)) == INTERRUPTED_STATUS
+    plan = (tmp_path / "cache" / PLAN_NAME).read_bytes()
+    assert run(smaller) == 0
+    assert (tmp_path / "cache" / PLAN_NAME).read_bytes() == plan
