@@ -100,9 +100,14 @@ def describe_tokenizer(
 
 
 def describe_split(report: Report, data: DataConfig, name: Split, processor: ExampleProcessor | None) -> int:
-    """Examples and answer positions of a split; returns the positions, 0 where they cannot be counted."""
+    """Examples and answer positions of a split; returns the positions, 0 where they cannot be counted.
+
+    Raises   DataError  when more rows than allowed cannot be used, or all of them
+    """
     opened = open_split(data, name)
     counts, num_cut = answer_positions(opened, data, processor)
+    if processor is not None and not len(counts):
+        raise DataError(f"{opened.source}, split {opened.name}: no row can be used")
     told = ""
     if len(counts):
         told = f", {counts.sum():,} answer positions, {counts.mean():.1f} on average, {num_cut} answers cut"
@@ -149,6 +154,8 @@ def answer_positions(
     if processor is None:
         return np.zeros(0, np.int64), 0
     answers = [example.answer for example in readable(opened, data)]
+    if not answers:  # all rows may be dropped; a tokenizer trips over an empty list
+        return np.zeros(0, np.int64), 0
     ids = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
     limit = data.max_answer_tokens
     lengths = np.array([len(one) for one in ids], np.int64)

@@ -6,7 +6,7 @@ import torch
 
 from shared.cache import CacheReader
 from shared.config import Recipe
-from shared.errors import RecipeError
+from shared.errors import CacheFormatError, RecipeError
 from shared.policies import Random, Threshold, TopK, TopP
 from shared.preflight import (
     Report,
@@ -20,7 +20,7 @@ from shared.preflight import (
 )
 from shared.processing import ExampleProcessor
 from shared.sharding import blocks
-from shared.survey import captured_splits
+from shared.survey import broken_shards, captured_splits
 from shared.vlm import empty_vlm, load_config, split
 
 GIB = 2**30
@@ -88,7 +88,13 @@ def _describe_cache(report: Report, recipe: Recipe) -> None:
     if "://" not in recipe.cache.path and not is_local(recipe.cache.path):
         report.add("cache", f"{recipe.cache.path} is not there yet")
         return
-    describe_cache_totals(report, CacheReader(recipe.cache.path))
+    cache = CacheReader(recipe.cache.path)
+    describe_cache_totals(report, cache)
+    if broken := broken_shards(cache, hashed=False):
+        raise CacheFormatError(
+            f"cache {recipe.cache.path}: {len(broken)} of {len(cache.manifest.shards)} shard(s) are gone or have "
+            f"not the size in the manifest, {broken[0]} first. Run teacher-cache: only their examples are recomputed"
+        )
 
 
 def _policy_text(policy: Threshold | TopK | TopP | Random) -> str:

@@ -12,7 +12,9 @@ from samples import encoded_picture
 
 from shared.config import Recipe, load_recipe
 from shared.recipe_files import validate_tree
+from shared.runtime import StopRequest, distributed
 from shared.small_models import save_reference_config
+from stage1_teacher.capture import capture
 from stage1_teacher.check import check_recipe
 
 
@@ -85,3 +87,26 @@ def test_the_full_teacher_is_described_from_its_configuration(tmp_path: Path) ->
     facts = dict(check_recipe(load_recipe("qwen3_5_9b_to_4b_medpix", overrides=settings), num_ranks=8).facts)
     assert facts["  head"] == "248,320 ids wide"
     assert facts["parameters"].startswith("9,4")
+
+
+def test_shards_that_are_gone_are_named(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["cache"] |= {"num_workers": 0, "examples_per_shard": 4}
+    with distributed(device="cpu") as world:
+        capture(validate_tree(Recipe, tree, origin="recipe test"), world, StopRequest())
+    assert checked(tree).problems == []
+    gone = sorted((tmp_path / "cache" / "shards").iterdir())[1]
+    gone.unlink()
+    (problem,) = checked(tree).problems
+    assert gone.name in problem
+    assert "1 of 4 shard(s)" in problem
+
+
+def test_a_data_set_without_a_usable_row_is_a_problem_and_no_traceback(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{"image_id": "gone.png", "question": "?", "answer": "a"}] * 2
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tree["data"] |= {"source": str(tmp_path), "max_dropped": 4, "columns": {"kind": None, "case": None}}
+    problems = checked(tree).problems
+    assert "split train: no row can be used" in problems[0]
