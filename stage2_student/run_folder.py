@@ -8,23 +8,30 @@ checkpoints/        whole ones only
 export/             a Hugging Face folder
 evaluation/         what it answered, and how good that is: SPLIT.parquet and SPLIT.json
 results.json        written last: the run is finished
+train.lock          there while a process trains in the folder
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 
+from shared.cache.lock import CacheBusyError, CaptureLock
 from shared.config import Recipe, Split, dump_recipe
-from shared.errors import CheckpointError, RecipeError
+from shared.errors import CheckpointError, RecipeError, TeachonceError
 from shared.runtime import World, environment
 from stage2_student.checkpoint import Checkpoint, Checkpoints
 from stage2_student.files import JsonLines, write_json, write_text
 from stage2_student.identity import require_same
+
+LOCK_NAME = "train.lock"
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,14 @@ class Metrics:
         return positions / self.training_s if self.steps else None
 
 
+class RunLock(CaptureLock):
+    """One process at a time in a run's folder, for the reasons of one capture at a time in a cache's."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.path = folder / LOCK_NAME
+
+
 class RunFolder:
     """Paths of a run, and its log."""
 
@@ -72,9 +87,52 @@ class RunFolder:
             path / "checkpoints", keep=keep_checkpoints, in_background=async_checkpoints
         )
 
-    def refuse_existing(self, *, resume: bool) -> None:
+    @contextmanager
+    def taken(self, world: World, *, resume: bool) -> Iterator[None]:
+        """Nobody else trains in the folder meanwhile; called by all ranks, the first one holds the lock for all.
+
+        Raises   RecipeError  on all ranks, when another process trains in it, or there is a run in it and
+                              nobody asked to go on with it
+        """
+        lock = RunLock(self.path)
+        problem: list[TeachonceError | None] = [None]
+        try:
+            if world.is_main:
+                try:
+                    self._acquire(lock)
+                    self._refuse_existing(resume=resume)
+                except TeachonceError as error:
+                    problem = [error]
+            dist.broadcast_object_list(problem, src=0)
+            if problem[0] is not None:
+                raise problem[0]
+            yield
+        finally:
+            lock.close()
+            if world.is_main:
+                with suppress(OSError):  # a run that could not begin leaves no empty folder
+                    self.path.rmdir()
+
+    def _acquire(self, lock: RunLock) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except CacheBusyError as error:
+            owner = ""
+            with suppress(OSError):  # it has just ended
+                owner = lock.path.read_text(encoding="utf-8", errors="replace").strip()
+            raise RecipeError(
+                f"{self.path}: another process is training in this folder ({owner or 'unknown'}). Wait until it "
+                "has ended, or stop it; or choose another run.name"
+            ) from error
+        except OSError as error:
+            raise RecipeError(
+                f"{self.path}: the run's folder cannot be written ({error}). Choose another run.root"
+            ) from error
+
+    def _refuse_existing(self, *, resume: bool) -> None:
         """Raises RecipeError when the folder has a run in it and nobody asked to go on with it."""
-        if self.path.exists() and any(self.path.iterdir()) and not resume:
+        if not resume and any(path.name != LOCK_NAME for path in self.path.iterdir()):
             raise RecipeError(
                 f"{self.path}: there is a run of this name already. Add --resume to go on with it, or choose "
                 "another run.name"
@@ -106,7 +164,6 @@ class RunFolder:
         """
         world.barrier()  # all have looked before the first rank cleans up
         if world.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe, yaml.safe_dump(dump_recipe(recipe), sort_keys=False))
             write_json(self.path / "environment.json", environment() | {"num_ranks": world.size})
             self.checkpoints.mend()

@@ -30,7 +30,11 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
         keep_checkpoints=recipe.run.keep_checkpoints,
         async_checkpoints=recipe.run.async_checkpoints,
     )
-    folder.refuse_existing(resume=resume)
+    with folder.taken(world, resume=resume):
+        return _train(recipe, folder, world)
+
+
+def _train(recipe: Recipe, folder: RunFolder, world: World) -> int:
     require_even_ranks(recipe, world.size)
     require_trackers(recipe.run)
     inputs = open_inputs(recipe, world)

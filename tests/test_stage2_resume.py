@@ -15,6 +15,7 @@ from stage2_runs import (
     assert_same_state,
     files_of,
     make_recipe,
+    on_ranks,
     records,
     run_alone,
     run_ranks,
@@ -26,8 +27,9 @@ from stage2_runs import (
 
 from shared.config import Recipe
 from shared.errors import CheckpointError, RecipeError
-from shared.runtime import INTERRUPTED_STATUS
+from shared.runtime import INTERRUPTED_STATUS, World
 from stage2_student.run_folder import RunFolder
+from stage2_student.train import train
 
 NUM_STEPS = 20  # of 3 to an epoch
 
@@ -164,6 +166,40 @@ def test_kill_9_at_any_moment_costs_no_more_than_the_last_steps(
     assert run_alone(recipe, resume=True) == 0
     assert_same_run(recipe, unbroken)
     assert not list(recipe.run.path.rglob("*.partial"))
+
+
+def test_a_folder_belongs_to_the_process_that_trains_in_it(unbroken: Recipe, tree: dict[str, Any]) -> None:
+    recipe = make_recipe(tree, run__name="busy")
+
+    def refused(world: World) -> str:
+        with pytest.raises(RecipeError) as error:
+            train(recipe, world, resume=True)
+        return str(error.value)
+
+    process = start(recipe, resume=False)
+    wait_for_steps(recipe, 1)
+    os.kill(process.pid, signal.SIGSTOP)
+    there = files_of(recipe.run.path)
+    messages = on_ranks(2, refused)  # on all ranks, and none waits for another
+    for resume in (True, False):
+        with pytest.raises(RecipeError) as error:
+            run_alone(recipe, resume=resume)
+        messages.append(str(error.value))
+    assert files_of(recipe.run.path) == there
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(60)
+    assert process.exitcode == 0
+    for message in messages:
+        assert f"another process is training in this folder (process {process.pid} on " in message
+    assert_same_run(recipe, unbroken)
+    assert not list(recipe.run.path.glob("*.lock"))
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tree: dict[str, Any]) -> None:
+    recipe = make_recipe(tree, run__name="uneven", optimization__microbatch_size=1)
+    with pytest.raises(RecipeError, match="times 3 ranks"):
+        run_ranks(recipe, 3)
+    assert not recipe.run.path.exists()
 
 
 def test_a_run_folder_is_not_taken_over_without_being_asked(unbroken: Recipe) -> None:
