@@ -70,5 +70,11 @@ def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader
     assert recipe.cache is not None  # the recipe was validated
     reader = CacheReader(recipe.cache.path)
     own = inputs_identity(processor, recipe.data)
-    notices = reader.require_student(own, temperature=recipe.loss.temperature, policy=recipe.cache.policy)
+    notices = reader.require_student(
+        own,
+        temperature=recipe.loss.temperature,
+        policy=recipe.cache.policy,
+        seed=recipe.cache.seed,
+        temperatures=recipe.cache.temperatures,
+    )
     return reader, notices

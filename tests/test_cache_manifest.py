@@ -159,6 +159,22 @@ def test_all_that_keeps_a_student_away_is_listed_with_both_sides(cache: Path) ->
         assert line in message
 
 
+def test_a_recipe_names_the_targets_that_it_trains_on(tmp_path: Path) -> None:
+    """What a run records of its cache would not be true otherwise."""
+    capture(tmp_path, range(7), identity=make_identity(temperatures=(1.0, 2.0)))
+    reader = CacheReader(str(tmp_path))
+    for temperatures in ((1.0, 2.0), (2.0, 1.0), (2.0,)):  # captured for other students, too
+        reader.require_student(student(), temperature=2.0, seed=0, temperatures=temperatures)
+    with pytest.raises(CacheMismatchError) as error:
+        reader.require_student(student(), temperature=2.0, seed=7, temperatures=(2.0, 3.0))
+    for line in (
+        "2 difference(s)",
+        "targets.seed: 0 in the cache, 7 asked for",
+        "targets.temperatures: [1.0,2.0] in the cache, [2.0,3.0] asked for",
+    ):
+        assert line in str(error.value)
+
+
 def test_another_picture_resolution_is_only_a_notice(cache: Path) -> None:
     notices = CacheReader(str(cache)).require_student(
         student(image_processor_fingerprint="i1"), temperature=1.0

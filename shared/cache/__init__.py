@@ -35,7 +35,8 @@ Reading (stage two)::
     reader.rows(keys, *, names=())  -> list[Row]      with ce_sum and entropy_sums; targets not decoded
     reader.targets(rows)            -> SparseTargets  of such rows
     reader.keys()                   all keys in stored order
-    reader.require_student(inputs: InputsIdentity, *, temperature, policy=None) -> notices
+    reader.require_student(inputs: InputsIdentity, *, temperature, policy=None, seed=None, temperatures=None)
+                                                            -> notices
     Staging(folder=None, *, max_bytes=None)   local copies of a remote cache; TEACHONCE_STAGING[_BYTES]
 
 Tools, each in the module of its name::

@@ -7,6 +7,7 @@ processor.  Names are kept for people and compared only to tell them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -108,12 +109,19 @@ class Identity(Record):
         return Comparison(tuple(refusals), tuple(names))
 
     def compare_student(
-        self, inputs: InputsIdentity, *, temperature: float, policy: Policy | None = None
+        self,
+        inputs: InputsIdentity,
+        *,
+        temperature: float,
+        policy: Policy | None = None,
+        seed: int | None = None,
+        temperatures: Sequence[float] | None = None,
     ) -> Comparison:
         """Whether a student with these inputs may train on this cache.
 
         A student may see its pictures at another resolution than its teacher did, so a differing image
-        processor is a notice.  ``policy``: the one the recipe names, None where it names none.
+        processor is a notice.  ``policy``, ``seed`` and ``temperatures``: those that the recipe names, None
+        where it names none; the cache may hold more temperatures than those.
         """
         refusals = _differences("inputs", self.inputs, inputs, skip={"image_processor_fingerprint"})
         captured = self.targets.temperatures
@@ -122,6 +130,10 @@ class Identity(Record):
             refusals.append(f"temperature: {listed} in the cache, {temperature} asked for")
         if policy is not None and policy != self.targets.policy:
             refusals.append(_both_sides("targets.policy", _plain(self.targets.policy), _plain(policy)))
+        if seed is not None and seed != self.targets.seed:
+            refusals.append(_both_sides("targets.seed", _plain(self.targets.seed), _plain(seed)))
+        if temperatures is not None and not set(temperatures) <= set(captured):
+            refusals.append(_both_sides("targets.temperatures", _plain(captured), _plain(list(temperatures))))
         others = set(InputsIdentity.model_fields) - {"image_processor_fingerprint"}
         return Comparison(tuple(refusals), tuple(_differences("inputs", self.inputs, inputs, skip=others)))
 

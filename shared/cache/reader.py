@@ -188,13 +188,21 @@ class CacheReader:
         return f"{self._folder.where}, shard {number:05d}"
 
     def require_student(
-        self, inputs: InputsIdentity, *, temperature: float, policy: Policy | None = None
+        self,
+        inputs: InputsIdentity,
+        *,
+        temperature: float,
+        policy: Policy | None = None,
+        seed: int | None = None,
+        temperatures: Sequence[float] | None = None,
     ) -> tuple[str, ...]:
         """Raises CacheMismatchError with all that keeps a student away; returns notices of the rest."""
-        comparison = self.manifest.identity.compare_student(inputs, temperature=temperature, policy=policy)
+        comparison = self.manifest.identity.compare_student(
+            inputs, temperature=temperature, policy=policy, seed=seed, temperatures=temperatures
+        )
         comparison.require(
             where=self._folder.where,
-            remedy="Use the teacher's tokenizer, template and temperatures, or capture another cache.",
+            remedy="Use the teacher's tokenizer and template and the cache's targets, or capture another cache.",
         )
         return comparison.notices
 
