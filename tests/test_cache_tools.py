@@ -103,6 +103,17 @@ def test_a_row_that_was_written_wrong_is_found(
     assert all(f"row 4 (key {make_key(4).hex()})" in fault for fault in faults)
 
 
+@pytest.mark.parametrize("temperatures", [(1e-30,), (1.0, 1e-30)])
+@pytest.mark.parametrize("policy", [Threshold(tau=1 / 16), TopK(k=5), TopP(p=0.8)])
+def test_weights_that_are_not_finite_are_found_at_every_temperature(
+    tmp_path: Path, policy, temperatures
+) -> None:
+    capture(tmp_path, range(9), identity=make_identity(policy=policy, temperatures=temperatures))
+    faults = verify(str(tmp_path)).faults
+    assert faults
+    assert all("weights at temperature 1e-30 are not finite" in fault for fault in faults)
+
+
 def test_every_fault_is_listed_not_only_the_first(tmp_path: Path) -> None:
     manifest = capture(tmp_path, range(30))
     flipped, cut, gone, _, _, _ = (tmp_path / shard.name for shard in manifest.shards)

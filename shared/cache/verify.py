@@ -182,16 +182,23 @@ def _faults_of_payloads(view: ShardView, rows: range, manifest: Manifest) -> Ite
             yield _of_rows(
                 view, "payload has another number of entries", rows.start + np.flatnonzero(wrong_count)
             )
-        mass, (low, high) = _masses(targets), _mass_bounds(targets)
-        positions = np.flatnonzero(~((mass >= low) & (mass <= high)))
-        if len(positions):
-            wrong_rows = np.unique(np.searchsorted(bounds, positions, "right") - 1)
-            yield _of_rows(view, f"weights do not sum to {low:.3f} ... {high:.3f}", rows.start + wrong_rows)
+        low, high = _mass_bounds(targets)
+        for temperature in targets.temperatures:
+            mass = _masses(targets, temperature)
+            finite = np.isfinite(mass)
+            checks = {
+                f"weights at temperature {temperature:g} are not finite": ~finite,
+                f"weights do not sum to {low:.3f} ... {high:.3f}": finite & ~((mass >= low) & (mass <= high)),
+            }
+            for fault, wrong in checks.items():
+                if wrong.any():
+                    wrong_rows = np.unique(np.searchsorted(bounds, np.flatnonzero(wrong), "right") - 1)
+                    yield _of_rows(view, fault, rows.start + wrong_rows)
 
 
-def _masses(targets: SparseTargets) -> npt.NDArray[np.float32]:
-    """(N,) the sum of a position's weights; NaN where one is."""
-    weights = targets.weights(targets.temperatures[0])
+def _masses(targets: SparseTargets, temperature: float) -> npt.NDArray[np.float32]:
+    """(N,) the sum of a position's weights; not finite where one is not."""
+    weights = targets.weights(temperature)
     return torch.zeros(targets.num_positions).index_add_(0, targets.position_index, weights).numpy()
 
 
