@@ -26,7 +26,7 @@ from shared.cache.merge import merge
 from shared.cache.staging import Staging as StagingFolder
 from shared.cache.storage import LocalFolder, RemoteFolder, open_folder
 from shared.cache.verify import verify
-from shared.errors import CacheFormatError
+from shared.errors import CacheFormatError, RecipeError
 from stage1_teacher.__main__ import commands
 
 FORK = multiprocessing.get_context("fork")
@@ -301,6 +301,37 @@ def test_what_a_killed_process_was_fetching_is_cleared_away(memory: str, staging
     bound = sum(shard.bytes for shard in CacheReader(memory).manifest.shards) + 10_000
     CacheReader(memory, staging=Staging(staging, max_bytes=bound)).read(KEYS)
     assert not dead.exists()
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "64 GiB"])
+def test_a_bound_that_is_no_number_is_an_error_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("TEACHONCE_STAGING_BYTES", value)
+    with pytest.raises(RecipeError, match=f"TEACHONCE_STAGING_BYTES: '{value}' found"):
+        Staging()
+
+
+def test_a_staging_folder_that_is_a_file_is_an_error_of_the_user(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for name in ("file", "file/below"):
+        monkeypatch.setenv("TEACHONCE_STAGING", str(tmp_path / name))
+        with pytest.raises(RecipeError, match=rf"staging folder .*{name}: .* Set TEACHONCE_STAGING"):
+            CacheReader(memory)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError("Forbidden")])
+def test_what_cannot_be_fetched_is_not_blamed_on_the_disk_here(
+    memory: str, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(RemoteFolder, "open", fail)
+    with pytest.raises(CacheFormatError, match=r"cannot be fetched \((Input/output error|Forbidden)\)"):
+        CacheReader(memory)
 
 
 def test_an_unknown_protocol_is_an_error_of_the_user(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -178,6 +179,29 @@ def test_a_failure_at_any_step_of_publishing_leaves_no_temporary_file(
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     expected = b"new" if failing == "sync_folder" else b"old"
     assert (tmp_path / "manifest.json").read_bytes() == expected
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES])
+def test_whatever_the_system_refuses_is_one_error_with_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage_module, "sync_file", fail)
+    with pytest.raises(CacheFormatError) as error:
+        storage_module.LocalFolder(tmp_path).publish("x", b"data")
+    assert f"cache {tmp_path}, x: " in str(error.value)
+    assert os.strerror(number) in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "a" * 300])
+def test_a_path_that_can_be_no_folder_is_one_error_with_the_path(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_bytes(b"theirs")
+    for use in (open_writer, lambda path: CacheReader(str(path))):
+        with pytest.raises(CacheFormatError, match=name):
+            use(tmp_path / name)
 
 
 def test_bytes_that_come_back_changed_are_not_published(

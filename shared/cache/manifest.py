@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from shared.cache.format import FORMAT, FORMAT_VERSION, KEY_BYTES, canonical_json, check_version
+from shared.cache.format import FORMAT, FORMAT_VERSION, KEY_BYTES, canonical_json, check_version, first_line
 from shared.cache.identity import Identity, Record
 from shared.cache.layout import MANIFEST_NAME
 from shared.cache.storage import Folder
@@ -164,4 +164,7 @@ def load_manifest(folder: Folder) -> Manifest | None:
         data = folder.read(MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise CacheFormatError(f"{folder.where}, {MANIFEST_NAME}: cannot be read ({reason}).") from error
     return Manifest.loads(data, where=folder.where)

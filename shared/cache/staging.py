@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from shared.cache.format import first_line
 from shared.cache.storage import RemoteFolder, explain_write_errors, process_is_alive
-from shared.errors import CacheFormatError
+from shared.errors import CacheFormatError, RecipeError
 
 BLOCK_BYTES: Final = 8 << 20
 DEFAULT_MAX_BYTES: Final = 64 << 30
@@ -35,7 +36,7 @@ class Staging:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         chosen = folder or os.environ.get("TEACHONCE_STAGING") or os.path.join(home, "teachonce", "staging")
         self.folder = Path(chosen)
-        self.max_bytes = max_bytes or int(os.environ.get("TEACHONCE_STAGING_BYTES") or DEFAULT_MAX_BYTES)
+        self.max_bytes = max_bytes or _max_bytes_of_environment()
 
     def fetch(self, source: RemoteFolder, name: str, *, sha256: str, num_bytes: int) -> Path:
         """The local copy of a file, fetched if it is not there.  Another process may remove it at any time:
@@ -52,12 +53,21 @@ class Staging:
             )
         path = self.folder / f"{sha256}.arrow"
         with explain_write_errors(where, str(path)):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
             if not self._use(path):
                 with self._locked(f".lock-{int(sha256[:4], 16) % LOCKS}"):
                     if not self._use(path):  # another process may have fetched it meanwhile
                         self._download(source, name, path, sha256=sha256, num_bytes=num_bytes, where=where)
         return path
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RecipeError(
+                f"staging folder {self.folder}: a file lies there, a folder is needed. Set TEACHONCE_STAGING to "
+                "another one."
+            ) from error
 
     def _use(self, path: Path) -> bool:
         """Marks a copy as used just now; its modification time stays, by which its stamp knows it."""
@@ -74,8 +84,8 @@ class Staging:
         try:
             self._reserve(temporary, num_bytes, where=where)
             digest, received = hashlib.sha256(), 0
-            with source.open(name) as remote, open(temporary, "r+b") as local:
-                while block := remote.read(BLOCK_BYTES):
+            with open(temporary, "r+b") as local:
+                for block in _blocks(source, name, where=where):
                     received += len(block)
                     if received > num_bytes:
                         break
@@ -137,3 +147,25 @@ class Staging:
             yield
         finally:
             os.close(descriptor)
+
+
+def _max_bytes_of_environment() -> int:
+    text = os.environ.get("TEACHONCE_STAGING_BYTES") or str(DEFAULT_MAX_BYTES)
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise RecipeError(
+            f"TEACHONCE_STAGING_BYTES: {text!r} found, a whole number of bytes above 0 needed. Correct or unset it."
+        )
+    return int(text)
+
+
+def _blocks(source: RemoteFolder, name: str, *, where: str) -> Iterator[bytes]:
+    """A remote file, part by part.  What goes wrong there is no fault of the disk that it is written to."""
+    try:
+        with source.open(name) as remote:
+            while block := remote.read(BLOCK_BYTES):
+                yield block
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise CacheFormatError(f"{where}: cannot be fetched ({reason}). Try again.") from error

@@ -20,7 +20,7 @@ from typing import IO, Any, Protocol
 
 import pyarrow as pa
 
-from shared.cache.format import sha256_hex, sha256_of_file
+from shared.cache.format import first_line, sha256_hex, sha256_of_file
 from shared.errors import CacheFormatError
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -229,7 +229,7 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def explain_write_errors(where: str, name: str) -> Iterator[None]:
-    """Turns a full disk or a refused write into an error for the user; nothing half-written stays."""
+    """Turns what the system refuses or cannot do into an error for the user; nothing half-written stays."""
     try:
         yield
     except OSError as error:
@@ -238,6 +238,17 @@ def explain_write_errors(where: str, name: str) -> Iterator[None]:
                 f"{where}, {name}: no space left to write it ({error.strerror}). Everything finished "
                 "before is safe: make room and run the same command again."
             ) from error
-        if isinstance(error, PermissionError):
-            raise CacheFormatError(f"{where}, {name}: may not be written ({error.strerror}).") from error
-        raise
+        reason = error.strerror or first_line(error)
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise CacheFormatError(
+                f"{where}, {name}: may not be written ({reason}). Name a folder that you may write to."
+            ) from error
+        if isinstance(error, NotADirectoryError | FileExistsError):
+            raise CacheFormatError(
+                f"{where}, {name}: cannot be written ({reason}); a file lies where a folder is needed. Name "
+                "another folder."
+            ) from error
+        raise CacheFormatError(
+            f"{where}, {name}: cannot be written ({reason}). Everything finished before is safe: run the same "
+            "command again when that is mended, or name another folder."
+        ) from error
