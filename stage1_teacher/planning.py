@@ -92,7 +92,8 @@ def survey(recipe: Recipe, processor: ExampleProcessor) -> CaptureData:
             f"{recipe.data.max_dropped}:\n{listed}"
         )
     if not data.all_keys():
-        raise DataError(f"{recipe.data.source}: no row can be used")
+        reasons = [f"the first: {row.reason}" for row in unreadable[:1]]
+        raise DataError("; ".join([f"{recipe.data.source}: no row can be used", *reasons]))
     return data
 
 

@@ -71,14 +71,18 @@ class WindowSource(Dataset):
         return EncodedWindow(window.unit_id, encoded, refused)
 
     def any_encoded(self) -> Encoded:
-        """The first example whose picture can be used."""
+        """The first example whose picture can be used.
+
+        Raises   DataError  with the first row's reason when there is none
+        """
+        reasons: list[str] = []
         for split in self.rows.splits:
             for row in range(len(split)):
                 try:
                     return self.processor.encode(split[row])
-                except DataError:
-                    continue
-        raise DataError("no row can be used")
+                except DataError as error:
+                    reasons = reasons or [f"the first: {error}"]
+        raise DataError("; ".join(["no row can be used", *reasons]))
 
 
 def encoded_windows(

@@ -190,6 +190,12 @@ def test_unusable_pictures_up_to_the_limit_are_left_out_and_counted(
     assert manifest.skipped[0].row == "train[5]"
 
 
+def test_where_no_row_can_be_used_the_first_reason_is_told(tree: dict[str, Any]) -> None:
+    marked = with_values(tree, "data", system_prompt="You see <|image_pad|>.", max_dropped=100)
+    with pytest.raises(DataError, match=r"no row can be used; the first: .*row 0 .*image_pad"):
+        run(marked)
+
+
 def test_a_stop_request_ends_early_and_the_next_start_finishes(tree: dict[str, Any], tmp_path: Path) -> None:
     assert run(tree, StopRequest(received=True)) == INTERRUPTED_STATUS
     assert not (tmp_path / "cache" / "manifest.json").exists()
