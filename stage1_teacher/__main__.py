@@ -4,7 +4,9 @@ than one process)."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,6 +14,18 @@ from shared.cli import FILE, FOLDER, recipe_arguments
 from shared.cli import run as run_group
 from shared.config import load_recipe
 from shared.runtime import distributed, stop_on_sigterm
+
+SEEDS = click.IntRange(min=0, max=2**63 - 1)
+
+
+class FiniteRange(click.FloatRange):
+    """Of numbers only: in click's own, nan lies in every range, and inf in those without an end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 @click.group()
@@ -52,13 +66,13 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
     "--students", default=1, show_default=True, type=click.IntRange(min=1), help="Students to train."
 )
 @click.option(
-    "--epochs", type=click.FloatRange(min=0, min_open=True), help="Of each student; the recipe's by default."
+    "--epochs", type=FiniteRange(min=0, min_open=True), help="Of each student; the recipe's by default."
 )
 @click.option(
     "--tau",
     "taus",
     multiple=True,
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(1e-6, 1),
     help="Also of this; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -106,7 +120,7 @@ def estimate(
 )
 @click.option(
     "--max-error",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="Of the head's gradient: above it the status is that of a damaged cache.",
 )
 @click.option(
@@ -116,7 +130,7 @@ def estimate(
     type=click.Choice([64, 512, 4096]),
     help="Over how many positions the bound is; it is an error if the sample has fewer.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the sample.")
+@click.option("--seed", default=0, show_default=True, type=SEEDS, help="Of the sample.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def audit(
     cache: str,

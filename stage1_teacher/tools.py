@@ -19,7 +19,7 @@ from shared.cache.merge import merge
 from shared.cache.storage import open_folder
 from shared.cache.verify import verify
 from shared.config import Recipe, load_recipe
-from shared.errors import CacheFormatError
+from shared.errors import CacheFormatError, RecipeError
 from shared.progress import progress
 from shared.recipe_files import apply_overrides, validate_tree
 from shared.runtime import World, environment
@@ -102,17 +102,27 @@ def recipe_of_cache(reader: CacheReader, overrides: Sequence[str] = ()) -> Recip
              RecipeError       when it does not fit the overrides
     """
     try:
-        lines = open_folder(reader.location).read(LOG_NAME).decode().splitlines()
+        lines = open_folder(reader.location).read(LOG_NAME).splitlines()
     except FileNotFoundError:
         lines = []
     for line in reversed(lines):
-        tree = json.loads(line).get("recipe")
+        tree = _recipe_in(line)
         if tree is not None:
             apply_overrides(tree, overrides)
             return validate_tree(Recipe, tree, origin=f"cache {reader.location}, {LOG_NAME}")
     raise CacheFormatError(
         f"cache {reader.location}: its {LOG_NAME} does not hold the recipe it was captured with. Give it: --recipe"
     )
+
+
+def _recipe_in(line: bytes) -> dict[str, Any] | None:
+    """The recipe of a line of the log; None where it has none, or is damaged: the log is no part of the cache."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    tree = record.get("recipe") if isinstance(record, dict) else None
+    return tree if isinstance(tree, dict) else None
 
 
 def _find_recipe(reader: CacheReader, name: str | None, overrides: Sequence[str]) -> Recipe:
@@ -123,7 +133,14 @@ def _find_recipe(reader: CacheReader, name: str | None, overrides: Sequence[str]
 
 
 def show_export(location: str, out: str) -> int:
-    """A cache as plain Parquet."""
+    """A cache as plain Parquet.
+
+    Raises   RecipeError  for a remote place, which would become a local folder of that name
+    """
+    if "://" in out:
+        raise RecipeError(
+            f"export to {out}: a local folder is needed. Name one, and copy it there afterwards"
+        )
     reader = CacheReader(location)
     with progress(total=len(reader.manifest.shards), desc="export", unit="shard", leave=False) as bar:
         number = export(reader, out, on_shard=lambda _: _advance(bar))

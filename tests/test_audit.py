@@ -29,6 +29,7 @@ from stage1_teacher.audit import DEFAULT_TAIL, Audit, audit
 from stage1_teacher.capture import capture
 from stage1_teacher.comparison import AtTemperature
 from stage1_teacher.head_gradient import BATCHES, HeadGradients, Measured, pull
+from stage1_teacher.tools import recipe_of_cache
 
 
 @pytest.fixture
@@ -345,3 +346,45 @@ def test_a_cache_without_a_log_asks_for_the_recipe(tree: dict[str, Any]) -> None
     found = invoke(str(path))
     assert isinstance(found.exception, CacheFormatError)
     assert "--recipe" in str(found.exception)
+
+
+@pytest.mark.parametrize("line", [b"{half a li", b"[]", b"5", b"\xff\xfe\xff", b"", b'{"recipe": "mine"}'])
+def test_damaged_lines_of_the_log_are_passed_over(tree: dict[str, Any], line: bytes) -> None:
+    recipe, path = captured(tree)
+    with (path / LOG_NAME).open("ab") as log:
+        log.write(line + b"\n")
+    assert recipe_of_cache(CacheReader(str(path))) == recipe
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("audit", "cache", "--max-error", "inf"),
+        ("audit", "cache", "--max-error", "nan"),
+        ("audit", "cache", "--seed", "99999999999999999999999"),
+        ("estimate", "recipe", "--tau", "1e-9"),
+        ("estimate", "recipe", "--tau", "nan"),
+        ("estimate", "recipe", "--epochs", "nan"),
+        ("estimate", "recipe", "--epochs", "inf"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_usage_errors(arguments: tuple[str, ...]) -> None:
+    found = CliRunner().invoke(commands, arguments)
+    assert (found.exit_code, found.exception.__class__) == (2, SystemExit)
+    assert f"Invalid value for '{arguments[2]}'" in found.output
+
+
+def test_the_bounds_themselves_are_no_usage_errors(tree: dict[str, Any]) -> None:
+    _, path = captured(tree)
+    assert invoke(str(path), "--examples", "2", "--seed", str(2**63 - 1)).return_value == 0
+
+
+def test_an_export_to_a_remote_place_is_refused(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path = captured(tree)
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(commands, ["export", str(path), "s3://bucket/x"], standalone_mode=False)
+    assert isinstance(found.exception, RecipeError)
+    assert "s3://bucket/x" in str(found.exception)
+    assert not (tmp_path / "s3:").exists()
