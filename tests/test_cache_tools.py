@@ -361,3 +361,48 @@ def test_pictures_of_a_cache(tmp_path: Path) -> None:
             assert picture.size == (1024, 576)
             assert len(set(picture.convert("L").resize((64, 36)).tobytes())) > 10
         assert one.name in result.output
+
+
+def test_a_capture_by_command_mends_index_and_plan_as_its_errors_say(
+    tmp_path: Path, vqa_folder: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    cache = tmp_path / "cache"
+    tree = {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": str(cache), "examples_per_shard": 5, "num_workers": 0},
+        "student": {"model": str(student_folder)},
+        "optimization": {"max_steps": 1},
+        "run": {"name": "mine"},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(tree))
+
+    def run(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(commands, arguments, standalone_mode=False)
+        if isinstance(result.exception, CacheFormatError):
+            return result.exception.exit_status, str(result.exception)
+        assert result.exception is None
+        return result.return_value, result.output
+
+    assert run("capture", str(recipe))[0] == 0
+    before = files_of(cache)
+    index = cache / CacheReader(str(cache)).manifest.index.name
+    for damage in (None, b"damaged"):
+        index.unlink() if damage is None else index.write_bytes(damage)
+        status, output = run("verify", str(cache))
+        assert status != 0
+        assert "Run teacher-cache again: it makes the index again from the shards" in output
+        assert run("capture", str(recipe))[0] == 0
+        assert files_of(cache) == before
+    # a plan stands beside shards alone while a first capture is under way
+    (cache / "manifest.json").unlink()
+    (cache / "plan.arrow").write_bytes(b"damaged")
+    status, message = run("capture", str(recipe))
+    assert status != 0
+    assert "Delete the file and run teacher-cache again" in message
+    (cache / "plan.arrow").unlink()
+    inodes = {path.stat().st_ino for path in (cache / "shards").iterdir()}
+    assert run("capture", str(recipe))[0] == 0
+    assert files_of(cache) == before
+    assert {path.stat().st_ino for path in (cache / "shards").iterdir()} == inodes
