@@ -13,7 +13,7 @@ import gc
 
 from shared.config import Recipe
 from shared.errors import RecipeError
-from shared.runtime import INTERRUPTED_STATUS, World, stop_on_sigterm
+from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, stop_on_sigterm
 from stage2_student.export import choose_checkpoint, export_checkpoint, save_model_files
 from stage2_student.inputs import open_inputs
 from stage2_student.order import StepShape
@@ -24,20 +24,26 @@ from stage2_student.trainer import Trainer
 
 
 def train(recipe: Recipe, world: World, *, resume: bool) -> int:
-    """Runs, or goes on with, a training run; called by all ranks.  Returns the exit status."""
+    """Runs, or goes on with, a training run; called by all ranks.  Returns the exit status.
+
+    SIGTERM is noted from here to the end, and answered where all ranks can agree on it: between steps, and
+    between the parts of the story.
+    """
     folder = RunFolder(
         recipe.run.path,
         keep_checkpoints=recipe.run.keep_checkpoints,
         async_checkpoints=recipe.run.async_checkpoints,
     )
-    with folder.taken(world, resume=resume):
-        return _train(recipe, folder, world)
+    with stop_on_sigterm() as stop, folder.taken(world, resume=resume):
+        return _train(recipe, folder, world, stop)
 
 
-def _train(recipe: Recipe, folder: RunFolder, world: World) -> int:
+def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -> int:
     require_even_ranks(recipe, world.size)
     require_trackers(recipe.run)
     inputs = open_inputs(recipe, world)
+    if stop.agreed(world):
+        return INTERRUPTED_STATUS
     shape = step_shape(recipe, inputs.train.num_examples)
     num_steps = total_steps(recipe, shape)
     checkpoint = folder.newest(inputs.identity(recipe))
@@ -59,14 +65,15 @@ def _train(recipe: Recipe, folder: RunFolder, world: World) -> int:
         trainer = Trainer(recipe, inputs, shape, num_steps, folder, world, trackers)
         trainer.restore(checkpoint)
         trainer.check()
-        with stop_on_sigterm() as stop:
-            finished = trainer.fit(stop)
+        finished = trainer.fit(stop)
     del trainer
     gc.collect()  # sharded modules must be gone before the export needs their memory
-    if not finished:
+    if not finished or stop.agreed(world):
         return INTERRUPTED_STATUS
     if recipe.run.export and world.is_main:
         export_checkpoint(folder, choose_checkpoint(folder), folder.export)
+    if stop.agreed(world):
+        return INTERRUPTED_STATUS
     world.barrier()
     results = summarize(recipe, inputs, folder, world, step=num_steps)
     if world.is_main:

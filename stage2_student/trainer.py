@@ -77,6 +77,8 @@ class Trainer:
 
     def fit(self, stop: StopRequest) -> bool:
         """Steps to the end; False when it was asked to stop before.  All checkpoints are then whole."""
+        if stop.agreed(self.world):
+            return False
         try:
             finished = self._steps(stop)
         finally:
@@ -93,7 +95,7 @@ class Trainer:
         ) as bar:
             for step in in_agreement(self._fed(), self.world, stop):
                 if step.stop:
-                    if self.saved_step != self.step:
+                    if self.saved_step != self.step and self.step > 0:  # else there is nothing to save
                         self._save(validation_loss=None)
                     return False
                 self._one_step(step, bar)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import shutil
@@ -28,6 +29,7 @@ from stage2_runs import (
 from shared.config import Recipe
 from shared.errors import CheckpointError, RecipeError
 from shared.runtime import INTERRUPTED_STATUS, World
+from stage2_student.export import export_checkpoint
 from stage2_student.run_folder import RunFolder
 from stage2_student.train import train
 
@@ -131,6 +133,46 @@ def test_sigterm_saves_and_leaves_with_its_own_status(unbroken: Recipe, tree: di
     done = RunFolder(recipe.run.path).checkpoints.latest()
     assert done is not None
     assert 4 <= done.facts.step < NUM_STEPS
+    assert run_alone(recipe, resume=True) == 0
+    assert_same_run(recipe, unbroken)
+
+
+@pytest.mark.parametrize("work", ["train.open_inputs", "trainer.build_student", "trainer.validate"])
+def test_sigterm_before_the_first_step_leaves_with_its_own_status(
+    unbroken: Recipe, tree: dict[str, Any], work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _, name = f"stage2_student.{work}".rpartition(".")
+    original = getattr(importlib.import_module(module), name)
+
+    def terminated(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    recipe = make_recipe(tree, run__name=f"terminated-in-{work}")
+    with monkeypatch.context() as patched:
+        patched.setattr(f"stage2_student.{work}", terminated)
+        process = start(recipe, resume=False)
+        process.join(60)
+    assert process.exitcode == INTERRUPTED_STATUS
+    assert run_alone(recipe, resume=True) == 0
+    assert_same_run(recipe, unbroken)
+
+
+def test_sigterm_after_the_last_step_leaves_the_rest_to_the_next_attempt(
+    unbroken: Recipe, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = stopped_after(unbroken, tree, NUM_STEPS, "terminated-late", run__export=True)
+
+    def terminated(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return export_checkpoint(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stage2_student.train.export_checkpoint", terminated)
+        process = start(recipe, resume=True)
+        process.join(60)
+    assert process.exitcode == INTERRUPTED_STATUS
+    assert not (recipe.run.path / "results.json").exists()
     assert run_alone(recipe, resume=True) == 0
     assert_same_run(recipe, unbroken)
 
