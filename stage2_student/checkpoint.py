@@ -16,10 +16,14 @@ soon as its own part ends, because that part ends when those of all ranks have.
 
 Nothing else is needed to go on: the order of examples, the learning rate and the random streams are pure
 functions of the recipe and the step.
+
+A flipped bit in a tensor is a number like any other, so a checkpoint has the SHA-256 of each of its files in
+``facts.json``, taken by the first rank's thread when all are written, and compared before any is loaded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -28,11 +32,12 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -56,6 +61,7 @@ class Facts:
     num_ranks: int
     identity: dict[str, Any]  # of recipe, cache, data and tokenizer: see ``identity.py``
     validation_loss: float | None = None  # nats a position, when this very step was validated
+    sha256: dict[str, str] | None = None  # in hex, of each other file; None: of a release without them
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ class Checkpoints:
         try:
             written.result()
             if is_main:
-                write_json(partial / FACTS, asdict(facts))
+                write_json(partial / FACTS, asdict(replace(facts, sha256=_hashes(partial))))
                 partial.rename(final)
                 self._point()
                 self._forget_old()
@@ -197,8 +203,15 @@ def quiet_dcp() -> Iterator[None]:
 def load(checkpoint: Checkpoint, state: dict[str, Any], *, alone: bool = False) -> None:
     """Reads into the tensors of ``state``, in place; called by all ranks, or by one that is ``alone``.
 
-    Raises   CheckpointError  when the files are damaged or hold other tensors.
+    Raises   CheckpointError  on all ranks, when the files are damaged or hold other tensors.
     """
+    damage = [_damage(checkpoint) if alone or dist.get_rank() == 0 else None]
+    if not alone:
+        dist.broadcast_object_list(damage, src=0)
+    if damage[0] is not None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path}: {damage[0]}. Delete its folder to go on from an older one"
+        )
     try:
         with quiet_dcp():
             dcp.load(state, checkpoint_id=checkpoint.path, no_dist=alone)
@@ -251,15 +264,63 @@ def _badness(checkpoint: Checkpoint) -> tuple[float, int]:
     return (math.inf if loss is None or math.isnan(loss) else loss, -checkpoint.facts.step)
 
 
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file but the facts; several at once, as hashing lets other threads run."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != FACTS)
+    with ThreadPoolExecutor(max_workers=4) as threads:
+        return {path.name: sha256 for path, sha256 in zip(paths, threads.map(_sha256, paths), strict=True)}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damage(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with the files, if anything; nothing is known of those without hashes."""
+    wanted = checkpoint.facts.sha256
+    if wanted is None:
+        return None
+    try:
+        found = _hashes(checkpoint.path)
+    except OSError as error:
+        return f"its files cannot be read ({error})"
+    for name, sha256 in wanted.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != sha256:
+            return f"{name} is damaged: its SHA-256 is not the one it was written with"
+    return None
+
+
 def _read_facts(path: Path) -> Facts:
     try:
         read = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        return Facts(**{field.name: read[field.name] for field in fields(Facts)})
-    except (OSError, ValueError, KeyError) as error:
+        if not isinstance(read, dict):
+            raise ValueError(f"it holds {read!r}")
+        facts = Facts(**{field.name: read[field.name] for field in fields(Facts) if field.name in read})
+        _require_types(facts, name=path.name)
+        return facts
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {path}: {FACTS} cannot be read ({error}); the folder was changed after it was "
             "written. Delete it to go on from an older one"
         ) from error
+
+
+def _require_types(facts: Facts, *, name: str) -> None:
+    """Raises   ValueError  for the first fact that is not of its kind, or a step that is not the folder's"""
+    fits = {
+        "step": type(facts.step) is int and name == f"step-{facts.step:06d}",
+        "num_updates": type(facts.num_updates) is int,
+        "num_ranks": type(facts.num_ranks) is int,
+        "identity": isinstance(facts.identity, dict),
+        "validation_loss": facts.validation_loss is None or type(facts.validation_loss) in (int, float),
+        "sha256": facts.sha256 is None or isinstance(facts.sha256, dict),
+    }
+    for field, is_fit in fits.items():
+        if not is_fit:
+            raise ValueError(f"{field} is {getattr(facts, field)!r}")
 
 
 def _remove(path: Path) -> None:

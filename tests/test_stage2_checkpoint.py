@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import nn
 from shared.config import OptimizationConfig
 from shared.errors import CheckpointError
 from shared.runtime import World, distributed
-from stage2_student.checkpoint import Checkpoints, Facts, load, set_num_updates, student_state
+from stage2_student.checkpoint import Checkpoint, Checkpoints, Facts, load, set_num_updates, student_state
 from stage2_student.optim import make_optimizer
 
 
@@ -144,6 +146,83 @@ def test_damage_is_said_and_not_loaded(tmp_path: Path) -> None:
         load(found, {"model": {"w": torch.zeros(3)}}, alone=True)
     (found.path / "facts.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"facts\.json cannot be read"):
+        folder.latest()
+
+
+def files(checkpoint: Checkpoint) -> list[Path]:
+    return sorted(path for path in checkpoint.path.iterdir() if path.name != "facts.json")
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_a_flipped_bit_in_any_file_is_found_before_anything_is_loaded(tmp_path: Path, place: float) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1), state={"model": {"w": torch.ones(1000)}})
+    found = folder.at(1)
+    assert len(files(found)) == 2  # the tensors, and where they lie
+    for path in files(found):
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[int(len(whole) * place)] ^= 1
+        path.write_bytes(flipped)
+        state = {"model": {"w": torch.zeros(1000)}}
+        with pytest.raises(CheckpointError, match=rf"step-000001: {path.name} is damaged.*Delete"):
+            load(found, state, alone=True)
+        assert not state["model"]["w"].any()
+        path.unlink()
+        with pytest.raises(CheckpointError, match=rf"step-000001: {path.name} .*Delete"):
+            load(found, state, alone=True)
+        path.write_bytes(whole)
+    load(found, state, alone=True)
+    assert state["model"]["w"].all()
+
+
+def test_all_ranks_refuse_what_the_first_one_finds_damaged(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1))
+    path = files(folder.at(1))[-1]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    def refused(world: World) -> bool:
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load(folder.at(1), {"model": {"w": torch.zeros(3)}})
+        return True
+
+    assert on_ranks(2, refused) == [True, True]
+
+
+def test_an_old_checkpoint_without_hashes_is_loaded(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1))
+    path = folder.at(1).path / "facts.json"
+    told = json.loads(path.read_text())
+    assert all(len(sha256) == 64 for sha256 in told.pop("sha256").values())
+    path.write_text(json.dumps(told))
+    state = {"model": {"w": torch.zeros(3)}}
+    load(folder.at(1), state, alone=True)
+    assert state["model"]["w"].tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda told: [],
+        lambda told: 5,
+        lambda told: told | {"step": "1"},
+        lambda told: told | {"step": 3},
+        lambda told: told | {"step": True},
+        lambda told: told | {"identity": []},
+        lambda told: told | {"num_updates": None},
+        lambda told: told | {"validation_loss": "low"},
+        lambda told: told | {"sha256": [1]},
+        lambda told: {key: value for key, value in told.items() if key != "identity"},
+    ],
+)
+def test_facts_of_another_form_are_one_error(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1))
+    path = folder.at(1).path / "facts.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(CheckpointError, match=r"step-000001: facts\.json cannot be read.*Delete it"):
         folder.latest()
 
 
