@@ -24,6 +24,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # an int64: larger ones overflow, or are another one's alias
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Temperature = Annotated[float, Field(ge=0.01, le=100)]  # beyond, fp32 does not hold logits / T or T ** 2 well
+Beta = Annotated[float, Field(ge=0, lt=1)]  # at 1 a moment never moves, and its bias correction divides by 0
 Dtype = Literal["float32", "bfloat16"]
 Split = Literal["train", "validation", "test"]
 
@@ -85,7 +87,7 @@ class CacheConfig(Section):
     path: str
     splits: tuple[Split, ...] = ("train", "validation")
     policy: Policy = Threshold()
-    temperatures: tuple[PositiveFloat, ...] = (1.0,)
+    temperatures: tuple[Temperature, ...] = (1.0,)
     seed: Seed = 0
     examples_per_shard: PositiveInt = 512
     batch_tokens: PositiveInt = 16384  # tokens of a teacher's microbatch, padding counted
@@ -114,7 +116,8 @@ class LoraConfig(Section):
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0  # an adapter's output is multiplied by alpha / rank
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of an adapter's input
-    target_modules: tuple[str, ...] | None = None  # as peft's; null: all linear layers of the language model
+    # As peft's; null: all linear layers of the language model.
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     merge: bool = False  # the export is a whole model instead of an adapter
 
 
@@ -147,7 +150,7 @@ class LossConfig(Section):
     """``(1 - kd_ratio) * ce + kd_ratio * kd``; kd carries the factor ``temperature ** 2``."""
 
     kd_ratio: Fraction = 0.5
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     chunk_size: PositiveInt = 512
     tail: Literal[TAIL_MODES] | None = None  # type: ignore[valid-type]  # deterministic policies only
 
@@ -158,10 +161,10 @@ class OptimizationConfig(Section):
     global_batch_size: PositiveInt = 16  # examples a step, over all ranks
     microbatch_size: PositiveInt = 1  # examples a rank forwards at once
     max_steps: PositiveInt | None = None
-    num_epochs: PositiveFloat | None = None
+    num_epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None  # steps must stay countable
     learning_rate: PositiveFloat = 5e-5
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     num_warmup_steps: NonNegativeInt = 0
