@@ -28,12 +28,13 @@ from shared.config import Split
 from shared.errors import RecipeError, TeachonceError
 from shared.figures import require_matplotlib, save_png
 from stage2_student.evaluate import STUDENT, read_scores
-from stage2_student.files import write_json
+from stage2_student.files import are_numbers, json_objects, write_json
 from stage2_student.identity import flat
 from stage2_student.run_folder import Metrics, RunFolder
 
 UNIMPORTANT = ("run.name", "run.root", "bootstrap.")  # differ by nature, or make what is named elsewhere
 FIRST_KEYS = {"teacher": "teacher.model", "cache": "cache.path"}  # of sections that a recipe may lack
+IN_CAPTURES = ("positions", "seconds", "ranks", "teacher_ms")  # numbers of a record in a cache's log
 MAX_SHOWN = 40  # characters of a value
 
 
@@ -90,11 +91,13 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Raises   RecipeError  when the folder has no run in it"""
+    """Raises   RecipeError      when the folder has no run in it, or its recipe is damaged
+    CheckpointError  when another file of the run is damaged
+    """
     folder = RunFolder(path)
     if not folder.recipe.exists():
         raise RecipeError(f"{path}: there is no run in it (no {folder.recipe.name})")
-    settings = flat(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))
+    settings = _read_settings(folder.recipe)
     metrics = _with_kl(folder.read_metrics(), temperature=settings["loss.temperature"])
     steps = metrics.steps
     results = folder.read_results()
@@ -117,6 +120,27 @@ def read_run(path: Path) -> RunRecord:
         cache=settings["cache.path"] if settings["loss.kd_ratio"] > 0 else None,
         records=metrics.records,
     )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Flat.  Not by the rules of recipes, which may have changed since the run."""
+    try:
+        settings = flat(yaml.safe_load(path.read_bytes()))
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(
+            f"{path}: not YAML ({error}); put the run's own recipe back, or leave the run out"
+        ) from error
+    needed = ["run.name", "loss.temperature", "loss.kd_ratio"]
+    numbers = are_numbers(settings, *needed[1:])
+    if numbers and settings["loss.kd_ratio"] > 0:
+        needed.append("cache.path")
+    missing = [name for name in needed if settings.get(name) is None]
+    if missing or not numbers:
+        raise RecipeError(
+            f"{path}: {', '.join(missing) or 'loss'} is missing or damaged, so this is not a run's recipe; "
+            "put it back, or leave the run out"
+        )
+    return settings
 
 
 def _with_kl(metrics: Metrics, *, temperature: float) -> Metrics:
@@ -273,14 +297,14 @@ def captured_times(location: str) -> CapturedTimes | None:
     """
     try:
         folder = open_folder(location)
-        lines = folder.read(LOG_NAME).decode().splitlines()
+        log = folder.read(LOG_NAME)
         manifest = load_manifest(folder)
     except (OSError, TeachonceError):
         return None
     records = [
         record
-        for record in map(json.loads, lines)
-        if record["event"] == "captured" and "teacher_ms" in record
+        for record in json_objects(log)
+        if record.get("event") == "captured" and are_numbers(record, *IN_CAPTURES)
     ]
     positions = sum(record["positions"] for record in records)
     if manifest is None or not positions:

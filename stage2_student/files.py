@@ -33,6 +33,24 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def json_objects(log: bytes) -> list[dict[str, Any]]:
+    """Those of its lines that are a JSON object; the others are passed over."""
+    found = []
+    for line in log.split(b"\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:  # bytes that are not UTF-8 among them
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def are_numbers(record: dict[str, Any], *names: str) -> bool:
+    """Whether the record has a number under each of the names."""
+    return all(type(record.get(name)) in (int, float) for name in names)
+
+
 class JsonLines:
     """A log of one JSON object a line."""
 
@@ -44,16 +62,10 @@ class JsonLines:
             file.write(json.dumps(record) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records; the last line may have been cut by a kill, and is then left out."""
+        """All whole records; the last line may have been cut by a kill, and what is no object is no record."""
         if not self.path.exists():
             return []
-        records = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
-        return records
+        return json_objects(self.path.read_bytes())
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Rewrites the log without the records that are not wanted."""

@@ -28,10 +28,16 @@ from shared.config import Recipe, Split, dump_recipe
 from shared.errors import CheckpointError, RecipeError, TeachonceError
 from shared.runtime import World, environment
 from stage2_student.checkpoint import Checkpoint, Checkpoints
-from stage2_student.files import JsonLines, write_json, write_text
+from stage2_student.files import JsonLines, are_numbers, write_json, write_text
 from stage2_student.identity import require_same
 
 LOCK_NAME = "train.lock"
+IN_RESULTS = (
+    *("run", "step", "before", "after", "answers", "cache", "times_s"),
+    *("positions_per_s", "data_wait", "export"),
+)
+MEND_ENVIRONMENT = "put it back, or delete it: the run is then taken to have had one rank"
+MEND_RESULTS = "where checkpoints/ has one to go on from, delete it, and --resume writes it anew"
 
 
 @dataclass(frozen=True)
@@ -168,27 +174,56 @@ class RunFolder:
             write_json(self.path / "environment.json", environment() | {"num_ranks": world.size})
             self.checkpoints.mend()
             done = latest.facts.step if latest else -1  # no checkpoint: not even the first validation counts
-            self.metrics.keep(lambda record: record["step"] <= done)
+            self.metrics.keep(lambda record: _is_record(record) and record["step"] <= done)
         world.barrier()
 
     def predictions(self, split: Split) -> Path:
         return self.evaluation / f"{split}.parquet"
 
     def read_metrics(self) -> Metrics:
-        return Metrics(tuple(self.metrics.read()))
+        return Metrics(tuple(record for record in self.metrics.read() if _is_record(record)))
 
     def num_ranks(self) -> int:
-        """As the run was last begun or resumed; one where it does not say."""
+        """As the run was last begun or resumed; one where it does not say.
+
+        Raises   CheckpointError  when the file is damaged
+        """
         path = self.path / "environment.json"
-        return int(json.loads(path.read_text(encoding="utf-8"))["num_ranks"]) if path.exists() else 1
+        if not path.exists():
+            return 1
+        found = _read_object(path, advice=MEND_ENVIRONMENT)
+        if type(found.get("num_ranks")) is not int:
+            raise CheckpointError(f"{path}: num_ranks is no number; {MEND_ENVIRONMENT}")
+        return int(found["num_ranks"])
 
     def read_results(self) -> dict[str, Any] | None:
-        """What the finished run came to; None while it is not finished."""
+        """What the finished run came to; None while it is not finished.
+
+        Raises   CheckpointError  when the file is damaged
+        """
         if not self.results.exists():
             return None
-        try:
-            return dict(json.loads(self.results.read_text(encoding="utf-8")))
-        except ValueError as error:
+        found = _read_object(self.results, advice=MEND_RESULTS)
+        missing = [name for name in IN_RESULTS if name not in found]
+        if missing or type(found["step"]) is not int:
             raise CheckpointError(
-                f"{self.results}: not JSON ({error}); delete it and use --resume"
-            ) from error
+                f"{self.results}: {missing[0] if missing else 'step'} is missing or damaged; {MEND_RESULTS}"
+            )
+        return found
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether a line of the log is one of ours: it has a step and, of a training step, what is summed."""
+    if type(record.get("step")) is not int or not isinstance(record.get("event"), str):
+        return False
+    return record["event"] != "step" or are_numbers(record, "step_s", "data_wait", "num_positions")
+
+
+def _read_object(path: Path, *, advice: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); {advice}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: it holds {found!r} instead of an object; {advice}")
+    return found

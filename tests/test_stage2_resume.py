@@ -286,6 +286,16 @@ def test_a_finished_run_without_checkpoints_cannot_be_lengthened(
     assert files_of(without_checkpoints.run.path) == before
 
 
+def test_lines_of_the_log_that_are_no_records_do_not_keep_a_run_from_going_on(
+    unbroken: Recipe, tree: dict[str, Any]
+) -> None:
+    recipe = stopped_after(unbroken, tree, 18, "foreign-lines")
+    with open(recipe.run.path / "metrics.jsonl", "ab") as log:
+        log.write(b'5\n[]\n{}\n\xff\n{"event": "step", "step": "3"}\n{"event": "st')
+    assert run_alone(recipe, resume=True) == 0
+    assert_same_run(recipe, unbroken)
+
+
 def test_another_recipe_cache_or_data_set_is_refused_with_both_sides(
     unbroken: Recipe, tree: dict[str, Any]
 ) -> None:

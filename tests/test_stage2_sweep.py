@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 from stage2_runs import make_recipe, run_alone
 
 from shared.config import Recipe, dump_recipe, load_recipe
-from shared.errors import RecipeError
+from shared.errors import CheckpointError, RecipeError
 from shared.runtime import INTERRUPTED_STATUS
 from stage2_student.__main__ import commands
 from stage2_student.compare import (
@@ -432,6 +432,52 @@ def test_a_capture_that_was_stopped_has_cost_what_all_of_it_costs(
     found = captured_times(str(resumed))
     assert found is not None
     assert (found.seconds, found.teacher_s) == pytest.approx((whole.seconds, whole.teacher_s))
+
+
+def test_lines_of_a_caches_log_that_tell_nothing_are_passed_over(teacher_cache: Path, tmp_path: Path) -> None:
+    whole = captured_times(str(teacher_cache))
+    copied = shutil.copytree(teacher_cache, tmp_path / "cache")
+    log = copied / "log.jsonl"
+    timed = json.loads(log.read_text())
+    lines = [5, [], {}, {"event": "captured"}, {"event": "captured", "teacher_ms": 1.0}]
+    lines += [{name: value for name, value in timed.items() if name != "seconds"}, timed | {"ranks": "2"}]
+    log.write_bytes(b"\xff\n{torn\n" + log.read_bytes() + "\n".join(map(json.dumps, lines)).encode())
+    assert captured_times(str(copied)) == whole
+
+
+@pytest.mark.parametrize("text", ["[", "5", "{}", "[]", "", "loss: {kd_ratio: 1.0}", "run: {name: \xff}"])
+def test_a_damaged_recipe_of_a_run_is_one_error(tree: dict[str, Any], text: str) -> None:
+    path = written_run(make_recipe(tree))
+    (path / "recipe.yaml").write_text(text, encoding="latin-1")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: "):
+        read_run(path)
+
+
+@pytest.mark.parametrize("text", ["[", "5", "{}", "[]", '{"step": "4"}', "\xff"])
+def test_damaged_results_of_a_run_are_one_error(tree: dict[str, Any], text: str) -> None:
+    path = written_run(make_recipe(tree))
+    (path / "results.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"results\.json: .*--resume"):
+        read_run(path)
+
+
+@pytest.mark.parametrize("text", ["[", "5", "{}", '{"num_ranks": "2"}'])
+def test_a_damaged_environment_of_a_run_is_one_error(tree: dict[str, Any], text: str) -> None:
+    path = written_run(make_recipe(tree))
+    (path / "environment.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"environment\.json: "):
+        read_run(path)
+
+
+def test_lines_of_a_runs_log_that_are_no_records_are_passed_over(tree: dict[str, Any]) -> None:
+    path = written_run(make_recipe(tree))
+    whole = read_run(path)
+    log = path / "metrics.jsonl"
+    foreign = (
+        b'5\n[]\n{}\n\xff\n{"event": "step"}\n{"event": "step", "step": "3"}\n{"event": "step", "step": 3}\n'
+    )
+    log.write_bytes(foreign + log.read_bytes() + b'{"event": "st')
+    assert read_run(path) == whole
 
 
 def test_captures_whose_teacher_was_not_timed_are_left_out(teacher_cache: Path, tmp_path: Path) -> None:
