@@ -126,12 +126,20 @@ def test_a_capture_of_a_complete_cache_does_nothing(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_policy_for_the_same_cache_is_refused(finished: Path) -> None:
-    settings = ("run.name=other", "cache.policy={kind: top_k, k: 4}")
-    done = pipeline(finished, "train-student", *settings)
-    assert done.returncode == CacheMismatchError.exit_status
-    assert "threshold" in done.stderr
-    assert "top_k" in done.stderr
+@pytest.mark.parametrize(
+    ("other", "sides"),
+    [
+        ("cache.policy={kind: top_k, k: 4}", ("threshold", "top_k")),
+        ("cache.seed=8", ("targets.seed: 7 in the cache, 8 asked for",)),
+        ("cache.temperatures=[1.0, 3.0]", ("in the cache, [1.0,3.0] asked for",)),
+    ],
+)
+def test_other_targets_for_the_same_cache_are_refused(
+    finished: Path, other: str, sides: tuple[str, ...]
+) -> None:
+    done = pipeline(finished, "train-student", "run.name=other", other)
+    assert done.returncode == CacheMismatchError.exit_status, done.stderr
+    assert all(side in done.stderr for side in sides)
 
 
 @pytest.mark.slow
