@@ -305,8 +305,10 @@ def write_sample(identity: Identity, rows: list[Row], *, shards: int, positions:
         two = write_cache(Path(folder) / "two", identity, rows, examples_per_shard=-(-len(rows) // 2))
         found = one.manifest.totals
         per_shard = max(0, two.manifest.totals.bytes - found.bytes) if len(rows) > 1 else 0
+        keys = [row.key for row in rows]
+        one.targets(one.rows(keys))  # hashes the shard, which an epoch does not do for every few rows
         begin = time.perf_counter()
-        one.targets(one.rows([row.key for row in rows]))
+        one.targets(one.rows(keys))
         reading_s = time.perf_counter() - begin
     in_rows = (found.bytes - per_shard) * positions / found.positions
     total = round(in_rows + per_shard * shards)
