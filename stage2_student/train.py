@@ -9,8 +9,6 @@ questions and written down.
 
 from __future__ import annotations
 
-import gc
-
 from shared.config import Recipe
 from shared.errors import RecipeError
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, stop_on_sigterm
@@ -67,7 +65,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
         trainer.check()
         finished = trainer.fit(stop)
     del trainer
-    gc.collect()  # sharded modules must be gone before the export needs their memory
+    world.release_memory()  # before the export needs it
     if not finished or stop.agreed(world):
         return INTERRUPTED_STATUS
     if recipe.run.export and world.is_main:
