@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from shared.cli import recipe_arguments, run
-from shared.config import Recipe, TeacherConfig, load_recipe
+from shared.recipes import Recipe, TeacherConfig, load_recipe
 from shared.runtime import INTERRUPTED_STATUS
 from shared.survey import cache_covers
 

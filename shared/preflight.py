@@ -16,11 +16,11 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
 from shared.cache import CacheReader
-from shared.config import DataConfig, Recipe, Split
+from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.rows import Example, VqaSplit, open_split
 from shared.errors import DataError, RecipeError, TeachonceError
-from shared.processing import ExampleProcessor, open_processor
-from shared.vlm import split
-from shared.vqa import Example, VqaSplit, open_split
+from shared.models.vlm import split
+from shared.recipes import DataConfig, Recipe, Split
 
 NUM_MEASURED = 32  # examples whose tokens are counted, pictures and all
 TOKENS_WITHOUT_DATA = 1024

@@ -33,9 +33,9 @@ from transformers import (
 )
 
 from shared.cli import recipe_arguments, run
-from shared.config import SmallModelConfig, SmallModelsConfig, load_recipe
+from shared.data.rows import open_split
 from shared.errors import RecipeError
-from shared.vqa import open_split
+from shared.recipes import SmallModelConfig, SmallModelsConfig, load_recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 HEAD_DIM = 32

@@ -17,12 +17,12 @@ from shared.cache import CacheReader, InputsIdentity
 from shared.cache.manifest import ShardInfo
 from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.cache.verified import VerifiedFiles
-from shared.config import DataConfig, Recipe, Split
+from shared.data.images import decode_rgb
+from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.rows import VqaSplit, open_split
 from shared.errors import CacheFormatError, DataError
-from shared.images import decode_rgb
-from shared.processing import ExampleProcessor, open_processor
 from shared.progress import progress
-from shared.vqa import VqaSplit, open_split
+from shared.recipes import DataConfig, Recipe, Split
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import click
 
 from shared.cli import FILE, FOLDER, recipe_arguments
 from shared.cli import run as run_group
-from shared.config import load_recipe
+from shared.recipes import load_recipe
 from shared.runtime import distributed, stop_on_sigterm
 
 SEEDS = click.IntRange(min=0, max=2**63 - 1)
@@ -143,7 +143,7 @@ def audit(
     as_json: bool,
 ) -> int:
     """Run the teacher again over a sample of CACHE, and compare what it says with what is kept."""
-    from stage1_teacher.tools import show_audit
+    from stage1_teacher.inspection.tools import show_audit
 
     with distributed() as world:
         return show_audit(
@@ -165,7 +165,7 @@ def audit(
 @click.option("--plots", type=FOLDER, help="Folder for pictures of it (extra `report`).")
 def inspect(cache: str, as_json: bool, plots: Path | None) -> int:
     """Say who taught CACHE, what it keeps and how large it is."""
-    from stage1_teacher.tools import show_inspection
+    from stage1_teacher.inspection.tools import show_inspection
 
     return show_inspection(cache, as_json=as_json, plots=plots)
 
@@ -179,7 +179,7 @@ def inspect(cache: str, as_json: bool, plots: Path | None) -> int:
 )
 def report(cache: str, out: Path, recipe: str | None, overrides: tuple[str, ...]) -> int:
     """Write OUT, one HTML file about CACHE, with pictures of examples (extra `report`)."""
-    from stage1_teacher.tools import show_report
+    from stage1_teacher.inspection.tools import show_report
 
     return show_report(cache, out, recipe_name=recipe, overrides=overrides)
 
@@ -188,7 +188,7 @@ def report(cache: str, out: Path, recipe: str | None, overrides: tuple[str, ...]
 @click.argument("cache")
 def verify(cache: str) -> int:
     """Read every byte of CACHE and list every fault."""
-    from stage1_teacher.tools import show_verification
+    from stage1_teacher.inspection.tools import show_verification
 
     return show_verification(cache)
 
@@ -198,7 +198,7 @@ def verify(cache: str) -> int:
 @click.argument("out")
 def export(cache: str, out: str) -> int:
     """Write CACHE to the new folder OUT as plain Parquet: ids, log-probs and weights as lists."""
-    from stage1_teacher.tools import show_export
+    from stage1_teacher.inspection.tools import show_export
 
     return show_export(cache, out)
 
@@ -208,7 +208,7 @@ def export(cache: str, out: str) -> int:
 @click.argument("out")
 def merge(caches: tuple[str, ...], out: str) -> int:
     """Join CACHES that were captured apart, alike, into the new cache OUT."""
-    from stage1_teacher.tools import show_merge
+    from stage1_teacher.inspection.tools import show_merge
 
     return show_merge(caches, out)
 

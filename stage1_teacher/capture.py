@@ -24,21 +24,27 @@ from tqdm import tqdm
 from shared.cache import CacheReader, CacheWriter, Identity, Manifest, Plan, Unit
 from shared.cache.layout import PLAN_NAME
 from shared.cache.storage import open_folder
-from shared.config import CacheConfig, Recipe, dump_recipe
+from shared.data.processing import Encoded, ExampleProcessor, open_processor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
-from shared.processing import Encoded, ExampleProcessor, open_processor
+from shared.models.vlm import check_split
+from shared.recipes import CacheConfig, Recipe, dump_recipe
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, environment
 from shared.sparse import position_seeds
 from shared.survey import broken_shards
-from shared.vlm import check_split
-from stage1_teacher.batching import BatchRunner
-from stage1_teacher.handover import BackgroundWriter
-from stage1_teacher.lockstep import Lockstep
-from stage1_teacher.planning import CaptureData, identity_of, open_rows, same_but_for_weights, survey
-from stage1_teacher.progress import Tally, require_space
-from stage1_teacher.shards import CapturedBatch, ShardAssembler
-from stage1_teacher.teacher import Teacher, load_teacher
-from stage1_teacher.windows import EncodedWindow, WindowSource, claimed, encoded_windows, lengths_of
+from stage1_teacher.capturing.batching import BatchRunner
+from stage1_teacher.capturing.handover import BackgroundWriter
+from stage1_teacher.capturing.lockstep import Lockstep
+from stage1_teacher.capturing.planning import (
+    CaptureData,
+    identity_of,
+    open_rows,
+    same_but_for_weights,
+    survey,
+)
+from stage1_teacher.capturing.progress import Tally, require_space
+from stage1_teacher.capturing.shards import CapturedBatch, ShardAssembler
+from stage1_teacher.capturing.teacher import Teacher, load_teacher
+from stage1_teacher.capturing.windows import EncodedWindow, WindowSource, claimed, encoded_windows, lengths_of
 
 MAX_PENDING_BATCHES = 4  # on their way to disk
 SETTLE_S = 60.0  # how long shards of other machines may take to show on a network file system

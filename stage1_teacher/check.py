@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from shared.cache import CacheReader
-from shared.config import Recipe
+from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, RecipeError
-from shared.policies import Random, Threshold, TopK, TopP
+from shared.models.sharding import blocks
+from shared.models.vlm import empty_vlm, load_config, split
 from shared.preflight import (
     Report,
     describe_cache_totals,
@@ -18,10 +19,9 @@ from shared.preflight import (
     is_local,
     is_made_later,
 )
-from shared.processing import ExampleProcessor
-from shared.sharding import blocks
+from shared.recipes import Recipe
+from shared.recipes.policies import Random, Threshold, TopK, TopP
 from shared.survey import broken_shards, captured_splits
-from shared.vlm import empty_vlm, load_config, split
 
 GIB = 2**30
 FP32_BYTES = 4

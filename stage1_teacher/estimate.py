@@ -19,20 +19,20 @@ from typing import Any
 import click
 import torch
 
-from shared.break_even import TeacherCosts
 from shared.cache import CacheReader, CacheWriter, Identity, Row
-from shared.config import CacheConfig, Recipe
+from shared.data.processing import Batch, Encoded, ExampleProcessor, open_processor
 from shared.errors import DataError, RecipeError
-from shared.policies import Policy, Threshold
 from shared.preflight import answer_positions
-from shared.processing import Batch, Encoded, ExampleProcessor, open_processor
 from shared.progress import progress
+from shared.recipes import CacheConfig, Recipe
+from shared.recipes.policies import Policy, Threshold
+from shared.reports.break_even import TeacherCosts
 from shared.runtime import World
 from shared.sparse import position_seeds
-from stage1_teacher.batching import BatchRunner
-from stage1_teacher.planning import CaptureData, NumberedRows, identity_of, survey
-from stage1_teacher.shards import CapturedBatch
-from stage1_teacher.teacher import Teacher, load_teacher
+from stage1_teacher.capturing.batching import BatchRunner
+from stage1_teacher.capturing.planning import CaptureData, NumberedRows, identity_of, survey
+from stage1_teacher.capturing.shards import CapturedBatch
+from stage1_teacher.capturing.teacher import Teacher, load_teacher
 
 TAUS = (1 / 16, 1 / 64, 1 / 256, 1 / 512, 1 / 1024)
 NO_WEIGHTS = "0" * 64  # the fingerprint in the sample's own shards, which nobody keeps

@@ -10,7 +10,7 @@ import click
 
 from shared.cli import FILE, FOLDER, recipe_arguments
 from shared.cli import run as run_group
-from shared.config import Split, load_recipe
+from shared.recipes import Split, load_recipe
 from shared.runtime import distributed
 
 
@@ -75,7 +75,7 @@ def evaluate(
     as_json: bool,
 ) -> int:
     """Let a trained student answer questions, beside its teacher and itself before training."""
-    from stage2_student import evaluate as evaluation
+    from stage2_student.evaluation import evaluate as evaluation
 
     if out is not None and out.suffix != ".parquet":
         raise click.UsageError(f"--out {out}: name a .parquet file; the scores go into the .json beside it")
@@ -122,7 +122,7 @@ def evaluate(
 )
 def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: int | None) -> int:
     """Train a student of RECIPE for every combination of the grid; the same command goes on with the rest."""
-    from stage2_student.compare import read_run, table
+    from stage2_student.evaluation.compare import read_run, table
     from stage2_student.sweep import plan_jobs
     from stage2_student.sweep import sweep as run_sweep
 
@@ -142,7 +142,7 @@ def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: 
 @click.option("--plots", type=FOLDER, help="Folder for curves (extra `report`).")
 def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) -> int:
     """Show RUNS, folders of runs, side by side, and when their cache has paid."""
-    from stage2_student.compare import cache_uses, plot, read_runs, save, table
+    from stage2_student.evaluation.compare import cache_uses, plot, read_runs, save, table
 
     records = read_runs(runs)
     click.echo("\n".join(table(records)))
@@ -160,8 +160,8 @@ def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) 
 @click.argument("out", type=FILE)
 def report(runs: tuple[Path, ...], out: Path) -> int:
     """Write OUT, one HTML file about RUNS, folders of runs: curves, costs, answers (extra `report`)."""
-    from stage2_student.compare import read_runs
-    from stage2_student.report import write_run_report
+    from stage2_student.evaluation.compare import read_runs
+    from stage2_student.evaluation.report import write_run_report
 
     write_run_report(read_runs(runs), out)
     click.echo(out)
@@ -180,8 +180,8 @@ def report(runs: tuple[Path, ...], out: Path) -> int:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write; RUN_FOLDER/export by default.")
 def export(run_folder: Path, step: int | None, best: bool, merge: bool | None, out: Path | None) -> int:
     """Write a checkpoint of RUN_FOLDER as a Hugging Face folder."""
-    from stage2_student.export import choose_checkpoint, export_checkpoint
-    from stage2_student.run_folder import RunFolder
+    from stage2_student.runs.run_folder import RunFolder
+    from stage2_student.training.export import choose_checkpoint, export_checkpoint
 
     if best and step is not None:
         raise click.UsageError("--step and --best choose a checkpoint each; give one of them")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from shared.config import Recipe, Split
+from shared.data.processing import ExampleProcessor
+from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, RecipeError
 from shared.preflight import (
     TOKENS_WITHOUT_DATA,
@@ -21,14 +22,13 @@ from shared.preflight import (
     is_local,
     is_made_later,
 )
-from shared.processing import ExampleProcessor
+from shared.recipes import Recipe, Split
 from shared.survey import cache_covers
-from shared.vqa import open_split
 from stage2_student.estimate import count_parameters, estimate_memory
-from stage2_student.freezing import find_parts
-from stage2_student.inputs import open_cache
-from stage2_student.student import check_vocabulary, choose_trained, meta_model
 from stage2_student.train import require_even_ranks, step_shape, total_steps
+from stage2_student.training.freezing import find_parts
+from stage2_student.training.inputs import open_cache
+from stage2_student.training.student import check_vocabulary, choose_trained, meta_model
 
 
 def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import PreTrainedModel
 
-from shared.config import Recipe
-from shared.sharding import blocks
-from shared.vlm import split
+from shared.models.sharding import blocks
+from shared.models.vlm import split
+from shared.recipes import Recipe
 
 GIB = 2**30
 # Tensors of (tokens, hidden) that a transformer block keeps for its backward pass, MLP included, in units of the

@@ -24,9 +24,9 @@ from pathlib import Path
 import click
 import torch
 
-from shared.config import Recipe, load_recipe
+from shared.data.fingerprints import digest
 from shared.errors import RecipeError
-from shared.fingerprints import digest
+from shared.recipes import Recipe, load_recipe
 from shared.runtime import INTERRUPTED_STATUS, stop_on_sigterm
 
 POLL_S = 0.2

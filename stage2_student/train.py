@@ -9,16 +9,16 @@ questions and written down.
 
 from __future__ import annotations
 
-from shared.config import Recipe
 from shared.errors import RecipeError
+from shared.recipes import Recipe
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, stop_on_sigterm
-from stage2_student.export import choose_checkpoint, export_checkpoint, save_model_files
-from stage2_student.inputs import open_inputs
-from stage2_student.order import StepShape
-from stage2_student.run_folder import RunFolder
-from stage2_student.summary import print_summary, summarize
-from stage2_student.tracking import open_trackers, require_trackers
-from stage2_student.trainer import Trainer
+from stage2_student.evaluation.summary import print_summary, summarize
+from stage2_student.runs.run_folder import RunFolder
+from stage2_student.runs.tracking import open_trackers, require_trackers
+from stage2_student.training.export import choose_checkpoint, export_checkpoint, save_model_files
+from stage2_student.training.inputs import open_inputs
+from stage2_student.training.order import StepShape
+from stage2_student.training.trainer import Trainer
 
 
 def train(recipe: Recipe, world: World, *, resume: bool) -> int:

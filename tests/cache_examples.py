@@ -21,7 +21,7 @@ from shared.cache import (
     TargetsIdentity,
     TeacherIdentity,
 )
-from shared.policies import Policy, Threshold
+from shared.recipes.policies import Policy, Threshold
 from shared.sparse import SparseTargets, position_seeds, sparsify
 
 VOCAB_SIZE = 97

@@ -26,10 +26,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-from shared.config import DataConfig, Recipe
-from shared.processing import ExampleProcessor, open_processor
+from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.rows import Example
+from shared.recipes import DataConfig, Recipe
 from shared.small_models import make_small_model, train_tokenizer
-from shared.vqa import Example
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -142,7 +142,7 @@ def teacher_cache(
     tmp_path_factory: pytest.TempPathFactory, vqa_folder: Path, teacher_folder: Path, student_folder: Path
 ) -> Path:
     """A cache of the small teacher's targets for every row of the small data set."""
-    from shared.recipe_files import validate_tree
+    from shared.recipes.files import validate_tree
     from shared.runtime import StopRequest, distributed
     from stage1_teacher.capture import capture
 

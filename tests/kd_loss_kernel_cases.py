@@ -14,7 +14,7 @@ import torch
 from shared.kd_loss import FORWARD_KL, chunk, triton_kernel
 from shared.kd_loss.teacher import SparseTeacher, sparse_teacher
 from shared.kd_loss.tile import LossSettings
-from shared.policies import Policy, Random, Threshold, TopK
+from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.sparse import position_seeds, sparsify
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

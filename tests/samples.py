@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from shared.vqa import Example
+from shared.data.rows import Example
 
 QUESTIONS = (
     "Which modality is shown?",

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from shared.config import Recipe
-from shared.recipe_files import validate_tree
+from shared.recipes import Recipe
+from shared.recipes.files import validate_tree
 from shared.runtime import World, distributed
 from stage2_student.train import train
 

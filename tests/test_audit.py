@@ -16,20 +16,20 @@ from reference_losses import truncated_kd
 
 from shared.cache import CacheReader
 from shared.cache.layout import LOG_NAME
-from shared.config import Recipe
 from shared.errors import CacheFormatError, CacheMismatchError, DataError, RecipeError
 from shared.kd_loss import fused_ce_kd
-from shared.policies import TAIL_MODES, TopK
-from shared.recipe_files import validate_tree
+from shared.models.vlm import load_vlm
+from shared.recipes import Recipe
+from shared.recipes.files import validate_tree
+from shared.recipes.policies import TAIL_MODES, TopK
 from shared.runtime import StopRequest, distributed
 from shared.sparse import sparsify
-from shared.vlm import load_vlm
 from stage1_teacher.__main__ import commands
-from stage1_teacher.audit import DEFAULT_TAIL, Audit, audit
 from stage1_teacher.capture import capture
-from stage1_teacher.comparison import AtTemperature
-from stage1_teacher.head_gradient import BATCHES, HeadGradients, Measured, pull
-from stage1_teacher.tools import recipe_of_cache
+from stage1_teacher.inspection.audit import DEFAULT_TAIL, Audit, audit
+from stage1_teacher.inspection.comparison import AtTemperature
+from stage1_teacher.inspection.head_gradient import BATCHES, HeadGradients, Measured, pull
+from stage1_teacher.inspection.tools import recipe_of_cache
 
 
 @pytest.fixture
@@ -277,12 +277,12 @@ def test_examples_are_drawn_until_there_are_positions_enough(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, path = captured(tree)
-    monkeypatch.setattr("stage1_teacher.audit.MIN_EXAMPLES", 2)
-    monkeypatch.setattr("stage1_teacher.audit.ENOUGH_POSITIONS", 40)
+    monkeypatch.setattr("stage1_teacher.inspection.audit.MIN_EXAMPLES", 2)
+    monkeypatch.setattr("stage1_teacher.inspection.audit.ENOUGH_POSITIONS", 40)
     found = audited(recipe, path)
     assert 40 <= found.num_positions < 40 + 64  # an answer's at most
     assert 2 <= found.num_examples < len(CacheReader(path))
-    monkeypatch.setattr("stage1_teacher.audit.MAX_EXAMPLES", 2)
+    monkeypatch.setattr("stage1_teacher.inspection.audit.MAX_EXAMPLES", 2)
     assert audited(recipe, path).num_examples == 2
 
 

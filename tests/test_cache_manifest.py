@@ -14,7 +14,7 @@ from shared.cache.identity import Identity
 from shared.cache.manifest import content_hash
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError
-from shared.policies import Threshold, TopK
+from shared.recipes.policies import Threshold, TopK
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from shared.cache import reader as reader_module
 from shared.cache import verified as verified_module
 from shared.cache.index import KeyIndex, open_index, split_keys
 from shared.errors import CacheFormatError, CacheMismatchError
-from shared.policies import Random, Threshold, TopK, TopP
+from shared.recipes.policies import Random, Threshold, TopK, TopP
 
 
 @pytest.fixture

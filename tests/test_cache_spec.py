@@ -102,7 +102,7 @@ def read_shard(folder: Path, manifest: dict[str, Any], number: int) -> list[dict
 from cache_examples import capture, make_example, make_identity, make_key  # noqa: E402
 
 from shared.cache import TargetsIdentity  # noqa: E402
-from shared.policies import Random, Threshold, TopK, TopP  # noqa: E402
+from shared.recipes.policies import Random, Threshold, TopK, TopP  # noqa: E402
 from shared.sparse import SparseTargets  # noqa: E402
 
 

@@ -35,7 +35,7 @@ from shared.cache.manifest import Manifest
 from shared.cache.merge import merge
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError
-from shared.policies import Random, Threshold, TopK, TopP
+from shared.recipes.policies import Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets
 from stage1_teacher.__main__ import commands
 

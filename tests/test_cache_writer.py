@@ -21,7 +21,7 @@ from shared.cache.merge import merge
 from shared.cache.shard import encode_shard
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError
-from shared.policies import TopK
+from shared.recipes.policies import TopK
 
 IDENTITY = make_identity()
 

@@ -21,13 +21,13 @@ from shared.cache import CacheReader
 from shared.cache.index import split_keys
 from shared.cache.layout import PLAN_NAME
 from shared.cache.storage import LocalFolder
-from shared.config import Recipe
+from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, DataError
-from shared.processing import ExampleProcessor, open_processor
-from shared.recipe_files import validate_tree
+from shared.recipes import Recipe
+from shared.recipes.files import validate_tree
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, distributed
 from shared.survey import cache_covers, survey_keys
-from shared.vqa import open_split
 from stage1_teacher.capture import capture
 
 

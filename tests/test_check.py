@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from samples import encoded_picture
 
-from shared.config import Recipe, load_recipe
-from shared.recipe_files import validate_tree
+from shared.recipes import Recipe, load_recipe
+from shared.recipes.files import validate_tree
 from shared.runtime import StopRequest, distributed
 from shared.small_models import save_reference_config
 from stage1_teacher.capture import capture

@@ -15,7 +15,7 @@ from payload_reader import read_payload, spec_dictionary, spec_grid
 from shared.codec import decode, encode, encode_many
 from shared.codec.dictionary import DICTIONARY
 from shared.errors import CacheFormatError, RecipeError
-from shared.policies import Policy, Random, Threshold, TopK, TopP
+from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
 
 VOCAB_SIZE = 5000

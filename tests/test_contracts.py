@@ -15,23 +15,10 @@ STAGES = {"stage1_teacher", "stage2_student"}
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
     {"errors"},
-    {
-        "policies",
-        "images",
-        "phantom",
-        "cli",
-        "runtime",
-        "loading",
-        "adapters",
-        "break_even",
-        "figures",
-        "progress",
-    },
-    {"html_report", "vqa_sources", "fingerprints", "prompts", "processors", "sharding"},
-    {"sparse", "recipe_files"},
-    {"config", "codec"},
-    {"vqa", "kd_loss", "vlm"},
-    {"processing", "cache"},
+    {"recipes", "phantom", "cli", "runtime", "progress"},
+    {"models", "sparse"},
+    {"codec", "data"},
+    {"reports", "kd_loss", "cache"},
     {"survey", "preflight", "small_models"},
     {"pipeline"},
 ]
@@ -88,7 +75,7 @@ def test_importing_changes_nothing(tmp_path: Path) -> None:
     code = """
 import threading, os, torch
 state = torch.random.get_rng_state()
-import shared.config, shared.cache, shared.kd_loss, shared.pipeline, stage1_teacher.__main__, stage2_student.__main__
+import shared.recipes, shared.cache, shared.kd_loss, shared.pipeline, stage1_teacher.__main__, stage2_student.__main__
 import torch.distributed as dist
 assert not dist.is_initialized() and threading.active_count() == 1
 assert torch.equal(torch.random.get_rng_state(), state) and torch.get_default_dtype() == torch.float32

@@ -21,11 +21,11 @@ from click.testing import CliRunner
 from documents import DOCUMENTS, ROOT, blocks, command_words
 
 from shared.cache import CacheReader
-from shared.config import dump_recipe, load_recipe
+from shared.data.rows import open_split
 from shared.phantom.dataset import write_dataset
-from shared.vqa import open_split
+from shared.recipes import dump_recipe, load_recipe
 from stage1_teacher.__main__ import commands as teacher_commands
-from stage1_teacher.tools import recipe_of_cache
+from stage1_teacher.inspection.tools import recipe_of_cache
 from stage2_student.__main__ import commands as student_commands
 
 GROUPS = {"teacher-cache": teacher_commands, "train-student": student_commands}

@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from shared.config import load_recipe
+from shared.data.processing import open_processor
+from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, DataError
-from shared.processing import open_processor
+from shared.recipes import load_recipe
 from shared.runtime import INTERRUPTED_STATUS
-from shared.vqa import open_split
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -16,17 +16,17 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from shared.break_even import TeacherCosts
 from shared.cache import CacheReader
-from shared.config import Recipe
+from shared.data.processing import Batch
 from shared.errors import RecipeError, TrainingError
-from shared.processing import Batch
-from shared.recipe_files import validate_tree
+from shared.recipes import Recipe
+from shared.recipes.files import validate_tree
+from shared.reports.break_even import TeacherCosts
 from shared.runtime import StopRequest, World, distributed
 from stage1_teacher.__main__ import commands
 from stage1_teacher.capture import capture
+from stage1_teacher.capturing.teacher import Teacher, load_teacher
 from stage1_teacher.estimate import Times, Totals, estimate, teacher_costs
-from stage1_teacher.teacher import Teacher, load_teacher
 
 
 @pytest.fixture

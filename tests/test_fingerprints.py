@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 from transformers import AddedToken, AutoTokenizer
 
-from shared.config import DataConfig
-from shared.fingerprints import digest, template_fingerprint, tokenizer_fingerprint
-from shared.processing import KEY_BYTES, ExampleProcessor, open_processor
-from shared.processors import load_processor
-from shared.vqa import Example
+from shared.data.fingerprints import digest, template_fingerprint, tokenizer_fingerprint
+from shared.data.processing import KEY_BYTES, ExampleProcessor, open_processor
+from shared.data.processors import load_processor
+from shared.data.rows import Example
+from shared.recipes import DataConfig
 
 EXAMPLE = Example(b"picture", "question", "answer", kind="k", case="c", index=0)
 ALL = ("tokenizer_fingerprint", "template_fingerprint", "image_processor_fingerprint", "prompt_fingerprint")

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from stage1_teacher.handover import BackgroundWriter, HostCopy
+from stage1_teacher.capturing.handover import BackgroundWriter, HostCopy
 
 
 def test_items_are_written_in_order_before_the_block_ends() -> None:

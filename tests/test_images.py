@@ -1,4 +1,4 @@
-"""Pictures of every Pillow mode and file kind become RGB by the rule that shared/images.py states."""
+"""Pictures of every Pillow mode and file kind become RGB by the rule that shared/data/images.py states."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+from shared.data.images import MAX_ASPECT_RATIO, decode_rgb, to_rgb
 from shared.errors import DataError
-from shared.images import MAX_ASPECT_RATIO, decode_rgb, to_rgb
 
 ALL_MODES = [
     *("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"),

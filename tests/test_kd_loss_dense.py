@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from shared.errors import RecipeError
 from shared.kd_loss import DIVERGENCES, Divergence, KDLoss
-from shared.policies import Threshold, TopK
+from shared.recipes.policies import Threshold, TopK
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from tests import reference_losses as reference
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared.kd_loss import KDLoss, fused_ce_kd
-from shared.policies import Policy, TopK
+from shared.recipes.policies import Policy, TopK
 from tests.test_kd_loss_fused import THRESHOLD, Problem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

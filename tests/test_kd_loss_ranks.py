@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.errors import RecipeError
 from shared.kd_loss import Divergence, KDLoss, fused_ce_kd
-from shared.policies import Policy, Threshold, TopK
+from shared.recipes.policies import Policy, Threshold, TopK
 from shared.sparse import SparseTargets, position_seeds, sparsify
 
 NUM_IDS, NUM_POSITIONS, HIDDEN = 19, 11, 6

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shared.data.loading import ALIGNMENT, pack, unpack
 from shared.errors import DataError
-from shared.loading import ALIGNMENT, pack, unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
 

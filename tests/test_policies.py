@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from shared.policies import TAIL_MODES, Policy, Random, Threshold, TopK, TopP
+from shared.recipes.policies import TAIL_MODES, Policy, Random, Threshold, TopK, TopP
 
 _POLICY: TypeAdapter[Policy] = TypeAdapter(Policy)
 

@@ -20,14 +20,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shared.config import DataConfig
+from shared.data.images import decode_rgb
+from shared.data.processing import IGNORE_INDEX, Encoded, ExampleProcessor, open_processor
+from shared.data.processors import load_processor
+from shared.data.prompts import ChatPrompt
+from shared.data.rows import Example
 from shared.errors import DataError, RecipeError
-from shared.images import decode_rgb
-from shared.processing import IGNORE_INDEX, Encoded, ExampleProcessor, open_processor
-from shared.processors import load_processor
-from shared.prompts import ChatPrompt
+from shared.recipes import DataConfig
 from shared.small_models import CHAT_TEMPLATE, END_OF_TURN, PAD, SPECIAL_TOKENS
-from shared.vqa import Example
 
 MARKERS = [*SPECIAL_TOKENS, END_OF_TURN, PAD, "<think>", "</think>"]
 TEXTS = (  # Hypothesis draws string constants of the project's modules too, and some of those are markers
@@ -299,7 +299,7 @@ def test_bad_pictures_name_their_row(processor: ExampleProcessor) -> None:
 def test_a_processor_that_refuses_a_picture_names_its_row(
     processor: ExampleProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.images.MAX_ASPECT_RATIO", 1000)
+    monkeypatch.setattr("shared.data.images.MAX_ASPECT_RATIO", 1000)
     with pytest.raises(DataError, match=r"row 0: the image processor refuses the picture .*aspect ratio"):
         processor.encode(example_of(image=encoded_picture(1, size=(402, 2))))
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import Recipe, dump_recipe, load_recipe
 from shared.errors import RecipeError
-from shared.recipe_files import recipe_names, validate_tree
+from shared.recipes import Recipe, dump_recipe, load_recipe
+from shared.recipes.files import recipe_names, validate_tree
 
 MINIMAL = """
 data: {source: somewhere}

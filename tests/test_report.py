@@ -21,13 +21,13 @@ from stage2_runs import make_recipe, run_alone
 
 from shared.cache import CacheReader
 from shared.cache.merge import merge
-from shared.config import Recipe
 from shared.errors import RecipeError
-from shared.html_report import Page, Section, card, facts, figure, paragraph, table, write_page
+from shared.recipes import Recipe
+from shared.reports.page import Page, Section, card, facts, figure, paragraph, table, write_page
 from shared.runtime import StopRequest, distributed
 from stage1_teacher.__main__ import commands as teacher_commands
 from stage1_teacher.capture import capture
-from stage1_teacher.report import write_cache_report
+from stage1_teacher.inspection.report import write_cache_report
 from stage2_student.__main__ import commands as student_commands
 
 pytest.importorskip("matplotlib")

@@ -19,9 +19,10 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from shared.config import SmallModelConfig, SmallModelsConfig, load_recipe
+from shared.data.processing import ExampleProcessor
+from shared.data.rows import Example
 from shared.errors import RecipeError
-from shared.processing import ExampleProcessor
+from shared.recipes import SmallModelConfig, SmallModelsConfig, load_recipe
 from shared.small_models import (
     TOKENIZER_FILES,
     make_small_model,
@@ -29,7 +30,6 @@ from shared.small_models import (
     save_reference_config,
     train_tokenizer,
 )
-from shared.vqa import Example
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_layers": 2, "vision_hidden_size": 32, "vision_depth": 1}
 

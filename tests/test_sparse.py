@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import CacheMismatchError, DataError, RecipeError
-from shared.policies import Policy, Random, Threshold, TopK, TopP
+from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
 
 _POLICIES: list[Policy] = [

@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 from stage2_runs import make_recipe, on_ranks, run_alone
 from transformers import AutoTokenizer
 
-from shared.config import load_recipe
 from shared.errors import DataError, RecipeError
-from shared.vlm import load_vlm
-from stage2_student import answers, model_losses
+from shared.models.vlm import load_vlm
+from shared.recipes import load_recipe
 from stage2_student.__main__ import commands
-from stage2_student.answer_metrics import exact_match, mean_interval, rouge_l, token_f1
-from stage2_student.answers import ModelSource, answers_of
-from stage2_student.compare import read_run
-from stage2_student.evaluate import Subject, models
-from stage2_student.student import build_student
+from stage2_student.evaluation import answers, model_losses
+from stage2_student.evaluation.answer_metrics import exact_match, mean_interval, rouge_l, token_f1
+from stage2_student.evaluation.answers import ModelSource, answers_of
+from stage2_student.evaluation.compare import read_run
+from stage2_student.evaluation.evaluate import Subject, models
+from stage2_student.training.student import build_student
 
 # --- metrics ---------------------------------------------------------------------------------------------
 

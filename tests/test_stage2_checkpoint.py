@@ -15,11 +15,18 @@ import torch
 from stage2_runs import on_ranks
 from torch import nn
 
-from shared.config import OptimizationConfig
 from shared.errors import CheckpointError
+from shared.recipes import OptimizationConfig
 from shared.runtime import World, distributed
-from stage2_student.checkpoint import Checkpoint, Checkpoints, Facts, load, set_num_updates, student_state
-from stage2_student.optim import make_optimizer
+from stage2_student.runs.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    Facts,
+    load,
+    set_num_updates,
+    student_state,
+)
+from stage2_student.training.optim import make_optimizer
 
 
 def facts(step: int, loss: float | None = None) -> Facts:

@@ -19,9 +19,9 @@ from transformers import AutoModelForImageTextToText
 from shared.errors import CheckpointError, RecipeError
 from shared.small_models import save_reference_config
 from stage2_student.__main__ import commands
-from stage2_student.answer_metrics import normalize
 from stage2_student.check import check_recipe
-from stage2_student.run_folder import RunFolder
+from stage2_student.evaluation.answer_metrics import normalize
+from stage2_student.runs.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ import torch
 from stage2_runs import make_recipe, on_ranks, run_alone, run_ranks
 
 from shared.cache import CacheReader
-from shared.config import DataConfig
+from shared.data.processing import ExampleProcessor
+from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, DataError, RecipeError, TrainingError
-from shared.processing import ExampleProcessor
-from shared.vqa import open_split
-from stage2_student.agreement import in_agreement
-from stage2_student.feed import Microbatch, MicrobatchSource, feed
-from stage2_student.order import Slot
+from shared.recipes import DataConfig
+from stage2_student.training.agreement import in_agreement
+from stage2_student.training.feed import Microbatch, MicrobatchSource, feed
+from stage2_student.training.order import Slot
 
 STEPS = [[Slot(0, (0, 1)), Slot(0, (2,))], [Slot(1, (3, 4)), Slot(1, (0,), counts=False)]]
 

@@ -21,10 +21,10 @@ from stage2_runs import (
 )
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
+from shared.data.processing import Batch, ExampleProcessor
+from shared.data.rows import Example
 from shared.errors import RecipeError
-from shared.processing import Batch, ExampleProcessor
-from shared.vlm import load_vlm
-from shared.vqa import Example
+from shared.models.vlm import load_vlm
 from stage2_student.__main__ import commands
 
 peft = pytest.importorskip("peft")

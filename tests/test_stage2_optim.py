@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from shared.config import OptimizationConfig
-from stage2_student.optim import learning_rate, make_optimizer
+from shared.recipes import OptimizationConfig
+from stage2_student.training.optim import learning_rate, make_optimizer
 
 
 def config(**values: Any) -> OptimizationConfig:

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stage2_student.order import StepShape, deal, epoch_order, pass_slots, step_examples, training_slots
+from stage2_student.training.order import (
+    StepShape,
+    deal,
+    epoch_order,
+    pass_slots,
+    step_examples,
+    training_slots,
+)
 
 SIZES = st.integers(1, 60)
 GOLDEN = (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from stage2_runs import make_recipe, run_alone, run_ranks, step_records, validation_records
 
-from shared.config import Recipe
+from shared.recipes import Recipe
 
 
 @pytest.fixture(scope="module")

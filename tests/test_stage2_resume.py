@@ -26,12 +26,12 @@ from stage2_runs import (
     validation_records,
 )
 
-from shared.config import Recipe
 from shared.errors import CheckpointError, RecipeError
+from shared.recipes import Recipe
 from shared.runtime import INTERRUPTED_STATUS, World
-from stage2_student.export import export_checkpoint
-from stage2_student.run_folder import RunFolder
+from stage2_student.runs.run_folder import RunFolder
 from stage2_student.train import train
+from stage2_student.training.export import export_checkpoint
 
 NUM_STEPS = 20  # of 3 to an epoch
 

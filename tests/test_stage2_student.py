@@ -20,15 +20,15 @@ from torch._dynamo.utils import counters as dynamo_counters
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3_5ForConditionalGeneration
 
-from shared.config import FreezeConfig
+from shared.data.processing import ExampleProcessor
+from shared.data.rows import open_split
 from shared.errors import RecipeError, TrainingError
-from shared.processing import ExampleProcessor
+from shared.recipes import FreezeConfig
 from shared.runtime import World
-from shared.vqa import open_split
-from stage2_student.freezing import find_parts, freeze
-from stage2_student.inputs import open_inputs
-from stage2_student.order import Slot
-from stage2_student.student import build_student, full_model
+from stage2_student.training.freezing import find_parts, freeze
+from stage2_student.training.inputs import open_inputs
+from stage2_student.training.order import Slot
+from stage2_student.training.student import build_student, full_model
 
 
 @pytest.fixture

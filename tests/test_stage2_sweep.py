@@ -21,11 +21,11 @@ import yaml
 from click.testing import CliRunner, Result
 from stage2_runs import make_recipe, run_alone
 
-from shared.config import Recipe, dump_recipe, load_recipe
 from shared.errors import CheckpointError, RecipeError
+from shared.recipes import Recipe, dump_recipe, load_recipe
 from shared.runtime import INTERRUPTED_STATUS
 from stage2_student.__main__ import commands
-from stage2_student.compare import (
+from stage2_student.evaluation.compare import (
     cache_uses,
     captured_times,
     differing,
@@ -36,7 +36,7 @@ from stage2_student.compare import (
     save,
     table,
 )
-from stage2_student.identity import flat
+from stage2_student.runs.identity import flat
 from stage2_student.sweep import Job, plan_jobs
 from stage2_student.sweep import sweep as run_sweep
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from stage2_runs import make_recipe, records, run_alone
 
-from shared.config import Recipe, RunConfig
 from shared.errors import RecipeError
-from stage2_student.tracking import Trackers, require_trackers
+from shared.recipes import Recipe, RunConfig
+from stage2_student.runs.tracking import Trackers, require_trackers
 
 
 @pytest.fixture

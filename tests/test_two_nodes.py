@@ -14,7 +14,7 @@ import yaml
 from documents import ROOT, blocks, command_words
 from stage2_runs import make_recipe, run_alone, step_records, validation_records
 
-from shared.config import dump_recipe
+from shared.recipes import dump_recipe
 
 AGENTS = 2
 TIMEOUT_S = 240

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from samples import encoded_picture
 from torch.utils.data import DataLoader
 
-from shared.config import ColumnsConfig, DataConfig, SplitsConfig
+from shared.data.rows import Example, open_split
 from shared.errors import DataError
-from shared.vqa import Example, open_split
+from shared.recipes import ColumnsConfig, DataConfig, SplitsConfig
 
 PICTURE = encoded_picture(0)
 MEDPIX = Path(__file__).parents[2] / "shared" / "medpix-vqa"
@@ -168,7 +168,7 @@ def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
     st.sampled_from(["", " ", "\n", "\t\u00a0\u3000"]),
 )
 def test_texts_are_trimmed_at_the_ends_and_nowhere_else(head: str, body: str, blank: str) -> None:
-    from shared.vqa import _text
+    from shared.data.rows import _text
 
     given_text = blank + head + "x\r\n\n  x" + body + "\u2009x" + blank
     kept = _text(given_text, "answer", where="here")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shared.cache.format import FORMAT_VERSION, canonical_json
 from shared.errors import CacheMismatchError
-from shared.policies import Policy
+from shared.recipes.policies import Policy
 
 
 class Record(BaseModel):

@@ -32,7 +32,7 @@ from shared.cache.staging import Staging
 from shared.cache.storage import Folder, LocalFolder, RemoteFolder, open_folder
 from shared.cache.verified import VerifiedFiles
 from shared.errors import CacheFormatError, CacheMismatchError
-from shared.policies import Policy
+from shared.recipes.policies import Policy
 from shared.sparse import SparseTargets
 
 MAX_OPEN_SHARDS = 512  # each holds a file descriptor; processes often may have 1,024

@@ -29,7 +29,7 @@ from shared.cache.manifest import Manifest, ShardInfo, load_manifest
 from shared.cache.shard import ShardView, open_shard
 from shared.cache.storage import TEMPORARY_PREFIX, Folder, is_temporary, open_folder
 from shared.errors import CacheFormatError
-from shared.policies import Random, Threshold
+from shared.recipes.policies import Random, Threshold
 from shared.sparse import SparseTargets
 
 TOLERANCE_NATS = 1e-3  # a position: the teacher computes in fp32

@@ -11,7 +11,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
-from shared.policies import Policy, Random
+from shared.recipes.policies import Policy, Random
 from shared.sparse.grid import logprob_grid
 
 Levels = npt.NDArray[np.int64]

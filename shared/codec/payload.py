@@ -18,7 +18,7 @@ from shared.codec.dictionary import DICTIONARY
 from shared.codec.entries import MAX_ID_BITS, Bytes, Coded, Columns, InconsistentError, pack, unpack
 from shared.codec.levels import levels_of_logprobs, logprobs_of_levels, max_level
 from shared.errors import CacheFormatError, RecipeError
-from shared.policies import Policy, Random
+from shared.recipes.policies import Policy, Random
 from shared.sparse import SparseTargets
 from shared.sparse.targets import share_logprobs
 

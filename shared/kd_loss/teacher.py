@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shared.errors import RecipeError
 from shared.kd_loss.divergences import Divergence
-from shared.policies import TAIL_MODES
+from shared.recipes.policies import TAIL_MODES
 
 if TYPE_CHECKING:
     from shared.sparse import SparseTargets

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shared.policies import Policy, Threshold
+from shared.recipes.policies import Policy, Threshold
 
 _STEPS_PER_ROOT = (
     16  # of sqrt(p) / sqrt(tau); the noise of rounding is then 3 % of the draws' (docs/targets.md)

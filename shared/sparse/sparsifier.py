@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.errors import DataError, RecipeError
-from shared.policies import Policy, Random, Threshold, TopK, TopP
+from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse.draws import Independent, Systematic, draw, padded_width, row_sums, substream, uniforms
 from shared.sparse.grid import has_floor, logprob_grid, round_unbiased
 from shared.sparse.targets import SparseTargets, share_logprobs

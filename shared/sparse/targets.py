@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import CacheMismatchError
-from shared.policies import Policy, Random, Threshold
+from shared.recipes.policies import Policy, Random, Threshold
 
 
 @dataclass(frozen=True, eq=False)

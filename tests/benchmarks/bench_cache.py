@@ -33,7 +33,7 @@ from shared.cache import (
     TeacherIdentity,
 )
 from shared.cache.verify import verify
-from shared.policies import Threshold
+from shared.recipes.policies import Threshold
 from shared.sparse import position_seeds, sparsify
 
 VOCAB_SIZE = 4096

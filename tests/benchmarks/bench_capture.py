@@ -18,20 +18,20 @@ import torch
 import torch.distributed as dist
 
 from shared.cache import CacheWriter
-from shared.config import CacheConfig, DataConfig, Recipe, TeacherConfig
+from shared.data.processing import Encoded, open_processor
+from shared.data.rows import open_split
 from shared.phantom.dataset import write_dataset
-from shared.processing import Encoded, open_processor
-from shared.recipe_files import validate_tree
+from shared.recipes import CacheConfig, DataConfig, Recipe, TeacherConfig
+from shared.recipes.files import validate_tree
 from shared.runtime import distributed
 from shared.small_models import make_small_model, train_tokenizer
-from shared.vqa import open_split
-from stage1_teacher.batching import batches_of_like_length
 from stage1_teacher.capture import capture_batch
-from stage1_teacher.handover import BackgroundWriter
-from stage1_teacher.planning import identity_of, survey
-from stage1_teacher.progress import Tally
-from stage1_teacher.shards import CapturedBatch, ShardAssembler
-from stage1_teacher.teacher import Teacher, load_teacher
+from stage1_teacher.capturing.batching import batches_of_like_length
+from stage1_teacher.capturing.handover import BackgroundWriter
+from stage1_teacher.capturing.planning import identity_of, survey
+from stage1_teacher.capturing.progress import Tally
+from stage1_teacher.capturing.shards import CapturedBatch, ShardAssembler
+from stage1_teacher.capturing.teacher import Teacher, load_teacher
 
 ROUNDS = 5
 PICTURES = 24

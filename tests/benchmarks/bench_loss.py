@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.kd_loss import KDLoss, fused_ce_kd
-from shared.policies import Threshold
+from shared.recipes.policies import Threshold
 from shared.sparse import SparseTargets, position_seeds, sparsify
 
 V, D, NUM_POSITIONS, CHUNK = 64_000, 256, 4096, 512

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shared.kd_loss import fused_ce_kd
 from shared.kd_loss.gradients import add_product_
-from shared.policies import Threshold
+from shared.recipes.policies import Threshold
 from shared.sparse import SparseTargets, position_seeds, sparsify
 
 ROUNDS = 7

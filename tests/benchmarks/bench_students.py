@@ -34,22 +34,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared import codec
-from shared.config import LossConfig, Recipe, load_recipe
+from shared.data.processing import open_processor
 from shared.kd_loss import KDLoss, LossSums
-from shared.policies import Policy, Random, Threshold, TopK
-from shared.processing import open_processor
+from shared.models.vlm import last_hidden_states, load_vlm, split
+from shared.recipes import LossConfig, Recipe, load_recipe
+from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.runtime import StopRequest, World, distributed
 from shared.sparse import position_seeds
-from shared.vlm import last_hidden_states, load_vlm, split
 from stage1_teacher.capture import capture
-from stage1_teacher.teacher import Teacher, load_teacher
-from stage2_student.feed import Microbatch, feed
-from stage2_student.inputs import Inputs, open_inputs
-from stage2_student.optim import learning_rate, make_optimizer, set_learning_rate
-from stage2_student.order import pass_slots, training_slots
-from stage2_student.step import seed_step, train_step
-from stage2_student.student import StudentWithLoss, build_student
+from stage1_teacher.capturing.teacher import Teacher, load_teacher
 from stage2_student.train import step_shape, total_steps
+from stage2_student.training.feed import Microbatch, feed
+from stage2_student.training.inputs import Inputs, open_inputs
+from stage2_student.training.optim import learning_rate, make_optimizer, set_learning_rate
+from stage2_student.training.order import pass_slots, training_slots
+from stage2_student.training.step import seed_step, train_step
+from stage2_student.training.student import StudentWithLoss, build_student
 from tests.benchmarks.bench_loss import status_bytes
 from tests.benchmarks.student_results import FOLDER, LABELS, LENGTHS, LIVE, TIMED, Results, done, keep
 

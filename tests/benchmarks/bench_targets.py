@@ -22,7 +22,7 @@ from torch import Tensor
 from shared.cache import Identity, InputsIdentity, Row, TargetsIdentity, TeacherIdentity
 from shared.cache.shard import encode_shard
 from shared.codec import decode, encode_many
-from shared.policies import Policy, Random, Threshold, TopK
+from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from shared.sparse.draws import Systematic, draw, padded_width, uniforms
 from tests.benchmarks.gradient_error import TAILS, GradientError, features

@@ -20,22 +20,22 @@ from typing import Any
 
 import torch
 
-from shared.config import LossConfig, Recipe
+from shared.data.rows import open_split
 from shared.kd_loss import KDLoss
+from shared.models.vlm import last_hidden_states, load_vlm, split
 from shared.phantom.dataset import write_dataset
-from shared.recipe_files import validate_tree
+from shared.recipes import LossConfig, Recipe
+from shared.recipes.files import validate_tree
 from shared.runtime import StopRequest, World, distributed
 from shared.small_models import make_small_models
-from shared.vlm import last_hidden_states, load_vlm, split
-from shared.vqa import open_split
 from stage1_teacher.capture import capture
-from stage2_student.feed import Microbatch, feed
-from stage2_student.inputs import Inputs, open_inputs
-from stage2_student.optim import make_optimizer
-from stage2_student.order import training_slots
-from stage2_student.step import train_step
-from stage2_student.student import build_student
 from stage2_student.train import step_shape
+from stage2_student.training.feed import Microbatch, feed
+from stage2_student.training.inputs import Inputs, open_inputs
+from stage2_student.training.optim import make_optimizer
+from stage2_student.training.order import training_slots
+from stage2_student.training.step import train_step
+from stage2_student.training.student import build_student
 from tests.benchmarks.bench_loss import in_fresh_process, status_bytes
 
 ROUNDS, NUM_STEPS = 12, 4

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shared.policies import TopK
+from shared.recipes.policies import TopK
 from shared.sparse import SparseTargets
 
 MEAN_COSINE = 0.5

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shared.config import Recipe, load_recipe
-from shared.processing import Batch, open_processor
-from shared.vlm import last_hidden_states, load_vlm, split
-from shared.vqa import open_split
+from shared.data.processing import Batch, open_processor
+from shared.data.rows import open_split
+from shared.models.vlm import last_hidden_states, load_vlm, split
+from shared.recipes import Recipe, load_recipe
 
 BATCH = 8
 

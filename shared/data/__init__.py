@@ -1,0 +1,1 @@
+"""From any data set to what a model is fed: sources, rows, pictures, prompts, labels, batches."""

@@ -1,0 +1,290 @@
+"""From an example to what a model is fed, and from many to a batch; the shift rule lives here alone.
+
+    processor = open_processor("Qwen/Qwen3.5-4B", recipe.data)
+    batch = processor.collate([processor.encode(example) for example in examples])
+    hidden = model(**batch.inputs).last_hidden_state                    # (B, S, D)
+    predicting = hidden.flatten(0, 1)[batch.position_index]             # (N, D), one row for each label
+
+Prompt and pictures are never cut.  Labels are the answer's tokens and the end of the turn, nothing else; an
+answer longer than ``max_answer_tokens`` keeps that many tokens, has no end of turn, and is marked
+``truncated``.  Pictures always go through the PIL image processor, so that results do not depend on whether
+torchvision is installed.
+
+Legend: B examples, S padded length, N labels of the batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shared.data.fingerprints import (
+    digest,
+    image_processor_fingerprint,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
+from shared.data.images import CONVERSION_VERSION, Background, decode_rgb
+from shared.data.processors import chat_template, load_processor
+from shared.data.prompts import PROMPT_VERSION, ChatPrompt
+from shared.data.rows import Example
+from shared.errors import DataError
+from shared.recipes import DataConfig
+
+IGNORE_INDEX = -100
+KEY_BYTES = 16
+CHARACTERS_PER_TOKEN = 4  # of English prose, roughly
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One example, ready for collation.
+
+    Shapes   input_ids, labels (S,) int64; labels are -100 but for the answer, which comes last
+             model_inputs: what else the model is fed; what is there for each token has shape (S,)
+    """
+
+    key: bytes
+    input_ids: Tensor
+    labels: Tensor
+    model_inputs: dict[str, Tensor]
+    num_positions: int
+    truncated: bool
+
+    @property
+    def answer_ids(self) -> Tensor:
+        """(num_positions,) int64: the labels alone."""
+        return self.labels[len(self.labels) - self.num_positions :]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Padded examples.
+
+    Shapes   inputs: keyword arguments of the model's forward, without labels; input_ids (B, S) int64
+             position_index (N,) int64: into B * S, the hidden state that predicts each label
+             labels (N,) int64, example by example
+             example_offsets (B + 1,) int64: labels of example b are [offsets[b], offsets[b + 1])
+    """
+
+    inputs: dict[str, Tensor]
+    position_index: Tensor
+    labels: Tensor
+    example_offsets: Tensor
+    keys: list[bytes]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, move: Any) -> Self:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("inputs", "keys")}
+        moved = {name: move(tensor) for name, tensor in tensors.items()}
+        return replace(self, inputs={name: move(t) for name, t in self.inputs.items()}, **moved)
+
+
+class ExampleProcessor:
+    """One model's way from example to tokens and pixels; picklable, so it can work in data-loader workers."""
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        max_answer_tokens: int,
+        system_prompt: str | None = None,
+        background: Background = "black",
+    ) -> None:
+        self._processor = processor
+        self._background = background
+        self._max_answer_tokens = max_answer_tokens
+        template = chat_template(processor)
+        self._prompt = ChatPrompt(processor.tokenizer, template, system_prompt=system_prompt)
+        self.tokenizer = processor.tokenizer
+        self.tokenizer_fingerprint = tokenizer_fingerprint(processor.tokenizer)
+        self.template_fingerprint = template_fingerprint(template)
+        self.image_processor_fingerprint = image_processor_fingerprint(
+            processor, version=CONVERSION_VERSION, background=background
+        )
+        self.prompt_fingerprint = digest(
+            {
+                "version": PROMPT_VERSION,
+                "tokenizer": self.tokenizer_fingerprint,
+                "template": self.template_fingerprint,
+                "system_prompt": system_prompt,
+                "max_answer_tokens": max_answer_tokens,
+            }
+        )
+
+    @property
+    def end_of_turn(self) -> int:
+        """The id of the token that ends an answer."""
+        return self._prompt.end_of_turn
+
+    @property
+    def num_token_ids(self) -> int:
+        """One more than the largest id the tokenizer knows; a model's head may be wider."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def key(self, example: Example) -> bytes:
+        """128 bits of the picture's bytes, the question, the answer, and what makes them tokens."""
+        state = hashlib.blake2b(digest_size=KEY_BYTES)
+        texts = (self.prompt_fingerprint, example.question, example.answer)
+        for field in (example.image, *(text.encode() for text in texts)):
+            state.update(len(field).to_bytes(8, "little"))
+            state.update(field)
+        return state.digest()
+
+    def approximate_length(self, example: Example) -> int:
+        """About how many tokens an example has, to put like with like: nothing is decoded or tokenized.
+
+        A picture's tokens follow from its size, where the processor says how; text has one for four characters.
+        """
+        text = (len(example.question) + len(example.answer)) // CHARACTERS_PER_TOKEN
+        count = getattr(self._processor, "_get_num_multimodal_tokens", None)
+        try:
+            with Image.open(io.BytesIO(example.image)) as picture:  # reads the header alone
+                width, height = picture.size
+            tokens = 0 if count is None else sum(count(image_sizes=[(height, width)])["num_image_tokens"])
+        except Exception:  # of many types; whoever decodes the picture says what is wrong with it
+            tokens = 0
+        return text + tokens
+
+    def encode(self, example: Example) -> Encoded:
+        """Raises   DataError  naming the row, when its picture cannot be used."""
+        answer = self._prompt.answer_ids(example.answer)
+        truncated = len(answer) > self._max_answer_tokens
+        answer = answer[: self._max_answer_tokens] if truncated else [*answer, self.end_of_turn]
+        return self._encoded(example, torch.tensor(answer, dtype=torch.int64), truncated=truncated)
+
+    def encode_prompt(self, example: Example) -> Encoded:
+        """The prompt alone, without labels, to generate from."""
+        return self._encoded(example, torch.empty(0, dtype=torch.int64), truncated=False)
+
+    def collate(
+        self, encoded: Sequence[Encoded], *, padding_side: Literal["left", "right"] = "right"
+    ) -> Batch:
+        """Pads and joins; what a model computes for an example does not depend on its companions or the side.
+
+        Raises   DataError  when the pictures' tensors do not fit together.
+        """
+        length = max(len(one.input_ids) for one in encoded)
+        starts = [length - len(one.input_ids) if padding_side == "left" else 0 for one in encoded]
+        pad_id = self.tokenizer.pad_token_id
+        pad_id = self.end_of_turn if pad_id is None else pad_id
+        index = [
+            row * length + start + _predicting(one)
+            for row, (start, one) in enumerate(zip(starts, encoded, strict=True))
+        ]
+        counts = torch.tensor([0, *(one.num_positions for one in encoded)])
+        return Batch(
+            inputs=_padded(encoded, starts, length, pad_id) | _joined(encoded),
+            position_index=torch.cat(index),
+            labels=torch.cat([one.answer_ids for one in encoded]),
+            example_offsets=counts.cumsum(0),
+            keys=[one.key for one in encoded],
+        )
+
+    def _encoded(self, example: Example, answer: Tensor, *, truncated: bool) -> Encoded:
+        tokens, pictures = self._prompt_inputs(example)
+        prompt = tokens.pop("input_ids")
+        per_token = {k: torch.cat([v, v.new_zeros(len(answer))]) for k, v in tokens.items()}  # 0: plain text
+        return Encoded(
+            key=self.key(example),
+            input_ids=torch.cat([prompt, answer]),
+            labels=torch.cat([torch.full_like(prompt, IGNORE_INDEX), answer]),
+            model_inputs=per_token | pictures,
+            num_positions=len(answer),
+            truncated=truncated,
+        )
+
+    def _prompt_inputs(self, example: Example) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What there is for each token, of shape (S,), and the rest."""
+        where = (example.where or f"row {example.index}") + (
+            f" (case {example.case})" if example.case else ""
+        )
+        image = decode_rgb(example.image, background=self._background, where=where)
+        marked = self._prompt.holds_marker(example.question)
+        text = self._prompt.stand_in_text() if marked else self._prompt.text(example.question)
+        inputs = self._processed(text, image, where)
+        inputs.pop("attention_mask", None)  # all ones; collation makes its own
+        shape = inputs["input_ids"].shape
+        tokens = {k: v for k, v in inputs.items() if v.shape == shape and not v.is_floating_point()}
+        pictures = {k: v for k, v in inputs.items() if k not in tokens}
+        if marked:
+            tokens = self._prompt.put_in(example.question, tokens)
+        return {k: v[0] for k, v in tokens.items()}, pictures
+
+    def _processed(self, text: str, image: Image.Image, where: str) -> dict[str, Tensor]:
+        try:
+            inputs = self._processor(
+                text=[text],
+                images=[image],
+                return_tensors="pt",
+                add_special_tokens=self._prompt.add_special_tokens,
+                padding=False,
+                truncation=False,
+                input_data_format="channels_last",  # not to be guessed: a picture may be 3 pixels wide
+            )
+        except ValueError as error:
+            raise DataError(f"{where}: the image processor refuses the picture ({error})") from error
+        return dict(inputs)
+
+
+def open_processor(model: str, data: DataConfig, *, revision: str | None = None) -> ExampleProcessor:
+    """The processor of a local folder or a Hub model, set up as the recipe's data section says.
+
+    Raises   RecipeError  when it cannot be opened, or is none for pictures and text.
+    """
+    return ExampleProcessor(
+        load_processor(model, revision=revision, min_pixels=data.min_pixels, max_pixels=data.max_pixels),
+        max_answer_tokens=data.max_answer_tokens,
+        system_prompt=data.system_prompt,
+        background=data.background,
+    )
+
+
+def _predicting(one: Encoded) -> Tensor:
+    """The shift rule: the label at t belongs to the hidden state at t - 1."""
+    length = len(one.input_ids)
+    return torch.arange(length - one.num_positions, length) - 1
+
+
+def _padded(encoded: Sequence[Encoded], starts: list[int], length: int, pad_id: int) -> dict[str, Tensor]:
+    """What there is for each token, (B, S): ids padded with ``pad_id``, all else with 0."""
+    rows = [
+        {"input_ids": one.input_ids, "attention_mask": torch.ones_like(one.input_ids)}
+        | {name: value for name, value in one.model_inputs.items() if _is_per_token(value, one)}
+        for one in encoded
+    ]
+    padded = {}
+    for name, first in rows[0].items():
+        padded[name] = first.new_full((len(rows), length), pad_id if name == "input_ids" else 0)
+        for row, (start, values) in enumerate(zip(starts, rows, strict=True)):
+            padded[name][row, start : start + len(values[name])] = values[name]
+    return padded
+
+
+def _joined(encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+    """What there is for each picture, joined along the first axis, as models take it."""
+    first = encoded[0]
+    names = [name for name, value in first.model_inputs.items() if not _is_per_token(value, first)]
+    try:
+        return {name: torch.cat([one.model_inputs[name] for one in encoded]) for name in names}
+    except RuntimeError as error:
+        raise DataError(
+            f"pictures of different sizes do not fit into one batch of this model ({error}); "
+            "set microbatch_size to 1"
+        ) from error
+
+
+def _is_per_token(value: Tensor, one: Encoded) -> bool:
+    return value.shape == one.input_ids.shape

@@ -1,0 +1,1 @@
+"""A vision-language model: body and head, adapters, shards."""

@@ -1,0 +1,153 @@
+"""A vision-language model as two parts: a body that gives hidden states and a head that makes logits of them.
+
+Both stages call the body once on whole sequences and the head on answer positions only, a chunk at a time, so
+the logits of a batch never exist.  ``split`` finds the parts in any ``AutoModelForImageTextToText``;
+``check_split`` proves on real input that they are all there is to the model's own logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+from shared.errors import RecipeError
+from shared.models.adapters import base_of, is_adapter, lineage, merged
+
+
+@dataclass(frozen=True)
+class Head:
+    """The map from hidden states to logits: ``softcap * tanh(scale * (h W^T + b) / softcap)``."""
+
+    linear: nn.Linear
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def weight_VD(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias_V(self) -> Tensor | None:
+        return self.linear.bias
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Shapes   hidden_ND (N, D); returns (N, V) of the same dtype."""
+        logits_NV = self.linear(hidden_ND)
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        return logits_NV
+
+
+def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The model's configuration; an adapter's folder stands for its base model.
+
+    Raises   RecipeError  when there is no model of that name, or it is not a decoder-only VLM.
+    """
+    name, revision = lineage(name, revision)[0]
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise RecipeError(
+            f"model {name}: cannot be opened: {reason} Give a Hub name or a folder with config.json"
+        ) from error
+    if type(config) not in AutoModelForImageTextToText._model_mapping or config.is_encoder_decoder:
+        raise RecipeError(
+            f"model {name}: {config.model_type!r} is not a decoder-only image-text-to-text model of transformers"
+        )
+    return config
+
+
+def load_vlm(
+    name: str, *, revision: str | None, dtype: torch.dtype, attn_implementation: str | None
+) -> PreTrainedModel:
+    """The model with its weights, on the CPU, in evaluation mode; an adapter's folder gives it with them merged.
+
+    Raises   RecipeError  when it cannot be opened, or its files lack weights.
+    """
+    load_config(name, revision)
+    if is_adapter(name):
+        base, its_revision = base_of(name, revision)
+        whole = load_vlm(base, revision=its_revision, dtype=dtype, attn_implementation=attn_implementation)
+        return merged(whole, name)
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).split("\n")[0]
+        raise RecipeError(f"model {name}: cannot be loaded: {reason}") from error
+    model, info = loaded
+    if info["missing_keys"] or info["mismatched_keys"]:
+        first = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
+        raise RecipeError(
+            f"model {name}: its files lack weights, {first} among them, which would be random. "
+            "Give the folder of the whole model"
+        )
+    return model.eval()
+
+
+def empty_vlm(
+    config: PretrainedConfig, *, dtype: torch.dtype, attn_implementation: str | None
+) -> PreTrainedModel:
+    """The model's shape without memory behind it, on the meta device.
+
+    Raises   RecipeError  when this model cannot be made so, as with an attention that is not installed
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation
+            )
+    except (ValueError, ImportError) as error:
+        reason = str(error).split("\n")[0]
+        raise RecipeError(f"model of type {config.model_type}: cannot be made: {reason}") from error
+
+
+def split(model: PreTrainedModel) -> tuple[nn.Module, Head]:
+    """The body and the head.
+
+    Raises   RecipeError  when the model has no such parts.
+    """
+    body, linear = model.base_model, model.get_output_embeddings()
+    if body is model or not isinstance(linear, nn.Linear):
+        raise RecipeError(
+            f"model class {type(model).__name__}: found no body with a linear head on top of it"
+        )
+    text = model.config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+    return body, Head(linear, scale=float(scale), softcap=getattr(text, "final_logit_softcapping", None))
+
+
+def last_hidden_states(body: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Hidden states (B, S, D) that the head takes."""
+    return body(**inputs, use_cache=False, return_dict=True).last_hidden_state
+
+
+@torch.no_grad()
+def check_split(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Compares body and head with the model's own forward at the last position of real input.
+
+    Raises   RecipeError  when they differ: the model does something to its logits that ``split`` does not know.
+    """
+    body, head = split(model)
+    own_BV = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+    ours_BV = head.logits(last_hidden_states(body, inputs)[:, -1]).float()
+    tolerance = 1e-4 if head.weight_VD.dtype == torch.float32 else 5e-2
+    worst = (own_BV - ours_BV).abs().max().item()
+    if not worst <= tolerance * max(1.0, own_BV.abs().max().item()):
+        raise RecipeError(
+            f"model class {type(model).__name__}: its logits differ by {worst:.3g} from those of its body and its "
+            "head, so it changes them in a way that is not known here; it cannot be used"
+        )

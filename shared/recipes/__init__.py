@@ -1,0 +1,46 @@
+"""Recipes: one YAML file describes a whole experiment; the YAML files that come with the package lie here too.
+
+recipe = load_recipe("phantom", overrides=["loss.kd_ratio=1.0", "run.name=soft"])
+"""
+
+from shared.recipes.sections import (
+    CacheConfig,
+    ColumnsConfig,
+    DataConfig,
+    FreezeConfig,
+    LoraConfig,
+    LossConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    Recipe,
+    RunConfig,
+    SmallModelConfig,
+    SmallModelsConfig,
+    Split,
+    SplitsConfig,
+    StudentConfig,
+    TeacherConfig,
+    dump_recipe,
+    load_recipe,
+)
+
+__all__ = [
+    "CacheConfig",
+    "ColumnsConfig",
+    "DataConfig",
+    "FreezeConfig",
+    "LoraConfig",
+    "LossConfig",
+    "OptimizationConfig",
+    "ParallelConfig",
+    "Recipe",
+    "RunConfig",
+    "SmallModelConfig",
+    "SmallModelsConfig",
+    "Split",
+    "SplitsConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "dump_recipe",
+    "load_recipe",
+]

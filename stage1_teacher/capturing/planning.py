@@ -1,0 +1,126 @@
+"""What there is to capture: the rows of all splits under one numbering, and the cache's identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.cache import DataSource, Identity, SkippedRow, TargetsIdentity, TeacherIdentity
+from shared.data.processing import ExampleProcessor
+from shared.data.rows import VqaSplit, open_split
+from shared.errors import DataError, RecipeError
+from shared.recipes import Recipe
+from shared.survey import Keyed, captured_splits, inputs_identity, survey_keys
+
+
+@dataclass(frozen=True)
+class NumberedRows:
+    """The rows of several splits, numbered one after the other; cheap to send to other processes."""
+
+    splits: tuple[VqaSplit, ...]
+
+    def find(self, number: int) -> tuple[VqaSplit, int]:
+        """The split and the row in it of a number."""
+        for split in self.splits:
+            if number < len(split):
+                return split, number
+            number -= len(split)
+        raise IndexError(number)
+
+    def first_number(self, index: int) -> int:
+        return sum(len(split) for split in self.splits[:index])
+
+    def name(self, number: int) -> str:
+        """How the manifest names a row, like ``train[17]``."""
+        split, row = self.find(number)
+        return f"{split.name}[{row}]"
+
+
+@dataclass(frozen=True, eq=False)
+class CaptureData:
+    """Every row that the recipe wants in its cache."""
+
+    keyed: tuple[Keyed, ...]
+
+    def numbered_keys(self) -> list[tuple[bytes, int]]:
+        """(key, number of the row), in order."""
+        rows = NumberedRows(tuple(part.split for part in self.keyed))
+        return [
+            (key, rows.first_number(index) + int(row))
+            for index, part in enumerate(self.keyed)
+            for key, row in zip(part.keys, part.rows, strict=True)
+        ]
+
+    def all_keys(self) -> list[bytes]:
+        return [key for part in self.keyed for key in part.keys]
+
+    def unreadable(self) -> list[SkippedRow]:
+        return [
+            SkippedRow(row=f"{part.split.name}[{row}]", reason=reason)
+            for part in self.keyed
+            for row, reason in part.unreadable
+        ]
+
+    def sources(self) -> tuple[DataSource, ...]:
+        return tuple(
+            DataSource(
+                name=part.split.source,
+                split=part.split.name,
+                fingerprint=part.fingerprint,
+                rows=len(part.split),
+            )
+            for part in self.keyed
+        )
+
+
+def open_rows(recipe: Recipe) -> NumberedRows:
+    """The splits the cache is to hold, opened but not read."""
+    return NumberedRows(tuple(open_split(recipe.data, name) for name in captured_splits(recipe)))
+
+
+def survey(recipe: Recipe, processor: ExampleProcessor) -> CaptureData:
+    """Reads and hashes every row.
+
+    Raises   DataError  when more rows are unreadable than ``data.max_dropped`` allows
+    """
+    splits = captured_splits(recipe)
+    data = CaptureData(tuple(survey_keys(recipe.data, name, processor, show=True) for name in splits))
+    unreadable = data.unreadable()
+    if len(unreadable) > recipe.data.max_dropped:
+        listed = "\n".join(f"  - {row.reason}" for row in unreadable[:10])
+        raise DataError(
+            f"{recipe.data.source}: {len(unreadable)} row(s) cannot be used, data.max_dropped allows "
+            f"{recipe.data.max_dropped}:\n{listed}"
+        )
+    if not data.all_keys():
+        reasons = [f"the first: {row.reason}" for row in unreadable[:1]]
+        raise DataError("; ".join([f"{recipe.data.source}: no row can be used", *reasons]))
+    return data
+
+
+def identity_of(
+    recipe: Recipe, processor: ExampleProcessor, data: CaptureData, *, weights_fingerprint: str
+) -> Identity:
+    """Whose targets the cache holds, of what, kept how."""
+    teacher, cache = recipe.teacher, recipe.cache
+    if teacher is None or cache is None:
+        raise RecipeError(f"recipe of run {recipe.run.name}: a capture needs a teacher and a cache section")
+    return Identity(
+        teacher=TeacherIdentity(
+            name=teacher.model,
+            revision=teacher.revision,
+            weights_fingerprint=weights_fingerprint,
+            dtype=teacher.dtype,
+        ),
+        inputs=inputs_identity(processor, recipe.data),
+        targets=TargetsIdentity(policy=cache.policy, temperatures=cache.temperatures, seed=cache.seed),
+        data=data.sources(),
+    )
+
+
+def same_but_for_weights(
+    stored: Identity, recipe: Recipe, processor: ExampleProcessor, data: CaptureData
+) -> bool:
+    """Whether a committed cache is what this recipe asks for, as far as can be said without loading weights."""
+    ours = identity_of(recipe, processor, data, weights_fingerprint=stored.teacher.weights_fingerprint)
+    named_alike = (stored.teacher.name, stored.teacher.revision) == (ours.teacher.name, ours.teacher.revision)
+    return named_alike and not stored.compare_capture(ours).refusals

@@ -1,0 +1,173 @@
+"""The frozen teacher: whole sequences through the body, answer positions through the head, targets at once.
+
+    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
+    targets, ce_N = teacher.targets(batch, seeds_N, policy=..., temperatures=..., chunk_size=512)
+
+Legend: N answer positions of the batch, n positions of a chunk, D hidden size, V ids the tokenizer knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+from shared.data.processing import Batch
+from shared.models.sharding import blocks, fill
+from shared.models.vlm import Head, empty_vlm, last_hidden_states, load_config, load_vlm, split
+from shared.recipes import TeacherConfig
+from shared.recipes.policies import Policy
+from shared.runtime import World
+from shared.sparse import SparseTargets, sparsify
+from stage1_teacher.capturing.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model on its device.
+
+    num_token_ids        ids the tokenizer knows; the head may be wider, and its padding ids carry no mass
+    is_sharded           over all ranks, which must then call ``hidden`` the same number of times
+    weights_fingerprint  of the whole model; on the first rank alone
+    stopwatch            runs with body, head and log-softmax: what a live teacher would cost too
+    """
+
+    model: PreTrainedModel
+    body: nn.Module
+    head: Head
+    num_token_ids: int
+    device: torch.device
+    stopwatch: Stopwatch
+    is_sharded: bool = False
+    weights_fingerprint: str | None = None
+
+    @torch.inference_mode()
+    def targets(
+        self,
+        batch: Batch,
+        seeds_N: Tensor,
+        *,
+        policy: Policy,
+        temperatures: Sequence[float],
+        chunk_size: int,
+    ) -> tuple[SparseTargets, Tensor]:
+        """Sparse targets of the batch's answer positions, and the teacher's cross-entropy there.
+
+        Shapes   seeds_N (N,) int64; returns targets of N positions and (N,) fp32 nats, both on the device
+        Holds    at no time are there more than ``chunk_size`` rows of logits; no logits of prompts exist
+        """
+        return self.sparse_targets(
+            self.hidden(batch),
+            batch.labels,
+            seeds_N,
+            policy=policy,
+            temperatures=temperatures,
+            chunk_size=chunk_size,
+        )
+
+    @torch.inference_mode()
+    def sparse_targets(
+        self,
+        hidden_ND: Tensor,
+        labels_N: Tensor,
+        seeds_N: Tensor,
+        *,
+        policy: Policy,
+        temperatures: Sequence[float],
+        chunk_size: int,
+    ) -> tuple[SparseTargets, Tensor]:
+        """What ``targets`` makes of the body's hidden states."""
+        parts, losses = [], []
+        for start in range(0, len(hidden_ND), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logprobs_nV = self.logprobs(hidden_ND[chunk])
+            losses.append(-logprobs_nV.gather(1, labels_N[chunk, None]).squeeze(1))
+            parts.append(
+                sparsify(logprobs_nV, policy, temperatures=tuple(temperatures), seeds=seeds_N[chunk])
+            )
+        return SparseTargets.concat(parts), torch.cat(losses)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states (N, D) that predict the batch's answer tokens."""
+        with self.stopwatch.running():
+            return last_hidden_states(self.body, batch.inputs).flatten(0, 1)[batch.position_index]
+
+    @torch.inference_mode()
+    def logprobs(self, hidden_nD: Tensor) -> Tensor:
+        """Natural log-probabilities (n, V) fp32 at temperature 1."""
+        with self.stopwatch.running():
+            return self.head.logits(hidden_nD)[:, : self.num_token_ids].float().log_softmax(-1)
+
+
+def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> Teacher:
+    """The teacher with its weights on the device; called by all ranks.
+
+    With ``config.shard`` the first rank alone reads the weights, and each block is sharded over all ranks
+    (FSDP2); embeddings, norms and head stay whole on every rank.
+
+    Raises   RecipeError  when it cannot be opened, or split into body and head
+    """
+    sharded = config.shard and world.size > 1
+    source = _whole(config) if world.is_main or not sharded else None
+    fingerprint = weight_fingerprint(source) if source is not None and world.is_main else None
+    if sharded:
+        model = _sharded(config, source, world)
+    else:
+        assert source is not None
+        model = source
+        nn.Module.to(model, world.device)
+    body, head = split(model)
+    return Teacher(
+        model.requires_grad_(False).eval(),
+        body,
+        head,
+        min(num_token_ids, head.weight_VD.shape[0]),
+        world.device,
+        Stopwatch(world.device),
+        sharded,
+        fingerprint,
+    )
+
+
+def _whole(config: TeacherConfig) -> PreTrainedModel:
+    return load_vlm(
+        config.model,
+        revision=config.revision,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
+
+
+def _sharded(config: TeacherConfig, source: PreTrainedModel | None, world: World) -> PreTrainedModel:
+    model = empty_vlm(
+        load_config(config.model, config.revision),
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    model.to_empty(device=world.device)
+    model.tie_weights()  # which to_empty has undone
+    fill(model, source, world)
+    return model
+
+
+def weight_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all parameters and buffers, as they are loaded.
+
+    Independent of how the files were cut; differs for another ``dtype``, which gives other targets.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()

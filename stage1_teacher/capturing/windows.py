@@ -1,0 +1,120 @@
+"""Windows of a unit's examples, encoded in worker processes ahead of the teacher.
+
+A unit is claimed when the loader asks for its first window, so that its pictures are decoded while the teacher
+is at work on the unit before.  Batches are made within a window: the rows of a shard then never depend on
+which other units its process has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import DataLoader, Dataset
+
+from shared.cache import Unit
+from shared.data.loading import PackedDataset, leave_process_group, loaded_items
+from shared.data.processing import Encoded, ExampleProcessor
+from shared.errors import DataError, TeachonceError
+from stage1_teacher.capturing.planning import NumberedRows
+
+WINDOW = 64  # examples; at most so many decoded pictures are held by each worker
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some examples of one unit, in its order."""
+
+    unit_id: str
+    keys: tuple[bytes, ...]
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An example whose picture cannot be used, and why."""
+
+    key: bytes
+    row: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class EncodedWindow:
+    unit_id: str
+    encoded: list[Encoded]
+    refused: list[Refused]
+
+
+class WindowSource(Dataset):
+    """Encodes the examples of a window."""
+
+    def __init__(self, rows: NumberedRows, processor: ExampleProcessor) -> None:
+        self.rows = rows
+        self.processor = processor
+
+    def __getitem__(self, window: Window) -> EncodedWindow | TeachonceError:
+        encoded: list[Encoded] = []
+        refused: list[Refused] = []
+        for key, number in zip(window.keys, window.numbers, strict=True):
+            split, row = self.rows.find(number)
+            try:
+                one = self.processor.encode(split[row])
+            except DataError as error:
+                refused.append(Refused(key, self.rows.name(number), str(error)))
+                continue
+            except TeachonceError as error:  # as a value: the loader would wrap it in a worker's traceback
+                return error
+            if one.key != key:
+                return DataError(f"{split.where(row)}: changed while it was being captured; start again")
+            encoded.append(one)
+        return EncodedWindow(window.unit_id, encoded, refused)
+
+    def any_encoded(self) -> Encoded:
+        """The first example whose picture can be used.
+
+        Raises   DataError  with the first row's reason when there is none
+        """
+        reasons: list[str] = []
+        for split in self.rows.splits:
+            for row in range(len(split)):
+                try:
+                    return self.processor.encode(split[row])
+                except DataError as error:
+                    reasons = reasons or [f"the first: {error}"]
+        raise DataError("; ".join(["no row can be used", *reasons]))
+
+
+def encoded_windows(
+    source: WindowSource, units: Iterable[Unit], *, num_workers: int
+) -> Iterator[EncodedWindow]:
+    """The windows of the units, in order.
+
+    Raises   TeachonceError  a row's own error, or that a worker died
+    """
+    loader: DataLoader = DataLoader(
+        PackedDataset(source) if num_workers else source,
+        sampler=windows_of(units),
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=2 if num_workers else None,
+        worker_init_fn=leave_process_group,
+    )
+    yield from loaded_items(loader, workers_setting="cache.num_workers")
+
+
+def windows_of(units: Iterable[Unit]) -> Iterator[Window]:
+    for unit in units:
+        for start in range(0, len(unit), WINDOW):
+            part = slice(start, start + WINDOW)
+            yield Window(unit.unit_id, unit.keys[part], tuple(map(int, unit.rows[part])))
+
+
+def claimed(units: list[Unit], claim: Callable[[], int]) -> Iterator[Unit]:
+    """Units that this rank has claimed from the job's counter, as long as there are any."""
+    while (place := claim()) < len(units):
+        yield units[place]
+
+
+def lengths_of(encoded: list[Encoded]) -> list[int]:
+    return [len(one.input_ids) for one in encoded]

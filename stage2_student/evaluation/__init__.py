@@ -1,0 +1,1 @@
+"""What came out of runs: answers, losses beside the teacher, tables, pages."""

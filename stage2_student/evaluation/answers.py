@@ -1,0 +1,183 @@
+"""A model answers questions, greedily, in batches; each answer is held against the data set's.
+
+    answers = answers_of(recipe, source, world, split="validation")
+
+A model is opened from its Hugging Face folder, as its users will open it.  An answer is right when it equals the
+reference but for case, punctuation and spaces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import GenerationConfig, PreTrainedModel
+
+from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.rows import Example, VqaSplit
+from shared.errors import TeachonceError
+from shared.models.vlm import load_vlm
+from shared.recipes import Recipe, Split
+from shared.runtime import World
+from stage2_student.evaluation.answer_metrics import exact_match, rouge_l, token_f1
+from stage2_student.training.survey import Survey, survey_once
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's folder or Hub name, and how it is run.
+
+    param_dtype    of its weights where its losses are computed
+    compute_dtype  of its forward, and of all of it where it answers
+    """
+
+    model: str
+    revision: str | None
+    param_dtype: str
+    compute_dtype: str
+    attn_implementation: str | None
+
+    @classmethod
+    def student(cls, recipe: Recipe, folder: str) -> ModelSource:
+        """A folder that holds what the recipe's student became."""
+        student = recipe.student
+        return cls(folder, None, student.param_dtype, student.compute_dtype, student.attn_implementation)
+
+    @classmethod
+    def untrained(cls, recipe: Recipe) -> ModelSource:
+        student = recipe.student
+        return cls(
+            student.model,
+            student.revision,
+            student.param_dtype,
+            student.compute_dtype,
+            student.attn_implementation,
+        )
+
+    @classmethod
+    def teacher(cls, recipe: Recipe) -> ModelSource:
+        teacher = recipe.teacher
+        assert teacher is not None
+        return cls(teacher.model, teacher.revision, teacher.dtype, teacher.dtype, teacher.attn_implementation)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question, what the data set says, and what the model says."""
+
+    split: str
+    row: int
+    kind: str
+    case: str
+    image_sha256: str  # of the picture's file
+    question: str
+    reference: str
+    answer: str
+    is_short: bool
+    is_right: bool
+    token_f1: float
+    rouge_l: float
+
+
+def answers_of(
+    recipe: Recipe,
+    source: ModelSource,
+    world: World,
+    *,
+    split: Split,
+    num_examples: int | None = None,
+    found: Survey | None = None,
+) -> list[Answer]:
+    """What the model answers, by row; called by all ranks, which share the rows.
+
+    num_examples  spread evenly over the split; None for all
+    found         the examples that can be used, where they are known already
+    Raises        TeachonceError or torch.OutOfMemoryError  on all ranks, what one of them met
+    """
+    processor = open_processor(source.model, recipe.data, revision=source.revision)
+    found = (found or survey_once(recipe.data, split, processor, None, world)).spread(num_examples)
+    mine = found.rows.tolist()[world.rank :: world.size]
+    own: list[Answer] | Exception
+    try:
+        own = _answers(recipe, source, world, processor, found.split, mine, split=split)
+    except (TeachonceError, torch.OutOfMemoryError) as error:
+        own = error.with_traceback(None)  # which holds the model
+    world.release_memory()
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, own)
+    for share in gathered:
+        if isinstance(share, Exception):
+            raise share
+    return sorted((one for share in gathered for one in share), key=lambda one: one.row)
+
+
+def _answers(
+    recipe: Recipe,
+    source: ModelSource,
+    world: World,
+    processor: ExampleProcessor,
+    examples: VqaSplit,
+    rows: list[int],
+    *,
+    split: Split,
+) -> list[Answer]:
+    config = recipe.evaluation
+    model = load_vlm(
+        source.model,
+        revision=source.revision,
+        dtype=getattr(torch, source.compute_dtype),
+        attn_implementation=source.attn_implementation,
+    )
+    model.generation_config = (
+        GenerationConfig()
+    )  # a folder's own may ask for penalties: models are to be compared
+    model.to(world.device)  # type: ignore[arg-type]
+    found = []
+    for begin in range(0, len(rows), config.batch_size):
+        some = [examples[row] for row in rows[begin : begin + config.batch_size]]
+        texts = answer(model, processor, some, max_new_tokens=config.max_new_tokens)
+        found += [
+            judge(example, text, split=split, short_answer_words=config.short_answer_words)
+            for example, text in zip(some, texts, strict=True)
+        ]
+    return found
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel, processor: ExampleProcessor, examples: Sequence[Example], *, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers, up to the end of the turn, which is not part of them."""
+    batch = processor.collate([processor.encode_prompt(one) for one in examples], padding_side="left")
+    batch = batch.to(model.device)
+    ids = model.generate(  # type: ignore[operator]
+        **batch.inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=processor.end_of_turn,
+        pad_token_id=processor.end_of_turn,
+    )
+    new = ids[:, batch.inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def judge(example: Example, text: str, *, split: str, short_answer_words: int) -> Answer:
+    return Answer(
+        split=split,
+        row=example.index,
+        kind=example.kind,
+        case=example.case,
+        image_sha256=hashlib.sha256(example.image).hexdigest(),
+        question=example.question,
+        reference=example.answer,
+        answer=text,
+        is_short=len(example.answer.split()) <= short_answer_words,
+        is_right=exact_match(text, example.answer),
+        token_f1=token_f1(text, example.answer),
+        rouge_l=rouge_l(text, example.answer),
+    )

@@ -1,0 +1,208 @@
+"""How good a student's answers are, and how far it is from its teacher: beside that, and itself before training.
+
+    for one in evaluate(recipe, models(recipe, folder), world, split="test"):
+        ...
+
+Accuracy is over short references, where there is one way to say it; exact match, token F1 and ROUGE-L are over
+all.  Intervals are over pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from shared.errors import DataError, RecipeError, TeachonceError
+from shared.recipes import Recipe, Split
+from shared.runtime import World
+from stage2_student.evaluation.answer_metrics import Interval, mean_interval
+from stage2_student.evaluation.answers import Answer, ModelSource, answers_of
+from stage2_student.evaluation.model_losses import losses_of
+from stage2_student.runs.files import write_json
+
+STUDENT, TEACHER, UNTRAINED = "student", "teacher", "untrained"
+LABELS = {
+    "accuracy": "right, short",
+    "exact_match": "exact, all",
+    "token_f1": "token F1",
+    "rouge_l": "ROUGE-L",
+}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One model: its answers, and its losses where they could be computed (None where not)."""
+
+    name: str
+    model: str
+    answers: tuple[Answer, ...]
+    ce: float | None = None
+    kl: float | None = None
+
+    def intervals(self, kind: str | None = None) -> dict[str, Interval | None]:
+        """Of one kind of question, or of all."""
+        some = [one for one in self.answers if kind is None or one.kind == kind]
+        short = [one for one in some if one.is_short]
+
+        def interval(chosen: list[Answer], value: Callable[[Answer], float]) -> Interval | None:
+            return mean_interval([value(one) for one in chosen], [one.image_sha256 for one in chosen])
+
+        return {
+            "accuracy": interval(short, lambda one: float(one.is_right)),
+            "exact_match": interval(some, lambda one: float(one.is_right)),
+            "token_f1": interval(some, lambda one: one.token_f1),
+            "rouge_l": interval(some, lambda one: one.rouge_l),
+        }
+
+    @property
+    def kinds(self) -> list[str]:
+        return sorted({one.kind for one in self.answers if one.kind})
+
+    def to_json(self) -> dict[str, Any]:
+        def plain(kind: str | None) -> dict[str, Any]:
+            return {name: found and asdict(found) for name, found in self.intervals(kind).items()}
+
+        return {
+            "model": self.name,
+            "folder": self.model,
+            "num_examples": len(self.answers),
+            "ce": self.ce,
+            "kl": self.kl,
+            **plain(None),
+            "by_kind": {kind: plain(kind) for kind in self.kinds},
+        }
+
+
+def default_split(recipe: Recipe) -> Split:
+    return "validation" if recipe.data.splits.validation is not None else "train"
+
+
+def models(recipe: Recipe, folder: str, *, references: bool) -> dict[str, ModelSource]:
+    """The model to evaluate, and what to hold it against: its teacher, and the student before training."""
+    found = {STUDENT: ModelSource.student(recipe, folder)}
+    if references and recipe.teacher is not None:
+        found[TEACHER] = ModelSource.teacher(recipe)
+    if references and recipe.student.init == "pretrained":
+        found[UNTRAINED] = ModelSource.untrained(recipe)
+    return found
+
+
+def evaluate(
+    recipe: Recipe,
+    sources: dict[str, ModelSource],
+    world: World,
+    *,
+    split: Split,
+    num_examples: int | None = None,
+) -> Iterator[Evaluated]:
+    """One model after the other over the same rows, some of the split's or all of them; called by all ranks.
+
+    A reference that cannot be opened, or does not fit into memory, is left out, and said.
+
+    Raises   TeachonceError  of the kind that fits, for the student; DataError for a split the data do not have
+    """
+    if getattr(recipe.data.splits, split) is None:
+        raise DataError(f"{recipe.data.source}: the recipe names no {split} split (data.splits.{split})")
+    for name, source in sources.items():
+        try:
+            answers = answers_of(recipe, source, world, split=split, num_examples=num_examples)
+            ce, kl = losses_of(recipe, source, world, split=split, num_examples=num_examples)
+        except (TeachonceError, torch.OutOfMemoryError) as error:
+            if name == STUDENT:
+                raise
+            if world.is_main:
+                click.echo(f"note: {name} is left out: {error}", err=True)
+        else:
+            yield Evaluated(name, source.model, tuple(answers), ce, kl)
+        world.release_memory()
+
+
+def save(found: Sequence[Evaluated], path: Path) -> None:
+    """Every prediction as Parquet, one row for each model and question; the scores as JSON beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{"model": one.name, **asdict(answer)} for one in found for answer in one.answers]
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(pa.Table.from_pylist(lines), partial)
+    partial.replace(path)
+    write_json(path.with_suffix(".json"), [one.to_json() for one in found])
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """What ``to_json`` made of each model, from the JSON beside the predictions; empty where there is none."""
+    scores = path.with_suffix(".json")
+    return json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else []
+
+
+def show(found: Sequence[Evaluated]) -> None:
+    """Tables for people: all questions, then each kind."""
+    student = found[0]
+    for one in student.answers[:3]:
+        click.echo(f"  {one.question}\n    reference: {one.reference}\n    answer:    {one.answer}")
+    num_short = sum(one.is_short for one in student.answers)
+    click.echo(
+        f"{len(student.answers)} questions, {num_short} with short answers; 95 % intervals over pictures\n"
+    )
+    head = "".join(f"{label:>22}" for label in LABELS.values())
+    click.echo(f"{'':<22}{head}{'CE':>9}{'KL':>9}")
+    for model in found:
+        losses = "".join(f"{'-' if value is None else f'{value:.4f}':>9}" for value in (model.ce, model.kl))
+        click.echo(f"{model.name:<22}{_cells(model.intervals())}{losses}")
+        for kind in model.kinds:
+            click.echo(f"  {kind:<20}{_cells(model.intervals(kind))}")
+
+
+def _cells(intervals: dict[str, Interval | None]) -> str:
+    return "".join(f"{'-' if one is None else one.text():>22}" for one in intervals.values())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What ``evaluate`` was asked about: a recipe, a model, and a run's folder if it is that run's own student."""
+
+    recipe: Recipe
+    model: str
+    run: Path | None
+
+    @classmethod
+    def find(
+        cls, what: str, *, recipe: Callable[[str], Recipe], given: str | None, model: Path | None
+    ) -> Subject:
+        """``what`` is a run's folder, a recipe, or a model's folder or Hub name (then ``given`` is the recipe).
+
+        Raises   RecipeError  when it is none of these, or a model without a recipe
+        """
+        path = Path(what)
+        if (path / "recipe.yaml").exists():
+            return cls._of_run(recipe(given or str(path / "recipe.yaml")), path, model)
+        is_model = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+        if is_model and given is None:
+            raise RecipeError(f"{what}: a model's folder; say which data it is to be asked: --recipe")
+        if given is not None and (is_model or not path.exists()):
+            if model is not None:
+                raise RecipeError(f"{what} is a model already; --model {model} goes with a run or a recipe")
+            return cls(recipe(given), what, None)
+        try:
+            loaded = recipe(what)
+        except RecipeError as error:
+            if path.is_dir():
+                raise RecipeError(
+                    f"{what}: neither a run (no recipe.yaml) nor a model (no config.json)"
+                ) from error
+            raise
+        return cls._of_run(loaded, loaded.run.path, model)
+
+    @classmethod
+    def _of_run(cls, recipe: Recipe, run: Path, model: Path | None) -> Subject:
+        if model is not None:
+            return cls(recipe, str(model), None)
+        if not (run / "export").is_dir():
+            raise RecipeError(f"{run}: no export in it to evaluate. `train-student export {run}` makes one")
+        return cls(recipe, str(run / "export"), run)

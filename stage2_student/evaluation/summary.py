@@ -1,0 +1,111 @@
+"""What came out of a run: one table on the screen, one file that says the run is finished."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from shared.recipes import Recipe
+from shared.runtime import World
+from stage2_student.evaluation.answers import ModelSource, answers_of
+from stage2_student.evaluation.evaluate import STUDENT, Evaluated, default_split, save
+from stage2_student.runs.files import write_json
+from stage2_student.runs.run_folder import RunFolder
+from stage2_student.training.inputs import Inputs
+
+
+def summarize(
+    recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World, *, step: int
+) -> dict[str, Any]:
+    """Lets the exported student answer questions, and writes ``results.json``; called by all ranks."""
+    begin = time.perf_counter()
+    student = _answering(recipe, inputs, folder, world) if recipe.run.export else None
+    answering_s = time.perf_counter() - begin
+    results = _results(recipe, inputs, folder, step=step)
+    results["answers"] = None if student is None else student.to_json()
+    results["times_s"]["answering"] = answering_s
+    if world.is_main:
+        if student is not None:
+            save([student], folder.predictions(default_split(recipe)))
+        write_json(folder.results, results)
+    return results
+
+
+def _answering(recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World) -> Evaluated | None:
+    """The student's answers, without losses: the last validation has them; None where none are asked for."""
+    if not recipe.evaluation.max_examples:
+        return None
+    answers = answers_of(
+        recipe,
+        ModelSource.student(recipe, str(folder.export)),
+        world,
+        split=default_split(recipe),
+        num_examples=recipe.evaluation.max_examples,
+        found=inputs.validation or inputs.train,
+    )
+    return Evaluated(STUDENT, str(folder.export), tuple(answers))
+
+
+def print_summary(results: dict[str, Any]) -> None:
+    """A table for people."""
+    click.echo(f"\nrun {results['run']}: {results['step']} steps")
+    before, after = results["before"], results["after"]
+    for name, label in [("loss", "loss"), ("ce_loss", "CE"), ("kd_loss", "KD")]:
+        if before and after and after[name] is not None:
+            click.echo(f"  validation {label:<5} {before[name]:8.4f} -> {after[name]:8.4f} nats a position")
+    accuracy = (results["answers"] or {}).get("accuracy")
+    if accuracy:
+        click.echo(f"  short answers    {accuracy['mean']:8.1%} right, of {accuracy['count']}")
+    if results["cache"]:
+        cache = results["cache"]
+        click.echo(f"  cache            {cache['bytes_per_position']:8.1f} bytes a position, {cache['path']}")
+    times = results["times_s"]
+    click.echo("  times            " + ", ".join(f"{name} {value:.0f} s" for name, value in times.items()))
+    click.echo(
+        f"  throughput       {results['positions_per_s']:8.0f} positions/s, "
+        f"data wait {results['data_wait']:.1%}"
+    )
+    if results["export"]:
+        click.echo(f"  student          {results['export']}")
+
+
+def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) -> dict[str, Any]:
+    metrics = folder.read_metrics()
+    best = folder.checkpoints.best()
+    return {
+        "run": recipe.run.name,
+        "step": step,
+        "before": _losses(metrics.validations, at=0),
+        "after": _losses(metrics.validations, at=step),
+        "best_step": best.facts.step if best and best.facts.validation_loss is not None else None,
+        "num_skipped_steps": sum(not record["updated"] for record in metrics.steps),
+        "dropped_rows": [*inputs.train.dropped, *(inputs.validation.dropped if inputs.validation else ())],
+        "cache": _cache(inputs),
+        "positions_per_s": metrics.positions_per_s or 0.0,
+        "data_wait": metrics.wait_s / max(metrics.training_s, 1e-9),
+        "times_s": {
+            "training": metrics.training_s,
+            "validation": sum(record["validation_s"] for record in metrics.validations),
+        },
+        "export": str(folder.export) if recipe.run.export else None,
+    }
+
+
+def _losses(validations: list[dict[str, Any]], *, at: int) -> dict[str, float | None] | None:
+    found = [record for record in validations if record["step"] == at]
+    return {name: found[-1][name] for name in ("loss", "ce_loss", "kd_loss")} if found else None
+
+
+def _cache(inputs: Inputs) -> dict[str, Any] | None:
+    if inputs.cache is None:
+        return None
+    manifest = inputs.cache.manifest
+    return {
+        "path": inputs.cache.location,
+        "sha256": manifest.sha256,
+        "positions": manifest.totals.positions,
+        "bytes": manifest.totals.bytes,
+        "bytes_per_position": manifest.totals.bytes / max(1, manifest.totals.positions),
+    }

@@ -1,0 +1,229 @@
+"""A run's folder, and whether a run may begin or go on in it.
+
+recipe.yaml         as resolved
+environment.json    versions, commit, machine
+metrics.jsonl       a line for each step and each validation
+model/              the small files of the student's original folder: configuration, tokenizer, processor
+checkpoints/        whole ones only
+export/             a Hugging Face folder
+evaluation/         what it answered, and how good that is: SPLIT.parquet and SPLIT.json
+results.json        written last: the run is finished
+train.lock          there while a process trains in the folder
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from shared.cache.lock import CacheBusyError, CaptureLock
+from shared.errors import CheckpointError, RecipeError, TeachonceError
+from shared.recipes import Recipe, Split, dump_recipe
+from shared.runtime import World, environment
+from stage2_student.runs.checkpoint import Checkpoint, Checkpoints
+from stage2_student.runs.files import JsonLines, are_numbers, write_json, write_text
+from stage2_student.runs.identity import require_same
+
+LOCK_NAME = "train.lock"
+IN_RESULTS = (
+    *("run", "step", "before", "after", "answers", "cache", "times_s"),
+    *("positions_per_s", "data_wait", "export"),
+)
+MEND_ENVIRONMENT = "put it back, or delete it: the run is then taken to have had one rank"
+MEND_RESULTS = "where checkpoints/ has one to go on from, delete it, and --resume writes it anew"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The lines of metrics.jsonl, and what they come to.  Times are those of the first rank, which writes it."""
+
+    records: tuple[dict[str, Any], ...]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["event"] == "step"]
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["event"] == "validation"]
+
+    @property
+    def training_s(self) -> float:
+        return sum(record["step_s"] for record in self.steps)
+
+    @property
+    def wait_s(self) -> float:
+        """For data, of all steps."""
+        return sum(record["data_wait"] * record["step_s"] for record in self.steps)
+
+    @property
+    def positions_per_s(self) -> float | None:
+        """Over all steps, waits for data included; None before the first."""
+        positions = sum(record["num_positions"] for record in self.steps)
+        return positions / self.training_s if self.steps else None
+
+
+class RunLock(CaptureLock):
+    """One process at a time in a run's folder, for the reasons of one capture at a time in a cache's."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.path = folder / LOCK_NAME
+
+
+class RunFolder:
+    """Paths of a run, and its log."""
+
+    def __init__(self, path: Path, *, keep_checkpoints: int = 2, async_checkpoints: bool = True) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.results = path / "results.json"
+        self.model_files = path / "model"
+        self.export = path / "export"
+        self.evaluation = path / "evaluation"
+        self.metrics = JsonLines(path / "metrics.jsonl")
+        self.checkpoints = Checkpoints(
+            path / "checkpoints", keep=keep_checkpoints, in_background=async_checkpoints
+        )
+
+    @contextmanager
+    def taken(self, world: World, *, resume: bool) -> Iterator[None]:
+        """Nobody else trains in the folder meanwhile; called by all ranks, the first one holds the lock for all.
+
+        Raises   RecipeError  on all ranks, when another process trains in it, or there is a run in it and
+                              nobody asked to go on with it
+        """
+        lock = RunLock(self.path)
+        problem: list[TeachonceError | None] = [None]
+        try:
+            if world.is_main:
+                try:
+                    self._acquire(lock)
+                    self._refuse_existing(resume=resume)
+                except TeachonceError as error:
+                    problem = [error]
+            dist.broadcast_object_list(problem, src=0)
+            if problem[0] is not None:
+                raise problem[0]
+            yield
+        finally:
+            lock.close()
+            if world.is_main:
+                with suppress(OSError):  # a run that could not begin leaves no empty folder
+                    self.path.rmdir()
+
+    def _acquire(self, lock: RunLock) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except CacheBusyError as error:
+            owner = ""
+            with suppress(OSError):  # it has just ended
+                owner = lock.path.read_text(encoding="utf-8", errors="replace").strip()
+            raise RecipeError(
+                f"{self.path}: another process is training in this folder ({owner or 'unknown'}). Wait until it "
+                "has ended, or stop it; or choose another run.name"
+            ) from error
+        except OSError as error:
+            raise RecipeError(
+                f"{self.path}: the run's folder cannot be written ({error}). Choose another run.root"
+            ) from error
+
+    def _refuse_existing(self, *, resume: bool) -> None:
+        """Raises RecipeError when the folder has a run in it and nobody asked to go on with it."""
+        if not resume and any(path.name != LOCK_NAME for path in self.path.iterdir()):
+            raise RecipeError(
+                f"{self.path}: there is a run of this name already. Add --resume to go on with it, or choose "
+                "another run.name"
+            )
+
+    def newest(self, identity: dict[str, Any]) -> Checkpoint | None:
+        """The checkpoint to go on from, if any; changes nothing.
+
+        Raises   CheckpointError  when the run in the folder is another one
+        """
+        latest = self.checkpoints.latest()
+        if latest is not None:
+            require_same(latest.facts.identity, identity, where=f"run {self.path}")
+        return latest
+
+    def require_unfinished(self, results: dict[str, Any] | None, *, num_steps: int) -> None:
+        """Raises   CheckpointError  when all would have to be done again, over what a finished run has logged"""
+        if results is not None:
+            raise CheckpointError(
+                f"run {self.path}: finished after {results['step']} steps, {num_steps} are asked for, and there "
+                "is no checkpoint to go on from. Put one back into checkpoints/, or choose another run.name"
+            )
+
+    def begin(self, recipe: Recipe, latest: Checkpoint | None, world: World) -> None:
+        """Makes the folder ready to go on from that checkpoint; called by all ranks.
+
+        What comes after the checkpoint is removed, so nothing may be wrong with the run any more: a finished
+        one, or another one, is told apart before.
+        """
+        world.barrier()  # all have looked before the first rank cleans up
+        if world.is_main:
+            write_text(self.recipe, yaml.safe_dump(dump_recipe(recipe), sort_keys=False))
+            write_json(self.path / "environment.json", environment() | {"num_ranks": world.size})
+            self.checkpoints.mend()
+            done = latest.facts.step if latest else -1  # no checkpoint: not even the first validation counts
+            self.metrics.keep(lambda record: _is_record(record) and record["step"] <= done)
+        world.barrier()
+
+    def predictions(self, split: Split) -> Path:
+        return self.evaluation / f"{split}.parquet"
+
+    def read_metrics(self) -> Metrics:
+        return Metrics(tuple(record for record in self.metrics.read() if _is_record(record)))
+
+    def num_ranks(self) -> int:
+        """As the run was last begun or resumed; one where it does not say.
+
+        Raises   CheckpointError  when the file is damaged
+        """
+        path = self.path / "environment.json"
+        if not path.exists():
+            return 1
+        found = _read_object(path, advice=MEND_ENVIRONMENT)
+        if type(found.get("num_ranks")) is not int:
+            raise CheckpointError(f"{path}: num_ranks is no number; {MEND_ENVIRONMENT}")
+        return int(found["num_ranks"])
+
+    def read_results(self) -> dict[str, Any] | None:
+        """What the finished run came to; None while it is not finished.
+
+        Raises   CheckpointError  when the file is damaged
+        """
+        if not self.results.exists():
+            return None
+        found = _read_object(self.results, advice=MEND_RESULTS)
+        missing = [name for name in IN_RESULTS if name not in found]
+        if missing or type(found["step"]) is not int:
+            raise CheckpointError(
+                f"{self.results}: {missing[0] if missing else 'step'} is missing or damaged; {MEND_RESULTS}"
+            )
+        return found
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether a line of the log is one of ours: it has a step and, of a training step, what is summed."""
+    if type(record.get("step")) is not int or not isinstance(record.get("event"), str):
+        return False
+    return record["event"] != "step" or are_numbers(record, "step_s", "data_wait", "num_positions")
+
+
+def _read_object(path: Path, *, advice: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); {advice}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: it holds {found!r} instead of an object; {advice}")
+    return found

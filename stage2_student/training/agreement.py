@@ -1,0 +1,62 @@
+"""What all ranks must know before they begin a step together.
+
+A rank that meets an error alone would leave the others waiting in a collective for ever.  So each rank says
+how it fares before a step, and an error of one is raised by all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from shared.errors import TeachonceError
+from shared.runtime import StopRequest, World
+from stage2_student.training.feed import Microbatch
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that all ranks are ready for; the counts are of all of them."""
+
+    microbatches: list[Microbatch]
+    wait_s: float  # that this rank waited for its data
+    num_positions: int
+    num_tokens: int
+    stop: bool  # whether any rank has been asked to stop
+
+
+def in_agreement(
+    fed: Iterator[tuple[list[Microbatch], float]], world: World, stop: StopRequest | None = None
+) -> Iterator[Step]:
+    """Called by all ranks, with feeds of the same number of steps.
+
+    Raises   TeachonceError  the error that one rank's feed met, on all ranks
+    """
+    while True:
+        error: TeachonceError | None = None
+        microbatches: list[Microbatch] = []
+        wait_s = 0.0
+        try:
+            microbatches, wait_s = next(fed)
+        except StopIteration:
+            return
+        except TeachonceError as caught:
+            error = caught
+        asked = stop is not None and stop.received
+        own = [sum(m.num_positions for m in microbatches), sum(m.num_tokens for m in microbatches), asked]
+        sums = torch.tensor([*own, error is not None], dtype=torch.int64)
+        dist.all_reduce(sums)
+        num_positions, num_tokens, num_asked, num_failed = sums.tolist()
+        if num_failed:
+            _raise_everywhere(error, world)
+        yield Step(microbatches, wait_s, num_positions, num_tokens, stop=num_asked > 0)
+
+
+def _raise_everywhere(error: TeachonceError | None, world: World) -> NoReturn:
+    errors: list[TeachonceError | None] = [None] * world.size
+    dist.all_gather_object(errors, error)
+    raise error or next(found for found in errors if found is not None)

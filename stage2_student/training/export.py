@@ -1,0 +1,135 @@
+"""A checkpoint as an ordinary Hugging Face folder: sharded safetensors, tokenizer, processor, settings.
+
+A run with LoRA becomes an adapter's folder, or a whole model's with the adapters merged into its weights.
+
+The run's folder keeps the small files of the student's original folder (``model/``), so that any checkpoint
+can be exported at any time, by one process, whether or not the original is still there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from shared.errors import CheckpointError, RecipeError
+from shared.models import adapters
+from shared.models.adapters import lineage
+from shared.models.vlm import load_config
+from shared.recipes import Recipe, dump_recipe, load_recipe
+from shared.runtime import environment
+from stage2_student.runs.checkpoint import Checkpoint, load, student_state
+from stage2_student.runs.files import write_json
+from stage2_student.runs.run_folder import RunFolder
+from stage2_student.training.lora import add_adapters, merge_adapters, save_adapters
+from stage2_student.training.student import empty_model
+
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+WEIGHTS_INDEX = "*.index.json"
+MAX_SHARD_SIZE = "5GB"
+PROVENANCE = "teachonce.json"  # run, step, recipe, versions and commit, in every export
+
+
+def save_model_files(recipe: Recipe, folder: RunFolder) -> None:
+    """Copies what is not weights from the student's original folder into the run's.
+
+    Of an adapter, first what its base model has: a folder as peft writes it holds nothing else.
+    """
+    folder.model_files.mkdir(exist_ok=True)
+    for name, revision in lineage(recipe.student.model, recipe.student.revision):
+        for path in _small_files(_local(name, revision)):
+            shutil.copyfile(path, folder.model_files / path.name)
+
+
+def _local(name: str, revision: str | None) -> Path:
+    """A folder with the model's small files."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=list(SMALL_FILES), ignore_patterns=[WEIGHTS_INDEX]
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model {name}: its files cannot be fetched: {error}") from error
+    return Path(found)
+
+
+def choose_checkpoint(folder: RunFolder, *, step: int | None = None, best: bool = False) -> Checkpoint:
+    """The one of that step, the best one, or by default the newest.
+
+    Raises   CheckpointError  when there is none
+    """
+    if step is not None:
+        return folder.checkpoints.at(step)
+    found = folder.checkpoints.best() if best else folder.checkpoints.latest()
+    if found is None:
+        raise CheckpointError(
+            f"{folder.path}: no checkpoint there; give the folder of a run that has saved one"
+        )
+    return found
+
+
+def export_checkpoint(
+    folder: RunFolder, checkpoint: Checkpoint, out: Path, *, merge: bool | None = None
+) -> Path:
+    """Writes ``out``, whole or not at all; the weights keep the dtype they were trained in.
+
+    An export that is there is replaced; anything else is not.
+
+    merge  adapters into the weights; by default as the run's recipe says, and where the student began from an
+           adapter itself: a chain of them is opened by nothing else
+    """
+    recipe = load_recipe(folder.recipe)
+    lora = recipe.student.lora
+    if merge and lora is None:
+        raise RecipeError(f"{folder.path}: the run has no adapters to merge; its export is a whole model")
+    target = out.resolve()
+    require_replaceable(target, folder)
+    if merge is None:
+        merge = lora is not None and (lora.merge or adapters.is_adapter(recipe.student.model))
+    model = empty_model(load_config(str(folder.model_files)), recipe.student)
+    if lora is not None:
+        add_adapters(model, lora, seed=recipe.run.seed)
+    model.to_empty(device="cpu")
+    model.tie_weights()  # which to_empty has undone
+    load(checkpoint, student_state(model), alone=True)
+    partial = target.with_name(f".{target.name}.teachonce-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if lora is not None and not merge:
+        save_adapters(model, partial, base=recipe.student.model, revision=recipe.student.revision)
+    else:
+        merge_adapters(model)
+        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+    for path in _small_files(folder.model_files):
+        # A model's configuration is written above; an adapter's folder has none, or it would pass for a model.
+        if path.name != "config.json":
+            shutil.copyfile(path, partial / path.name)
+    facts = {"run": str(folder.path), "step": checkpoint.facts.step, "recipe": dump_recipe(recipe)}
+    write_json(partial / PROVENANCE, facts | environment())
+    _replace_folder(partial, target)
+    return out
+
+
+def require_replaceable(out: Path, folder: RunFolder) -> None:
+    """Raises   RecipeError  when what is there was not exported by this project, and would be lost"""
+    is_ours = (out / PROVENANCE).exists() or out == folder.export.resolve()
+    if out.exists() and not is_ours and not (out.is_dir() and not any(out.iterdir())):
+        raise RecipeError(
+            f"{out}: something is there that is no export of a run. Give another --out, or move it away"
+        )
+
+
+def _small_files(folder: Path) -> list[Path]:
+    """But for what belongs to weights that are not copied: their index, an adapter's settings, their origin."""
+    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
+    return sorted(found - {*folder.glob(WEIGHTS_INDEX), folder / adapters.SETTINGS, folder / PROVENANCE})
+
+
+def _replace_folder(new: Path, out: Path) -> None:
+    old = out.with_name(f".{out.name}.teachonce-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,159 @@
+"""Microbatches, decoded in worker processes ahead of the step that needs them.
+
+    for microbatches, wait_s in feed(source, slots_by_step, num_workers=2, pin_memory=False):
+
+A worker reads the rows, makes tokens and pixels of them, reads their targets from the cache, and compares the
+cache's answer with the student's own labels, row by row.  Its errors come back as values and are raised here
+with the row's name; a worker that dies is an error too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, tee
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from shared.cache import CacheReader
+from shared.data.loading import PackedDataset, leave_process_group, loaded_items
+from shared.data.processing import IGNORE_INDEX, Encoded, ExampleProcessor
+from shared.data.rows import VqaSplit
+from shared.errors import CacheMismatchError, TeachonceError
+from shared.sparse import SparseTargets
+from stage2_student.training.order import Slot
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What a rank forwards at once.  N positions of B examples."""
+
+    slot: Slot
+    inputs: dict[str, Tensor]
+    position_index: Tensor  # (N,) int64 into the flattened (B * S) hidden states
+    labels: Tensor  # (N,) int64
+    targets: SparseTargets | None
+    num_tokens: int  # without padding
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Microbatch:
+        return replace(
+            self,
+            inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
+            position_index=self.position_index.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            targets=None if self.targets is None else self.targets.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> Microbatch:
+        return replace(
+            self,
+            inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()},
+            position_index=self.position_index.pin_memory(),
+            labels=self.labels.pin_memory(),
+            targets=None if self.targets is None else self.targets.pin_memory(),
+        )
+
+
+class MicrobatchSource(Dataset):
+    """Makes the microbatch of a slot.
+
+    rows   row of the split for each example: rows that cannot be used have been left out
+    cache  None for plain fine-tuning
+    """
+
+    def __init__(
+        self, split: VqaSplit, rows: np.ndarray, processor: ExampleProcessor, cache: CacheReader | None
+    ) -> None:
+        self.split = split
+        self.rows = rows
+        self.processor = processor
+        self.cache = cache
+
+    def __getitem__(self, slot: Slot) -> Microbatch | TeachonceError:
+        rows = [int(self.rows[example]) for example in slot.examples]
+        try:
+            return self.microbatch(slot, rows)
+        except TeachonceError as error:  # as a value: the loader would wrap it in a worker's traceback
+            return error
+        except Exception as error:
+            error.add_note(f"while reading {self.split.where(rows[0])} and the rest of its microbatch {rows}")
+            raise
+
+    def microbatch(self, slot: Slot, rows: list[int]) -> Microbatch:
+        encoded = [self.processor.encode(self.split[row]) for row in rows]
+        if not slot.counts:
+            encoded = [_without_labels(one) for one in encoded]
+        batch = self.processor.collate(encoded)
+        targets = None
+        if self.cache is not None:
+            targets = self._targets(encoded, rows) if slot.counts else self.cache.targets([])
+        return Microbatch(
+            slot=slot,
+            inputs=batch.inputs,
+            position_index=batch.position_index,
+            labels=batch.labels,
+            targets=targets,
+            num_tokens=sum(len(one.input_ids) for one in encoded),
+        )
+
+    def _targets(self, encoded: list[Encoded], rows: list[int]) -> SparseTargets:
+        assert self.cache is not None
+        names = [self.split.where(row) for row in rows]
+        cached = self.cache.rows([one.key for one in encoded], names=names)
+        for one, name, row in zip(encoded, names, cached, strict=True):
+            if one.answer_ids.tolist() != row.answer_ids.tolist():
+                raise CacheMismatchError(
+                    _different_answers(name, row.answer_ids.tolist(), one.answer_ids.tolist())
+                )
+        return self.cache.targets(cached)
+
+
+def feed(
+    source: MicrobatchSource,
+    slots_by_step: Iterable[Sequence[Slot]],
+    *,
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[tuple[list[Microbatch], float]]:
+    """The microbatches of each step in turn, and the seconds that were spent waiting for them.
+
+    Raises   TeachonceError  a row's own error, from whichever process met it
+             TrainingError   when a worker process died
+    """
+    for_loader, for_steps = tee(slots_by_step)
+    loader: DataLoader = DataLoader(
+        PackedDataset(source) if num_workers else source,
+        sampler=chain.from_iterable(for_loader),  # lazy: a few steps ahead, however long the run
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=leave_process_group,
+    )
+    microbatches = loaded_items(loader, workers_setting="run.num_workers")
+    for slots in for_steps:
+        begin = time.perf_counter()
+        step = [next(microbatches) for _ in slots]
+        yield step, time.perf_counter() - begin
+
+
+def _without_labels(encoded: Encoded) -> Encoded:
+    return replace(encoded, labels=torch.full_like(encoded.labels, IGNORE_INDEX), num_positions=0)
+
+
+def _different_answers(where: str, cached: list[int], own: list[int]) -> str:
+    pairs = zip(cached, own, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(cached), len(own)))
+    return (
+        f"{where}: the cache holds an answer of {len(cached)} tokens, the student's labels are {len(own)}; "
+        f"they differ from token {place} on ({cached[place : place + 4]} and {own[place : place + 4]}). The "
+        "tokenizers or templates differ; capture the cache with this student's"
+    )

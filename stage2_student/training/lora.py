@@ -1,0 +1,106 @@
+"""Low-rank adapters: the student's own weights stay, small matrices beside its linear layers are trained.
+
+peft puts its layers into the model, in place, so that the model keeps its class, and with it everything that
+is known about its parts.  Alone the adapters are trained: towers, connector and head are frozen with the rest.
+Source: Hu et al. 2021, arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from shared.errors import RecipeError
+from shared.recipes import LoraConfig
+from stage2_student.training.freezing import find_parts
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = (
+    "base_model.model."  # of names in an adapter's file: peft's wrapper around the model, which is not here
+)
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
+    """Puts adapters into the model; all else is frozen.  On the meta device they stay there.
+
+    Holds    the model's outputs are as before: one factor of each adapter is zero
+    Raises   RecipeError  when peft is not installed, or a target is no linear layer of the model
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise RecipeError("student.lora: peft is not installed. Run `pip install 'teachonce[lora]'`")
+    import peft
+
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = _targets(model, linear, config)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
+        lora_dropout=config.dropout,
+        target_modules=targets,
+    )
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(settings, model, low_cpu_mem_usage=device.type == "meta")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)  # peft makes them fp32 beside bf16 weights
+
+
+def _targets(model: PreTrainedModel, linear: set[str], config: LoraConfig) -> list[str]:
+    """Full names of the layers that get an adapter."""
+    if config.target_modules is None:
+        head = model.get_output_embeddings()
+        inside = {id(module) for part in find_parts(model)["language"] for module in part.modules()}
+        return sorted(
+            name
+            for name, module in model.named_modules()
+            if name in linear and id(module) in inside and module is not head
+        )
+    chosen: set[str] = set()
+    for target in config.target_modules:
+        found = {name for name in linear if name == target or name.endswith(f".{target}")}
+        if not found:
+            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise RecipeError(
+                f"student.lora.target_modules: {target!r} is no linear layer of {type(model).__name__}, whose "
+                f"linear layers are called {kinds}"
+            )
+        chosen |= found
+    return sorted(chosen)
+
+
+def save_adapters(model: PreTrainedModel, folder: Path, *, base: str, revision: str | None) -> None:
+    """Writes what ``PeftModel.from_pretrained(base_model, folder)`` opens."""
+    import peft
+
+    folder.mkdir(parents=True)
+    state = peft.get_peft_model_state_dict(model)
+    save_file({PREFIX + name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE)
+    settings: Any = model.peft_config["default"]
+    settings.base_model_name_or_path, settings.revision = base, revision
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+
+
+def merge_adapters(model: PreTrainedModel) -> None:
+    """Adds the adapters to the weights beside them, and takes them out of the model again."""
+    if not hasattr(model, "peft_config"):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    del model.peft_config
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False

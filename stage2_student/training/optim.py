@@ -1,0 +1,53 @@
+"""The optimizer and its learning rate.
+
+AdamW over the trainable parameters only; matrices decay, norms and biases (all that has one axis) do not.
+The learning rate is a pure function of the step, so a schedule has no state to save.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from shared.recipes import OptimizationConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
+    """AdamW in its fused form; frozen parameters are not known to it."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimizationConfig, *, step: int, num_steps: int) -> float:
+    """Of the update at ``step``, counted from 0: linear warm-up, then the schedule down to its floor.
+
+    Holds    config.learning_rate at the last step of the warm-up; never above it; the floor would be the
+             rate of the step after the last, so that the last one still learns
+    """
+    if step < config.num_warmup_steps:
+        return config.learning_rate * (step + 1) / config.num_warmup_steps
+    done = (step + 1 - config.num_warmup_steps) / max(1, num_steps + 1 - config.num_warmup_steps)
+    remaining = {
+        "cosine": (1 + math.cos(math.pi * min(1.0, done))) / 2,
+        "linear": max(0.0, 1 - done),
+        "constant": 1.0,
+    }[config.schedule]
+    floor = config.min_learning_rate_ratio
+    return config.learning_rate * (floor + (1 - floor) * remaining)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value

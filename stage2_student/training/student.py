@@ -1,0 +1,236 @@
+"""The student and its loss as one FSDP2 root module.
+
+    student = build_student(recipe, world, num_token_ids=...)
+    sums = student(inputs, position_index, labels, targets)        # LossSums, of this rank's microbatch
+
+The loss lies inside the root module, so that the head is gathered once a forward, by the root, and no logits
+of a batch ever exist.  Each decoder layer and vision block is a module of its own to FSDP; everything else
+belongs to the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+import torch._dynamo as dynamo
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+from shared.errors import RecipeError
+from shared.kd_loss import LossSums, fused_ce_kd
+from shared.models.sharding import blocks, fill
+from shared.models.vlm import check_split, empty_vlm, last_hidden_states, load_config, load_vlm, split
+from shared.recipes import LossConfig, ParallelConfig, Recipe, StudentConfig
+from shared.runtime import World
+from shared.sparse import SparseTargets
+from stage2_student.training.freezing import find_parts, freeze
+from stage2_student.training.lora import add_adapters
+
+
+class StudentWithLoss(nn.Module):
+    """A vision-language model whose forward returns losses instead of logits.
+
+    num_token_ids  ids the tokenizer knows; the head may be wider, and the teacher has no mass beyond them
+    """
+
+    def __init__(self, model: PreTrainedModel, loss: LossConfig, *, num_token_ids: int) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.num_token_ids = num_token_ids
+
+    def forward(
+        self, inputs: dict[str, Tensor], position_index: Tensor, labels: Tensor, targets: SparseTargets | None
+    ) -> LossSums:
+        """Shapes   position_index (N,) int64 into the flattened (B * S) hidden states; labels (N,) int64
+        Returns  sums over the N positions, fp32 nats; with N = 0 zeros that still have a graph
+        """
+        body, head = split(self.model)
+        hidden_BSD = last_hidden_states(body, inputs)
+        hidden_ND = hidden_BSD.flatten(0, 1).index_select(0, position_index)
+        return fused_ce_kd(
+            hidden_ND * head.scale if head.scale != 1.0 else hidden_ND,
+            head.weight_VD,
+            labels,
+            targets,
+            kd_ratio=self.loss.kd_ratio,
+            temperature=self.loss.temperature,
+            chunk_size=self.loss.chunk_size,
+            bias_V=head.bias_V if head.bias_V is None or head.scale == 1.0 else head.bias_V * head.scale,
+            softcap=head.softcap,
+            num_vocab_ids=self.num_token_ids,
+            **({"tail": self.loss.tail} if self.loss.tail else {}),
+        )
+
+    def check_split(self, inputs: dict[str, Tensor]) -> None:
+        """``vlm.check_split`` of the sharded model; called by all ranks.
+
+        Raises   RecipeError  when body and head do not make the model's own logits
+        """
+        check_split(self.model, inputs)
+
+
+def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> StudentWithLoss:
+    """The student, sharded over all ranks, with its weights; the first rank alone reads them.
+
+    No rank holds the whole model on its device: it is sharded while on the meta device, and each tensor then
+    goes from the first rank's host memory to its shards.
+    """
+    skeleton = meta_model(recipe.student)
+    check_vocabulary(skeleton, num_token_ids)
+    choose_trained(skeleton, recipe.student, seed=recipe.run.seed)
+    if recipe.student.activation_checkpointing:
+        # The public switch has changed its name, and makes embeddings that nobody trains require gradients.
+        skeleton._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+    student = StudentWithLoss(skeleton, recipe.loss, num_token_ids=num_token_ids)
+    if recipe.student.compile:
+        compile_layers(skeleton, backend=recipe.student.compile_backend)
+    shard(student, recipe.student, recipe.parallel, world)
+    student.to_empty(device="cpu" if recipe.parallel.cpu_offload else world.device)
+    source = None
+    if world.is_main:
+        source = full_model(recipe.student, seed=recipe.run.seed)
+        choose_trained(source, recipe.student, seed=recipe.run.seed)
+    fill(skeleton, source, world)
+    return student.train()
+
+
+def choose_trained(model: PreTrainedModel, config: StudentConfig, *, seed: int) -> None:
+    """Freezes what is not trained, and adds the adapters that are, if there are to be any.
+
+    seed  of the adapters' first weights, which do not depend on the number of ranks
+    """
+    freeze(model, config.freeze)
+    if config.lora is not None:
+        add_adapters(model, config.lora, seed=seed)
+
+
+def compile_layers(model: PreTrainedModel, *, backend: str) -> None:
+    """torch.compile of each decoder layer, in place, so that names stay, and inside of FSDP's hooks.
+
+    Vision blocks are left as they are: they split by the pictures' sizes, which breaks their graphs.
+
+    Raises   RecipeError  for a backend that torch does not have
+    """
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends())
+        raise RecipeError(f"student.compile_backend {backend!r} is none of torch's: {known}")
+    # Layers share one code object, whose limit of 8 is met by two kinds of layers, with and without autograd, at a
+    # few lengths each; beyond it, dynamo silently goes on without compiling.
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
+    inside = {id(module) for part in find_parts(model)["language"] for module in part.modules()}
+    for block in blocks(model):
+        if id(block) in inside:
+            block.compile(backend=backend)
+
+
+def meta_model(config: StudentConfig) -> PreTrainedModel:
+    """The student's shape without memory behind it, in its master dtype."""
+    return empty_model(load_config(config.model, config.revision), config)
+
+
+def empty_model(model_config: PretrainedConfig, config: StudentConfig) -> PreTrainedModel:
+    return empty_vlm(
+        model_config,
+        dtype=getattr(torch, config.param_dtype),
+        attn_implementation=config.attn_implementation,
+    )
+
+
+def full_model(config: StudentConfig, *, seed: int) -> PreTrainedModel:
+    """The student with its weights in host memory: from its files, or random from its configuration."""
+    dtype = getattr(torch, config.param_dtype)
+    if config.init == "pretrained":
+        return load_vlm(
+            config.model,
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model_config = load_config(config.model, config.revision)
+        return AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+
+
+def check_vocabulary(model: PreTrainedModel, num_token_ids: int) -> None:
+    """Raises RecipeError when the tokenizer has ids for which the student has no logit."""
+    _, head = split(model)
+    if head.weight_VD.shape[0] < num_token_ids:
+        raise RecipeError(
+            f"student {model.name_or_path or type(model).__name__}: its head is {head.weight_VD.shape[0]} "
+            f"wide, its tokenizer has {num_token_ids} ids. They do not belong together"
+        )
+
+
+def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelConfig, world: World) -> None:
+    """Applies FSDP2 from the blocks up to the root.
+
+    Gradients are summed over ranks and not divided: the loss is already divided by the step's global number
+    of positions.  Both settings must be made on every module: on the root alone, gradients are silently
+    wrong.
+    """
+    mesh = data_parallel_mesh(parallel, world)
+    compute, master = getattr(torch, config.compute_dtype), getattr(torch, config.param_dtype)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute if compute != master else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # models keep some inputs, such as rotary tables, in fp32 on purpose
+    )
+    offload = OffloadPolicy()
+    if parallel.cpu_offload:  # pinned for copies to a GPU; without one the same path, which copies nothing
+        offload = CPUOffloadPolicy(pin_memory=world.device.type != "cpu")
+    for block in blocks(student.model):
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=parallel.reshard_after_forward,
+        )
+    fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    register_fsdp_forward_method(student, "check_split")
+    for module in fsdp_modules(student):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def data_parallel_mesh(parallel: ParallelConfig, world: World) -> DeviceMesh:
+    """All ranks in one axis, or (replicas, shards) for hybrid sharding.
+
+    Raises   RecipeError  when ``parallel.dp_replicate`` does not divide the number of ranks.
+    """
+    if world.size % parallel.dp_replicate:
+        raise RecipeError(
+            f"parallel.dp_replicate {parallel.dp_replicate} does not divide the number of ranks, {world.size}"
+        )
+    if parallel.dp_replicate == 1:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shape = (parallel.dp_replicate, world.size // parallel.dp_replicate)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def fsdp_modules(student: nn.Module) -> Iterable[FSDPModule]:
+    return (module for module in student.modules() if isinstance(module, FSDPModule))
+
+
+def reshard(student: nn.Module) -> None:
+    """Puts the sharded parameters back in place after a forward that no backward follows.
+
+    The root stays gathered after its forward, for the backward.  Without one, its parameters would be plain
+    tensors whose memory FSDP may free: reading them for a checkpoint crashed the process.
+    """
+    for module in fsdp_modules(student):
+        module.reshard()

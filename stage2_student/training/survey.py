@@ -1,0 +1,120 @@
+"""The examples that a run will use, known before the first step.
+
+Steps are planned over usable rows, so rows that cannot be used must be known beforehand; and a cache that
+lacks a row is better reported now than in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch.distributed as dist
+
+from shared.cache import CacheReader
+from shared.data.processing import ExampleProcessor
+from shared.data.rows import VqaSplit
+from shared.errors import CacheMismatchError, DataError, TeachonceError
+from shared.recipes import DataConfig, Split
+from shared.runtime import World
+from shared.survey import keys_fingerprint, survey_keys
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The usable examples of a split.
+
+    rows         (num_examples,) int64, rows of the split
+    lengths      (num_examples,) int64, about so many tokens, the picture's among them
+    fingerprint  hex, over the keys in order
+    dropped      a reason for each row that was left out
+    """
+
+    split: VqaSplit
+    rows: np.ndarray
+    lengths: np.ndarray
+    fingerprint: str
+    dropped: tuple[str, ...]
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.rows)
+
+    def spread(self, number: int | None) -> Survey:
+        """So many of the examples, spread evenly: the first ones of a set may be of one kind, or one case."""
+        if number is None or number >= self.num_examples:
+            return self
+        chosen = np.arange(number) * self.num_examples // number
+        return replace(self, rows=self.rows[chosen], lengths=self.lengths[chosen])
+
+
+def survey(
+    data: DataConfig,
+    name: Split,
+    processor: ExampleProcessor,
+    cache: CacheReader | None,
+    *,
+    show: bool = False,
+) -> Survey:
+    """Raises   DataError           when more rows are unusable than ``data.max_dropped`` allows
+    CacheMismatchError  when the cache lacks usable rows
+    """
+    # Without a cache nobody has looked at the pictures yet; where all must be usable, a bad one waits for its step.
+    decode = cache is None and data.max_dropped > 0
+    keyed = survey_keys(data, name, processor, show=show, decode=decode)
+    skipped = {} if cache is None else {row.key: row.reason for row in cache.manifest.skipped if row.key}
+    usable = np.array([key.hex() not in skipped for key in keyed.keys], dtype=bool)
+    dropped = [reason for _, reason in keyed.unreadable]
+    dropped += [
+        f"{keyed.split.where(int(keyed.rows[i]))}: not in the cache: {skipped[keyed.keys[i].hex()]}"
+        for i in np.flatnonzero(~usable)
+    ]
+    _check_number(keyed.split, data, num_usable=int(usable.sum()), dropped=dropped)
+    wanted = [keyed.keys[i] for i in np.flatnonzero(usable)]
+    if cache is not None:
+        _check_cache(keyed.split, keyed.rows[usable], wanted, cache)
+    return Survey(
+        split=keyed.split,
+        rows=keyed.rows[usable],
+        lengths=keyed.lengths[usable],
+        fingerprint=keys_fingerprint(wanted),
+        dropped=tuple(dropped),
+    )
+
+
+def survey_once(
+    data: DataConfig, name: Split, processor: ExampleProcessor, cache: CacheReader | None, world: World
+) -> Survey:
+    """As ``survey``, by the first rank for all."""
+    found: list[Survey | TeachonceError | None] = [None]
+    if world.is_main:
+        try:
+            found = [survey(data, name, processor, cache, show=True)]
+        except TeachonceError as error:
+            found = [error]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], TeachonceError):
+        raise found[0]
+    assert found[0] is not None
+    return found[0]
+
+
+def _check_number(split: VqaSplit, data: DataConfig, *, num_usable: int, dropped: list[str]) -> None:
+    if len(dropped) > data.max_dropped:
+        listed = "\n".join(f"  - {reason}" for reason in dropped[:10])
+        raise DataError(
+            f"{split.source}, split {split.name}: {len(dropped)} row(s) cannot be used, data.max_dropped "
+            f"allows {data.max_dropped}:\n{listed}"
+        )
+    if not num_usable:
+        raise DataError(f"{split.source}, split {split.name}: no row can be used")
+
+
+def _check_cache(split: VqaSplit, rows: np.ndarray, keys: list[bytes], cache: CacheReader) -> None:
+    missing = np.flatnonzero(~cache.contains(keys))
+    if len(missing):
+        raise CacheMismatchError(
+            f"cache {cache.location}: {len(missing)} of {len(keys)} examples are not in it, "
+            f"{split.where(int(rows[missing[0]]))} first. Run teacher-cache again: only what is missing "
+            "is captured"
+        )

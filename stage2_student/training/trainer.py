@@ -1,0 +1,240 @@
+"""The student in training: what changes from step to step, and the log of it."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from shared.errors import TeachonceError, TrainingError
+from shared.progress import progress
+from shared.recipes import Recipe
+from shared.runtime import StopRequest, World
+from stage2_student.runs.checkpoint import Checkpoint, Facts, load, set_num_updates, student_state
+from stage2_student.runs.run_folder import RunFolder
+from stage2_student.runs.tracking import Trackers
+from stage2_student.training.agreement import Step, in_agreement
+from stage2_student.training.feed import Microbatch, feed
+from stage2_student.training.inputs import Inputs
+from stage2_student.training.optim import learning_rate, make_optimizer, set_learning_rate
+from stage2_student.training.order import Slot, StepShape, pass_slots, training_slots
+from stage2_student.training.step import Losses, StepResult, seed_step, train_step
+from stage2_student.training.student import build_student, reshard
+from stage2_student.training.validate import validate
+
+
+class Trainer:
+    """The student in training: what changes from step to step, and nothing else."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        inputs: Inputs,
+        shape: StepShape,
+        num_steps: int,
+        folder: RunFolder,
+        world: World,
+        trackers: Trackers,
+    ) -> None:
+        self.recipe = recipe
+        self.inputs = inputs
+        self.shape = shape
+        self.num_steps = num_steps
+        self.folder = folder
+        self.world = world
+        self.trackers = trackers
+        self.student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
+        self.optimizer = make_optimizer(self.student, recipe.optimization)
+        self.step = 0  # steps done
+        self.num_updates = 0
+        self.saved_step = -1  # of the newest checkpoint
+
+    def restore(self, checkpoint: Checkpoint | None) -> None:
+        """Goes back to where a checkpoint was taken."""
+        if checkpoint is None:
+            return
+        load(checkpoint, student_state(self.student.model, self.optimizer))
+        set_num_updates(self.optimizer, checkpoint.facts.num_updates)
+        self.step, self.num_updates = checkpoint.facts.step, checkpoint.facts.num_updates
+        self.saved_step = self.step
+
+    def check(self) -> None:
+        """Proves on the first example that body and head are all there is to the student's logits.
+
+        Raises   RecipeError  when they are not; the example's own error, when it cannot be read
+        """
+        microbatch = self.inputs.training_source()[Slot(0, (0,))]
+        if isinstance(microbatch, TeachonceError):
+            raise microbatch  # on every rank, as all read the same one
+        self.student.eval()
+        self.student.check_split(microbatch.to(self.world.device).inputs)
+        self.student.train()
+        reshard(self.student)
+
+    def fit(self, stop: StopRequest) -> bool:
+        """Steps to the end; False when it was asked to stop before.  All checkpoints are then whole."""
+        if stop.agreed(self.world):
+            return False
+        try:
+            finished = self._steps(stop)
+        finally:
+            self.folder.checkpoints.wait()  # whatever ends the run: what was saved is kept
+        self.world.barrier()
+        return finished
+
+    def _steps(self, stop: StopRequest) -> bool:
+        if self.step == 0:
+            self._validate()
+        run = self.recipe.run
+        with progress(
+            total=self.num_steps, initial=self.step, unit="step", disable=not self.world.is_main
+        ) as bar:
+            for step in in_agreement(self._fed(), self.world, stop):
+                if step.stop:
+                    if self.saved_step != self.step and self.step > 0:  # else there is nothing to save
+                        self._save(validation_loss=None)
+                    return False
+                self._one_step(step, bar)
+                is_last = self.step == self.num_steps
+                losses = self._validate() if is_last or _due(self.step, run.validate_every) else None
+                if is_last or _due(self.step, run.checkpoint_every):
+                    self._save(validation_loss=None if losses is None else losses.loss)
+        return True
+
+    def _fed(self) -> Iterator[tuple[list[Microbatch], float]]:
+        """The steps' microbatches; a checkpoint that could not be written is an error here, as a row is."""
+        fed = feed(
+            self.inputs.training_source(),
+            training_slots(
+                self.shape,
+                self.inputs.train.lengths,
+                steps=range(self.step, self.num_steps),
+                rank=self.world.rank,
+                num_ranks=self.world.size,
+            ),
+            num_workers=self.recipe.run.num_workers,
+            pin_memory=self.world.device.type == "cuda",
+        )
+        for step in fed:
+            self.folder.checkpoints.raise_failure()
+            yield step
+
+    def _one_step(self, step: Step, bar: tqdm) -> None:
+        config = self.recipe.optimization
+        begin = time.perf_counter()
+        rate = learning_rate(config, step=self.step, num_steps=self.num_steps)
+        set_learning_rate(self.optimizer, rate)
+        seed_step(self.recipe.run.seed, step=self.step, rank=self.world.rank)
+        result = train_step(
+            self.student,
+            self.optimizer,
+            step.microbatches,
+            self.world,
+            num_positions=step.num_positions,
+            max_grad_norm=config.max_grad_norm,
+        )
+        self.step += 1
+        self.num_updates += result.updated
+        record = self._record(step, result, rate, step_s=time.perf_counter() - begin + step.wait_s)
+        self._log(record)
+        if self.world.is_main:
+            figures = {"loss": f"{result.losses.loss:.3f}", "data_wait": f"{record['data_wait']:.0%}"}
+            bar.set_postfix(figures, refresh=False)
+            bar.update()
+        self._require_finite(result)
+
+    def _require_finite(self, result: StepResult) -> None:
+        limit = self.recipe.optimization.max_skipped_steps
+        if not result.updated and self.step - self.num_updates > limit:
+            raise TrainingError(
+                f"step {self.step}: the loss is {result.losses.loss}, the norm of its gradient "
+                f"{result.grad_norm}; {self.step - self.num_updates} step(s) are not finite, "
+                f"optimization.max_skipped_steps allows {limit}. They have not changed the student; a lower "
+                "learning rate or a longer warm-up may help"
+            )
+
+    def _record(self, step: Step, result: StepResult, rate: float, *, step_s: float) -> dict[str, Any]:
+        losses = result.losses
+        return {
+            "event": "step",
+            "step": self.step,
+            "epoch": (self.step - 1) // self.shape.num_steps_per_epoch,
+            "num_epochs": self.step / self.shape.num_steps_per_epoch,  # done
+            **_named(losses, distils=self.recipe.distils),
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "updated": result.updated,
+            "step_s": step_s,
+            "data_wait": step.wait_s / step_s,
+            "positions_per_s": losses.num_positions / step_s,
+            "tokens_per_s": step.num_tokens / step_s,
+            "peak_memory_gib": peak_memory_gib(self.world),
+        }
+
+    def _validate(self) -> Losses | None:
+        """Losses over the validation split, logged; None where the data have none."""
+        if self.inputs.validation is None:
+            return None
+        self.folder.checkpoints.wait()  # workers are forked here, and a fork beside a busy thread may hang
+        begin = time.perf_counter()
+        lengths = self.inputs.validation.lengths
+        slots = pass_slots(
+            lengths,
+            microbatch_size=self.recipe.optimization.microbatch_size,
+            rank=self.world.rank,
+            num_ranks=self.world.size,
+        )
+        losses = validate(
+            self.student,
+            self.inputs.validation_source(),
+            slots,
+            self.world,
+            num_workers=self.recipe.run.num_workers,
+        )
+        record = {"event": "validation", "step": self.step, **_named(losses, distils=self.recipe.distils)}
+        record["validation_s"] = time.perf_counter() - begin
+        self._log(record)
+        if self.world.is_main:
+            kd = f", kd {losses.kd:.4f}" if self.recipe.distils else ""
+            tqdm.write(f"step {self.step}: validation loss {losses.loss:.4f}, ce {losses.ce:.4f}{kd}")
+        return losses
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self.folder.metrics.append(record)
+            self.trackers.log(record)
+
+    def _save(self, *, validation_loss: float | None) -> None:
+        facts = Facts(
+            step=self.step,
+            num_updates=self.num_updates,
+            num_ranks=self.world.size,
+            identity=self.inputs.identity(self.recipe),
+            validation_loss=validation_loss,
+        )
+        self.folder.checkpoints.save(student_state(self.student.model, self.optimizer), facts, self.world)
+        self.saved_step = self.step
+
+
+def peak_memory_gib(world: World) -> float:
+    """Of the device where it has memory of its own, else of this process."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _named(losses: Losses, *, distils: bool) -> dict[str, float | int | None]:
+    return {
+        "loss": losses.loss,
+        "ce_loss": losses.ce,
+        "kd_loss": losses.kd if distils else None,
+        "num_positions": losses.num_positions,
+    }
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
