@@ -22,6 +22,11 @@ FLOORS = [
     {"survey", "preflight", "small_models"},
     {"pipeline"},
 ]
+# The rooms of a stage, in the same order; its commands and its story stand above them all.
+ROOMS = {
+    "stage1_teacher": ["capturing", "inspection"],
+    "stage2_student": ["runs", "training", "evaluation"],
+}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -68,6 +73,20 @@ def test_no_room_of_shared_imports_a_higher_one() -> None:
             if parts[0] != "shared" or len(parts) < 2 or parts[1] == room:
                 continue
             assert floor[parts[1]] < floor[room], f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_no_room_of_a_stage_imports_a_higher_one(stage: str) -> None:
+    rooms = ROOMS[stage]
+    folders = {path.name for path in (ROOT / stage).iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(rooms)
+    for level, room in enumerate(rooms):
+        for path in sorted((ROOT / stage / room).rglob("*.py")):
+            for name in imports_of(path):
+                parts = name.split(".")
+                if parts[0] == stage and len(parts) > 1:
+                    allowed = parts[1] in rooms[: level + 1]
+                    assert allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_importing_changes_nothing(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Twenty steps of distillation give the losses they always gave.
 
-The losses are stored in full precision by version of torch.  On the kind of processor they were recorded on
-they must come out bit for bit; another one may round otherwise.  After a change that is meant to move them:
+The losses are stored in full precision by version of torch.  On the kind of processor they were recorded on they
+must come out to some last bits: two machines that describe their processor alike differed by 2.5e-7 nats, since
+libraries also choose kernels by what they measure.  Another kind may round otherwise.  After a change that is meant
+to move them:
 
     RENEW_GOLDEN_LOSSES=1 python -m pytest tests/test_stage2_golden.py
 """
@@ -67,7 +69,7 @@ def test_losses_of_twenty_steps(
     if version not in stored:
         pytest.skip(f"no losses recorded for torch {version}; RENEW_GOLDEN_LOSSES=1 records them")
     expected = stored[version]
-    tolerance = 0.0 if expected["processor"] == processor_kind() else 1e-3
+    tolerance = 1e-5 if expected["processor"] == processor_kind() else 1e-3
     for name in names:
         assert len(found[name]) == NUM_STEPS
-        assert found[name] == pytest.approx(expected[name], rel=tolerance, abs=0.0), name
+        assert found[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
