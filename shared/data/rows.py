@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-
-from shared.data.sources import ArrowRows, Rows, choose, open_rows
+from shared.data.sources import Rows, choose, open_rows
 from shared.errors import DataError
 from shared.recipes import DataConfig, Split
 
@@ -87,8 +85,7 @@ def open_split(data: DataConfig, split: Split) -> VqaSplit:
     if len(rows) == 0:
         raise DataError(f"{data.source}, split {name}: no rows; at least one is needed")
     columns = _columns(data, rows)
-    if isinstance(rows, ArrowRows):
-        rows = _only(rows, columns)
+    rows = rows.select(sorted(set(columns.values())))
     return VqaSplit(data.source, name, rows, columns, min(len(rows), data.limit or len(rows)))
 
 
@@ -102,14 +99,6 @@ def _columns(data: DataConfig, rows: Rows) -> dict[str, str]:
         choose(column, rows.columns, what=f"{data.source}: data.columns.{name}: column")
         columns[name] = column
     return columns
-
-
-def _only(rows: ArrowRows, columns: dict[str, str]) -> ArrowRows:
-    """The columns in use, pictures undecoded."""
-    dataset = rows.dataset.select_columns(sorted(set(columns.values())))
-    if isinstance(dataset.features[columns["image"]], datasets.Image):
-        dataset = dataset.cast_column(columns["image"], datasets.Image(decode=False))
-    return ArrowRows(dataset, rows.folder)
 
 
 def _picture(value: Any, folder: Path | None, *, where: str) -> bytes:

@@ -4,12 +4,13 @@
     rows.columns, len(rows), rows[17]["question"]
 
 A source is, in this order: a folder that ``datasets.save_to_disk`` wrote; a file, or a folder of files, of
-one kind (Parquet before Arrow before JSONL); else a name on the Hugging Face Hub.  Parquet and Arrow are
-read through ``datasets``, memory-mapped from its cache; of JSONL only the place of each line is held.
+one kind (Parquet before Arrow before JSONL); else a name on the Hugging Face Hub.  Files are read where they
+lie; of JSONL only the place of each line is held.
 
 A file belongs to the split that its name says, as it stands (``train2017.jsonl``) or without shard numbers
 (``train-00000-of-00002.parquet``), or else the innermost folder that is called so
-(``train/part-0.parquet``).  A source of a single file also answers to ``train``.
+(``train/part-0.parquet``).  A source of a single file also answers to ``train``.  Files that are numbered as
+parts of a whole (``-00000-of-00003``) must all be there.
 """
 
 from __future__ import annotations
@@ -25,16 +26,21 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 
+from shared.data.tables import TableRows
 from shared.errors import DataError
 
 _KINDS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "jsonl"}  # in order of preference
 _SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
+MAX_PARTS = 1_000_000  # of a split; a name that says more is not worth counting through
+_SHARD_OF = re.compile(r"^(.*?)[-_.]?(\d+)[-_]of[-_](\d+)$")
 
 
 class Rows(Protocol):
     """Rows of named columns; cheap to pickle, safe to read from many processes."""
 
     def folder_of(self, index: int) -> Path | None: ...  # where a row's relative picture path starts
+
+    def select(self, columns: Sequence[str]) -> Rows: ...  # the others need not be read
 
     @property
     def columns(self) -> list[str]: ...
@@ -43,8 +49,8 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class ArrowRows:
-    """Rows of a memory-mapped ``datasets.Dataset``; pictures stay encoded."""
+class DatasetRows:
+    """Rows of a memory-mapped ``datasets.Dataset``; pictures stay encoded, classes have their names."""
 
     dataset: datasets.Dataset
     folder: Path | None
@@ -60,7 +66,18 @@ class ArrowRows:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.dataset[index]
+        row = self.dataset[index]
+        for name, feature in self.dataset.features.items():
+            if isinstance(feature, datasets.ClassLabel) and isinstance(row[name], int):
+                row[name] = feature.int2str(row[name]) if row[name] >= 0 else None
+        return row
+
+    def select(self, columns: Sequence[str]) -> DatasetRows:
+        dataset = self.dataset.select_columns(list(columns))
+        for name in columns:
+            if isinstance(dataset.features[name], datasets.Image):
+                dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        return DatasetRows(dataset, self.folder)
 
 
 class JsonLinesRows:
@@ -76,6 +93,9 @@ class JsonLinesRows:
 
     def folder_of(self, index: int) -> Path | None:
         return self._files[int(self._places[index][0])].parent
+
+    def select(self, columns: Sequence[str]) -> JsonLinesRows:
+        return self  # a line is parsed whole
 
     @property
     def columns(self) -> list[str]:
@@ -108,12 +128,12 @@ def open_rows(source: str, *, split: str, revision: str | None = None, splits: I
     path = Path(source).expanduser()
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return ArrowRows(_saved_to_disk(path, split), path)
+            return DatasetRows(_saved_to_disk(path, split), path)
         if path.exists():
             return _open_files(path, split, {split, *splits})
         if _can_only_be_a_path(source):
             raise DataError(f"data.source {source}: no such file or folder (looked in {Path.cwd()})")
-        return ArrowRows(datasets.load_dataset(source, revision=revision, split=split), None)
+        return DatasetRows(datasets.load_dataset(source, revision=revision, split=split), None)
     except DataError:
         raise
     except Exception as error:  # datasets raises errors of a dozen libraries
@@ -141,11 +161,35 @@ def _open_files(path: Path, split: str, splits: set[str]) -> Rows:
         choose(
             split, [_SHARD_NUMBERS.sub("", file.stem) for file in files], what=f"data.source {path}: split"
         )
+    _require_all_parts(members)
     if kind == "jsonl":
         return JsonLinesRows(members)
-    data_files = {"train": [str(file) for file in members]}
-    folder = path if path.is_dir() else path.parent
-    return ArrowRows(datasets.load_dataset(kind, data_files=data_files, split="train"), folder)
+    return TableRows.open(members, folder=path if path.is_dir() else path.parent)
+
+
+def _require_all_parts(files: Sequence[Path]) -> None:
+    """Raises   DataError  when files say in their names how many there are, and some are missing"""
+    parts: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        if found := _SHARD_OF.match(file.stem):
+            name, number, total = found[1], int(found[2]), int(found[3])
+            parts.setdefault((file.parent, name, total), set()).add(number)
+    for (folder, name, total), numbers in parts.items():
+        first = 0 if 0 in numbers or total not in numbers else 1  # some count from one
+        missing = [number for number in range(first, first + min(total, MAX_PARTS)) if number not in numbers]
+        if missing or len(numbers) != total:
+            some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise DataError(
+                f"{folder / (name or '.')}: {len(numbers)} of {total} parts are there; number {some} is missing. "
+                "Fetch the rest, or rename the files if they are all there is"
+            )
+    totals = {(folder, name): total for folder, name, total in parts}
+    for folder, name, total in parts:
+        if totals[folder, name] != total:
+            both = f"{min(total, totals[folder, name])} and {max(total, totals[folder, name])}"
+            raise DataError(
+                f"{folder / name}: parts of two sets, of {both} files, lie together. Remove one set"
+            )
 
 
 def _data_files(path: Path) -> tuple[str, list[Path]]:

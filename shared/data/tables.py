@@ -1,0 +1,263 @@
+"""Parquet and Arrow files as the rows of one table, read where they lie.
+
+    rows = TableRows.open([Path("train-0.parquet"), Path("train-1.parquet")], folder=Path("."))
+    rows.select(["question", "answer"])[17]
+
+Arrow files are memory-mapped.  Parquet is read a row group at a time, and the last groups are kept.  A row group
+of more than ``MAX_GROUP_BYTES`` would be decoded again for nearly every row of a shuffled epoch, so such a file
+is copied once to a memory-mapped Arrow file.  The copy is known by the file's path and ``Stamp``: a file that was
+replaced gets a new copy, whatever its modification time says.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared.errors import DataError
+
+MAX_GROUP_BYTES = 64 * 2**20  # of the columns in use, decoded
+MAX_KEPT_BYTES = 128 * 2**20  # of decoded blocks, for each process
+END_OF_STREAM = (
+    b"\xff\xff\xff\xff\x00\x00\x00\x00",
+    b"\x00\x00\x00\x00",
+)  # today's mark and the one before it
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What changes when a file is replaced or written to; ``cp -p`` keeps the modification time, not these."""
+
+    num_bytes: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        found = path.stat()
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One file and where its blocks lie: row groups of Parquet, record batches of Arrow."""
+
+    path: Path
+    stamp: Stamp
+    columns: tuple[str, ...]
+    class_names: dict[str, tuple[str, ...]]  # of columns that hold class numbers
+    block_rows: tuple[int, ...]
+    block_bytes: tuple[dict[str, int], ...]  # of each column, decoded; empty for Arrow
+
+    @property
+    def is_parquet(self) -> bool:
+        return self.path.suffix == ".parquet"
+
+    @classmethod
+    def of(cls, path: Path) -> TableFile:
+        """Reads the file's own description and none of its rows."""
+        stamp = Stamp.of(path)
+        if path.suffix != ".parquet":
+            batches, schema = _open_arrow(path)
+            sizes = tuple(batch.num_rows for batch in batches)
+            return cls(path, stamp, tuple(schema.names), _class_names(schema), sizes, ())
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            schema = file.schema_arrow
+            sizes = tuple(group.num_rows for group in groups)
+            num_bytes = tuple(_column_bytes(group) for group in groups)
+        return cls(path, stamp, tuple(schema.names), _class_names(schema), sizes, num_bytes)
+
+    def require_unchanged(self) -> None:
+        """Raises   DataError  when the file is not the one that was opened"""
+        if Stamp.of(self.path) != self.stamp:
+            raise DataError(f"{self.path}: the file has changed since it was opened. Start again")
+
+
+@dataclass(eq=False)
+class TableRows:
+    """Rows of files with the same columns; cheap to pickle, each process opens the files for itself."""
+
+    files: tuple[TableFile, ...]
+    folder: Path  # where a row's relative picture path starts
+    columns: list[str]
+    _opened: dict[int, list[pa.RecordBatch] | pq.ParquetFile] = field(default_factory=dict, repr=False)
+    _kept: OrderedDict[tuple[int, int], pa.Table] = field(default_factory=OrderedDict, repr=False)
+
+    @classmethod
+    def open(cls, paths: Sequence[Path], *, folder: Path) -> TableRows:
+        """Raises   DataError  when the files' columns differ, or Arrow's own error for what is no such file."""
+        files = tuple(TableFile.of(path) for path in paths)
+        for file in files[1:]:
+            if set(file.columns) != set(files[0].columns):
+                odd = sorted(set(file.columns) ^ set(files[0].columns))
+                raise DataError(
+                    f"{file.path}: its columns differ from those of {files[0].path.name} ({', '.join(odd)}); the "
+                    "files of a split must have the same ones"
+                )
+        return cls(files, folder, list(files[0].columns))
+
+    def __post_init__(self) -> None:
+        sizes = [rows for file in self.files for rows in file.block_rows]
+        self._places = [
+            (n, block) for n, file in enumerate(self.files) for block in range(len(file.block_rows))
+        ]
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": {}, "_kept": OrderedDict()}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises   DataError  when the file is damaged there, or has changed"""
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        number, block = self._places[place]
+        begin = int(self._ends[place - 1]) if place else 0
+        file = self.files[number]
+        try:
+            row = self._block(number, block).slice(index - begin, 1).to_pylist()[0]
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{file.path}, block {block}: cannot be read ({_first_line(error)})") from error
+        return {name: _named(row[name], file.class_names.get(name)) for name in self.columns}
+
+    def folder_of(self, index: int) -> Path:
+        return self.folder
+
+    def select(self, columns: Sequence[str]) -> TableRows:
+        """The same rows with some of the columns; the others are not read."""
+        return replace(self, columns=list(columns), _opened={}, _kept=OrderedDict())
+
+    def _block(self, number: int, block: int) -> pa.Table | pa.RecordBatch:
+        opened = self._open(number)
+        if isinstance(opened, list):
+            return opened[block]
+        if (number, block) not in self._kept:
+            self._kept[number, block] = opened.read_row_group(block, self.columns, use_threads=False)
+            while len(self._kept) > 1 and sum(table.nbytes for table in self._kept.values()) > MAX_KEPT_BYTES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end((number, block))
+        return self._kept[number, block]
+
+    def _open(self, number: int) -> list[pa.RecordBatch] | pq.ParquetFile:
+        if number not in self._opened:
+            file = self.files[number]
+            file.require_unchanged()
+            self._opened[number] = self._batches(file)
+        return self._opened[number]
+
+    def _batches(self, file: TableFile) -> list[pa.RecordBatch] | pq.ParquetFile:
+        if not file.is_parquet:
+            return _open_arrow(file.path)[0]
+        largest = max(sum(sizes.get(name, 0) for name in self.columns) for sizes in file.block_bytes)
+        if largest <= MAX_GROUP_BYTES:
+            return pq.ParquetFile(file.path)
+        copied, _ = _open_arrow(_mapped_copy(file))
+        return _as_blocks(copied, file.block_rows)
+
+
+def _as_blocks(batches: list[pa.RecordBatch], sizes: Sequence[int]) -> list[pa.Table]:
+    """The batches of a copy, cut where the blocks of the file end; copies nothing."""
+    table = pa.Table.from_batches(batches)
+    begins = np.cumsum([0, *sizes])
+    return [table.slice(int(begin), size) for begin, size in zip(begins, sizes, strict=False)]
+
+
+def copies_folder() -> Path:
+    """Where memory-mapped copies lie: ``$TEACHONCE_COPIES``, else ``~/.cache/teachonce/copies``."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("TEACHONCE_COPIES") or os.path.join(home, "teachonce", "copies"))
+
+
+def _mapped_copy(file: TableFile) -> Path:
+    """An Arrow file with all columns of a Parquet file, written once; older copies of the path are removed."""
+    place = hashlib.sha256(os.fsencode(file.path.resolve())).hexdigest()[:24]
+    stamp = hashlib.sha256(repr(file.stamp).encode()).hexdigest()[:24]
+    folder = copies_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / f"{place}-{stamp}.arrow"
+    with open(folder / f"{place}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one machine: one copies, the others wait
+        if copy.exists():
+            return copy
+        part = copy.with_suffix(".part")
+        with (
+            pq.ParquetFile(file.path) as source,
+            pa.OSFile(str(part), "wb") as sink,
+            pa.ipc.new_file(sink, source.schema_arrow) as writer,
+        ):
+            for batch in source.iter_batches(batch_size=256, use_threads=False):
+                writer.write_batch(batch)
+        file.require_unchanged()
+        for older in folder.glob(f"{place}-*.arrow"):
+            older.unlink()
+        os.replace(part, copy)
+    return copy
+
+
+def _open_arrow(path: Path) -> tuple[list[pa.RecordBatch], pa.Schema]:
+    """The batches of an Arrow file or stream, memory-mapped, and their schema.
+
+    Raises   DataError  for a stream that was cut between two batches, which Arrow takes for a shorter one
+    """
+    mapped = pa.memory_map(str(path))
+    try:
+        reader = pa.ipc.open_file(mapped)
+    except pa.ArrowInvalid:
+        mapped.seek(max(mapped.size() - 8, 0))
+        if not mapped.read(8).endswith(END_OF_STREAM):
+            raise DataError(
+                f"{path}: the Arrow stream has no end mark; the file was cut, or is no Arrow file"
+            ) from None
+        mapped.seek(0)
+        stream = pa.ipc.open_stream(mapped)
+        return list(stream), stream.schema
+    return [reader.get_batch(number) for number in range(reader.num_record_batches)], reader.schema
+
+
+def _column_bytes(group: Any) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for number in range(group.num_columns):
+        column = group.column(number)
+        name = column.path_in_schema.split(".")[0]
+        sizes[name] = sizes.get(name, 0) + column.total_uncompressed_size
+    return sizes
+
+
+def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+    """Names of the classes in columns that the library ``datasets`` wrote as class numbers."""
+    try:
+        described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            name: tuple(kind["names"])
+            for name, kind in described.items()
+            if isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and kind.get("names")
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _named(value: Any, names: tuple[str, ...] | None) -> Any:
+    """A class number as its name; -1 is how ``datasets`` writes that there is none."""
+    if names is None or not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

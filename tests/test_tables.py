@@ -1,0 +1,214 @@
+"""Parquet and Arrow are read where they lie: nothing stale, nothing missing, nothing cut."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from samples import encoded_picture
+
+from shared.data.rows import open_split
+from shared.data.tables import TableRows, copies_folder
+from shared.errors import DataError
+from shared.recipes import DataConfig
+
+PICTURE = encoded_picture(0)
+
+
+def table(answers: list[str]) -> pa.Table:
+    columns = {
+        "image_id": [PICTURE] * len(answers),
+        "question": ["Which plane?"] * len(answers),
+        "answer": answers,
+    }
+    schema = pa.schema({"image_id": pa.binary(), "question": pa.string(), "answer": pa.string()})
+    return pa.table(columns, schema=schema)
+
+
+def answers_of(source: Path) -> list[str]:
+    return [example.answer for example in open_split(DataConfig(source=str(source)), "train")]
+
+
+def write_parquet(path: Path, answers: list[str], **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table(answers), path, **options)
+
+
+def write_stream(path: Path, answers: list[str], *, rows_per_batch: int) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table([]).schema) as writer:
+        for begin in range(0, len(answers), rows_per_batch):
+            writer.write_table(table(answers[begin : begin + rows_per_batch]))
+
+
+@pytest.fixture(autouse=True)
+def _copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHONCE_COPIES", str(tmp_path / "copies"))
+
+
+@pytest.fixture(params=[False, True], ids=["in place", "copied"])
+def copied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Row groups of any size, or all of them too large to be decoded for each row."""
+    if request.param:
+        monkeypatch.setattr("shared.data.tables.MAX_GROUP_BYTES", 1)
+    return request.param
+
+
+def test_a_file_replaced_with_its_times_kept_is_read_anew(tmp_path: Path, copied: bool) -> None:
+    file = tmp_path / "data" / "train.parquet"
+    write_parquet(file, ["axial", "axial"])
+    assert answers_of(file.parent) == ["axial", "axial"]
+    times = file.stat()
+    write_parquet(tmp_path / "new.parquet", ["plain", "plain"])
+    os.utime(tmp_path / "new.parquet", ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.replace(tmp_path / "new.parquet", file)
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    assert answers_of(file.parent) == ["plain", "plain"]
+    if copied:
+        assert len(list(copies_folder().glob("*.arrow"))) == 1  # the old copy is gone
+
+
+def test_a_file_written_over_in_place_with_its_times_kept_is_read_anew(tmp_path: Path, copied: bool) -> None:
+    file = tmp_path / "data" / "train.parquet"
+    write_parquet(file, ["axial"], use_dictionary=False, compression="NONE")
+    assert answers_of(file.parent) == ["axial"]
+    times, content = file.stat(), file.read_bytes()
+    file.write_bytes(content.replace(b"axial", b"plain"))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert answers_of(file.parent) == ["plain"]
+
+
+def test_rows_come_in_order_from_files_of_many_row_groups(tmp_path: Path, copied: bool) -> None:
+    expected = [f"answer {number}" for number in range(23)]
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", expected[:14], row_group_size=4)
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", expected[14:], row_group_size=5)
+    split = open_split(DataConfig(source=str(tmp_path)), "train")
+    assert [example.answer for example in split] == expected
+    assert [split[index].answer for index in (22, 0, 13, 14)] == [expected[i] for i in (22, 0, 13, 14)]
+    assert [one.answer for one in pickle.loads(pickle.dumps(split))] == expected
+    assert bool(list(copies_folder().glob("*.arrow"))) == copied
+
+
+def test_only_the_columns_in_use_decide_whether_a_file_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.data.tables.MAX_GROUP_BYTES", 10 * len(PICTURE))
+    wide = table(["axial"] * 3).append_column("scan", pa.array([os.urandom(10 * len(PICTURE))] * 3))
+    pq.write_table(wide, tmp_path / "train.parquet", use_dictionary=False)
+    assert answers_of(tmp_path) == ["axial"] * 3
+    assert not copies_folder().exists()
+
+
+def test_blocks_that_were_read_are_kept_up_to_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.data.tables.MAX_KEPT_BYTES", 2 * table(["axial"] * 4).nbytes)
+    write_parquet(tmp_path / "train.parquet", ["axial"] * 32, row_group_size=4)
+    rows = TableRows.open([tmp_path / "train.parquet"], folder=tmp_path)
+    assert [rows[index]["answer"] for index in range(32)] == ["axial"] * 32
+    assert 1 <= len(rows._kept) <= 2
+
+
+@pytest.mark.parametrize("name", ["train-{:05d}-of-00003.parquet", "train-{:05d}-of-00003.jsonl"])
+def test_a_part_that_is_not_there_is_an_error(name: str, tmp_path: Path) -> None:
+    for number in (0, 2):
+        file = tmp_path / name.format(number)
+        if file.suffix == ".parquet":
+            write_parquet(file, ["axial"])
+        else:
+            file.write_text('{"image_id": "p.png", "question": "Which plane?", "answer": "axial"}\n')
+    with pytest.raises(DataError, match=r"train: 2 of 3 parts are there; number 1 is missing"):
+        open_split(DataConfig(source=str(tmp_path)), "train")
+
+
+def test_parts_may_be_numbered_from_one(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_parquet(tmp_path / f"train-{number}-of-2.parquet", [f"answer {number}"])
+    assert answers_of(tmp_path) == ["answer 1", "answer 2"]
+
+
+def test_parts_of_two_sets_do_not_mix(tmp_path: Path) -> None:
+    for name in ("train-0-of-1", "train-0-of-2", "train-1-of-2"):
+        write_parquet(tmp_path / f"{name}.parquet", ["axial"])
+    with pytest.raises(DataError, match="parts of two sets, of 1 and 2 files, lie together"):
+        open_split(DataConfig(source=str(tmp_path)), "train")
+
+
+def test_files_with_other_columns_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0-of-2.parquet", ["axial"])
+    pq.write_table(table(["axial"]).drop_columns(["answer"]), tmp_path / "train-1-of-2.parquet")
+    with pytest.raises(DataError, match=r"train-1-of-2.parquet: its columns differ .* \(answer\)"):
+        open_split(DataConfig(source=str(tmp_path)), "train")
+
+
+def test_a_file_that_changes_while_it_is_in_use_is_an_error(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", ["axial"])
+    split = pickle.loads(pickle.dumps(open_split(DataConfig(source=str(tmp_path)), "train")))
+    write_parquet(tmp_path / "train.parquet", ["sagittal", "coronal"])
+    with pytest.raises(DataError, match="has changed since it was opened"):
+        split[0]
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_arrow_of_both_forms_is_read(kind: str, tmp_path: Path) -> None:
+    expected = [f"answer {number}" for number in range(10)]
+    if kind == "stream":
+        write_stream(tmp_path / "train.arrow", expected, rows_per_batch=3)
+    else:
+        whole = table(expected)
+        with (
+            pa.OSFile(str(tmp_path / "train.arrow"), "wb") as sink,
+            pa.ipc.new_file(sink, whole.schema) as writer,
+        ):
+            writer.write_table(whole, max_chunksize=3)
+    assert answers_of(tmp_path) == expected
+
+
+def test_an_arrow_stream_cut_between_two_batches_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "train.arrow"
+    write_stream(file, ["axial"] * 3, rows_per_batch=3)
+    shorter = file.stat().st_size - 8  # the end mark
+    write_stream(file, ["axial"] * 6, rows_per_batch=3)
+    os.truncate(file, shorter)
+    with pa.memory_map(str(file)) as mapped:
+        assert len(pa.ipc.open_stream(mapped).read_all()) == 3  # Arrow sees nothing wrong
+    with pytest.raises(DataError, match="no end mark"):
+        open_split(DataConfig(source=str(tmp_path)), "train")
+
+
+def test_damage_in_a_row_group_is_an_error_with_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    write_parquet(file, ["axial"] * 4)
+    content = bytearray(file.read_bytes())
+    content[4:400] = bytes(396)
+    file.write_bytes(content)
+    split = open_split(DataConfig(source=str(tmp_path)), "train")
+    with pytest.raises(DataError, match=r"train.parquet, block 0: cannot be read"):
+        split[0]
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["parquet", "saved to disk"])
+def test_a_class_is_its_name(saved: bool, tmp_path: Path) -> None:
+    features = datasets.Features(
+        {
+            "image_id": datasets.Value("binary"),
+            "question": datasets.Value("string"),
+            "answer": datasets.ClassLabel(names=["axial", "coronal"]),
+        }
+    )
+    columns = {"image_id": [PICTURE] * 3, "question": ["Which plane?"] * 3, "answer": [1, 0, -1]}
+    data = datasets.Dataset.from_dict(columns, features=features)
+    if saved:
+        data.save_to_disk(str(tmp_path / "data"))
+    else:
+        (tmp_path / "data").mkdir()
+        data.to_parquet(str(tmp_path / "data" / "train.parquet"))
+    split = open_split(DataConfig(source=str(tmp_path / "data")), "train")
+    assert [split[0].answer, split[1].answer] == ["coronal", "axial"]
+    with pytest.raises(DataError, match="the answer is missing"):
+        split[2]
