@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from shared.data.images import MAX_ASPECT_RATIO, decode_rgb, to_rgb
+from shared.data.images import MAX_ASPECT_RATIO, decode_rgb, doubt, to_rgb
 from shared.errors import DataError
 
 ALL_MODES = [
@@ -79,6 +81,128 @@ def test_deep_grey_keeps_order_and_reaches_both_ends(values: list[int]) -> None:
     assert rgb.min() == 0
     assert rgb.max() == 255
     assert (np.diff(rgb[np.argsort(values, kind="stable")].astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("value", [0, 65535])
+def test_a_hot_pixel_does_not_darken_the_rest(value: int) -> None:
+    values = np.tile(np.arange(1000, 1064, dtype=np.uint16), (64, 1))
+    values[5, 7] = value
+    grey = pixels(decode_rgb(encoded(Image.fromarray(values))))[..., 0]
+    expected = np.rint(np.arange(64) * 255 / 63)
+    assert (grey[0] == expected).all()
+    assert grey[5, 7] == (255 if value else 0)
+
+
+def test_a_bright_spot_of_many_pixels_counts_for_the_range() -> None:
+    values = np.tile(np.arange(1000, 1064, dtype=np.uint16), (64, 1))
+    values[:4, :4] = 4000
+    grey = pixels(decode_rgb(encoded(Image.fromarray(values))))[..., 0]
+    assert grey[0, 0] == 255
+    assert grey[-1].max() == round(63 * 255 / 3000)
+
+
+def deep_png(values: np.ndarray, colour_type: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """16 bits a channel, which Pillow cannot write."""
+    height, width, _ = values.shape
+    stream = io.BytesIO(b"\x89PNG\r\n\x1a\n")
+    stream.seek(8)
+    header = PngImagePlugin.o32(width) + PngImagePlugin.o32(height) + bytes([16, colour_type, 0, 0, 0])
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    for kind, content in ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        PngImagePlugin.putchunk(stream, kind, content)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("colour_type", "num_channels"), [(2, 3), (4, 2), (6, 4)])
+def test_deep_colour_with_twelve_bit_values_keeps_its_contrast(colour_type: int, num_channels: int) -> None:
+    """Pillow alone gives 0 to 15 of 255."""
+    values = np.random.default_rng(0).integers(0, 4096, (9, 7, num_channels))
+    if num_channels in (2, 4):
+        values[..., -1] = 65535  # alpha
+    colours = values[..., : 1 if num_channels == 2 else 3]
+    low, high = colours.min(), colours.max()
+    expected = np.rint((colours - low) * (255 / (high - low)))
+    found = pixels(decode_rgb(deep_png(values, colour_type)))
+    assert (found == np.broadcast_to(expected, found.shape)).all()
+
+
+def test_deep_colour_of_a_tiff_keeps_its_contrast() -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (9, 7, 3)).astype("<u2")
+    tags = [
+        (256, 7),
+        (257, 9),
+        (258, 0),
+        (259, 1),
+        (262, 2),
+        (273, 0),
+        (277, 3),
+        (278, 9),
+        (279, values.nbytes),
+    ]
+    begin = 8 + 2 + 12 * len(tags) + 4
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    for tag, value in tags:
+        kind, count = (3, 3) if tag == 258 else (4, 1)
+        value = {258: begin, 273: begin + 6}.get(tag, value)
+        data += struct.pack("<HHII", tag, kind, count, value)
+    data += struct.pack("<I3H", 0, 16, 16, 16) + values.tobytes()
+    expected = np.rint((values - float(values.min())) * (255 / (int(values.max()) - int(values.min()))))
+    assert (pixels(decode_rgb(data)) == expected).all()
+
+
+def test_deep_colour_keeps_orientation_and_see_through_colour() -> None:
+    values = np.array([[[0, 0, 0], [100, 100, 100]], [[700, 700, 700], [1000, 1000, 1000]]])
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    chunks = (b"tRNS", struct.pack(">3H", 700, 700, 700)), (b"eXIf", exif.tobytes()[6:])
+    on_white = pixels(decode_rgb(deep_png(values, 2, *chunks), background="white"))[..., 0]
+    assert on_white.tolist() == [[255, 255], [26, 0]]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_picture_that_is_wholly_transparent_shows_its_colours(mode: str) -> None:
+    image = Image.new("RGBA", (3, 2), (120, 120, 120, 0)).convert(mode)
+    assert (pixels(decode_rgb(encoded(image))) == 120).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("RGB", (4, 4), (90, 90, 90)), "one colour only"),
+        (Image.fromarray(np.tile(np.arange(20, dtype=np.uint8), (20, 1))).convert("RGB"), "nearly black"),
+        (Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (20, 1))).convert("RGB"), None),
+    ],
+)
+def test_pictures_that_show_next_to_nothing_are_doubted(image: Image.Image, expected: str | None) -> None:
+    found = doubt(image)
+    assert found == expected or (expected is not None and str(found).startswith(expected))
+
+
+def test_a_png_whose_checksum_fails_is_refused() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8))
+    data = bytearray(encoded(noise, compress_level=0))  # stored: the decoder itself notices nothing
+    data[len(data) // 2] ^= 1
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode_rgb(bytes(data))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_with_foreign_bytes_in_its_scan_is_refused(progressive: bool) -> None:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (96, 96, 3), dtype=np.uint8))
+    whole = encoded(noise, "JPEG", quality=90, progressive=progressive)
+    assert decode_rgb(whole).size == (96, 96)
+    middle = len(whole) // 2
+    damaged = whole[:middle] + rng.bytes(2000) + whole[middle + 2000 :]
+    with pytest.raises(DataError, match="damaged: marker"):
+        decode_rgb(damaged)
+
+
+def test_a_parser_that_runs_other_programs_is_never_reached() -> None:
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(data)).format == "EPS"
+    with pytest.raises(DataError, match="needed a whole picture file of PNG, JPEG"):
+        decode_rgb(data)
 
 
 @pytest.mark.parametrize("value", [0, 7, 65535])

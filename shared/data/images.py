@@ -6,31 +6,63 @@ The rule, in order; ``CONVERSION_VERSION`` names it in fingerprints and changes 
 
 1. The first frame of an animation, the first page of a document.
 2. The orientation that EXIF states is applied; EXIF that cannot be read is passed over.
-3. More than 8 bits a pixel (``I``, ``I;16``, ``F``): linear from the picture's own smallest to its own
-   largest value, onto 0 to 255.  Medical pictures use a small part of their range, so dividing by 256 would
-   leave them all but black.  A picture of one value only has no contrast and becomes black.  In floating
-   point, NaN counts as the smallest finite value, infinities as the ends.  (Of 16-bit colour, Pillow reads
-   the upper 8 bits.)
+3. More than 8 bits a channel: linear from the picture's own smallest to its own largest value, onto 0 to 255.
+   Medical pictures use a small part of their range, so dividing by 256 would leave them all but black.  At most a
+   thousandth of the pixels, further from the others than these are from each other, are dead or hot pixels: they
+   become 0 or 255 and do not count for the range.  The channels of a colour picture share one range.  A picture of
+   one value only has no contrast and becomes black.  In floating point, NaN counts as the smallest finite value,
+   infinities as the ends.
 4. Transparency, in whatever form, is laid on a background: black unless the recipe says white.  Black is
-   the surround of CT, MR, ultrasound and X-ray pictures, so a cut-out body looks as if it never was one.
+   the surround of CT, MR, ultrasound and X-ray pictures, so a cut-out body looks as if it never was one.  Where
+   every pixel is wholly transparent, transparency says nothing about the picture and is passed over.
 5. The remaining modes (grey, palette, CMYK, YCbCr, LAB, HSV) as Pillow converts them, ICC profiles ignored.
+
+Files are decoded strictly: checksums are compared where the format has them, and a JPEG with a marker where none
+can be is damaged.  Formats are a list of ours, so that a data set cannot choose a parser that runs other programs.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
+from shared.data.deep_pixels import low_bytes, scaled_colour, stretched
 from shared.errors import DataError
 
 Background = Literal["black", "white"]
 
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 MAX_ASPECT_RATIO = 200  # Qwen's image processors refuse longer strips; here they are refused for every model
+
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "JPEG2000",
+    "GIF",
+    "WEBP",
+    "AVIF",
+    "TIFF",
+    "BMP",
+    "DIB",
+    "PPM",
+    "TGA",
+    "ICO",
+    "PCX",
+    "SGI",
+)
+NEARLY_BLACK = 32  # of 255; a picture whose brightest pixels are below shows next to nothing
+
+# After FF in a JPEG's compressed data: an escaped FF, a restart, or a segment that may follow a scan.
+_JPEG_SCAN = re.compile(rb"\xff+([^\xff])")
+_JPEG_FOLLOWS = frozenset(
+    [0x00, *range(0xD0, 0xD8), 0xC4, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)]
+)
 
 _BACKGROUNDS: dict[str, tuple[int, int, int, int]] = {"black": (0, 0, 0, 255), "white": (255, 255, 255, 255)}
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
@@ -39,16 +71,21 @@ _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 def decode_rgb(data: bytes, *, background: Background = "black", where: str = "picture") -> Image.Image:
     """The encoded picture ``data`` as an 8-bit RGB image.
 
-    Raises   DataError  naming ``where``, when the bytes are no picture, end too early, unfold to more than
-             ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, or show a strip of more than ``MAX_ASPECT_RATIO`` to 1.
+    Raises   DataError  naming ``where``, when the bytes are no picture of ``FORMATS``, end too early, are damaged,
+             unfold to more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, or show a strip of more than
+             ``MAX_ASPECT_RATIO`` to 1.
     """
     if not data:
         raise DataError(f"{where}: the picture has no bytes; an encoded picture file is needed")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as image:
             _check_size(image.size, where)
+            _require_sound(data, image)
+        with _opened(data) as image:
+            low = low_bytes(image, lambda: _opened(data))
             image.load()
-            return to_rgb(_upright(image), background=background)
+            upright = _upright(image if low is None else scaled_colour(image, low))
+            return to_rgb(upright, background=background)
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -56,8 +93,23 @@ def decode_rgb(data: bytes, *, background: Background = "black", where: str = "p
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
         raise DataError(
             f"{where}: the picture cannot be decoded ({type(error).__name__}: {error}); "
-            f"found {len(data)} bytes beginning {data[:8]!r}, needed a whole picture file"
+            f"found {len(data)} bytes beginning {data[:8]!r}, needed a whole picture file of {', '.join(FORMATS)}"
         ) from error
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height by the file's header alone, before EXIF turns it; raises what Pillow raises."""
+    with _opened(data) as image:
+        return image.size
+
+
+def doubt(image: Image.Image) -> str | None:
+    """What makes one doubt that a decoded picture shows anything, or None; such a picture is used all the same."""
+    values = np.asarray(image)
+    if values.min() == values.max():
+        return f"one colour only ({int(values.min())} of 255)"
+    brightest = int(np.percentile(values.max(axis=-1), 99.9))
+    return f"nearly black (brightest pixels {brightest} of 255)" if brightest < NEARLY_BLACK else None
 
 
 def to_rgb(image: Image.Image, *, background: Background = "black") -> Image.Image:
@@ -68,9 +120,31 @@ def to_rgb(image: Image.Image, *, background: Background = "black") -> Image.Ima
         image = image.convert(_PREMULTIPLIED[image.mode])
     if not image.has_transparency_data:
         return image.convert("RGB")
+    layer = image.convert("RGBA")
+    if layer.getchannel("A").getextrema() == (0, 0):
+        return layer.convert("RGB")
     canvas = Image.new("RGBA", image.size, _BACKGROUNDS[background])
-    canvas.alpha_composite(image.convert("RGBA"))
+    canvas.alpha_composite(layer)
     return canvas.convert("RGB")
+
+
+def _opened(data: bytes) -> ImageFile.ImageFile:
+    Image.init()
+    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _require_sound(data: bytes, image: Image.Image) -> None:
+    """What Pillow's decoders pass over: PNG checksums, and foreign bytes in the scans of a JPEG."""
+    if image.format in ("JPEG", "MPO"):
+        begin = data.find(b"\xff\xda")
+        end = data.find(b"\xff\xd9", begin)
+        odd = next(
+            (m for m in _JPEG_SCAN.finditer(data, begin, end + 2) if m[1][0] not in _JPEG_FOLLOWS), None
+        )
+        if odd is not None:
+            raise OSError(f"damaged: marker {odd[1].hex()} at byte {odd.start()} of the compressed data")
+    else:
+        image.verify()
 
 
 def _check_size(size: tuple[int, int], where: str) -> None:
@@ -96,12 +170,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _grey_to_rgb(image: Image.Image, background: Background) -> Image.Image:
     """One channel of more than 8 bits, stretched over its own range."""
     values = np.asarray(image).astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    level = np.clip(np.nan_to_num(values, nan=low, posinf=high, neginf=low), low, high)
-    spread = high - low
-    grey = np.rint((level - low) * (255.0 / spread)) if spread > 0 else np.zeros_like(level)
+    grey = stretched(values)
     transparent = image.info.get("transparency")  # PNG: one grey value that is see-through
     if isinstance(transparent, int):
         grey[values == transparent] = _BACKGROUNDS[background][0]
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    return Image.fromarray(grey).convert("RGB")

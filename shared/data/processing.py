@@ -16,7 +16,6 @@ Legend: B examples, S padded length, N labels of the batch, D hidden size.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
@@ -31,7 +30,7 @@ from shared.data.fingerprints import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from shared.data.images import CONVERSION_VERSION, Background, decode_rgb
+from shared.data.images import CONVERSION_VERSION, Background, decode_rgb, size_of
 from shared.data.processors import chat_template, load_processor
 from shared.data.prompts import PROMPT_VERSION, ChatPrompt
 from shared.data.rows import Example
@@ -151,8 +150,7 @@ class ExampleProcessor:
         text = (len(example.question) + len(example.answer)) // CHARACTERS_PER_TOKEN
         count = getattr(self._processor, "_get_num_multimodal_tokens", None)
         try:
-            with Image.open(io.BytesIO(example.image)) as picture:  # reads the header alone
-                width, height = picture.size
+            width, height = size_of(example.image)
             tokens = 0 if count is None else sum(count(image_sizes=[(height, width)])["num_image_tokens"])
         except Exception:  # of many types; whoever decodes the picture says what is wrong with it
             tokens = 0
