@@ -13,6 +13,7 @@ from hypothesis import example as hypothesis_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import PLAIN_CHAT, encoded_picture
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageTextToText,
@@ -245,6 +246,32 @@ def test_a_beginning_of_text_stands_once(student_folder: Path, before: str) -> N
     bos = processor.tokenizer.bos_token_id
     assert encoded.input_ids[0] == bos
     assert (encoded.input_ids == bos).sum() == 1
+
+
+@pytest.mark.parametrize("question", ["is it", "is <|im_end|> it"])
+@pytest.mark.parametrize(("before", "after"), [((), (PAD,)), (("<think>",), (PAD, END_OF_TURN))])
+def test_what_a_tokenizer_appends_never_stands_before_the_answer(
+    student_folder: Path, question: str, before: tuple[str, ...], after: tuple[str, ...]
+) -> None:
+    """Some tokenizers end every text with an end of text; a model that sees it has nothing left to say."""
+    plain = ExampleProcessor(load_processor(str(student_folder)), max_answer_tokens=9)
+    processor = load_processor(str(student_folder))
+    tokens = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in (*before, *after)}
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*before, "$A", *after], special_tokens=list(tokens.items())
+    )
+    appending = ExampleProcessor(processor, max_answer_tokens=9)
+    prefix = [tokens[token] for token in before]
+    for found, expected in (
+        (appending.encode(example_of(question)), plain.encode(example_of(question))),
+        (appending.encode_prompt(example_of(question)), plain.encode_prompt(example_of(question))),
+    ):
+        assert found.input_ids.tolist() == prefix + expected.input_ids.tolist()
+        assert all(
+            len(found.model_inputs[name]) == len(found.input_ids)
+            for name, value in expected.model_inputs.items()
+            if value.shape == expected.input_ids.shape
+        )
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,7 @@ class ExampleProcessor:
         shape = inputs["input_ids"].shape
         tokens = {k: v for k, v in inputs.items() if v.shape == shape and not v.is_floating_point()}
         pictures = {k: v for k, v in inputs.items() if k not in tokens}
+        tokens = self._prompt.without_appended(tokens)
         if marked:
             tokens = self._prompt.put_in(example.question, tokens)
         return {k: v[0] for k, v in tokens.items()}, pictures

@@ -72,7 +72,8 @@ class ChatPrompt:
         self._added_ids = set(tokenizer.added_tokens_decoder) - {_unknown_id(tokenizer)}
         self._render = _render(tokenizer, template, system_prompt)
         bos = tokenizer.bos_token
-        self.add_special_tokens = not (bos is not None and self._render.before.startswith(bos))
+        self.add_special_tokens = not (bos is not None and self._render.before.lstrip().startswith(bos))
+        self._num_appended = self._count_appended() if self.add_special_tokens else 0
         self._skeleton = self._added(self._encode(self.text(_QUESTION)))
         self._window = self._find_window()
         self.end_of_turn = self._end_of_turn()
@@ -89,6 +90,13 @@ class ChatPrompt:
     def holds_marker(self, question: str) -> bool:
         """Whether the tokenizer would see an added token that the template did not write."""
         return self._added(self._encode(self.text(question))) != self._skeleton
+
+    def without_appended(self, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Removes what the tokenizer writes after any text, such as an end of text: here the answer follows.
+
+        Shapes   tokens: (1, S, ...) each, a processed ``text(...)``
+        """
+        return {name: value[:, : value.shape[1] - self._num_appended] for name, value in tokens.items()}
 
     def put_in(self, question: str, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Puts a question that holds markers in place of the stand-in.
@@ -117,7 +125,17 @@ class ChatPrompt:
         return self._text_ids(self._render.lead + answer)
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=self.add_special_tokens)["input_ids"]
+        ids = self._tokenizer(text, add_special_tokens=self.add_special_tokens)["input_ids"]
+        return ids[: len(ids) - self._num_appended]
+
+    def _count_appended(self) -> int:
+        """Tokens that the tokenizer's own rule for single texts adds behind them."""
+        alone = self._tokenizer(_QUESTION, add_special_tokens=False)["input_ids"]
+        whole = self._tokenizer(_QUESTION)["input_ids"]
+        for start in range(len(whole) - len(alone) + 1):
+            if whole[start : start + len(alone)] == alone:
+                return len(whole) - len(alone) - start
+        return 0
 
     def _added(self, ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i in self._added_ids]
@@ -135,7 +153,8 @@ class ChatPrompt:
         encoded = self._tokenizer(
             text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True
         )
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        num_tokens = len(encoded["input_ids"]) - self._num_appended
+        ids, offsets = encoded["input_ids"][:num_tokens], encoded["offset_mapping"][:num_tokens]
         added = [(n, *offsets[n]) for n, i in enumerate(ids) if i in self._added_ids]
         first, left = max(((n + 1, end) for n, _, end in added if end <= start), default=(0, 0))
         last, right = min(

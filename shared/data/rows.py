@@ -4,13 +4,15 @@
     example = train[0]      # Example(image=b"\\xff\\xd8...", question="Which plane?", answer="Axial", ...)
 
 Pictures stay encoded here (``shared.data.images`` decodes them), since their bytes are part of an example's
-identity.  Texts are trimmed at the ends and otherwise left as they are.  A row that cannot be used raises
+identity.  Texts are trimmed at the ends and otherwise left as they are; one without a visible
+character is none.  A row that cannot be used raises
 ``DataError`` with its split and number; whoever reads decides whether it may be left out, and counts it.
 """
 
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 from shared.data.sources import Rows, choose, open_rows
 from shared.errors import DataError
 from shared.recipes import DataConfig, Split
+
+BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers, an empty Braille cell
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,19 @@ def _text(value: Any, what: str, *, where: str) -> str:
     text = value.strip()
     if not text:
         raise DataError(f"{where}: the {what} is empty")
+    if not any(_is_visible(character) for character in text):
+        shown = ascii(text[:20])
+        raise DataError(f"{where}: the {what} has no visible character, only {shown}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: the {what} is not valid Unicode ({error})") from error
     return text
+
+
+def _is_visible(character: str) -> bool:
+    """Not a space, a control or a format character, nor a letter that is blank by definition."""
+    return character not in BLANK_LETTERS and unicodedata.category(character)[0] not in "ZC"
 
 
 def _label(value: Any) -> str:
