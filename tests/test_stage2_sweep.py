@@ -338,8 +338,8 @@ def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tm
     assert (tmp_path / "plots" / "kl.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_kl_is_the_divergence_itself_whatever_the_temperature(tree: dict[str, Any]) -> None:
-    """kd_loss carries the factor temperature ** 2, by which a sweep over temperatures would be ranked."""
+def test_kl_is_at_temperature_one_whatever_that_of_the_loss(tree: dict[str, Any]) -> None:
+    """kd_loss carries the factor temperature ** 2, and KL at another temperature is another measure."""
     recipe = make_recipe(tree, loss__kd_ratio=1.0, loss__temperature=2.0)
     assert run_alone(recipe) == 0
     run = read_run(recipe.run.path)
@@ -348,9 +348,19 @@ def test_kl_is_the_divergence_itself_whatever_the_temperature(tree: dict[str, An
     assert run.losses["kl"] == pytest.approx(evaluated["kl"], rel=1e-4)
     assert run.to_json()["losses"]["kl"] == run.losses["kl"]
     assert points(run, "validation", "kl")[-1] == (4, run.losses["kl"])
-    for event in ("step", "validation"):
-        carried = {step: value / 4 for step, value in points(run, event, "kd_loss")}
-        assert dict(points(run, event, "kl")) == pytest.approx(carried)
+    assert points(run, "step", "kl") == []  # a step has its own temperature's alone
+
+
+def test_kl_of_old_logs_is_what_their_loss_had_at_temperature_one(tree: dict[str, Any]) -> None:
+    for temperature, known in ((1.0, True), (2.0, False)):
+        recipe = make_recipe(tree, run__name=f"T{temperature}", loss__temperature=temperature)
+        path = written_run(recipe)
+        validation = {"event": "validation", "step": 2, "loss": 1.5, "ce_loss": 1.0, "kd_loss": 2.0}
+        with open(path / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(validation) + "\n")
+        run = read_run(path)
+        assert points(run, "validation", "kl") == ([(2, 2.0)] if known else [])
+        assert run.losses["kl"] == (2.0 if known else None)
 
 
 def test_a_part_of_an_epoch_is_no_whole_one(tree: dict[str, Any]) -> None:

@@ -43,8 +43,8 @@ class RunRecord:
     """One run as it lies on disk.
 
     settings         the resolved recipe, flat: ``loss.kd_ratio`` and so on
-    losses           of the last validation, nats a position; None for what was not computed.  ``kl`` is the
-                     divergence itself, where the log's ``kd_loss`` carries the factor temperature ** 2
+    losses           of the last validation, nats a position; None for what was not computed.  ``kl`` is at
+                     temperature 1 for every run, where ``kd_loss`` is as the run's own loss has it
     scores           of the student's answers, as ``evaluate`` writes them; empty where none were asked
     positions_per_s  over all steps, waits for data included
     step_s           median
@@ -52,7 +52,7 @@ class RunRecord:
     num_epochs       done; None where the log does not tell
     reading_s        time that steps waited for data, of all ranks: all that the cache can have cost them
     cache            where it lies; None for plain fine-tuning
-    records          the lines of metrics.jsonl, with ``kl`` beside ``kd_loss``
+    records          the lines of metrics.jsonl, with ``kl`` where a ``kd_loss`` of temperature 1 gives it
     """
 
     name: str
@@ -144,11 +144,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _with_kl(metrics: Metrics, *, temperature: float) -> Metrics:
-    found = (
-        record if record.get("kd_loss") is None else record | {"kl": record["kd_loss"] / temperature**2}
-        for record in metrics.records
-    )
-    return Metrics(tuple(found))
+    """Steps, and validations of old runs, have no KL of their own: at temperature 1 ``kd_loss`` is it."""
+    if temperature != 1.0:
+        return metrics
+    return Metrics(tuple({"kl": record.get("kd_loss")} | record for record in metrics.records))
 
 
 def labels(runs: Sequence[RunRecord]) -> list[str]:
@@ -258,7 +257,7 @@ def plot(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
 
 
 def points(run: RunRecord, event: str, field: str) -> list[tuple[int, float]]:
-    """(step, value) of each record of that kind which has one; ``kl`` is a field of those with a ``kd_loss``."""
+    """(step, value) of each record of that kind which has one."""
     return [(r["step"], r[field]) for r in run.records if r["event"] == event and r.get(field) is not None]
 
 

@@ -9,18 +9,16 @@ import click
 
 from shared.data.processing import open_processor
 from shared.errors import CacheFormatError, CacheMismatchError
-from shared.recipes import FreezeConfig, LossConfig, ParallelConfig, Recipe, Split
+from shared.recipes import FreezeConfig, ParallelConfig, Recipe, Split
 from shared.runtime import World
 from stage2_student.evaluation.answers import ModelSource
 from stage2_student.training.feed import MicrobatchSource
-from stage2_student.training.inputs import open_cache
+from stage2_student.training.inputs import no_kl, open_targets
 from stage2_student.training.order import pass_slots
 from stage2_student.training.step import Losses
-from stage2_student.training.student import build_student
+from stage2_student.training.student import KL_TEMPERATURE, build_student
 from stage2_student.training.survey import survey_once
 from stage2_student.training.validate import validate
-
-TUNING, DISTILLING = 0.0, 0.5  # kd_ratio: neither CE nor KL depends on it, as long as both are computed
 
 
 def losses_of(
@@ -31,33 +29,32 @@ def losses_of(
     split: Split,
     num_examples: int | None = None,
 ) -> tuple[float, float | None]:
-    """CE, and KL to the teacher from the cache at the recipe's temperature; called by all ranks.
+    """CE, and KL to the teacher at temperature 1 from the cache; called by all ranks.
 
     KL is None where there is no cache of this data, and what keeps the model from it is said.
     """
     if recipe.cache is not None:
         try:
-            losses = _validated(recipe, source, world, DISTILLING, split=split, num_examples=num_examples)
+            losses = _validated(recipe, source, world, split=split, num_examples=num_examples, with_kl=True)
         except (CacheFormatError, CacheMismatchError, FileNotFoundError) as error:
             if world.is_main:
-                click.echo(f"note: no KL, the cache cannot be used: {error}", err=True)
+                click.echo(f"note: {no_kl(error)}", err=True)
         else:
-            return losses.ce, losses.kd / _temperature(recipe) ** 2
-    return _validated(recipe, source, world, TUNING, split=split, num_examples=num_examples).ce, None
+            return losses.ce, losses.kl
+    return _validated(recipe, source, world, split=split, num_examples=num_examples, with_kl=False).ce, None
 
 
 def _validated(
     recipe: Recipe,
     source: ModelSource,
     world: World,
-    kd_ratio: float,
     *,
     split: Split,
     num_examples: int | None,
+    with_kl: bool,
 ) -> Losses:
     processor = open_processor(source.model, recipe.data, revision=source.revision)
-    plain = _plain(recipe, source, kd_ratio)
-    cache, _ = open_cache(plain, processor)
+    cache = open_targets(recipe, processor, temperature=KL_TEMPERATURE)[0] if with_kl else None
     found = survey_once(recipe.data, split, processor, cache, world).spread(num_examples)
     slots = pass_slots(
         found.lengths,
@@ -66,14 +63,14 @@ def _validated(
         num_ranks=world.size,
     )
     microbatches = MicrobatchSource(found.split, found.rows, processor, cache)
-    student = build_student(plain, world, num_token_ids=processor.num_token_ids)
+    student = build_student(_plain(recipe, source), world, num_token_ids=processor.num_token_ids)
     losses = validate(student, microbatches, slots, world, num_workers=recipe.run.num_workers)
     del student
     world.release_memory()
     return losses
 
 
-def _plain(recipe: Recipe, source: ModelSource, kd_ratio: float) -> Recipe:
+def _plain(recipe: Recipe, source: ModelSource) -> Recipe:
     """The recipe with that model in the student's place, and nothing that only training needs."""
     student = recipe.student.model_copy(
         update={
@@ -88,10 +85,7 @@ def _plain(recipe: Recipe, source: ModelSource, kd_ratio: float) -> Recipe:
             "compile": False,
         }
     )
-    loss = recipe.loss.model_copy(update={"kd_ratio": kd_ratio, "temperature": _temperature(recipe)})
+    loss = recipe.loss.model_copy(
+        update={"kd_ratio": 0.0}
+    )  # neither CE nor KL at temperature 1 depends on it
     return recipe.model_copy(update={"student": student, "loss": loss, "parallel": ParallelConfig()})
-
-
-def _temperature(recipe: Recipe) -> float:
-    """Of a run by labels alone nothing is known but that its recipe's temperature took no part."""
-    return recipe.loss.temperature if recipe.loss.kd_ratio > 0 else LossConfig().temperature

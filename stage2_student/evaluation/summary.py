@@ -15,6 +15,8 @@ from stage2_student.runs.files import write_json
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.inputs import Inputs
 
+LOSSES = ("loss", "ce_loss", "kd_loss", "kl")  # of a validation; ``kl`` is not in the logs of old runs
+
 
 def summarize(
     recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World, *, step: int
@@ -52,8 +54,8 @@ def print_summary(results: dict[str, Any]) -> None:
     """A table for people."""
     click.echo(f"\nrun {results['run']}: {results['step']} steps")
     before, after = results["before"], results["after"]
-    for name, label in [("loss", "loss"), ("ce_loss", "CE"), ("kd_loss", "KD")]:
-        if before and after and after[name] is not None:
+    for name, label in [("loss", "loss"), ("ce_loss", "CE"), ("kl", "KL")]:
+        if before and after and before.get(name) is not None and after.get(name) is not None:
             click.echo(f"  validation {label:<5} {before[name]:8.4f} -> {after[name]:8.4f} nats a position")
     accuracy = (results["answers"] or {}).get("accuracy")
     if accuracy:
@@ -95,7 +97,7 @@ def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) ->
 
 def _losses(validations: list[dict[str, Any]], *, at: int) -> dict[str, float | None] | None:
     found = [record for record in validations if record["step"] == at]
-    return {name: found[-1][name] for name in ("loss", "ce_loss", "kd_loss")} if found else None
+    return {name: found[-1].get(name) for name in LOSSES} if found else None
 
 
 def _cache(inputs: Inputs) -> dict[str, Any] | None:

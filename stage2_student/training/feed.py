@@ -66,7 +66,7 @@ class MicrobatchSource(Dataset):
     """Makes the microbatch of a slot.
 
     rows   row of the split for each example: rows that cannot be used have been left out
-    cache  None for plain fine-tuning
+    cache  None for labels alone
     """
 
     def __init__(
@@ -76,6 +76,9 @@ class MicrobatchSource(Dataset):
         self.rows = rows
         self.processor = processor
         self.cache = cache
+
+    def has_targets_at(self, temperature: float) -> bool:
+        return self.cache is not None and temperature in self.cache.temperatures
 
     def __getitem__(self, slot: Slot) -> Microbatch | TeachonceError:
         rows = [int(self.rows[example]) for example in slot.examples]

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor, open_processor
+from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import Recipe
 from shared.runtime import World
 from shared.survey import inputs_identity
 from stage2_student.runs.identity import run_identity
 from stage2_student.training.feed import MicrobatchSource
+from stage2_student.training.student import KL_TEMPERATURE
 from stage2_student.training.survey import Survey, survey_once
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Opened and found to fit together.  ``validation`` is None where the data have no such split."""
+    """Opened and found to fit together.
+
+    validation        None where the data have no such split
+    cache             what training needs; None for labels alone
+    validation_cache  what validation measures KL by: the same, or for labels alone one that happens to be there
+    """
 
     processor: ExampleProcessor
     train: Survey
     validation: Survey | None
     cache: CacheReader | None
+    validation_cache: CacheReader | None
 
     def training_source(self) -> MicrobatchSource:
         return MicrobatchSource(self.train.split, self.train.rows, self.processor, self.cache)
 
     def validation_source(self) -> MicrobatchSource:
         assert self.validation is not None
-        return MicrobatchSource(self.validation.split, self.validation.rows, self.processor, self.cache)
+        return MicrobatchSource(
+            self.validation.split, self.validation.rows, self.processor, self.validation_cache
+        )
 
     def identity(self, recipe: Recipe) -> dict[str, Any]:
         """What a checkpoint says it was trained on: by content, so that folders may move."""
@@ -50,6 +62,9 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     """Raises   TeachonceError  of the kind that fits, when something is missing or does not fit"""
     processor = open_processor(recipe.student.model, recipe.data, revision=recipe.student.revision)
     cache, notices = open_cache(recipe, processor)
+    validation_cache = cache
+    if cache is None and recipe.data.splits.validation is not None:
+        validation_cache, notices = _open_validation_cache(recipe, processor, world)
     if world.is_main:
         for notice in notices:
             tqdm.write(f"note: {notice}")
@@ -57,7 +72,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     validation = None
     if recipe.data.splits.validation is not None:
         validation = survey_once(recipe.data, "validation", processor, cache, world)
-    return Inputs(processor, train, validation, cache)
+    return Inputs(processor, train, validation, cache, validation_cache)
 
 
 def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader | None, tuple[str, ...]]:
@@ -67,14 +82,47 @@ def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader
     """
     if not recipe.distils:
         return None, ()
-    assert recipe.cache is not None  # the recipe was validated
+    return open_targets(recipe, processor, temperature=recipe.loss.temperature)
+
+
+def open_targets(
+    recipe: Recipe, processor: ExampleProcessor, *, temperature: float
+) -> tuple[CacheReader, tuple[str, ...]]:
+    """The recipe's cache as one of targets at that temperature, whatever the loss, and what is worth saying.
+
+    Raises   CacheFormatError, CacheMismatchError  as a reader does, and with all that does not fit
+    """
+    assert recipe.cache is not None
     reader = CacheReader(recipe.cache.path)
     own = inputs_identity(processor, recipe.data)
     notices = reader.require_student(
         own,
-        temperature=recipe.loss.temperature,
+        temperature=temperature,
         policy=recipe.cache.policy,
         seed=recipe.cache.seed,
         temperatures=recipe.cache.temperatures,
     )
     return reader, notices
+
+
+def _open_validation_cache(
+    recipe: Recipe, processor: ExampleProcessor, world: World
+) -> tuple[CacheReader | None, tuple[str, ...]]:
+    """The cache of a student that trains without it, on all ranks or on none; what is wrong with it is only said."""
+    reader: CacheReader | None = None
+    notices: tuple[str, ...] = ()
+    if recipe.cache is not None and ("://" in recipe.cache.path or Path(recipe.cache.path).exists()):
+        try:
+            reader, notices = open_targets(recipe, processor, temperature=KL_TEMPERATURE)
+        except (CacheFormatError, CacheMismatchError) as error:
+            notices = (no_kl(error),)
+    everywhere: list[tuple[bool, tuple[str, ...]]] = [(False, ())] * world.size
+    dist.all_gather_object(everywhere, (reader is not None, notices))
+    if all(opened for opened, _ in everywhere):
+        return reader, notices
+    return None, next((told for opened, told in everywhere if not opened), ())
+
+
+def no_kl(error: Exception) -> str:
+    """Why a model is measured without its teacher."""
+    return f"no KL to the teacher, its cache cannot be used: {error}"

@@ -23,13 +23,18 @@ from stage2_student.training.student import StudentWithLoss
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over positions, of all ranks; nats.  ``kd`` carries the factor temperature squared."""
+    """Means over positions, of all ranks; nats.
+
+    kd  carries the factor temperature squared
+    kl  to the teacher at temperature 1; None where it was not measured
+    """
 
     loss: float
     ce: float
     kd: float
     teacher_entropy: float
     num_positions: int
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,20 @@ def forward(student: nn.Module, microbatch: Microbatch, world: World) -> LossSum
 
 
 def reduce_losses(sums: Tensor, world: World) -> Losses:
-    """From this rank's sums, in the order of LossSums, to means over all ranks' positions."""
+    """From this rank's sums, in the order of LossSums and perhaps KL's, to means over all ranks' positions."""
     total = sums.cpu()  # the one wait for the device in a step, beside the gradient norm's
     dist.all_reduce(total)
-    loss, ce, kd, teacher_entropy, count = total.tolist()
+    loss, ce, kd, teacher_entropy, count, *kl = total.tolist()
     num_positions = round(count)
     scale = 1 / max(1, num_positions)
-    return Losses(loss * scale, ce * scale, kd * scale, teacher_entropy * scale, num_positions)
+    return Losses(
+        loss * scale,
+        ce * scale,
+        kd * scale,
+        teacher_entropy * scale,
+        num_positions,
+        kl[0] * scale if kl else None,
+    )
 
 
 def seed_step(seed: int, *, step: int, rank: int) -> None:

@@ -1,7 +1,8 @@
 """The student and its loss as one FSDP2 root module.
 
     student = build_student(recipe, world, num_token_ids=...)
-    sums = student(inputs, position_index, labels, targets)        # LossSums, of this rank's microbatch
+    sums = student(inputs, position_index, labels, targets)             # LossSums, of this rank's microbatch
+    sums, kl = student.measure(inputs, position_index, labels, targets)  # for validation: KL at temperature 1 as well
 
 The loss lies inside the root module, so that the head is gathered once a forward, by the root, and no logits
 of a batch ever exist.  Each decoder layer and vision block is a module of its own to FSDP; everything else
@@ -38,6 +39,8 @@ from shared.sparse import SparseTargets
 from stage2_student.training.freezing import find_parts, freeze
 from stage2_student.training.lora import add_adapters
 
+KL_TEMPERATURE = 1.0  # of the KL that is reported, whatever the loss's own, so that students can be compared
+
 
 class StudentWithLoss(nn.Module):
     """A vision-language model whose forward returns losses instead of logits.
@@ -57,16 +60,44 @@ class StudentWithLoss(nn.Module):
         """Shapes   position_index (N,) int64 into the flattened (B * S) hidden states; labels (N,) int64
         Returns  sums over the N positions, fp32 nats; with N = 0 zeros that still have a graph
         """
-        body, head = split(self.model)
-        hidden_BSD = last_hidden_states(body, inputs)
-        hidden_ND = hidden_BSD.flatten(0, 1).index_select(0, position_index)
+        return self._losses(self._hidden(inputs, position_index), labels, targets, self._temperature)
+
+    def measure(
+        self, inputs: dict[str, Tensor], position_index: Tensor, labels: Tensor, targets: SparseTargets | None
+    ) -> tuple[LossSums, Tensor | None]:
+        """As ``forward``, and KL to the teacher at temperature 1; called by all ranks.
+
+        Returns  the losses; () fp32, nats, a sum over the N positions: None where the targets do not give it
+        """
+        hidden_ND = self._hidden(inputs, position_index)
+        losses = self._losses(hidden_ND, labels, targets, self._temperature)
+        if targets is None or KL_TEMPERATURE not in targets.temperatures:
+            return losses, None
+        if self._temperature == KL_TEMPERATURE:
+            return losses, losses.kd  # times T squared, which is one
+        return losses, self._losses(hidden_ND, labels, targets, KL_TEMPERATURE).kd
+
+    @property
+    def _temperature(self) -> float:
+        """Of the loss.  By labels alone the recipe's takes no part, and need not have been captured."""
+        return self.loss.temperature if self.loss.kd_ratio > 0 else KL_TEMPERATURE
+
+    def _hidden(self, inputs: dict[str, Tensor], position_index: Tensor) -> Tensor:
+        """(N, D), before the head."""
+        body, _ = split(self.model)
+        return last_hidden_states(body, inputs).flatten(0, 1).index_select(0, position_index)
+
+    def _losses(
+        self, hidden_ND: Tensor, labels: Tensor, targets: SparseTargets | None, temperature: float
+    ) -> LossSums:
+        _, head = split(self.model)
         return fused_ce_kd(
             hidden_ND * head.scale if head.scale != 1.0 else hidden_ND,
             head.weight_VD,
             labels,
             targets,
             kd_ratio=self.loss.kd_ratio,
-            temperature=self.loss.temperature,
+            temperature=temperature,
             chunk_size=self.loss.chunk_size,
             bias_V=head.bias_V if head.bias_V is None or head.scale == 1.0 else head.bias_V * head.scale,
             softcap=head.softcap,
@@ -201,7 +232,8 @@ def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelCon
             reshard_after_forward=parallel.reshard_after_forward,
         )
     fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
-    register_fsdp_forward_method(student, "check_split")
+    for method in ("check_split", "measure"):
+        register_fsdp_forward_method(student, method)
     for module in fsdp_modules(student):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from shared.errors import TeachonceError, TrainingError
+from shared.errors import CacheFormatError, CacheMismatchError, TeachonceError, TrainingError
 from shared.progress import progress
 from shared.recipes import Recipe
 from shared.runtime import StopRequest, World
@@ -19,7 +20,7 @@ from stage2_student.runs.run_folder import RunFolder
 from stage2_student.runs.tracking import Trackers
 from stage2_student.training.agreement import Step, in_agreement
 from stage2_student.training.feed import Microbatch, feed
-from stage2_student.training.inputs import Inputs
+from stage2_student.training.inputs import Inputs, no_kl
 from stage2_student.training.optim import learning_rate, make_optimizer, set_learning_rate
 from stage2_student.training.order import Slot, StepShape, pass_slots, training_slots
 from stage2_student.training.step import Losses, StepResult, seed_step, train_step
@@ -181,27 +182,38 @@ class Trainer:
             return None
         self.folder.checkpoints.wait()  # workers are forked here, and a fork beside a busy thread may hang
         begin = time.perf_counter()
-        lengths = self.inputs.validation.lengths
+        try:
+            losses = self._validation_losses()
+        except (CacheFormatError, CacheMismatchError) as error:
+            if self.inputs.cache is not None:
+                raise
+            if self.world.is_main:  # the cache is of no use to validation, and training does without it
+                tqdm.write(f"note: {no_kl(error)}")
+            self.inputs = replace(self.inputs, validation_cache=None)
+            losses = self._validation_losses()
+        record = {"event": "validation", "step": self.step, **_named(losses, distils=self.recipe.distils)}
+        record |= {"kl": losses.kl, "validation_s": time.perf_counter() - begin}
+        self._log(record)
+        if self.world.is_main:
+            kl = "" if losses.kl is None else f", KL to the teacher {losses.kl:.4f}"
+            tqdm.write(f"step {self.step}: validation loss {losses.loss:.4f}, CE {losses.ce:.4f}{kl}")
+        return losses
+
+    def _validation_losses(self) -> Losses:
+        assert self.inputs.validation is not None
         slots = pass_slots(
-            lengths,
+            self.inputs.validation.lengths,
             microbatch_size=self.recipe.optimization.microbatch_size,
             rank=self.world.rank,
             num_ranks=self.world.size,
         )
-        losses = validate(
+        return validate(
             self.student,
             self.inputs.validation_source(),
             slots,
             self.world,
             num_workers=self.recipe.run.num_workers,
         )
-        record = {"event": "validation", "step": self.step, **_named(losses, distils=self.recipe.distils)}
-        record["validation_s"] = time.perf_counter() - begin
-        self._log(record)
-        if self.world.is_main:
-            kd = f", kd {losses.kd:.4f}" if self.recipe.distils else ""
-            tqdm.write(f"step {self.step}: validation loss {losses.loss:.4f}, ce {losses.ce:.4f}{kd}")
-        return losses
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.world.is_main:

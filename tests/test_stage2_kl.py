@@ -1,0 +1,195 @@
+"""KL to the teacher in validation: of every student at temperature 1, whatever its loss; of labels alone as well.
+
+A student of labels alone trains without the cache.  Where its recipe names one that is there and fits, validation
+reads it, and only validation: whatever is wrong with it costs the figure and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stage2_runs import assert_same_state, make_recipe, run_alone, run_ranks, state_of, step_records
+from stage2_runs import records as all_records
+from transformers import AutoModelForImageTextToText
+
+from shared.data.processing import ExampleProcessor
+from shared.data.rows import open_split
+from shared.recipes import Recipe
+from shared.recipes.files import validate_tree
+from shared.runtime import StopRequest, distributed
+from stage1_teacher.capture import capture
+
+LABELS_ALONE = {"loss__kd_ratio": 0.0}
+
+
+@pytest.fixture
+def tree(tmp_path: Path, distillation_tree: dict[str, Any]) -> dict[str, Any]:
+    run = {"name": "run", "root": str(tmp_path / "runs"), "num_workers": 0, "export": False}
+    return distillation_tree | {"run": run}
+
+
+def kls(recipe: Recipe) -> list[float | None]:
+    return [record["kl"] for record in all_records(recipe) if record["event"] == "validation"]
+
+
+def test_students_of_labels_of_one_temperature_and_of_another_report_one_figure(tree: dict[str, Any]) -> None:
+    soft = make_recipe(tree, run__name="soft", loss__kd_ratio=0.5)
+    warm = make_recipe(tree, run__name="warm", loss__kd_ratio=0.5, loss__temperature=2.0)
+    hard = make_recipe(tree, run__name="hard", **LABELS_ALONE)
+    hot = make_recipe(tree, run__name="hot", **LABELS_ALONE, loss__temperature=7.0)  # which takes no part
+    for recipe in (soft, warm, hard, hot):
+        assert run_alone(recipe) == 0
+    first = kls(soft)[0]
+    assert first is not None
+    assert first > 0
+    validations = [record for record in all_records(soft) if record["event"] == "validation"]
+    assert [record["kd_loss"] for record in validations] == kls(soft)
+    for recipe in (warm, hard, hot):
+        before, after = kls(recipe)
+        assert before == pytest.approx(first, rel=1e-6)
+        assert after is not None
+        results = json.loads((recipe.run.path / "results.json").read_text())
+        assert (results["before"]["kl"], results["after"]["kl"]) == (before, after)
+    assert all(record["kd_loss"] is None for record in all_records(hard))
+    assert all("kl" not in record for record in all_records(hard) if record["event"] == "step")
+
+
+def test_it_equals_the_teacher_s_and_the_student_s_own_logits(
+    tree: dict[str, Any],
+    teacher_folder: Path,
+    student_folder: Path,
+    processor: ExampleProcessor,
+    tmp_path: Path,
+) -> None:
+    """With a threshold so low that nearly nothing is drawn, the cache is exact to fp16."""
+    cache = {"path": str(tmp_path / "whole"), "policy": {"kind": "threshold", "tau": 1e-6}, "num_workers": 0}
+    recipe = make_recipe(tree | {"cache": cache}, **LABELS_ALONE, optimization__max_steps=1)
+    with distributed(device="cpu") as world:
+        assert capture(recipe, world, StopRequest()) == 0
+    assert run_alone(recipe) == 0
+    teacher, student = (
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (teacher_folder, student_folder)
+    )
+    total, count, num_ids = 0.0, 0, processor.num_token_ids
+    for example in open_split(recipe.data, "validation"):
+        one = processor.encode(example)
+        inputs = processor.collate([one]).inputs
+        with torch.no_grad():
+            p, q = (m(**inputs).logits[0, -one.num_positions - 1 : -1].double() for m in (teacher, student))
+        p, q = p[:, :num_ids].log_softmax(-1), q.log_softmax(-1)[:, :num_ids]
+        total += (p.exp() * (p - q)).sum().item()
+        count += one.num_positions
+    assert kls(recipe)[0] == pytest.approx(total / count, rel=1e-3)
+
+
+def test_labels_alone_train_the_same_bit_for_bit_with_a_cache_and_without(tree: dict[str, Any]) -> None:
+    seen = make_recipe(tree, run__name="seen", **LABELS_ALONE)
+    blind = make_recipe(tree, run__name="blind", **LABELS_ALONE, cache__path="/nowhere/cache")
+    bare = make_recipe({k: v for k, v in tree.items() if k != "cache"}, run__name="bare", **LABELS_ALONE)
+    for recipe in (seen, blind, bare):
+        assert run_alone(recipe) == 0
+    assert None not in kls(seen)
+    for recipe in (blind, bare):
+        assert kls(recipe) == [None, None]
+        assert step_records(recipe) == step_records(seen)
+        assert_same_state(state_of(recipe, 4), state_of(seen, 4))
+
+
+def test_a_cache_that_comes_or_goes_does_not_keep_a_run_from_going_on(tree: dict[str, Any]) -> None:
+    first = make_recipe(tree, **LABELS_ALONE, optimization__max_steps=2, cache__path="/nowhere/cache")
+    rest = make_recipe(tree, **LABELS_ALONE, optimization__max_steps=4)
+    assert run_alone(first) == 0
+    assert run_alone(rest, resume=True) == 0
+    assert [value is None for value in kls(rest)] == [True, True, False]
+
+
+def damaged(cache: Path) -> None:
+    shard = next(cache.glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-40] + b"x" * 40)
+
+
+def lost(cache: Path) -> None:
+    next(cache.glob("*.arrow")).unlink()
+
+
+def without_manifest(cache: Path) -> None:
+    (cache / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("spoil", [damaged, lost, without_manifest])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_whatever_is_wrong_with_the_cache_costs_the_figure_alone(
+    tree: dict[str, Any], tmp_path: Path, teacher_cache: Path, spoil: Any, num_ranks: int, capfd: Any
+) -> None:
+    shutil.copytree(teacher_cache, tmp_path / "cache")
+    spoil(tmp_path / "cache")
+    recipe = make_recipe(tree, **LABELS_ALONE, cache__path=str(tmp_path / "cache"))
+    statuses = [run_alone(recipe)] if num_ranks == 1 else run_ranks(recipe, num_ranks)
+    assert statuses == [0] * num_ranks
+    assert kls(recipe) == [None, None]
+    shown = "".join(capfd.readouterr())
+    assert shown.count("no KL to the teacher") == 1
+    assert str(tmp_path / "cache") in shown
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"cache__seed": 5},
+        {"cache__temperatures": [3.0]},
+        {"data__max_answer_tokens": 3},
+        {"data__system_prompt": "Look well."},
+    ],
+    ids=str,
+)
+def test_a_cache_of_something_else_is_told_and_left(
+    tree: dict[str, Any], other: dict[str, Any], capfd: Any
+) -> None:
+    recipe = make_recipe(tree, **LABELS_ALONE, **other)
+    assert run_alone(recipe) == 0
+    assert kls(recipe) == [None, None]
+    assert "no KL to the teacher" in "".join(capfd.readouterr())
+
+
+def test_a_cache_of_the_training_split_alone_is_told_and_left(
+    tree: dict[str, Any], tmp_path: Path, capfd: Any
+) -> None:
+    cache = {"path": str(tmp_path / "train"), "splits": ["train"], "num_workers": 0}
+    recipe = make_recipe(tree | {"cache": cache}, **LABELS_ALONE)
+    with distributed(device="cpu") as world:
+        assert capture(recipe, world, StopRequest()) == 0
+    assert run_alone(recipe) == 0
+    assert kls(recipe) == [None, None]
+    assert "no KL to the teacher" in "".join(capfd.readouterr())
+
+
+def test_two_ranks_report_what_one_does(tree: dict[str, Any]) -> None:
+    alone, together = (make_recipe(tree, run__name=name, **LABELS_ALONE) for name in ("one", "two"))
+    assert run_alone(alone) == 0
+    assert run_ranks(together, 2) == [0, 0]
+    (first, _), (same, _) = kls(alone), kls(together)
+    assert first is not None
+    assert same == pytest.approx(first, rel=1e-6)
+    assert not math.isnan(first)
+
+
+def test_a_student_of_a_cache_without_temperature_one_has_no_such_figure(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    cache = {"path": str(tmp_path / "warm"), "temperatures": [2.0], "num_workers": 0}
+    recipe = validate_tree(
+        Recipe,
+        tree | {"cache": cache, "loss": {"kd_ratio": 0.5, "temperature": 2.0}},
+        origin="test",
+    )
+    with distributed(device="cpu") as world:
+        assert capture(recipe, world, StopRequest()) == 0
+    assert run_alone(recipe) == 0
+    assert kls(recipe) == [None, None]
