@@ -12,7 +12,7 @@ import click
 
 from shared.cli import FILE, FOLDER, recipe_arguments
 from shared.cli import run as run_group
-from shared.recipes import load_recipe
+from shared.recipes import load_recipe, recipe_text
 from shared.runtime import distributed, stop_on_sigterm
 
 SEEDS = click.IntRange(min=0, max=2**63 - 1)
@@ -54,6 +54,14 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
     from stage1_teacher.check import check_recipe
 
     return check_recipe(load_recipe(recipe, overrides=overrides), num_ranks=nproc).show()
+
+
+@commands.command("recipe")
+@recipe_arguments
+def recipe(recipe: str, overrides: tuple[str, ...]) -> int:
+    """Print RECIPE as YAML, with every default written out."""
+    click.echo(recipe_text(load_recipe(recipe, overrides=overrides)), nl=False)
+    return 0
 
 
 @commands.command("estimate")

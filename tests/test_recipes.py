@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from documents import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shared.errors import RecipeError
-from shared.recipes import Recipe, dump_recipe, load_recipe
+from shared.recipes import Recipe, dump_recipe, load_recipe, recipe_text, yaml12
 from shared.recipes.files import recipe_names, validate_tree
+from shared.recipes.reference import reference
+from shared.recipes.schema import sections_in
+from stage1_teacher.__main__ import commands as teacher_commands
+from stage2_student.__main__ import commands as student_commands
 
 MINIMAL = """
 data: {source: somewhere}
@@ -100,7 +108,8 @@ def test_unknown_key_inside_a_policy_names_the_policys_keys(tmp_path: Path) -> N
         ("cache=null", "loss.kd_ratio above 0 needs a cache section"),
         ("teacher=null", "a cache section needs a teacher section"),
         ("parallel.pipeline=2", "pipeline parallelism is not supported"),
-        ("optimization.max_steps=5", "give either max_steps or num_epochs"),
+        ("optimization={max_steps: 5, num_epochs: 1}", "optimization: give either max_steps or num_epochs"),
+        ("optimization.num_epochs=null", "optimization: give either max_steps or num_epochs"),
         ("optimization.microbatch_size=3", "global_batch_size 16 is not a multiple of microbatch_size 3"),
         ("cache.temperatures=[1.0, 1.0]", "one or more different values"),
         ("run.name=a/b", "is not a folder name"),
@@ -200,3 +209,104 @@ def test_seeds_have_63_bits(key: str) -> None:
     for wrong in (2**63, 2**64, -1):
         with pytest.raises(RecipeError, match=key.replace(".", r"\.")):
             load_recipe("phantom", overrides=[f"{key}={wrong}"])
+
+
+# --- alternatives, lists, home folders -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "max_steps", "num_epochs"),
+    [
+        (["optimization.max_steps=8"], 8, None),
+        (["optimization={max_steps: 8}"], 8, None),
+        (["optimization.max_steps=8", "optimization.num_epochs=2"], None, 2.0),  # the last one counts
+        (["optimization.max_steps=8", "optimization.num_epochs=null"], 8, None),
+        (["optimization.max_steps=null"], None, 3.0),
+    ],
+)
+def test_an_alternative_replaces_the_other(
+    overrides: list[str], max_steps: int | None, num_epochs: float | None
+) -> None:
+    steps = load_recipe("phantom", overrides=overrides).optimization
+    assert (steps.max_steps, steps.num_epochs) == (max_steps, num_epochs)
+
+
+def test_an_alternative_replaces_the_other_of_the_recipe_that_is_extended(tmp_path: Path) -> None:
+    over = write(tmp_path, "extends: phantom\noptimization: {max_steps: 8}\n", "over.yaml")
+    assert load_recipe(over).optimization.num_epochs is None
+    again = write(tmp_path, "extends: over.yaml\noptimization: {num_epochs: 0.5}\n", "again.yaml")
+    assert load_recipe(again).optimization.max_steps is None
+    resolved = write(tmp_path, recipe_text(load_recipe(again)), "resolved.yaml")  # as a run's folder has it
+    assert load_recipe(resolved, overrides=["optimization.max_steps=8"]).optimization.num_epochs is None
+
+
+def test_a_list_takes_one_value(tmp_path: Path) -> None:
+    settings = ["cache.temperatures=2.0", "loss.temperature=2.0", "run.trackers=wandb"]
+    recipe = load_recipe("phantom", overrides=[*settings, "student.lora={target_modules: q_proj}"])
+    assert recipe.cache is not None
+    assert recipe.student.lora is not None
+    assert recipe.cache.temperatures == (2.0,)
+    assert recipe.run.trackers == ("wandb",)
+    assert recipe.student.lora.target_modules == ("q_proj",)
+    model = "{path: m, hidden_size: 32, num_layers: 1, vision_hidden_size: 32, vision_depth: 1}"
+    one = load_recipe("phantom", overrides=[f"bootstrap.small_models.models={model}"])
+    assert one.bootstrap.small_models is not None
+    assert [entry.path for entry in one.bootstrap.small_models.models] == ["m"]
+    with pytest.raises(RecipeError, match=r"optimization\.betas"):  # exactly two, not any number
+        load_recipe("phantom", overrides=["optimization.betas=0.9"])
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, MINIMAL, "base.yaml")
+    write(tmp_path, "extends: ~/base.yaml\n", "over.yaml")
+    model = "{path: ~/m, hidden_size: 32, num_layers: 1, vision_hidden_size: 32, vision_depth: 1}"
+    settings = [
+        *("data.source=~/data", "student.model=~/s", "run.root=~/runs", "cache={path: ~/cache}"),
+        *("teacher={model: ~/t, trained_by: ~/over.yaml}", f"bootstrap.small_models.models={model}"),
+    ]
+    text = recipe_text(load_recipe("~/over.yaml", overrides=settings))
+    assert "~" not in text
+    assert text.count(str(tmp_path)) == len(settings) + 1
+
+
+# --- the resolved recipe, and the reference --------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
+        lambda part: st.lists(part) | st.dictionaries(st.text(), part),
+        max_leaves=8,
+    )
+)
+def test_yaml_is_read_as_it_was_written(value: object) -> None:
+    assert yaml12.load(yaml12.dump({"key": value})) == {"key": value}
+    assert yaml12.load(yaml12.dump_value(value)) == value
+
+
+@pytest.mark.parametrize("commands", [teacher_commands, student_commands])
+def test_the_resolved_recipe_is_printed_and_loads_again(commands: object, tmp_path: Path) -> None:
+    overrides = ["run.name='1e5'", "data.columns.image=no"]
+    words = ["recipe", "phantom", *(word for one in overrides for word in ("--set", one))]
+    shown = CliRunner().invoke(commands, words)  # type: ignore[arg-type]
+    assert shown.exit_code == 0
+    assert load_recipe(write(tmp_path, shown.output)) == load_recipe("phantom", overrides=overrides)
+
+
+def test_every_key_has_its_line_in_the_reference_and_the_page_is_current() -> None:
+    pending = [("", Recipe)]
+    while pending:
+        place, model = pending.pop()
+        for name, field in model.model_fields.items():
+            inner = list(sections_in(field))
+            assert inner or field.description or name == "kind", f"{place}{name} has no docstring"
+            pending += [(f"{place}{name}.", part) for part in inner]
+    assert (ROOT / "docs" / "recipes.md").read_text() == reference(), (
+        "run `python -m shared.recipes > docs/recipes.md`"
+    )

@@ -22,6 +22,7 @@ from shared.recipes.sections import (
     TeacherConfig,
     dump_recipe,
     load_recipe,
+    recipe_text,
 )
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "TeacherConfig",
     "dump_recipe",
     "load_recipe",
+    "recipe_text",
 ]

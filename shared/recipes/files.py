@@ -1,52 +1,26 @@
 """Recipe files as trees of plain values: YAML, ``extends``, overrides, and errors worth reading.
 
-A recipe may begin with ``extends: NAME``; it is then laid over that recipe, key by key (lists are replaced).
+A recipe may begin with ``extends: NAME``; it is then laid over that recipe, key by key.  Lists are replaced, and so
+is what the types of a recipe declare as one choice: alternative keys, and the kinds of a union.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
 
 from shared.errors import RecipeError
+from shared.recipes import yaml12
+from shared.recipes.schema import fields_of, sections_in, shut_out, takes_a_list
 
-CHOICE = "policy"  # the one key whose mapping is a tagged union
 RECIPE_FOLDER = Path(__file__).parent
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose scalars are those of YAML 1.2's core schema, and whose keys are unique."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise yaml.YAMLError(f"key {key!r} stands twice in the mapping that begins in line {line}")
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Decimal, as in YAML 1.2; 1.1 reads 010 as 8."""
-        return int(self.construct_scalar(node))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in [
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-]:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 def recipe_names() -> list[str]:
@@ -54,21 +28,23 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 
 
-def read_recipe_tree(name_or_path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
-    """The recipe's tree with ``extends`` and overrides applied, and what to call it in messages."""
+def read_recipe_tree(
+    name_or_path: str | Path, overrides: Sequence[str], model: type[BaseModel]
+) -> tuple[dict[str, Any], str]:
+    """The tree of a ``model`` with ``extends`` and overrides applied, and what to call it in messages."""
     path = _find(name_or_path)
-    tree = _read(path.resolve(), seen=())
-    apply_overrides(tree, overrides)
-    return tree, f"recipe {path.name}"
+    tree = _read(path.resolve(), model, seen=())
+    return apply_overrides(tree, overrides, model), f"recipe {path.name}"
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Lays each ``section.key=value`` over the tree, in place; values are YAML.
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """The tree of a ``model`` with each ``section.key=value`` laid over it; values are YAML.
 
     Raises   RecipeError  when one has another form
     """
     for override in overrides:
-        _apply(tree, override)
+        tree = _lay(tree, _branch(override), [model])
+    return tree
 
 
 def validate_tree(model: type[Model], tree: dict[str, Any], *, origin: str) -> Model:
@@ -77,7 +53,7 @@ def validate_tree(model: type[Model], tree: dict[str, Any], *, origin: str) -> M
     Raises   RecipeError  with one line for each problem.
     """
     try:
-        return model.model_validate_json(json.dumps(tree), strict=True)
+        return model.model_validate_json(json.dumps(_with_lists(tree, [model])), strict=True)
     except ValidationError as error:
         problems = [line for item in error.errors() for line in _explain(item, model)]
     except (TypeError, ValueError) as error:
@@ -86,7 +62,7 @@ def validate_tree(model: type[Model], tree: dict[str, Any], *, origin: str) -> M
 
 
 def _find(name_or_path: str | Path) -> Path:
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if path.suffix in {".yaml", ".yml"}:
         if path.is_file():
             return path
@@ -101,12 +77,12 @@ def _find(name_or_path: str | Path) -> Path:
     )
 
 
-def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, model: type[BaseModel], *, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise RecipeError(f"recipe {path.name}: extends itself by way of {seen[-1].name}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        tree = yaml12.load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"recipe {path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {path}: found {type(tree).__name__}, needs a mapping of sections")
@@ -115,39 +91,58 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise RecipeError(f"recipe {path}: extends needs the name or the file of one recipe")
-    beside = (path.parent / base).resolve()
+    beside = (path.parent / Path(base).expanduser()).resolve()
     base_path = beside if beside.suffix in {".yaml", ".yml"} and beside.is_file() else _find(base)
-    return _merge(_read(base_path, seen=(*seen, path)), tree)
+    return _lay(_read(base_path, model, seen=(*seen, path)), tree, [model])
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def _lay(base: dict[str, Any], over: dict[str, Any], models: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """``over`` laid over ``base``, both trees of one of the ``models``."""
+    replaced = shut_out(models, [key for key, value in over.items() if value is not None])
+    merged = {key: value for key, value in base.items() if key not in replaced}
     for key, value in over.items():
+        fields = fields_of(models, key)
         mine = merged.get(key)
         if isinstance(value, dict) and isinstance(mine, dict):
-            # A policy is one choice: keys of another kind of policy must not shine through.
-            other_choice = key == CHOICE and "kind" in value and value["kind"] != mine.get("kind")
-            merged[key] = value if other_choice else _merge(mine, value)
+            # Keys of another kind of policy must not shine through.
+            tags = [field.discriminator for field in fields if isinstance(field.discriminator, str)]
+            another = any(tag in value and value[tag] != mine.get(tag) for tag in tags)
+            inner = [part for field in fields for part in sections_in(field)]
+            merged[key] = value if another else _lay(mine, value, inner)
         else:
             merged[key] = value
     return merged
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _branch(override: str) -> dict[str, Any]:
+    """``section.key=value`` as a tree."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(f"--set {override!r}: needs the form section.key=value")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        node = yaml12.load(text)
+    except YAMLError as error:
         raise RecipeError(f"--set {override!r}: the value is not YAML") from error
-    node: dict[str, Any] = {keys[-1]: value}
-    for key in reversed(keys[:-1]):
+    for key in reversed(keys):
         node = {key: node}
-    merged = _merge(tree, node)
-    tree.clear()
-    tree.update(merged)
+    return node
+
+
+def _with_lists(tree: Any, models: Sequence[type[BaseModel]]) -> Any:
+    """The tree with a list of one where a value stands for a list."""
+    if not isinstance(tree, dict):
+        return tree
+    found = {}
+    for key, value in tree.items():
+        fields = fields_of(models, key)
+        inner = [part for field in fields for part in sections_in(field)]
+        if value is not None and not isinstance(value, list) and any(map(takes_a_list, fields)):
+            value = [value]
+        parts = value if isinstance(value, list) else [value]
+        parts = [_with_lists(part, inner) for part in parts] if inner else parts
+        found[key] = parts if isinstance(value, list) else parts[0]
+    return found
 
 
 def _explain(item: Any, model: type[BaseModel]) -> list[str]:
@@ -174,25 +169,14 @@ def _section_keys(model: type[BaseModel], loc: Sequence[int | str]) -> set[str]:
     """Keys known at ``loc``; pydantic puts the tag of a union into it, which is no field."""
     models = [model]
     for part in loc:
-        stepped = [m for parent in models for m in _models_in(parent, part)]
+        stepped = [inner for field in fields_of(models, str(part)) for inner in sections_in(field)]
         models = stepped or models
     return {name for m in models for name in m.model_fields}
 
 
 def _key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key of the recipe with its section, such as ``loss.kd_ratio``."""
-    for name in model.model_fields:
+    for name, field in model.model_fields.items():
         yield prefix + name
-        for part in _models_in(model, name):
+        for part in sections_in(field):
             yield from _key_paths(part, f"{prefix}{name}.")
-
-
-def _models_in(parent: type[BaseModel], part: int | str) -> Iterator[type[BaseModel]]:
-    field = parent.model_fields.get(str(part))
-    if field is not None:
-        pending = [field.annotation]
-        while pending:
-            kind = pending.pop()
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield kind
-            pending.extend(get_args(kind))

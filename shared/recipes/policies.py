@@ -10,15 +10,15 @@ import math
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from shared.recipes.schema import Section
 
 # Where a deterministic policy's missing mass goes; the sampled policies miss none.
 TAIL_MODES = ("ghost", "uniform", "renormalize", "drop")
 
 
-class _Policy(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Policy(Section):
     @property
     def is_sampled(self) -> bool:
         """Whether the targets are drawn, and unbiased; otherwise they are cut off, and have a tail."""
@@ -34,7 +34,9 @@ class Threshold(_Policy):
 
     kind: Literal["threshold"] = "threshold"
     tau: Annotated[float, Field(ge=1e-6, le=1)] = 1 / 512
-    values: Literal["levels", "fp16"] = "levels"  # of temperature 1 alone; several need fp16
+    """The dial between the size of the cache and the noise of the targets."""
+    values: Literal["levels", "fp16"] = "levels"
+    """How probabilities are stored. `levels` is for temperature 1 alone; several temperatures need `fp16`."""
 
     @property
     def is_sampled(self) -> bool:
@@ -51,6 +53,7 @@ class TopK(_Policy):
 
     kind: Literal["top_k"] = "top_k"
     k: Annotated[int, Field(ge=1)]
+    """Tokens kept at each position."""
 
 
 class TopP(_Policy):
@@ -58,7 +61,9 @@ class TopP(_Policy):
 
     kind: Literal["top_p"] = "top_p"
     p: Annotated[float, Field(gt=0, le=1)]
+    """Mass to keep."""
     max_k: Annotated[int, Field(ge=1)] = 1024
+    """Tokens kept at each position, at most."""
 
 
 class Random(_Policy):
@@ -66,6 +71,7 @@ class Random(_Policy):
 
     kind: Literal["random"] = "random"
     draws: Annotated[int, Field(ge=1, le=65535)]
+    """Draws at each position."""
 
     @property
     def is_sampled(self) -> bool:

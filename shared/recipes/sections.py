@@ -11,13 +11,17 @@ Types are strict (``max_steps: true`` is not 1) and the YAML is read as YAML 1.2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from shared.recipes import yaml12
 from shared.recipes.files import read_recipe_tree, validate_tree
 from shared.recipes.policies import TAIL_MODES, Policy, Threshold
+from shared.recipes.schema import Section
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -28,71 +32,97 @@ Temperature = Annotated[float, Field(ge=0.01, le=100)]  # beyond, fp32 does not 
 Beta = Annotated[float, Field(ge=0, lt=1)]  # at 1 a moment never moves, and its bias correction divides by 0
 Dtype = Literal["float32", "bfloat16"]
 Split = Literal["train", "validation", "test"]
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Place = Annotated[str, AfterValidator(expanduser)]  # a file or folder here, or a name or URL elsewhere
 
 
 class ColumnsConfig(Section):
     """Names of the data set's columns; the defaults are those of MedPix-VQA."""
 
     image: str = "image_id"
+    """Column of the encoded pictures, or of their paths."""
     question: str = "question"
+    """Column of the questions."""
     answer: str = "answer"
-    kind: str | None = "mode"  # where a question comes from; results are reported by it
+    """Column of the reference answers."""
+    kind: str | None = "mode"
+    """Column that says where a question comes from; results are reported by it."""
     case: str | None = "case_id"
+    """Column that names the case or patient; it is kept with the predictions."""
 
 
 class SplitsConfig(Section):
     """Names of the data set's splits; ``null`` where it has none."""
 
     train: str = "train"
+    """Its rows train the student."""
     validation: str | None = "validation"
+    """Its rows measure the student during training."""
     test: str | None = None
+    """Its rows are for `evaluate --split test`; stage one captures it only when `cache.splits` names it."""
 
 
 class DataConfig(Section):
     """A VQA data set, and how its rows become prompts and labels."""
 
-    source: str  # Hub name, Parquet or Arrow folder, or JSONL file with image paths
+    source: Place
+    """Hub name, Parquet or Arrow folder, or JSONL file or folder with image paths."""
     revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
     columns: ColumnsConfig = ColumnsConfig()
     splits: SplitsConfig = SplitsConfig()
-    limit: PositiveInt | None = None  # of examples, for each split: the first ones
-    max_answer_tokens: PositiveInt = 1024  # longer answers are cut, and counted
-    max_dropped: NonNegativeInt = 0  # rows that may be left out because they cannot be used
+    limit: PositiveInt | None = None
+    """The first rows of each split, at most so many; null: all."""
+    max_answer_tokens: PositiveInt = 1024
+    """Longer answers are cut, and counted."""
+    max_dropped: NonNegativeInt = 0
+    """Rows that may be left out because they cannot be used."""
     system_prompt: str | None = None
-    background: Literal["black", "white"] = "black"  # what lies behind transparency
-    min_pixels: PositiveInt | None = None  # of a picture given to the model; null: as its processor says
+    """Put before each question as the chat template says."""
+    background: Literal["black", "white"] = "black"
+    """What lies behind transparent pixels."""
+    min_pixels: PositiveInt | None = None
+    """Smallest picture given to the model, in pixels; null: as its processor says."""
     max_pixels: PositiveInt | None = None
+    """Largest picture given to the model, in pixels; null: as its processor says."""
 
 
 class TeacherConfig(Section):
     """The frozen teacher of stage one."""
 
-    model: str  # Hub name or local folder
+    model: Place
+    """Hub name or local folder."""
     revision: str | None = None
-    trained_by: str | None = None  # the recipe whose export is this model, run when the folder is missing
+    """Branch, tag or commit of a Hub model."""
+    trained_by: Place | None = None
+    """The recipe whose export is this model; it is run when the folder is missing."""
     dtype: Dtype = "bfloat16"
+    """Of the weights and the computation."""
     attn_implementation: str | None = None
-    shard: bool = False  # over all ranks, for a teacher too large for one GPU; ranks then step together
+    """As Transformers names it, such as `sdpa`; null: Transformers chooses."""
+    shard: bool = False
+    """FSDP2 over all ranks, for a teacher too large for one GPU; ranks then step together."""
 
 
 class CacheConfig(Section):
     """Where the cache is, which targets it holds, and how it is captured."""
 
-    path: str
+    path: Place
+    """Local folder or fsspec URL."""
     splits: tuple[Split, ...] = ("train", "validation")
+    """Splits whose rows are captured."""
     policy: Policy = Threshold()
     temperatures: tuple[Temperature, ...] = (1.0,)
+    """Temperatures that a student may use."""
     seed: Seed = 0
+    """Of the draws. It belongs to the cache's identity."""
     examples_per_shard: PositiveInt = 512
-    batch_tokens: PositiveInt = 16384  # tokens of a teacher's microbatch, padding counted
-    chunk_size: PositiveInt = 512  # positions that pass the head together
-    num_workers: NonNegativeInt = 2  # processes that decode pictures, for each rank
+    """Examples in one file."""
+    batch_tokens: PositiveInt = 16384
+    """Tokens of a teacher's microbatch, padding counted."""
+    chunk_size: PositiveInt = 512
+    """Answer positions that pass the teacher's head together."""
+    num_workers: NonNegativeInt = 2
+    """Processes that decode pictures, for each rank."""
 
     @model_validator(mode="after")
     def _temperatures_differ(self) -> Self:
@@ -105,36 +135,54 @@ class FreezeConfig(Section):
     """Parts of the student that are not trained."""
 
     vision: bool = False
+    """The vision tower."""
     audio: bool = False
+    """The audio tower."""
     connector: bool = False
+    """What maps pictures into the language model's space."""
     language: bool = False
+    """The language model and its head."""
 
 
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) instead of the student's own weights; extra ``lora``."""
 
     rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0  # an adapter's output is multiplied by alpha / rank
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of an adapter's input
-    # As peft's; null: all linear layers of the language model.
+    """Inner width of an adapter."""
+    alpha: PositiveFloat = 32.0
+    """An adapter's output is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on an adapter's input."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    merge: bool = False  # the export is a whole model instead of an adapter
+    """Names of layers, as peft takes them; null: all linear layers of the language model."""
+    merge: bool = False
+    """The export is a whole model instead of an adapter."""
 
 
 class StudentConfig(Section):
     """The student of stage two."""
 
-    model: str
+    model: Place
+    """Hub name or local folder."""
     revision: str | None = None
-    init: Literal["pretrained", "random"] = "pretrained"  # random: from the configuration alone, for trials
-    param_dtype: Dtype = "float32"  # of the master weights and the optimizer
+    """Branch, tag or commit of a Hub model."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random`: weights from the configuration alone, for trials."""
+    param_dtype: Dtype = "float32"
+    """Of the master weights and the optimizer."""
     compute_dtype: Dtype = "bfloat16"
+    """Of forward and backward."""
     attn_implementation: str | None = None
+    """As Transformers names it, such as `sdpa`; null: Transformers chooses."""
     freeze: FreezeConfig = FreezeConfig()
     lora: LoraConfig | None = None
+    """null: the student's own weights are trained."""
     activation_checkpointing: bool = False
-    compile: bool = False  # torch.compile of each decoder layer
+    """Recompute layers in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile of each decoder layer."""
     compile_backend: str = "inductor"
+    """As torch names it."""
 
     @model_validator(mode="after")
     def _adapters_are_trained(self) -> Self:
@@ -150,32 +198,49 @@ class LossConfig(Section):
     """``(1 - kd_ratio) * ce + kd_ratio * kd``; kd carries the factor ``temperature ** 2``."""
 
     kd_ratio: Fraction = 0.5
+    """Share of the distillation loss; 0 is plain fine-tuning and needs no cache."""
     temperature: Temperature = 1.0
+    """One of `cache.temperatures`."""
     chunk_size: PositiveInt = 512
-    tail: Literal[TAIL_MODES] | None = None  # type: ignore[valid-type]  # deterministic policies only
+    """Answer positions that pass the student's head together; it bounds the memory of the loss."""
+    tail: Literal[TAIL_MODES] | None = None  # type: ignore[valid-type]
+    """Where the mass goes that a `top_k` or `top_p` cache has cut off; null: the default, `ghost`."""
 
 
 class OptimizationConfig(Section):
-    """Steps, optimizer and schedule."""
+    """Steps, optimizer and schedule; the length is given by `max_steps` or `num_epochs`."""
 
-    global_batch_size: PositiveInt = 16  # examples a step, over all ranks
-    microbatch_size: PositiveInt = 1  # examples a rank forwards at once
+    alternatives = (("max_steps", "num_epochs"),)
+
+    global_batch_size: PositiveInt = 16
+    """Examples a step, over all ranks."""
+    microbatch_size: PositiveInt = 1
+    """Examples that a rank forwards at once."""
     max_steps: PositiveInt | None = None
-    num_epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None  # steps must stay countable
+    """Length in steps."""
+    num_epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Length in passes over the training rows; fractions are allowed."""
     learning_rate: PositiveFloat = 5e-5
+    """Its peak, after warm-up."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """Of AdamW."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Of AdamW."""
     eps: PositiveFloat = 1e-8
+    """Of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after warm-up."""
     num_warmup_steps: NonNegativeInt = 0
+    """Steps in which the learning rate rises linearly from 0."""
     min_learning_rate_ratio: Fraction = 0.0
+    """The last learning rate as a share of the peak."""
     max_grad_norm: PositiveFloat | None = 1.0
-    max_skipped_steps: NonNegativeInt = 0  # with a loss or gradient that is not finite; one more ends the run
+    """Gradients are clipped to this norm; null: they are not."""
+    max_skipped_steps: NonNegativeInt = 0
+    """Steps with a loss or gradient that is not finite are skipped; one more ends the run."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if (self.max_steps is None) == (self.num_epochs is None):
-            raise ValueError("give either max_steps or num_epochs")
+    def _microbatches_fill_a_step(self) -> Self:
         if self.global_batch_size % self.microbatch_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of "
@@ -187,10 +252,14 @@ class OptimizationConfig(Section):
 class ParallelConfig(Section):
     """How the student lies on the ranks."""
 
-    dp_replicate: PositiveInt = 1  # hybrid sharding: groups that hold a whole copy each
+    dp_replicate: PositiveInt = 1
+    """Hybrid sharding: so many groups of ranks hold a whole copy each."""
     pipeline: PositiveInt = 1
+    """Only 1: pipeline parallelism is not supported."""
     reshard_after_forward: bool = True
+    """Free gathered parameters after the forward pass: less memory, more communication."""
     cpu_offload: bool = False
+    """Keep parameters, gradients and moments in host memory."""
 
     @model_validator(mode="after")
     def _no_pipeline(self) -> Self:
@@ -206,15 +275,25 @@ class RunConfig(Section):
     """One training run: its name, its folder, its rhythm."""
 
     name: str
-    root: str = "work/runs"
+    """Name of the run's folder."""
+    root: Place = "work/runs"
+    """Folder of all runs."""
     seed: Seed = 42
-    validate_every: PositiveInt | None = None  # steps; always before the first step and after the last
-    checkpoint_every: PositiveInt | None = None  # steps; always after the last
-    keep_checkpoints: PositiveInt = 2  # the best one is kept beside these
-    async_checkpoints: bool = True  # written behind training, from a copy in host memory
+    """Of the order of rows, of dropout and of random weights."""
+    validate_every: PositiveInt | None = None
+    """Steps; validation always runs before the first step and after the last."""
+    checkpoint_every: PositiveInt | None = None
+    """Steps; a checkpoint is always written after the last."""
+    keep_checkpoints: PositiveInt = 2
+    """The newest ones are kept; the best one is kept beside these."""
+    async_checkpoints: bool = True
+    """Written behind training, from a copy in host memory."""
     num_workers: NonNegativeInt = 2
-    export: bool = True  # a Hugging Face folder after the last step
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside metrics.jsonl; extra `tracking`
+    """Processes that read rows and decode pictures, for each rank."""
+    export: bool = True
+    """Write a Hugging Face folder after the last step."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Beside `metrics.jsonl`; needs the extra `tracking`."""
 
     @model_validator(mode="after")
     def _name_is_a_folder_name(self) -> Self:
@@ -230,38 +309,55 @@ class RunConfig(Section):
 class EvaluationConfig(Section):
     """Answers generated over the validation split when training ends."""
 
-    max_examples: NonNegativeInt = 0  # 0: no generation
+    max_examples: NonNegativeInt = 0
+    """Questions to answer; 0: none."""
     max_new_tokens: PositiveInt = 64
+    """Longest answer, in tokens."""
     batch_size: PositiveInt = 16
-    short_answer_words: PositiveInt = 3  # references up to this length count for the accuracy
+    """Questions that are answered together."""
+    short_answer_words: PositiveInt = 3
+    """References up to this length count for the accuracy."""
 
 
 class PhantomConfig(Section):
     """A drawn VQA set, made in ``data.source`` when that is missing; five questions for each picture."""
 
-    train: PositiveInt = 240  # pictures
+    train: PositiveInt = 240
+    """Pictures of the training split."""
     validation: PositiveInt = 32
+    """Pictures of the validation split."""
     test: PositiveInt = 32
+    """Pictures of the test split."""
     size: Annotated[int, Field(ge=64)] = 128
+    """Width and height in pixels."""
     seed: Seed = 0
+    """Of the drawing."""
 
 
 class SmallModelConfig(Section):
     """A small instance of the Qwen3.5 classes with random weights."""
 
-    path: str
+    path: Place
+    """Folder to make."""
     hidden_size: PositiveInt
+    """Width of the language model, a multiple of 32."""
     num_layers: PositiveInt
+    """Layers of the language model."""
     vision_hidden_size: PositiveInt
+    """Width of the vision tower, a multiple of 32."""
     vision_depth: PositiveInt
+    """Layers of the vision tower."""
     seed: Seed = 0
+    """Of the random weights."""
 
 
 class SmallModelsConfig(Section):
     """Small models that share one tokenizer trained on the data set's texts; made when missing."""
 
     vocab_size: Annotated[int, Field(ge=300)] = 2048
+    """Ids of the tokenizer, at most."""
     models: tuple[SmallModelConfig, ...]
+    """One entry a model."""
 
 
 class BootstrapConfig(Section):
@@ -320,15 +416,20 @@ class Recipe(Section):
         return self.loss.kd_ratio > 0
 
 
-def load_recipe(name_or_path: str | Path, *, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     """The validated recipe of that name (of those that come with the package) or file.
 
     Raises   RecipeError  when the file is missing or is not YAML, and for all its problems at once.
     """
-    tree, origin = read_recipe_tree(name_or_path, overrides)
+    tree, origin = read_recipe_tree(name_or_path, overrides, Recipe)
     return validate_tree(Recipe, tree, origin=origin)
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe, every default written out, as plain JSON types."""
     return recipe.model_dump(mode="json")
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that loads to the same recipe."""
+    return yaml12.dump(dump_recipe(recipe))

@@ -108,7 +108,7 @@ def recipe_of_cache(reader: CacheReader, overrides: Sequence[str] = ()) -> Recip
     for line in reversed(lines):
         tree = _recipe_in(line)
         if tree is not None:
-            apply_overrides(tree, overrides)
+            tree = apply_overrides(tree, overrides, Recipe)
             return validate_tree(Recipe, tree, origin=f"cache {reader.location}, {LOG_NAME}")
     raise CacheFormatError(
         f"cache {reader.location}: its {LOG_NAME} does not hold the recipe it was captured with. Give it: --recipe"

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 
 from shared.cache.lock import CacheBusyError, CaptureLock
 from shared.errors import CheckpointError, RecipeError, TeachonceError
-from shared.recipes import Recipe, Split, dump_recipe
+from shared.recipes import Recipe, Split, recipe_text
 from shared.runtime import World, environment
 from stage2_student.runs.checkpoint import Checkpoint, Checkpoints
 from stage2_student.runs.files import JsonLines, are_numbers, write_json, write_text
@@ -170,7 +169,7 @@ class RunFolder:
         """
         world.barrier()  # all have looked before the first rank cleans up
         if world.is_main:
-            write_text(self.recipe, yaml.safe_dump(dump_recipe(recipe), sort_keys=False))
+            write_text(self.recipe, recipe_text(recipe))
             write_json(self.path / "environment.json", environment() | {"num_ranks": world.size})
             self.checkpoints.mend()
             done = latest.facts.step if latest else -1  # no checkpoint: not even the first validation counts
