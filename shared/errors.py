@@ -7,11 +7,24 @@ everything else is our own mistake and keeps its traceback.
 
 from __future__ import annotations
 
+import re
+
+_ADDRESS = re.compile(
+    r" at 0x[0-9a-fA-F]+(?=>)"
+)  # of an object, as Python shows it: <_io.BytesIO object at 0x7f...>
+
 
 class TeachonceError(ValueError):
-    """Base of all errors whose message is meant for the user."""
+    """Base of all errors whose message is meant for the user.
+
+    Messages are kept, as reasons for rows left out, so the same fault must have the same message in every process:
+    addresses of objects, which libraries put into theirs, are taken out.
+    """
 
     exit_status = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_ADDRESS.sub("", message))
 
 
 class RecipeError(TeachonceError):

@@ -156,15 +156,15 @@ def test_another_policy_on_the_same_folder_is_refused_with_both_sides(tree: dict
         run(other)
 
 
-def spoiled(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The same data with a picture in row 5 that is cut in the middle."""
+def spoiled(tree: dict[str, Any], folder: Path, *, content: bytes | None = None) -> dict[str, Any]:
+    """The same data with a picture in row 5 that is cut in the middle, or with other bytes in its place."""
     source = tree["data"]["source"]
     table = datasets.load_dataset("parquet", data_files=f"{source}/train-*.parquet", split="train")
     table = table.cast_column("image_id", datasets.Image(decode=False))
 
     def cut(row: dict[str, Any], index: int) -> dict[str, Any]:
         if index == 5:
-            row["image_id"] = {"bytes": row["image_id"]["bytes"][:60], "path": None}
+            row["image_id"] = {"bytes": content or row["image_id"]["bytes"][:60], "path": None}
         return row
 
     folder.mkdir()
@@ -188,6 +188,17 @@ def test_unusable_pictures_up_to_the_limit_are_left_out_and_counted(
     manifest = CacheReader(str(tmp_path / "cache")).manifest
     assert (manifest.totals.examples, manifest.totals.skipped) == (15, 1)
     assert manifest.skipped[0].row == "train[5]"
+
+
+def test_two_captures_of_a_set_with_rows_left_out_are_the_same(tree: dict[str, Any], tmp_path: Path) -> None:
+    """What a library says of a picture that it cannot identify has an object's address in it."""
+    allowed = with_values(spoiled(tree, tmp_path / "spoiled", content=b"no picture"), "data", max_dropped=1)
+    for name in ("one", "two"):
+        assert run(with_values(allowed, "cache", path=str(tmp_path / name))) == 0
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    reason = CacheReader(str(tmp_path / "one")).manifest.skipped[0].reason
+    assert "cannot identify image file" in reason
+    assert "0x" not in reason
 
 
 def test_where_no_row_can_be_used_the_first_reason_is_told(tree: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -155,13 +156,21 @@ def test_a_row_that_is_not_in_the_cache_is_named_before_the_first_step(
         run_alone(make_recipe(tree))
 
 
-def test_an_unusable_row_stops_the_run_unless_it_may_be_dropped(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_an_unusable_row_stops_the_run_unless_it_may_be_dropped(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     change_row(tmp_path / "data", 5, answer=None)
     with pytest.raises(DataError, match=r"(?s)1 row\(s\) cannot be used.*row 5: the answer is missing"):
         run_alone(make_recipe(tree))
     recipe = make_recipe(tree, data__max_dropped=1)
     assert run_alone(recipe) == 0
     assert "row 5: the answer is missing" in (recipe.run.path / "results.json").read_text()
+    printed = capsys.readouterr().out
+    notice = printed.index("split train: 1 of 12 rows are left out:\n  - ")
+    assert notice < printed.index("step 0: validation")
+    first = json.loads((recipe.run.path / "metrics.jsonl").read_text().splitlines()[0])
+    assert (first["event"], first["splits"]["train"]["num_dropped"]) == ("data", 1)
+    assert "row 5: the answer is missing" in first["splits"]["train"]["dropped"][0]
 
 
 def test_a_picture_that_cannot_be_decoded_reaches_the_user_from_any_rank(

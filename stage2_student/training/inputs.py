@@ -36,6 +36,13 @@ class Inputs:
     cache: CacheReader | None
     validation_cache: CacheReader | None
 
+    def record(self) -> dict[str, Any]:
+        """The first line of metrics.jsonl."""
+        splits = {"train": self.train.facts}
+        if self.validation is not None:
+            splits["validation"] = self.validation.facts
+        return {"event": "data", "step": 0, "splits": splits}
+
     def training_source(self) -> MicrobatchSource:
         return MicrobatchSource(self.train.split, self.train.rows, self.processor, self.cache)
 
@@ -65,13 +72,14 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     validation_cache = cache
     if cache is None and recipe.data.splits.validation is not None:
         validation_cache, notices = _open_validation_cache(recipe, processor, world)
-    if world.is_main:
-        for notice in notices:
-            tqdm.write(f"note: {notice}")
     train = survey_once(recipe.data, "train", processor, cache, world)
     validation = None
     if recipe.data.splits.validation is not None:
         validation = survey_once(recipe.data, "validation", processor, cache, world)
+    if world.is_main:
+        for notice in (*notices, train.notice(), validation.notice() if validation else None):
+            if notice:
+                tqdm.write(f"note: {notice}")
     return Inputs(processor, train, validation, cache, validation_cache)
 
 

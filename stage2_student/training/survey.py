@@ -19,6 +19,8 @@ from shared.recipes import DataConfig, Split
 from shared.runtime import World
 from shared.survey import keys_fingerprint, survey_keys
 
+MAX_REASONS_SHOWN = 10
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -39,6 +41,27 @@ class Survey:
     @property
     def num_examples(self) -> int:
         return len(self.rows)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """For the run's log: how many examples there are, and what was left out."""
+        return {
+            "num_examples": self.num_examples,
+            "num_dropped": len(self.dropped),
+            "dropped": list(self.dropped),
+        }
+
+    def notice(self) -> str | None:
+        """What the user is told about rows that were left out; None where there are none."""
+        if not self.dropped:
+            return None
+        num_rows = self.num_examples + len(self.dropped)
+        listed = "".join(f"\n  - {reason}" for reason in self.dropped[:MAX_REASONS_SHOWN])
+        more = len(self.dropped) - MAX_REASONS_SHOWN
+        where = f"{self.split.source}, split {self.split.name}"
+        return f"{where}: {len(self.dropped)} of {num_rows} rows are left out:{listed}" + (
+            f"\n  - and {more} more; metrics.jsonl lists them all" if more > 0 else ""
+        )
 
     def spread(self, number: int | None) -> Survey:
         """So many of the examples, spread evenly: the first ones of a set may be of one kind, or one case."""
@@ -101,7 +124,7 @@ def survey_once(
 
 def _check_number(split: VqaSplit, data: DataConfig, *, num_usable: int, dropped: list[str]) -> None:
     if len(dropped) > data.max_dropped:
-        listed = "\n".join(f"  - {reason}" for reason in dropped[:10])
+        listed = "\n".join(f"  - {reason}" for reason in dropped[:MAX_REASONS_SHOWN])
         raise DataError(
             f"{split.source}, split {split.name}: {len(dropped)} row(s) cannot be used, data.max_dropped "
             f"allows {data.max_dropped}:\n{listed}"

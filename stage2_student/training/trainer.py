@@ -89,6 +89,8 @@ class Trainer:
 
     def _steps(self, stop: StopRequest) -> bool:
         if self.step == 0:
+            if self.world.is_main:
+                self.folder.metrics.append(self.inputs.record())
             self._validate()
         run = self.recipe.run
         with progress(
