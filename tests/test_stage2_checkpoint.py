@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
+import pickle
 import resource
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ import pytest
 import torch
 from stage2_runs import on_ranks
 from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from shared.errors import CheckpointError
 from shared.recipes import OptimizationConfig
@@ -197,16 +203,105 @@ def test_all_ranks_refuse_what_the_first_one_finds_damaged(tmp_path: Path) -> No
     assert on_ranks(2, refused) == [True, True]
 
 
-def test_an_old_checkpoint_without_hashes_is_loaded(tmp_path: Path) -> None:
+def rewrite(checkpoint: Checkpoint, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes what the facts tell, as somebody who writes a digest that fits would."""
+    path = checkpoint.path / "facts.json"
+    told = json.loads(path.read_text())
+    told.pop("digest")
+    changed = change(told)
+    if isinstance(changed, dict):
+        text = json.dumps(changed, sort_keys=True, separators=(",", ":"))
+        changed = changed | {"digest": hashlib.sha256(text.encode()).hexdigest()}
+    path.write_text(json.dumps(changed))
+
+
+def test_no_flipped_bit_of_the_facts_goes_unnoticed(tmp_path: Path) -> None:
+    """All bits: the hashes' table, the number of updates and the validation loss decide what is loaded."""
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1, 2.5))
+    path = folder.at(1).path / "facts.json"
+    whole, told = path.read_bytes(), folder.at(1).facts
+    accepted = 0
+    for place in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with contextlib.suppress(CheckpointError):
+            assert folder.at(1).facts == told  # white space for white space
+            accepted += 1
+    assert accepted < 8 * len(whole) // 20
+
+
+class Hostile:
+    """Runs something when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return (os.system, (f"touch {self.proof}",))
+
+
+def plant(checkpoint: Checkpoint, change: Callable[[Any], Any]) -> None:
+    """Rewrites the description of the tensors, with hashes that fit."""
+    path = checkpoint.path / ".metadata"
+    path.write_bytes(pickle.dumps(change(pickle.loads(path.read_bytes()))))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    rewrite(checkpoint, lambda told: told | {"sha256": told["sha256"] | {".metadata": sha256}})
+
+
+def test_a_strangers_checkpoint_runs_nothing(tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
     folder = Checkpoints(tmp_path / "checkpoints")
     save(folder, facts(1))
-    path = folder.at(1).path / "facts.json"
-    told = json.loads(path.read_text())
-    assert all(len(sha256) == 64 for sha256 in told.pop("sha256").values())
-    path.write_text(json.dumps(told))
-    state = {"model": {"w": torch.zeros(3)}}
-    load(folder.at(1), state, alone=True)
-    assert state["model"]["w"].tolist() == [1.0, 1.0, 1.0]
+    plant(folder.at(1), lambda metadata: replace(metadata, planner_data=Hostile(proof)))
+    with pytest.raises(CheckpointError, match=r"\.metadata asks for posix\.system"):
+        load(folder.at(1), {"model": {"w": torch.zeros(3)}}, alone=True)
+    assert not proof.exists()
+
+
+def test_an_entry_that_torch_would_unpickle_is_refused(tmp_path: Path) -> None:
+    """torch reads an entry of bytes with weights_only=False, whatever the state asks for."""
+    proof = tmp_path / "proof"
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1))
+    torch.save(Hostile(proof), tmp_path / "bytes")
+    (data,) = folder.at(1).path.glob("*.distcp")
+    data.write_bytes((tmp_path / "bytes").read_bytes())
+
+    def bytes_for_a_tensor(metadata: Any) -> Any:
+        (index,) = metadata.storage_data
+        place = replace(metadata.storage_data[index], offset=0, length=data.stat().st_size)
+        index = replace(index, offset=None, index=None)
+        return replace(
+            metadata,
+            state_dict_metadata=dict.fromkeys(metadata.state_dict_metadata, BytesStorageMetadata()),
+            storage_data={index: place},
+        )
+
+    plant(folder.at(1), bytes_for_a_tensor)
+    sha256 = hashlib.sha256(data.read_bytes()).hexdigest()
+    rewrite(folder.at(1), lambda told: told | {"sha256": told["sha256"] | {data.name: sha256}})
+    with pytest.raises(CheckpointError, match=r"BytesStorageMetadata.*it was not run"):
+        load(folder.at(1), {"model": {"w": torch.zeros(3)}}, alone=True)
+    assert not proof.exists()
+
+
+def test_tensors_lie_in_the_checkpoint_alone(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1))
+    plant(
+        folder.at(1),
+        lambda metadata: replace(
+            metadata,
+            storage_data={
+                index: replace(place, relative_path="../../elsewhere")
+                for index, place in metadata.storage_data.items()
+            },
+        ),
+    )
+    with pytest.raises(CheckpointError, match=r"points to '../../elsewhere', which is no file"):
+        load(folder.at(1), {"model": {"w": torch.zeros(3)}}, alone=True)
 
 
 @pytest.mark.parametrize(
@@ -221,14 +316,18 @@ def test_an_old_checkpoint_without_hashes_is_loaded(tmp_path: Path) -> None:
         lambda told: told | {"num_updates": None},
         lambda told: told | {"validation_loss": "low"},
         lambda told: told | {"sha256": [1]},
-        lambda told: {key: value for key, value in told.items() if key != "identity"},
+        lambda told: told | {"sha256": {}},
+        lambda told: told | {"more": 1},
+        *(
+            lambda told, name=field.name: {key: told[key] for key in told if key != name}
+            for field in fields(Facts)
+        ),
     ],
 )
 def test_facts_of_another_form_are_one_error(tmp_path: Path, change: Callable[[Any], Any]) -> None:
     folder = Checkpoints(tmp_path / "checkpoints")
     save(folder, facts(1))
-    path = folder.at(1).path / "facts.json"
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    rewrite(folder.at(1), change)
     with pytest.raises(CheckpointError, match=r"step-000001: facts\.json cannot be read.*Delete it"):
         folder.latest()
 

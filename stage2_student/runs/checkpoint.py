@@ -18,7 +18,8 @@ Nothing else is needed to go on: the order of examples, the learning rate and th
 functions of the recipe and the step.
 
 A flipped bit in a tensor is a number like any other, so a checkpoint has the SHA-256 of each of its files in
-``facts.json``, taken by the first rank's thread when all are written, and compared before any is loaded.
+``facts.json``, taken by the first rank's thread when all are written, and compared before any is loaded.  The facts
+decide too, which checkpoint is the best one for example, so their own digest stands among them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from shared.errors import CheckpointError
 from shared.runtime import World
+from stage2_student.runs.checkpoint_reader import CheckpointReader
 from stage2_student.runs.files import sync_folder, write_json, write_text
 
 FACTS = "facts.json"
+DIGEST = "digest"  # in the facts: of all others
 PARTIAL = ".partial"
 LATEST, BEST = "latest", "best"  # files with the name of such a checkpoint
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -61,7 +64,7 @@ class Facts:
     num_ranks: int
     identity: dict[str, Any]  # of recipe, cache, data and tokenizer: see ``identity.py``
     validation_loss: float | None = None  # nats a position, when this very step was validated
-    sha256: dict[str, str] | None = None  # in hex, of each other file; None: of a release without them
+    sha256: dict[str, str] = field(default_factory=dict)  # in hex, of each other file
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ class Checkpoints:
         try:
             written.result()
             if is_main:
-                write_json(partial / FACTS, asdict(replace(facts, sha256=_hashes(partial))))
+                told = asdict(replace(facts, sha256=_hashes(partial)))
+                write_json(partial / FACTS, told | {DIGEST: _digest(told)})
                 partial.rename(final)
                 self._point()
                 self._forget_old()
@@ -214,7 +218,8 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], *, alone: bool = False) 
         )
     try:
         with quiet_dcp():
-            dcp.load(state, checkpoint_id=checkpoint.path, no_dist=alone)
+            reader = CheckpointReader(checkpoint.path, files=checkpoint.facts.sha256)
+            dcp.load(state, storage_reader=reader, no_dist=alone)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[-1]
         raise CheckpointError(
@@ -276,20 +281,26 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest(told: dict[str, Any]) -> str:
+    """SHA-256 over the facts as compact JSON, keys in order."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def _damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with the files, if anything; nothing is known of those without hashes."""
-    wanted = checkpoint.facts.sha256
-    if wanted is None:
-        return None
+    """What is wrong with the files, if anything."""
     try:
         found = _hashes(checkpoint.path)
     except OSError as error:
         return f"its files cannot be read ({error})"
-    for name, sha256 in wanted.items():
+    for name, sha256 in checkpoint.facts.sha256.items():
         if name not in found:
             return f"{name} is missing"
         if found[name] != sha256:
             return f"{name} is damaged: its SHA-256 is not the one it was written with"
+    try:
+        CheckpointReader(checkpoint.path, files=checkpoint.facts.sha256).read_metadata()
+    except (OSError, ValueError) as error:
+        return str(error)
     return None
 
 
@@ -298,29 +309,35 @@ def _read_facts(path: Path) -> Facts:
         read = json.loads((path / FACTS).read_text(encoding="utf-8"))
         if not isinstance(read, dict):
             raise ValueError(f"it holds {read!r}")
-        facts = Facts(**{field.name: read[field.name] for field in fields(Facts) if field.name in read})
-        _require_types(facts, name=path.name)
+        missing = [name for name in (*(one.name for one in fields(Facts)), DIGEST) if name not in read]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        told = {name: value for name, value in read.items() if name != DIGEST}
+        if read[DIGEST] != _digest(told):
+            raise ValueError("its digest differs from what it says")
+        facts = Facts(**told)
+        _require_types(facts, folder_name=path.name)
         return facts
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint {path}: {FACTS} cannot be read ({error}); the folder was changed after it was "
             "written. Delete it to go on from an older one"
         ) from error
 
 
-def _require_types(facts: Facts, *, name: str) -> None:
+def _require_types(facts: Facts, *, folder_name: str) -> None:
     """Raises   ValueError  for the first fact that is not of its kind, or a step that is not the folder's"""
     fits = {
-        "step": type(facts.step) is int and name == f"step-{facts.step:06d}",
+        "step": type(facts.step) is int and folder_name == f"step-{facts.step:06d}",
         "num_updates": type(facts.num_updates) is int,
         "num_ranks": type(facts.num_ranks) is int,
         "identity": isinstance(facts.identity, dict),
         "validation_loss": facts.validation_loss is None or type(facts.validation_loss) in (int, float),
-        "sha256": facts.sha256 is None or isinstance(facts.sha256, dict),
+        "sha256": isinstance(facts.sha256, dict) and bool(facts.sha256),
     }
-    for field, is_fit in fits.items():
+    for name, is_fit in fits.items():
         if not is_fit:
-            raise ValueError(f"{field} is {getattr(facts, field)!r}")
+            raise ValueError(f"{name} is {getattr(facts, name)!r}")
 
 
 def _remove(path: Path) -> None:
