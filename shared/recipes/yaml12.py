@@ -1,6 +1,7 @@
 """YAML with the scalars of YAML 1.2's core schema and unique keys, read and written alike.
 
-PyYAML speaks 1.1, where ``5e-5`` is a word, ``no`` is false and ``010`` is 8.
+PyYAML speaks 1.1, where ``5e-5`` is a word, ``no`` is false and ``010`` is 8.  What is read is bounded, since a few lines
+of aliases can stand for more values than a machine holds.
 """
 
 from __future__ import annotations
@@ -9,6 +10,11 @@ import re
 from typing import Any
 
 import yaml
+
+MAX_CHARACTERS = 2**20
+MAX_VALUES = 10_000
+MAX_DEPTH = 32
+MAX_DIGITS = 1_000
 
 _SCALARS = [
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -20,16 +26,22 @@ _SCALARS = [
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise yaml.YAMLError(f"key {key!r} stands twice in the mapping that begins in line {line}")
+        seen = set()
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"line {line}: a key must be a word")
+            if key.value in seen:
+                raise yaml.YAMLError(f"line {line}: key {key.value!r} stands twice in one mapping")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Decimal, as in YAML 1.2; 1.1 reads 010 as 8."""
-        return int(self.construct_scalar(node))
+        text = str(self.construct_scalar(node))
+        if len(text) > MAX_DIGITS:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a number of {len(text)} digits")
+        return int(text)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -46,8 +58,29 @@ for _class in (_Loader, _Dumper):
 
 
 def load(text: str) -> Any:
-    """Raises   yaml.YAMLError  for what is not YAML, and for a key given twice"""
-    return yaml.load(text, Loader=_Loader)
+    """Raises   yaml.YAMLError  for what is not YAML, a key given twice, and what is too long or too deep"""
+    if len(text) > MAX_CHARACTERS:
+        raise yaml.YAMLError(f"{len(text)} characters; at most {MAX_CHARACTERS} are read")
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
+    _require_bounded(tree)
+    return tree
+
+
+def _require_bounded(tree: Any) -> None:
+    """Counts values as often as aliases name them, down to a depth, and stops at the bounds."""
+    pending, count = [(tree, 1)], 0
+    while pending:
+        value, depth = pending.pop()
+        count += 1
+        if count > MAX_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_VALUES} values, aliases counted as often as they stand")
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep")
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        pending += [(one, depth + 1) for one in inner]
 
 
 def dump(tree: Any) -> str:
