@@ -248,7 +248,7 @@ def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
             for name, kind in described.items()
             if isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and kind.get("names")
         }
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
 
 

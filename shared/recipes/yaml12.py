@@ -1,7 +1,7 @@
 """YAML with the scalars of YAML 1.2's core schema and unique keys, read and written alike.
 
-PyYAML speaks 1.1, where ``5e-5`` is a word, ``no`` is false and ``010`` is 8.  What is read is bounded, since a few lines
-of aliases can stand for more values than a machine holds.
+PyYAML speaks 1.1, where ``5e-5`` is a word, ``no`` is false and ``010`` is 8.  What is read is bounded, since a few
+lines of aliases can stand for more values than a machine holds.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def json_objects(log: bytes) -> list[dict[str, Any]]:
     for line in log.split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:  # bytes that are not UTF-8 among them
+        except (ValueError, RecursionError):  # bytes that are not UTF-8 among them
             continue
         if isinstance(record, dict):
             found.append(record)

@@ -221,7 +221,7 @@ def _is_record(record: dict[str, Any]) -> bool:
 def _read_object(path: Path, *, advice: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); {advice}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: it holds {found!r} instead of an object; {advice}")
