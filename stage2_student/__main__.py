@@ -69,7 +69,7 @@ def recipe(recipe: str, overrides: tuple[str, ...]) -> int:
     help="So many, spread over the split; as the recipe says by default.",
 )
 @click.option("--references/--no-references", default=True, help="Teacher and untrained student beside it.")
-@click.option("--out", type=FILE, help="Parquet file; RUN/evaluation/SPLIT.parquet for a run's own student.")
+@click.option("--out", type=FILE, help="Parquet file; in RUN/evaluation for a run's own student.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def evaluate(
     what: str,
@@ -84,16 +84,16 @@ def evaluate(
 ) -> int:
     """Let a trained student answer questions, beside its teacher and itself before training."""
     from stage2_student.evaluation import evaluate as evaluation
+    from stage2_student.evaluation.evaluated import Evaluated
+    from stage2_student.evaluation.scores import keep, save
 
     if out is not None and out.suffix != ".parquet":
         raise click.UsageError(f"--out {out}: name a .parquet file; the scores go into the .json beside it")
     subject = evaluation.Subject.find(
         what, recipe=lambda name: load_recipe(name, overrides=overrides), given=recipe, model=model
     )
-    asked = split or evaluation.default_split(subject.recipe)
-    if out is None and subject.run is not None:
-        out = subject.run / "evaluation" / f"{asked}.parquet"
-    found: list[evaluation.Evaluated] = []
+    asked, saved = split or evaluation.default_split(subject.recipe), out
+    found: list[Evaluated] = []
     with distributed() as world:
         for one in evaluation.evaluate(
             subject.recipe,
@@ -103,14 +103,18 @@ def evaluate(
             num_examples=examples or subject.recipe.evaluation.max_examples or None,
         ):
             found.append(one)
-            if world.is_main and out is not None:
-                evaluation.save(found, out)  # after each: another one may take long, or all memory
+            if world.is_main:  # after each: another one may take long, or all memory
+                if out is not None:
+                    save(found, out)
+                elif subject.run is not None:
+                    saved = keep(found, subject.run / "evaluation", asked)
         if world.is_main:
             if as_json:
                 click.echo(json.dumps([one.to_json() for one in found], indent=1))
             else:
                 evaluation.show(found)
-                click.echo(f"\npredictions: {out}" if out else "")
+                if saved is not None:
+                    click.echo(f"\npredictions: {saved}")
     return 0
 
 
@@ -130,7 +134,7 @@ def evaluate(
 )
 def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: int | None) -> int:
     """Train a student of RECIPE for every combination of the grid; the same command goes on with the rest."""
-    from stage2_student.evaluation.compare import read_run, table
+    from stage2_student.evaluation.compare import legend, read_runs, table
     from stage2_student.sweep import plan_jobs
     from stage2_student.sweep import sweep as run_sweep
 
@@ -138,7 +142,8 @@ def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: 
     outcome = run_sweep(planned, num_parallel=jobs)
     finished = [job.plan.run.path for job in planned if outcome.statuses[job.name] == 0]
     if finished:
-        click.echo("\n".join(table([read_run(path) for path in finished])))
+        runs = read_runs(finished)
+        click.echo("\n".join([*table(runs), *legend(runs)]))
     if outcome.failed:
         click.echo(f"{len(outcome.failed)} of {len(planned)} failed: {', '.join(outcome.failed)}", err=True)
     return outcome.status
@@ -150,10 +155,10 @@ def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: 
 @click.option("--plots", type=FOLDER, help="Folder for curves (extra `report`).")
 def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) -> int:
     """Show RUNS, folders of runs, side by side, and when their cache has paid."""
-    from stage2_student.evaluation.compare import cache_uses, plot, read_runs, save, table
+    from stage2_student.evaluation.compare import cache_uses, legend, plot, read_runs, save, table
 
     records = read_runs(runs)
-    click.echo("\n".join(table(records)))
+    click.echo("\n".join([*table(records), *legend(records)]))
     for use in cache_uses(records):
         click.echo(use.line())
     if json_path is not None:

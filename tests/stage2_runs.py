@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 
-from shared.recipes import Recipe
+from shared.recipes import Recipe, dump_recipe
 from shared.recipes.files import validate_tree
 from shared.runtime import World, distributed
 from stage2_student.train import train
@@ -77,6 +78,34 @@ def validation_records(recipe: Recipe) -> list[dict[str, Any]]:
 def records(recipe: Recipe) -> list[dict[str, Any]]:
     lines = (recipe.run.path / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def written_run(recipe: Recipe, *, num_ranks: int = 1) -> Path:
+    """A run that has logged two steps of three in an epoch, without having trained."""
+    path = recipe.run.path
+    path.mkdir(parents=True)
+    (path / "recipe.yaml").write_text(yaml.safe_dump(dump_recipe(recipe)))
+    (path / "environment.json").write_text(json.dumps({"num_ranks": num_ranks}))
+    step = {
+        "event": "step",
+        "epoch": 0,
+        "num_positions": 40,
+        "step_s": 1.0,
+        "data_wait": 0.2,
+        "peak_memory_gib": 0.5,
+    }
+    lines = [step | {"step": number, "num_epochs": number / 3} for number in (1, 2)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def relog(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes each record of a run's log in place."""
+    log = path / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    for record in records:
+        change(record)
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def state_of(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:

@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from stage2_runs import make_recipe, on_ranks, run_alone
 from transformers import AutoTokenizer
 
+from shared.data.processing import open_processor
 from shared.errors import DataError, RecipeError
 from shared.models.vlm import load_vlm
 from shared.recipes import load_recipe
 from stage2_student.__main__ import commands
 from stage2_student.evaluation import answers, model_losses
 from stage2_student.evaluation.answer_metrics import exact_match, mean_interval, rouge_l, token_f1
-from stage2_student.evaluation.answers import ModelSource, answers_of
+from stage2_student.evaluation.answers import ModelSource, answer, answers_of
 from stage2_student.evaluation.compare import read_run
 from stage2_student.evaluation.evaluate import Subject, models
 from stage2_student.training.student import build_student
@@ -165,6 +166,38 @@ def test_a_model_s_folder_and_a_recipe(run: Path, tree: dict[str, Any], tmp_path
     assert by_run[0]["num_examples"] == 2
     assert pq.read_table(tmp_path / "x.parquet")["row"].to_pylist() == [0, 6]  # of twelve
     assert pq.read_table(tmp_path / "x.parquet").num_rows == 2
+
+
+def test_fewer_questions_leave_the_more_where_they_are(run: Path) -> None:
+    assert command(str(run)).return_value == 0
+    whole = (run / "evaluation" / "validation.parquet").read_bytes()
+    shown = command(str(run), "--no-references", "--examples", "2")
+    assert "validation-2.parquet" in shown.stdout
+    assert (run / "evaluation" / "validation.parquet").read_bytes() == whole
+    assert read_run(run).scores["num_examples"] == 4
+
+
+def test_answers_that_were_cut_are_counted_and_told(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.parquet"
+    shown = command(str(run), "--no-references", "--out", str(out))
+    lines = pq.read_table(out).to_pylist()
+    (scores,) = json.loads(out.with_suffix(".json").read_text())
+    assert scores["num_cut"] == sum(line["is_cut"] for line in lines) > 0
+    assert (
+        f"{scores['num_cut']} of 4 answers of student were cut at evaluation.max_new_tokens" in shown.stdout
+    )
+
+
+def test_an_answer_that_ends_at_its_last_token_is_whole(
+    run: Path, tree: dict[str, Any], examples: list[Any]
+) -> None:
+    model = load_vlm(str(run / "export"), dtype=torch.float32).eval()
+    processor = open_processor(str(run / "export"), make_recipe(tree).data)
+    prompt = processor.collate([processor.encode_prompt(examples[0])], padding_side="left")
+    first = int(model(**prompt.inputs).logits[0, -1].argmax())
+    assert answer(model, processor, examples[:1], max_new_tokens=1)[0].is_cut
+    processor._prompt.end_of_turn = first  # as if the model ended its turn at once
+    assert not answer(model, processor, examples[:1], max_new_tokens=1)[0].is_cut
 
 
 def test_without_a_cache_there_is_no_kl(run: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from stage2_runs import assert_same_state, make_recipe, run_alone, run_ranks, st
 from stage2_runs import records as all_records
 from transformers import AutoModelForImageTextToText
 
-from shared.data.processing import ExampleProcessor
+from shared.cache import CacheReader
+from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import open_split
 from shared.recipes import Recipe
 from shared.recipes.files import validate_tree
@@ -193,3 +194,13 @@ def test_a_student_of_a_cache_without_temperature_one_has_no_such_figure(
         assert capture(recipe, world, StopRequest()) == 0
     assert run_alone(recipe) == 0
     assert kls(recipe) == [None, None]
+
+
+def test_the_teacher_s_own_cross_entropy_is_beside_it(tree: dict[str, Any], teacher_cache: Path) -> None:
+    recipe = make_recipe(tree, **LABELS_ALONE, optimization__max_steps=1)
+    assert run_alone(recipe) == 0
+    processor, reader = open_processor(recipe.student.model, recipe.data), CacheReader(str(teacher_cache))
+    rows = reader.rows([processor.key(one) for one in open_split(recipe.data, "validation")])
+    expected = sum(row.ce_sum for row in rows) / sum(row.num_positions for row in rows)
+    found = [one["teacher_ce_loss"] for one in all_records(recipe) if one["event"] == "validation"]
+    assert found == pytest.approx([expected, expected])

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from stage2_runs import make_recipe, run_alone
+from stage2_runs import make_recipe, relog, run_alone, written_run
 
 from shared.errors import CheckpointError, RecipeError
-from shared.recipes import Recipe, dump_recipe, load_recipe
+from shared.recipes import dump_recipe, load_recipe
 from shared.runtime import INTERRUPTED_STATUS
 from stage2_student.__main__ import commands
 from stage2_student.evaluation.compare import (
@@ -54,34 +54,6 @@ def recipe(tree: dict[str, Any], tmp_path: Path) -> str:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return str(path)
-
-
-def written_run(recipe: Recipe, *, num_ranks: int = 1) -> Path:
-    """A run that has logged two steps of three in an epoch, without having trained."""
-    path = recipe.run.path
-    path.mkdir(parents=True)
-    (path / "recipe.yaml").write_text(yaml.safe_dump(dump_recipe(recipe)))
-    (path / "environment.json").write_text(json.dumps({"num_ranks": num_ranks}))
-    step = {
-        "event": "step",
-        "epoch": 0,
-        "num_positions": 40,
-        "step_s": 1.0,
-        "data_wait": 0.2,
-        "peak_memory_gib": 0.5,
-    }
-    lines = [step | {"step": number, "num_epochs": number / 3} for number in (1, 2)]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def relog(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes each record of a run's log in place."""
-    log = path / "metrics.jsonl"
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    for record in records:
-        change(record)
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def command(*arguments: str) -> Result:
@@ -310,11 +282,13 @@ def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tm
         assert run_alone(recipe) == 0
     runs = [read_run(recipe.run.path) for recipe in recipes]
     assert differing(runs) == ["loss.kd_ratio"]
-    head, _, plain, distilled = table(runs)
+    head, _, plain, distilled, teacher = table(runs)
     assert head.startswith("| run | loss.kd_ratio | steps | epochs | CE | KL |")
     assert "| run0.0 | 0 | 4 | 1.33 |" in plain
-    assert f"| {runs[1].losses['kl']:.4f} |" in distilled
-    assert runs[0].losses["kl"] is None
+    for line, run in ((plain, runs[0]), (distilled, runs[1])):
+        assert f"| {run.losses['ce_loss']:.4f} | {run.losses['kl']:.4f} |" in line
+    assert teacher.startswith(f"| teacher gone | - | - | - | {runs[0].teacher_ce:.4f} | - |")
+    assert runs[0].teacher_ce == runs[1].teacher_ce
 
     assert runs[1].num_epochs == pytest.approx(4 / 3)  # three steps an epoch
     (use,) = cache_uses(runs)
@@ -332,6 +306,7 @@ def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tm
     )
     assert shown.return_value == 0, shown.output
     assert "it pays after" in shown.output
+    assert "KL to the teacher, at temperature 1 for all" in shown.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert [run["name"] for run in found["runs"]] == ["run0.0", "run1.0"]
     assert found["caches"][0]["break_even_epochs"] == pytest.approx(use.costs.break_even_epochs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -79,6 +79,7 @@ class Answer:
     answer: str
     is_short: bool
     is_right: bool
+    is_cut: bool  # at ``max_new_tokens``, before the model ended it
     token_f1: float
     rouge_l: float
 
@@ -139,18 +140,23 @@ def _answers(
     found = []
     for begin in range(0, len(rows), config.batch_size):
         some = [examples[row] for row in rows[begin : begin + config.batch_size]]
-        texts = answer(model, processor, some, max_new_tokens=config.max_new_tokens)
+        generated = answer(model, processor, some, max_new_tokens=config.max_new_tokens)
         found += [
-            judge(example, text, split=split, short_answer_words=config.short_answer_words)
-            for example, text in zip(some, texts, strict=True)
+            judge(example, one, split=split, short_answer_words=config.short_answer_words)
+            for example, one in zip(some, generated, strict=True)
         ]
     return found
+
+
+class Generated(NamedTuple):
+    text: str
+    is_cut: bool
 
 
 @torch.inference_mode()
 def answer(
     model: PreTrainedModel, processor: ExampleProcessor, examples: Sequence[Example], *, max_new_tokens: int
-) -> list[str]:
+) -> list[Generated]:
     """Greedy answers, up to the end of the turn, which is not part of them."""
     batch = processor.collate([processor.encode_prompt(one) for one in examples], padding_side="left")
     batch = batch.to(model.device)
@@ -163,10 +169,13 @@ def answer(
         pad_token_id=processor.end_of_turn,
     )
     new = ids[:, batch.inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    ended = (new == processor.end_of_turn).any(1).tolist()
+    texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [Generated(text.strip(), not end) for text, end in zip(texts, ended, strict=True)]
 
 
-def judge(example: Example, text: str, *, split: str, short_answer_words: int) -> Answer:
+def judge(example: Example, generated: Generated, *, split: str, short_answer_words: int) -> Answer:
+    text, is_cut = generated
     return Answer(
         split=split,
         row=example.index,
@@ -178,6 +187,7 @@ def judge(example: Example, text: str, *, split: str, short_answer_words: int) -
         answer=text,
         is_short=len(example.answer.split()) <= short_answer_words,
         is_right=exact_match(text, example.answer),
+        is_cut=is_cut,
         token_f1=token_f1(text, example.answer),
         rouge_l=rouge_l(text, example.answer),
     )

@@ -12,7 +12,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from shared.errors import RecipeError, TeachonceError
 from shared.recipes import Split
 from shared.reports.break_even import TeacherCosts
 from shared.reports.figures import require_matplotlib, save_png
-from stage2_student.evaluation.evaluate import STUDENT, read_scores
+from stage2_student.evaluation.evaluated import STUDENT, TEACHER
+from stage2_student.evaluation.scores import Scores, read_all
 from stage2_student.runs.files import are_numbers, json_objects, write_json
 from stage2_student.runs.identity import flat
 from stage2_student.runs.run_folder import Metrics, RunFolder
@@ -45,7 +46,9 @@ class RunRecord:
     settings         the resolved recipe, flat: ``loss.kd_ratio`` and so on
     losses           of the last validation, nats a position; None for what was not computed.  ``kl`` is at
                      temperature 1 for every run, where ``kd_loss`` is as the run's own loss has it
-    scores           of the student's answers, as ``evaluate`` writes them; empty where none were asked
+    teacher_ce       of the same positions, from the cache; None where no validation had one
+    answered         what was asked, the most questions first; empty where nothing was
+    asked            which of them ``scores`` are of: those that the runs compared have in common
     positions_per_s  over all steps, waits for data included
     step_s           median
     peak_memory_gib  of the first rank
@@ -61,7 +64,9 @@ class RunRecord:
     num_steps: int
     settings: dict[str, Any]
     losses: dict[str, float | None]
-    scores: dict[str, Any]
+    teacher_ce: float | None
+    answered: tuple[Scores, ...]
+    asked: Scores | None
     positions_per_s: float | None
     step_s: float | None
     peak_memory_gib: float | None
@@ -70,10 +75,16 @@ class RunRecord:
     cache: str | None
     records: tuple[dict[str, Any], ...]
 
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Of the student's answers, as ``evaluate`` writes them; empty where none were asked."""
+        return self.asked.models[STUDENT] if self.asked is not None else {}
+
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "records"} | {
-            "path": str(self.path)
-        }
+        hidden = ("records", "answered", "asked")
+        values = {name: value for name, value in asdict(self).items() if name not in hidden}
+        split = None if self.asked is None else self.asked.split
+        return values | {"path": str(self.path), "split": split, "scores": self.scores}
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -87,7 +98,20 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
     folders = {path.resolve(): path for path in paths if path not in files}
     if not folders:
         raise RecipeError(f"{', '.join(map(str, paths))}: there is no run among them")
-    return [read_run(path) for path in folders.values()]
+    return asked_alike([read_run(path) for path in folders.values()])
+
+
+def asked_alike(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs with the scores of the most questions that all of them were asked, where there are such."""
+    sets = [{one.questions: one for one in run.answered} for run in runs if run.answered]
+    common = set.intersection(*map(set, sets)) if sets else set()
+    if not common:
+        return list(runs)
+    chosen = max(common, key=lambda questions: sets[0][questions].num_examples)
+    return [
+        replace(run, asked=next((one for one in run.answered if one.questions == chosen), None))
+        for run in runs
+    ]
 
 
 def read_run(path: Path) -> RunRecord:
@@ -103,7 +127,7 @@ def read_run(path: Path) -> RunRecord:
     results = folder.read_results()
     last = metrics.validations[-1] if metrics.validations else {}
     split: Split = "train" if settings.get("data.splits.validation") is None else "validation"
-    scores = {one["model"]: one for one in read_scores(folder.predictions(split))}
+    answered = read_all(folder.evaluation, split)
     return RunRecord(
         name=str(settings["run.name"]),
         path=path,
@@ -111,7 +135,9 @@ def read_run(path: Path) -> RunRecord:
         num_steps=steps[-1]["step"] if steps else 0,
         settings=settings,
         losses={name: last.get(name) for name in ("loss", "ce_loss", "kl")},
-        scores=scores.get(STUDENT, {}),
+        teacher_ce=last.get("teacher_ce_loss"),
+        answered=answered,
+        asked=answered[0] if answered else None,
         positions_per_s=metrics.positions_per_s,
         step_s=statistics.median(record["step_s"] for record in steps) if steps else None,
         peak_memory_gib=max((record["peak_memory_gib"] for record in steps), default=None),
@@ -170,9 +196,11 @@ def differing(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """The head of a table, and the cells of each run."""
+    """The head of a table, and the cells of each run, and below them of each teacher of which something is known."""
     settings = differing(runs)
-    head = ["run", *settings, "steps", "epochs", "CE", "KL", "right", "F1", "positions/s", "step", "memory"]
+    cut = ["cut"] if any(run.scores.get("num_cut") for run in runs) else []
+    head = ["run", *settings, "steps", "epochs", "CE", "KL", "questions", "right", "F1", *cut]
+    head += ["positions/s", "step", "memory"]
     rows = [
         [
             label if run.is_finished else f"{label} (not finished)",
@@ -181,21 +209,72 @@ def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
             _number(run.num_epochs, ".2f"),
             _number(run.losses["ce_loss"], ".4f"),
             _number(run.losses["kl"], ".4f"),
-            _number((run.scores.get("accuracy") or {}).get("mean"), ".1%"),
-            _number((run.scores.get("token_f1") or {}).get("mean"), ".1%"),
+            *_answered(run.asked, STUDENT, with_cut=bool(cut)),
             _number(run.positions_per_s, ".0f"),
             _number(run.step_s, ".3f", " s"),
             _number(run.peak_memory_gib, ".2f", " GiB"),
         ]
         for label, run in zip(labels(runs), runs, strict=True)
     ]
+    for name, ce, asked in _teachers(runs):
+        cells = [_number(ce, ".4f"), "-", *_answered(asked, TEACHER, with_cut=bool(cut))]
+        rows.append([f"teacher {name}", *["-"] * (len(settings) + 2), *cells, *["-"] * 3])
     return head, rows
+
+
+def _answered(asked: Scores | None, model: str, *, with_cut: bool) -> list[str]:
+    """Cells of one model's answers: what was asked, the share that is right, F1, and how many were cut."""
+    if asked is None or model not in asked.models:
+        return ["-"] * (3 + with_cut)
+    scores = asked.models[model]
+    right, f1 = scores.get("accuracy"), scores.get("token_f1")
+    cells = [
+        f"{scores['num_examples']}, {asked.split}",
+        f"{right['mean']:.1%} of {right['count']}" if right else "-",
+        _number((f1 or {}).get("mean"), ".1%"),
+    ]
+    return [*cells, str(scores.get("num_cut", "-"))] if with_cut else cells
+
+
+def _teachers(runs: Sequence[RunRecord]) -> list[tuple[str, float | None, Scores | None]]:
+    """Name, CE and scores of each teacher of the runs, where one of the two is known."""
+    found = []
+    for name in dict.fromkeys(run.settings.get("teacher.model") for run in runs):
+        of_it = [run for run in runs if name is not None and run.settings.get("teacher.model") == name]
+        ce = next((run.teacher_ce for run in of_it if run.teacher_ce is not None), None)
+        asked = next((run.asked for run in of_it if run.asked and TEACHER in run.asked.models), None)
+        if ce is not None or asked is not None:
+            found.append((_plain(name), ce, asked))
+    return found
 
 
 def table(runs: Sequence[RunRecord]) -> list[str]:
     """The results in Markdown, one line a run."""
     head, rows = results(runs)
     return [f"| {' | '.join(map(_cell, cells))} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def legend(runs: Sequence[RunRecord]) -> list[str]:
+    """What the columns are, and what keeps the runs from being like."""
+    lines = [
+        "CE and KL: nats a position over the whole validation split; KL to the teacher, at temperature 1 for all.",
+        "questions: how many were asked, and of which split; right: of those with short answers; F1: of all.",
+    ]
+    if len({run.asked.questions for run in runs if run.asked is not None}) > 1:
+        lines.append(
+            "note: the runs were not asked the same questions, so their answers cannot be compared. "
+            "`train-student evaluate RUN --examples N` asks each the same N"
+        )
+    fewer = [
+        f"{label} has {run.answered[0].num_examples}"
+        for label, run in zip(labels(runs), runs, strict=True)
+        if run.asked is not None and run.asked.num_examples < run.answered[0].num_examples
+    ]
+    if fewer:
+        lines.append(
+            f"note: shown for the questions that all were asked; more were answered: {', '.join(fewer)}"
+        )
+    return lines
 
 
 @dataclass(frozen=True)

@@ -11,74 +11,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from shared.errors import DataError, RecipeError, TeachonceError
 from shared.recipes import Recipe, Split
 from shared.runtime import World
-from stage2_student.evaluation.answer_metrics import Interval, mean_interval
-from stage2_student.evaluation.answers import Answer, ModelSource, answers_of
+from stage2_student.evaluation.answer_metrics import Interval
+from stage2_student.evaluation.answers import ModelSource, answers_of
+from stage2_student.evaluation.evaluated import LABELS, STUDENT, TEACHER, UNTRAINED, Evaluated
 from stage2_student.evaluation.model_losses import losses_of
-from stage2_student.runs.files import write_json
-
-STUDENT, TEACHER, UNTRAINED = "student", "teacher", "untrained"
-LABELS = {
-    "accuracy": "right, short",
-    "exact_match": "exact, all",
-    "token_f1": "token F1",
-    "rouge_l": "ROUGE-L",
-}
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One model: its answers, and its losses where they could be computed (None where not)."""
-
-    name: str
-    model: str
-    answers: tuple[Answer, ...]
-    ce: float | None = None
-    kl: float | None = None
-
-    def intervals(self, kind: str | None = None) -> dict[str, Interval | None]:
-        """Of one kind of question, or of all."""
-        some = [one for one in self.answers if kind is None or one.kind == kind]
-        short = [one for one in some if one.is_short]
-
-        def interval(chosen: list[Answer], value: Callable[[Answer], float]) -> Interval | None:
-            return mean_interval([value(one) for one in chosen], [one.image_sha256 for one in chosen])
-
-        return {
-            "accuracy": interval(short, lambda one: float(one.is_right)),
-            "exact_match": interval(some, lambda one: float(one.is_right)),
-            "token_f1": interval(some, lambda one: one.token_f1),
-            "rouge_l": interval(some, lambda one: one.rouge_l),
-        }
-
-    @property
-    def kinds(self) -> list[str]:
-        return sorted({one.kind for one in self.answers if one.kind})
-
-    def to_json(self) -> dict[str, Any]:
-        def plain(kind: str | None) -> dict[str, Any]:
-            return {name: found and asdict(found) for name, found in self.intervals(kind).items()}
-
-        return {
-            "model": self.name,
-            "folder": self.model,
-            "num_examples": len(self.answers),
-            "ce": self.ce,
-            "kl": self.kl,
-            **plain(None),
-            "by_kind": {kind: plain(kind) for kind in self.kinds},
-        }
+from stage2_student.training.export import PROVENANCE
 
 
 def default_split(recipe: Recipe) -> Split:
@@ -121,24 +67,17 @@ def evaluate(
             if world.is_main:
                 click.echo(f"note: {name} is left out: {error}", err=True)
         else:
-            yield Evaluated(name, source.model, tuple(answers), ce, kl)
+            yield Evaluated(name, source.model, tuple(answers), ce, kl, step=exported_step(source.model))
         world.release_memory()
 
 
-def save(found: Sequence[Evaluated], path: Path) -> None:
-    """Every prediction as Parquet, one row for each model and question; the scores as JSON beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"model": one.name, **asdict(answer)} for one in found for answer in one.answers]
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(lines), partial)
-    partial.replace(path)
-    write_json(path.with_suffix(".json"), [one.to_json() for one in found])
-
-
-def read_scores(path: Path) -> list[dict[str, Any]]:
-    """What ``to_json`` made of each model, from the JSON beside the predictions; empty where there is none."""
-    scores = path.with_suffix(".json")
-    return json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else []
+def exported_step(model: str) -> int | None:
+    """Of the run that the model was exported from, as its folder says; None where it does not."""
+    path = Path(model) / PROVENANCE
+    try:
+        return int(json.loads(path.read_bytes())["step"]) if path.exists() else None
+    except (ValueError, KeyError, TypeError):  # somebody else's, or damaged: nothing depends on it
+        return None
 
 
 def show(found: Sequence[Evaluated]) -> None:
@@ -157,6 +96,16 @@ def show(found: Sequence[Evaluated]) -> None:
         click.echo(f"{model.name:<22}{_cells(model.intervals())}{losses}")
         for kind in model.kinds:
             click.echo(f"  {kind:<20}{_cells(model.intervals(kind))}")
+    for model in found:
+        if model.num_cut:
+            click.echo(cut_answers(model.name, model.num_cut, len(model.answers)))
+
+
+def cut_answers(name: str, num_cut: int, num_answers: int) -> str:
+    return (
+        f"note: {num_cut} of {num_answers} answers of {name} were cut at evaluation.max_new_tokens and may count as "
+        "wrong for that; allow more of them"
+    )
 
 
 def _cells(intervals: dict[str, Interval | None]) -> str:

@@ -20,7 +20,8 @@ from shared.recipes import Recipe, Split, load_recipe
 from shared.reports.page import Page, Section, card, cards, figure, figures, paragraph, table, write_page
 from stage2_student.evaluation.answer_metrics import Interval
 from stage2_student.evaluation.compare import RunRecord, cache_uses, labels, points, results
-from stage2_student.evaluation.evaluate import LABELS, read_scores
+from stage2_student.evaluation.evaluated import LABELS
+from stage2_student.evaluation.scores import read_scores
 from stage2_student.runs.run_folder import RunFolder
 
 NUM_ANSWERS = 12

@@ -10,12 +10,14 @@ import click
 from shared.recipes import Recipe
 from shared.runtime import World
 from stage2_student.evaluation.answers import ModelSource, answers_of
-from stage2_student.evaluation.evaluate import STUDENT, Evaluated, default_split, save
+from stage2_student.evaluation.evaluate import cut_answers, default_split, exported_step
+from stage2_student.evaluation.evaluated import STUDENT, Evaluated
+from stage2_student.evaluation.scores import keep
 from stage2_student.runs.files import write_json
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.inputs import Inputs
 
-LOSSES = ("loss", "ce_loss", "kd_loss", "kl")  # of a validation; ``kl`` is not in the logs of old runs
+LOSSES = ("loss", "ce_loss", "kd_loss", "kl", "teacher_ce_loss")  # of a validation; old logs lack some
 
 
 def summarize(
@@ -30,7 +32,7 @@ def summarize(
     results["times_s"]["answering"] = answering_s
     if world.is_main:
         if student is not None:
-            save([student], folder.predictions(default_split(recipe)))
+            keep([student], folder.evaluation, default_split(recipe))
         write_json(folder.results, results)
     return results
 
@@ -47,7 +49,8 @@ def _answering(recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World) 
         num_examples=recipe.evaluation.max_examples,
         found=inputs.validation or inputs.train,
     )
-    return Evaluated(STUDENT, str(folder.export), tuple(answers))
+    export = str(folder.export)
+    return Evaluated(STUDENT, export, tuple(answers), step=exported_step(export))
 
 
 def print_summary(results: dict[str, Any]) -> None:
@@ -60,6 +63,9 @@ def print_summary(results: dict[str, Any]) -> None:
     accuracy = (results["answers"] or {}).get("accuracy")
     if accuracy:
         click.echo(f"  short answers    {accuracy['mean']:8.1%} right, of {accuracy['count']}")
+    num_cut = (results["answers"] or {}).get("num_cut")
+    if num_cut:
+        click.echo(f"  {cut_answers('student', num_cut, results['answers']['num_examples'])}")
     if results["cache"]:
         cache = results["cache"]
         click.echo(f"  cache            {cache['bytes_per_position']:8.1f} bytes a position, {cache['path']}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shared.cache import CacheReader
+from shared.cache import CacheReader, Row
 from shared.data.loading import PackedDataset, leave_process_group, loaded_items
 from shared.data.processing import IGNORE_INDEX, Encoded, ExampleProcessor
 from shared.data.rows import VqaSplit
@@ -38,6 +38,7 @@ class Microbatch:
     labels: Tensor  # (N,) int64
     targets: SparseTargets | None
     num_tokens: int  # without padding
+    teacher_ce: float = 0.0  # with the labels, nats, summed over the positions; as the cache has it
 
     @property
     def num_positions(self) -> int:
@@ -77,9 +78,6 @@ class MicrobatchSource(Dataset):
         self.processor = processor
         self.cache = cache
 
-    def has_targets_at(self, temperature: float) -> bool:
-        return self.cache is not None and temperature in self.cache.temperatures
-
     def __getitem__(self, slot: Slot) -> Microbatch | TeachonceError:
         rows = [int(self.rows[example]) for example in slot.examples]
         try:
@@ -95,9 +93,10 @@ class MicrobatchSource(Dataset):
         if not slot.counts:
             encoded = [_without_labels(one) for one in encoded]
         batch = self.processor.collate(encoded)
-        targets = None
+        targets, teacher_ce = None, 0.0
         if self.cache is not None:
-            targets = self._targets(encoded, rows) if slot.counts else self.cache.targets([])
+            cached = self._cached(self.cache, encoded, rows) if slot.counts else []
+            targets, teacher_ce = self.cache.targets(cached), sum(row.ce_sum for row in cached)
         return Microbatch(
             slot=slot,
             inputs=batch.inputs,
@@ -105,18 +104,18 @@ class MicrobatchSource(Dataset):
             labels=batch.labels,
             targets=targets,
             num_tokens=sum(len(one.input_ids) for one in encoded),
+            teacher_ce=teacher_ce,
         )
 
-    def _targets(self, encoded: list[Encoded], rows: list[int]) -> SparseTargets:
-        assert self.cache is not None
+    def _cached(self, cache: CacheReader, encoded: list[Encoded], rows: list[int]) -> list[Row]:
         names = [self.split.where(row) for row in rows]
-        cached = self.cache.rows([one.key for one in encoded], names=names)
+        cached = cache.rows([one.key for one in encoded], names=names)
         for one, name, row in zip(encoded, names, cached, strict=True):
             if one.answer_ids.tolist() != row.answer_ids.tolist():
                 raise CacheMismatchError(
                     _different_answers(name, row.answer_ids.tolist(), one.answer_ids.tolist())
                 )
-        return self.cache.targets(cached)
+        return cached
 
 
 def feed(

@@ -27,6 +27,7 @@ class Losses:
 
     kd  carries the factor temperature squared
     kl  to the teacher at temperature 1; None where it was not measured
+    teacher_ce  the teacher's own cross-entropy; None where no cache tells it
     """
 
     loss: float
@@ -35,6 +36,7 @@ class Losses:
     teacher_entropy: float
     num_positions: int
     kl: float | None = None
+    teacher_ce: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,20 +85,13 @@ def forward(student: nn.Module, microbatch: Microbatch, world: World) -> LossSum
 
 
 def reduce_losses(sums: Tensor, world: World) -> Losses:
-    """From this rank's sums, in the order of LossSums and perhaps KL's, to means over all ranks' positions."""
+    """From this rank's sums, in the order of LossSums, to means over all ranks' positions."""
     total = sums.cpu()  # the one wait for the device in a step, beside the gradient norm's
     dist.all_reduce(total)
-    loss, ce, kd, teacher_entropy, count, *kl = total.tolist()
+    loss, ce, kd, teacher_entropy, count = total.tolist()
     num_positions = round(count)
     scale = 1 / max(1, num_positions)
-    return Losses(
-        loss * scale,
-        ce * scale,
-        kd * scale,
-        teacher_entropy * scale,
-        num_positions,
-        kl[0] * scale if kl else None,
-    )
+    return Losses(loss * scale, ce * scale, kd * scale, teacher_entropy * scale, num_positions)
 
 
 def seed_step(seed: int, *, step: int, rank: int) -> None:

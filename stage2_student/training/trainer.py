@@ -194,7 +194,8 @@ class Trainer:
             self.inputs = replace(self.inputs, validation_cache=None)
             losses = self._validation_losses()
         record = {"event": "validation", "step": self.step, **_named(losses, distils=self.recipe.distils)}
-        record |= {"kl": losses.kl, "validation_s": time.perf_counter() - begin}
+        record |= {"kl": losses.kl, "teacher_ce_loss": losses.teacher_ce}
+        record["validation_s"] = time.perf_counter() - begin
         self._log(record)
         if self.world.is_main:
             kl = "" if losses.kl is None else f", KL to the teacher {losses.kl:.4f}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
 from shared.kd_loss import LossSums
 from shared.runtime import World
@@ -26,22 +28,26 @@ def validate(
 ) -> Losses:
     """Called by all ranks, with slots of equal number; some may count for nothing.
 
-    Holds    KL to the teacher is among the losses where the source has targets of temperature 1
+    Holds    with a cache the teacher's CE is among the losses; so is KL, where it has targets of temperature 1
     """
-    gives_kl = source.has_targets_at(KL_TEMPERATURE)
-    sums = torch.zeros(len(LossSums._fields) + gives_kl, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=world.device)
+    kl_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    teacher_ce_sum = 0.0
     fed = feed(
         source, [[slot] for slot in slots], num_workers=num_workers, pin_memory=world.device.type == "cuda"
     )
     student.eval()
     for step in in_agreement(fed, world):
-        (microbatch,) = step.microbatches
-        on_device = microbatch.to(world.device)
-        losses, kl = student.measure(
-            on_device.inputs, on_device.position_index, on_device.labels, on_device.targets
-        )
-        values = [*losses] if kl is None else [*losses, kl]
-        sums += torch.stack([value.double() for value in values])
+        one = step.microbatches[0].to(world.device)
+        losses, kl = student.measure(one.inputs, one.position_index, one.labels, one.targets)
+        sums += torch.stack([value.double() for value in losses])
+        kl_sum += 0.0 if kl is None else kl.double()
+        teacher_ce_sum += one.teacher_ce
     student.train()
     reshard(student)
-    return reduce_losses(sums, world)
+    means, cache = reduce_losses(sums, world), source.cache
+    teacher = torch.tensor([kl_sum.item(), teacher_ce_sum], dtype=torch.float64)
+    dist.all_reduce(teacher)
+    kl_mean, teacher_ce = (teacher / max(1, means.num_positions)).tolist()
+    has_kl = cache is not None and KL_TEMPERATURE in cache.temperatures
+    return replace(means, kl=kl_mean if has_kl else None, teacher_ce=None if cache is None else teacher_ce)

@@ -1,0 +1,111 @@
+"""Answers and scores of a run's student on disk: of each split and each number of questions, none lost to another.
+
+    path = keep(found, run_folder.evaluation, "validation")        # Parquet; the scores are in the .json beside it
+
+evaluation/SPLIT.parquet                of the student that answered last, and of the most questions it was asked
+evaluation/SPLIT-60.parquet             of 60 questions, where SPLIT.parquet has more
+evaluation/SPLIT-step-000100-60.parquet of an earlier student of the run
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared.recipes import Split
+from stage2_student.evaluation.evaluated import STUDENT, Evaluated
+from stage2_student.runs.files import write_json
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one file of a run says: the models that answered the same questions.
+
+    questions  equal for files of the same questions, whichever run they belong to
+    models     by name: what ``Evaluated.to_json`` made of each
+    """
+
+    split: Split
+    questions: str
+    num_examples: int
+    models: dict[str, dict[str, Any]]
+
+
+def save(found: Sequence[Evaluated], path: Path) -> None:
+    """Every prediction as Parquet, one row for each model and question; the scores as JSON beside it."""
+    _write(_lines(found), [one.to_json() for one in found], path)
+
+
+def keep(found: Sequence[Evaluated], folder: Path, split: Split) -> Path:
+    """Saves a run's own student, and what it was held against, in its place; returns the file.
+
+    Answers to more questions are never replaced by those to fewer, nor an earlier student's by a later one's.  Other
+    models that answered the same questions before stay beside it.
+    """
+    main, student = folder / f"{split}.parquet", found[0].to_json()
+    place = main
+    for old in _students(main):
+        is_same = old.get("step") == student["step"]
+        if is_same and old["num_examples"] > student["num_examples"]:
+            place = folder / f"{split}-{student['num_examples']}.parquet"
+        elif not is_same or old["num_examples"] < student["num_examples"]:
+            earlier = "" if is_same else f"-step-{old.get('step') or 0:06d}"
+            _move(main, folder / f"{split}{earlier}-{old['num_examples']}.parquet")
+    new = {one.name for one in found}
+    others = [
+        one
+        for one in read_scores(place)
+        if one["model"] not in new and one.get("questions") == student["questions"]
+    ]
+    kept = {one["model"] for one in others}
+    lines = [line for line in pq.read_table(place).to_pylist() if line["model"] in kept] if kept else []
+    _write([*_lines(found), *lines], [*(one.to_json() for one in found), *others], place)
+    return place
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """What ``to_json`` made of each model, from the JSON beside the predictions; empty where there is none."""
+    scores = path.with_suffix(".json")
+    return json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else []
+
+
+def read_all(folder: Path, split: Split) -> tuple[Scores, ...]:
+    """What is there of the student that answered last, the most questions first."""
+    main = folder / f"{split}.parquet"
+    steps = {student.get("step") for student in _students(main)}
+    found = []
+    for path in [main, *sorted(folder.glob(f"{split}-*.parquet"))]:
+        models = {one["model"]: one for one in read_scores(path)}
+        if STUDENT in models and models[STUDENT].get("step") in steps:
+            number = models[STUDENT]["num_examples"]
+            questions = models[STUDENT].get("questions") or f"{split} {number}"  # of old runs
+            found.append(Scores(split, questions, number, models))
+    return tuple(sorted(found, key=lambda one: -one.num_examples))
+
+
+def _students(path: Path) -> list[dict[str, Any]]:
+    return [one for one in read_scores(path) if one["model"] == STUDENT]
+
+
+def _lines(found: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    return [{"model": one.name, **asdict(answer)} for one in found for answer in one.answers]
+
+
+def _write(lines: list[dict[str, Any]], scores: list[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(pa.Table.from_pylist(lines), partial)
+    partial.replace(path)
+    write_json(path.with_suffix(".json"), scores)
+
+
+def _move(path: Path, new: Path) -> None:
+    for suffix in (".parquet", ".json"):
+        if path.with_suffix(suffix).exists():
+            path.with_suffix(suffix).replace(new.with_suffix(suffix))
