@@ -29,8 +29,8 @@ from stage2_student.__main__ import commands
 from stage2_student.evaluation import answers, model_losses
 from stage2_student.evaluation.answer_metrics import exact_match, mean_interval, rouge_l, token_f1
 from stage2_student.evaluation.answers import ModelSource, answer, answers_of
-from stage2_student.evaluation.compare import read_run
 from stage2_student.evaluation.evaluate import Subject, models
+from stage2_student.evaluation.run_records import read_run
 from stage2_student.training.student import build_student
 
 # --- metrics ---------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import pytest
 from stage2_runs import make_recipe, written_run
 
 from stage2_student.evaluation.answers import Answer
-from stage2_student.evaluation.compare import asked_alike, legend, read_run, read_runs, results, table
+from stage2_student.evaluation.compare import legend, results, table
 from stage2_student.evaluation.evaluated import STUDENT, TEACHER, Evaluated
+from stage2_student.evaluation.run_records import asked_alike, read_run, read_runs
 from stage2_student.evaluation.scores import keep, read_all, read_scores
 
 

@@ -25,17 +25,9 @@ from shared.errors import CheckpointError, RecipeError
 from shared.recipes import dump_recipe, load_recipe
 from shared.runtime import INTERRUPTED_STATUS
 from stage2_student.__main__ import commands
-from stage2_student.evaluation.compare import (
-    cache_uses,
-    captured_times,
-    differing,
-    labels,
-    points,
-    read_run,
-    read_runs,
-    save,
-    table,
-)
+from stage2_student.evaluation.cache_uses import cache_uses, captured_times
+from stage2_student.evaluation.compare import differing, save, table
+from stage2_student.evaluation.run_records import labels, points, read_run, read_runs
 from stage2_student.runs.identity import flat
 from stage2_student.sweep import Job, plan_jobs
 from stage2_student.sweep import sweep as run_sweep

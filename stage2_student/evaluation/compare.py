@@ -1,185 +1,28 @@
-"""Runs side by side: the settings in which they differ, what they came to, and when their cache has paid.
+"""Runs side by side: the settings in which they differ, what they came to, and what their scores rest on.
 
-    rows = [read_run(Path("work/runs/soft")), read_run(Path("work/runs/hard"))]
-    click.echo("\\n".join(table(rows)))
-
-Everything is read from what the runs left on disk.  A run that is not finished is shown with what it has logged.
+runs = read_runs([Path("work/runs/soft"), Path("work/runs/hard")])
+click.echo("\\n".join([*table(runs), *legend(runs)]))
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
-import yaml
-
-from shared.cache.layout import LOG_NAME
-from shared.cache.manifest import load_manifest
-from shared.cache.storage import open_folder
-from shared.errors import RecipeError, TeachonceError
-from shared.recipes import Split
-from shared.reports.break_even import TeacherCosts
 from shared.reports.figures import require_matplotlib, save_png
+from stage2_student.evaluation.cache_uses import cache_uses
 from stage2_student.evaluation.evaluated import STUDENT, TEACHER
-from stage2_student.evaluation.scores import Scores, read_all
-from stage2_student.runs.files import are_numbers, json_objects, write_json
-from stage2_student.runs.identity import flat
-from stage2_student.runs.run_folder import Metrics, RunFolder
+from stage2_student.evaluation.run_records import RunRecord, labels, points
+from stage2_student.evaluation.scores import Scores
+from stage2_student.runs.files import write_json
 
 UNIMPORTANT = ("run.name", "run.root", "bootstrap.")  # differ by nature, or make what is named elsewhere
 FIRST_KEYS = {"teacher": "teacher.model", "cache": "cache.path"}  # of sections that a recipe may lack
-IN_CAPTURES = ("positions", "seconds", "ranks", "teacher_ms")  # numbers of a record in a cache's log
 MAX_SHOWN = 40  # characters of a value
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """One run as it lies on disk.
-
-    settings         the resolved recipe, flat: ``loss.kd_ratio`` and so on
-    losses           of the last validation, nats a position; None for what was not computed.  ``kl`` is at
-                     temperature 1 for every run, where ``kd_loss`` is as the run's own loss has it
-    teacher_ce       of the same positions, from the cache; None where no validation had one
-    answered         what was asked, the most questions first; empty where nothing was
-    asked            which of them ``scores`` are of: those that the runs compared have in common
-    positions_per_s  over all steps, waits for data included
-    step_s           median
-    peak_memory_gib  of the first rank
-    num_epochs       done; None where the log does not tell
-    reading_s        time that steps waited for data, of all ranks: all that the cache can have cost them
-    cache            where it lies; None for plain fine-tuning
-    records          the lines of metrics.jsonl, with ``kl`` where a ``kd_loss`` of temperature 1 gives it
-    """
-
-    name: str
-    path: Path
-    is_finished: bool
-    num_steps: int
-    settings: dict[str, Any]
-    losses: dict[str, float | None]
-    teacher_ce: float | None
-    answered: tuple[Scores, ...]
-    asked: Scores | None
-    positions_per_s: float | None
-    step_s: float | None
-    peak_memory_gib: float | None
-    num_epochs: float | None
-    reading_s: float
-    cache: str | None
-    records: tuple[dict[str, Any], ...]
-
-    @property
-    def scores(self) -> dict[str, Any]:
-        """Of the student's answers, as ``evaluate`` writes them; empty where none were asked."""
-        return self.asked.models[STUDENT] if self.asked is not None else {}
-
-    def to_json(self) -> dict[str, Any]:
-        hidden = ("records", "answered", "asked")
-        values = {name: value for name, value in asdict(self).items() if name not in hidden}
-        split = None if self.asked is None else self.asked.split
-        return values | {"path": str(self.path), "split": split, "scores": self.scores}
-
-
-def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Each run once, in their order.  Files among them, as the logs of a sweep in ``runs/*``, are left out, and said.
-
-    Raises   RecipeError  when a folder has no run in it, or none is left
-    """
-    files = [path for path in paths if path.is_file()]
-    if files:
-        click.echo(f"note: no folders of runs, left out: {', '.join(map(str, files))}", err=True)
-    folders = {path.resolve(): path for path in paths if path not in files}
-    if not folders:
-        raise RecipeError(f"{', '.join(map(str, paths))}: there is no run among them")
-    return asked_alike([read_run(path) for path in folders.values()])
-
-
-def asked_alike(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs with the scores of the most questions that all of them were asked, where there are such."""
-    sets = [{one.questions: one for one in run.answered} for run in runs if run.answered]
-    common = set.intersection(*map(set, sets)) if sets else set()
-    if not common:
-        return list(runs)
-    chosen = max(common, key=lambda questions: sets[0][questions].num_examples)
-    return [
-        replace(run, asked=next((one for one in run.answered if one.questions == chosen), None))
-        for run in runs
-    ]
-
-
-def read_run(path: Path) -> RunRecord:
-    """Raises   RecipeError      when the folder has no run in it, or its recipe is damaged
-    CheckpointError  when another file of the run is damaged
-    """
-    folder = RunFolder(path)
-    if not folder.recipe.exists():
-        raise RecipeError(f"{path}: there is no run in it (no {folder.recipe.name})")
-    settings = _read_settings(folder.recipe)
-    metrics = _with_kl(folder.read_metrics(), temperature=settings["loss.temperature"])
-    steps = metrics.steps
-    results = folder.read_results()
-    last = metrics.validations[-1] if metrics.validations else {}
-    split: Split = "train" if settings.get("data.splits.validation") is None else "validation"
-    answered = read_all(folder.evaluation, split)
-    return RunRecord(
-        name=str(settings["run.name"]),
-        path=path,
-        is_finished=results is not None,
-        num_steps=steps[-1]["step"] if steps else 0,
-        settings=settings,
-        losses={name: last.get(name) for name in ("loss", "ce_loss", "kl")},
-        teacher_ce=last.get("teacher_ce_loss"),
-        answered=answered,
-        asked=answered[0] if answered else None,
-        positions_per_s=metrics.positions_per_s,
-        step_s=statistics.median(record["step_s"] for record in steps) if steps else None,
-        peak_memory_gib=max((record["peak_memory_gib"] for record in steps), default=None),
-        num_epochs=steps[-1].get("num_epochs") if steps else 0.0,
-        reading_s=metrics.wait_s * folder.num_ranks(),
-        cache=settings["cache.path"] if settings["loss.kd_ratio"] > 0 else None,
-        records=metrics.records,
-    )
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Flat.  Not by the rules of recipes, which may have changed since the run."""
-    try:
-        settings = flat(yaml.safe_load(path.read_bytes()))
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(
-            f"{path}: not YAML ({error}); put the run's own recipe back, or leave the run out"
-        ) from error
-    needed = ["run.name", "loss.temperature", "loss.kd_ratio"]
-    numbers = are_numbers(settings, *needed[1:])
-    if numbers and settings["loss.kd_ratio"] > 0:
-        needed.append("cache.path")
-    missing = [name for name in needed if settings.get(name) is None]
-    if missing or not numbers:
-        raise RecipeError(
-            f"{path}: {', '.join(missing) or 'loss'} is missing or damaged, so this is not a run's recipe; "
-            "put it back, or leave the run out"
-        )
-    return settings
-
-
-def _with_kl(metrics: Metrics, *, temperature: float) -> Metrics:
-    """Steps, and validations of old runs, have no KL of their own: at temperature 1 ``kd_loss`` is it."""
-    if temperature != 1.0:
-        return metrics
-    return Metrics(tuple({"kl": record.get("kd_loss")} | record for record in metrics.records))
-
-
-def labels(runs: Sequence[RunRecord]) -> list[str]:
-    """What to call each run: its name, or its folder where several have that name."""
-    times = Counter(run.name for run in runs)
-    return [run.name if times[run.name] == 1 else str(run.path) for run in runs]
 
 
 def differing(runs: Sequence[RunRecord]) -> list[str]:
@@ -277,51 +120,6 @@ def legend(runs: Sequence[RunRecord]) -> list[str]:
     return lines
 
 
-@dataclass(frozen=True)
-class CacheUse:
-    """What a cache cost, in seconds of one device, and what was trained on it."""
-
-    cache: str
-    num_students: int
-    num_epochs: float
-    costs: TeacherCosts
-
-    def line(self) -> str:
-        live_s = self.costs.live_s(num_students=1, num_epochs=self.num_epochs)
-        cached_s = self.costs.cached_s(num_students=1, num_epochs=self.num_epochs)
-        return (
-            f"{self.cache}: captured in {self.costs.capture_s:.0f} s; {self.num_students} student(s), "
-            f"{self.num_epochs:.2f} epochs in all. Teacher's part: {cached_s:.0f} s with the cache, about "
-            f"{live_s:.0f} s live; it {self.costs.pays_after()}"
-        )
-
-
-def cache_uses(runs: Sequence[RunRecord]) -> list[CacheUse]:
-    """One for each cache whose log tells how long its capture took.
-
-    A live teacher is taken to need, for each position of an epoch, what the teacher itself needed in the capture.
-    Waits for data count as the cache's in full.  Runs whose epochs are unknown are left out.
-    """
-    found = []
-    for cache in dict.fromkeys(run.cache for run in runs if run.cache is not None):
-        captured = captured_times(cache)
-        epochs = {run.path: run.num_epochs for run in runs if run.cache == cache and run.num_epochs}
-        trained = [run for run in runs if run.path in epochs]
-        if captured is None or not trained:
-            continue
-        epoch_positions = [
-            sum(r["num_positions"] for r in run.records if r["event"] == "step") / epochs[run.path]
-            for run in trained
-        ]
-        num_epochs = sum(epochs.values())
-        live_epoch_s = captured.teacher_s * statistics.fmean(epoch_positions) / captured.num_positions
-        reading_s = sum(run.reading_s for run in trained) / num_epochs
-        found.append(
-            CacheUse(cache, len(trained), num_epochs, TeacherCosts(captured.seconds, live_epoch_s, reading_s))
-        )
-    return found
-
-
 def plot(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
     """Curves of validation CE and KL over steps, one line a run; returns the pictures' paths.
 
@@ -333,11 +131,6 @@ def plot(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
         save_png(partial(_draw_validations, runs=runs, field=field, title=title), folder / f"{field}.png")
         for field, title in (("ce_loss", "cross-entropy"), ("kl", "divergence from the teacher"))
     ]
-
-
-def points(run: RunRecord, event: str, field: str) -> list[tuple[int, float]]:
-    """(step, value) of each record of that kind which has one."""
-    return [(r["step"], r[field]) for r in run.records if r["event"] == event and r.get(field) is not None]
 
 
 def _draw_validations(axes: Any, *, runs: Sequence[RunRecord], field: str, title: str) -> None:
@@ -357,40 +150,6 @@ def save(runs: Sequence[RunRecord], path: Path) -> None:
         for use in cache_uses(runs)
     ]
     write_json(path, {"runs": [run.to_json() for run in runs], "caches": uses})
-
-
-@dataclass(frozen=True)
-class CapturedTimes:
-    """Seconds of one device: of all that a cache holds, and the teacher's own among them."""
-
-    seconds: float
-    teacher_s: float
-    num_positions: int
-
-
-def captured_times(location: str) -> CapturedTimes | None:
-    """From the captures in a cache's log; None where it has none whose teacher was timed, which old ones have not.
-
-    A capture that was stopped has logged nothing: its part is taken to have cost what the others did.
-    """
-    try:
-        folder = open_folder(location)
-        log = folder.read(LOG_NAME)
-        manifest = load_manifest(folder)
-    except (OSError, TeachonceError):
-        return None
-    records = [
-        record
-        for record in json_objects(log)
-        if record.get("event") == "captured" and are_numbers(record, *IN_CAPTURES)
-    ]
-    positions = sum(record["positions"] for record in records)
-    if manifest is None or not positions:
-        return None
-    held = manifest.totals.positions
-    seconds = sum(record["seconds"] * record["ranks"] for record in records)
-    teacher_s = sum(record["teacher_ms"] for record in records) / 1e3
-    return CapturedTimes(seconds * held / positions, teacher_s * held / positions, held)
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

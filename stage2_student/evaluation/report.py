@@ -19,8 +19,10 @@ from shared.errors import TeachonceError
 from shared.recipes import Recipe, Split, load_recipe
 from shared.reports.page import Page, Section, card, cards, figure, figures, paragraph, table, write_page
 from stage2_student.evaluation.answer_metrics import Interval
-from stage2_student.evaluation.compare import RunRecord, cache_uses, labels, points, results
+from stage2_student.evaluation.cache_uses import cache_uses
+from stage2_student.evaluation.compare import results
 from stage2_student.evaluation.evaluated import LABELS
+from stage2_student.evaluation.run_records import RunRecord, labels, points
 from stage2_student.evaluation.scores import read_scores
 from stage2_student.runs.run_folder import RunFolder
 

@@ -1,0 +1,175 @@
+"""What runs left on disk, read for tables, curves and reports.
+
+    runs = read_runs([Path("work/runs/soft"), Path("work/runs/hard")])
+    points(runs[0], "validation", "kl")
+
+A run that is not finished is read with what it has logged.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from shared.errors import RecipeError
+from shared.recipes import Split
+from stage2_student.evaluation.evaluated import STUDENT
+from stage2_student.evaluation.scores import Scores, read_all
+from stage2_student.runs.files import are_numbers
+from stage2_student.runs.identity import flat
+from stage2_student.runs.run_folder import Metrics, RunFolder
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as it lies on disk.
+
+    settings         the resolved recipe, flat: ``loss.kd_ratio`` and so on
+    losses           of the last validation, nats a position; None for what was not computed.  ``kl`` is at
+                     temperature 1 for every run, where ``kd_loss`` is as the run's own loss has it
+    teacher_ce       of the same positions, from the cache; None where no validation had one
+    answered         what was asked, the most questions first; empty where nothing was
+    asked            which of them ``scores`` are of: those that the runs compared have in common
+    positions_per_s  over all steps, waits for data included
+    step_s           median
+    peak_memory_gib  of the first rank
+    num_epochs       done; None where the log does not tell
+    reading_s        time that steps waited for data, of all ranks: all that the cache can have cost them
+    cache            where it lies; None for plain fine-tuning
+    records          the lines of metrics.jsonl, with ``kl`` where a ``kd_loss`` of temperature 1 gives it
+    """
+
+    name: str
+    path: Path
+    is_finished: bool
+    num_steps: int
+    settings: dict[str, Any]
+    losses: dict[str, float | None]
+    teacher_ce: float | None
+    answered: tuple[Scores, ...]
+    asked: Scores | None
+    positions_per_s: float | None
+    step_s: float | None
+    peak_memory_gib: float | None
+    num_epochs: float | None
+    reading_s: float
+    cache: str | None
+    records: tuple[dict[str, Any], ...]
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Of the student's answers, as ``evaluate`` writes them; empty where none were asked."""
+        return self.asked.models[STUDENT] if self.asked is not None else {}
+
+    def to_json(self) -> dict[str, Any]:
+        hidden = ("records", "answered", "asked")
+        values = {name: value for name, value in asdict(self).items() if name not in hidden}
+        split = None if self.asked is None else self.asked.split
+        return values | {"path": str(self.path), "split": split, "scores": self.scores}
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """Each run once, in their order.  Files among them, as the logs of a sweep in ``runs/*``, are left out, and said.
+
+    Raises   RecipeError  when a folder has no run in it, or none is left
+    """
+    files = [path for path in paths if path.is_file()]
+    if files:
+        click.echo(f"note: no folders of runs, left out: {', '.join(map(str, files))}", err=True)
+    folders = {path.resolve(): path for path in paths if path not in files}
+    if not folders:
+        raise RecipeError(f"{', '.join(map(str, paths))}: there is no run among them")
+    return asked_alike([read_run(path) for path in folders.values()])
+
+
+def asked_alike(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs with the scores of the most questions that all of them were asked, where there are such."""
+    sets = [{one.questions: one for one in run.answered} for run in runs if run.answered]
+    common = set.intersection(*map(set, sets)) if sets else set()
+    if not common:
+        return list(runs)
+    chosen = max(common, key=lambda questions: sets[0][questions].num_examples)
+    return [
+        replace(run, asked=next((one for one in run.answered if one.questions == chosen), None))
+        for run in runs
+    ]
+
+
+def read_run(path: Path) -> RunRecord:
+    """Raises   RecipeError      when the folder has no run in it, or its recipe is damaged
+    CheckpointError  when another file of the run is damaged
+    """
+    folder = RunFolder(path)
+    if not folder.recipe.exists():
+        raise RecipeError(f"{path}: there is no run in it (no {folder.recipe.name})")
+    settings = _read_settings(folder.recipe)
+    metrics = _with_kl(folder.read_metrics(), temperature=settings["loss.temperature"])
+    steps = metrics.steps
+    results = folder.read_results()
+    last = metrics.validations[-1] if metrics.validations else {}
+    split: Split = "train" if settings.get("data.splits.validation") is None else "validation"
+    answered = read_all(folder.evaluation, split)
+    return RunRecord(
+        name=str(settings["run.name"]),
+        path=path,
+        is_finished=results is not None,
+        num_steps=steps[-1]["step"] if steps else 0,
+        settings=settings,
+        losses={name: last.get(name) for name in ("loss", "ce_loss", "kl")},
+        teacher_ce=last.get("teacher_ce_loss"),
+        answered=answered,
+        asked=answered[0] if answered else None,
+        positions_per_s=metrics.positions_per_s,
+        step_s=statistics.median(record["step_s"] for record in steps) if steps else None,
+        peak_memory_gib=max((record["peak_memory_gib"] for record in steps), default=None),
+        num_epochs=steps[-1].get("num_epochs") if steps else 0.0,
+        reading_s=metrics.wait_s * folder.num_ranks(),
+        cache=settings["cache.path"] if settings["loss.kd_ratio"] > 0 else None,
+        records=metrics.records,
+    )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Flat.  Not by the rules of recipes, which may have changed since the run."""
+    try:
+        settings = flat(yaml.safe_load(path.read_bytes()))
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(
+            f"{path}: not YAML ({error}); put the run's own recipe back, or leave the run out"
+        ) from error
+    needed = ["run.name", "loss.temperature", "loss.kd_ratio"]
+    numbers = are_numbers(settings, *needed[1:])
+    if numbers and settings["loss.kd_ratio"] > 0:
+        needed.append("cache.path")
+    missing = [name for name in needed if settings.get(name) is None]
+    if missing or not numbers:
+        raise RecipeError(
+            f"{path}: {', '.join(missing) or 'loss'} is missing or damaged, so this is not a run's recipe; "
+            "put it back, or leave the run out"
+        )
+    return settings
+
+
+def _with_kl(metrics: Metrics, *, temperature: float) -> Metrics:
+    """Steps, and validations of old runs, have no KL of their own: at temperature 1 ``kd_loss`` is it."""
+    if temperature != 1.0:
+        return metrics
+    return Metrics(tuple({"kl": record.get("kd_loss")} | record for record in metrics.records))
+
+
+def labels(runs: Sequence[RunRecord]) -> list[str]:
+    """What to call each run: its name, or its folder where several have that name."""
+    times = Counter(run.name for run in runs)
+    return [run.name if times[run.name] == 1 else str(run.path) for run in runs]
+
+
+def points(run: RunRecord, event: str, field: str) -> list[tuple[int, float]]:
+    """(step, value) of each record of that kind which has one."""
+    return [(r["step"], r[field]) for r in run.records if r["event"] == event and r.get(field) is not None]
