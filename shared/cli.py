@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from shared.errors import TeachonceError
+from shared.library_output import LibraryOutput, quiet_libraries
 
 FILE = click.Path(path_type=Path, dir_okay=False)  # to be written
 FOLDER = click.Path(path_type=Path, file_okay=False)  # to write into
@@ -20,6 +25,9 @@ OF_FILES = {
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
 }
+# As gloo says that another process of the job is gone.
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connect timeout")
+PATIENCE_S = 5.0
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -35,23 +43,93 @@ def recipe_arguments(function: Function) -> Function:
     return click.argument("recipe")(function)
 
 
-def run(group: click.Command) -> None:
-    """Runs a command line; a user's error is one message and a status of its own, not a traceback."""
+def run(group: click.Command, *, starts_ours: bool = False) -> None:
+    """Runs a command line; a user's error is one message and a status of its own, not a traceback.
+
+    starts_ours  the command starts programs of ours, which have the screen as well
+    """
+    with LibraryOutput.collected(native=not starts_ours) as output:
+        sys.exit(_status(group, output))
+
+
+def _status(group: click.Command, output: LibraryOutput) -> int:
+    quiet_libraries()  # those that came with the command's own module
     try:
         status = group.main(standalone_mode=False)
     except TeachonceError as error:
-        rank = os.environ.get("RANK", "0")
-        click.echo(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", err=True)
-        sys.exit(error.exit_status)
+        tell_once(f"error: {error}", error)
+        return error.exit_status
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        if first_to_fail(error):
+            error.show()
+        return error.exit_code
     except OSError as error:
         if error.filename is None or error.errno not in OF_FILES:
-            raise
-        click.echo(f"error: {error.filename}: {os.strerror(error.errno).lower()}", err=True)
-        sys.exit(os.EX_IOERR)
-    except click.Abort:
-        click.echo("aborted", err=True)
-        sys.exit(130)
-    sys.exit(status if isinstance(status, int) else 0)
+            return _our_own_mistake(error, output)
+        tell_once(f"error: {error.filename}: {os.strerror(error.errno).lower()}", error)
+        return os.EX_IOERR
+    except click.Abort as error:
+        tell_once("aborted", error)
+        return 130
+    except Exception as error:
+        return _our_own_mistake(error, output)
+    return status if isinstance(status, int) else 0
+
+
+def _our_own_mistake(error: Exception, output: LibraryOutput) -> int:
+    """Its traceback, and what libraries said before, where no log has it."""
+    text = "".join(traceback.format_exception(error))
+    said = output.text()
+    rank = f"on rank {os.environ['RANK']}:\n" if "RANK" in os.environ else ""
+    tell_once(f"{said}{rank}{text.rstrip()}", error)
+    return 1
+
+
+def tell_once(text: str, error: BaseException) -> None:
+    """On the screen from the first rank that fails, as an error is often all ranks'; from others into the log."""
+    _report_to_torchrun(text)
+    if first_to_fail(error):
+        click.echo(text, err=True)
+    elif LibraryOutput.active is not None:
+        LibraryOutput.active.write(f"on rank {os.environ.get('RANK')}: {text}\n")
+
+
+def _report_to_torchrun(text: str) -> None:
+    """The message for its table, where a user has called torchrun and it prints one, in the form it reads."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        with contextlib.suppress(OSError):
+            Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+
+
+def first_to_fail(error: BaseException) -> bool:
+    """Whether no other process of the same launch on this machine has told its error yet.
+
+    They meet in the folder that torchrun makes for a launch.  A rank that fails because another one has, leaves the
+    word to that one, which may need a moment.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return True
+    mark = Path(error_file).parent.parent / "told"
+    deadline_s = time.monotonic() + (PATIENCE_S if _is_of_a_peer(error) else 0.0)
+    while time.monotonic() < deadline_s and not mark.exists():
+        time.sleep(0.05)
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # without that folder nobody can be asked
+        return True
+    return True
+
+
+def _is_of_a_peer(error: BaseException | None) -> bool:
+    """Whether it, or what led to it, is a lost connection to another rank."""
+    if error is None:
+        return False
+    text = str(error)
+    lost = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or (
+        isinstance(error, RuntimeError) and any(words in text for words in LOST_CONNECTION)
+    )
+    return lost or _is_of_a_peer(error.__cause__)

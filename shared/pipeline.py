@@ -11,6 +11,7 @@ the stages meet only through what they leave on disk.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,11 +23,19 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from shared.cli import recipe_arguments, run
+from shared.library_output import quiet_libraries
 from shared.recipes import Recipe, TeacherConfig, load_recipe
 from shared.runtime import INTERRUPTED_STATUS
 from shared.survey import cache_covers
 
 SETTINGS_A_TEACHER_SHARES = ("data.", "data=", "bootstrap.", "bootstrap=")
+
+WHAT = {
+    "shared.phantom": "Draws the pictures and their questions",
+    "shared.small_models": "Makes the small models, with random weights",
+    "stage1_teacher": "Stage one, recipe {recipe}: the teacher's targets go into the cache",
+    "stage2_student": "Stage two, recipe {recipe}: a student is trained",
+}
 
 
 @click.group()
@@ -114,8 +123,13 @@ def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
 
 def command(module: str, *arguments: str) -> int:
     """Runs ``python -m module`` and returns its exit status."""
-    click.echo(f"==> python -m {module} {' '.join(arguments)}", err=True)
+    announce(WHAT[module], f"python -m {module} {' '.join(arguments)}")
     return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+
+
+def announce(what: str, line: str) -> None:
+    """A step in words, and the command that takes it."""
+    click.echo(f"==> {what}\n    {line}", err=True)
 
 
 def launch(
@@ -131,12 +145,26 @@ def launch(
     arguments = ["--standalone", f"--nproc-per-node={nproc}", "-m", module, verb, recipe]
     arguments += [*_as_options(overrides), *stage_arguments]
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(nproc)))
-    click.echo(f"==> torchrun {' '.join(arguments)}", err=True)
+    announce(WHAT[module].format(recipe=recipe), f"torchrun {' '.join(arguments)}")
+    return run_torchrun(arguments)
+
+
+def run_torchrun(arguments: Sequence[str]) -> int:
+    """The first bad exit status of torchrun's processes, which tell their errors themselves; its own table is not."""
+    quiet_libraries()
     try:
-        torchrun(arguments)
+        torchrun(list(arguments))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        number = -failure.exitcode
+        click.echo(
+            f"error: rank {rank} was killed by signal {number} ({signal.Signals(number).name}), often because the "
+            "memory did not suffice; the log in the run's or the cache's folder has what it wrote last",
+            err=True,
+        )
+        return 128 + number
     except SignalException:  # torchrun has handed it on to the processes, and waited for them
         return INTERRUPTED_STATUS
     return 0
@@ -156,4 +184,4 @@ def _as_options(overrides: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, starts_ours=True)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 LOG_EVERY_S = 30.0
+Result = TypeVar("Result")
 
 
 def progress(iterable: Iterable[Any] | None = None, *, file: TextIO | None = None, **options: Any) -> tqdm:
@@ -22,6 +23,16 @@ def progress(iterable: Iterable[Any] | None = None, *, file: TextIO | None = Non
         return tqdm(iterable, file=file, **options)
     rare = {"mininterval": LOG_EVERY_S, "maxinterval": LOG_EVERY_S, "delay": LOG_EVERY_S}
     return LogLines(iterable, file=file, **{**options, **rare})
+
+
+def by_examples(
+    batches: Iterable[tuple[list[int], Result]], *, total: int, desc: str, show: bool = True
+) -> Iterator[tuple[list[int], Result]]:
+    """Batches of examples as they are done, with progress in examples: how many batches they make is not known."""
+    with progress(total=total, desc=desc, unit="ex", leave=False, disable=not show) as bar:
+        for indices, result in batches:
+            bar.update(len(indices))
+            yield indices, result
 
 
 class LogLines(tqdm):

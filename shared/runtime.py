@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from shared.errors import RecipeError
+from shared.library_output import quiet_libraries
 
 INTERRUPTED_STATUS = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving; the same command goes on from there
 
@@ -81,6 +82,7 @@ def distributed(*, device: str | None = None) -> Iterator[World]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    quiet_libraries()
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, wanted)
     try:
         yield world

@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -22,10 +23,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
 from shared.cache import CacheReader, CacheWriter, Identity, Manifest, Plan, Unit
-from shared.cache.layout import PLAN_NAME
+from shared.cache.layout import LIBRARY_LOG_NAME, PLAN_NAME
 from shared.cache.storage import open_folder
 from shared.data.processing import Encoded, ExampleProcessor, open_processor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
+from shared.library_output import keep_library_output
 from shared.models.vlm import check_split
 from shared.recipes import CacheConfig, Recipe, dump_recipe
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, environment
@@ -76,12 +78,18 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
             remove_committed_plan(recipe.cache.path)
             tqdm.write(f"cache {recipe.cache.path} holds all of the data; nothing to capture")
         return 0
+    if data is not None:
+        tqdm.write(
+            f"teacher {recipe.teacher.model} is run over {len(data.all_keys())} examples; cache {recipe.cache.path}"
+        )
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
     if not teacher.is_sharded and world.is_main:
         first = WindowSource(open_rows(recipe), processor).any_encoded()
         check_split(teacher.model, processor.collate([first]).to(world.device).inputs)
     begin = time.monotonic()
     writer, assignment = open_cache(recipe, processor, data, teacher, world)
+    if "://" not in recipe.cache.path:
+        keep_library_output(Path(recipe.cache.path) / LIBRARY_LOG_NAME)
     with writer:
         totals = capture_units(recipe, processor, teacher, writer, assignment, world, stop)
         if stop.agreed(world):

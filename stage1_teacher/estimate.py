@@ -23,7 +23,7 @@ from shared.cache import CacheReader, CacheWriter, Identity, Row
 from shared.data.processing import Batch, Encoded, ExampleProcessor, open_processor
 from shared.errors import DataError, RecipeError
 from shared.preflight import answer_positions
-from shared.progress import progress
+from shared.progress import by_examples, progress
 from shared.recipes import CacheConfig, Recipe
 from shared.recipes.policies import Policy, Threshold
 from shared.reports.break_even import TeacherCosts
@@ -114,7 +114,7 @@ def estimate(
     totals = count_all(recipe, data, processor)
     policies = [recipe.cache.policy, *(Threshold(tau=tau) for tau in sorted(taus, reverse=True))]
     sizes, reading_s = [], 0.0
-    for policy in dict.fromkeys(policies):
+    for policy in progress(dict.fromkeys(policies), desc="measuring sizes", unit="policy", leave=False):
         rows = sample.rows(teacher, processor, policy)
         identity = identity_of(with_policy(recipe, policy), processor, data, weights_fingerprint=NO_WEIGHTS)
         measured, seconds = write_sample(identity, rows, shards=totals.shards, positions=totals.positions)
@@ -246,10 +246,9 @@ class Sample:
         lengths = [len(one.input_ids) for one in self.encoded]
         runner = BatchRunner(self.cache.batch_tokens, may_shrink=not teacher.is_sharded)
         live(teacher, processor.collate(self.encoded[:1]).to(teacher.device), self.cache.chunk_size)
-        seconds = [
-            result for _, result in progress(runner.run(lengths, forward), desc="teacher", leave=False)
-        ]
         number = len(self.encoded)
+        done = by_examples(runner.run(lengths, forward), total=number, desc="timing the teacher")
+        seconds = [result for _, result in done]
         return Times(
             live=sum(one for one, _ in seconds) / number,
             capture=sum(one for _, one in seconds) / number,

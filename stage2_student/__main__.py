@@ -10,6 +10,7 @@ import click
 
 from shared.cli import FILE, FOLDER, recipe_arguments
 from shared.cli import run as run_group
+from shared.library_output import keep_library_output, quiet_libraries
 from shared.recipes import Split, load_recipe, recipe_text
 from shared.runtime import distributed
 
@@ -86,6 +87,7 @@ def evaluate(
     from stage2_student.evaluation import evaluate as evaluation
     from stage2_student.evaluation.evaluated import Evaluated
     from stage2_student.evaluation.scores import keep, save
+    from stage2_student.runs.run_folder import RunFolder
 
     if out is not None and out.suffix != ".parquet":
         raise click.UsageError(f"--out {out}: name a .parquet file; the scores go into the .json beside it")
@@ -94,6 +96,8 @@ def evaluate(
     )
     asked, saved = split or evaluation.default_split(subject.recipe), out
     found: list[Evaluated] = []
+    if subject.run is not None:
+        keep_library_output(RunFolder(subject.run).log)
     with distributed() as world:
         for one in evaluation.evaluate(
             subject.recipe,
@@ -134,7 +138,8 @@ def evaluate(
 )
 def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: int | None) -> int:
     """Train a student of RECIPE for every combination of the grid; the same command goes on with the rest."""
-    from stage2_student.evaluation.compare import legend, read_runs, table
+    from stage2_student.evaluation.compare import legend, table
+    from stage2_student.evaluation.run_records import read_runs
     from stage2_student.sweep import plan_jobs
     from stage2_student.sweep import sweep as run_sweep
 
@@ -155,7 +160,9 @@ def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: 
 @click.option("--plots", type=FOLDER, help="Folder for curves (extra `report`).")
 def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) -> int:
     """Show RUNS, folders of runs, side by side, and when their cache has paid."""
-    from stage2_student.evaluation.compare import cache_uses, legend, plot, read_runs, save, table
+    from stage2_student.evaluation.cache_uses import cache_uses
+    from stage2_student.evaluation.compare import legend, plot, save, table
+    from stage2_student.evaluation.run_records import read_runs
 
     records = read_runs(runs)
     click.echo("\n".join([*table(records), *legend(records)]))
@@ -173,8 +180,8 @@ def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) 
 @click.argument("out", type=FILE)
 def report(runs: tuple[Path, ...], out: Path) -> int:
     """Write OUT, one HTML file about RUNS, folders of runs: curves, costs, answers (extra `report`)."""
-    from stage2_student.evaluation.compare import read_runs
     from stage2_student.evaluation.report import write_run_report
+    from stage2_student.evaluation.run_records import read_runs
 
     write_run_report(read_runs(runs), out)
     click.echo(out)
@@ -198,6 +205,7 @@ def export(run_folder: Path, step: int | None, best: bool, merge: bool | None, o
 
     if best and step is not None:
         raise click.UsageError("--step and --best choose a checkpoint each; give one of them")
+    quiet_libraries()
     folder = RunFolder(run_folder)
     checkpoint = choose_checkpoint(folder, step=step, best=best)
     click.echo(export_checkpoint(folder, checkpoint, out or folder.export, merge=merge))

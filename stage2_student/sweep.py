@@ -120,7 +120,9 @@ def sweep(jobs: Sequence[Job], *, num_parallel: int | None = None) -> Outcome:
             while running or (pending and not stop.received):
                 while pending and slots and not stop.received:
                     job, slot = pending.pop(0), slots.pop(0)
-                    click.echo(f"begins  {job.name}")
+                    click.echo(
+                        f"begins  {job.name}, {len(jobs) - len(pending)} of {len(jobs)}; log: {job.log}"
+                    )
                     running[slot] = _start(job, slot, num_parallel)
                 for slot, attempt in list(running.items()):
                     if stop.received:
@@ -150,6 +152,7 @@ class _Attempt:
     process: subprocess.Popen[bytes]
     log_begin: int
     told: bool = False
+    begin_s: float = field(default_factory=time.monotonic)
 
     def tell(self) -> None:
         """Hands SIGTERM on, once; a second one would end the run without a checkpoint."""
@@ -167,7 +170,7 @@ class _Attempt:
     def ending(self, status: int) -> str:
         job = self.job
         if status == 0:
-            return f"done    {job.name}"
+            return f"done    {job.name} in {time.monotonic() - self.begin_s:.0f} s"
         if status == INTERRUPTED_STATUS:
             return f"stopped {job.name}: the same command goes on"
         killed = self.process.returncode < 0

@@ -9,6 +9,8 @@ questions and written down.
 
 from __future__ import annotations
 
+import click
+
 from shared.errors import RecipeError
 from shared.recipes import Recipe
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, stop_on_sigterm
@@ -56,6 +58,10 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
         folder.require_unfinished(results, num_steps=num_steps)
     folder.begin(recipe, checkpoint, world)
     if world.is_main:
+        click.echo(
+            f"run {recipe.run.name}: {num_steps} steps of {recipe.optimization.global_batch_size} examples, of "
+            f"{inputs.train.num_examples}; everything about it in {folder.path}"
+        )
         save_model_files(recipe, folder)
     with open_trackers(
         recipe, folder.path, world, step=checkpoint.facts.step if checkpoint else -1

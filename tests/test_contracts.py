@@ -14,7 +14,7 @@ STAGES = {"stage1_teacher", "stage2_student"}
 
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
-    {"errors"},
+    {"errors", "library_output"},
     {"recipes", "phantom", "cli", "runtime", "progress"},
     {"models", "sparse"},
     {"codec", "data"},

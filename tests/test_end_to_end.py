@@ -54,9 +54,27 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("from_nothing")
     done = pipeline(folder, "train-student", "optimization.num_epochs=0.5")
     assert done.returncode == 0, done.stderr
-    for line in ("validation CE", "validation KD", "short answers", "bytes a position", "times"):
+    for line in ("validation CE", "validation KL", "short answers", "bytes a position", "times"):
         assert line in done.stdout
+    (folder / "screen").write_text(done.stdout + done.stderr)
     return folder
+
+
+OURS = (
+    *("==> ", "    python -m ", "    torchrun ", "work/phantom/data: ", "made work/", "teacher work/"),
+    *("cache work/", "run phantom", "step ", "note: ", "  "),
+)
+
+
+@pytest.mark.slow
+def test_every_line_of_a_first_run_is_ours(finished: Path) -> None:
+    lines = (finished / "screen").read_text().splitlines()
+    assert [line for line in lines if line and not line.startswith(OURS)] == []
+    assert [
+        line for line in lines if "warn" in line.lower() or "it/s]" in line or "[transformers]" in line
+    ] == []
+    for log in ("work/runs/phantom/run.log", "work/caches/phantom/capture.log"):
+        assert (finished / log).read_text().count("`chunk_gated_delta_rule` is falling back") == 1
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import sys
 
+import pytest
 from tqdm import tqdm
 
-from shared.progress import LogLines, progress
+from shared.progress import LogLines, by_examples, progress
 
 
 class Terminal(io.StringIO):
@@ -24,6 +26,14 @@ def test_a_log_keeps_nothing_of_what_is_quickly_done() -> None:
     file = io.StringIO()
     assert list(progress(range(3), file=file, desc="reading")) == [0, 1, 2]
     assert file.getvalue() == ""
+
+
+def test_batches_are_counted_in_examples_of_a_known_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Terminal()
+    monkeypatch.setattr(sys, "stderr", file)
+    done = list(by_examples(iter([([0, 1], "a"), ([2], "b")]), total=3, desc="teacher"))
+    assert done == [([0, 1], "a"), ([2], "b")]
+    assert "0/3" in file.getvalue()
 
 
 def steps(mininterval: float) -> list[str]:

@@ -6,6 +6,7 @@ shards/<unit>-<sha256>.arrow
 plan.arrow                  while a capture is under way
 capture.lock                while a process captures
 log.jsonl                   times, speeds, hosts; read by people only
+capture.log                 what libraries said while it was captured
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.arrow"
 LOCK_NAME = "capture.lock"
 LOG_NAME = "log.jsonl"
+LIBRARY_LOG_NAME = "capture.log"
 INDEX_PREFIX = "index-"
 SHARDS = "shards/"
 # Only what is named like this is ever removed: other programs have folders called "shards", too.
@@ -57,6 +59,7 @@ def shard_names(folder: Folder) -> list[str]:
 
 def foreign_names(folder: Folder) -> list[str]:
     """Files that no cache has, hidden ones left out."""
-    known = {MANIFEST_NAME, PLAN_NAME, LOCK_NAME, LOG_NAME, *index_names(folder), *shard_names(folder)}
+    known = {MANIFEST_NAME, PLAN_NAME, LOCK_NAME, LOG_NAME, LIBRARY_LOG_NAME}
+    known |= {*index_names(folder), *shard_names(folder)}
     names = [*folder.names(""), *folder.names(SHARDS)]
     return [name for name in names if name not in known and not name.removeprefix(SHARDS).startswith(".")]

@@ -23,7 +23,7 @@ from torch import Tensor
 from shared.cache import CacheReader
 from shared.data.processing import Encoded, ExampleProcessor, open_processor
 from shared.errors import CacheMismatchError, DataError, RecipeError
-from shared.progress import progress
+from shared.progress import by_examples, progress
 from shared.recipes import Recipe
 from shared.runtime import World
 from shared.survey import inputs_identity
@@ -187,20 +187,22 @@ def choose(
     numbers = torch.randperm(total, generator=generator)[: TRIES * most].tolist()
     found: dict[bytes, Encoded] = {}
     num_positions = num_not_cached = num_unreadable = 0
-    for number in progress(numbers, desc="reading the sample", unit="ex", leave=False):
-        if len(found) >= most or (len(found) >= fewest and num_positions >= ENOUGH_POSITIONS):
-            break
-        split, row = rows.find(number)
-        try:
-            one = processor.encode(split[row])
-        except DataError:
-            num_unreadable += 1
-            continue
-        if one.key not in reader:
-            num_not_cached += 1
-        elif one.key not in found:
-            found[one.key] = one
-            num_positions += one.num_positions
+    with progress(total=min(most, total), desc="reading the sample", unit="ex", leave=False) as bar:
+        for number in numbers:
+            if len(found) >= most or (len(found) >= fewest and num_positions >= ENOUGH_POSITIONS):
+                break
+            split, row = rows.find(number)
+            try:
+                one = processor.encode(split[row])
+            except DataError:
+                num_unreadable += 1
+                continue
+            if one.key not in reader:
+                num_not_cached += 1
+            elif one.key not in found:
+                found[one.key] = one
+                num_positions += one.num_positions
+                bar.update()
     if not found:
         raise DataError(
             f"cache {reader.location}: none of {num_not_cached + num_unreadable} rows of {rows.splits[0].source} "
@@ -222,9 +224,8 @@ def hidden_states(
         return teacher.hidden(batch).cpu()
 
     lengths = [len(one.input_ids) for one in encoded]
-    for indices, hidden_ND in progress(
-        runner.run(lengths, forward), desc="teacher", unit="batch", leave=False
-    ):
+    desc = "teacher, alone" if max_tokens == 1 else "teacher"
+    for indices, hidden_ND in by_examples(runner.run(lengths, forward), total=len(encoded), desc=desc):
         parts = hidden_ND.split([encoded[index].num_positions for index in indices])
         found.update(zip(indices, parts, strict=True))
         largest = max(largest, len(indices))

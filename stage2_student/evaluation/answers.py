@@ -21,6 +21,7 @@ from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import Example, VqaSplit
 from shared.errors import TeachonceError
 from shared.models.vlm import load_vlm
+from shared.progress import progress
 from shared.recipes import Recipe, Split
 from shared.runtime import World
 from stage2_student.evaluation.answer_metrics import exact_match, rouge_l, token_f1
@@ -104,7 +105,7 @@ def answers_of(
     mine = found.rows.tolist()[world.rank :: world.size]
     own: list[Answer] | Exception
     try:
-        own = _answers(recipe, source, world, processor, found.split, mine, split=split)
+        own = _answers(recipe, source, world, processor, found.split, mine, split=split, show=world.is_main)
     except (TeachonceError, torch.OutOfMemoryError) as error:
         own = error.with_traceback(None)  # which holds the model
     world.release_memory()
@@ -125,6 +126,7 @@ def _answers(
     rows: list[int],
     *,
     split: Split,
+    show: bool,
 ) -> list[Answer]:
     config = recipe.evaluation
     model = load_vlm(
@@ -138,7 +140,8 @@ def _answers(
     )  # a folder's own may ask for penalties: models are to be compared
     model.to(world.device)  # type: ignore[arg-type]
     found = []
-    for begin in range(0, len(rows), config.batch_size):
+    begins = range(0, len(rows), config.batch_size)
+    for begin in progress(begins, desc="answering", unit="batch", leave=False, disable=not show):
         some = [examples[row] for row in rows[begin : begin + config.batch_size]]
         generated = answer(model, processor, some, max_new_tokens=config.max_new_tokens)
         found += [

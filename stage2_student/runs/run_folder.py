@@ -8,6 +8,7 @@ checkpoints/        whole ones only
 export/             a Hugging Face folder
 evaluation/         what it answered, and how good that is: SPLIT.parquet and SPLIT.json
 results.json        written last: the run is finished
+run.log             what libraries said meanwhile: warnings, and what native code writes
 train.lock          there while a process trains in the folder
 """
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 
 from shared.cache.lock import CacheBusyError, CaptureLock
 from shared.errors import CheckpointError, RecipeError, TeachonceError
+from shared.library_output import keep_library_output
 from shared.recipes import Recipe, Split, recipe_text
 from shared.runtime import World, environment
 from stage2_student.runs.checkpoint import Checkpoint, Checkpoints
@@ -87,6 +89,7 @@ class RunFolder:
         self.model_files = path / "model"
         self.export = path / "export"
         self.evaluation = path / "evaluation"
+        self.log = path / "run.log"
         self.metrics = JsonLines(path / "metrics.jsonl")
         self.checkpoints = Checkpoints(
             path / "checkpoints", keep=keep_checkpoints, in_background=async_checkpoints
@@ -175,6 +178,7 @@ class RunFolder:
             done = latest.facts.step if latest else -1  # no checkpoint: not even the first validation counts
             self.metrics.keep(lambda record: _is_record(record) and record["step"] <= done)
         world.barrier()
+        keep_library_output(self.log)
 
     def predictions(self, split: Split) -> Path:
         return self.evaluation / f"{split}.parquet"

@@ -94,7 +94,11 @@ class Trainer:
             self._validate()
         run = self.recipe.run
         with progress(
-            total=self.num_steps, initial=self.step, unit="step", disable=not self.world.is_main
+            total=self.num_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not self.world.is_main,
         ) as bar:
             for step in in_agreement(self._fed(), self.world, stop):
                 if step.stop:
@@ -198,8 +202,10 @@ class Trainer:
         record["validation_s"] = time.perf_counter() - begin
         self._log(record)
         if self.world.is_main:
-            kl = "" if losses.kl is None else f", KL to the teacher {losses.kl:.4f}"
-            tqdm.write(f"step {self.step}: validation loss {losses.loss:.4f}, CE {losses.ce:.4f}{kl}")
+            shown = [("loss", losses.loss if self.recipe.distils else None), ("CE", losses.ce)]
+            shown.append(("KL to the teacher", losses.kl))
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
+            tqdm.write(f"step {self.step} of {self.num_steps}: validation {figures}, nats a position")
         return losses
 
     def _validation_losses(self) -> Losses:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from shared.kd_loss import LossSums
+from shared.progress import progress
 from shared.runtime import World
 from stage2_student.training.agreement import in_agreement
 from stage2_student.training.feed import MicrobatchSource, feed
@@ -37,7 +38,10 @@ def validate(
         source, [[slot] for slot in slots], num_workers=num_workers, pin_memory=world.device.type == "cuda"
     )
     student.eval()
-    for step in in_agreement(fed, world):
+    agreed = in_agreement(fed, world)
+    for step in progress(
+        agreed, total=len(slots), desc="validating", unit="batch", leave=False, disable=not world.is_main
+    ):
         one = step.microbatches[0].to(world.device)
         losses, kl = student.measure(one.inputs, one.position_index, one.labels, one.targets)
         sums += torch.stack([value.double() for value in losses])
