@@ -16,6 +16,7 @@ from shared.kd_loss.teacher import SparseTeacher, sparse_teacher
 from shared.kd_loss.tile import LossSettings
 from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.sparse import position_seeds, sparsify
+from tests.kd_loss_tail_cases import TAILS, TEACHERS, assert_rows_agree, tail_case
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FIRST = 2  # the chunk begins at the teacher's third position
@@ -103,3 +104,41 @@ def test_rows_that_begin_with_masked_logits() -> None:
     ce, _ = triton_kernel.chunk_loss_(logits, labels, None, None, 0, settings, with_grad=True)
     torch.testing.assert_close(ce, want)
     assert bool((logits[:, :10_000] == 0).all())
+
+
+@pytest.mark.parametrize("tail", [tail for tail, kind in TAILS if kind == "forward_kl" and tail != "ghost"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_masses(tail: str, dtype: torch.dtype) -> None:
+    for temperature, small in ((1.0, "outside"), (2.0, "kept")):
+        for name in TEACHERS:
+            case = tail_case(dtype, temperature=temperature, teacher=name, small=small)
+            num_ids = case.logits.shape[1]
+            teacher = sparse_teacher(
+                case.targets.to(DEVICE),
+                temperature=temperature,
+                divergence=FORWARD_KL,
+                tail=tail,
+                num_vocab_ids=num_ids,
+                dtype=torch.float32,
+            )
+            logits, labels = case.logits.to(DEVICE).clone(), case.labels.to(DEVICE)
+            settings = LossSettings(1.0, temperature, num_ids)
+            _, kd = triton_kernel.chunk_loss_(logits, labels, None, teacher, 0, settings, with_grad=True)
+            want_loss, want = case.expected(kd_ratio=1.0, tail=tail, kind="forward_kl")
+            assert float(kd.sum()) == pytest.approx(want_loss, rel=1e-6, abs=1e-6)
+            assert_rows_agree(logits.cpu(), want, dtype, atol=1e-7)
+
+
+def test_excluded_ids_and_saturated_caps() -> None:
+    """Zero times infinity is nothing, and 1 - tanh**2 keeps its digits, as on the PyTorch path."""
+    settings = LossSettings(0.5, 1.0, 5, softcap=5.0)
+    logits = torch.tensor([[35.0, 0.0, -torch.inf, 1.0, 2.0]] * 3, device=DEVICE)
+    labels, want = torch.tensor([1, 3, 4], device=DEVICE), logits.clone()
+    case = tail_case(torch.float32, temperature=1.0, teacher="sure", small="kept")
+    teacher = sparse_teacher(
+        case.targets.to(DEVICE), temperature=1.0, divergence=FORWARD_KL, tail="drop", num_vocab_ids=5,
+        dtype=torch.float32,
+    )  # fmt: skip
+    triton_kernel.chunk_loss_(logits, labels, None, teacher, 0, settings, with_grad=True)
+    chunk.chunk_loss_torch_(want, labels, None, teacher, 0, settings, with_grad=True)
+    torch.testing.assert_close(logits, want, rtol=1e-5, atol=0)

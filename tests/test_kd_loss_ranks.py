@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from shared.errors import RecipeError
 from shared.kd_loss import Divergence, KDLoss, fused_ce_kd
 from shared.recipes.policies import Policy, Threshold, TopK
 from shared.sparse import SparseTargets, position_seeds, sparsify
+from tests.kd_loss_tail_cases import TAILS, assert_rows_agree, tail_case
 
 NUM_IDS, NUM_POSITIONS, HIDDEN = 19, 11, 6
 SPLIT = (12, 7)  # uneven on purpose
@@ -149,6 +151,34 @@ def vocab_parallel_kd_loss(rank: int) -> None:
     torch.testing.assert_close(torch.autograd.grad(got, mine)[0], want_grad)
 
 
+def vocab_parallel_small_masses(rank: int) -> None:
+    """A student that is sure, its kept ids on both ranks; and one whose bucket holds no finite logit."""
+    for dtype, (tail, kind), temperature in itertools.product(
+        (torch.float32, torch.bfloat16), TAILS, (1.0, 2.0)
+    ):
+        case = tail_case(dtype, temperature=temperature, teacher="unsure", small="outside")
+        mine = case.logits.split((2, 4), -1)[rank].clone().requires_grad_()
+        loss = KDLoss(
+            temperature=temperature,
+            divergence=Divergence(kind),
+            tail=tail,
+            tp_group=dist.group.WORLD,
+            chunk_size=4,
+        )
+        kd = loss(mine, case.targets, case.labels, num_batch_labels=1)
+        want_loss, want = case.expected(kd_ratio=1.0, tail=tail, kind=kind)
+        assert float(kd.detach()) == pytest.approx(want_loss, rel=1e-6, abs=1e-6)
+        got, columns = want.clone(), slice(2 * rank, 2 + 4 * rank)  # the other rank checks its own
+        got[:, columns] = torch.autograd.grad(kd, mine)[0].double()
+        assert_rows_agree(got, want, dtype, atol=0.0 if tail == "ghost" else 1e-7)
+    excluded = case.logits.float().index_fill(-1, torch.tensor([1, 2, 4, 5]), -torch.inf)
+    mine = excluded.split((2, 4), -1)[rank].clone().requires_grad_()
+    reverse = KDLoss(divergence=Divergence("reverse_kl"), tp_group=dist.group.WORLD)
+    kd = reverse(mine, case.targets, case.labels)
+    assert bool(kd.detach().isfinite())
+    assert bool(torch.autograd.grad(kd, mine)[0].isfinite().all())
+
+
 def dtensors(rank: int) -> None:
     hidden, weight, _, labels, teacher = problem()
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
@@ -238,6 +268,7 @@ def fsdp_gathers_the_head_once(rank: int) -> None:
 SCENARIOS = [
     vocab_parallel_fused,
     vocab_parallel_kd_loss,
+    vocab_parallel_small_masses,
     dtensors,
     different_labels_are_refused,
     fsdp_gathers_the_head_once,

@@ -25,7 +25,7 @@ from shared.kd_loss.divergences import FORWARD_KL, Divergence
 from shared.kd_loss.gradients import scaled
 from shared.kd_loss.positions import with_checked_entries
 from shared.kd_loss.teacher import sparse_teacher
-from shared.kd_loss.tile import LossSettings
+from shared.kd_loss.tile import LossSettings, check_temperature
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ class KDLoss(nn.Module):
         tail: str = "ghost",
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise RecipeError(f"temperature is {temperature}; it must be above 0")
+        check_temperature(temperature)
         if chunk_size < 0:
             raise RecipeError(f"chunk_size is {chunk_size}; it must be 0 (all at once) or more")
         self.ignore_index, self.temperature, self.fp32_upcast = ignore_index, temperature, fp32_upcast

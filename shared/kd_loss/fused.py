@@ -12,6 +12,7 @@ N positions, C positions of a chunk, D hidden, V vocabulary of the head, E entri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,7 @@ from shared.kd_loss.divergences import FORWARD_KL, Divergence
 from shared.kd_loss.gradients import add_product_, scaled
 from shared.kd_loss.positions import Positions, counted_positions, with_checked_ids
 from shared.kd_loss.teacher import SparseTeacher, sparse_teacher
-from shared.kd_loss.tile import LossSettings
+from shared.kd_loss.tile import LossSettings, check_temperature
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
 
 if TYPE_CHECKING:
@@ -114,12 +115,11 @@ def fused_ce_kd(
 def _check(settings: LossSettings, chunk_size: int, num_ids: int, *, has_targets: bool) -> None:
     if not 0.0 <= settings.kd_ratio <= 1.0:
         raise RecipeError(f"kd_ratio is {settings.kd_ratio}; it must lie between 0 (CE only) and 1 (KD only)")
-    if not settings.temperature > 0:
-        raise RecipeError(f"temperature is {settings.temperature}; it must be above 0")
+    check_temperature(settings.temperature)
     if chunk_size < 1:
         raise RecipeError(f"chunk_size is {chunk_size}; the fused loss takes at least one position at a time")
-    if settings.softcap is not None and not settings.softcap > 0:
-        raise RecipeError(f"softcap is {settings.softcap}; it must be above 0, or None for no cap")
+    if settings.softcap is not None and not 0 < settings.softcap < math.inf:
+        raise RecipeError(f"softcap is {settings.softcap}; it must be a number above 0, or None for no cap")
     if not 1 <= settings.num_vocab_ids <= num_ids:
         raise RecipeError(f"num_vocab_ids is {settings.num_vocab_ids}; the head has {num_ids} ids")
     if settings.kd_ratio > 0 and not has_targets:
@@ -208,10 +208,12 @@ def _loss_and_grads(
     for start in range(0, num_positions, work.chunk_size):
         chunk = slice(start, min(start + work.chunk_size, num_positions))
         hidden_CD, logits_CV = hidden_ND[chunk], buffer_CV[: chunk.stop - start]
+        weights_N = work.positions.weights_N
+        if weights_N is not None:  # zero times NaN is NaN: what does not count is taken out, not only scaled
+            hidden_CD = torch.where(weights_N[chunk, None] != 0, hidden_CD, 0)
         torch.mm(hidden_CD, weight_VD.t(), out=logits_CV)
         if bias_V is not None:
             logits_CV.add_(bias_V)
-        weights_N = work.positions.weights_N
         teacher, first = work.teacher_of(chunk.start, chunk.stop)
         values_3N[0, chunk], values_3N[1, chunk] = chunk_loss_(
             logits_CV,
@@ -239,6 +241,8 @@ def _sums(values_3N: Tensor, work: _Work) -> list[Tensor]:
     """Loss, CE, KD and the teacher's entropy; added up in fp64, as KL is a small difference of large sums."""
     weights_N = work.positions.weights_N
     wide_3N = values_3N.double()
-    ce, kd, entropy = (wide_3N if weights_N is None else wide_3N * weights_N).sum(-1)
+    if weights_N is not None:
+        wide_3N = torch.where(weights_N != 0, wide_3N * weights_N, 0)
+    ce, kd, entropy = wide_3N.sum(-1)
     loss = (1 - work.settings.kd_ratio) * ce + work.settings.kd_ratio * kd
     return [value.to(values_3N.dtype) for value in (loss, ce, kd, entropy)]

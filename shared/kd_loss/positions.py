@@ -91,16 +91,35 @@ def with_checked_ids(positions: Positions, num_ids: int, num_vocab_ids: int) -> 
 def with_checked_entries(targets: SparseTargets, num_vocab_ids: int) -> tuple[SparseTargets, Tensor]:
     """The same targets, with no id outside the vocabulary, and a factor () of the loss: one, or NaN.
 
-    Raises   ValueError  on a CPU, for an entry outside ``num_vocab_ids``
+    Ids must rise within a position: of an id that came twice the gradients would be added or overwritten,
+    as the path taken has it.
+
+    Raises   ValueError  on a CPU, for an entry outside ``num_vocab_ids``, or ids that do not rise
     """
+    falls_E = _falls(targets)
     if targets.ids.device.type == "cpu":
         _refuse_outside(
             targets.ids, num_vocab_ids, "the targets' id {} is outside the {} ids of the vocabulary"
         )
+        if falls_E.any():
+            entry = int(falls_E.nonzero()[0])
+            position = int(torch.searchsorted(targets.offsets, entry, right=True)) - 1
+            raise ValueError(
+                f"the targets' position {position} has id {int(targets.ids[entry])} after "
+                f"{int(targets.ids[entry - 1])}; each id must come once, in rising order"
+            )
         return targets, torch.ones(())
     is_wrong_E = (targets.ids < 0) | (targets.ids >= num_vocab_ids)
-    factor = torch.ones((), device=targets.ids.device).masked_fill(is_wrong_E.any(), torch.nan)
+    is_wrong = is_wrong_E.any() | falls_E.any()
+    factor = torch.ones((), device=targets.ids.device).masked_fill(is_wrong, torch.nan)
     return replace(targets, ids=targets.ids.masked_fill(is_wrong_E, 0)), factor
+
+
+def _falls(targets: SparseTargets) -> Tensor:
+    """Whether an entry's id is not above the one before it at its position: (E + 1,) bool, the last one False."""
+    falls = torch.zeros(targets.num_entries + 1, dtype=torch.bool, device=targets.ids.device)
+    falls[1:-1] = targets.ids[1:] <= targets.ids[:-1]
+    return falls.index_fill_(0, targets.offsets, False)
 
 
 def _refuse_outside(ids: Tensor, num_ids: int, message: str) -> None:

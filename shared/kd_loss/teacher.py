@@ -76,15 +76,20 @@ class SparseTeacher:
 
 @dataclass(frozen=True)
 class KdRows:
-    """KD per position and its gradient: scale * softmax + constant, and ``entry_E`` added at the entries.
+    """KD per position and its gradient: scale * row + constant, and ``entry_E`` added at the entries.
 
-    Both are for logits that were divided by the temperature, without the factor T squared.
+    Both are for logits that were divided by the temperature, without the factor T squared.  The row is the
+    student's softmax; with a bucket it is the softmax of the ids without an entry alone, and zero at the others.
+
+    Shapes   student_rest_N (N,), student_E (E,): with a bucket, the student's masses of it and of the entries
     """
 
     value_N: Tensor
     scale_N: Tensor
     entry_E: Tensor
-    constant_N: Tensor | None
+    constant_N: Tensor | None = None
+    student_rest_N: Tensor | None = None
+    student_E: Tensor | None = None
 
 
 def sparse_teacher(
@@ -103,12 +108,15 @@ def sparse_teacher(
     """
     if tail not in TAIL_MODES:
         raise RecipeError(f"tail {tail!r}: unknown; choose one of {', '.join(TAIL_MODES)}")
-    row_E, mass_E = targets.position_index, targets.weights(temperature).to(dtype)
-    total_N = _sum_rows(mass_E, row_E, targets.num_positions)
+    # Masses near one, and what they leave of it, are told apart in fp64 only.
+    wide_E = targets.weights(temperature, torch.float32 if targets.policy.is_sampled else torch.float64)
+    row_E, mass_E = targets.position_index, wide_E.to(dtype)
+    total_N = sum_rows(mass_E, row_E, targets.num_positions)
     kept = TeacherRows(row_E, targets.ids.long(), mass_E, total_N, constant_N=total_N, entropy_N=total_N)
     if not targets.policy.is_sampled:
         tail = "ghost" if divergence.kind != "forward_kl" else tail
-        rows = _with_tail(kept, tail=tail, num_vocab_ids=num_vocab_ids)
+        missing_N = (1 - sum_rows(wide_E, row_E, targets.num_positions)).to(dtype)
+        rows = _with_tail(kept, missing_N, tail=tail, num_vocab_ids=num_vocab_ids)
         return SparseTeacher(rows, targets.offsets)
     if divergence.kind != "forward_kl":
         raise RecipeError(
@@ -120,17 +128,18 @@ def sparse_teacher(
     return SparseTeacher(replace(kept, constant_N=-entropy_N, entropy_N=entropy_N), targets.offsets)
 
 
-def _with_tail(kept: TeacherRows, *, tail: str, num_vocab_ids: int) -> TeacherRows:
+def _with_tail(kept: TeacherRows, missing_N: Tensor, *, tail: str, num_vocab_ids: int) -> TeacherRows:
     """Give the mass that a truncated teacher leaves out to where the tail mode wants it."""
     num_positions = kept.total_N.shape[0]
     if tail == "renormalize":
-        mass_E = kept.mass_E / kept.total_N[kept.row_E]
-        kept = replace(kept, mass_E=mass_E, total_N=torch.ones_like(kept.total_N))
-    negentropy_N = _sum_rows(torch.xlogy(kept.mass_E, kept.mass_E), kept.row_E, num_positions)
+        has_mass_N = kept.total_N > 0  # a row without any says nothing: its total stays zero
+        mass_E = kept.mass_E / torch.where(has_mass_N, kept.total_N, 1)[kept.row_E]
+        kept = replace(kept, mass_E=mass_E, total_N=has_mass_N.to(kept.total_N.dtype))
+    negentropy_N = sum_rows(torch.xlogy(kept.mass_E, kept.mass_E), kept.row_E, num_positions)
     if tail in ("drop", "renormalize"):
         return replace(kept, constant_N=negentropy_N, entropy_N=-negentropy_N)
     num_rest_ids_N = num_vocab_ids - torch.bincount(kept.row_E, minlength=num_positions)
-    rest_N = (1 - kept.total_N).clamp_min(MIN_REST) * (num_rest_ids_N > 0)
+    rest_N = missing_N.clamp_min(MIN_REST) * (num_rest_ids_N > 0)
     if tail == "ghost":
         negentropy_N = negentropy_N + torch.xlogy(rest_N, rest_N)
         return replace(kept, rest_N=rest_N, constant_N=negentropy_N, entropy_N=-negentropy_N)
@@ -146,36 +155,57 @@ def _with_tail(kept: TeacherRows, *, tail: str, num_vocab_ids: int) -> TeacherRo
     )
 
 
-def linear_kd(teacher: TeacherRows, lse_N: Tensor, logits_E: Tensor, logit_sum_N: Tensor | None) -> KdRows:
+def linear_kd(teacher: TeacherRows, logq_E: Tensor, all_logq_N: Tensor) -> KdRows:
     """KD that is linear in the student's log-probabilities.
 
-    Shapes   lse_N (N,) normaliser; logits_E (E,) the student's logits at the entries;
-             logit_sum_N (N,) over all valid ids, where the teacher spreads mass
+    Shapes   logq_E (E,) of the entries; all_logq_N (N,) summed over all valid ids, used where the teacher
+             spreads mass
     """
-    weighted_N = _sum_rows(teacher.mass_E * (lse_N[teacher.row_E] - logits_E), teacher.row_E, len(lse_N))
-    value_N = weighted_N + teacher.constant_N
-    if teacher.spread_N is None or logit_sum_N is None:
-        return KdRows(value_N, teacher.total_N, -teacher.mass_E, None)
-    rest_N = teacher.total_N - _sum_rows(teacher.mass_E, teacher.row_E, len(lse_N))
-    value_N = value_N + rest_N * lse_N - teacher.spread_N * logit_sum_N
-    return KdRows(value_N, teacher.total_N, -teacher.mass_E, -teacher.spread_N)
+    terms_E = torch.where(teacher.mass_E != 0, teacher.mass_E * logq_E, 0)  # 0 * inf is 0
+    value_N = teacher.constant_N - sum_rows(terms_E, teacher.row_E, len(teacher.total_N))
+    spread_N = teacher.spread_N
+    if spread_N is None:
+        return KdRows(value_N, teacher.total_N, -teacher.mass_E)
+    value_N = value_N - torch.where(spread_N > 0, spread_N * all_logq_N, 0)
+    return KdRows(value_N, teacher.total_N, -teacher.mass_E, -spread_N)
 
 
 def bucket_kd(teacher: TeacherRows, logq_E: Tensor, log_rest_N: Tensor, divergence: Divergence) -> KdRows:
     """A divergence over the kept entries and one bucket.
 
+    The gradient does not change when a multiple of q is taken from the slopes.  The multiple that makes the
+    slope of the likeliest outcome zero leaves sums of small numbers only, however sure the student is.
+
     Shapes   logq_E (E,) the student's log-probabilities of the entries; log_rest_N (N,) of all other ids
     """
     assert teacher.rest_N is not None
-    num_positions = len(log_rest_N)
+    row_E, num_positions = teacher.row_E, len(log_rest_N)
     terms_E, slopes_E = divergence.terms(teacher.mass_E.log(), logq_E)
     rest_terms_N, rest_slopes_N = divergence.terms(teacher.rest_N.log(), log_rest_N)
-    value_N = _sum_rows(terms_E, teacher.row_E, num_positions) + rest_terms_N
-    slope_sum_N = _sum_rows(slopes_E, teacher.row_E, num_positions) + rest_slopes_N
-    rest_scale_N = torch.where(rest_slopes_N != 0, rest_slopes_N * (-log_rest_N).exp(), rest_slopes_N)
-    entry_E = slopes_E - logq_E.exp() * rest_scale_N[teacher.row_E]
-    return KdRows(value_N, rest_scale_N - slope_sum_N, entry_E, None)
+    q_E, rest_q_N = logq_E.exp(), log_rest_N.exp()
+    top_N = torch.maximum(row_maximum(q_E, row_E, num_positions), rest_q_N)
+    rest_is_top_N = rest_q_N == top_N
+    ratio_E = torch.where(q_E == top_N[row_E], slopes_E / q_E, -torch.inf)
+    ratio_N = row_maximum(ratio_E, row_E, num_positions)  # of several likeliest ones, any
+    ratio_N = torch.where(rest_is_top_N, rest_slopes_N / rest_q_N, ratio_N)
+    slopes_E = torch.where(ratio_E == ratio_N[row_E], 0, slopes_E - ratio_N[row_E] * q_E)
+    rest_slopes_N = torch.where(rest_is_top_N, 0, rest_slopes_N - ratio_N * rest_q_N)
+    slope_sum_N = sum_rows(slopes_E, row_E, num_positions) + rest_slopes_N
+    return KdRows(
+        value_N=sum_rows(terms_E, row_E, num_positions) + rest_terms_N,
+        scale_N=rest_slopes_N - rest_q_N * slope_sum_N,
+        entry_E=slopes_E - q_E * slope_sum_N[row_E],
+        student_rest_N=rest_q_N,
+        student_E=q_E,
+    )
 
 
-def _sum_rows(values_E: Tensor, row_E: Tensor, num_positions: int) -> Tensor:
+def sum_rows(values_E: Tensor, row_E: Tensor, num_positions: int) -> Tensor:
+    """Sums (N,) over each position's entries."""
     return values_E.new_zeros(num_positions).index_add_(0, row_E, values_E)
+
+
+def row_maximum(values_E: Tensor, row_E: Tensor, num_positions: int) -> Tensor:
+    """The largest (N,) of each position's entries; -inf where there is none."""
+    lowest_N = values_E.new_full((num_positions,), -torch.inf)
+    return lowest_N.scatter_reduce_(0, row_E, values_E, "amax")

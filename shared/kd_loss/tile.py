@@ -5,13 +5,16 @@ R rows of a tile, E entries, X labels and entries together, V vocabulary of the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from shared.errors import RecipeError
 from shared.kd_loss.divergences import FORWARD_KL, Divergence
-from shared.kd_loss.teacher import KdRows, TeacherRows, bucket_kd, linear_kd
+from shared.kd_loss.teacher import KdRows, TeacherRows, bucket_kd, linear_kd, row_maximum, sum_rows
 from shared.kd_loss.vocab_parallel import VocabShard
 
 
@@ -27,6 +30,12 @@ class LossSettings:
     shard: VocabShard | None = None
 
 
+def check_temperature(temperature: float) -> None:
+    """Raises RecipeError unless distributions can be taken at it."""
+    if not 0 < temperature < math.inf:
+        raise RecipeError(f"temperature is {temperature}; it must be a number above 0")
+
+
 def tile_loss_(
     logits_RV: Tensor,
     labels_R: Tensor,
@@ -37,32 +46,45 @@ def tile_loss_(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     slope_RV = _softcap_(logits_RV, settings.softcap, with_slope=with_grad)
-    temperature, kd = settings.temperature, None
+    temperature, kd, normalizer = settings.temperature, None, None
     label_logits_R, logits_E, logit_sum_R = _gather(logits_RV, labels_R, teacher, settings)
     softened_RV = None
-    if teacher is not None and temperature != 1.0:
-        softened_RV = logits_RV / temperature
-        logits_E, logit_sum_R = logits_E / temperature, logit_sum_R / temperature
-        soft_lse_R = _softmax_(softened_RV, settings.shard)
-        kd = _kd(softened_RV, soft_lse_R, logits_E, logit_sum_R, teacher, settings)
-    lse_R = _softmax_(logits_RV, settings.shard)
-    if teacher is not None and kd is None:
-        kd = _kd(logits_RV, lse_R, logits_E, logit_sum_R, teacher, settings)
+    if teacher is not None:
+        softened_RV = logits_RV if temperature == 1.0 else logits_RV / temperature
+        kd, normalizer = _kd_(
+            softened_RV, logits_E / temperature, logit_sum_R / temperature, teacher, settings
+        )
+    if normalizer is None or temperature != 1.0:
+        normalizer = _softmax_(logits_RV, settings.shard)
     if with_grad:
         _gradient_(logits_RV, softened_RV, labels_R, weights_R, teacher, kd, settings)
         if slope_RV is not None:
             logits_RV.mul_(slope_RV)
-    ce_R = lse_R - label_logits_R
+    ce_R = -normalizer.logq(label_logits_R)
     return ce_R, torch.zeros_like(ce_R) if kd is None else kd.value_N * temperature**2
+
+
+class _Normalizer(NamedTuple):
+    """The log of a row's sum of exp(z), in two parts: differences of large logits keep their digits."""
+
+    largest_R: Tensor
+    log_sum_R: Tensor  # of exp(z - largest)
+
+    def logq(self, logits_R: Tensor) -> Tensor:
+        return (logits_R - self.largest_R) - self.log_sum_R
+
+    def of_rows(self, row_E: Tensor) -> _Normalizer:
+        return _Normalizer(self.largest_R[row_E], self.log_sum_R[row_E])
 
 
 def _softcap_(logits_RV: Tensor, softcap: float | None, *, with_slope: bool) -> Tensor | None:
     """Cap the logits in place; the slope of the cap, to multiply their gradient with."""
     if softcap is None:
         return None
-    logits_RV.div_(softcap).tanh_()
-    slope_RV = 1 - logits_RV.square() if with_slope else None
-    logits_RV.mul_(softcap)
+    logits_RV.div_(softcap)
+    # 1 / cosh(x)**2: as one minus the square of tanh it has no digits left where tanh is nearly one.
+    slope_RV = logits_RV.cosh().square_().reciprocal_() if with_slope else None
+    logits_RV.tanh_().mul_(softcap)
     return slope_RV
 
 
@@ -80,7 +102,9 @@ def _gather(
     if teacher is not None and teacher.spread_N is not None:
         logit_sum_R = logits_RV[:, : _num_local_ids(settings)].sum(-1)
     if shard is not None:
-        picked = shard.sum(torch.cat([logits_X * here_X, logit_sum_R]))
+        assert isinstance(here_X, Tensor)
+        # where, not a product: what stands in for an id of another rank may be -inf
+        picked = shard.sum(torch.cat([torch.where(here_X, logits_X, 0), logit_sum_R]))
         logits_X, logit_sum_R = picked[: len(row_X)], picked[len(row_X) :]
     return logits_X[:num_rows], logits_X[num_rows:], logit_sum_R
 
@@ -101,51 +125,60 @@ def _num_local_ids(settings: LossSettings) -> int:
     return max(0, settings.num_vocab_ids - start)
 
 
-def _softmax_(logits_RV: Tensor, shard: VocabShard | None) -> Tensor:
-    """Softmax in place; its log-normaliser per row."""
+def _softmax_(logits_RV: Tensor, shard: VocabShard | None) -> _Normalizer:
+    """Softmax in place; its normaliser."""
     if shard is None:
         largest_R = logits_RV.amax(-1)
         torch.softmax(logits_RV, -1, out=logits_RV)
-        return largest_R - logits_RV.amax(-1).log()  # the largest probability is at least 1 / V
+        return _Normalizer(largest_R, -logits_RV.amax(-1).log())  # the largest is at least 1 / V
     largest_R = shard.max(logits_RV.amax(-1))
     logits_RV.sub_(largest_R[:, None]).exp_()
-    normalizer_R = shard.sum(logits_RV.sum(-1))
-    logits_RV.div_(normalizer_R[:, None])
-    return largest_R + normalizer_R.log()
+    sum_R = shard.sum(logits_RV.sum(-1))
+    logits_RV.div_(sum_R[:, None])
+    return _Normalizer(largest_R, sum_R.log())
 
 
-def _kd(
-    softmax_RV: Tensor,
-    lse_R: Tensor,
-    logits_E: Tensor,
-    logit_sum_R: Tensor,
-    teacher: TeacherRows,
-    settings: LossSettings,
-) -> KdRows:
+def _softmax_of_others_(logits_RV: Tensor, teacher: TeacherRows, shard: VocabShard | None) -> _Normalizer:
+    """Softmax in place over the ids without an entry, zero at the entries; its normaliser, -inf for no id.
+
+    Its sum is that of what is left, as one minus the kept would cancel; and as it is normalised by itself,
+    it does not vanish where the student gives all of these ids together less than its dtype can say.
+    """
+    flat_E, here_E = _flat(logits_RV, teacher.row_E, teacher.ids_E, shard)
+    logits_RV.view(-1)[flat_E[here_E] if isinstance(here_E, Tensor) else flat_E] = -torch.inf
+    largest_R = logits_RV.amax(-1)
+    if shard is not None:
+        largest_R = shard.max(largest_R)
+    is_empty_R = largest_R == -torch.inf
+    # A row of -inf alone has no softmax: its first id stands in, and is taken out again.
+    logits_RV[:, 0].masked_fill_(is_empty_R, 0)
+    normalizer = _softmax_(logits_RV, shard)
+    logits_RV[:, 0].masked_fill_(is_empty_R, 0)
+    return _Normalizer(normalizer.largest_R.masked_fill(is_empty_R, -torch.inf), normalizer.log_sum_R)
+
+
+def _kd_(
+    logits_RV: Tensor, logits_E: Tensor, logit_sum_R: Tensor, teacher: TeacherRows, settings: LossSettings
+) -> tuple[KdRows, _Normalizer]:
+    """KD of softened logits, which become the row that ``KdRows`` scales; their normaliser."""
+    row_E = teacher.row_E
     if teacher.rest_N is None:
-        return linear_kd(teacher, lse_R, logits_E, logit_sum_R)
-    rest_R = _rest(softmax_RV, teacher, settings.shard)
-    return bucket_kd(teacher, logits_E - lse_R[teacher.row_E], rest_R.log(), settings.divergence)
-
-
-def _rest(softmax_RV: Tensor, teacher: TeacherRows, shard: VocabShard | None) -> Tensor:
-    """The student's mass outside the entries: a sum of what is left, as one minus the kept would cancel."""
-    assert teacher.rest_N is not None
-    flat_E, here_E = _flat(softmax_RV, teacher.row_E, teacher.ids_E, shard)
-    if isinstance(here_E, Tensor):
-        flat_E = flat_E[here_E]
-    flat_softmax = softmax_RV.view(-1)
-    kept_E = flat_softmax[flat_E]
-    flat_softmax[flat_E] = 0
-    rest_R = softmax_RV.sum(-1)
-    flat_softmax[flat_E] = kept_E
-    rest_R = rest_R if shard is None else shard.sum(rest_R)
-    floor = torch.finfo(rest_R.dtype).tiny
-    return torch.where(teacher.rest_N > 0, rest_R.clamp_min(floor), rest_R)
+        normalizer = _softmax_(logits_RV, settings.shard)
+        gap_R = logit_sum_R - settings.num_vocab_ids * normalizer.largest_R
+        all_logq_R = gap_R - settings.num_vocab_ids * normalizer.log_sum_R
+        return linear_kd(teacher, normalizer.of_rows(row_E).logq(logits_E), all_logq_R), normalizer
+    others = _softmax_of_others_(logits_RV, teacher, settings.shard)
+    num_rows = len(others.largest_R)
+    largest_R = torch.maximum(row_maximum(logits_E, row_E, num_rows), others.largest_R)
+    log_others_R = others.largest_R - largest_R + others.log_sum_R
+    kept_R = sum_rows((logits_E - largest_R[row_E]).exp(), row_E, num_rows)
+    normalizer = _Normalizer(largest_R, torch.logaddexp(kept_R.log(), log_others_R))
+    logq_E = normalizer.of_rows(row_E).logq(logits_E)
+    return bucket_kd(teacher, logq_E, log_others_R - normalizer.log_sum_R, settings.divergence), normalizer
 
 
 def _gradient_(
-    softmax_RV: Tensor,
+    row_RV: Tensor,
     softened_RV: Tensor | None,
     labels_R: Tensor,
     weights_R: Tensor | None,
@@ -153,23 +186,30 @@ def _gradient_(
     kd: KdRows | None,
     settings: LossSettings,
 ) -> None:
-    """Turn the softmax into the gradient of (1 - kd_ratio) * CE + kd_ratio * KD, in place."""
-    num_rows = softmax_RV.shape[0]
-    weights_R = softmax_RV.new_ones(num_rows) if weights_R is None else weights_R
+    """Turn the rows into the gradient of (1 - kd_ratio) * CE + kd_ratio * KD, in place.
+
+    At temperature 1 CE shares KD's row; where that is not the whole softmax, CE has its part at the entries.
+    """
+    num_rows = row_RV.shape[0]
+    weights_R = row_RV.new_ones(num_rows) if weights_R is None else weights_R
     ce_R = weights_R * (1 - settings.kd_ratio)
-    kd_R = weights_R * (settings.kd_ratio * settings.temperature)
-    if kd is None or softened_RV is not None:
-        softmax_RV.mul_(ce_R[:, None])
-    else:
-        softmax_RV.mul_((ce_R + kd_R * kd.scale_N)[:, None])
-    if kd is not None and softened_RV is not None:
-        softmax_RV.addcmul_(softened_RV, (kd_R * kd.scale_N)[:, None])
-    if kd is not None and kd.constant_N is not None:
-        softmax_RV[:, : _num_local_ids(settings)].add_((kd_R * kd.constant_N)[:, None])
     row_X, ids_X = torch.arange(num_rows, device=labels_R.device), labels_R
     values_X = -ce_R
-    if kd is not None and teacher is not None:
-        row_X, ids_X = torch.cat([row_X, teacher.row_E]), torch.cat([ids_X, teacher.ids_E])
-        values_X = torch.cat([values_X, kd_R[teacher.row_E] * kd.entry_E])
-    flat_X, here_X = _flat(softmax_RV, row_X, ids_X, settings.shard)
-    softmax_RV.view(-1).index_add_(0, flat_X, values_X * here_X)
+    if kd is None or teacher is None or softened_RV is None:
+        row_RV.mul_(ce_R[:, None])
+    else:
+        kd_R = weights_R * (settings.kd_ratio * settings.temperature)
+        row_E, values_E = teacher.row_E, kd_R[teacher.row_E] * kd.entry_E
+        if softened_RV is not row_RV:
+            row_RV.mul_(ce_R[:, None]).addcmul_(softened_RV, (kd_R * kd.scale_N)[:, None])
+        elif kd.student_rest_N is None or kd.student_E is None:
+            row_RV.mul_((ce_R + kd_R * kd.scale_N)[:, None])
+        else:
+            row_RV.mul_((ce_R * kd.student_rest_N + kd_R * kd.scale_N)[:, None])
+            values_E = values_E + ce_R[row_E] * kd.student_E
+        if kd.constant_N is not None:
+            row_RV[:, : _num_local_ids(settings)].add_((kd_R * kd.constant_N)[:, None])
+        row_X, ids_X = torch.cat([row_X, row_E]), torch.cat([ids_X, teacher.ids_E])
+        values_X = torch.cat([values_X, values_E])
+    flat_X, here_X = _flat(row_RV, row_X, ids_X, settings.shard)
+    row_RV.view(-1).index_add_(0, flat_X, values_X * here_X)

@@ -136,14 +136,15 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
         if HAS_SPREAD:
             logit_sum += tl.sum(tl.where(columns < num_vocab_ids, logits, 0.0), 0)
         largest = block_largest
-    lse = largest + tl.log(normalizer)
-    soft_lse = lse
+    # Relative to the largest logit: differences of large numbers keep their digits.
+    log_sum = tl.log(normalizer)
+    soft_log_sum = log_sum
     if IS_SOFTENED:
-        soft_lse = largest / temperature + tl.log(soft_normalizer)
+        soft_log_sum = tl.log(soft_normalizer)
 
     # Label and entries, as they are before the gradient is written over them.
     label_logit = _capped(tl.load(logits_ptr + label), softcap, HAS_SOFTCAP)
-    tl.store(ce_ptr + row, lse - label_logit)
+    tl.store(ce_ptr + row, (largest - label_logit) + log_sum)
     ce_scale, kd_scale = 1 - kd_ratio, 0.0
     if HAS_WEIGHTS:
         ce_scale *= tl.load(weights_ptr + row)
@@ -156,18 +157,19 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
             kd_scale *= tl.load(weights_ptr + row)
         if HAS_SPREAD:
             spread = tl.load(spread_ptr + row)
-        kept, value = 0.0, tl.load(constant_ptr + row)
+        value = tl.load(constant_ptr + row)
         for start in range(first_entry, last_entry, ENTRY_BLOCK):
             entries = start + tl.arange(0, ENTRY_BLOCK)
             mask = entries < last_entry
             ids = tl.load(ids_ptr + entries, mask=mask, other=0)
             mass = tl.load(mass_ptr + entries, mask=mask, other=0.0)
-            logits = _capped(tl.load(logits_ptr + ids, mask=mask, other=0.0), softcap, HAS_SOFTCAP)
-            tl.store(entry_logits_ptr + entries, logits, mask=mask)
-            value += tl.sum(tl.where(mask, mass * (soft_lse - logits / temperature), 0.0), 0)
-            kept += tl.sum(mass, 0)
+            raw = tl.load(logits_ptr + ids, mask=mask, other=0.0).to(tl.float32)
+            tl.store(entry_logits_ptr + entries, raw, mask=mask)
+            gap = (largest - _capped(raw, softcap, HAS_SOFTCAP)) / temperature + soft_log_sum
+            value += tl.sum(tl.where(mask & (mass != 0), mass * gap, 0.0), 0)
         if HAS_SPREAD:
-            value += (total - kept) * soft_lse - spread * logit_sum / temperature
+            gaps = (num_vocab_ids * largest - logit_sum) / temperature + num_vocab_ids * soft_log_sum
+            value += tl.where(spread > 0, spread * gaps, 0.0)
         tl.store(kd_ptr + row, value * temperature * temperature)
 
     if WITH_GRAD:
@@ -177,10 +179,10 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
         for start in range(0, num_ids, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             mask = columns < num_ids
-            logits = _capped(tl.load(logits_ptr + columns, mask=mask, other=0.0), softcap, HAS_SOFTCAP)
+            raw = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
             gradient = _gradient(
-                logits, columns == label, lse, soft_lse, ce_scale, kd_scale, total, temperature, softcap,
-                tl.where(columns < num_vocab_ids, spread, 0.0), HAS_TEACHER, IS_SOFTENED, HAS_SOFTCAP,
+                raw, columns == label, largest, log_sum, soft_log_sum, ce_scale, kd_scale, total, temperature,
+                softcap, tl.where(columns < num_vocab_ids, spread, 0.0), HAS_TEACHER, IS_SOFTENED, HAS_SOFTCAP,
             )  # fmt: skip
             tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
@@ -191,27 +193,28 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
                 mask = entries < last_entry
                 ids = tl.load(ids_ptr + entries, mask=mask, other=0)
                 mass = tl.load(mass_ptr + entries, mask=mask, other=0.0)
-                logits = tl.load(entry_logits_ptr + entries, mask=mask, other=0.0)
+                raw = tl.load(entry_logits_ptr + entries, mask=mask, other=0.0)
                 gradient = _gradient(
-                    logits, ids == label, lse, soft_lse, ce_scale, kd_scale, total, temperature, softcap,
-                    mass + spread, HAS_TEACHER, IS_SOFTENED, HAS_SOFTCAP,
+                    raw, ids == label, largest, log_sum, soft_log_sum, ce_scale, kd_scale, total, temperature,
+                    softcap, mass + spread, HAS_TEACHER, IS_SOFTENED, HAS_SOFTCAP,
                 )  # fmt: skip
                 tl.store(logits_ptr + ids, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _gradient(  # type: ignore[no-untyped-def]
-    logits, is_label, lse, soft_lse, ce_scale, kd_scale, total, temperature, softcap, teacher_mass,
+    raw, is_label, largest, log_sum, soft_log_sum, ce_scale, kd_scale, total, temperature, softcap, teacher_mass,
     HAS_TEACHER: tl.constexpr, IS_SOFTENED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of CE and KD by capped logits, carried on to the logits before the cap."""
-    softmax = tl.exp(logits - lse)
+    gap = _capped(raw, softcap, HAS_SOFTCAP) - largest
+    softmax = tl.exp(gap - log_sum)
     gradient = ce_scale * (softmax - tl.where(is_label, 1.0, 0.0))
     if HAS_TEACHER:
         if IS_SOFTENED:
-            softmax = tl.exp(logits / temperature - soft_lse)
+            softmax = tl.exp(gap / temperature - soft_log_sum)
         gradient += kd_scale * (total * softmax - teacher_mass)
     if HAS_SOFTCAP:
-        capped = logits / softcap
-        gradient *= 1 - capped * capped
+        twice = 2 * raw / softcap  # 1 - tanh**2 has no digits left where tanh is nearly one
+        gradient *= 4 * tl.sigmoid(twice) * tl.sigmoid(-twice)
     return gradient

@@ -66,11 +66,12 @@ class SparseTargets:
         """The position that each entry belongs to, (E,) int64."""
         return _position_index(self.counts, self.num_entries)
 
-    def weights(self, temperature: float = 1.0) -> Tensor:
-        """Weights of the entries as targets at a captured temperature, (E,) fp32.
+    def weights(self, temperature: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Weights of the entries as targets at a captured temperature, (E,) of ``dtype``, fp32 or wider.
 
         Raises   CacheMismatchError  for a temperature that was not captured
-        Holds    sampled policies: E[sum_i w_i f(id_i)] = sum_v p_T(v) f(v) for every f;
+        Holds    sampled policies: E[sum_i w_i f(id_i)] = sum_v p_T(v) f(v) for every f, exactly at temperature
+                 1 alone, else as docs/targets.md says ("Several temperatures");
                  ``random`` at its only temperature: they sum to one at each position;
                  deterministic policies: the kept probabilities themselves
         Source   derived in docs/targets.md
@@ -82,29 +83,25 @@ class SparseTargets:
                 "Use one of those, or capture again with it in cache.temperatures"
             )
         if isinstance(self.policy, Random):
-            return self._random_weights(self.policy, temperature)
+            share = self.draw_counts.to(dtype) / self.policy.draws
+            if len(self.temperatures) == 1:
+                return share
+            return share * random_log_ratio(self._tempered(dtype), self._place(temperature)).exp()
         if not isinstance(self.policy, Threshold):
-            return self._logprobs_at(temperature).exp()
+            return self._tempered(dtype)[self._place(temperature)].exp()
         if self.temperatures == (1.0,):
-            return self.logprobs.float().exp()
-        heaviest = torch.stack([self._logprobs_at(t) for t in self.temperatures]).amax(0)
-        log_inclusion = (heaviest - self.policy.log_tau).clamp_max(0)
-        return (self._logprobs_at(temperature) - log_inclusion).exp()
+            return self.logprobs.to(dtype).exp()
+        logprobs_TE = self._tempered(dtype)
+        log_kept = threshold_log_inclusion(logprobs_TE, self.policy)
+        return (logprobs_TE[self._place(temperature)] - log_kept).exp()
 
-    def _random_weights(self, policy: Random, temperature: float) -> Tensor:
-        share = self.draw_counts.float() / policy.draws
-        if len(self.temperatures) == 1:
-            return share
-        proposal = torch.stack([self._logprobs_at(t) for t in self.temperatures]).logsumexp(0)
-        proposal -= math.log(len(self.temperatures))
-        return share * (self._logprobs_at(temperature) - proposal).exp()
+    def _place(self, temperature: float) -> int:
+        return self.temperatures.index(temperature)
 
-    def _logprobs_at(self, temperature: float) -> Tensor:
-        logprobs = self.logprobs.float()
-        if temperature == 1.0:
-            return logprobs
-        column = [t for t in self.temperatures if t != 1.0].index(temperature)
-        return logprobs / temperature - self.log_normalizers[self.position_index, column]
+    def _tempered(self, dtype: torch.dtype) -> Tensor:
+        """The entries' log-probs (T, E) at each captured temperature."""
+        normalizers = self.log_normalizers.to(dtype)[self.position_index]
+        return tempered_logprobs(self.logprobs.to(dtype), normalizers, self.temperatures)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -160,6 +157,26 @@ class SparseTargets:
             for name in ("ids", "logprobs", "log_normalizers", "entropy", "draw_counts")
         }
         return replace(first, offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)), **joined)
+
+
+def tempered_logprobs(logprobs: Tensor, log_normalizers: Tensor, temperatures: tuple[float, ...]) -> Tensor:
+    """Log-probs (T, E) at each temperature, of those (E,) at 1 and of the other ones' log Z (E, T')."""
+    others = iter(log_normalizers.unbind(1))
+    return torch.stack([logprobs if t == 1.0 else logprobs / t - next(others) for t in temperatures])
+
+
+def threshold_log_inclusion(logprobs_TE: Tensor, policy: Threshold) -> Tensor:
+    """The log of the probability (E,) with which ``threshold`` keeps entries of these log-probs.
+
+    Capture and weights both have it from here: weights are unbiased because they divide by what was used.
+    """
+    return (logprobs_TE.amax(0) - policy.log_tau).clamp_max(0)
+
+
+def random_log_ratio(logprobs_TE: Tensor, place: int) -> Tensor:
+    """Log (E,) of the probability at one temperature over the mean of all, from which ``random`` draws."""
+    proposal = logprobs_TE.logsumexp(0) - math.log(len(logprobs_TE))
+    return logprobs_TE[place] - proposal
 
 
 def share_logprobs(draw_counts: Tensor, policy: Random) -> Tensor:
