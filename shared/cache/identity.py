@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from shared.cache.format import FORMAT_VERSION, canonical_json
 from shared.errors import CacheMismatchError
@@ -56,6 +56,14 @@ class TargetsIdentity(Record):
         tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)
     ]
     seed: int
+    sampling: Literal[1, 2] = 1  # of shared.sparse.sampling_version; 1 is not written down, as it was before
+
+    @model_serializer(mode="wrap")
+    def _without_the_first_version(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        stored: dict[str, Any] = serialize(self)
+        if stored.get("sampling") == 1:
+            del stored["sampling"]
+        return stored
 
 
 class DataSource(Record):

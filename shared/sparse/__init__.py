@@ -5,7 +5,7 @@ mathematics is derived in ``docs/targets.md``.
 """
 
 from shared.sparse.draws import position_seeds
-from shared.sparse.sparsifier import sparsify
+from shared.sparse.sparsifier import sampling_version, sparsify
 from shared.sparse.targets import SparseTargets
 
-__all__ = ["SparseTargets", "position_seeds", "sparsify"]
+__all__ = ["SparseTargets", "position_seeds", "sampling_version", "sparsify"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -55,16 +56,31 @@ def _all_fp16(lowest: float) -> npt.NDArray[np.float16]:
     return np.append(rising, 0).astype(np.uint16).view(np.float16)
 
 
-def round_unbiased(logprobs: Tensor, chance: Tensor, grid: npt.NDArray[np.float16]) -> Tensor:
-    """One of the two neighbours in the grid, such that the mean *probability* is exact.
+def round_unbiased(
+    logprobs: Tensor, chance: Tensor, grid: npt.NDArray[np.float16], *, share: Share | None = None
+) -> Tensor:
+    """One of the two neighbours in the grid, such that the mean *probability* is exact, or what ``share`` wants.
 
     Shapes   logprobs (E,) fp32, none below the grid's first; chance (E,), uniform in [0, 1)
+             share of logprobs and both neighbours (E,) fp32: how often the upper one is to be taken
     Returns  (E,) fp16
     """
     values = torch.from_numpy(grid).to(logprobs.device)
     exact = values.float()
     low = (torch.searchsorted(exact, logprobs, right=True) - 1).clamp_min_(0)
     high = (low + 1).clamp_max_(len(values) - 1)
-    gap = torch.expm1(exact[high] - exact[low])
-    share = torch.expm1(logprobs - exact[low]) / gap  # NaN at the grid's end, where both are one
-    return torch.where(chance < share, values[high], values[low])
+    upper = (share or share_of_mass(1.0))(logprobs, exact[low], exact[high])
+    return torch.where(chance < upper, values[high], values[low])  # NaN at the grid's end, where both are one
+
+
+Share = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def share_of_mass(temperature: float) -> Share:
+    """What makes the mean of p ** (1 / temperature) exact."""
+    return lambda x, low, high: torch.expm1((x - low) / temperature) / torch.expm1((high - low) / temperature)
+
+
+def share_of_mean(function: Callable[[Tensor], Tensor]) -> Share:
+    """What makes the mean of a function of the log-prob exact, if it rises or falls between neighbours."""
+    return lambda x, low, high: (function(x) - function(low)) / (function(high) - function(low))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,32 @@ from torch import Tensor
 from shared.errors import DataError, RecipeError
 from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse.draws import Independent, Systematic, draw, padded_width, row_sums, substream, uniforms
-from shared.sparse.grid import has_floor, logprob_grid, round_unbiased
-from shared.sparse.targets import SparseTargets, share_logprobs
+from shared.sparse.grid import has_floor, logprob_grid, round_unbiased, share_of_mass, share_of_mean
+from shared.sparse.targets import (
+    SparseTargets,
+    random_log_ratio,
+    share_logprobs,
+    tempered_logprobs,
+    threshold_log_inclusion,
+)
 
 # Positions are worked on in groups of so many log-probs.  On a CPU the temporaries then stay in its cache (a
 # third of the time that large groups took); elsewhere they stay below 1 GiB.
 _MAX_GROUP_ELEMENTS = {"cpu": 1 << 21}
 _MAX_GROUP_ELEMENTS_ELSEWHERE = 1 << 25
+_LOWEST_FP16 = -65504.0
+_MOST_RAISED = 80.0  # an exponent that fp32 holds; what a wider gap would raise has no mass
+
+
+def sampling_version(policy: Policy, temperatures: tuple[float, ...]) -> Literal[1, 2]:
+    """Which way of drawing ``sparsify`` has for these; a part of a cache's identity, so that none are mixed.
+
+    1  at temperature 1 alone, of ``random`` at any one, and of policies that draw nothing: as ever
+    2  where log-probs are stored beside draws: inclusion and rounding as docs/targets.md has them; until 2
+       inclusion was taken before rounding, and ``random`` rounded to the nearest
+    """
+    stores_both = isinstance(policy, Threshold) and temperatures != (1.0,)
+    return 2 if stores_both or (isinstance(policy, Random) and len(temperatures) > 1) else 1
 
 
 def sparsify(
@@ -92,16 +112,19 @@ def _sparsify_group(
     tempered = [_temper(logprobs_NV, temperature) for temperature in temperatures]
     _check_normalised(logprobs_NV, tempered, temperatures, first_position)
     entropy_NT = torch.stack([_entropy(t) for t in tempered], 1)
+    others = [t.log_normalizer for t, value in zip(tempered, temperatures, strict=True) if value != 1.0]
+    normalizers = torch.stack(others, 1) if others else logprobs_NV.new_zeros(len(logprobs_NV), 0)
     match policy:
+        case Threshold() if has_floor(policy, temperatures):
+            kept = _threshold(logprobs_NV, tempered[0].probs, policy, seeds_N)
         case Threshold():
-            kept = _threshold(logprobs_NV, tempered, policy, temperatures, seeds_N)
+            kept = _threshold_at_several(logprobs_NV, tempered, policy, temperatures, normalizers, seeds_N)
         case Random():
-            kept = _random(logprobs_NV, tempered, policy, seeds_N)
+            kept = _random(logprobs_NV, tempered, policy, temperatures, normalizers, seeds_N)
         case TopK():
             kept = _top_k(logprobs_NV, policy)
         case TopP():
             kept = _top_p(logprobs_NV, policy)
-    others = [t.log_normalizer for t, value in zip(tempered, temperatures, strict=True) if value != 1.0]
     order = ((kept.position << 32) | kept.ids).argsort()
     num_positions = len(logprobs_NV)
     counts = torch.bincount(kept.position, minlength=num_positions)
@@ -112,7 +135,7 @@ def _sparsify_group(
         logprobs=kept.logprobs[order],
         policy=policy,
         temperatures=temperatures,
-        log_normalizers=torch.stack(others, 1) if others else logprobs_NV.new_zeros(num_positions, 0),
+        log_normalizers=normalizers,
         entropy=entropy_NT,
         draw_counts=empty if kept.draw_counts is None else kept.draw_counts[order].int(),
     )
@@ -161,34 +184,85 @@ def _entropy(tempered: _Tempered) -> Tensor:
     return (0.0 - row_sums(terms_NV.mul_(tempered.probs))).float()  # a certain teacher's is 0.0, not -0.0
 
 
-def _threshold(
+def _threshold(logprobs_NV: Tensor, mass_NV: Tensor, policy: Threshold, seeds_N: Tensor) -> _Kept:
+    """Each token with probability ``min(1, p / tau)``: the certain ones, and a draw from the rest."""
+    is_certain_NV = logprobs_NV >= policy.log_tau
+    position, ids, num_certain, _ = _certain_and_drawn(mass_NV, is_certain_NV, policy, seeds_N)
+    logprobs = logprobs_NV[position, ids]
+    logprobs[num_certain:] = policy.log_tau
+    chance = _chance(seeds_N, 1, position, ids)
+    return _Kept(position, ids, round_unbiased(logprobs, chance, logprob_grid(policy, (1.0,))))
+
+
+def _threshold_at_several(
     logprobs_NV: Tensor,
     tempered: list[_Tempered],
     policy: Threshold,
     temperatures: tuple[float, ...],
+    normalizers_NT: Tensor,
     seeds_N: Tensor,
 ) -> _Kept:
-    """Each token with probability ``min(1, max_T p_T / tau)``: the certain ones, and a draw from the rest."""
-    heaviest_NV, mass_NV = tempered[0].logprobs, tempered[0].probs
-    for other in tempered[1:]:
-        heaviest_NV = torch.maximum(heaviest_NV, other.logprobs)
-        mass_NV = torch.maximum(mass_NV, other.probs)
-    is_certain_NV = heaviest_NV >= policy.log_tau
-    mass_NV[:, : heaviest_NV.shape[1]].masked_fill_(is_certain_NV, 0.0)
+    """Each token with the probability ``min(1, max_T p_T / tau)`` of its *rounded* log-prob.
 
+    Weights divide by what rounding leaves, so inclusion must have it too.  To round a whole vocabulary costs
+    more than the draw: so tokens are drawn with the most that rounding can make of them, the drawn ones are
+    rounded, and of these some are given up again, by what rounding did make of them.
+    """
+    mass_NV = _most_mass(logprobs_NV, tempered, temperatures)
+    is_certain_NV = mass_NV[:, : logprobs_NV.shape[1]] >= math.exp(policy.log_tau)
+    position, ids, _, chosen = _certain_and_drawn(mass_NV, is_certain_NV, policy, seeds_N)
+
+    share = share_of_mass(1.0 if 1.0 in temperatures else temperatures[0])
+    exact = logprobs_NV[position, ids].clamp_min_(_LOWEST_FP16)
+    chance = _chance(seeds_N, 1, position, ids)
+    stored = round_unbiased(exact, chance, logprob_grid(policy, temperatures), share=share)
+    logprobs_TE = tempered_logprobs(stored.float(), normalizers_NT[position], temperatures)
+    included = threshold_log_inclusion(logprobs_TE, policy).double().exp()
+    is_kept = _chance(seeds_N, 2, position, ids) * chosen < included
+    return _Kept(position[is_kept], ids[is_kept], stored[is_kept])
+
+
+def _most_mass(logprobs_NV: Tensor, tempered: list[_Tempered], temperatures: tuple[float, ...]) -> Tensor:
+    """The most that ``max_T p_T`` can be after rounding to fp16, widened with zeros like ``probs``."""
+    gap_NV = logprobs_NV.abs() * 2.0**-10 + 2.0**-24  # no less than from one fp16 number to the next
+    mass_NV = torch.zeros_like(tempered[0].probs)
+    most_NV = mass_NV[:, : logprobs_NV.shape[1]]
+    for temperature, at in zip(temperatures, tempered, strict=True):
+        raised_NV = (gap_NV / temperature).clamp_max_(_MOST_RAISED).exp_()
+        torch.maximum(most_NV, raised_NV.mul_(at.probs[:, : most_NV.shape[1]]), out=most_NV)
+    return mass_NV.mul_(1 + 1e-5)  # for the fp32 of what is compared with it
+
+
+def _certain_and_drawn(
+    mass_NV: Tensor, is_certain_NV: Tensor, policy: Threshold, seeds_N: Tensor
+) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Tokens that are kept for certain, then those drawn from the others' mass, in steps of tau.
+
+    Returns  position, id (E,); how many are certain; with which probability each was chosen, (E,) fp64
+    """
+    step = math.exp(policy.log_tau)
+    mass_NV[:, : is_certain_NV.shape[1]].masked_fill_(is_certain_NV, 0.0)
     certain_position, certain_ids = is_certain_NV.nonzero(as_tuple=True)
-    points = Systematic(uniforms(seeds_N, 0), step=math.exp(policy.log_tau))
-    drawn_position, drawn_ids, _ = draw(mass_NV, points)
-    position = torch.cat([certain_position, drawn_position])
-    ids = torch.cat([certain_ids, drawn_ids])
-    logprobs = logprobs_NV[position, ids]
-    if has_floor(policy, temperatures):
-        logprobs[len(certain_ids) :] = policy.log_tau
-    chance = uniforms(substream(seeds_N, 1)[position], ids)
-    return _Kept(position, ids, round_unbiased(logprobs, chance, logprob_grid(policy, temperatures)))
+    drawn_position, drawn_ids, _ = draw(mass_NV, Systematic(uniforms(seeds_N, 0), step=step))
+    drawn_mass = mass_NV[drawn_position, drawn_ids].double() / step
+    chosen = torch.cat([torch.ones_like(certain_ids, dtype=torch.float64), drawn_mass])
+    position, ids = torch.cat([certain_position, drawn_position]), torch.cat([certain_ids, drawn_ids])
+    return position, ids, len(certain_ids), chosen
 
 
-def _random(logprobs_NV: Tensor, tempered: list[_Tempered], policy: Random, seeds_N: Tensor) -> _Kept:
+def _chance(seeds_N: Tensor, sequence: int, position: Tensor, ids: Tensor) -> Tensor:
+    """A token's own uniform number in one of a position's further sequences, (E,) fp64."""
+    return uniforms(substream(seeds_N, sequence)[position], ids)
+
+
+def _random(
+    logprobs_NV: Tensor,
+    tempered: list[_Tempered],
+    policy: Random,
+    temperatures: tuple[float, ...],
+    normalizers_NT: Tensor,
+    seeds_N: Tensor,
+) -> _Kept:
     """``draws`` independent tokens of the mean of the captured temperatures' distributions."""
     mass_NV = tempered[0].probs
     for other in tempered[1:]:
@@ -197,10 +271,20 @@ def _random(logprobs_NV: Tensor, tempered: list[_Tempered], policy: Random, seed
     points_NK = uniforms(seeds_N[:, None], counters).sort(-1).values
     position, ids, draw_counts = draw(mass_NV, Independent(points_NK))
     if len(tempered) == 1:
-        logprobs = share_logprobs(draw_counts, policy)
-    else:
-        logprobs = _nearest_fp16(logprobs_NV[position, ids])
-    return _Kept(position, ids, logprobs, draw_counts)
+        return _Kept(position, ids, share_logprobs(draw_counts, policy), draw_counts)
+
+    coldest = temperatures.index(min(temperatures))  # its ratio to the mean only rises with the log-prob
+
+    def ratio(logprobs: Tensor) -> Tensor:
+        normalizers = normalizers_NT[position].double()
+        return random_log_ratio(
+            tempered_logprobs(logprobs.double(), normalizers, temperatures), coldest
+        ).exp()
+
+    exact = logprobs_NV[position, ids].clamp_min_(_LOWEST_FP16)
+    chance = _chance(seeds_N, 1, position, ids)
+    grid = logprob_grid(policy, temperatures)
+    return _Kept(position, ids, round_unbiased(exact, chance, grid, share=share_of_mean(ratio)), draw_counts)
 
 
 def _top_k(logprobs_NV: Tensor, policy: TopK) -> _Kept:
@@ -221,4 +305,4 @@ def _kept_where(mask_NK: Tensor, logprobs_NK: Tensor, ids_NK: Tensor) -> _Kept:
 
 
 def _nearest_fp16(logprobs: Tensor) -> Tensor:
-    return logprobs.clamp_min(-65504.0).half() + 0.0  # which makes one zero of two
+    return logprobs.clamp_min(_LOWEST_FP16).half() + 0.0  # which makes one zero of two
