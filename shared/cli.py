@@ -43,6 +43,12 @@ def recipe_arguments(function: Function) -> Function:
     return click.argument("recipe")(function)
 
 
+def version_option(function: Function) -> Function:
+    """``--version``, which prints the command's name and the package's version."""
+    message = "%(prog)s (%(package)s) %(version)s"
+    return click.version_option(package_name="teachonce", message=message)(function)
+
+
 def run(group: click.Command, *, starts_ours: bool = False) -> None:
     """Runs a command line; a user's error is one message and a status of its own, not a traceback.
 

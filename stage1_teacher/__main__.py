@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from shared.cli import FILE, FOLDER, recipe_arguments
+from shared.cli import FILE, FOLDER, recipe_arguments, version_option
 from shared.cli import run as run_group
 from shared.recipes import load_recipe, recipe_text
 from shared.runtime import distributed, stop_on_sigterm
@@ -29,6 +29,7 @@ class FiniteRange(click.FloatRange):
 
 
 @click.group()
+@version_option
 def commands() -> None:
     """Run a frozen teacher once and write its targets into a cache."""
 

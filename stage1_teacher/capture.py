@@ -25,6 +25,14 @@ from tqdm import tqdm
 from shared.cache import CacheReader, CacheWriter, Identity, Manifest, Plan, Unit
 from shared.cache.layout import LIBRARY_LOG_NAME, PLAN_NAME
 from shared.cache.storage import open_folder
+from shared.capture.opening import open_planned
+from shared.capture.planning import (
+    CaptureData,
+    identity_of,
+    open_rows,
+    same_but_for_weights,
+    survey,
+)
 from shared.data.processing import Encoded, ExampleProcessor, open_processor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
 from shared.library_output import keep_library_output
@@ -36,13 +44,6 @@ from shared.survey import broken_shards
 from stage1_teacher.capturing.batching import BatchRunner
 from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.lockstep import Lockstep
-from stage1_teacher.capturing.planning import (
-    CaptureData,
-    identity_of,
-    open_rows,
-    same_but_for_weights,
-    survey,
-)
 from stage1_teacher.capturing.progress import Tally, require_space
 from stage1_teacher.capturing.shards import CapturedBatch, ShardAssembler
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
@@ -140,13 +141,6 @@ def remove_committed_plan(location: str) -> None:
             folder.remove(PLAN_NAME)
 
 
-def discard_broken_shards(location: str, writer: CacheWriter, data: CaptureData) -> None:
-    """Leaves the plan no file that its manifest convicts: what is gone is planned again."""
-    if writer.manifest is not None:
-        for name in broken_shards(CacheReader(location), data.all_keys()):
-            writer.folder.remove(name)
-
-
 def open_cache(
     recipe: Recipe, processor: ExampleProcessor, data: CaptureData | None, teacher: Teacher, world: World
 ) -> tuple[CacheWriter, Assignment]:
@@ -156,14 +150,14 @@ def open_cache(
     if data is not None:
         assert teacher.weights_fingerprint is not None
         identity = identity_of(recipe, processor, data, weights_fingerprint=teacher.weights_fingerprint)
-        writer = CacheWriter.open(path, identity, created_by=_versions())
-        discard_broken_shards(path, writer, data)
-        plan = writer.stored_plan() or writer.plan(
+        writer, plan, pending = open_planned(
+            path,
+            identity,
+            data.all_keys(),
             data.numbered_keys(),
             examples_per_shard=recipe.cache.examples_per_shard,
             skipped=data.unreadable(),
         )
-        pending = [unit for unit in plan.units if not writer.is_finished(unit)]
         assignment = Assignment(identity, plan, pending)
         found = len(plan.units) - len(pending)
         if found:
@@ -308,8 +302,3 @@ def from_main(value: Value, world: World) -> Value:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _versions() -> dict[str, str]:
-    facts = environment()
-    return {name: str(facts[name]) for name in ("teachonce", "torch", "transformers")}

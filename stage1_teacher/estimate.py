@@ -20,6 +20,7 @@ import click
 import torch
 
 from shared.cache import CacheReader, CacheWriter, Identity, Row
+from shared.capture.planning import CaptureData, NumberedRows, identity_of, survey
 from shared.data.processing import Batch, Encoded, ExampleProcessor, open_processor
 from shared.errors import DataError, RecipeError
 from shared.preflight import answer_positions
@@ -30,7 +31,6 @@ from shared.reports.break_even import TeacherCosts
 from shared.runtime import World
 from shared.sparse import position_seeds
 from stage1_teacher.capturing.batching import BatchRunner
-from stage1_teacher.capturing.planning import CaptureData, NumberedRows, identity_of, survey
 from stage1_teacher.capturing.shards import CapturedBatch
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from shared.cache import CacheWriter, Row, Unit
-from shared.codec import encode_many
+from shared.capture.targets import rows_of
+from shared.capture.units import Refused, UnitCollector
 from shared.data.processing import Encoded
 from shared.sparse import SparseTargets
 from stage1_teacher.capturing.handover import HostCopy
-from stage1_teacher.capturing.windows import Refused
 
 TENSOR_FIELDS = ("offsets", "ids", "logprobs", "log_normalizers", "entropy", "draw_counts")
 
@@ -42,29 +40,14 @@ class CapturedBatch:
     def rows(self) -> list[Row]:
         """The rows of the cache; waits for the copy."""
         tensors: dict[str, Any] = self.copy.wait()
-        ce_N = tensors.pop("ce").double()
-        targets = replace(self.targets, **tensors)
-        offsets = [0, *np.cumsum([one.num_positions for one in self.encoded]).tolist()]
-        payloads = encode_many(targets, offsets)
-        return [
-            Row(
-                key=one.key,
-                answer_ids=one.answer_ids.numpy().astype(np.int32),
-                num_entries=int(targets.offsets[stop] - targets.offsets[start]),
-                ce_sum=float(ce_N[start:stop].sum()),
-                entropy_sums=targets.entropy[start:stop].double().sum(0).numpy(),
-                payload=payload,
-                truncated=one.truncated,
-            )
-            for one, payload, (start, stop) in zip(self.encoded, payloads, pairwise(offsets), strict=True)
-        ]
+        ce_N = tensors.pop("ce")
+        return rows_of(self.encoded, replace(self.targets, **tensors), ce_N)
 
 
-class ShardAssembler:
-    """Collects the rows of units and publishes a unit's shard when its last row is there.
+class ShardAssembler(UnitCollector):
+    """Takes what the writer thread is handed.
 
-    on_rows   called with the rows of each batch, for the progress
-    on_shard  called with the unit when its shard is published
+    on_rows  called with the rows of each batch, for the progress
     """
 
     def __init__(
@@ -75,33 +58,13 @@ class ShardAssembler:
         on_rows: Callable[[list[Row]], None],
         on_shard: Callable[[Unit], None],
     ) -> None:
-        self._writer = writer
-        self._units = {unit.unit_id: unit for unit in units}
+        super().__init__(writer, units, on_shard=on_shard)
         self._on_rows = on_rows
-        self._on_shard = on_shard
-        self._rows: dict[str, list[Row]] = {}
-        self._refused: dict[str, list[Refused]] = {}
 
     def take(self, item: CapturedBatch | tuple[str, Refused]) -> None:
-        """Takes what the writer thread is handed."""
         if isinstance(item, CapturedBatch):
-            unit_id, rows = item.unit_id, item.rows()
-            self._rows.setdefault(unit_id, []).extend(rows)
+            rows = item.rows()
             self._on_rows(rows)
+            self.add(item.unit_id, rows)
         else:
-            unit_id, refused = item
-            self._refused.setdefault(unit_id, []).append(refused)
-        self._publish_if_whole(self._units[unit_id])
-
-    def _publish_if_whole(self, unit: Unit) -> None:
-        rows, refused = self._rows.get(unit.unit_id, []), self._refused.get(unit.unit_id, [])
-        if len(rows) + len(refused) < len(unit):
-            return
-        with self._writer.unit(unit) as shard:
-            for row in rows:
-                shard.add(row)
-            for one in refused:
-                shard.skip(one.key, row=one.row, reason=one.reason)
-        self._rows.pop(unit.unit_id, None)
-        self._refused.pop(unit.unit_id, None)
-        self._on_shard(unit)
+            self.refuse(*item)

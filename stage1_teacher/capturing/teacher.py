@@ -8,7 +8,6 @@ Legend: N answer positions of the batch, n positions of a chunk, D hidden size, 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,13 +17,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
+from shared.capture.targets import sparse_targets
 from shared.data.processing import Batch
 from shared.models.sharding import blocks, fill
 from shared.models.vlm import Head, empty_vlm, last_hidden_states, load_config, load_vlm, split
+from shared.models.weights import weight_fingerprint
 from shared.recipes import TeacherConfig
 from shared.recipes.policies import Policy
 from shared.runtime import World
-from shared.sparse import SparseTargets, sparsify
+from shared.sparse import SparseTargets
 from stage1_teacher.capturing.stopwatch import Stopwatch
 
 
@@ -83,15 +84,15 @@ class Teacher:
         chunk_size: int,
     ) -> tuple[SparseTargets, Tensor]:
         """What ``targets`` makes of the body's hidden states."""
-        parts, losses = [], []
-        for start in range(0, len(hidden_ND), chunk_size):
-            chunk = slice(start, start + chunk_size)
-            logprobs_nV = self.logprobs(hidden_ND[chunk])
-            losses.append(-logprobs_nV.gather(1, labels_N[chunk, None]).squeeze(1))
-            parts.append(
-                sparsify(logprobs_nV, policy, temperatures=tuple(temperatures), seeds=seeds_N[chunk])
-            )
-        return SparseTargets.concat(parts), torch.cat(losses)
+        return sparse_targets(
+            hidden_ND,
+            labels_N,
+            seeds_N,
+            logprobs=self.logprobs,
+            policy=policy,
+            temperatures=temperatures,
+            chunk_size=chunk_size,
+        )
 
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
@@ -158,16 +159,3 @@ def _sharded(config: TeacherConfig, source: PreTrainedModel | None, world: World
     model.tie_weights()  # which to_empty has undone
     fill(model, source, world)
     return model
-
-
-def weight_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all parameters and buffers, as they are loaded.
-
-    Independent of how the files were cut; differs for another ``dtype``, which gives other targets.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
-        digest.update(memoryview(data.numpy()))
-    return digest.hexdigest()

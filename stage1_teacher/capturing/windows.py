@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from torch.utils.data import DataLoader, Dataset
 
 from shared.cache import Unit
+from shared.capture.planning import NumberedRows
+from shared.capture.units import Refused
 from shared.data.loading import PackedDataset, leave_process_group, loaded_items
 from shared.data.processing import Encoded, ExampleProcessor
 from shared.errors import DataError, TeachonceError
-from stage1_teacher.capturing.planning import NumberedRows
 
 WINDOW = 64  # examples; at most so many decoded pictures are held by each worker
 
@@ -28,15 +29,6 @@ class Window:
     unit_id: str
     keys: tuple[bytes, ...]
     numbers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Refused:
-    """An example whose picture cannot be used, and why."""
-
-    key: bytes
-    row: str
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from shared.cache import CacheReader
+from shared.capture.planning import NumberedRows, open_rows
 from shared.data.processing import Encoded, ExampleProcessor, open_processor
 from shared.errors import CacheMismatchError, DataError, RecipeError
 from shared.progress import by_examples, progress
@@ -28,7 +29,6 @@ from shared.recipes import Recipe
 from shared.runtime import World
 from shared.survey import inputs_identity
 from stage1_teacher.capturing.batching import BatchRunner
-from stage1_teacher.capturing.planning import NumberedRows, open_rows
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
 from stage1_teacher.inspection.comparison import AtTemperature, Comparison
 from stage1_teacher.inspection.head_gradient import BATCHES, Measured

@@ -17,6 +17,7 @@ import torch
 
 from shared.cache import CacheReader, Row
 from shared.cache.inspect import Sample, inspect, sample_rows
+from shared.capture.planning import open_rows
 from shared.data.images import Background
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import Example
@@ -36,7 +37,6 @@ from shared.reports.page import (
     table,
     write_page,
 )
-from stage1_teacher.capturing.planning import open_rows
 from stage1_teacher.inspection.plots import DRAWINGS, draw_kept_mass
 
 NUM_LOOKED_AT = 512

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from shared.cache import CacheWriter
+from shared.capture.planning import identity_of, survey
 from shared.data.processing import Encoded, open_processor
 from shared.data.rows import open_split
 from shared.phantom.dataset import write_dataset
@@ -28,7 +29,6 @@ from shared.small_models import make_small_model, train_tokenizer
 from stage1_teacher.capture import capture_batch
 from stage1_teacher.capturing.batching import batches_of_like_length
 from stage1_teacher.capturing.handover import BackgroundWriter
-from stage1_teacher.capturing.planning import identity_of, survey
 from stage1_teacher.capturing.progress import Tally
 from stage1_teacher.capturing.shards import CapturedBatch, ShardAssembler
 from stage1_teacher.capturing.teacher import Teacher, load_teacher

@@ -1,0 +1,83 @@
+"""From a teacher's outputs to rows of the cache, for every loop that runs one.
+
+Legend: N answer positions of some examples, n of one example or chunk, D hidden size, V ids of the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.cache import Row
+from shared.codec import encode_many
+from shared.recipes.policies import Policy
+from shared.sparse import SparseTargets, sparsify
+
+
+class AnsweredExample(Protocol):
+    """What a cache must know of an example; ``shared.data.processing.Encoded`` is one.
+
+    Shapes   key 16 bytes; answer_ids (n,) integers: the token to be predicted at each position
+    """
+
+    @property
+    def key(self) -> bytes: ...
+
+    @property
+    def answer_ids(self) -> Tensor: ...
+
+    @property
+    def truncated(self) -> bool: ...
+
+
+def sparse_targets(
+    outputs_ND: Tensor,
+    labels_N: Tensor,
+    seeds_N: Tensor,
+    *,
+    logprobs: Callable[[Tensor], Tensor],
+    policy: Policy,
+    temperatures: Sequence[float],
+    chunk_size: int,
+) -> tuple[SparseTargets, Tensor]:
+    """What the policy keeps of N positions, and the teacher's cross-entropy there, on the outputs' device.
+
+    logprobs   (n, D) -> (n, V) fp32: natural log-probs at temperature 1; called for ``chunk_size`` positions
+               at a time
+    Shapes     outputs_ND (N, D), labels_N (N,) int64, seeds_N (N,) int64; returns targets of N positions and
+               (N,) fp32 nats
+    """
+    parts, losses = [], []
+    for start in range(0, max(len(outputs_ND), 1), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        logprobs_nV = logprobs(outputs_ND[chunk])
+        losses.append(-logprobs_nV.gather(1, labels_N[chunk, None]).squeeze(1))
+        parts.append(sparsify(logprobs_nV, policy, temperatures=tuple(temperatures), seeds=seeds_N[chunk]))
+    return SparseTargets.concat(parts), torch.cat(losses)
+
+
+def rows_of(examples: Sequence[AnsweredExample], targets: SparseTargets, ce_N: Tensor) -> list[Row]:
+    """The cache's row of each example.
+
+    Shapes   targets and ce_N (N,), on the CPU: the examples' positions one after the other
+    """
+    offsets = [0, *np.cumsum([len(one.answer_ids) for one in examples]).tolist()]
+    payloads = encode_many(targets, offsets)
+    ce_N = ce_N.double()
+    return [
+        Row(
+            key=one.key,
+            answer_ids=one.answer_ids.cpu().numpy().astype(np.int32),
+            num_entries=int(targets.offsets[stop] - targets.offsets[start]),
+            ce_sum=float(ce_N[start:stop].sum()),
+            entropy_sums=targets.entropy[start:stop].double().sum(0).numpy(),
+            payload=payload,
+            truncated=one.truncated,
+        )
+        for one, payload, (start, stop) in zip(examples, payloads, pairwise(offsets), strict=True)
+    ]
