@@ -61,3 +61,9 @@ class TrainingError(TeachonceError):
     """Training cannot go on: a loss or gradient that is not finite, or memory that does not suffice."""
 
     exit_status = 8
+
+
+class HubError(TeachonceError):
+    """The Hugging Face Hub refuses, or cannot be reached."""
+
+    exit_status = 9

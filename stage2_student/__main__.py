@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shared.cli import FILE, FOLDER, recipe_arguments
+from shared.cli import FILE, FOLDER, recipe_arguments, version_option
 from shared.cli import run as run_group
 from shared.library_output import keep_library_output, quiet_libraries
 from shared.recipes import Split, load_recipe, recipe_text
@@ -16,6 +16,7 @@ from shared.runtime import distributed
 
 
 @click.group()
+@version_option
 def commands() -> None:
     """Train a student from a teacher's cache."""
 
@@ -87,6 +88,7 @@ def evaluate(
     from stage2_student.evaluation import evaluate as evaluation
     from stage2_student.evaluation.evaluated import Evaluated
     from stage2_student.evaluation.scores import keep, save
+    from stage2_student.publishing.card import refresh_card
     from stage2_student.runs.run_folder import RunFolder
 
     if out is not None and out.suffix != ".parquet":
@@ -113,6 +115,8 @@ def evaluate(
                 elif subject.run is not None:
                     saved = keep(found, subject.run / "evaluation", asked)
         if world.is_main:
+            if subject.run is not None:
+                refresh_card(RunFolder(subject.run))
             if as_json:
                 click.echo(json.dumps([one.to_json() for one in found], indent=1))
             else:
@@ -209,6 +213,25 @@ def export(run_folder: Path, step: int | None, best: bool, merge: bool | None, o
     folder = RunFolder(run_folder)
     checkpoint = choose_checkpoint(folder, step=step, best=best)
     click.echo(export_checkpoint(folder, checkpoint, out or folder.export, merge=merge))
+    return 0
+
+
+@commands.command("push")
+@click.argument("what", metavar="RUN|EXPORT", type=click.Path(path_type=Path))
+@click.argument("repo_id", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Make the repository private; refuse one that is public.")
+@click.option(
+    "--revision", metavar="BRANCH", help="Of the repository; made where it is missing. main by default."
+)
+@click.option("--dry-run", is_flag=True, help="Check the export and list what would be sent; send nothing.")
+def push(what: Path, repo_id: str, private: bool, revision: str | None, dry_run: bool) -> int:
+    """Send the export of a run to the Hugging Face Hub, as one commit."""
+    from stage2_student.publishing.push import plan_push
+    from stage2_student.publishing.push import push as send
+
+    plan = plan_push(what, repo_id, revision=revision)
+    click.echo("\n".join(plan.lines(private=private)))
+    click.echo("dry run: nothing was sent" if dry_run else send(plan, private=private))
     return 0
 
 

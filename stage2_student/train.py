@@ -15,6 +15,7 @@ from shared.errors import RecipeError
 from shared.recipes import Recipe
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, stop_on_sigterm
 from stage2_student.evaluation.summary import print_summary, summarize
+from stage2_student.publishing.card import refresh_card, write_sources
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.runs.tracking import open_trackers, require_trackers
 from stage2_student.training.export import choose_checkpoint, export_checkpoint, save_model_files
@@ -63,6 +64,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
             f"{inputs.train.num_examples}; everything about it in {folder.path}"
         )
         save_model_files(recipe, folder)
+        write_sources(folder, recipe, inputs.cache)
     with open_trackers(
         recipe, folder.path, world, step=checkpoint.facts.step if checkpoint else -1
     ) as trackers:
@@ -81,6 +83,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
     world.barrier()
     results = summarize(recipe, inputs, folder, world, step=num_steps)
     if world.is_main:
+        refresh_card(folder)  # the export was made before there were scores
         print_summary(results)
     return 0
 

@@ -164,7 +164,7 @@ def test_logits_wider_than_the_tokenizer_have_no_mass_there(
 def test_an_example_that_cannot_be_used_is_counted(tmp_path: Path, processor: ExampleProcessor) -> None:
     examples, logits = SomeUnusable([Text(0), Text(1), Text(2)]), torch.randn(6, processor.num_token_ids)
     with (
-        pytest.raises(DataError, match="torn.* 1 left out, 0 allowed"),
+        pytest.raises(DataError, match=r"torn.* 1 left out, 0 allowed"),
         texts(tmp_path, processor, examples) as cache,
     ):
         list(cache.batches(8))

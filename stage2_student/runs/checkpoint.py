@@ -153,7 +153,7 @@ class Checkpoints:
         try:
             written.result()
             if is_main:
-                told = asdict(replace(facts, sha256=_hashes(partial)))
+                told = asdict(replace(facts, sha256=hashes(partial)))
                 write_json(partial / FACTS, told | {DIGEST: _digest(told)})
                 partial.rename(final)
                 self._point()
@@ -269,7 +269,7 @@ def _badness(checkpoint: Checkpoint) -> tuple[float, int]:
     return (math.inf if loss is None or math.isnan(loss) else loss, -checkpoint.facts.step)
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each file but the facts; several at once, as hashing lets other threads run."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != FACTS)
     with ThreadPoolExecutor(max_workers=4) as threads:
@@ -289,7 +289,7 @@ def _digest(told: dict[str, Any]) -> str:
 def _damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with the files, if anything."""
     try:
-        found = _hashes(checkpoint.path)
+        found = hashes(checkpoint.path)
     except OSError as error:
         return f"its files cannot be read ({error})"
     for name, sha256 in checkpoint.facts.sha256.items():

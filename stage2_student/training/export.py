@@ -19,8 +19,9 @@ from shared.models.adapters import lineage
 from shared.models.vlm import load_config
 from shared.recipes import Recipe, dump_recipe, load_recipe
 from shared.runtime import environment
-from stage2_student.runs.checkpoint import Checkpoint, load, student_state
-from stage2_student.runs.files import write_json
+from stage2_student.publishing.card import CARD, PROVENANCE, model_card, read_sources
+from stage2_student.runs.checkpoint import Checkpoint, hashes, load, student_state
+from stage2_student.runs.files import write_json, write_text
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.lora import add_adapters, merge_adapters, save_adapters
 from stage2_student.training.student import empty_model
@@ -28,7 +29,6 @@ from stage2_student.training.student import empty_model
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 WEIGHTS_INDEX = "*.index.json"
 MAX_SHARD_SIZE = "5GB"
-PROVENANCE = "teachonce.json"  # run, step, recipe, versions and commit, in every export
 
 
 def save_model_files(recipe: Recipe, folder: RunFolder) -> None:
@@ -105,8 +105,16 @@ def export_checkpoint(
         # A model's configuration is written above; an adapter's folder has none, or it would pass for a model.
         if path.name != "config.json":
             shutil.copyfile(path, partial / path.name)
-    facts = {"run": str(folder.path), "step": checkpoint.facts.step, "recipe": dump_recipe(recipe)}
-    write_json(partial / PROVENANCE, facts | environment())
+    facts = {
+        "run": str(folder.path),
+        "step": checkpoint.facts.step,
+        "recipe": dump_recipe(recipe),
+        "sources": read_sources(folder),
+        **environment(),
+        "sha256": hashes(partial),
+    }
+    write_json(partial / PROVENANCE, facts)
+    write_text(partial / CARD, model_card(facts, folder, is_adapter=adapters.is_adapter(str(partial))))
     _replace_folder(partial, target)
     return out
 

@@ -1,0 +1,229 @@
+"""The model card of an export: what it was made of, its scores, how to load it.  Nothing that is not on record.
+
+The card is made of the export's ``teachonce.json``.  Its scores come from the run's ``results.json`` and
+``evaluation/``, and only those of the exported step.  They stand between two marks, so that they can be made
+again when there are new ones, and what people wrote around them stays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shared.cache import CacheReader
+from shared.models.adapters import lineage
+from shared.recipes import Recipe
+from stage2_student.runs.files import write_json, write_text
+from stage2_student.runs.run_folder import RunFolder
+
+PROVENANCE = "teachonce.json"  # run, step, recipe, sources, versions, commit and files, in every export
+SOURCES = "sources.json"  # in the run's folder, as they were when it began: they may be gone at an export
+CARD = "README.md"
+BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
+SCORES = {
+    "accuracy": "right, short",
+    "exact_match": "exact, all",
+    "token_f1": "token F1",
+    "rouge_l": "ROUGE-L",
+}
+VERSIONS = ("teachonce", "commit", "python", "torch", "transformers", "datasets")
+
+LOADING = """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}")
+```
+"""
+
+
+def write_sources(folder: RunFolder, recipe: Recipe, cache: CacheReader | None) -> None:
+    """Notes what the run is made of: which names are local folders, and whose targets the cache holds."""
+    base, revision = lineage(recipe.student.model, recipe.student.revision)[0]
+    facts: dict[str, Any] = {
+        "student": {"model": base, "revision": revision, "is_local": Path(base).exists()},
+        "data": {"source": recipe.data.source, "is_local": Path(recipe.data.source).exists()},
+        "cache": None,
+    }
+    if cache is not None:
+        manifest = cache.manifest
+        facts["cache"] = {
+            "sha256": manifest.sha256,
+            "teacher": manifest.identity.teacher.model_dump(mode="json"),
+            "targets": manifest.identity.targets.model_dump(mode="json"),
+            "totals": manifest.totals.model_dump(mode="json"),
+        }
+    write_json(folder.path / SOURCES, facts)
+
+
+def read_sources(folder: RunFolder) -> dict[str, Any]:
+    """Empty for a run of a release that did not note them."""
+    return _read(folder.path / SOURCES)
+
+
+def model_card(facts: dict[str, Any], folder: RunFolder, *, is_adapter: bool) -> str:
+    """The text of the card: YAML that the Hub reads, and Markdown.
+
+    facts  of ``teachonce.json``
+    """
+    recipe, sources = facts["recipe"], facts["sources"]
+    name = recipe["run"]["name"]
+    loading = LOADING.format(name="FOLDER_OR_REPOSITORY")
+    lines = [
+        "---",
+        "# license: left open. The licences of base model, teacher and data decide; so does `language`.",
+        yaml.safe_dump(_metadata(recipe, sources, is_adapter=is_adapter), sort_keys=False).rstrip(),
+        "---",
+        f"\n# {name}\n",
+        "Written by the export of [teachonce](#versions) from the run's own records.",
+        "Add what they cannot know: intended use, limits, licence.\n",
+        "## What it was made of\n",
+        "| | |",
+        "|---|---|",
+        *(f"| {label} | {text} |" for label, text in _made_of(facts)),
+        "\n## Scores\n",
+        scores_section(facts, folder),
+        "\n## Load it\n",
+        "An adapter: `peft` must be installed, and the base model must be reachable.\n" if is_adapter else "",
+        loading,
+        _prompting(recipe["data"]),
+        "\n## Licence\n",
+        "Left open. It depends on the licences of the base model, the teacher and the data.",
+        "Set `license` at the top of this file before you share the model.",
+        "\n## Recipe\n",
+        "<details><summary>As resolved</summary>\n",
+        f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n",
+        "</details>",
+        "\n## Versions\n",
+        ", ".join(f"{one} {facts[one]}" for one in VERSIONS if facts.get(one)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def refresh_card(folder: RunFolder) -> None:
+    """Makes the scores in the run's export anew; does nothing where there is no card, or its marks are gone."""
+    card, facts = folder.export / CARD, _read(folder.export / PROVENANCE)
+    if not facts or not card.exists():
+        return
+    text = card.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        write_text(card, before + scores_section(facts, folder) + after)
+
+
+def scores_section(facts: dict[str, Any], folder: RunFolder) -> str:
+    """The marks and what stands between them: scores of this very step, or that there are none."""
+    step = facts["step"]
+    found = [*_validation(folder, step), *_evaluations(folder, step)]
+    return "\n".join(
+        [BEGIN, *(found or ["None yet: the run had not finished, or another step was scored."]), END]
+    )
+
+
+def _metadata(recipe: dict[str, Any], sources: dict[str, Any], *, is_adapter: bool) -> dict[str, Any]:
+    """Only names that lead somewhere on the Hub."""
+    student, data = sources.get("student", {}), sources.get("data", {})
+    found: dict[str, Any] = {}
+    if student and not student["is_local"] and recipe["student"]["init"] == "pretrained":
+        found["base_model"] = student["model"]
+    if data and not data["is_local"]:
+        found["datasets"] = [data["source"]]
+    found["library_name"] = "peft" if is_adapter else "transformers"
+    found["pipeline_tag"] = "image-text-to-text"
+    found["tags"] = [*(["knowledge-distillation"] if sources.get("cache") else []), "teachonce"]
+    return found
+
+
+def _made_of(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    recipe, cache = facts["recipe"], facts["sources"].get("cache")
+    student, data, loss = recipe["student"], recipe["data"], recipe["loss"]
+    start = "" if student["init"] == "pretrained" else ", its configuration alone; weights from scratch"
+    yield "student", _named(student["model"], student["revision"]) + start
+    if student["lora"] is not None:
+        yield "LoRA", f"rank {student['lora']['rank']}, alpha {student['lora']['alpha']:g}"
+    yield "data", f"{_named(data['source'], data['revision'])}, split `{data['splits']['train']}`"
+    if cache is not None:
+        teacher, targets, totals = cache["teacher"], cache["targets"], cache["totals"]
+        policy = ", ".join(f"{key} {value}" for key, value in targets["policy"].items())
+        yield "teacher", f"{_named(teacher['name'], teacher['revision'])}, {teacher['dtype']}"
+        yield "teacher's weights", f"SHA-256 `{teacher['weights_fingerprint']}`"
+        yield "cache", f"manifest `{cache['sha256']}`"
+        yield "policy", f"{policy}; temperatures {', '.join(map(str, targets['temperatures']))}"
+        yield (
+            "targets",
+            (
+                f"{totals['examples']} examples, {totals['positions']} positions, {totals['entries']} entries, "
+                f"{totals['bytes']} bytes"
+            ),
+        )
+        yield "loss", f"kd_ratio {loss['kd_ratio']:g}, temperature {loss['temperature']:g}"
+    elif loss["kd_ratio"] == 0:
+        yield "loss", "cross-entropy with the labels alone; no teacher"
+    yield "steps", f"{facts['step']}, of {recipe['optimization']['global_batch_size']} examples"
+
+
+def _named(name: str, revision: str | None) -> str:
+    return f"`{name}`" + (f", revision `{revision}`" if revision else "")
+
+
+def _prompting(data: dict[str, Any]) -> str:
+    said = (
+        f"System prompt: `{data['system_prompt']}`."
+        if data["system_prompt"]
+        else "There was no system prompt."
+    )
+    pixels = [f"{key} {data[key]}" for key in ("min_pixels", "max_pixels") if data[key] is not None]
+    limits = f" Pictures: {', '.join(pixels)}." if pixels else ""
+    return f"Prompts are the chat template over one picture and one question. {said}{limits}"
+
+
+def _validation(folder: RunFolder, step: int) -> Iterator[str]:
+    results = folder.read_results()
+    if results is None or results["step"] != step or not results["after"]:
+        return
+    before, after = results["before"] or {}, results["after"]
+    yield "| validation, nats a position | before | after |\n|---|---|---|"
+    for name, label in {"ce_loss": "CE", "kl": "KL from the teacher, temperature 1"}.items():
+        if after.get(name) is not None:
+            yield f"| {label} | {_number(before.get(name))} | {_number(after[name])} |"
+
+
+def _evaluations(folder: RunFolder, step: int) -> Iterator[str]:
+    for path in sorted(folder.evaluation.glob("*.json")):
+        models = json.loads(path.read_text(encoding="utf-8"))
+        if step not in [one.get("step") for one in models if one["model"] == "student"]:  # of another export
+            continue
+        labels = [*SCORES.values(), "CE", "KL", "cut"]
+        split = path.stem.partition("-")[0]
+        yield f"\nSplit `{split}`, greedy answers; means with 95 % intervals over pictures; cut: at `max_new_tokens`:\n"
+        yield f"| | questions | {' | '.join(labels)} |\n|{'---|' * (len(labels) + 2)}"
+        for one in models:
+            cells = [
+                *(_interval(one.get(score)) for score in SCORES),
+                *(_number(one.get(k)) for k in ("ce", "kl")),
+            ]
+            yield f"| {one['model']} | {one['num_examples']} | {' | '.join(cells)} |"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _interval(found: dict[str, Any] | None) -> str:
+    if not found:
+        return "-"
+    return f"{found['mean']:.1%} ({found['low']:.1%} to {found['high']:.1%}), of {found['count']}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
