@@ -5,6 +5,7 @@ for row in progress(range(num_rows), desc="reading", unit="row"): ...
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,10 +20,20 @@ Result = TypeVar("Result")
 def progress(iterable: Iterable[Any] | None = None, *, file: TextIO | None = None, **options: Any) -> tqdm:
     """What tqdm takes and gives.  In a file, what is done within half a minute leaves no trace."""
     file = file or sys.stderr
-    if file.isatty():
+    if _is_drawable(file):
         return tqdm(iterable, file=file, **options)
     rare = {"mininterval": LOG_EVERY_S, "maxinterval": LOG_EVERY_S, "delay": LOG_EVERY_S}
     return LogLines(iterable, file=file, **{**options, **rare})
+
+
+def _is_drawable(file: TextIO) -> bool:
+    """Whether it is a terminal with room for a bar; one that some program plays may say that it has no columns."""
+    if not file.isatty():
+        return False
+    try:
+        return os.get_terminal_size(file.fileno()).columns > 0
+    except (OSError, ValueError):  # it cannot be asked
+        return True
 
 
 def by_examples(

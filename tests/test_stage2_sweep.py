@@ -297,11 +297,11 @@ def test_the_table_shows_what_differs_and_what_came_out(tree: dict[str, Any], tm
         *("--json", str(tmp_path / "found.json"), "--plots", str(tmp_path / "plots")),
     )
     assert shown.return_value == 0, shown.output
-    assert "it pays after" in shown.output
+    assert use.line() in shown.output  # whether it pays depends on how busy the machine is
     assert "KL to the teacher, at temperature 1 for all" in shown.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert [run["name"] for run in found["runs"]] == ["run0.0", "run1.0"]
-    assert found["caches"][0]["break_even_epochs"] == pytest.approx(use.costs.break_even_epochs)
+    assert found["caches"][0]["break_even_epochs"] == use.costs.to_json()["break_even_epochs"]
     assert (tmp_path / "plots" / "kl.png").read_bytes().startswith(b"\x89PNG")
 
 
