@@ -90,6 +90,18 @@ def test_an_earlier_student_s_answers_are_kept_but_no_more_shown(tmp_path: Path)
     assert [one.num_examples for one in read_all(tmp_path, "validation")] == [3]
 
 
+def test_nor_are_those_to_fewer_questions_lost_to_a_later_student(tmp_path: Path) -> None:
+    for step in (4, 8):
+        for number in (3, 9):
+            keep([student(number, step=step)], tmp_path, "validation")
+    assert sorted(files(tmp_path)) == [
+        "validation",
+        "validation-3",
+        "validation-step-000004-3",
+        "validation-step-000004-9",
+    ]
+
+
 def test_splits_do_not_meet(tmp_path: Path) -> None:
     keep([student(3)], tmp_path, "validation")
     keep([student(2)], tmp_path, "test")

@@ -48,15 +48,14 @@ def keep(found: Sequence[Evaluated], folder: Path, split: Split) -> Path:
     Answers to more questions are never replaced by those to fewer, nor an earlier student's by a later one's.  Other
     models that answered the same questions before stay beside it.
     """
-    main, student = folder / f"{split}.parquet", found[0].to_json()
-    place = main
+    student = found[0].to_json()
+    _set_earlier_students_aside(folder, split, step=student["step"])
+    place = main = folder / f"{split}.parquet"
     for old in _students(main):
-        is_same = old.get("step") == student["step"]
-        if is_same and old["num_examples"] > student["num_examples"]:
+        if old["num_examples"] > student["num_examples"]:
             place = folder / f"{split}-{student['num_examples']}.parquet"
-        elif not is_same or old["num_examples"] < student["num_examples"]:
-            earlier = "" if is_same else f"-step-{old.get('step') or 0:06d}"
-            _move(main, folder / f"{split}{earlier}-{old['num_examples']}.parquet")
+        elif old["num_examples"] < student["num_examples"]:
+            _move(main, folder / f"{split}-{old['num_examples']}.parquet")
     new = {one.name for one in found}
     others = [
         one
@@ -67,6 +66,14 @@ def keep(found: Sequence[Evaluated], folder: Path, split: Split) -> Path:
     lines = [line for line in pq.read_table(place).to_pylist() if line["model"] in kept] if kept else []
     _write([*_lines(found), *lines], [*(one.to_json() for one in found), *others], place)
     return place
+
+
+def _set_earlier_students_aside(folder: Path, split: Split, *, step: int | None) -> None:
+    for path in [folder / f"{split}.parquet", *folder.glob(f"{split}-[0-9]*.parquet")]:
+        for old in _students(path):
+            if old.get("step") != step:
+                named = f"{split}-step-{old.get('step') or 0:06d}-{old['num_examples']}.parquet"
+                _move(path, folder / named)
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
