@@ -191,7 +191,8 @@ def test_answers_that_were_cut_are_counted_and_told(run: Path, tmp_path: Path) -
 def test_an_answer_that_ends_at_its_last_token_is_whole(
     run: Path, tree: dict[str, Any], examples: list[Any]
 ) -> None:
-    model = load_vlm(str(run / "export"), dtype=torch.float32).eval()
+    options = {"revision": None, "attn_implementation": None, "dtype": torch.float32}
+    model = load_vlm(str(run / "export"), **options).eval()
     processor = open_processor(str(run / "export"), make_recipe(tree).data)
     prompt = processor.collate([processor.encode_prompt(examples[0])], padding_side="left")
     first = int(model(**prompt.inputs).logits[0, -1].argmax())
