@@ -63,6 +63,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OURS = (
     *("==> ", "    python -m ", "    torchrun ", "work/phantom/data: ", "made work/", "teacher work/"),
     *("cache work/", "run phantom", "step ", "note: ", "  "),
+    *(
+        "reading ",
+        "training: ",
+        "validating: ",
+        "answering: ",
+        "capture: ",
+    ),  # of what takes over half a minute
 )
 
 
