@@ -70,6 +70,7 @@ def recipe(recipe: str, overrides: tuple[str, ...]) -> int:
     type=click.IntRange(min=1),
     help="So many, spread over the split; as the recipe says by default.",
 )
+@click.option("--shuffle-pictures", is_flag=True, help="Ask each question about the picture of another case.")
 @click.option("--references/--no-references", default=True, help="Teacher and untrained student beside it.")
 @click.option("--out", type=FILE, help="Parquet file; in RUN/evaluation for a run's own student.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -80,6 +81,7 @@ def evaluate(
     model: Path | None,
     split: Split | None,
     examples: int | None,
+    shuffle_pictures: bool,
     references: bool,
     out: Path | None,
     as_json: bool,
@@ -96,10 +98,13 @@ def evaluate(
     subject = evaluation.Subject.find(
         what, recipe=lambda name: load_recipe(name, overrides=overrides), given=recipe, model=model
     )
-    asked, saved = split or evaluation.default_split(subject.recipe), out
+    asked = split or evaluation.default_split(subject.recipe)
     found: list[Evaluated] = []
     if subject.run is not None:
         keep_library_output(RunFolder(subject.run).log)
+        if shuffle_pictures and out is None:  # never taken for what the student answers to its own pictures
+            out = subject.run / "evaluation" / f"shuffled-pictures-{asked}.parquet"
+    saved = out
     with distributed() as world:
         for one in evaluation.evaluate(
             subject.recipe,
@@ -107,6 +112,7 @@ def evaluate(
             world,
             split=asked,
             num_examples=examples or subject.recipe.evaluation.max_examples or None,
+            shuffle_pictures=shuffle_pictures,
         ):
             found.append(one)
             if world.is_main:  # after each: another one may take long, or all memory

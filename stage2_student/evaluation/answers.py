@@ -25,6 +25,7 @@ from shared.progress import progress
 from shared.recipes import Recipe, Split
 from shared.runtime import World
 from stage2_student.evaluation.answer_metrics import exact_match, rouge_l, token_f1
+from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.survey import Survey, survey_once
 
 
@@ -93,15 +94,19 @@ def answers_of(
     split: Split,
     num_examples: int | None = None,
     found: Survey | None = None,
+    shuffle_pictures: bool = False,
 ) -> list[Answer]:
     """What the model answers, by row; called by all ranks, which share the rows.
 
     num_examples  spread evenly over the split; None for all
     found         the examples that can be used, where they are known already
+    shuffle_pictures  each question is about the picture of another case
     Raises        TeachonceError or torch.OutOfMemoryError  on all ranks, what one of them met
     """
     processor = open_processor(source.model, recipe.data, revision=source.revision)
     found = (found or survey_once(recipe.data, split, processor, None, world)).spread(num_examples)
+    if shuffle_pictures:
+        found = with_other_pictures(found)
     mine = found.rows.tolist()[world.rank :: world.size]
     own: list[Answer] | Exception
     try:

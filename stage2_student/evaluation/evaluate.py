@@ -48,8 +48,11 @@ def evaluate(
     *,
     split: Split,
     num_examples: int | None = None,
+    shuffle_pictures: bool = False,
 ) -> Iterator[Evaluated]:
     """One model after the other over the same rows, some of the split's or all of them; called by all ranks.
+
+    With ``shuffle_pictures`` each question is about the picture of another case.
 
     A reference that cannot be opened, or does not fit into memory, is left out, and said.
 
@@ -57,10 +60,11 @@ def evaluate(
     """
     if getattr(recipe.data.splits, split) is None:
         raise DataError(f"{recipe.data.source}: the recipe names no {split} split (data.splits.{split})")
+    asked: Any = {"split": split, "num_examples": num_examples, "shuffle_pictures": shuffle_pictures}
     for name, source in sources.items():
         try:
-            answers = answers_of(recipe, source, world, split=split, num_examples=num_examples)
-            ce, kl = losses_of(recipe, source, world, split=split, num_examples=num_examples)
+            answers = answers_of(recipe, source, world, **asked)
+            ce, kl = losses_of(recipe, source, world, **asked)
         except (TeachonceError, torch.OutOfMemoryError) as error:
             if name == STUDENT:
                 raise

@@ -5,6 +5,8 @@ ce, kl = losses_of(recipe, source, world, split="validation")        # nats a po
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 
 from shared.data.processing import open_processor
@@ -12,6 +14,7 @@ from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import FreezeConfig, ParallelConfig, Recipe, Split
 from shared.runtime import World
 from stage2_student.evaluation.answers import ModelSource
+from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.feed import MicrobatchSource
 from stage2_student.training.inputs import no_kl, open_targets
 from stage2_student.training.order import pass_slots
@@ -28,20 +31,31 @@ def losses_of(
     *,
     split: Split,
     num_examples: int | None = None,
+    shuffle_pictures: bool = False,
 ) -> tuple[float, float | None]:
     """CE, and KL to the teacher at temperature 1 from the cache; called by all ranks.
 
-    KL is None where there is no cache of this data, and what keeps the model from it is said.
+    KL is None where there is no cache of this data, and what keeps the model from it is said; with shuffled
+    pictures there is none, as no teacher was asked.
     """
-    if recipe.cache is not None:
+    validated = partial(
+        _validated,
+        recipe,
+        source,
+        world,
+        split=split,
+        num_examples=num_examples,
+        shuffle_pictures=shuffle_pictures,
+    )
+    if recipe.cache is not None and not shuffle_pictures:
         try:
-            losses = _validated(recipe, source, world, split=split, num_examples=num_examples, with_kl=True)
+            losses = validated(with_kl=True)
         except (CacheFormatError, CacheMismatchError, FileNotFoundError) as error:
             if world.is_main:
                 click.echo(f"note: {no_kl(error)}", err=True)
         else:
             return losses.ce, losses.kl
-    return _validated(recipe, source, world, split=split, num_examples=num_examples, with_kl=False).ce, None
+    return validated(with_kl=False).ce, None
 
 
 def _validated(
@@ -51,11 +65,14 @@ def _validated(
     *,
     split: Split,
     num_examples: int | None,
+    shuffle_pictures: bool,
     with_kl: bool,
 ) -> Losses:
     processor = open_processor(source.model, recipe.data, revision=source.revision)
     cache = open_targets(recipe, processor, temperature=KL_TEMPERATURE)[0] if with_kl else None
     found = survey_once(recipe.data, split, processor, cache, world).spread(num_examples)
+    if shuffle_pictures:
+        found = with_other_pictures(found)
     slots = pass_slots(
         found.lengths,
         microbatch_size=recipe.optimization.microbatch_size,
