@@ -24,11 +24,12 @@ from torch.distributed.run import main as torchrun
 
 from shared.cli import recipe_arguments, run
 from shared.library_output import quiet_libraries
-from shared.recipes import Recipe, TeacherConfig, load_recipe
+from shared.recipes import Recipe, TeacherConfig, baseline_of, load_recipe
 from shared.runtime import INTERRUPTED_STATUS
 from shared.survey import cache_covers
 
 SETTINGS_A_TEACHER_SHARES = ("data.", "data=", "bootstrap.", "bootstrap=")
+SETTINGS_OF_A_RUN_ALONE = ("loss.", "loss=", "run.name=", "run=", "evaluation.baseline=", "evaluation=")
 
 WHAT = {
     "shared.phantom": "Draws the pictures and their questions",
@@ -81,11 +82,15 @@ def make_cache(
 def make_student(
     recipe: str, overrides: Sequence[str], *, nproc: int, stage_arguments: Sequence[str] = ()
 ) -> int:
-    """Runs stage two, after stage one where the cache does not cover the data; returns the exit status."""
+    """Runs stage two, after stage one where the cache does not cover the data; returns the exit status.
+
+    The run that the recipe compares with comes before its own, so that the table at the end is whole.
+    """
     plan = load_recipe(recipe, overrides=tuple(overrides))
     status = make_inputs(recipe, plan, overrides)
     if not status and plan.distils and not cache_covers(plan):
         status = make_cache(recipe, overrides, nproc=nproc)
+    status = status or make_baseline(plan, overrides, nproc=nproc)
     return status or launch("stage2_student", "run", recipe, overrides, stage_arguments, nproc=nproc)
 
 
@@ -119,6 +124,22 @@ def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
     begun = load_recipe(teacher.trained_by, overrides=shared_settings).run.path.exists()
     resume = ["--resume"] if begun else []
     return make_student(teacher.trained_by, shared_settings, nproc=nproc, stage_arguments=resume)
+
+
+def make_baseline(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
+    """Trains the run that the recipe's is compared with, where it is not finished; whoever has one keeps it."""
+    baseline = baseline_of(plan)
+    if baseline is None or (baseline.run.path / "results.json").exists():
+        return 0
+    assert plan.evaluation.baseline is not None
+    settings = settings_of_baseline(overrides)
+    resume = ["--resume"] if baseline.run.path.exists() else []
+    return make_student(plan.evaluation.baseline, settings, nproc=nproc, stage_arguments=resume)
+
+
+def settings_of_baseline(overrides: Sequence[str]) -> list[str]:
+    """Those of a run that its baseline shares: all but what the two are to differ in."""
+    return [item for item in overrides if not item.startswith(SETTINGS_OF_A_RUN_ALONE)]
 
 
 def command(module: str, *arguments: str) -> int:

@@ -53,7 +53,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
         if world.is_main:
             if recipe.run.export and checkpoint is not None and not folder.export.exists():
                 export_checkpoint(folder, checkpoint, folder.export)
-            print_summary(results)
+            print_summary(recipe, results)
         return 0
     if checkpoint is None:
         folder.require_unfinished(results, num_steps=num_steps)
@@ -84,7 +84,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
     results = summarize(recipe, inputs, folder, world, step=num_steps)
     if world.is_main:
         refresh_card(folder)  # the export was made before there were scores
-        print_summary(results)
+        print_summary(recipe, results)
     return 0
 
 

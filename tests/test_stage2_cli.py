@@ -52,7 +52,7 @@ def written(tree: dict[str, Any], folder: Path) -> str:
 def test_a_run_leaves_everything_that_a_reader_needs(tree: dict[str, Any], tmp_path: Path) -> None:
     shown = command("run", written(tree, tmp_path))
     assert shown.exit_code == 0, shown.output
-    assert "validation CE" in shown.output
+    assert "short answers right" in shown.output
     run = tmp_path / "runs" / "run"
     results = json.loads((run / "results.json").read_text())
     assert results["step"] == 4

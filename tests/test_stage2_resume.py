@@ -252,7 +252,7 @@ def test_a_run_folder_is_not_taken_over_without_being_asked(unbroken: Recipe) ->
 def test_a_finished_run_says_what_came_out(unbroken: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     before = records(unbroken)
     assert run_alone(unbroken, resume=True) == 0
-    assert "validation CE" in capsys.readouterr().out
+    assert "short answers right" in capsys.readouterr().out
     assert records(unbroken) == before
 
 
@@ -272,7 +272,7 @@ def test_a_finished_run_without_checkpoints_keeps_what_it_has(
     before = files_of(without_checkpoints.run.path)
     changed = make_recipe(tree, run__name="without-checkpoints", optimization__learning_rate=0.5)
     assert run_alone(changed, resume=True) == 0
-    assert "validation CE" in capsys.readouterr().out
+    assert "short answers right" in capsys.readouterr().out
     assert files_of(without_checkpoints.run.path) == before
 
 

@@ -11,6 +11,7 @@ Types are strict (``max_steps: true`` is not 1) and the YAML is read as YAML 1.2
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
@@ -317,6 +318,11 @@ class EvaluationConfig(Section):
     """Questions that are answered together."""
     short_answer_words: PositiveInt = 3
     """References up to this length count for the accuracy."""
+    shuffled_pictures: bool = False
+    """Ask the trained model once more, each question about the picture of another case: does it look at all?"""
+    baseline: Place | None = None
+    """The recipe of a run to compare with, such as one by labels alone. `make train-student` trains it first where it
+    is missing, with the same settings but for `loss` and names; the final table shows it."""
 
 
 class PhantomConfig(Section):
@@ -423,6 +429,18 @@ def load_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> R
     """
     tree, origin = read_recipe_tree(name_or_path, overrides, Recipe)
     return validate_tree(Recipe, tree, origin=origin)
+
+
+def baseline_of(recipe: Recipe) -> Recipe | None:
+    """The recipe of the run that this one's is compared with, under the same root; None where there is no other run.
+
+    Raises   RecipeError  as ``load_recipe`` does
+    """
+    if recipe.evaluation.baseline is None:
+        return None
+    root = f"run.root={json.dumps(recipe.run.root)}"
+    found = load_recipe(recipe.evaluation.baseline, overrides=[root])
+    return None if found.run.name == recipe.run.name else found
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import click
 from shared.recipes import Recipe
 from shared.runtime import World
 from stage2_student.evaluation.answers import ModelSource, answers_of
-from stage2_student.evaluation.evaluate import cut_answers, default_split, exported_step
+from stage2_student.evaluation.evaluate import cut_answers, default_split, evaluate, exported_step
 from stage2_student.evaluation.evaluated import STUDENT, Evaluated
+from stage2_student.evaluation.final_table import final_table
 from stage2_student.evaluation.scores import keep
 from stage2_student.runs.files import write_json
 from stage2_student.runs.run_folder import RunFolder
@@ -26,9 +27,11 @@ def summarize(
     """Lets the exported student answer questions, and writes ``results.json``; called by all ranks."""
     begin = time.perf_counter()
     student = _answering(recipe, inputs, folder, world) if recipe.run.export else None
+    shuffled = None if student is None else _with_other_pictures(recipe, folder, world)
     answering_s = time.perf_counter() - begin
     results = _results(recipe, inputs, folder, step=step)
     results["answers"] = None if student is None else student.to_json()
+    results["shuffled_pictures"] = shuffled
     results["times_s"]["answering"] = answering_s
     if world.is_main:
         if student is not None:
@@ -53,30 +56,39 @@ def _answering(recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World) 
     return Evaluated(STUDENT, export, tuple(answers), step=exported_step(export))
 
 
-def print_summary(results: dict[str, Any]) -> None:
-    """A table for people."""
+def _with_other_pictures(recipe: Recipe, folder: RunFolder, world: World) -> dict[str, Any] | None:
+    """CE and answers of the student when its pictures are shuffled; None where the recipe does not ask."""
+    if not recipe.evaluation.shuffled_pictures:
+        return None
+    (found,) = evaluate(
+        recipe,
+        {STUDENT: ModelSource.student(recipe, str(folder.export))},
+        world,
+        split=default_split(recipe),
+        num_examples=recipe.evaluation.max_examples,
+        shuffle_pictures=True,
+    )
+    return found.to_json()
+
+
+def print_summary(recipe: Recipe, results: dict[str, Any]) -> None:
+    """For people: the table, what the cache weighs, where the time went, where the student is."""
     click.echo(f"\nrun {results['run']}: {results['step']} steps")
-    before, after = results["before"], results["after"]
-    for name, label in [("loss", "loss"), ("ce_loss", "CE"), ("kl", "KL")]:
-        if before and after and before.get(name) is not None and after.get(name) is not None:
-            click.echo(f"  validation {label:<5} {before[name]:8.4f} -> {after[name]:8.4f} nats a position")
-    accuracy = (results["answers"] or {}).get("accuracy")
-    if accuracy:
-        click.echo(f"  short answers    {accuracy['mean']:8.1%} right, of {accuracy['count']}")
+    for line in final_table(recipe, results):
+        click.echo(line)
     num_cut = (results["answers"] or {}).get("num_cut")
     if num_cut:
         click.echo(f"  {cut_answers('student', num_cut, results['answers']['num_examples'])}")
     if results["cache"]:
         cache = results["cache"]
-        click.echo(f"  cache            {cache['bytes_per_position']:8.1f} bytes a position, {cache['path']}")
-    times = results["times_s"]
-    click.echo("  times            " + ", ".join(f"{name} {value:.0f} s" for name, value in times.items()))
+        click.echo(f"  cache       {cache['bytes_per_position']:.1f} bytes a position, {cache['path']}")
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in results["times_s"].items())
     click.echo(
-        f"  throughput       {results['positions_per_s']:8.0f} positions/s, "
+        f"  times       {times}; {results['positions_per_s']:.0f} positions/s, "
         f"data wait {results['data_wait']:.1%}"
     )
     if results["export"]:
-        click.echo(f"  student          {results['export']}")
+        click.echo(f"  student     {results['export']}")
 
 
 def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) -> dict[str, Any]:
@@ -90,6 +102,7 @@ def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) ->
         "best_step": best.facts.step if best and best.facts.validation_loss is not None else None,
         "num_skipped_steps": sum(not record["updated"] for record in metrics.steps),
         "dropped_rows": [*inputs.train.dropped, *(inputs.validation.dropped if inputs.validation else ())],
+        "validation": None if inputs.validation is None else inputs.validation.fingerprint,
         "cache": _cache(inputs),
         "positions_per_s": metrics.positions_per_s or 0.0,
         "data_wait": metrics.wait_s / max(metrics.training_s, 1e-9),

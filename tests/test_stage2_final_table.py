@@ -1,0 +1,175 @@
+"""The table at the end of a run, from what finished runs have left; and pictures that are shuffled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from shared.data.processing import open_processor
+from shared.errors import DataError
+from shared.pipeline import settings_of_baseline
+from shared.recipes import Recipe, baseline_of, dump_recipe, load_recipe
+from stage2_student.evaluation.final_table import final_table
+from stage2_student.evaluation.shuffled import with_other_pictures
+from stage2_student.training.survey import Survey, survey
+
+# The table
+
+
+def results(*, ce: float, kl: float | None, right: float, step: int = 500, **other: Any) -> dict[str, Any]:
+    after = {"loss": ce, "ce_loss": ce, "kd_loss": kl, "kl": kl}
+    return {
+        "run": "x",
+        "step": step,
+        "before": after | {"ce_loss": 7.1, "kl": 6.2 if kl is not None else None},
+        "after": after,
+        "answers": {"accuracy": interval(right)},
+        "validation": "fingerprint",
+        "cache": None,
+        "positions_per_s": 1.0,
+        "data_wait": 0.0,
+        "times_s": {"training": 60.0},
+        "export": None,
+    } | other
+
+
+def interval(mean: float) -> dict[str, Any]:
+    return {"mean": mean, "low": mean - 0.04, "high": mean + 0.04, "count": 300}
+
+
+def leave(recipe: Recipe, found: dict[str, Any], answers: list[bool] | None = None) -> None:
+    """The files of a finished run; question i is about picture i // 4."""
+    recipe.run.path.mkdir(parents=True)
+    (recipe.run.path / "results.json").write_text(json.dumps(found))
+    if answers is not None:
+        lines = [
+            {
+                "model": "student",
+                "row": row,
+                "question": f"q{row}",
+                "image_sha256": str(row // 4),
+                "is_short": True,
+                "is_right": is_right,
+            }
+            for row, is_right in enumerate(answers)
+        ]
+        (recipe.run.path / "evaluation").mkdir()
+        pq.write_table(pa.Table.from_pylist(lines), recipe.run.path / "evaluation/validation.parquet")
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Recipe]:
+    monkeypatch.chdir(tmp_path)
+    return {name: load_recipe(name) for name in ("phantom", "phantom_labels", "phantom_teacher")}
+
+
+def test_teacher_student_and_baseline_stand_side_by_side(recipes: dict[str, Recipe]) -> None:
+    own = [True] * 300 + [False] * 100
+    leave(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75), own)
+    leave(recipes["phantom_labels"], results(ce=0.63, kl=0.2, right=0.5), [True] * 200 + [False] * 200)
+    shuffled = {"ce": 1.9, "accuracy": interval(0.3)}
+    teacher = results(ce=0.55, kl=None, right=0.75, step=1000, shuffled_pictures=shuffled)
+    leave(recipes["phantom_teacher"], teacher, own)
+    lines = final_table(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75))
+    assert max(map(len, lines)) <= 100
+    rows = {line[:29].strip(): line[29:].split() for line in lines[1:7]}
+    assert rows["teacher"] == ["1000", "60", "s", "0.550", "0.000", "75.0%", "(71.0-79.0)", "300"]
+    assert rows["teacher, shuffled pictures"] == ["-", "-", "1.900", "-", "30.0%", "(26.0-34.0)", "300"]
+    assert rows["student before training"] == ["0", "-", "7.100", "6.200", "-", "-"]
+    assert rows["student, labels alone"][3:5] == ["0.630", "0.200"]
+    assert rows["student, from the cache"][3:5] == ["0.600", "0.080"]
+    text = " ".join(lines[7:])
+    assert "0.080 nats from the cache, 0.200 by labels alone, 2.5 times that" in text
+    assert "against its teacher: +0.0 points (+0.0 to +0.0, 400 questions), within the noise" in text
+    assert "against the other student: +25.0 points" in text
+    assert not text.rstrip().endswith("within the noise")
+
+
+def test_without_other_runs_there_is_the_student_alone(recipes: dict[str, Recipe]) -> None:
+    lines = final_table(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75))
+    assert [line[:25].strip() for line in lines[1:-1]] == [
+        "student before training",
+        "student, from the cache",
+    ]
+
+
+def test_runs_over_other_examples_are_not_beside_it(recipes: dict[str, Recipe]) -> None:
+    for name in ("phantom_labels", "phantom_teacher"):
+        leave(recipes[name], results(ce=0.6, kl=0.2, right=0.5, validation="of other rows"))
+    lines = final_table(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75))
+    assert not any("labels alone" in line or "teacher," in line for line in lines)
+
+
+def test_other_numbers_of_steps_are_said(recipes: dict[str, Recipe]) -> None:
+    leave(recipes["phantom_labels"], results(ce=0.63, kl=0.2, right=0.5, step=300))
+    lines = final_table(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75))
+    assert "  The two students differ in steps: 500 and 300." in lines
+
+
+# Which run a recipe compares with
+
+
+def test_a_baseline_lies_under_the_same_root_and_is_never_the_run_itself() -> None:
+    found = baseline_of(load_recipe("phantom", overrides=['run.root="else where: x"']))
+    assert found is not None
+    assert found.run.path == Path("else where: x/phantom_labels")
+    assert not found.distils
+    assert baseline_of(load_recipe("phantom", overrides=["run.name=phantom_labels"])) is None
+    assert baseline_of(load_recipe("phantom", overrides=["evaluation.baseline=null"])) is None
+    assert all(baseline_of(load_recipe(name)) is None for name in ("phantom_labels", "phantom_teacher"))
+
+
+def test_any_recipe_may_name_one(tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("extends: phantom\nrun: {name: other}\nevaluation: {baseline: null}\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump({"extends": "medpix_sample", "evaluation": {"baseline": str(other)}}))
+    found = baseline_of(load_recipe(mine))
+    assert found is not None
+    assert found.run.name == "other"
+
+
+def test_a_baseline_is_trained_as_its_run_but_for_loss_and_name() -> None:
+    given = ["loss.kd_ratio=1.0", "run.name=soft", "run.seed=3", "optimization.num_epochs=1", "data.limit=9"]
+    given += ["evaluation.max_examples=7", "evaluation.baseline=mine.yaml", "loss={kd_ratio: 1.0}"]
+    kept = settings_of_baseline(given)
+    assert kept == ["run.seed=3", "optimization.num_epochs=1", "data.limit=9", "evaluation.max_examples=7"]
+    one = dump_recipe(load_recipe("phantom", overrides=kept))
+    two = dump_recipe(load_recipe("phantom_labels", overrides=kept))
+    assert [name for name in one if one[name] != two[name]] == ["loss", "run", "evaluation"]
+
+
+# Shuffled pictures
+
+
+@pytest.fixture
+def surveyed(vqa_folder: Path, student_folder: Path) -> Survey:
+    data = load_recipe("phantom", overrides=[f"data.source={vqa_folder}", "data.splits.test=null"]).data
+    return survey(data, "train", open_processor(str(student_folder), data), None)
+
+
+def test_no_case_keeps_a_picture_of_its_own(surveyed: Survey) -> None:
+    shuffled = with_other_pictures(surveyed)
+    assert (shuffled.rows == surveyed.rows).all()
+    for row in surveyed.rows.tolist():
+        before, after = surveyed.split[row], shuffled.split[row]
+        assert replace(after, image=before.image) == before
+        lenders = {one.case for one in surveyed.split if one.image == after.image}
+        assert after.image != before.image
+        assert not before.case or before.case not in lenders
+    again = with_other_pictures(surveyed)
+    assert all(again.split[row] == shuffled.split[row] for row in surveyed.rows.tolist())
+
+
+def test_one_case_alone_cannot_be_shuffled(surveyed: Survey) -> None:
+    alone = replace(surveyed, rows=np.array([0]), lengths=surveyed.lengths[:1])
+    with pytest.raises(DataError, match="all 1 questions are about one case"):
+        with_other_pictures(alone)
