@@ -164,7 +164,7 @@ def test_a_folder_that_is_there_and_odd_sizes_are_refused(tmp_path: Path, tokeni
 
 
 @pytest.mark.parametrize("recipe", ["phantom", "medpix_sample"])
-def test_the_recipes_students_have_at_most_a_third_of_their_teachers(
+def test_the_recipes_students_have_at_most_two_fifths_of_their_teachers_weights(
     recipe: str, tmp_path: Path, tokenizer_folder: Path
 ) -> None:
     section = load_recipe(recipe).bootstrap.small_models
@@ -178,7 +178,7 @@ def test_the_recipes_students_have_at_most_a_third_of_their_teachers(
         with torch.device("meta"):
             made = AutoModelForImageTextToText.from_config(config)
         counts[folder.name] = sum(p.numel() for p in made.parameters())
-    assert 3 * counts["small"] <= counts["large"]
+    assert 5 * counts["small"] <= 2 * counts["large"]
 
 
 @pytest.mark.parametrize(("size", "billions"), [("9B", 9.41), ("4B", 4.54)])
