@@ -38,7 +38,7 @@ def test_rows_come_back_as_they_were(data: st.DataObject, num_temperatures: int)
     metadata = {"unit": "u", "skipped": [], "text": "\u00e4"}
     encoded = encode_shard(written, num_temperatures=num_temperatures, metadata=metadata)
     assert encoded.equals(encode_shard(written, num_temperatures=num_temperatures, metadata=metadata))
-    view = open_shard(encoded, where="shard", thoroughly=True)
+    view = open_shard(encoded, where="shard")
     assert len(view) == len(written)
     assert {name: view.metadata[name] for name in metadata} == metadata
     for number, row in enumerate(written):

@@ -80,7 +80,7 @@ def test_a_sound_cache_has_no_faults(tmp_path: Path, policy, temperatures) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: replace(row, answer_ids=row.answer_ids[:-1]), "payload does not hold"),
+        (lambda row: replace(row, answer_ids=row.answer_ids[:-1]), "5 positions, 4 needed"),
         (lambda row: replace(row, answer_ids=np.full(5, VOCAB_SIZE, np.int32)), "outside the vocabulary"),
         (lambda row: replace(row, answer_ids=np.full(5, -1, np.int32)), "outside the vocabulary"),
         (lambda row: replace(row, answer_ids=np.zeros(33, np.int32)), "longer than max_answer_tokens"),
@@ -90,7 +90,7 @@ def test_a_sound_cache_has_no_faults(tmp_path: Path, policy, temperatures) -> No
         (lambda row: replace(row, num_entries=row.num_entries + 1), "another number of entries"),
         (lambda row: replace(row, payload=b"nonsense"), "payload"),
         (lambda row: replace(row, payload=row.payload[:-3]), "payload"),
-        (cut_last_position, "payload does not hold 5 positions"),
+        (cut_last_position, "4 positions, 5 needed"),
         (keep_first_entries, "weights do not sum to"),
     ],
 )

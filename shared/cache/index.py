@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from shared.cache.arrow_file import open_uncompressed
 from shared.cache.format import (
     KEY_BYTES,
     KEY_DTYPE,
@@ -121,18 +122,24 @@ def open_index(source: Path | bytes | pa.Buffer, *, shard_sizes: Sequence[int], 
     """
     try:
         buffer = as_buffer(source)
-        stream = pa.ipc.open_file(buffer)
+        stream = open_uncompressed(buffer, where=where)
         read_metadata(stream.schema, where=where)
         if stream.schema not in [_schema(kind) for kind in UNSIGNED] or stream.num_record_batches != 1:
             raise CacheFormatError(f"{where}: its columns are not those of an index.")
         batch = stream.get_batch(0)
+        batch.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise CacheFormatError(f"{where}: cannot be read as an Arrow file ({error}).") from error
+    if len(batch) != sum(shard_sizes):  # before NumPy adds them up, whose sum could run over
+        raise CacheFormatError(
+            f"{where}: {len(batch)} keys found, {sum(shard_sizes)} examples in the manifest."
+        )
     starts = np.append(0, np.cumsum(shard_sizes, dtype=np.int64))
-    if len(batch) != starts[-1]:
-        raise CacheFormatError(f"{where}: {len(batch)} keys found, {starts[-1]} examples in the manifest.")
+    places = batch.column("place").to_numpy()
+    if places.max(initial=0) >= max(len(batch), 1):
+        raise CacheFormatError(f"{where}: place {places.max()} found, with {len(batch)} examples. {REMEDY}")
     keys = np.frombuffer(batch.column("key").buffers()[1] or b"", dtype=KEY_DTYPE)[: len(batch)]
-    return KeyIndex(keys, batch.column("place").to_numpy(), batch.column("num_positions").to_numpy(), starts)
+    return KeyIndex(keys, places, batch.column("num_positions").to_numpy(), starts)
 
 
 def load_index(folder: Folder, manifest: Manifest) -> KeyIndex:
@@ -140,7 +147,7 @@ def load_index(folder: Folder, manifest: Manifest) -> KeyIndex:
     info = manifest.index
     where = f"{folder.where}, {info.name}"
     try:
-        data = folder.read(info.name)
+        data = folder.read(info.name, max_bytes=info.bytes)
     except FileNotFoundError as error:
         raise CacheFormatError(f"{where}: is missing. {REMEDY}") from error
     if sha256_hex(data) != info.sha256:

@@ -10,16 +10,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from shared.cache.format import FORMAT, FORMAT_VERSION, KEY_BYTES, canonical_json, check_version, first_line
+from shared.cache.format import (
+    FORMAT,
+    FORMAT_VERSION,
+    KEY_BYTES,
+    MAX_FILE_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_SHARD_BYTES,
+    canonical_json,
+    check_version,
+    first_line,
+)
 from shared.cache.identity import Identity, Record
 from shared.cache.layout import MANIFEST_NAME
 from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
 
+MAX_ROW_ENTRIES = 1 << 24  # of one example, as payloads have it
+MAX_TOLD = 10  # problems of one manifest
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # what every JSON reader keeps exact
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Key = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * KEY_BYTES}}}$")]
@@ -36,6 +48,20 @@ class ShardInfo(Record):
     positions: Count
     entries: Count
     truncated: Count  # examples whose answer was cut to max_answer_tokens
+
+    @model_validator(mode="after")
+    def _fits_its_bytes(self) -> Self:
+        """No work is planned by numbers that the file cannot hold: a key, and a byte a position, at least."""
+        if self.bytes > MAX_SHARD_BYTES:
+            raise ValueError(f"{self.bytes} bytes found, a shard has at most {MAX_SHARD_BYTES}")
+        if KEY_BYTES * self.examples + self.positions > self.bytes or self.truncated > self.examples:
+            raise ValueError(
+                f"{self.examples} examples ({self.truncated} truncated) and {self.positions} positions do not "
+                f"fit into {self.bytes} bytes"
+            )
+        if self.entries > MAX_ROW_ENTRIES * self.examples:
+            raise ValueError(f"{self.entries} entries found, more than {self.examples} examples can have")
+        return self
 
 
 class IndexInfo(Record):
@@ -79,6 +105,15 @@ class Manifest(Record):
     created_by: dict[str, str]  # package versions
     sha256: Sha256
 
+    @model_validator(mode="after")
+    def _index_fits_its_bytes(self) -> Self:
+        examples = sum(shard.examples for shard in self.shards)
+        if self.index.bytes > MAX_FILE_BYTES or KEY_BYTES * examples > self.index.bytes:
+            raise ValueError(
+                f"an index of {self.index.bytes} bytes found, with {examples} examples in the shards"
+            )
+        return self
+
     @classmethod
     def build(
         cls,
@@ -113,7 +148,13 @@ class Manifest(Record):
 
     def dumps(self) -> bytes:
         """The bytes of ``manifest.json``."""
-        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+        data = (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise CacheFormatError(
+                f"{MANIFEST_NAME}: {len(data)} bytes needed, at most {MAX_MANIFEST_BYTES} are read. Set "
+                "cache.examples_per_shard higher, or capture into several caches."
+            )
+        return data
 
     @classmethod
     def loads(cls, data: bytes, *, where: str) -> Manifest:
@@ -142,9 +183,11 @@ class Manifest(Record):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
+            errors = error.errors(include_url=False, include_context=False, include_input=False)
             problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in error.errors()
+                f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in errors[:MAX_TOLD]
             )
+            problems += f"; and {len(errors) - MAX_TOLD} more" if len(errors) > MAX_TOLD else ""
             raise CacheFormatError(f"{where}, {MANIFEST_NAME}: {problems}.") from error
 
 
@@ -161,7 +204,7 @@ def content_hash(tree: Mapping[str, Any]) -> str:
 def load_manifest(folder: Folder) -> Manifest | None:
     """The manifest of a folder, checked; None where it has none."""
     try:
-        data = folder.read(MANIFEST_NAME)
+        data = folder.read(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -126,7 +126,12 @@ class CacheReader:
         found = self._find(keys, names)
         shards, numbers = self.index.locate(found)
         rows = [self.shard(s).row(r) for s, r in zip(shards.tolist(), numbers.tolist(), strict=True)]
-        for key, row in zip(keys, rows, strict=True):
+        for key, length, row in zip(keys, self.index.num_positions[found].tolist(), rows, strict=True):
+            if row.num_positions != length:
+                raise CacheFormatError(
+                    f"{self._folder.where}, example {key.hex()}: {row.num_positions} answer tokens found, {length} "
+                    "in the index. Run teacher-cache verify, and capture the cache again."
+                )
             if row.key != key:
                 raise CacheFormatError(
                     f"{self._folder.where}: where the index says {key.hex()} there is {row.key.hex()}. Run "
@@ -142,20 +147,17 @@ class CacheReader:
             len(rows), len(self.temperatures)
         )
         means = (sums / np.maximum(lengths, 1)[:, None]).astype(np.float32)
-        entropy = torch.from_numpy(np.repeat(means, lengths, axis=0))
-        if len(entropy) != targets.num_positions:
-            raise CacheFormatError(
-                f"{self._folder.where}: payloads with {targets.num_positions} positions found, "
-                f"{len(entropy)} needed."
-            )
-        return replace(targets, entropy=entropy)
+        return replace(targets, entropy=torch.from_numpy(np.repeat(means, lengths, axis=0)))
 
     def _decode(self, rows: Sequence[Row]) -> SparseTargets:
         vocab_size = self.manifest.identity.inputs.vocab_size
-        payloads = [row.payload for row in rows]
         try:
             return codec.decode(
-                payloads, policy=self.policy, temperatures=self.temperatures, vocab_size=vocab_size
+                [row.payload for row in rows],
+                policy=self.policy,
+                temperatures=self.temperatures,
+                vocab_size=vocab_size,
+                num_positions=[row.num_positions for row in rows],
             )
         except CacheFormatError as error:
             for row in rows if len(rows) > 1 else ():  # says which one it is
@@ -173,6 +175,14 @@ class CacheReader:
         view = self._shards.get(number)
         if view is None:
             view = open_shard(self.shard_bytes(number), where=self._where(number))
+            if (len(view), view.entropy_sums.shape[1]) != (
+                self.manifest.shards[number].examples,
+                len(self.temperatures),
+            ):
+                raise CacheFormatError(
+                    f"{self._where(number)}: {len(view)} rows of {view.entropy_sums.shape[1]} temperatures found, "
+                    f"{self.manifest.shards[number].examples} of {len(self.temperatures)} in the manifest."
+                )
             self._shards[number] = view
             self._mapped_bytes += view.num_bytes
             self._close_least_recently_used()
@@ -215,7 +225,7 @@ class CacheReader:
     def _map(self, name: str, sha256: str, num_bytes: int, *, where: str) -> pa.Buffer:
         if isinstance(self._folder, LocalFolder):
             try:
-                return self._map_verified(self._folder.path / name, sha256, where=where)
+                return self._map_verified(self._folder.path / name, sha256, num_bytes, where=where)
             except FileNotFoundError as error:
                 raise CacheFormatError(
                     f"{where}: {name} is missing. Run teacher-cache again: only what is missing is made again."
@@ -224,7 +234,7 @@ class CacheReader:
         for _ in range(FETCHES):
             path = self._staging.fetch(self._folder, name, sha256=sha256, num_bytes=num_bytes)
             try:
-                return self._map_verified(path, sha256, where=where)
+                return self._map_verified(path, sha256, num_bytes, where=where)
             except FileNotFoundError:  # removed meanwhile by another process, to make room
                 continue
             except CacheFormatError:  # the copy changed since it arrived whole
@@ -234,8 +244,13 @@ class CacheReader:
             "disk, or set TEACHONCE_STAGING_BYTES higher: too many processes share too little room."
         )
 
-    def _map_verified(self, path: Path, sha256: str, *, where: str) -> pa.Buffer:
+    def _map_verified(self, path: Path, sha256: str, num_bytes: int, *, where: str) -> pa.Buffer:
         buffer = as_buffer(path)
+        if buffer.size != num_bytes:
+            raise CacheFormatError(
+                f"{where}: {buffer.size} bytes found, {num_bytes} in the manifest; the file changed after it was "
+                f"committed. Delete {path} and run teacher-cache again: only what is missing is made again."
+            )
         self._verified.require(path, sha256, where=where)
         return buffer
 

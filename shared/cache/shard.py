@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from shared.cache.arrow_file import open_uncompressed
 from shared.cache.format import (
     KEY_BYTES,
     KEY_DTYPE,
@@ -176,19 +177,19 @@ class ShardView:
         return self.keys[row : row + 1].tobytes()
 
 
-def open_shard(source: Path | bytes | pa.Buffer, *, where: str, thoroughly: bool = False) -> ShardView:
-    """Maps a shard file, or looks into the bytes of one; ``thoroughly``: at every offset and index too.
+def open_shard(source: Path | bytes | pa.Buffer, *, where: str) -> ShardView:
+    """Maps a shard file, or looks into the bytes of one; at every offset and index, so that rows need not.
 
     Raises   CacheFormatError  when it is not a shard of this format
     """
     try:
         buffer = as_buffer(source)
-        stream = pa.ipc.open_file(buffer)
+        stream = open_uncompressed(buffer, where=where)
         metadata = read_metadata(stream.schema, where=where)
         if stream.num_record_batches != 1:
             raise CacheFormatError(f"{where}: {stream.num_record_batches} record batches found, 1 needed.")
         batch = stream.get_batch(0)
-        batch.validate(full=thoroughly)
+        batch.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise CacheFormatError(
             f"{where}: cannot be read as an Arrow file ({first_line(error)}). Delete it and capture "

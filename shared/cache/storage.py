@@ -20,7 +20,7 @@ from typing import IO, Any, Protocol
 
 import pyarrow as pa
 
-from shared.cache.format import first_line, sha256_hex, sha256_of_file
+from shared.cache.format import MAX_FILE_BYTES, first_line, require_regular, sha256_hex, sha256_of_file
 from shared.errors import CacheFormatError
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -39,8 +39,8 @@ class Folder(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""
 
-    def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError where there is none."""
+    def read(self, name: str, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        """Raises FileNotFoundError where there is none, CacheFormatError where there is more or another thing."""
 
     def publish(self, name: str, data: bytes | pa.Buffer) -> None:
         """Writes a file, whole or not at all, in the place of an older one of that name."""
@@ -79,7 +79,8 @@ class LocalFolder:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        require_regular(self.path / name, max_bytes=max_bytes)
         return (self.path / name).read_bytes()
 
     def publish(self, name: str, data: bytes | pa.Buffer) -> None:
@@ -156,8 +157,11 @@ class RemoteFolder:
         except FileNotFoundError:
             return None
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         filesystem, root = self.connect()
+        size = filesystem.size(f"{root}/{name}")
+        if size is not None and int(size) > max_bytes:
+            raise CacheFormatError(f"{self.where}, {name}: {size} bytes found, at most {max_bytes} possible.")
         return filesystem.cat_file(f"{root}/{name}")
 
     def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from shared import codec
-from shared.cache.format import sha256_hex
+from shared.cache.format import MAX_SHARD_BYTES, sha256_hex
 from shared.cache.index import KeyIndex, ShardColumns, load_index
 from shared.cache.layout import (
     MANIFEST_NAME,
@@ -86,7 +86,10 @@ def _shard_faults(
 ) -> Iterator[str]:
     info = manifest.shards[place]
     try:
-        data = folder.read(info.name)
+        data = folder.read(info.name, max_bytes=MAX_SHARD_BYTES)
+    except CacheFormatError as error:
+        yield str(error)
+        return
     except OSError as error:
         yield f"cannot be read ({error.strerror or error})"
         return
@@ -96,7 +99,7 @@ def _shard_faults(
         yield f"{len(data)} bytes with sha256 {found[:12]} found, {told}"
         return  # what follows would only echo this
     try:
-        view = open_shard(data, where="structure", thoroughly=True)
+        view = open_shard(data, where="structure")
     except CacheFormatError as error:
         yield str(error)
         return
@@ -158,21 +161,21 @@ def _payload_faults(view: ShardView, manifest: Manifest) -> Iterator[str]:
 def _faults_of_payloads(view: ShardView, rows: range, manifest: Manifest) -> Iterator[str]:
     identity = manifest.identity
     told = view.num_positions[rows.start : rows.stop].astype(np.int64)
-    problem = f"payload does not hold {told.sum()} positions"
+    targets, problem = None, ""
     try:
         targets = codec.decode(
             [view.payload(row) for row in rows],
             policy=identity.targets.policy,
             temperatures=identity.targets.temperatures,
             vocab_size=identity.inputs.vocab_size,
+            num_positions=told.tolist(),
         )
-        sound = targets.num_positions == told.sum()
     except CacheFormatError as error:
-        sound, problem = False, str(error)
-    if not sound and len(rows) > 1:  # one of them: look at each
+        problem = str(error)
+    if targets is None and len(rows) > 1:  # one of them: look at each
         for row in rows:
             yield from _faults_of_payloads(view, range(row, row + 1), manifest)
-    elif not sound:
+    elif targets is None:
         yield _of_rows(view, problem, np.array(rows))
     else:
         bounds = np.append(0, np.cumsum(told))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import zstandard
 from shared.codec.dictionary import DICTIONARY
 from shared.codec.entries import MAX_ID_BITS, Bytes, Coded, Columns, InconsistentError, pack, unpack
 from shared.codec.levels import levels_of_logprobs, logprobs_of_levels, max_level
+from shared.codec.limits import max_entries, require_possible
 from shared.errors import CacheFormatError, RecipeError
 from shared.recipes.policies import Policy, Random
 from shared.sparse import SparseTargets
@@ -25,6 +26,7 @@ from shared.sparse.targets import share_logprobs
 _VERSION = 1  # three bits; the other five of the first byte are the row's id bits
 _MAGIC = zstandard.FRAME_HEADER  # which every zstd frame begins with, and payloads leave out
 _MAX_SYMBOLS = 1 << 24  # of one row: a bound on what damaged bytes can make us allocate
+_BLOCK_SYMBOLS = 1 << 19  # of rows that are unpacked together
 
 
 def encode(targets: SparseTargets) -> bytes:
@@ -100,25 +102,58 @@ def _frames(coded: Coded, plain: list[bytes], *, has_plain: bool) -> list[bytes]
 
 
 def decode(
-    payloads: Sequence[bytes], *, policy: Policy, temperatures: tuple[float, ...] = (1.0,), vocab_size: int
+    payloads: Sequence[bytes],
+    *,
+    policy: Policy,
+    temperatures: tuple[float, ...] = (1.0,),
+    vocab_size: int,
+    num_positions: Sequence[int] | None = None,
 ) -> SparseTargets:
     """The targets of the payloads, one after the other; their entropy is NaN, for the reader to fill in.
+
+    ``num_positions`` of each payload, where they are known, bound a row before it is decompressed.
 
     Raises   CacheFormatError  for a payload that ``encode`` cannot have made for this policy, these
              temperatures and this vocabulary
     """
     temperatures = tuple(temperatures)
     has_plain = _has_plain(temperatures)
+    most = max_entries(policy, temperatures, vocab_size)
     parts = []
     for row, payload in enumerate(payloads):
+        limit = _MAX_SYMBOLS
+        if num_positions is not None:
+            limit = min(limit, int(num_positions[row]) * max(most, 1))
         try:
-            parts.append(_take_apart(payload, has_plain))
+            parts.append(_take_apart(payload, has_plain, max_symbols=limit))
         except (InconsistentError, zstandard.ZstdError) as error:
             raise CacheFormatError(f"payload {row} of the batch is damaged: {error}") from error
+    lengths = None if num_positions is None else np.asarray(num_positions, np.int64)
     try:
-        return _put_together(parts, policy, temperatures, vocab_size)
+        blocks = [
+            _put_together(
+                parts[start:stop],
+                policy,
+                temperatures,
+                vocab_size,
+                None if lengths is None else lengths[start:stop],
+            )
+            for start, stop in _blocks([len(part.symbols) for part in parts])
+        ]
     except InconsistentError as error:
         raise CacheFormatError(f"a payload is damaged: {error}") from error
+    return SparseTargets.concat(blocks) if len(blocks) > 1 else blocks[0]
+
+
+def _blocks(row_symbols: list[int]) -> Iterator[tuple[int, int]]:
+    """Rows that are unpacked together: what that takes, some 150 bytes a symbol, is bounded."""
+    start, total = 0, 0
+    for row, symbols in enumerate(row_symbols):
+        if row > start and total + symbols > _BLOCK_SYMBOLS:
+            yield start, row
+            start, total = row, 0
+        total += symbols
+    yield start, len(row_symbols)
 
 
 @dataclass(frozen=True)
@@ -129,7 +164,7 @@ class _Parts:
     bits: bytes
 
 
-def _take_apart(payload: bytes, has_plain: bool) -> _Parts:
+def _take_apart(payload: bytes, has_plain: bool, *, max_symbols: int) -> _Parts:
     if not payload or payload[0] >> 5 != _VERSION:
         found = payload[0] >> 5 if payload else "no byte"
         raise InconsistentError(f"payload version {found} found, {_VERSION} needed")
@@ -140,14 +175,19 @@ def _take_apart(payload: bytes, has_plain: bool) -> _Parts:
         plain = payload[at : at + plain_bytes]
         at += plain_bytes
     frame = _MAGIC + payload[at : at + frame_bytes]
-    if at + frame_bytes > len(payload) or zstandard.frame_content_size(frame) > _MAX_SYMBOLS:
+    # An unknown size is -1: nothing is decompressed that does not say before how much it becomes.
+    if at + frame_bytes > len(payload) or not 0 <= zstandard.frame_content_size(frame) <= max_symbols:
         raise InconsistentError("a length is out of bounds")
-    symbols = _zstd().decompressor.decompress(frame, allow_extra_data=False)
+    symbols = _zstd().decompressor.decompress(frame, max_output_size=max_symbols, allow_extra_data=False)
     return _Parts(payload[0] & 31, plain, symbols, payload[at + frame_bytes :])
 
 
 def _put_together(
-    parts: list[_Parts], policy: Policy, temperatures: tuple[float, ...], vocab_size: int
+    parts: list[_Parts],
+    policy: Policy,
+    temperatures: tuple[float, ...],
+    vocab_size: int,
+    lengths: npt.NDArray[np.int64] | None,
 ) -> SparseTargets:
     coded = Coded(
         symbols=_joined([part.symbols for part in parts]),
@@ -159,6 +199,11 @@ def _put_together(
     columns = unpack(coded, max_level=max_level(policy, temperatures))
     if columns.ids.max(initial=0) >= vocab_size:
         raise InconsistentError(f"id {columns.ids.max()} found, with a vocabulary of {vocab_size}")
+    if lengths is not None and not np.array_equal(columns.row_positions, lengths):
+        row = int(np.flatnonzero(columns.row_positions != lengths)[0])
+        raise InconsistentError(
+            f"row {row} of the batch has {columns.row_positions[row]} positions, {lengths[row]} needed"
+        )
     num_positions = len(columns.counts)
     draw_counts = torch.from_numpy((columns.levels + 1).astype(np.int32))
     normalizers, plain_logprobs = _read_plain(parts, columns, policy, temperatures)
@@ -169,7 +214,7 @@ def _put_together(
         logprobs = torch.from_numpy(plain_logprobs)
     else:
         logprobs = share_logprobs(draw_counts, policy)
-    return SparseTargets(
+    targets = SparseTargets(
         offsets=F.pad(torch.from_numpy(columns.counts).cumsum(0), (1, 0)),
         ids=torch.from_numpy(columns.ids.astype(np.int32)),
         logprobs=logprobs,
@@ -179,6 +224,8 @@ def _put_together(
         entropy=torch.full((num_positions, len(temperatures)), torch.nan),
         draw_counts=draw_counts,
     )
+    require_possible(targets, vocab_size)
+    return targets
 
 
 def _read_plain(

@@ -1,0 +1,349 @@
+"""Caches of somebody else: whatever lies in them, one error, in time and memory that the files bound."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+import zstandard
+from cache_examples import capture, make_key
+
+from shared.cache import CacheReader
+from shared.cache.format import sha256_hex
+from shared.cache.layout import shard_name, unit_in
+from shared.cache.manifest import content_hash
+from shared.cache.shard import open_shard
+from shared.cache.verify import verify
+from shared.codec import decode, encode
+from shared.codec.dictionary import DICTIONARY
+from shared.errors import CacheFormatError, CacheMismatchError
+from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
+from shared.sparse import SparseTargets, position_seeds, sparsify
+
+NUMBERS = range(8)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    capture(tmp_path / "cache", NUMBERS)
+    return tmp_path / "cache"
+
+
+def forge(cache: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """A changed manifest that vouches for itself."""
+    path = cache / "manifest.json"
+    tree = json.loads(path.read_text())
+    change(tree)
+    tree["sha256"] = content_hash(tree)
+    path.write_text(json.dumps(tree))
+
+
+def forge_shard(cache: Path, data: bytes) -> None:
+    """Another first shard, which the manifest vouches for."""
+
+    def change(tree: dict[str, Any]) -> None:
+        shard = tree["shards"][0]
+        digest = sha256_hex(data)
+        name = shard_name(unit_in(shard["name"]), digest)
+        (cache / name).write_bytes(data)
+        shard.update(name=name, sha256=digest, bytes=len(data))
+
+    forge(cache, change)
+
+
+def read_all(cache: Path) -> None:
+    CacheReader(str(cache)).read([make_key(number) for number in NUMBERS])
+
+
+def assert_refused(cache: Path, match: str) -> None:
+    """By the reader, and by ``verify`` as an error or a fault."""
+    with pytest.raises(CacheFormatError, match=match):
+        read_all(cache)
+    try:
+        faults = "\n".join(verify(str(cache)).faults)
+    except CacheFormatError as error:
+        faults = str(error)
+    assert faults
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"examples": 2**53 - 1}, "do not fit into"),
+        ({"positions": 2**53 - 1}, "do not fit into"),
+        ({"examples": 2**40, "bytes": 2**53 - 1}, "a shard has at most"),
+        ({"entries": 2**53 - 1}, "more than 5 examples can have"),
+        ({"truncated": 6}, "do not fit into"),
+    ],
+)
+def test_numbers_that_no_shard_has(cache: Path, numbers: dict[str, int], message: str) -> None:
+    forge(cache, lambda tree: [shard.update(numbers) for shard in tree["shards"]])
+    assert_refused(cache, message)
+
+
+def test_an_index_too_small_for_its_examples(cache: Path) -> None:
+    forge(cache, lambda tree: tree["index"].update(bytes=8 * 16 - 1))
+    assert_refused(cache, "an index of 127 bytes")
+
+
+def test_problems_of_a_manifest_are_capped(cache: Path) -> None:
+    forge(cache, lambda tree: tree.update(shards=[{"name": "x"}] * 500))
+    with pytest.raises(CacheFormatError, match=r"and 2990 more\.") as caught:
+        read_all(cache)
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_deep_manifest(cache: Path) -> None:
+    (cache / "manifest.json").write_text("[" * 200_000)
+    assert_refused(cache, "not JSON")
+
+
+def shard_of(cache: Path) -> Path:
+    return cache / json.loads((cache / "manifest.json").read_text())["shards"][0]["name"]
+
+
+def index_of(cache: Path) -> Path:
+    return cache / json.loads((cache / "manifest.json").read_text())["index"]["name"]
+
+
+@pytest.mark.parametrize("which", [shard_of, index_of, lambda cache: cache / "manifest.json"])
+def test_what_is_no_regular_file(cache: Path, which: Callable[[Path], Path]) -> None:
+    """A pipe would block, a folder is none, a device never ends."""
+    path = which(cache)
+    path.unlink()
+    os.mkfifo(path)
+    assert_refused(cache, "a pipe, device or socket found")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert_refused(cache, "a pipe, device or socket found")
+    path.unlink()
+    path.mkdir()
+    assert_refused(cache, "a folder found")
+
+
+@pytest.mark.parametrize("which", [shard_of, index_of, lambda cache: cache / "manifest.json"])
+def test_files_of_holes(cache: Path, which: Callable[[Path], Path]) -> None:
+    path = which(cache)
+    for size in (1 << 42, 1 << 25):
+        os.truncate(path, size)
+        assert_refused(cache, "bytes found")
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_compressed_arrow_buffers(cache: Path, compression: str) -> None:
+    """200 MB of zeros in some kilobytes: refused from the metadata."""
+    batch = pa.ipc.open_file(shard_of(cache).read_bytes()).get_batch(0)
+    metadata = batch.schema.metadata
+    column = batch.schema.get_field_index("payload")
+    zeros = pa.array([bytes(40 << 20)] * len(batch), pa.binary())
+    batch = batch.set_column(column, batch.schema.field(column), zeros).replace_schema_metadata(metadata)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(
+        sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=compression)
+    ) as stream:
+        stream.write_batch(batch)
+    data = sink.getvalue().to_pybytes()
+    assert len(data) < 2 << 20
+    before = pa.total_allocated_bytes()
+    with pytest.raises(CacheFormatError, match="compressed Arrow buffers"):
+        open_shard(data, where="shard")
+    assert pa.total_allocated_bytes() - before < 4 << 20
+    forge_shard(cache, data)
+    assert_refused(cache, "compressed Arrow buffers")
+
+
+# Payloads.
+
+
+def payload_of(symbols: bytes, *, id_bits: int, plain: bytes | None = None, bits: bytes = b"") -> bytes:
+    compressor = zstandard.ZstdCompressor(dict_data=zstandard.ZstdCompressionDict(DICTIONARY))
+    frame = compressor.compress(symbols)[4:]
+    head = bytes([1 << 5 | id_bits]) + varint(len(frame))
+    return head + (b"" if plain is None else varint(len(plain)) + plain) + frame + bits
+
+
+def varint(value: int) -> bytes:
+    encoded = b""
+    while value > 127:
+        encoded, value = encoded + bytes([value & 127 | 128]), value >> 7
+    return encoded + bytes([value])
+
+
+@pytest.mark.parametrize("symbol", [128 + 31, 0])
+def test_a_few_bytes_that_would_be_millions_of_entries(symbol: int) -> None:
+    """2**24 positions, or entries of one, in some hundred bytes: nothing of it is decompressed."""
+    payload = payload_of(bytes([128]) + bytes([symbol]) * (2**24 - 1), id_bits=18)
+    assert len(payload) < 2000
+    tracemalloc.start()
+    try:
+        for policy in (Threshold(tau=1 / 512), Random(draws=50), TopK(k=8)):
+            with pytest.raises(CacheFormatError, match="length is out of bounds"):
+                decode([payload], policy=policy, vocab_size=250_000, num_positions=[3])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_frame_that_does_not_say_its_size() -> None:
+    compressor = zstandard.ZstdCompressor(
+        dict_data=zstandard.ZstdCompressionDict(DICTIONARY), write_content_size=False
+    ).compressobj()
+    frame = (compressor.compress(bytes([128 + 31]) * 99) + compressor.flush())[4:]
+    with pytest.raises(CacheFormatError, match="length is out of bounds"):
+        decode([bytes([1 << 5]) + varint(len(frame)) + frame], policy=Threshold(), vocab_size=99)
+
+
+def made(policy: Policy, temperatures: tuple[float, ...] = (1.0,), **changes: torch.Tensor) -> SparseTargets:
+    logprobs = torch.randn(4, 60, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    seeds = position_seeds(0, b"hostile", 4)
+    return replace(sparsify(logprobs, policy, temperatures=temperatures, seeds=seeds), **changes)
+
+
+@pytest.mark.parametrize(
+    ("targets", "policy", "message"),
+    [
+        (made(TopK(k=6)), TopK(k=5), "has 6 entries; 1 to 5"),
+        (made(TopP(p=0.9, max_k=6)), TopP(p=0.9, max_k=5), "has 6 entries; 1 to 5"),
+        (
+            made(Threshold(tau=1 / 50, values="fp16")),
+            Threshold(tau=1 / 4, values="fp16"),
+            "bits|level|entries",
+        ),
+        (made(Random(draws=7)), Random(draws=9), "draws are not the policy's 9"),
+        (made(Random(draws=7)), Random(draws=6), "draws are not the policy's 6|entries"),
+        (made(TopK(k=6), logprobs=torch.zeros(24).half()), TopK(k=6), "masses sum to more than"),
+        (made(Random(draws=7)).slice(0, 0), Random(draws=7), ""),
+    ],
+)
+def test_what_this_policy_does_not_make(targets: SparseTargets, policy: Policy, message: str) -> None:
+    if not message:
+        assert decode([encode(targets)], policy=policy, vocab_size=60).num_positions == 0
+        return
+    with pytest.raises(CacheFormatError, match=message):
+        decode([encode(targets)], policy=policy, vocab_size=60)
+
+
+@pytest.mark.parametrize("policy", [TopK(k=3), Random(draws=5), TopP(p=0.5)])
+def test_positions_without_entries_where_there_are_none(policy: Policy) -> None:
+    with pytest.raises(CacheFormatError, match="a position has 0 entries"):
+        decode([payload_of(bytes([128 + 31] * 3), id_bits=0)], policy=policy, vocab_size=60)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("offset", [-5.0, 5.0])
+def test_log_normalisers_out_of_their_bounds(temperature: float, offset: float) -> None:
+    temperatures = (1.0, temperature)
+    for policy in (TopK(k=3), Threshold(tau=1 / 16), Random(draws=9)):
+        targets = made(policy, temperatures)
+        options = {"policy": policy, "temperatures": temperatures, "vocab_size": 60}
+        assert decode([encode(targets)], **options).num_positions == 4
+        wrong = replace(targets, log_normalizers=targets.log_normalizers + offset)
+        with pytest.raises(CacheFormatError, match="log-normaliser at temperature"):
+            decode([encode(wrong)], **options)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("temperatures", [(1.0,), (2.0,), (1.0, 0.1), (0.05, 1.0, 100.0)])
+def test_what_teachers_give_is_within_all_bounds(temperatures: tuple[float, ...], spread: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for vocab_size in (1, 2, 700, 5000):
+        logprobs = (spread * torch.randn(6, vocab_size, generator=generator)).log_softmax(-1)
+        for policy in (
+            Threshold(tau=1e-6),
+            Threshold(tau=1 / 600),
+            Threshold(tau=1.0),
+            Random(draws=40),
+            TopK(k=9),
+        ):
+            seeds = position_seeds(2, b"bounds", 6)
+            targets = sparsify(logprobs, policy, temperatures=temperatures, seeds=seeds)
+            options = {"policy": policy, "temperatures": temperatures, "vocab_size": vocab_size}
+            found = decode([encode(targets)], num_positions=[6], **options)
+            assert torch.equal(found.ids, targets.ids)
+
+
+def test_rows_are_unpacked_in_bounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [made(Threshold(tau=1 / 64)).slice(start, start + 2) for start in (0, 1, 2)]
+    payloads = [encode(row) for row in rows]
+    options = {"policy": rows[0].policy, "vocab_size": 60, "num_positions": [2, 2, 2]}
+    whole = decode(payloads, **options)
+    monkeypatch.setattr("shared.codec.payload._BLOCK_SYMBOLS", 1)
+    apart = decode(payloads, **options)
+    assert torch.equal(whole.ids, apart.ids)
+    assert torch.equal(whole.offsets, apart.offsets)
+    with pytest.raises(CacheFormatError, match=r"positions, 1 needed|out of bounds"):
+        decode(payloads, **(options | {"num_positions": [2, 1, 2]}))
+
+
+# Chance: what the cases above did not think of.
+
+
+def mutate(tree: Any, generator: random.Random) -> Any:
+    """A JSON tree with one place changed to something else."""
+    others = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2**53,
+        2**70,
+        1e308,
+        "",
+        "x" * 99,
+        "../x",
+        [],
+        {},
+        [[]] * 9,
+        {"kind": "top_k"},
+    ]
+    if isinstance(tree, dict) and tree and generator.random() < 0.9:
+        name = generator.choice(sorted(tree))
+        if generator.random() < 0.1:
+            return {key: value for key, value in tree.items() if key != name}
+        return tree | {name: mutate(tree[name], generator)}
+    if isinstance(tree, list) and tree and generator.random() < 0.9:
+        place = generator.randrange(len(tree))
+        return [*tree[:place], mutate(tree[place], generator), *tree[place + 1 :]]
+    if isinstance(tree, int) and generator.random() < 0.5:
+        return tree + generator.choice([-1, 1, 2**31, -tree])
+    return generator.choice(others)
+
+
+def survives(action: Callable[[], object]) -> None:
+    with contextlib.suppress(CacheFormatError, CacheMismatchError):
+        action()
+
+
+def test_mutated_manifests_end_in_one_error(cache: Path) -> None:
+    generator, path = random.Random(0), cache / "manifest.json"
+    sound = json.loads(path.read_text())
+    for _ in range(200):
+        tree = mutate(sound, generator)
+        if isinstance(tree, dict):
+            tree["sha256"] = content_hash(tree)
+        path.write_text(json.dumps(tree))
+        survives(lambda: read_all(cache))
+        survives(lambda: verify(str(cache)))
+
+
+def test_mutated_shards_end_in_one_error(cache: Path) -> None:
+    """Flipped bytes in a shard that the manifest vouches for: what the hash does not keep away."""
+    generator, sound = random.Random(1), shard_of(cache).read_bytes()
+    for _ in range(60):
+        data = bytearray(sound)
+        for _ in range(generator.randrange(1, 4)):
+            data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        forge_shard(cache, bytes(data))
+        survives(lambda: read_all(cache))
+        survives(lambda: verify(str(cache)))
