@@ -171,7 +171,8 @@ def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: 
 def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) -> int:
     """Show RUNS, folders of runs, side by side, and when their cache has paid."""
     from stage2_student.evaluation.cache_uses import cache_uses
-    from stage2_student.evaluation.compare import legend, plot, save, table
+    from stage2_student.evaluation.compare import legend, save, table
+    from stage2_student.evaluation.curves import plot
     from stage2_student.evaluation.run_records import read_runs
 
     records = read_runs(runs)

@@ -355,10 +355,11 @@ def test_pictures_of_a_cache(tmp_path: Path) -> None:
     result = CliRunner().invoke(commands, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     drawn = sorted((tmp_path / "plots").iterdir())
-    assert [one.name for one in drawn] == ["bytes.png", "certainty.png", "entries.png"]
+    names = ["by_place", "bytes", "calibration", "certainty", "entries", "kept_mass"]
+    assert [one.stem for one in drawn] == names
     for one in drawn:
         with Image.open(one) as picture:
-            assert picture.size == (1024, 576)
+            assert picture.size == (832, 544)
             assert len(set(picture.convert("L").resize((64, 36)).tobytes())) > 10
         assert one.name in result.output
 

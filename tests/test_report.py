@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
 import shutil
 import subprocess
+import unicodedata
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import click
 import pytest
@@ -23,7 +27,22 @@ from shared.cache import CacheReader
 from shared.cache.merge import merge
 from shared.errors import RecipeError
 from shared.recipes import Recipe
-from shared.reports.page import Page, Section, card, facts, figure, paragraph, table, write_page
+from shared.reports.figures import Drawing
+from shared.reports.page import Page, Section, write_page
+from shared.reports.pieces import (
+    Judged,
+    card,
+    facts,
+    figure,
+    folded,
+    heading,
+    html_table,
+    key,
+    paragraph,
+    preformatted,
+    table,
+)
+from shared.reports.text import label, visible
 from shared.runtime import StopRequest, distributed
 from stage1_teacher.__main__ import commands as teacher_commands
 from stage1_teacher.capture import capture
@@ -32,16 +51,100 @@ from stage2_student.__main__ import commands as student_commands
 
 pytest.importorskip("matplotlib")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WIDTHS = (390, 1280)
 LOOK = """<script>addEventListener("load", () => {
-  const pictures = [...document.images], found = {}
-  for (const width of [390, 1280]) {
-    document.body.style.width = document.body.style.maxWidth = width + "px"
-    found[width] = document.body.scrollWidth
+  const found = {}
+  for (const frame of document.querySelectorAll("iframe")) {
+    const inside = frame.contentDocument, pictures = [...inside.images]
+    found[frame.width] = {
+      needed: inside.documentElement.scrollWidth,
+      pictures: pictures.length,
+      broken: pictures.filter(one => !one.naturalWidth).length,
+    }
   }
-  found.pictures = pictures.length
-  found.broken = pictures.filter(one => !one.naturalWidth).length
   document.title = JSON.stringify(found)
 })</script>"""
+# What data, names and settings may hold.
+HOSTILE = {
+    "script": '"><script>alert("1")</script>',
+    "style": "</style><style>body{display:none}",
+    "comment": "<!-- </title></textarea></pre><svg onload=alert(1)>",
+    "url": "javascript:alert(1)",
+    "entities": "&lt;b&gt; &amp; &#x3c;img src=x onerror=alert(1)&#x3e;",
+    "quotes": "a\"b'c` onmouseover=alert(1) x=",
+    "controls": "a\x00b\x07c\x1b[31md\x7fe\r\nf\tg",
+    "surrogate": "half \ud83d of a pair",
+    "reordered": "safe\u202egnorw\u2066",
+    "dollars": "$\\frac{1}{2$ and $_{x}$",
+    "underscore": "_hidden",
+    "long": "word " * 2000,
+    "unbroken": "x" * 10_000,
+}
+
+
+class Outline(HTMLParser):
+    """What a page is made of, for what must hold of every page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "path"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.attributes if name == tag]
+
+
+def assert_sound(text: str) -> Outline:
+    """Holds of every page: whole, self-contained, without scripts, readable by ear and by keyboard."""
+    found = Outline(text)
+    assert not found.open
+    assert not {"script", "link", "iframe", "object", "form", "base"} & set(found.tags)
+    ids = [one["id"] for _, one in found.attributes if "id" in one]
+    assert len(set(ids)) == len(ids)
+    for tag, attributes in found.attributes:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert set(attributes) <= {
+            *(
+                "alt",
+                "src",
+                "class",
+                "style",
+                "id",
+                "href",
+                "aria-labelledby",
+                "aria-label",
+                "aria-hidden",
+                "role",
+            ),
+            *("tabindex", "scope", "dir", "lang", "charset", "name", "content", "type"),
+            *("viewbox", "fill", "stroke", "stroke-width", "stroke-dasharray", "d"),
+        }, (tag, attributes)
+    assert all((one["href"] or "").removeprefix("#") in ids for one in found.all("a"))
+    assert all(one["alt"] and (one["src"] or "").startswith("data:image/") for one in found.all("img"))
+    assert found.tags.count("h1") == found.tags.count("main") == found.tags.count("nav") == 1
+    assert found.tags.count("caption") == found.tags.count("thead")  # each table of results has both
+    assert all(one.get("scope") in ("row", "col") for one in found.all("th"))
+    assert found.all("html") == [{"lang": "en"}]
+    return found
 
 
 @pytest.fixture
@@ -78,19 +181,28 @@ def test_a_cache_with_its_examples(cache_page: Path) -> None:
         "Where the teacher is surest",
         "Where it is least sure",
         "Kept mass",
-        "entries a position",
+        "entries per position",
         "from caption",
     ):
         assert words.lower() in text.lower()
-    assert text.count("data:image/jpeg;base64,") == 12
-    assert text.count("data:image/svg+xml;base64,") == 4
+    assert_sound(text)
+    assert text.count("data:image/jpeg;base64,") == 12 + 4  # at both ends, and token by token
+    assert text.count("data:image/svg+xml;base64,") == 7
+    for words in (
+        "By position in the answer",
+        "Calibration",
+        "By kind of question",
+        "the whole recipe",
+        "first</span>",
+    ):
+        assert words in text
 
 
 def test_everything_is_inside(cache_page: Path, run_page: Path) -> None:
     for page in (cache_page, run_page):
         sources = re.findall(r'(?:src|href)="([^"]{0,30})', page.read_text())
         assert sources
-        assert all(source.startswith("data:") for source in sources)
+        assert all(source.startswith(("data:", "#")) for source in sources)
 
 
 def test_the_same_cache_gives_the_same_page(
@@ -107,13 +219,34 @@ def test_runs_with_curves_and_answers(run_page: Path) -> None:
         "run0.5",
         "run1.0",
         "loss.kd_ratio",
-        "Divergence from the teacher",
+        "CE against loss.kd_ratio",
+        "KL against loss.kd_ratio",
+        "Cross-entropy with the labels",
+        "KL from the teacher",
+        "Calibration",
+        "teacher: calibration error",
         "Learning rate",
+        "run0.5: the whole recipe",
+        "settings unlike the defaults",
+        "The same by kind of question",
     ):
         assert words in text
     assert re.search("it (pays after|never pays)", text)  # which of both is a matter of this machine's time
-    assert text.count("data:image/svg+xml;base64,") == 6
-    assert text.count("data:image/jpeg;base64,") == 8  # four answers of each run
+    found = assert_sound(text)
+    assert text.count("data:image/jpeg;base64,") == 4  # a question once, with the answers of all runs
+    texts = [one for one in found.texts if one.strip()]
+    first = texts.index("question")
+    assert [one for one in texts[first:] if one in ("reference", "run0.5", "run1.0")][:3] == [
+        "reference",
+        "run0.5",
+        "run1.0",
+    ]
+    began, ended = (
+        re.search(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d", one) for one in re.findall("<td>(20[^<]*)", text)[:2]
+    )
+    assert began is not None
+    assert ended is not None
+    assert began[0] <= ended[0]
 
 
 def test_answers_are_shown_with_the_pictures_they_were_given_for(
@@ -141,7 +274,7 @@ def test_answers_are_shown_with_the_pictures_they_were_given_for(
         return out.read_text()
 
     assert page().count("data:image/jpeg") == 4
-    assert "<td>teacher</td>" in page()
+    assert '<th scope="row">teacher</th>' in page()
 
     settings = yaml.safe_load((recipe.run.path / "recipe.yaml").read_text())
     settings["data"] |= {"splits": {"train": "train", "validation": "train"}, "limit": 2}
@@ -165,7 +298,7 @@ def test_the_command_finds_the_recipe_of_the_capture(tmp_path: Path, teacher_cac
         teacher_commands, ["report", str(teacher_cache), str(tmp_path / "page.html")], standalone_mode=False
     )
     assert shown.return_value == 0, shown.output
-    assert (tmp_path / "page.html").read_text().count("data:image/jpeg") == 12
+    assert (tmp_path / "page.html").read_text().count("data:image/jpeg") == 16
 
 
 def see_through_cache(tree: dict[str, Any], folder: Path, *, background: str) -> tuple[Recipe, Path]:
@@ -206,7 +339,7 @@ def test_pictures_lie_on_the_background_that_the_model_sees(tree: dict[str, Any]
     recipe, cache = see_through_cache(tree, tmp_path / "other", background="white")
     write_cache_report(CacheReader(cache), recipe, tmp_path / "page.html")
     found = re.findall(r"data:image/jpeg;base64,([^\"]+)", (tmp_path / "page.html").read_text())
-    assert len(found) == 2
+    assert len(found) == 3
     for encoded in found:
         assert Image.open(io.BytesIO(base64.b64decode(encoded))).getextrema() == ((255, 255),) * 3
 
@@ -235,38 +368,85 @@ def test_a_folder_is_not_written_over(commands: click.Group, tmp_path: Path) -> 
     assert "is a directory" in done.output
 
 
-def test_what_comes_from_data_is_escaped(tmp_path: Path) -> None:
-    evil = '"><script>alert("1")</script>'
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_comes_from_data_is_escaped(name: str, tmp_path: Path) -> None:
+    evil = HOSTILE[name]
+    drawing = Drawing(evil, lambda axes: axes.plot([1, 2], label=evil) and axes.set(xlabel=evil), evil)
+    values: dict[str, str | Judged] = {
+        evil: evil,
+        "right": Judged(evil, True),
+        "near": Judged(evil, None, evil),
+    }
     pieces = [
-        paragraph(evil),
-        facts({evil: evil}),
-        table([evil], [[evil]]),
-        card(encoded_picture(0), {evil: evil}),
-        figure(lambda axes: axes.set(title=evil), evil),
+        *(
+            paragraph(evil),
+            heading(evil),
+            facts({evil: evil}),
+            key([evil]),
+            folded(evil, []),
+            preformatted(evil),
+        ),
+        table([evil], [[evil, evil]], caption=evil),
+        card(encoded_picture(0), values, alt=evil),
+        figure(drawing),
     ]
     write_page(Page(evil, [Section(evil, pieces)], lead=evil), tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert "<script" not in text
-    assert text.count("&quot;&gt;&lt;script&gt;") == text.count("alert(") > 9
+    found = assert_sound(text)
+    said = visible(evil)
+    shown = " ".join("".join(found.texts).split())
+    start = " ".join(said[:200].split())
+    assert shown.count(start) >= 14  # each piece, the title, the link to the section
+    assert not any(unicodedata.category(mark) in ("Cc", "Cs") for mark in text if mark not in "\n\t")
     assert not (tmp_path / "page.html.partial").exists()
+    picture = re.search(r'data:image/svg\+xml;base64,([^"]+)', text)
+    assert picture is not None
+    drawn = ElementTree.fromstring(base64.b64decode(picture[1]))
+    assert "script" not in {element.tag.rpartition("}")[2] for element in drawn.iter()}
+    axis_name = "".join(
+        "".join(element.itertext()) for element in drawn.iter("{http://www.w3.org/2000/svg}text")
+    )
+    assert label(evil).strip()[:20].split()[0] in axis_name
+
+
+def test_a_long_answer_is_folded_and_nothing_of_it_is_lost() -> None:
+    long = "".join(f"{number} " for number in range(3000))
+    found = Outline(card(encoded_picture(0), {"answer": long}, alt="picture"))
+    assert "summary" in found.tags
+    assert "".join(found.texts).replace("... (all 13,890 characters)", "").endswith(long)
+    assert "summary" not in Outline(card(encoded_picture(0), {"answer": long[:500]}, alt="picture")).tags
+
+
+def test_right_and_wrong_are_told_by_words_and_marks_as_well_as_by_colour() -> None:
+    values: dict[str, str | Judged] = {
+        "a": Judged("CT", True),
+        "b": Judged("MR", False),
+        "c": Judged("a mass", None, "F1 40%"),
+    }
+    text = html.unescape(card(encoded_picture(0), values, alt="picture"))
+    assert '<span class="right">\u2713 right</span>: <bdi>CT</bdi>' in text
+    assert '<span class="wrong">\u2717 wrong</span>: <bdi>MR</bdi>' in text
+    assert '<bdi>a mass</bdi> <span class="dim">F1 40%</span>' in text
 
 
 def test_bars_and_line_ends_stay_within_their_cell() -> None:
     cell = "yes | no\nor | both"
-    text = table(["a|b", "c"], [[cell, "d"], [cell, "e"]])
-    assert (text.count("<tr>"), text.count("<th>"), text.count("<td>")) == (3, 2, 4)
+    text = table(["a|b", "c"], [["row", cell], ["row", cell]], caption="t")
+    assert (text.count("<tr>"), text.count("<th "), text.count("<td>")) == (3, 4, 2)
     assert text.count(f"<td>{cell}</td>") == 2
+    assert text == html_table(["a|b", "c"], [["row", cell], ["row", cell]], caption="t")
 
 
 def test_an_empty_answer_is_said_to_be_empty() -> None:
-    assert "<dt>student</dt><dd><i>(empty)</i></dd>" in card(encoded_picture(0), {"student": ""})
+    text = card(encoded_picture(0), {"student": ""}, alt="picture")
+    assert '<dt>student</dt><dd dir="auto"><i>(empty)</i></dd>' in text
 
 
 def test_a_picture_that_cannot_be_decoded() -> None:
     from shared.errors import DataError
 
     with pytest.raises(DataError):
-        card(b"no picture", {})
+        card(b"no picture", {}, alt="none")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
@@ -274,7 +454,9 @@ def test_a_picture_that_cannot_be_decoded() -> None:
 def test_a_browser_shows_it_at_both_widths(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     page: Path = request.getfixturevalue("cache_page" if kind == "cache" else "run_page")
     looked_at = tmp_path / "look.html"
-    looked_at.write_text(page.read_text().replace("</body>", LOOK + "</body>"))
+    inside = html.escape(page.read_text())
+    frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{inside}"></iframe>' for width in WIDTHS)
+    looked_at.write_text(f"<title></title><body>{frames}{LOOK}</body>")
     assert CHROMIUM is not None
     done = subprocess.run(
         [
@@ -291,8 +473,10 @@ def test_a_browser_shows_it_at_both_widths(kind: str, request: pytest.FixtureReq
     )
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title is not None
-    found = json.loads(title[1])
-    assert found["pictures"] == page.read_text().count("<img")
-    assert found["broken"] == 0
-    assert found["390"] <= 390
-    assert found["1280"] <= 1280
+    found = json.loads(html.unescape(title[1]))
+    for width in WIDTHS:
+        assert found[str(width)] == {
+            "needed": width,
+            "pictures": page.read_text().count("<img"),
+            "broken": 0,
+        }

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from shared.cache.reader import CacheReader
+from shared.cache.shard import Row
+from shared.sparse import SparseTargets
 
 SAMPLED_SHARDS = 32
 SAMPLED_ROWS = 2048
@@ -46,6 +48,7 @@ def inspect(reader: CacheReader, *, sampled_rows: int = SAMPLED_ROWS) -> dict[st
 class Sample:
     """Some rows of a cache: R rows with N positions in all.
 
+    rows           the rows themselves; ``targets`` are their positions, one row after the other
     counts_N       entries of each position
     kept_mass_N    by temperature: the sum of the weights of each position
     positions_R    positions of each row
@@ -54,6 +57,8 @@ class Sample:
     payload_R      bytes a position
     """
 
+    rows: list[Row]
+    targets: SparseTargets
     counts_N: np.ndarray
     kept_mass_N: dict[float, np.ndarray]
     positions_R: np.ndarray
@@ -78,6 +83,8 @@ def sample_rows(reader: CacheReader, size: int = SAMPLED_ROWS) -> Sample:
     positions_R = np.array([row.num_positions for row in rows])
     entropies_RT = np.array([row.entropy_sums for row in rows]) / positions_R[:, None]
     return Sample(
+        rows=rows,
+        targets=targets,
         counts_N=targets.counts.numpy(),
         kept_mass_N=kept_mass_N,
         positions_R=positions_R,

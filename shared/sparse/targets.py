@@ -66,6 +66,20 @@ class SparseTargets:
         """The position that each entry belongs to, (E,) int64."""
         return _position_index(self.counts, self.num_entries)
 
+    def likeliest(self) -> tuple[Tensor, Tensor]:
+        """Of each position the largest probability that was kept at temperature 1, and its id.
+
+        Shapes   (N,) fp32; (N,) int64, the lowest of equals.  0 and -1 where nothing was kept
+        """
+        position_E, logprobs_E = self.position_index, self.logprobs.float()
+        top_N = logprobs_E.new_full((self.num_positions,), -math.inf)
+        top_N.scatter_reduce_(0, position_E, logprobs_E, "amax")
+        beyond = torch.iinfo(torch.int64).max
+        ids_E = self.ids.long().where(logprobs_E == top_N[position_E], beyond)
+        ids_N = torch.full_like(top_N, beyond, dtype=torch.int64)
+        ids_N.scatter_reduce_(0, position_E, ids_E, "amin")
+        return top_N.exp(), ids_N.where(top_N > -math.inf, -1)
+
     def weights(self, temperature: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Weights of the entries as targets at a captured temperature, (E,) of ``dtype``, fp32 or wider.
 

@@ -7,56 +7,21 @@ Figures are of a sample of the cache's rows; pictures need the data set that the
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from shared.cache import CacheReader
+from shared.cache.inspect import inspect, sample_rows
+from shared.errors import CacheFormatError, RecipeError, TeachonceError
+from shared.recipes import Recipe, dump_recipe
+from shared.reports.page import Page, Section, write_page
+from shared.reports.pieces import facts, figure, figures, grid, heading, paragraph, table
+from shared.reports.recipe import recipe_pieces
+from stage1_teacher.inspection.captures import capture_records
+from stage1_teacher.inspection.examples import example_sections
+from stage1_teacher.inspection.plots import drawings
 
-from shared.cache import CacheReader, Row
-from shared.cache.inspect import Sample, inspect, sample_rows
-from shared.capture.planning import open_rows
-from shared.data.images import Background
-from shared.data.processing import ExampleProcessor, open_processor
-from shared.data.rows import Example
-from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
-from shared.progress import progress
-from shared.recipes import Recipe
-from shared.reports.page import (
-    Page,
-    Section,
-    card,
-    cards,
-    facts,
-    figure,
-    figures,
-    grid,
-    paragraph,
-    table,
-    write_page,
-)
-from stage1_teacher.inspection.plots import DRAWINGS, draw_kept_mass
-
-NUM_LOOKED_AT = 512
-NUM_SHOWN = 6  # at each end
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A row of the data set beside what the cache holds of it."""
-
-    example: Example
-    row: Row
-
-    @property
-    def entropy(self) -> float:
-        return float(self.row.entropy_sums[0]) / self.row.num_positions
-
-    @property
-    def cross_entropy(self) -> float:
-        return self.row.ce_sum / self.row.num_positions
+VERSIONS = ("teachonce", "torch", "transformers", "python", "commit", "gpu")
 
 
 def write_cache_report(reader: CacheReader, recipe: Recipe | None, path: Path, *, seed: int = 0) -> None:
@@ -72,60 +37,64 @@ def write_cache_report(reader: CacheReader, recipe: Recipe | None, path: Path, *
             f"recipe of run {recipe.run.name}: a report with examples needs a teacher and a cache section. Give the "
             "recipe of the capture (--recipe), or none"
         )
-    summary, sample = inspect(reader), sample_rows(reader)
+    summary, drawn = inspect(reader), drawings(sample_rows(reader))
     sections = [
-        Section("What it is", [facts(_identity(summary))]),
-        Section("What it holds", [grid([facts(_contents(summary)), facts(_quality(summary))])]),
-        Section("How sure the teacher is, and what that costs", [figures(_figures(sample))]),
+        Section(
+            "What it is", [grid([facts(_identity(summary)), facts(_contents(summary) | _quality(summary))])]
+        ),
+        Section(
+            "How sure the teacher is, and what that costs", [figures([figure(one) for one in drawn.values()])]
+        ),
+        *_examples(reader, recipe, seed=seed),
+        Section("How it was captured", _captures(reader, recipe)),
     ]
-    sections += _shown_examples(reader, recipe, seed=seed)
-    write_page(
-        Page(f"Cache {reader.location}", sections, lead="Targets of a frozen teacher, by teachonce."), path
+    lead = (
+        "Targets of a frozen teacher, kept by teachonce. Entropy says how sure the teacher is, cross-entropy how "
+        "well it knows the answers. Both are in nats per position; a position is one token of an answer."
     )
+    write_page(Page(f"Cache {reader.location}", sections, lead=lead), path)
 
 
-def _shown_examples(reader: CacheReader, recipe: Recipe | None, *, seed: int) -> list[Section]:
+def _examples(reader: CacheReader, recipe: Recipe | None, *, seed: int) -> list[Section]:
     """Examples, or the reason why there are none."""
     if recipe is None:
-        why = "No recipe was given."
-    else:
-        try:
-            if found := look_at(reader, recipe, seed=seed):
-                return _examples(found, recipe.data.background)
-            why = "None of the rows that were looked at is in the cache."
-        except TeachonceError as error:
-            why = str(error)
-    return [Section("Examples", [paragraph(why)])]
-
-
-def look_at(reader: CacheReader, recipe: Recipe, *, seed: int) -> list[Shown]:
-    """Random rows of the data that the cache holds and whose pictures can be shown, surest first."""
-    processor = _processor(recipe)
-    rows = open_rows(recipe)
-    total = sum(len(split) for split in rows.splits)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:NUM_LOOKED_AT].tolist()
-    found: dict[bytes, Example] = {}
-    for number in progress(order, desc="reading examples", unit="ex", leave=False):
-        split, row = rows.find(number)
-        try:
-            example = split[row]
-        except DataError:
-            continue
-        key = processor.key(example)
-        if key in reader:
-            found.setdefault(key, example)
-    held = reader.rows(list(found))
-    shown = [Shown(example, row) for example, row in zip(found.values(), held, strict=True)]
-    return sorted(shown, key=lambda one: one.entropy)
-
-
-def _processor(recipe: Recipe) -> ExampleProcessor:
-    """The teacher's, or the student's where the teacher is gone: keys are the same."""
-    assert recipe.teacher is not None
+        return [Section("Examples", [paragraph("No recipe was given.")])]
     try:
-        return open_processor(recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
-    except TeachonceError:
-        return open_processor(recipe.student.model, recipe.data, revision=recipe.student.revision)
+        return example_sections(reader, recipe, seed=seed)
+    except TeachonceError as error:
+        return [Section("Examples", [paragraph(str(error))])]
+
+
+def _captures(reader: CacheReader, recipe: Recipe | None) -> list[str]:
+    """When, how long, with what; and the recipe of the newest capture."""
+    records = capture_records(reader.location)
+    pieces = []
+    if records:
+        head = ["ended", "took", "processes", "examples", "positions", *VERSIONS]
+        pieces.append(table(head, [_capture(one) for one in records], caption="Captures, oldest first"))
+    else:
+        pieces.append(paragraph("The cache's log does not say: it was merged, or its log is gone."))
+    tree = records[-1]["recipe"] if records else None if recipe is None else dump_recipe(recipe)
+    if tree is not None:
+        pieces += [heading("Recipe"), *recipe_pieces("capture", tree)]
+    return pieces
+
+
+def _capture(record: dict[str, Any]) -> list[str]:
+    took = record.get("seconds")
+    counts = [_count(record.get(name)) for name in ("ranks", "examples", "positions")]
+    versions = [str(record.get(name) or "-") for name in VERSIONS]
+    versions[VERSIONS.index("commit")] = versions[VERSIONS.index("commit")][:12]
+    return [
+        str(record.get("time", "-")),
+        f"{took:,.0f} s" if isinstance(took, float | int) else "-",
+        *counts,
+        *versions,
+    ]
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "-"
 
 
 def _identity(summary: dict[str, Any]) -> dict[str, Any]:
@@ -157,10 +126,9 @@ def _contents(summary: dict[str, Any]) -> dict[str, str]:
     return {
         "examples": f"{totals['examples']:,}",
         "positions": f"{totals['positions']:,}",
-        "entries": f"{totals['entries']:,}",
+        "entries": f"{totals['entries']:,}, {summary['entries_per_position']:.1f} per position",
         "size": f"{totals['bytes'] / 2**20:.2f} MiB in {summary['shards']} shard(s)",
-        "bytes a position": f"{summary['bytes_per_position']:.1f}",
-        "entries a position": f"{summary['entries_per_position']:.1f}",
+        "bytes per position": f"{summary['bytes_per_position']:.1f}",
         "answers cut": f"{totals['truncated']:,}",
         "rows left out": f"{totals['skipped']:,}",
         "rows equal to an earlier one": f"{totals['duplicates']:,}",
@@ -170,8 +138,7 @@ def _contents(summary: dict[str, Any]) -> dict[str, str]:
 def _quality(summary: dict[str, Any]) -> dict[str, str]:
     sample = summary["sample"]
     mass = {
-        f"kept mass, T = {t}": f"{values['mean']:.5f} in the mean"
-        for t, values in sample["kept_mass"].items()
+        f"kept mass, T = {t}": f"{values['mean']:.5f} on average" for t, values in sample["kept_mass"].items()
     }
     return {
         "sampled": f"{sample['rows']:,} rows, {sample['positions']:,} positions",
@@ -179,47 +146,3 @@ def _quality(summary: dict[str, Any]) -> dict[str, str]:
         **{f"teacher's entropy, T = {t}": f"{value:.3f} nats" for t, value in sample["entropy"].items()},
         "teacher's cross-entropy": f"{sample['cross_entropy']:.3f} nats",
     }
-
-
-def _figures(sample: Sample) -> list[str]:
-    captions = {
-        "entries": "Uncertain positions keep more entries, by themselves.",
-        "certainty": "Means over an example's positions.",
-        "bytes": "What an example costs follows from how sure the teacher is.",
-    }
-    drawings = [(draw, captions[name]) for name, draw in DRAWINGS.items()]
-    kept = "Sums of a position's weights; of a draw one in expectation, of a cut what was kept."
-    return [
-        figure(partial(draw, sample=sample), caption) for draw, caption in [*drawings, (draw_kept_mass, kept)]
-    ]
-
-
-def _examples(found: list[Shown], background: Background) -> list[Section]:
-    kinds = Counter(one.example.kind or "(none)" for one in found)
-    rows = []
-    for kind, number in kinds.most_common():
-        of_kind = [one for one in found if (one.example.kind or "(none)") == kind]
-        positions = sum(one.row.num_positions for one in of_kind)
-        entropy = sum(float(one.row.entropy_sums[0]) for one in of_kind) / positions
-        ce = sum(one.row.ce_sum for one in of_kind) / positions
-        size = sum(len(one.row.payload) for one in of_kind) / positions
-        rows.append([kind, str(number), f"{positions:,}", f"{entropy:.3f}", f"{ce:.3f}", f"{size:.1f}"])
-    head = ["kind of question", "examples", "positions", "entropy", "cross-entropy", "bytes a position"]
-    surest, least = (
-        cards([_card(one, background) for one in shown[:NUM_SHOWN]]) for shown in (found, found[::-1])
-    )
-    return [
-        Section(f"Composition, of {len(found)} random examples", [table(head, rows)]),
-        Section("Where the teacher is surest", [surest]),
-        Section("Where it is least sure", [least]),
-    ]
-
-
-def _card(one: Shown, background: Background) -> str:
-    values = {
-        "question": one.example.question,
-        "answer": one.example.answer,
-        "teacher": f"entropy {one.entropy:.3f}, cross-entropy {one.cross_entropy:.3f} nats a position",
-        "kept": f"{one.row.num_positions} positions, {len(one.row.payload)} bytes",
-    }
-    return card(one.example.image, values, background=background)

@@ -25,6 +25,7 @@ from shared.recipes.files import apply_overrides, validate_tree
 from shared.runtime import World, environment
 from stage1_teacher.inspection.audit import audit
 from stage1_teacher.inspection.audit import show as show_findings
+from stage1_teacher.inspection.captures import capture_records
 from stage1_teacher.inspection.plots import plot_cache
 from stage1_teacher.inspection.report import write_cache_report
 
@@ -101,28 +102,12 @@ def recipe_of_cache(reader: CacheReader, overrides: Sequence[str] = ()) -> Recip
     Raises   CacheFormatError  when the log is not there or holds none, as in a merged cache
              RecipeError       when it does not fit the overrides
     """
-    try:
-        lines = open_folder(reader.location).read(LOG_NAME).splitlines()
-    except FileNotFoundError:
-        lines = []
-    for line in reversed(lines):
-        tree = _recipe_in(line)
-        if tree is not None:
-            tree = apply_overrides(tree, overrides, Recipe)
-            return validate_tree(Recipe, tree, origin=f"cache {reader.location}, {LOG_NAME}")
+    if records := capture_records(reader.location):
+        tree = apply_overrides(records[-1]["recipe"], overrides, Recipe)
+        return validate_tree(Recipe, tree, origin=f"cache {reader.location}, {LOG_NAME}")
     raise CacheFormatError(
         f"cache {reader.location}: its {LOG_NAME} does not hold the recipe it was captured with. Give it: --recipe"
     )
-
-
-def _recipe_in(line: bytes) -> dict[str, Any] | None:
-    """The recipe of a line of the log; None where it has none, or is damaged: the log is no part of the cache."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    tree = record.get("recipe") if isinstance(record, dict) else None
-    return tree if isinstance(tree, dict) else None
 
 
 def _find_recipe(reader: CacheReader, name: str | None, overrides: Sequence[str]) -> Recipe:

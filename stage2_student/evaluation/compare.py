@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shared.reports.figures import require_matplotlib, save_png
 from stage2_student.evaluation.cache_uses import cache_uses
 from stage2_student.evaluation.evaluated import STUDENT, TEACHER
-from stage2_student.evaluation.run_records import RunRecord, labels, points
+from stage2_student.evaluation.run_records import RunRecord, labels
 from stage2_student.evaluation.scores import Scores
 from stage2_student.runs.files import write_json
 
@@ -118,29 +116,6 @@ def legend(runs: Sequence[RunRecord]) -> list[str]:
             f"note: shown for the questions that all were asked; more were answered: {', '.join(fewer)}"
         )
     return lines
-
-
-def plot(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """Curves of validation CE and KL over steps, one line a run; returns the pictures' paths.
-
-    Raises   RecipeError  when matplotlib is not installed
-    """
-    require_matplotlib()
-    folder.mkdir(parents=True, exist_ok=True)
-    return [
-        save_png(partial(_draw_validations, runs=runs, field=field, title=title), folder / f"{field}.png")
-        for field, title in (("ce_loss", "cross-entropy"), ("kl", "divergence from the teacher"))
-    ]
-
-
-def _draw_validations(axes: Any, *, runs: Sequence[RunRecord], field: str, title: str) -> None:
-    for number, (label, run) in enumerate(zip(labels(runs), runs, strict=True)):
-        if found := points(run, "validation", field):
-            color = f"C{number}"  # of a run, the same in every figure
-            axes.plot(*zip(*found, strict=True), marker="o", markersize=3, label=label, color=color)
-    axes.set(title=f"Validation: {title}", xlabel="step", ylabel="nats a position")
-    if axes.lines:
-        axes.legend(frameon=False)
 
 
 def save(runs: Sequence[RunRecord], path: Path) -> None:

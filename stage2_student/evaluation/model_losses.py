@@ -81,7 +81,7 @@ def _validated(
     )
     microbatches = MicrobatchSource(found.split, found.rows, processor, cache)
     student = build_student(_plain(recipe, source), world, num_token_ids=processor.num_token_ids)
-    losses = validate(student, microbatches, slots, world, num_workers=recipe.run.num_workers)
+    losses = validate(student, microbatches, slots, world, num_workers=recipe.run.num_workers).losses
     del student
     world.release_memory()
     return losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -106,6 +107,7 @@ def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) ->
         "cache": _cache(inputs),
         "positions_per_s": metrics.positions_per_s or 0.0,
         "data_wait": metrics.wait_s / max(metrics.training_s, 1e-9),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "times_s": {
             "training": metrics.training_s,
             "validation": sum(record["validation_s"] for record in metrics.validations),

@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +174,19 @@ class RunFolder:
         world.barrier()  # all have looked before the first rank cleans up
         if world.is_main:
             write_text(self.recipe, recipe_text(recipe))
-            write_json(self.path / "environment.json", environment() | {"num_ranks": world.size})
+            write_json(self.path / "environment.json", self._environment(world))
             self.checkpoints.mend()
             done = latest.facts.step if latest else -1  # no checkpoint: not even the first validation counts
             self.metrics.keep(lambda record: _is_record(record) and record["step"] <= done)
         world.barrier()
         keep_library_output(self.log)
+
+    def _environment(self, world: World) -> dict[str, Any]:
+        """As it is now, and when the run began, which going on with it does not change."""
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            began = str(json.loads((self.path / "environment.json").read_bytes())["began"])
+        return environment() | {"num_ranks": world.size, "began": began}
 
     def predictions(self, split: Split) -> Path:
         return self.evaluation / f"{split}.parquet"

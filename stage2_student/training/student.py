@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch._dynamo as dynamo
@@ -38,8 +39,21 @@ from shared.runtime import World
 from shared.sparse import SparseTargets
 from stage2_student.training.freezing import find_parts, freeze
 from stage2_student.training.lora import add_adapters
+from stage2_student.training.reliability import student_reliability
 
 KL_TEMPERATURE = 1.0  # of the KL that is reported, whatever the loss's own, so that students can be compared
+
+
+class Measured(NamedTuple):
+    """Of N positions.
+
+    kl           to the teacher at temperature 1, () fp32, nats, a sum; None where the targets do not give it
+    reliability  the student's, as ``training.reliability`` has it
+    """
+
+    losses: LossSums
+    kl: Tensor | None
+    reliability: Tensor
 
 
 class StudentWithLoss(nn.Module):
@@ -64,18 +78,16 @@ class StudentWithLoss(nn.Module):
 
     def measure(
         self, inputs: dict[str, Tensor], position_index: Tensor, labels: Tensor, targets: SparseTargets | None
-    ) -> tuple[LossSums, Tensor | None]:
-        """As ``forward``, and KL to the teacher at temperature 1; called by all ranks.
-
-        Returns  the losses; () fp32, nats, a sum over the N positions: None where the targets do not give it
-        """
+    ) -> Measured:
+        """As ``forward``, and what only validation asks for; called by all ranks."""
         hidden_ND = self._hidden(inputs, position_index)
         losses = self._losses(hidden_ND, labels, targets, self._temperature)
-        if targets is None or KL_TEMPERATURE not in targets.temperatures:
-            return losses, None
-        if self._temperature == KL_TEMPERATURE:
-            return losses, losses.kd  # times T squared, which is one
-        return losses, self._losses(hidden_ND, labels, targets, KL_TEMPERATURE).kd
+        kl = None
+        if targets is not None and KL_TEMPERATURE in targets.temperatures:
+            # The loss's own KD is times T squared, which is one at this temperature.
+            at_one = self._temperature == KL_TEMPERATURE
+            kl = (losses if at_one else self._losses(hidden_ND, labels, targets, KL_TEMPERATURE)).kd
+        return Measured(losses, kl, student_reliability(hidden_ND, split(self.model)[1], labels))
 
     @property
     def _temperature(self) -> float:

@@ -25,7 +25,7 @@ from stage2_student.training.optim import learning_rate, make_optimizer, set_lea
 from stage2_student.training.order import Slot, StepShape, pass_slots, training_slots
 from stage2_student.training.step import Losses, StepResult, seed_step, train_step
 from stage2_student.training.student import build_student, reshard
-from stage2_student.training.validate import validate
+from stage2_student.training.validate import Validation, validate
 
 
 class Trainer:
@@ -189,16 +189,17 @@ class Trainer:
         self.folder.checkpoints.wait()  # workers are forked here, and a fork beside a busy thread may hang
         begin = time.perf_counter()
         try:
-            losses = self._validation_losses()
+            found = self._measure()
         except (CacheFormatError, CacheMismatchError) as error:
             if self.inputs.cache is not None:
                 raise
             if self.world.is_main:  # the cache is of no use to validation, and training does without it
                 tqdm.write(f"note: {no_kl(error)}")
             self.inputs = replace(self.inputs, validation_cache=None)
-            losses = self._validation_losses()
+            found = self._measure()
+        losses = found.losses
         record = {"event": "validation", "step": self.step, **_named(losses, distils=self.recipe.distils)}
-        record |= {"kl": losses.kl, "teacher_ce_loss": losses.teacher_ce}
+        record |= {"kl": losses.kl, "teacher_ce_loss": losses.teacher_ce, **found.calibration()}
         record["validation_s"] = time.perf_counter() - begin
         self._log(record)
         if self.world.is_main:
@@ -208,7 +209,7 @@ class Trainer:
             tqdm.write(f"step {self.step} of {self.num_steps}: validation {figures}, nats a position")
         return losses
 
-    def _validation_losses(self) -> Losses:
+    def _measure(self) -> Validation:
         assert self.inputs.validation is not None
         slots = pass_slots(
             self.inputs.validation.lengths,

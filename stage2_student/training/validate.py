@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from shared.kd_loss import LossSums
 from shared.progress import progress
+from shared.reports.reliability import NUM_BINS, Reliability
 from shared.runtime import World
 from stage2_student.training.agreement import in_agreement
 from stage2_student.training.feed import MicrobatchSource, feed
 from stage2_student.training.order import Slot
+from stage2_student.training.reliability import teacher_reliability
 from stage2_student.training.step import Losses, reduce_losses
 from stage2_student.training.student import KL_TEMPERATURE, StudentWithLoss, reshard
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The student's losses and calibration, and the teacher's calibration on the same positions, from the cache."""
+
+    losses: Losses
+    reliability: Reliability
+    teacher_reliability: Reliability | None
+
+    def calibration(self) -> dict[str, Any]:
+        """As the log holds it, and reports draw it."""
+        teacher = self.teacher_reliability
+        return {
+            "reliability": self.reliability.to_json(),
+            "teacher_reliability": None if teacher is None else teacher.to_json(),
+        }
 
 
 @torch.no_grad()
@@ -26,7 +47,7 @@ def validate(
     world: World,
     *,
     num_workers: int,
-) -> Losses:
+) -> Validation:
     """Called by all ranks, with slots of equal number; some may count for nothing.
 
     Holds    with a cache the teacher's CE is among the losses; so is KL, where it has targets of temperature 1
@@ -34,6 +55,8 @@ def validate(
     sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=world.device)
     kl_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     teacher_ce_sum = 0.0
+    own_3B = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=world.device)
+    teacher_3B = torch.zeros_like(own_3B)
     fed = feed(
         source, [[slot] for slot in slots], num_workers=num_workers, pin_memory=world.device.type == "cuda"
     )
@@ -43,10 +66,13 @@ def validate(
         agreed, total=len(slots), desc="validating", unit="batch", leave=False, disable=not world.is_main
     ):
         one = step.microbatches[0].to(world.device)
-        losses, kl = student.measure(one.inputs, one.position_index, one.labels, one.targets)
+        losses, kl, reliability_3B = student.measure(one.inputs, one.position_index, one.labels, one.targets)
         sums += torch.stack([value.double() for value in losses])
         kl_sum += 0.0 if kl is None else kl.double()
         teacher_ce_sum += one.teacher_ce
+        own_3B += reliability_3B
+        if one.targets is not None:
+            teacher_3B += teacher_reliability(one.targets, one.labels)
     student.train()
     reshard(student)
     means, cache = reduce_losses(sums, world), source.cache
@@ -54,4 +80,15 @@ def validate(
     dist.all_reduce(teacher)
     kl_mean, teacher_ce = (teacher / max(1, means.num_positions)).tolist()
     has_kl = cache is not None and KL_TEMPERATURE in cache.temperatures
-    return replace(means, kl=kl_mean if has_kl else None, teacher_ce=None if cache is None else teacher_ce)
+    losses_of_all = replace(
+        means, kl=kl_mean if has_kl else None, teacher_ce=None if cache is None else teacher_ce
+    )
+    own, teachers = _reliability(own_3B), _reliability(teacher_3B)
+    return Validation(losses_of_all, own, None if cache is None else teachers)
+
+
+def _reliability(sums_3B: Tensor) -> Reliability:
+    """Of all ranks."""
+    total_3B = sums_3B.cpu()
+    dist.all_reduce(total_3B)
+    return Reliability(*(tuple(row) for row in total_3B.tolist()))

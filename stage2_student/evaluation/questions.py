@@ -1,0 +1,204 @@
+"""What runs were asked: scores by split and kind, and each question with the answers of all side by side."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import pyarrow.parquet as pq
+
+from shared.data.rows import VqaSplit, open_split
+from shared.errors import DataError, TeachonceError
+from shared.recipes import Recipe, Split, load_recipe
+from shared.reports.page import Section
+from shared.reports.pieces import Judged, card, cards, heading, paragraph, table
+from shared.reports.text import shorten
+from stage2_student.evaluation.answer_metrics import Interval
+from stage2_student.evaluation.evaluated import LABELS, STUDENT, UNTRAINED
+from stage2_student.evaluation.run_records import RunRecord, labels
+from stage2_student.evaluation.scores import read_scores
+from stage2_student.runs.run_folder import RunFolder
+
+NUM_SPREAD = 12  # questions, spread evenly over those asked
+NUM_DISPUTED = 6  # and some that the models answer differently
+CLEARLY = 0.3  # difference of token F1 between answers that are not short
+
+Line = dict[str, Any]  # of a file of predictions
+
+
+@dataclass
+class Question:
+    """Asked of one or more models, with its picture's split and row in the data of one of the runs."""
+
+    asked: Line
+    run: RunRecord
+    answers: dict[str, Line] = field(default_factory=dict)
+
+    def add(self, name: str, run: str, line: Line) -> None:
+        """References are named once where runs share them, and by their run where they differ."""
+        if self.answers.setdefault(name, line) is not line and self.answers[name]["answer"] != line["answer"]:
+            self.answers[f"{name} of {run}"] = line
+
+    @property
+    def is_disputed(self) -> bool:
+        """Whether one model is right, or clearly nearer, and another is not; untrained ones do not count."""
+        lines = [line for name, line in self.answers.items() if not name.startswith(UNTRAINED)]
+        if self.asked["is_short"]:
+            return len({line["is_right"] for line in lines}) > 1
+        scores = [line["token_f1"] for line in lines]
+        return max(scores, default=0.0) - min(scores, default=0.0) > CLEARLY
+
+
+def answer_sections(runs: Sequence[RunRecord]) -> list[Section]:
+    """One for each split of which questions were asked, at the end of training or later by ``evaluate``."""
+    sections = []
+    for split in get_args(Split):
+        pieces = _split_pieces(runs, split)
+        if pieces:
+            sections.append(Section(f"Answers, {split} split", pieces))
+    none = [paragraph("None were asked: `train-student evaluate` does.")]
+    return sections or [Section("Answers", none)]
+
+
+def _split_pieces(runs: Sequence[RunRecord], split: Split) -> list[str]:
+    found: dict[tuple[Any, ...], Question] = {}
+    pieces: list[str] = []
+    scores: list[tuple[str, dict[str, Any]]] = []
+    for name, run in zip(labels(runs), runs, strict=True):
+        path = RunFolder(run.path).evaluation / f"{split}.parquet"
+        if not path.exists():
+            continue
+        of_run = [(_name(name, one["model"], runs), one) for one in read_scores(path)]
+        known = [one for _, one in scores]
+        scores += [(label, one) for label, one in of_run if one not in known]
+        for line in pq.read_table(path).to_pylist():
+            key = tuple(line[part] for part in ("row", "image_sha256", "question", "reference"))
+            question = found.setdefault(key, Question(line, run))
+            question.add(name if line["model"] == STUDENT else line["model"], name, line)
+    if not found:
+        return []
+    pieces.append(_scores(scores))
+    if by_kind := _scores_by_kind(scores):
+        pieces.append(by_kind)
+    return pieces + _shown(list(found.values()), split)
+
+
+def _name(run: str, model: str, runs: Sequence[RunRecord]) -> str:
+    if model == STUDENT:
+        return run
+    return model if len(runs) == 1 else f"{model} of {run}"
+
+
+def _scores(scores: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    head = ["model", "questions", *LABELS.values(), "CE", "KL"]
+    rows = [
+        [
+            name,
+            str(one["num_examples"]),
+            *_intervals(one),
+            *("-" if one[loss] is None else f"{one[loss]:.4f}" for loss in ("ce", "kl")),
+        ]
+        for name, one in scores
+    ]
+    return table(
+        head, rows, caption="Scores, with 95 % intervals over pictures. CE and KL in nats per position"
+    )
+
+
+def _scores_by_kind(scores: Sequence[tuple[str, dict[str, Any]]]) -> str | None:
+    kinds = dict.fromkeys(kind for _, one in scores for kind in one.get("by_kind", {}))
+    if not kinds:
+        return None
+    rows = [
+        [
+            kind,
+            name,
+            str((one["by_kind"][kind]["exact_match"] or {}).get("count", 0)),
+            *_intervals(one["by_kind"][kind]),
+        ]
+        for kind in kinds
+        for name, one in scores
+        if kind in one.get("by_kind", {})
+    ]
+    head = ["kind of question", "model", "questions", *LABELS.values()]
+    return table(head, rows, caption="The same by kind of question")
+
+
+def _intervals(scores: dict[str, Any]) -> list[str]:
+    return [Interval(**scores[name]).text() if scores[name] else "-" for name in LABELS]
+
+
+def _shown(questions: list[Question], split: Split) -> list[str]:
+    """Some spread evenly over all, then some on which models do not agree."""
+    questions = sorted(questions, key=lambda one: one.asked["row"])
+    every = max(1, len(questions) // NUM_SPREAD)
+    spread = questions[::every][:NUM_SPREAD]
+    disputed = [one for one in questions if one.is_disputed and one not in spread][:NUM_DISPUTED]
+    pictures = _Pictures(split)
+    pieces = []
+    parts = {"Some questions, spread evenly": spread, "Where the models disagree": disputed}
+    for title, chosen in parts.items():
+        shown = [found for one in chosen if (found := pictures.card(one)) is not None]
+        if shown:
+            pieces += [heading(title), cards(shown)]
+    return pieces + [paragraph(note) for note in pictures.notes()]
+
+
+class _Pictures:
+    """Of one split, from the data of the runs, as long as these still have them."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self._opened: dict[Any, tuple[Recipe, VqaSplit] | TeachonceError] = {}
+        self._num_missing = 0
+
+    def card(self, question: Question) -> str | None:
+        """None where the picture is not there, or not the one that was asked about."""
+        opened = self._open(question.run)
+        if isinstance(opened, TeachonceError):
+            return None
+        recipe, examples = opened
+        image = self._image(examples, question.asked)
+        if image is None:
+            self._num_missing += 1
+            return None
+        asked = question.asked
+        values: dict[str, str | Judged] = {"question": asked["question"], "reference": asked["reference"]}
+        values |= {name: _judged(line) for name, line in question.answers.items()}
+        alt = f"The picture that was asked about: {shorten(asked['question'], 120)}"
+        return card(image, values, background=recipe.data.background, alt=alt)
+
+    def notes(self) -> list[str]:
+        """Why pictures are missing."""
+        found = [str(error) for error in self._opened.values() if isinstance(error, TeachonceError)]
+        if self._num_missing:
+            found.append(f"{self._num_missing} picture(s) are not those of the data any more.")
+        return list(dict.fromkeys(found))
+
+    def _open(self, run: RunRecord) -> tuple[Recipe, VqaSplit] | TeachonceError:
+        if run.path not in self._opened:
+            try:
+                recipe = load_recipe(RunFolder(run.path).recipe)
+                self._opened[run.path] = (recipe, open_split(recipe.data, self._split))
+            except TeachonceError as error:
+                self._opened[run.path] = error
+        return self._opened[run.path]
+
+    def _image(self, examples: VqaSplit, asked: Line) -> bytes | None:
+        if not asked["row"] < len(examples):
+            return None
+        try:
+            image = examples[asked["row"]].image
+        except DataError:
+            return None
+        return image if hashlib.sha256(image).hexdigest() == asked["image_sha256"] else None
+
+
+def _judged(line: Line) -> Judged:
+    """Right or wrong, where there is one way to say it; else how near the words are."""
+    cut = ["cut"] if line.get("is_cut") else []  # at max_new_tokens
+    if line["is_short"] or line["is_right"]:
+        return Judged(line["answer"], line["is_right"], *cut)
+    return Judged(line["answer"], None, ", ".join([f"token F1 {line['token_f1']:.0%}", *cut]))
