@@ -42,7 +42,7 @@ from shared.reports.pieces import (
     preformatted,
     table,
 )
-from shared.reports.text import label, visible
+from shared.reports.text import visible
 from shared.runtime import StopRequest, distributed
 from stage1_teacher.__main__ import commands as teacher_commands
 from stage1_teacher.capture import capture
@@ -57,7 +57,7 @@ LOOK = """<script>addEventListener("load", () => {
   for (const frame of document.querySelectorAll("iframe")) {
     const inside = frame.contentDocument, pictures = [...inside.images]
     found[frame.width] = {
-      needed: inside.documentElement.scrollWidth,
+      overflow: inside.documentElement.scrollWidth - inside.documentElement.clientWidth,
       pictures: pictures.length,
       broken: pictures.filter(one => !one.naturalWidth).length,
     }
@@ -193,7 +193,7 @@ def test_a_cache_with_its_examples(cache_page: Path) -> None:
         "Calibration",
         "By kind of question",
         "the whole recipe",
-        "first</span>",
+        "What the teacher expected",
     ):
         assert words in text
 
@@ -302,9 +302,11 @@ def test_the_command_finds_the_recipe_of_the_capture(tmp_path: Path, teacher_cac
 
 
 def see_through_cache(tree: dict[str, Any], folder: Path, *, background: str) -> tuple[Recipe, Path]:
-    """A cache of other data, whose pictures are transparent throughout."""
+    """A cache of other data, whose pictures are transparent but for one white point."""
     stream = io.BytesIO()
-    Image.new("RGBA", (40, 48)).save(stream, "PNG")
+    clear = Image.new("RGBA", (40, 48))
+    clear.putpixel((0, 0), (255, 255, 255, 255))
+    clear.save(stream, "PNG")
     source = folder / "data"
     (source / "pictures").mkdir(parents=True)
     (source / "pictures" / "clear.png").write_bytes(stream.getvalue())
@@ -406,7 +408,7 @@ def test_what_comes_from_data_is_escaped(name: str, tmp_path: Path) -> None:
     axis_name = "".join(
         "".join(element.itertext()) for element in drawn.iter("{http://www.w3.org/2000/svg}text")
     )
-    assert label(evil).strip()[:20].split()[0] in axis_name
+    assert visible(evil)[:20].split()[0] in axis_name
 
 
 def test_a_long_answer_is_folded_and_nothing_of_it_is_lost() -> None:
@@ -476,7 +478,7 @@ def test_a_browser_shows_it_at_both_widths(kind: str, request: pytest.FixtureReq
     found = json.loads(html.unescape(title[1]))
     for width in WIDTHS:
         assert found[str(width)] == {
-            "needed": width,
+            "overflow": 0,
             "pictures": page.read_text().count("<img"),
             "broken": 0,
         }

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import RecipeError
-from shared.reports.text import label
+from shared.reports.text import label, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,6 +178,7 @@ def _look() -> Iterator[None]:
 
 def _figure(draw: Draw) -> Figure:
     from matplotlib.figure import Figure  # without pyplot: no global state, and no screen is looked for
+    from matplotlib.text import Text
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
@@ -185,4 +186,6 @@ def _figure(draw: Draw) -> Figure:
     axes.grid(axis="y", color=LINE, linewidth=0.7)
     axes.set_axisbelow(True)
     draw(axes)
+    for text in figure.findobj(Text):
+        text.set_text(visible(text.get_text()))
     return figure

@@ -48,7 +48,8 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 .token { font-family: ui-monospace, monospace; background: var(--soft); border-radius: 3px; padding: 0 .2rem }
 .share { display: block; min-width: 6.5rem; padding: 0 .3rem;
          background: linear-gradient(to right, var(--bar) var(--part), transparent var(--part)) }
-.beside { display: grid; gap: 0 1.6rem; align-items: start; margin: 1rem 0 1.6rem }
+.beside { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0 1.6rem; align-items: start;
+          margin: 1rem 0 1.6rem }
 @media (min-width: 46rem) { .beside { grid-template-columns: 17rem minmax(0, 1fr) } }
 details { margin: .5rem 0 } summary { cursor: pointer; padding: .25rem 0 }
 pre { overflow-x: auto; background: var(--soft); padding: .8rem; border-radius: 6px; font-size: .85rem;

@@ -67,7 +67,7 @@ def _split_pieces(runs: Sequence[RunRecord], split: Split) -> list[str]:
     pieces: list[str] = []
     scores: list[tuple[str, dict[str, Any]]] = []
     for name, run in zip(labels(runs), runs, strict=True):
-        path = RunFolder(run.path).evaluation / f"{split}.parquet"
+        path = RunFolder(run.path).predictions(split)
         if not path.exists():
             continue
         of_run = [(_name(name, one["model"], runs), one) for one in read_scores(path)]

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from shared.reports.figures import Drawing, Series, add_legend, set_log
+from shared.reports.text import label
 from stage2_student.evaluation.compare import differing
 from stage2_student.evaluation.run_records import RunRecord
 
@@ -79,7 +80,7 @@ def _draw(axes: Any, *, lines: Lines, setting: str, unit: str) -> None:
             style["linestyle"] = "none"
         axes.plot(*zip(*points, strict=True), **style)
     if not is_numeric:
-        axes.set_xticks(range(len(ticks)), ticks)
+        axes.set_xticks(range(len(ticks)), list(map(label, ticks)))
     elif min(ticks) > 0 and max(ticks) / min(ticks) >= LOG_FROM:
         set_log(axes, "x")
     if is_numeric and len(ticks) <= MAX_TICKS:
