@@ -21,10 +21,11 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 from samples import encoded_picture
-from stage2_runs import make_recipe, run_alone
+from stage2_runs import make_recipe, run_alone, written_run
 
 from shared.cache import CacheReader
 from shared.cache.merge import merge
+from shared.data.rows import open_split
 from shared.errors import RecipeError
 from shared.recipes import Recipe
 from shared.reports.figures import Drawing
@@ -48,6 +49,12 @@ from stage1_teacher.__main__ import commands as teacher_commands
 from stage1_teacher.capture import capture
 from stage1_teacher.inspection.report import write_cache_report
 from stage2_student.__main__ import commands as student_commands
+from stage2_student.evaluation.answers import Generated, judge
+from stage2_student.evaluation.evaluated import STUDENT, TEACHER, UNTRAINED, Evaluated
+from stage2_student.evaluation.report import write_run_report
+from stage2_student.evaluation.run_records import read_run
+from stage2_student.evaluation.scores import keep
+from stage2_student.runs.run_folder import RunFolder
 
 pytest.importorskip("matplotlib")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -281,6 +288,47 @@ def test_answers_are_shown_with_the_pictures_they_were_given_for(
     (recipe.run.path / "recipe.yaml").write_text(yaml.safe_dump(settings))  # other pictures, and fewer
     assert "data:image/jpeg" not in page()
     assert "4 picture(s) are not those of the data any more" in page()
+
+
+def test_a_teacher_of_several_runs_is_shown_once_unless_it_answered_otherwise(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Students come first, in their order, and data that say anything at all are shown as they are."""
+    picture = encoded_picture(0)
+    source = tmp_path / "hostile"
+    source.mkdir()
+    (source / "a.png").write_bytes(picture)
+    question = HOSTILE["script"] + "\u202e"
+    row = {"image_id": "a.png", "question": question, "answer": "CT", "mode": HOSTILE["style"]}
+    (source / "train.jsonl").write_text(json.dumps(row) + "\n")
+    data = {
+        "source": str(source),
+        "splits": {"train": "train", "validation": None},
+        "columns": {"case": None},
+    }
+    runs = []
+    for name, teacher in (("<b>", "CT"), ("_b", "CT"), ("$c", "MR")):
+        recipe = make_recipe(tree | {"data": data}, run__name=name, loss__kd_ratio=0.0)
+        folder = RunFolder(written_run(recipe))
+        example = open_split(recipe.data, "train")[0]
+        answers = {STUDENT: "javascript:alert(1)", TEACHER: teacher, UNTRAINED: "\x00"}
+        judged = {
+            model: judge(example, Generated(text, False), split="train", short_answer_words=3)
+            for model, text in answers.items()
+        }
+        keep([Evaluated(model, model, (one,)) for model, one in judged.items()], folder.evaluation, "train")
+        runs.append(read_run(folder.path))
+    write_run_report(runs, tmp_path / "page.html")
+    found = assert_sound((tmp_path / "page.html").read_text())
+    texts = [text for text in found.texts if text.strip()]
+    card_begins = texts.index("question")
+    terms = ("reference", "<b>", "_b", "$c", "teacher", "untrained", "teacher of $c")
+    assert [text for text in texts[card_begins:] if text in terms][: len(terms)] == list(terms)
+    assert visible(question) in texts
+    assert "wrong" in " ".join(texts)
+    assert "(empty)" not in texts
+    assert "\\x00" in texts
+    assert HOSTILE["style"] in texts
 
 
 def test_without_the_data_there_is_a_reason_instead_of_examples(

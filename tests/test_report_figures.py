@@ -374,25 +374,14 @@ def asked(**changed: Any) -> dict[str, Any]:
 
 def test_models_disagree_where_one_is_right_and_another_is_not() -> None:
     question = Question(asked(), a_run("a"))
-    question.add("a", "a", asked())
-    question.add("untrained", "a", asked(is_right=False, answer="?"))
+    question.answers |= {"a": asked(), "untrained": asked(is_right=False, answer="?")}
     assert not question.is_disputed
-    question.add("b", "b", asked(is_right=False, answer="MR"))
+    question.answers["b"] = asked(is_right=False, answer="MR")
     assert question.is_disputed
     long = Question(asked(is_short=False), a_run("a"), {"a": asked(token_f1=0.5), "b": asked(token_f1=0.6)})
     assert not long.is_disputed
-    long.add("c", "c", asked(token_f1=0.1))
+    long.answers["c"] = asked(token_f1=0.1)
     assert long.is_disputed
-
-
-def test_a_teacher_of_several_runs_is_named_once_unless_it_answers_otherwise() -> None:
-    question = Question(asked(), a_run("a"))
-    for run, answer in (("a", "CT"), ("b", "CT"), ("c", "MR")):
-        question.add("teacher", run, asked(answer=answer))
-    assert {name: line["answer"] for name, line in question.answers.items()} == {
-        "teacher": "CT",
-        "teacher of c": "MR",
-    }
 
 
 # --- the look --------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: s
         for first, *rest in rows
     )
     return (
-        f'<div class="wide" role="region" tabindex="0" aria-label="{name}"><table><caption>{name}</caption>'
-        f"<thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>"
+        f'<div class="wide" role="region" tabindex="0" aria-label="{name}"><table>'
+        f"<caption><span>{name}</span></caption><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
 
 

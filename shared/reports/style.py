@@ -41,11 +41,12 @@ table { border-collapse: collapse; font-size: .92rem; margin: .3rem 0 .8rem }
 caption { text-align: left; color: var(--dim); font-size: .9rem; padding-bottom: .3rem }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 .wide th, .wide td { overflow-wrap: normal; white-space: nowrap } thead th { color: var(--dim); font-weight: 600 }
-.wide tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; max-width: 14rem }
-.wide caption { white-space: normal } tbody th { font-weight: 600 }
+.wide tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; max-width: 14rem }
+caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2rem); white-space: normal }
+tbody th { font-weight: 600 }
 .facts th { font-weight: 400; color: var(--dim); min-width: 8rem } .facts { width: 100% }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
-.token { font-family: ui-monospace, monospace; background: var(--soft); border-radius: 3px; padding: 0 .2rem }
+.token { white-space: pre; font-family: ui-monospace, monospace; background: var(--soft);
+         border-radius: 3px; padding: 0 .2rem }
 .share { display: block; min-width: 6.5rem; padding: 0 .3rem;
          background: linear-gradient(to right, var(--bar) var(--part), transparent var(--part)) }
 .beside { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0 1.6rem; align-items: start;

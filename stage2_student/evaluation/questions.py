@@ -25,7 +25,7 @@ NUM_SPREAD = 12  # questions, spread evenly over those asked
 NUM_DISPUTED = 6  # and some that the models answer differently
 CLEARLY = 0.3  # difference of token F1 between answers that are not short
 
-Line = dict[str, Any]  # of a file of predictions
+Line = dict[str, Any]  # what one model answered, or its scores
 
 
 @dataclass
@@ -35,11 +35,6 @@ class Question:
     asked: Line
     run: RunRecord
     answers: dict[str, Line] = field(default_factory=dict)
-
-    def add(self, name: str, run: str, line: Line) -> None:
-        """References are named once where runs share them, and by their run where they differ."""
-        if self.answers.setdefault(name, line) is not line and self.answers[name]["answer"] != line["answer"]:
-            self.answers[f"{name} of {run}"] = line
 
     @property
     def is_disputed(self) -> bool:
@@ -64,34 +59,35 @@ def answer_sections(runs: Sequence[RunRecord]) -> list[Section]:
 
 def _split_pieces(runs: Sequence[RunRecord], split: Split) -> list[str]:
     found: dict[tuple[Any, ...], Question] = {}
-    pieces: list[str] = []
-    scores: list[tuple[str, dict[str, Any]]] = []
+    scores: dict[str, dict[str, Any]] = {}
     for name, run in zip(labels(runs), runs, strict=True):
         path = RunFolder(run.path).predictions(split)
         if not path.exists():
             continue
-        of_run = [(_name(name, one["model"], runs), one) for one in read_scores(path)]
-        known = [one for _, one in scores]
-        scores += [(label, one) for label, one in of_run if one not in known]
+        for one in read_scores(path):
+            _add(scores, name if one["model"] == STUDENT else one["model"], name, one)
         for line in pq.read_table(path).to_pylist():
             key = tuple(line[part] for part in ("row", "image_sha256", "question", "reference"))
             question = found.setdefault(key, Question(line, run))
-            question.add(name if line["model"] == STUDENT else line["model"], name, line)
+            _add(question.answers, name if line["model"] == STUDENT else line["model"], name, line)
     if not found:
         return []
-    pieces.append(_scores(scores))
-    if by_kind := _scores_by_kind(scores):
-        pieces.append(by_kind)
-    return pieces + _shown(list(found.values()), split)
+    listed = _students_first(scores)
+    tables = [_scores(listed), *_scores_by_kind(listed)]
+    return tables + _shown(list(found.values()), split)
 
 
-def _name(run: str, model: str, runs: Sequence[RunRecord]) -> str:
-    if model == STUDENT:
-        return run
-    return model if len(runs) == 1 else f"{model} of {run}"
+def _add(known: dict[str, Line], name: str, run: str, new: Line) -> None:
+    """References are named once where runs share them, and by their run where they differ."""
+    if known.setdefault(name, new) != new:
+        known[f"{name} of {run}"] = new
 
 
-def _scores(scores: Sequence[tuple[str, dict[str, Any]]]) -> str:
+def _students_first(lines: dict[str, Line]) -> list[tuple[str, Line]]:
+    return sorted(lines.items(), key=lambda pair: pair[1]["model"] != STUDENT)
+
+
+def _scores(scores: Sequence[tuple[str, Line]]) -> str:
     head = ["model", "questions", *LABELS.values(), "CE", "KL"]
     rows = [
         [
@@ -107,23 +103,17 @@ def _scores(scores: Sequence[tuple[str, dict[str, Any]]]) -> str:
     )
 
 
-def _scores_by_kind(scores: Sequence[tuple[str, dict[str, Any]]]) -> str | None:
+def _scores_by_kind(scores: Sequence[tuple[str, Line]]) -> list[str]:
+    """A table; none where the data have no kinds."""
     kinds = dict.fromkeys(kind for _, one in scores for kind in one.get("by_kind", {}))
-    if not kinds:
-        return None
-    rows = [
-        [
-            kind,
-            name,
-            str((one["by_kind"][kind]["exact_match"] or {}).get("count", 0)),
-            *_intervals(one["by_kind"][kind]),
-        ]
-        for kind in kinds
-        for name, one in scores
-        if kind in one.get("by_kind", {})
-    ]
+    rows = []
+    for kind in kinds:
+        for name, one in scores:
+            if (of_kind := one.get("by_kind", {}).get(kind)) is not None:
+                count = (of_kind["exact_match"] or {}).get("count", 0)
+                rows.append([kind, name, str(count), *_intervals(of_kind)])
     head = ["kind of question", "model", "questions", *LABELS.values()]
-    return table(head, rows, caption="The same by kind of question")
+    return [table(head, rows, caption="The same by kind of question")] if rows else []
 
 
 def _intervals(scores: dict[str, Any]) -> list[str]:
@@ -166,7 +156,7 @@ class _Pictures:
             return None
         asked = question.asked
         values: dict[str, str | Judged] = {"question": asked["question"], "reference": asked["reference"]}
-        values |= {name: _judged(line) for name, line in question.answers.items()}
+        values |= {name: _judged(line) for name, line in _students_first(question.answers)}
         alt = f"The picture that was asked about: {shorten(asked['question'], 120)}"
         return card(image, values, background=recipe.data.background, alt=alt)
 
