@@ -102,7 +102,9 @@ def _draw(axes: Any, *, found: Mapping[str, tuple[Reliability, Series | None]]) 
         style = style if series is None else series.points()
         named = f"{label(name)}, ECE {one.error:.1%}"
         points = one.points()
-        axes.plot([x for x, _ in points], [y for _, y in points], **style | {"label": named})
+        axes.plot(
+            [x for x, _ in points], [y for _, y in points], **style | {"label": named, "clip_on": False}
+        )
     axes.set(
         xlim=(0, 1),
         ylim=(0, 1),
