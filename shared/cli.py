@@ -17,6 +17,7 @@ import click
 
 from shared.errors import TeachonceError
 from shared.library_output import LibraryOutput, quiet_libraries
+from shared.threads import set_threads
 
 FILE = click.Path(path_type=Path, dir_okay=False)  # to be written
 FOLDER = click.Path(path_type=Path, file_okay=False)  # to write into
@@ -54,6 +55,7 @@ def run(group: click.Command, *, starts_ours: bool = False) -> None:
 
     starts_ours  the command starts programs of ours, which have the screen as well
     """
+    set_threads()
     with LibraryOutput.collected(native=not starts_ours) as output:
         sys.exit(_status(group, output))
 

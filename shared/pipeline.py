@@ -27,6 +27,7 @@ from shared.library_output import quiet_libraries
 from shared.recipes import Recipe, TeacherConfig, baseline_of, load_recipe
 from shared.runtime import INTERRUPTED_STATUS
 from shared.survey import cache_covers
+from shared.threads import share_cores
 
 SETTINGS_A_TEACHER_SHARES = ("data.", "data=", "bootstrap.", "bootstrap=")
 SETTINGS_OF_A_RUN_ALONE = ("loss.", "loss=", "run.name=", "run=", "evaluation.baseline=", "evaluation=")
@@ -165,7 +166,7 @@ def launch(
     """Runs a stage's command in ``nproc`` processes under torchrun and returns the first bad exit status."""
     arguments = ["--standalone", f"--nproc-per-node={nproc}", "-m", module, verb, recipe]
     arguments += [*_as_options(overrides), *stage_arguments]
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(nproc)))
+    share_cores(os.environ, nproc)
     announce(WHAT[module].format(recipe=recipe), f"torchrun {' '.join(arguments)}")
     return run_torchrun(arguments)
 
@@ -189,15 +190,6 @@ def run_torchrun(arguments: Sequence[str]) -> int:
     except SignalException:  # torchrun has handed it on to the processes, and waited for them
         return INTERRUPTED_STATUS
     return 0
-
-
-def threads_per_process(nproc: int) -> int:
-    """Cores divided by processes, each with one data-loader worker beside it.
-
-    A thread too many is worse than one too few: OpenMP's threads spin while they wait, and where they spin
-    against a worker, a training step took ten times as long (two cores: 0.29 to 3.2 s).
-    """
-    return max(1, (os.cpu_count() or 1) // nproc - 1)
 
 
 def _as_options(overrides: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ from shared.data.fingerprints import digest
 from shared.errors import RecipeError
 from shared.recipes import Recipe, load_recipe
 from shared.runtime import INTERRUPTED_STATUS, stop_on_sigterm
+from shared.threads import share_cores
 
 POLL_S = 0.2
 MAX_NAME = 120  # characters; file systems take 255 bytes, and suffixes are to come
@@ -194,7 +195,7 @@ def _start(job: Job, slot: int, num_parallel: int) -> _Attempt:
         visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[slot % num_gpus]
     else:  # spinning threads of one job would take the cores of another
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_parallel)))
+        share_cores(environment, num_parallel)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
         log_begin = log.tell()

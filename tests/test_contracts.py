@@ -14,8 +14,9 @@ STAGES = {"stage1_teacher", "stage2_student"}
 
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
-    {"errors", "library_output"},
-    {"recipes", "phantom", "cli", "runtime", "progress"},
+    {"errors", "library_output", "threads"},
+    {"cli"},
+    {"recipes", "phantom", "runtime", "progress"},
     {"models", "sparse"},
     {"codec", "data"},
     {"reports", "kd_loss", "cache"},

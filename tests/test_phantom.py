@@ -163,10 +163,10 @@ def test_foreign_files_are_not_overwritten(tmp_path: Path) -> None:
 
 def test_arguments_are_checked_together(tmp_path: Path) -> None:
     arguments = ["--train=0", "--seed=-1", "--size=8"]
-    result = CliRunner().invoke(main, [str(tmp_path / "out"), *arguments])
-    assert result.exit_code == DataError.exit_status
+    with pytest.raises(DataError) as refused:
+        main.main([str(tmp_path / "out"), *arguments], standalone_mode=False)
     for words in ("train 0: at least one", "seed -1", "size 8: 64 to 1024"):
-        assert words in result.output
+        assert words in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -194,12 +194,12 @@ def test_cores_are_shared_by_the_jobs_there_are(
     script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("shared.threads.num_cores", lambda: 16)
     jobs = [script("import os; print(os.environ['OMP_NUM_THREADS'])", name) for name in ("one", "two")]
     run_sweep(jobs[:1], num_parallel=8)
-    assert jobs[0].log.read_text().split() == ["16"]
+    assert jobs[0].log.read_text().split() == ["15"]
     run_sweep(jobs, num_parallel=8)
-    assert [job.log.read_text().split()[-1] for job in jobs] == ["8", "8"]
+    assert [job.log.read_text().split()[-1] for job in jobs] == ["7", "7"]
 
 
 @pytest.mark.parametrize(("num_gpus", "at_once"), [(0, 1), (1, 1), (2, 2)])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 import click
 
-from shared.errors import DataError
+from shared.cli import run
 from shared.phantom.dataset import SPLITS, write_dataset
 from shared.phantom.questions import QUESTIONS_PER_PICTURE
 
@@ -25,12 +24,7 @@ def main(out: str, train: int, validation: int, test: int, seed: int, size: int)
     """Draws medical-looking pictures with questions into the folder OUT, as Parquet files."""
     pictures = dict(zip(SPLITS, (train, validation, test), strict=True))
     begun = time.perf_counter()
-    try:
-        drawn = write_dataset(out, pictures=pictures, seed=seed, size=size)
-    except DataError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_status)
-    if not drawn:
+    if not write_dataset(out, pictures=pictures, seed=seed, size=size):
         click.echo(f"{out}: already drawn with these arguments")
         return
     seconds = time.perf_counter() - begun
@@ -40,4 +34,4 @@ def main(out: str, train: int, validation: int, test: int, seed: int, size: int)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
