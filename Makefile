@@ -2,29 +2,53 @@
 RECIPE ?= phantom
 NPROC  ?= 1
 ARGS   ?=
-EXTRAS ?= dev,lora
+EXTRAS ?= lora
 PYTHON ?= python3
+NUM_WORKERS ?= logical
 
-VENV   := .venv
-BIN    := $(VENV)/bin
-comma  := ,
-STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
-export TOKENIZERS_PARALLELISM := false
+VENV := .venv
+BIN  := $(VENV)/bin
+
+# What must be in the environment: what the user asks for, and what the goals need beside it.  The stamp holds what is
+# in it, all that was ever asked for.  So pip runs when something is missing or one of the two files has other content,
+# and then installs everything that was there before; otherwise nothing reaches for the network.
+comma     := ,
+empty     :=
+space     := $(empty) $(empty)
+STAMP     := $(VENV)/.installed
+FOR_TESTS := test lora report s3 tracking
+FILES     := files-$(firstword $(shell cat pyproject.toml constraints.txt | cksum))
+WANTED    := $(subst $(comma),$(space),$(EXTRAS)) \
+             $(if $(filter test,$(MAKECMDGOALS)),$(FOR_TESTS)) $(if $(filter check lint,$(MAKECMDGOALS)),dev $(FOR_TESTS))
+INSTALLED := $(shell cat $(STAMP) 2>/dev/null)
+MISSING   := $(filter-out $(INSTALLED),$(FILES) $(WANTED))
+UNION     := $(sort $(filter-out files-%,$(INSTALLED)) $(WANTED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-cache train-student test check bench bench-gpu clean
+.PHONY: help setup install teacher-cache train-student test lint check bench bench-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  RECIPE=name or file (default phantom)   NPROC=processes (default 1)   ARGS='--set section.key=value ...'"
+	@echo "  EXTRAS=lora,report,s3,tracking,vision   PYTHON=python3.12, to make .venv with"
 
-setup: $(STAMP)  ## make .venv and install with exact versions; a no-op when nothing changed
+setup: $(if $(MISSING),install)  ## make .venv and install with exact versions; a no-op when nothing changed
+	@:
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
-	@touch $@
+install: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e ".$(if $(UNION),[$(subst $(space),$(comma),$(UNION))])"
+	@echo $(FILES) $(UNION) > $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "error: Python 3.11 or later is needed, and $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing)." \
+	        "Install one, and name it: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "error: $(PYTHON) cannot make environments. Install its venv module (Debian, Ubuntu: apt install" \
+	        "python3-venv), or name another Python: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
 
 teacher-cache: setup  ## stage one: run the frozen teacher once, write the cache
 	@$(BIN)/python -m shared.pipeline teacher-cache "$(RECIPE)" --nproc $(NPROC) $(ARGS)
@@ -32,14 +56,16 @@ teacher-cache: setup  ## stage one: run the frozen teacher once, write the cache
 train-student: setup  ## stage two: train a student from the cache; makes the cache first when it is missing
 	@$(BIN)/python -m shared.pipeline train-student "$(RECIPE)" --nproc $(NPROC) $(ARGS)
 
-test: setup  ## all tests
-	$(BIN)/python -m pytest
+test: setup  ## all tests, on NUM_WORKERS processes (default: as many as there are cores)
+	$(BIN)/python -m pytest -n $(NUM_WORKERS) --dist loadfile
 
-check: setup  ## format, lint, types, fast tests: before every commit
+lint: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+check: lint  ## format, lint, types, fast tests: before every commit
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(NUM_WORKERS) --dist loadfile
 
 bench: setup  ## ratios and counts, measured side by side in one run
 	$(BIN)/python -m tests.benchmarks
@@ -49,4 +75,4 @@ bench-gpu: setup  ## figures that need an NVIDIA GPU
 
 clean:  ## remove what recipes and tools wrote here (the environment in .venv stays)
 	rm -rf work .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
-	find shared stage1_teacher stage2_student tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

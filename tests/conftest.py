@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,17 @@ from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import Example
 from shared.recipes import DataConfig, Recipe
 from shared.small_models import make_small_model, train_tokenizer
+
+
+@pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes a package look as if it were not installed."""
+
+    def hide_package(name: str) -> None:
+        for loaded in [name, *(module for module in sys.modules if module.startswith(f"{name}."))]:
+            monkeypatch.setitem(sys.modules, loaded, None)
+
+    return hide_package
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -177,9 +189,9 @@ def distillation_tree(
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """A server on this machine that speaks the S3 protocol."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    from moto.server import ThreadedMotoServer  # Flask, which few tests need
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"

@@ -349,7 +349,6 @@ def test_a_summary_of_a_sample_and_of_nothing(tmp_path: Path) -> None:
 
 
 def test_pictures_of_a_cache(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     capture(tmp_path / "cache", range(20))
     arguments = ["inspect", str(tmp_path / "cache"), "--plots", str(tmp_path / "plots")]
     result = CliRunner().invoke(commands, arguments, catch_exceptions=False)

@@ -56,7 +56,6 @@ from stage2_student.evaluation.run_records import read_run
 from stage2_student.evaluation.scores import keep
 from stage2_student.runs.run_folder import RunFolder
 
-pytest.importorskip("matplotlib")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = (390, 1280)
 LOOK = """<script>addEventListener("load", () => {
@@ -499,7 +498,7 @@ def test_a_picture_that_cannot_be_decoded() -> None:
         card(b"no picture", {}, alt="none")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH, and pip has none")
 @pytest.mark.parametrize("kind", ["cache", "runs"])
 def test_a_browser_shows_it_at_both_widths(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     page: Path = request.getfixturevalue("cache_page" if kind == "cache" else "run_page")

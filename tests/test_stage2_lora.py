@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -26,8 +27,6 @@ from shared.data.rows import Example
 from shared.errors import RecipeError
 from shared.models.vlm import load_vlm
 from stage2_student.__main__ import commands
-
-peft = pytest.importorskip("peft")
 
 
 @pytest.fixture
