@@ -53,6 +53,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
         if world.is_main:
             if recipe.run.export and checkpoint is not None and not folder.export.exists():
                 export_checkpoint(folder, checkpoint, folder.export)
+            refresh_card(folder)  # not yet done where the process was killed after its results
             print_summary(recipe, results)
         return 0
     if checkpoint is None:

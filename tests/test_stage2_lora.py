@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from stage2_runs import (
     assert_same_state,
     make_recipe,
@@ -102,6 +103,7 @@ def test_the_adapter_and_the_merged_model_answer_alike(
     export = recipe.run.path / "export"
     assert (export / "adapter_model.safetensors").exists()
     assert not list(export.glob("model*.safetensors"))
+    assert ModelCard((export / "README.md").read_text()).data.library_name == "peft"
     with_adapter = peft.PeftModel.from_pretrained(base_of(student_folder), str(export))
 
     merged = tmp_path / "merged"

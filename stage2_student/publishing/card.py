@@ -113,8 +113,9 @@ def refresh_card(folder: RunFolder) -> None:
     text = card.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    if begin and end:
-        write_text(card, before + scores_section(facts, folder) + after)
+    new = before + scores_section(facts, folder) + after
+    if begin and end and new != text:
+        write_text(card, new)
 
 
 def scores_section(facts: dict[str, Any], folder: RunFolder) -> str:
@@ -201,7 +202,7 @@ def _evaluations(folder: RunFolder, step: int) -> Iterator[str]:
             continue
         labels = [*SCORES.values(), "CE", "KL", "cut"]
         split = path.stem.partition("-")[0]
-        yield f"\nSplit `{split}`, greedy answers; means with 95 % intervals over pictures; cut: at `max_new_tokens`:\n"
+        yield f"\nSplit `{split}`, greedy answers; 95 % intervals over pictures; cut: at `max_new_tokens`:\n"
         yield f"| | questions | {' | '.join(labels)} |\n|{'---|' * (len(labels) + 2)}"
         for one in models:
             cells = [

@@ -3,6 +3,7 @@
 recipe.yaml         as resolved
 environment.json    versions, commit, machine
 metrics.jsonl       a line for each step and each validation
+sources.json        names and cache it was made of, for its model card
 model/              the small files of the student's original folder: configuration, tokenizer, processor
 checkpoints/        whole ones only
 export/             a Hugging Face folder
