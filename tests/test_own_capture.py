@@ -18,6 +18,7 @@ from shared.errors import CacheFormatError, CacheMismatchError, DataError
 from shared.models.vlm import last_hidden_states, load_vlm
 from shared.models.weights import weight_fingerprint
 from shared.recipes import Recipe
+from shared.sparse import sampling_version
 from teachonce import TeacherIdentity
 
 
@@ -168,10 +169,12 @@ def test_an_example_that_cannot_be_used_is_counted(tmp_path: Path, processor: Ex
         texts(tmp_path, processor, examples) as cache,
     ):
         list(cache.batches(8))
-    with texts(tmp_path, processor, examples, max_dropped=1) as cache:
+    with texts(tmp_path, processor, examples, max_dropped=1, temperatures=(1.0, 2.0)) as cache:
         for batch in cache.batches(8):
             cache.add(batch, logits)
     manifest = CacheReader(str(tmp_path / "texts")).manifest
+    targets = manifest.identity.targets
+    assert targets.sampling == sampling_version(targets.policy, targets.temperatures) == 2
     assert [(row.row, row.reason) for row in manifest.skipped] == [("examples[1]", "examples[1]: torn")]
     assert manifest.totals.examples == 2
 
