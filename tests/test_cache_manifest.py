@@ -10,7 +10,7 @@ import pytest
 from cache_examples import VOCAB_SIZE, capture, make_identity
 
 from shared.cache import CacheReader, InputsIdentity, Manifest
-from shared.cache.identity import Identity
+from shared.cache.identity import Identity, TargetsIdentity
 from shared.cache.manifest import content_hash
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError
@@ -215,3 +215,16 @@ def test_an_index_that_disagrees_with_the_manifest_is_refused(cache: Path, tmp_p
     edit(cache, index=larger.index.model_dump())
     with pytest.raises(CacheFormatError, match="9 keys found, 7 examples"):
         CacheReader(str(cache))
+
+
+def test_ways_of_drawing_are_told_apart_and_the_first_is_not_written() -> None:
+    """At temperature 1 alone manifests and shards stay as they were; others never join older captures."""
+    alone = TargetsIdentity.of_capture(Threshold(), temperatures=(1.0,), seed=0)
+    assert alone == TargetsIdentity(policy=Threshold(), temperatures=(1.0,), seed=0)
+    assert "sampling" not in alone.model_dump(mode="json")
+    several = TargetsIdentity.of_capture(Threshold(), temperatures=(1.0, 2.0), seed=0)
+    assert several.model_dump(mode="json")["sampling"] == 2
+    old = make_identity(policy=Threshold(), temperatures=(1.0, 2.0))
+    now = old.model_copy(update={"targets": several})
+    assert old.compare_capture(now).refusals == ("targets.sampling: 1 in the cache, 2 asked for",)
+    assert Identity.model_validate_json(now.model_dump_json()) == now

@@ -20,7 +20,7 @@ Writing (stage one).  ``location`` is a path or any fsspec URL; the first proces
     Identity(teacher=TeacherIdentity(name, revision, weights_fingerprint, dtype),
              inputs=InputsIdentity(tokenizer_fingerprint, template_fingerprint, image_processor_fingerprint,
                                    vocab_size, max_answer_tokens),
-             targets=TargetsIdentity(policy, temperatures, seed),
+             targets=TargetsIdentity.of_capture(policy, temperatures=temperatures, seed=seed),
              data=(DataSource(name, split, fingerprint, rows), ...))
     SkippedRow(row="train[17]", reason="...", key=None or hex)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from shared.cache.format import FORMAT_VERSION, canonical_json
 from shared.errors import CacheMismatchError
 from shared.recipes.policies import Policy
+from shared.sparse import sampling_version
 
 
 class Record(BaseModel):
@@ -57,6 +58,12 @@ class TargetsIdentity(Record):
     ]
     seed: int
     sampling: Literal[1, 2] = 1  # of shared.sparse.sampling_version; 1 is not written down, as it was before
+
+    @classmethod
+    def of_capture(cls, policy: Policy, *, temperatures: tuple[float, ...], seed: int) -> Self:
+        """What is captured now: drawn as ``sparsify`` draws."""
+        sampling = sampling_version(policy, temperatures)
+        return cls(policy=policy, temperatures=temperatures, seed=seed, sampling=sampling)
 
     @model_serializer(mode="wrap")
     def _without_the_first_version(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

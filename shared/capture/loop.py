@@ -42,7 +42,7 @@ from shared.errors import DataError, RecipeError
 from shared.recipes import Recipe, dump_recipe
 from shared.recipes.policies import Policy, Threshold
 from shared.runtime import environment
-from shared.sparse import position_seeds, sampling_version
+from shared.sparse import position_seeds
 from shared.survey import keys_fingerprint
 
 Example = TypeVar("Example", bound=AnsweredExample, covariant=True)
@@ -220,9 +220,7 @@ def capture_examples(
     Raises   CacheMismatchError  when the cache that is there was captured otherwise
              CacheFormatError    at the end of the block, when examples are still missing
     """
-    policy = policy or Threshold()
-    sampling = sampling_version(policy, temperatures)
-    targets = TargetsIdentity(policy=policy, temperatures=temperatures, seed=seed, sampling=sampling)
+    targets = TargetsIdentity.of_capture(policy or Threshold(), temperatures=temperatures, seed=seed)
     source = DataSource(name="examples", split="all", fingerprint=keys_fingerprint(keys), rows=len(keys))
     begin = time.monotonic()
     writer, plan, pending = open_planned(

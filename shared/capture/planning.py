@@ -9,7 +9,6 @@ from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit, open_split
 from shared.errors import DataError, RecipeError
 from shared.recipes import Recipe
-from shared.sparse import sampling_version
 from shared.survey import Keyed, captured_splits, inputs_identity, survey_keys
 
 
@@ -113,12 +112,7 @@ def identity_of(
             dtype=teacher.dtype,
         ),
         inputs=inputs_identity(processor, recipe.data),
-        targets=TargetsIdentity(
-            policy=cache.policy,
-            temperatures=cache.temperatures,
-            seed=cache.seed,
-            sampling=sampling_version(cache.policy, cache.temperatures),
-        ),
+        targets=TargetsIdentity.of_capture(cache.policy, temperatures=cache.temperatures, seed=cache.seed),
         data=data.sources(),
     )
 
