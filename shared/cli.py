@@ -19,8 +19,27 @@ from shared.errors import TeachonceError
 from shared.library_output import LibraryOutput, quiet_libraries
 from shared.threads import set_threads
 
-FILE = click.Path(path_type=Path, dir_okay=False)  # to be written
-FOLDER = click.Path(path_type=Path, file_okay=False)  # to write into
+
+class HomePath(click.Path):
+    """A path in which ``~`` is the home folder; shells do not see it in ``--out=~/page.html``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class Place(click.ParamType):
+    """A path or something else, as a string: the URL of a cache, the name of a model."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return os.path.expanduser(value)
+
+
+FILE = HomePath(path_type=Path, dir_okay=False)  # to be written
+FOLDER = HomePath(path_type=Path, file_okay=False)  # to write into
+PATH = HomePath(path_type=Path)
+PLACE = Place()
 # What is wrong with a place that the user named, or with its disk.
 OF_FILES = {
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),

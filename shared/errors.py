@@ -8,10 +8,12 @@ everything else is our own mistake and keeps its traceback.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _ADDRESS = re.compile(
     r" at 0x[0-9a-fA-F]+(?=>)"
 )  # of an object, as Python shows it: <_io.BytesIO object at 0x7f...>
+MAX_TEXT, MAX_LINES = 200, 10  # of what a message quotes
 
 
 class TeachonceError(ValueError):
@@ -67,3 +69,15 @@ class HubError(TeachonceError):
     """The Hugging Face Hub refuses, or cannot be reached."""
 
     exit_status = 9
+
+
+def shortened(text: str) -> str:
+    """A text of the user's as a message may quote it."""
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT // 2]}...{text[-MAX_TEXT // 4 :]}"
+
+
+def listed(lines: Sequence[str]) -> str:
+    """One line for each; of many the first, and how many more there are."""
+    shown = [f"  - {line}" for line in lines[:MAX_LINES]]
+    more = [f"  ... and {len(lines) - MAX_LINES:,} more"] if len(lines) > MAX_LINES else []
+    return "\n".join([*shown, *more])

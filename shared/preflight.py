@@ -1,40 +1,53 @@
 """What both stages' ``check`` have in common: facts and problems, collected and shown at once.
 
-Configurations, tokenizers and data are opened, no weights; what is not on this machine is not fetched.
+Configurations, tokenizers, weight files and data are looked at, nothing is loaded; what is not on this machine is
+not fetched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
-import numpy as np
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor, open_processor
-from shared.data.rows import Example, VqaSplit, open_split
-from shared.errors import DataError, RecipeError, TeachonceError
-from shared.models.vlm import split
-from shared.recipes import DataConfig, Recipe, Split
+from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed
+from shared.models.vlm import require_wide_head, split
+from shared.models.weight_files import require_whole_weights
+from shared.places import is_local, require_no_typo
+from shared.recipes import DataConfig, Recipe, Split, load_recipe
+from shared.same_teacher import ANOTHER_TEACHER, compare_teacher
+from shared.split_check import SplitFound, look_at
+from shared.survey import broken_shards
 
-NUM_MEASURED = 32  # examples whose tokens are counted, pictures and all
 TOKENS_WITHOUT_DATA = 1024
 
 
 @dataclass
 class Report:
-    """Facts in the order in which they were found, and problems."""
+    """Facts in the order in which they were found, and problems, each once."""
 
     facts: list[tuple[str, str]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    errors: list[TeachonceError] = field(default_factory=list)
 
     def add(self, name: str, value: str) -> None:
         self.facts.append((name, value))
+
+    def note(self, text: str) -> None:
+        """A fact that asks for attention and stops nothing."""
+        self.add("  note", text)
+
+    def refuse(self, error: TeachonceError) -> None:
+        if str(error) not in self.problems:
+            self.errors.append(error)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -42,7 +55,16 @@ class Report:
         try:
             yield
         except TeachonceError as error:
-            self.problems.append(str(error))
+            self.refuse(error)
+
+    @property
+    def problems(self) -> list[str]:
+        return [str(error) for error in self.errors]
+
+    @property
+    def status(self) -> int:
+        """That of the problem; of several, recipe before data before cache before mismatch."""
+        return min((error.exit_status for error in self.errors), default=0)
 
     def show(self) -> int:
         """Prints everything; returns the exit status."""
@@ -50,21 +72,8 @@ class Report:
             click.echo(f"{name:<18} {value}")
         for problem in self.problems:
             click.echo(f"problem: {problem}", err=True)
-        click.echo(f"{len(self.problems)} problem(s)" if self.problems else "no problem found")
-        return RecipeError.exit_status if self.problems else 0
-
-
-def is_local(name: str) -> bool:
-    """Whether a model or data set lies in this machine's files."""
-    return Path(name).exists()
-
-
-def _would_be_fetched(name: str, revision: str | None) -> bool:
-    """Whether a model is the Hub's and no part of it is on this machine."""
-    try:
-        return not is_local(name) and try_to_load_from_cache(name, "config.json", revision=revision) is None
-    except ValueError:  # a path, and none of this machine: opening it says so
-        return False
+        click.echo(f"{len(self.errors)} problem(s)" if self.errors else "no problem found")
+        return self.status
 
 
 def is_made_later(recipe: Recipe, name: str) -> bool:
@@ -76,6 +85,19 @@ def is_made_later(recipe: Recipe, name: str) -> bool:
     return name in made and not is_local(name)
 
 
+def require_training_recipe(recipe: Recipe) -> None:
+    """Raises   RecipeError  when the recipe that is to train the teacher cannot be read, or makes another folder"""
+    assert recipe.teacher is not None
+    if recipe.teacher.trained_by is None:
+        return
+    export = load_recipe(recipe.teacher.trained_by).run.path / "export"
+    if export != Path(recipe.teacher.model):
+        raise RecipeError(
+            f"teacher.trained_by {recipe.teacher.trained_by}: its export is {export}, teacher.model is "
+            f"{recipe.teacher.model}. They must be the same folder"
+        )
+
+
 def describe_shape(report: Report, model: PreTrainedModel) -> None:
     """Layers and the head's width."""
     text = model.config.get_text_config()
@@ -83,12 +105,26 @@ def describe_shape(report: Report, model: PreTrainedModel) -> None:
     report.add("  head", f"{split(model)[1].weight_VD.shape[0]:,} ids wide")
 
 
+def require_head(
+    report: Report, model: PreTrainedModel | None, processor: ExampleProcessor | None, *, what: str
+) -> None:
+    """Notes a head that is narrower than the tokenizer, where both are there."""
+    if model is not None and processor is not None:
+        with report.collecting():
+            require_wide_head(model, processor.num_token_ids, what=what)
+
+
+def context_of(model: PreTrainedModel | None) -> int | None:
+    """Tokens that a model was made for; None where it does not say."""
+    return None if model is None else getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def describe_tokenizer(
     report: Report, name: str, data: DataConfig, *, revision: str | None
 ) -> ExampleProcessor | None:
     """Opens the processor where the model's folder has a tokenizer."""
     folder = Path(name)
-    if _would_be_fetched(name, revision):
+    if would_be_fetched(name, revision):
         report.add("  tokenizer", f"{name} is not on this machine: not looked at")
         return None
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
@@ -99,81 +135,131 @@ def describe_tokenizer(
     return processor
 
 
-def describe_split(report: Report, data: DataConfig, name: Split, processor: ExampleProcessor | None) -> int:
-    """Examples and answer positions of a split; returns the positions, 0 where they cannot be counted.
+def would_be_fetched(name: str, revision: str | None) -> bool:
+    """Whether a model is the Hub's and no part of it is on this machine."""
+    try:
+        return not is_local(name) and try_to_load_from_cache(name, "config.json", revision=revision) is None
+    except ValueError:  # a path, and none of this machine: opening it says so
+        return False
 
-    Raises   DataError  when more rows than allowed cannot be used, or all of them
+
+def require_model(report: Report, name: str, revision: str | None, *, weights: bool = True) -> None:
+    """Notes a mistyped folder, and weight files that are missing, cut or never fetched."""
+    with report.collecting():
+        require_no_typo(name, what=f"model {name}", error=RecipeError)
+        if weights:
+            require_whole_weights(name, revision)
+
+
+def require_writable(path: Path, *, what: str) -> None:
+    """Raises   RecipeError  when nothing can be written at ``path``, which need not be there"""
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(None, "not a folder")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(None, "permission denied")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise RecipeError(f"{what} {path}: nothing can be written there: {there}: {reason}") from error
+
+
+def describe_data(
+    report: Report, recipe: Recipe, names: Sequence[Split], processor: ExampleProcessor | None
+) -> list[SplitFound]:
+    """Looks at every row of the splits that can be opened; facts and notes go into the report."""
+    source = recipe.data.source
+    if not is_local(source):
+        if recipe.bootstrap.phantom is not None:
+            report.add("data", f"{source} is not there yet: it is drawn when the recipe is first run")
+            return []
+        with report.collecting():
+            require_no_typo(source, what=f"data.source {source}", error=DataError)
+            report.add("data", f"{source} is not on this machine: not looked at")
+        return []
+    looked = []
+    for name in names:
+        with report.collecting():
+            found = look_at(recipe.data, name, processor)
+            _describe_split(report, name, found)
+            looked.append(found)
+    if shared := _num_in_several([found.keys for found in looked]):
+        report.note(f"{shared} row(s) of one split are also in another")
+    if looked and processor is not None:
+        longest = max(found.longest for found in looked)
+        report.add("  longest example", f"{longest:,} tokens, picture and answer among them")
+    return looked
+
+
+def describe_unusable(
+    report: Report, found: Sequence[SplitFound], data: DataConfig, *, what: str, also: Sequence[str] = ()
+) -> None:
+    """Rows that are left out: a problem when they are more than allowed, or all of a split.
+
+    also  reasons of rows that are readable
     """
-    opened = open_split(data, name)
-    counts, num_cut = answer_positions(opened, data, processor)
-    if processor is not None and not len(counts):
-        raise DataError(f"{opened.source}, split {opened.name}: no row can be used")
-    told = ""
-    if len(counts):
-        told = f", {counts.sum():,} answer positions, {counts.mean():.1f} on average, {num_cut} answers cut"
-    report.add(name, f"{len(opened):,} examples{told}")
-    return int(counts.sum())
+    reasons = [*(reason for one in found for reason in one.reasons), *also]
+    if len(reasons) > data.max_dropped:
+        report.refuse(
+            DataError(
+                f"{what}: {len(reasons)} row(s) cannot be used, data.max_dropped allows {data.max_dropped}:\n"
+                f"{listed(reasons)}"
+            )
+        )
+    elif reasons:
+        report.note(f"{len(reasons)} row(s) of {what} are left out:\n{listed(reasons)}")
+    for one in found:
+        if not one.num_usable:
+            report.refuse(DataError(f"{one.split.source}, split {one.split.name}: no row can be used"))
 
 
-def describe_cache_totals(report: Report, cache: CacheReader) -> None:
+def describe_cache(report: Report, recipe: Recipe, cache: CacheReader) -> None:
+    """Its size, its shards, its teacher."""
     totals = cache.manifest.totals
     report.add(
         "cache",
         f"{cache.location}: {totals.examples:,} examples, {totals.positions:,} positions, "
         f"{totals.bytes / max(totals.positions, 1):.1f} bytes a position",
     )
+    with report.collecting():
+        if broken := broken_shards(cache, hashed=False):
+            raise CacheFormatError(
+                f"cache {cache.location}: {len(broken)} of {len(cache.manifest.shards)} shard(s) are gone or have "
+                f"not the size in the manifest, {broken[0]} first. Run teacher-cache: only their examples are "
+                "recomputed"
+            )
+    assert recipe.teacher is not None
+    with report.collecting():
+        comparison = compare_teacher(cache, recipe.teacher)
+        for notice in comparison.notices:
+            report.note(notice)
+        comparison.require(where=f"cache {cache.location}", remedy=ANOTHER_TEACHER)
 
 
-def readable(opened: VqaSplit, data: DataConfig) -> list[Example]:
-    """The examples that can be read.
-
-    Raises   DataError  with every row that cannot, when they are more than ``data.max_dropped``
-    """
-    examples, reasons = [], []
-    for row in range(len(opened)):
-        try:
-            examples.append(opened[row])
-        except DataError as error:
-            reasons.append(str(error))
-    if len(reasons) > data.max_dropped:
-        listed = "\n".join(f"  - {reason}" for reason in reasons)
-        raise DataError(
-            f"{opened.source}, split {opened.name}: {len(reasons)} row(s) cannot be used, data.max_dropped "
-            f"allows {data.max_dropped}:\n{listed}"
+def _describe_split(report: Report, name: str, found: SplitFound) -> None:
+    counts = found.positions
+    told = ""
+    if len(counts):
+        told = f", {counts.sum():,} answer positions, {counts.mean():.1f} on average, {found.num_cut} answers cut"
+    report.add(name, f"{len(found.split):,} examples{told}")
+    report.add("  pictures", f"all headers read, {found.num_decoded:,} of {len(found.split):,} decoded")
+    if found.num_duplicates:
+        report.note(f"{found.num_duplicates} row(s) of {name} are equal to an earlier one")
+    if found.doubtful:
+        report.note(
+            f"{len(found.doubtful)} picture(s) of {name} show next to nothing:\n{listed(found.doubtful)}"
         )
-    return examples
 
 
-def answer_positions(
-    opened: VqaSplit, data: DataConfig, processor: ExampleProcessor | None
-) -> tuple[np.ndarray, int]:
-    """Answer tokens and the end of the turn of each example, (n,) int64, and how many are cut.
-
-    Counted without looking at a picture; empty without a processor.
-    """
-    if processor is None:
-        return np.zeros(0, np.int64), 0
-    answers = [example.answer for example in readable(opened, data)]
-    if not answers:  # all rows may be dropped; a tokenizer trips over an empty list
-        return np.zeros(0, np.int64), 0
-    ids = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
-    limit = data.max_answer_tokens
-    lengths = np.array([len(one) for one in ids], np.int64)
-    return np.where(lengths > limit, limit, lengths + 1), int((lengths > limit).sum())
-
-
-def describe_long_example(report: Report, data: DataConfig, processor: ExampleProcessor | None) -> int:
-    """Tokens of the longest of the first training examples, its picture's among them."""
-    if processor is None or not is_local(data.source):
-        return TOKENS_WITHOUT_DATA
-    opened = open_split(data, "train")
-    lengths = []
-    for row in range(min(NUM_MEASURED, len(opened))):
-        try:
-            lengths.append(len(processor.encode(opened[row]).input_ids))
-        except DataError as error:
-            if not data.max_dropped:
-                report.problems.append(str(error))
-    tokens = max(lengths, default=TOKENS_WITHOUT_DATA)
-    report.add("  example", f"{tokens:,} tokens, the longest of the first {NUM_MEASURED}")
-    return tokens
+def _num_in_several(splits: Sequence[Sequence[bytes]]) -> int:
+    """Distinct rows that more than one split holds."""
+    seen: set[bytes] = set()
+    several: set[bytes] = set()
+    for keys in splits:
+        several |= seen & set(keys)
+        seen |= set(keys)
+    return len(several)

@@ -14,19 +14,21 @@ import os
 import platform
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from shared.errors import RecipeError
+from shared.errors import RecipeError, TeachonceError
 from shared.library_output import quiet_libraries
 
+Value = TypeVar("Value")
 INTERRUPTED_STATUS = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving; the same command goes on from there
 
 
@@ -91,6 +93,21 @@ def distributed(*, device: str | None = None) -> Iterator[World]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def done_once(work: Callable[[], Value], world: World) -> Value:
+    """What the first rank's ``work`` returns, or the error that it raises, on all ranks; called by all."""
+    done: list[tuple[Value | None, TeachonceError | None]] = [(None, None)]
+    if world.is_main:
+        try:
+            done = [(work(), None)]
+        except TeachonceError as caught:
+            done = [(None, caught)]
+    dist.broadcast_object_list(done, src=0)
+    value, error = done[0]
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from shared.cli import FILE, FOLDER, recipe_arguments, version_option
+from shared.cli import FILE, FOLDER, PLACE, recipe_arguments, version_option
 from shared.cli import run as run_group
 from shared.recipes import load_recipe, recipe_text
 from shared.runtime import distributed, stop_on_sigterm
@@ -117,7 +117,7 @@ def estimate(
 
 
 @commands.command("audit")
-@click.argument("cache")
+@click.argument("cache", type=PLACE)
 @click.option(
     "--examples",
     type=click.IntRange(min=1),
@@ -169,7 +169,7 @@ def audit(
 
 
 @commands.command("inspect")
-@click.argument("cache")
+@click.argument("cache", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--plots", type=FOLDER, help="Folder for pictures of it (extra `report`).")
 def inspect(cache: str, as_json: bool, plots: Path | None) -> int:
@@ -180,7 +180,7 @@ def inspect(cache: str, as_json: bool, plots: Path | None) -> int:
 
 
 @commands.command("report")
-@click.argument("cache")
+@click.argument("cache", type=PLACE)
 @click.argument("out", type=FILE)
 @click.option("--recipe", help="Whose data to show; by default that of the cache's capture.")
 @click.option(
@@ -194,7 +194,7 @@ def report(cache: str, out: Path, recipe: str | None, overrides: tuple[str, ...]
 
 
 @commands.command("verify")
-@click.argument("cache")
+@click.argument("cache", type=PLACE)
 def verify(cache: str) -> int:
     """Read every byte of CACHE and list every fault."""
     from stage1_teacher.inspection.tools import show_verification
@@ -203,8 +203,8 @@ def verify(cache: str) -> int:
 
 
 @commands.command("export")
-@click.argument("cache")
-@click.argument("out")
+@click.argument("cache", type=PLACE)
+@click.argument("out", type=PLACE)
 def export(cache: str, out: str) -> int:
     """Write CACHE to the new folder OUT as plain Parquet: ids, log-probs and weights as lists."""
     from stage1_teacher.inspection.tools import show_export
@@ -213,8 +213,8 @@ def export(cache: str, out: str) -> int:
 
 
 @commands.command("merge")
-@click.argument("caches", nargs=-1, required=True)
-@click.argument("out")
+@click.argument("caches", nargs=-1, required=True, type=PLACE)
+@click.argument("out", type=PLACE)
 def merge(caches: tuple[str, ...], out: str) -> int:
     """Join CACHES that were captured apart, alike, into the new cache OUT."""
     from stage1_teacher.inspection.tools import show_merge

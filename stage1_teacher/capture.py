@@ -29,8 +29,8 @@ from shared.capture.opening import open_planned
 from shared.capture.planning import (
     CaptureData,
     identity_of,
+    is_same_capture,
     open_rows,
-    same_but_for_weights,
     survey,
 )
 from shared.data.processing import Encoded, ExampleProcessor, open_processor
@@ -39,6 +39,7 @@ from shared.library_output import keep_library_output
 from shared.models.vlm import check_split
 from shared.recipes import CacheConfig, Recipe, dump_recipe
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, environment
+from shared.same_teacher import teacher_content, teacher_stamp
 from shared.sparse import position_seeds
 from shared.survey import broken_shards
 from stage1_teacher.capturing.batching import BatchRunner
@@ -97,7 +98,12 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
             return stopped(recipe.cache, writer, assignment, world)
         if world.is_main:
             elapsed_s = time.monotonic() - begin
-            facts = {**totals, **environment(), "recipe": dump_recipe(recipe)}
+            facts = {
+                **totals,
+                **environment(),
+                **teacher_stamp(recipe.teacher),
+                "recipe": dump_recipe(recipe),
+            }
             # Before the commit: killed after it, the next start would find nothing to do, and nothing to log.
             writer.log("captured", seconds=round(elapsed_s, 3), ranks=world.size, **facts)
             manifest = writer.commit(assignment.plan, settle_s=SETTLE_S if world.size > 1 else 0.0)
@@ -115,7 +121,7 @@ def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData
     skipped = {row.key for row in reader.manifest.skipped if row.key}
     wanted = [key for key in data.all_keys() if key.hex() not in skipped]
     covered = bool(reader.contains(wanted).all())
-    if not covered or not same_but_for_weights(reader.manifest.identity, recipe, processor, data):
+    if not covered or not is_same_capture(reader, recipe, processor, data):
         return False
     broken = broken_shards(reader, wanted)
     for name in broken:
@@ -150,6 +156,7 @@ def open_cache(
     if data is not None:
         assert teacher.weights_fingerprint is not None
         identity = identity_of(recipe, processor, data, weights_fingerprint=teacher.weights_fingerprint)
+        assert recipe.teacher is not None
         writer, plan, pending = open_planned(
             path,
             identity,
@@ -157,6 +164,7 @@ def open_cache(
             data.numbered_keys(),
             examples_per_shard=recipe.cache.examples_per_shard,
             skipped=data.unreadable(),
+            facts=teacher_content(recipe.teacher),
         )
         assignment = Assignment(identity, plan, pending)
         found = len(plan.units) - len(pending)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from transformers import PreTrainedModel
 
 from shared.cache import CacheReader
+from shared.cache.layout import MANIFEST_NAME
+from shared.cache.storage import open_folder
+from shared.capture.planning import CaptureData, identity_of
 from shared.data.processing import ExampleProcessor
-from shared.errors import CacheFormatError, RecipeError
+from shared.errors import RecipeError
 from shared.models.sharding import blocks
 from shared.models.vlm import empty_vlm, load_config, split
+from shared.places import is_local
 from shared.preflight import (
     Report,
-    describe_cache_totals,
-    describe_long_example,
+    context_of,
+    describe_cache,
+    describe_data,
     describe_shape,
-    describe_split,
     describe_tokenizer,
-    is_local,
+    describe_unusable,
     is_made_later,
+    require_head,
+    require_model,
+    require_training_recipe,
+    require_writable,
+    would_be_fetched,
 )
 from shared.recipes import Recipe
 from shared.recipes.policies import Random, Threshold, TopK, TopP
-from shared.survey import broken_shards, captured_splits
+from shared.survey import captured_splits
 
 GIB = 2**30
 FP32_BYTES = 4
@@ -33,21 +45,22 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
     """Looks at everything that a capture by ``num_ranks`` processes would need; all problems at once."""
     report = Report()
     if recipe.teacher is None or recipe.cache is None:
-        report.problems.append("the recipe has no teacher and cache sections: there is nothing to capture")
+        report.refuse(
+            RecipeError("the recipe has no teacher and cache sections: there is nothing to capture")
+        )
         return report
     processor = _describe_tokenizers(report, recipe)
-    if is_local(recipe.data.source):
-        for name in captured_splits(recipe):
-            with report.collecting():
-                describe_split(report, recipe.data, name, processor)
+    model = None
+    with report.collecting():
+        model = _describe_teacher(report, recipe, num_ranks=num_ranks)
+    require_head(report, model, processor, what=f"teacher {recipe.teacher.model}")
+    looked = describe_data(report, recipe, captured_splits(recipe), processor)
+    describe_unusable(report, looked, recipe.data, what=recipe.data.source)
+    for found in looked:
         with report.collecting():
-            describe_long_example(report, recipe.data, processor)
-    else:
-        report.add("data", f"{recipe.data.source} is not on this machine: not looked at")
+            found.require_short(context_of(model), model=f"teacher {recipe.teacher.model}")
     with report.collecting():
-        _describe_cache(report, recipe)
-    with report.collecting():
-        _describe_teacher(report, recipe, num_ranks=num_ranks)
+        _describe_cache(report, recipe, processor)
     return report
 
 
@@ -60,9 +73,12 @@ def _describe_tokenizers(report: Report, recipe: Recipe) -> ExampleProcessor | N
             report.add(role, f"{model.model} is not there yet: it is made when the recipe is first run")
             continue
         report.add(role, model.model)
+        require_model(report, model.model, model.revision, weights=role == "teacher")
         with report.collecting():
             processor = describe_tokenizer(report, model.model, recipe.data, revision=model.revision)
             found += [] if processor is None else [processor]
+    with report.collecting():
+        require_training_recipe(recipe)
     if len(found) == 2:
         with report.collecting():
             _require_alike(*found)
@@ -70,30 +86,42 @@ def _describe_tokenizers(report: Report, recipe: Recipe) -> ExampleProcessor | N
 
 
 def _require_alike(teacher: ExampleProcessor, student: ExampleProcessor) -> None:
+    problems = []
     for what in ("tokenizer_fingerprint", "template_fingerprint"):
         one, other = getattr(teacher, what), getattr(student, what)
         if one != other:
-            raise RecipeError(
+            problems.append(
                 f"{what.removesuffix('_fingerprint')}: the teacher's is {one[:12]}, the student's {other[:12]}; they "
                 "must be the same in content. Give the student's folder the teacher's files"
             )
+    if problems:
+        raise RecipeError("\n".join(problems))
 
 
-def _describe_cache(report: Report, recipe: Recipe) -> None:
+def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor | None) -> None:
     assert recipe.cache is not None
     policy = recipe.cache.policy
     report.add(
         "targets", f"{_policy_text(policy)}; temperatures {', '.join(map(str, recipe.cache.temperatures))}"
     )
-    if "://" not in recipe.cache.path and not is_local(recipe.cache.path):
-        report.add("cache", f"{recipe.cache.path} is not there yet")
+    if "://" not in recipe.cache.path:
+        with report.collecting():
+            require_writable(Path(recipe.cache.path), what="cache.path")
+        if not is_local(recipe.cache.path):
+            report.add("cache", f"{recipe.cache.path} is not there yet")
+            return
+    folder = open_folder(recipe.cache.path)
+    if folder.size(MANIFEST_NAME) is None:
+        report.add("cache", f"{recipe.cache.path} has no manifest yet: its capture has not ended")
         return
     cache = CacheReader(recipe.cache.path)
-    describe_cache_totals(report, cache)
-    if broken := broken_shards(cache, hashed=False):
-        raise CacheFormatError(
-            f"cache {recipe.cache.path}: {len(broken)} of {len(cache.manifest.shards)} shard(s) are gone or have "
-            f"not the size in the manifest, {broken[0]} first. Run teacher-cache: only their examples are recomputed"
+    describe_cache(report, recipe, cache)
+    if processor is not None:
+        stored = cache.manifest.identity
+        weights = stored.teacher.weights_fingerprint
+        asked = identity_of(recipe, processor, CaptureData(()), weights_fingerprint=weights)
+        stored.compare_capture(asked).require(
+            where=f"cache {cache.location}", remedy="Capture into another folder, or delete this one."
         )
 
 
@@ -102,13 +130,16 @@ def _policy_text(policy: Threshold | TopK | TopP | Random) -> str:
     return f"{policy.kind} ({settings})"
 
 
-def _describe_teacher(report: Report, recipe: Recipe, *, num_ranks: int) -> None:
-    """Parameters and memory, from the shapes alone."""
+def _describe_teacher(report: Report, recipe: Recipe, *, num_ranks: int) -> PreTrainedModel | None:
+    """Parameters and memory, from the shapes alone; None where the teacher is not there yet."""
     assert recipe.teacher is not None
     assert recipe.cache is not None
     teacher = recipe.teacher
     if is_made_later(recipe, teacher.model):
-        return
+        return None
+    if would_be_fetched(teacher.model, teacher.revision):
+        report.add("  teacher", f"{teacher.model} is not on this machine: not looked at")
+        return None
     dtype = getattr(torch, teacher.dtype)
     model = empty_vlm(
         load_config(teacher.model, teacher.revision),
@@ -130,3 +161,4 @@ def _describe_teacher(report: Report, recipe: Recipe, *, num_ranks: int) -> None
         f"about {weights + logits + activations:.2f} GiB on {num_ranks} rank(s): weights {weights:.2f}, a chunk's "
         f"logits {logits:.2f}, activations {activations:.2f}",
     )
+    return model

@@ -23,13 +23,13 @@ from shared.cache import CacheReader, CacheWriter, Identity, Row
 from shared.capture.planning import CaptureData, NumberedRows, identity_of, survey
 from shared.data.processing import Batch, Encoded, ExampleProcessor, open_processor
 from shared.errors import DataError, RecipeError
-from shared.preflight import answer_positions
 from shared.progress import by_examples, progress
 from shared.recipes import CacheConfig, Recipe
 from shared.recipes.policies import Policy, Threshold
 from shared.reports.break_even import TeacherCosts
 from shared.runtime import World
 from shared.sparse import position_seeds
+from shared.split_check import count_positions
 from stage1_teacher.capturing.batching import BatchRunner
 from stage1_teacher.capturing.shards import CapturedBatch
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
@@ -155,7 +155,7 @@ class Totals:
 def count_all(recipe: Recipe, data: CaptureData, processor: ExampleProcessor) -> Totals:
     """Positions are counted from the answers alone; a row that is equal to another one counts in them."""
     assert recipe.cache is not None
-    positions = sum(int(answer_positions(part.split, recipe.data, processor)[0].sum()) for part in data.keyed)
+    positions = sum(count_positions(part.split, part.rows, recipe.data, processor) for part in data.keyed)
     keys = data.all_keys()
     examples = len(set(keys))
     return Totals(

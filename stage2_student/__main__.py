@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shared.cli import FILE, FOLDER, recipe_arguments, version_option
+from shared.cli import FILE, FOLDER, PATH, PLACE, recipe_arguments, version_option
 from shared.cli import run as run_group
 from shared.library_output import keep_library_output, quiet_libraries
 from shared.recipes import Split, load_recipe, recipe_text
@@ -54,16 +54,14 @@ def recipe(recipe: str, overrides: tuple[str, ...]) -> int:
 
 
 @commands.command("evaluate")
-@click.argument("what", metavar="RUN|MODEL|RECIPE")
+@click.argument("what", metavar="RUN|MODEL|RECIPE", type=PLACE)
 @click.option(
     "--recipe", help="Whose data and settings to take; a run has its own, a model's folder needs one."
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe."
 )
-@click.option(
-    "--model", type=click.Path(path_type=Path), help="Folder to evaluate; the run's export by default."
-)
+@click.option("--model", type=PATH, help="Folder to evaluate; the run's export by default.")
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Validation by default.")
 @click.option(
     "--examples",
@@ -165,7 +163,7 @@ def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: 
 
 
 @commands.command("compare")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=PATH)
 @click.option("--json", "json_path", type=FILE, help="File for programs.")
 @click.option("--plots", type=FOLDER, help="Folder for curves (extra `report`).")
 def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) -> int:
@@ -187,7 +185,7 @@ def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) 
 
 
 @commands.command("report")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=PATH)
 @click.argument("out", type=FILE)
 def report(runs: tuple[Path, ...], out: Path) -> int:
     """Write OUT, one HTML file about RUNS, folders of runs: curves, costs, answers (extra `report`)."""
@@ -200,7 +198,7 @@ def report(runs: tuple[Path, ...], out: Path) -> int:
 
 
 @commands.command("export")
-@click.argument("run_folder", type=click.Path(path_type=Path))
+@click.argument("run_folder", type=PATH)
 @click.option("--step", type=click.IntRange(min=0), help="Of the checkpoint; the newest by default.")
 @click.option("--best", is_flag=True, help="The checkpoint with the lowest validation loss.")
 @click.option(
@@ -208,7 +206,7 @@ def report(runs: tuple[Path, ...], out: Path) -> int:
     default=None,
     help="Of a run with LoRA: a whole model, or the adapter; as its recipe says.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; RUN_FOLDER/export by default.")
+@click.option("--out", type=PATH, help="Folder to write; RUN_FOLDER/export by default.")
 def export(run_folder: Path, step: int | None, best: bool, merge: bool | None, out: Path | None) -> int:
     """Write a checkpoint of RUN_FOLDER as a Hugging Face folder."""
     from stage2_student.runs.run_folder import RunFolder

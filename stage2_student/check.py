@@ -6,60 +6,87 @@ weights; a data set that is not on this machine is not fetched.
 
 from __future__ import annotations
 
+import numpy as np
 from transformers import PreTrainedModel
 
+from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
-from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, RecipeError
+from shared.places import is_local
 from shared.preflight import (
     TOKENS_WITHOUT_DATA,
     Report,
-    describe_cache_totals,
-    describe_long_example,
+    context_of,
+    describe_cache,
+    describe_data,
     describe_shape,
-    describe_split,
     describe_tokenizer,
-    is_local,
+    describe_unusable,
     is_made_later,
+    require_head,
+    require_model,
+    require_writable,
+    would_be_fetched,
 )
 from shared.recipes import Recipe, Split
-from shared.survey import cache_covers
+from shared.split_check import SplitFound
 from stage2_student.estimate import count_parameters, estimate_memory
 from stage2_student.train import require_even_ranks, step_shape, total_steps
 from stage2_student.training.freezing import find_parts
 from stage2_student.training.inputs import open_cache
-from stage2_student.training.student import check_vocabulary, choose_trained, meta_model
+from stage2_student.training.student import choose_trained, meta_model
 
 
 def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
     """Looks at everything that a run of ``num_ranks`` processes would need."""
     report = Report()
     report.add("run", f"{recipe.run.path}" + (" (exists)" if recipe.run.path.exists() else ""))
-    model = processor = None
-    if is_made_later(recipe, recipe.student.model):
-        report.add("student", f"{recipe.student.model} is not there yet: `make train-student` makes it")
-    else:
+    with report.collecting():
+        require_writable(recipe.run.path, what="run.root")
+    model, processor = _describe_student(report, recipe)
+    require_head(report, model, processor, what=f"student {recipe.student.model}")
+    wanted: list[Split] = ["train", "validation"] if recipe.data.splits.validation else ["train"]
+    looked = describe_data(report, recipe, wanted, processor)
+    for found in looked:
         with report.collecting():
-            model = meta_model(recipe.student)
-            _describe_model(report, recipe, model)
-        with report.collecting():
-            processor = describe_tokenizer(
-                report, recipe.student.model, recipe.data, revision=recipe.student.revision
-            )
-    if model is not None and processor is not None:
-        with report.collecting():
-            check_vocabulary(model, processor.num_token_ids)
-    tokens = _describe_data(report, recipe, processor)
+            found.require_short(context_of(model), model=f"student {recipe.student.model}")
+    skipped: dict[str, list[str]] = {}
     if processor is not None:
         with report.collecting():
-            _describe_cache(report, recipe, processor)
+            skipped = _describe_cache(report, recipe, processor, looked)
+    for found in looked:
+        name = found.split.name
+        what = f"{recipe.data.source}, split {name}"
+        describe_unusable(report, [found], recipe.data, what=what, also=skipped.get(name, []))
     with report.collecting():
-        _describe_steps(report, recipe, num_ranks)
+        _describe_steps(report, recipe, num_ranks, looked, skipped)
     if model is not None:
+        tokens = max((found.longest for found in looked), default=0) or TOKENS_WITHOUT_DATA
         memory = estimate_memory(model, recipe, num_ranks=num_ranks, tokens_per_example=tokens)
         parts = ", ".join(f"{name} {value:.2f}" for name, value in vars(memory).items())
         report.add("memory per device", f"about {memory.total:.2f} GiB on {num_ranks} rank(s): {parts}")
     return report
+
+
+def _describe_student(
+    report: Report, recipe: Recipe
+) -> tuple[PreTrainedModel | None, ExampleProcessor | None]:
+    """The student's shape and its processor, where they are on this machine."""
+    student = recipe.student
+    if is_made_later(recipe, student.model):
+        report.add("student", f"{student.model} is not there yet: `make train-student` makes it")
+        return None, None
+    require_model(report, student.model, student.revision, weights=student.init == "pretrained")
+    model = processor = None
+    if would_be_fetched(student.model, student.revision):
+        report.add("student", f"{student.model} is not on this machine: not looked at")
+    else:
+        with report.collecting():
+            model = meta_model(student)
+            _describe_model(report, recipe, model)
+    with report.collecting():
+        processor = describe_tokenizer(report, student.model, recipe.data, revision=student.revision)
+    return model, processor
 
 
 def _describe_model(report: Report, recipe: Recipe, model: PreTrainedModel) -> None:
@@ -76,41 +103,51 @@ def _describe_model(report: Report, recipe: Recipe, model: PreTrainedModel) -> N
     describe_shape(report, model)
 
 
-def _describe_data(report: Report, recipe: Recipe, processor: ExampleProcessor | None) -> int:
-    """Returns the tokens of a long example, for the estimate."""
-    if not is_local(recipe.data.source):
-        report.add("data", f"{recipe.data.source} is not on this machine: not looked at")
-        return TOKENS_WITHOUT_DATA
-    wanted: list[Split] = ["train", "validation"] if recipe.data.splits.validation else ["train"]
-    for name in wanted:
-        with report.collecting():
-            describe_split(report, recipe.data, name, processor)
-    with report.collecting():
-        return describe_long_example(report, recipe.data, processor)
-    return TOKENS_WITHOUT_DATA
-
-
-def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor) -> None:
+def _describe_cache(
+    report: Report, recipe: Recipe, processor: ExampleProcessor, looked: list[SplitFound]
+) -> dict[str, list[str]]:
+    """Returns, by split, why rows are not in the cache that a capture has left out."""
     if not recipe.distils:
         report.add("cache", "none needed: kd_ratio is 0")
-        return
+        return {}
     assert recipe.cache is not None
     if "://" not in recipe.cache.path and not is_local(recipe.cache.path):
         report.add("cache", f"{recipe.cache.path} is not there yet: teacher-cache makes it")
-        return
-    cache, notices = open_cache(recipe, processor)
-    assert cache is not None
-    describe_cache_totals(report, cache)
-    if is_local(recipe.data.source) and not cache_covers(recipe):
-        raise CacheMismatchError(
-            f"cache {recipe.cache.path} lacks examples of {recipe.data.source}. Run teacher-cache again: only what "
-            "is missing is captured"
+        return {}
+    cache = CacheReader(recipe.cache.path)
+    describe_cache(report, recipe, cache)
+    with report.collecting():
+        _, notices = open_cache(recipe, processor)
+        for notice in notices:
+            report.note(notice)
+    skipped = {row.key: row.reason for row in cache.manifest.skipped if row.key}
+    left_out: dict[str, list[str]] = {}
+    missing = []
+    for found in looked:
+        for place in np.flatnonzero(~cache.contains(found.keys)).tolist() if found.keys else []:
+            where, key = found.split.where(found.rows[place]), found.keys[place].hex()
+            if key in skipped:
+                left_out.setdefault(found.split.name, []).append(f"{where}: not in the cache: {skipped[key]}")
+            else:
+                missing.append(where)
+    if missing:
+        num_keys = sum(len(found.keys) for found in looked)
+        report.refuse(
+            CacheMismatchError(
+                f"cache {recipe.cache.path}: {len(missing)} of {num_keys} examples are not in it, {missing[0]} "
+                "first. Run teacher-cache again: only what is missing is captured"
+            )
         )
-    for notice in notices:
-        report.add("  note", notice)
+    return left_out
 
 
-def _describe_steps(report: Report, recipe: Recipe, num_ranks: int) -> None:
+def _describe_steps(
+    report: Report,
+    recipe: Recipe,
+    num_ranks: int,
+    looked: list[SplitFound],
+    skipped: dict[str, list[str]],
+) -> None:
     config = recipe.optimization
     rounds = require_even_ranks(recipe, num_ranks)
     report.add(
@@ -121,8 +158,10 @@ def _describe_steps(report: Report, recipe: Recipe, num_ranks: int) -> None:
         raise RecipeError(
             f"parallel.dp_replicate {recipe.parallel.dp_replicate} does not divide {num_ranks} ranks"
         )
-    if is_local(recipe.data.source):
-        shape = step_shape(recipe, len(open_split(recipe.data, "train")))
+    train = [found for found in looked if found.split.name == recipe.data.splits.train]
+    num_examples = sum(found.num_usable - len(skipped.get(found.split.name, [])) for found in train)
+    if num_examples:
+        shape = step_shape(recipe, num_examples)
         report.add("steps", f"{total_steps(recipe, shape):,}, {shape.num_steps_per_epoch:,} an epoch")
     elif config.max_steps is not None:
         report.add("steps", f"{config.max_steps:,}")

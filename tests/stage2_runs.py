@@ -17,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
+from shared.cache import CacheReader
 from shared.recipes import Recipe, dump_recipe
 from shared.recipes.files import validate_tree
 from shared.runtime import World, distributed
@@ -33,6 +34,11 @@ def make_recipe(tree: dict[str, Any], **overrides: Any) -> Recipe:
         section, _, name = key.partition("__")
         merged.setdefault(section, {})[name] = value
     return validate_tree(Recipe, merged, origin="recipe test")
+
+
+def teacher_of(cache: Path) -> dict[str, Any]:
+    """The teacher section of a recipe that may train on this cache."""
+    return {"model": CacheReader(str(cache)).manifest.identity.teacher.name}
 
 
 def run_alone(recipe: Recipe, *, resume: bool = False) -> int:

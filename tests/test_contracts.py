@@ -16,11 +16,12 @@ STAGES = {"stage1_teacher", "stage2_student"}
 FLOORS = [
     {"errors", "library_output", "threads"},
     {"cli"},
-    {"recipes", "phantom", "runtime", "progress"},
+    {"recipes", "phantom", "runtime", "progress", "places"},
     {"models", "sparse"},
     {"codec", "data"},
     {"reports", "kd_loss", "cache"},
-    {"survey", "preflight", "small_models"},
+    {"survey", "small_models", "same_teacher", "split_check"},
+    {"preflight"},
     {"pipeline", "capture"},
 ]
 # The rooms of a stage, in the same order; its commands and its story stand above them all.

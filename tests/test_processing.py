@@ -464,7 +464,9 @@ def test_another_family_goes_through_its_own_processor(llava_folder: Path) -> No
 
 
 def test_folders_that_are_no_vlm_are_recipe_errors(tmp_path: Path, tokenizer_folder: Path) -> None:
-    for folder in (tmp_path / "nowhere", tmp_path, tokenizer_folder):
+    with pytest.raises(RecipeError, match="no such file or folder"):
+        load_processor(str(tmp_path / "nowhere"))
+    for folder in (tmp_path, tokenizer_folder):
         with pytest.raises(RecipeError, match=f"model {folder}: its processor cannot be opened"):
             open_processor(str(folder), DataConfig(source="x"))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from stage2_runs import make_recipe, on_ranks, run_alone, run_ranks
+from stage2_runs import make_recipe, on_ranks, run_alone, run_ranks, teacher_of
 
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
@@ -129,7 +129,7 @@ def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path, teacher_cache: 
     shutil.copytree(vqa_folder, data)
     return {
         "data": {"source": str(data), "max_answer_tokens": 64},
-        "teacher": {"model": "gone"},
+        "teacher": teacher_of(teacher_cache),
         "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
         "student": {"model": str(student_folder), "compute_dtype": "float32"},
         "optimization": {"global_batch_size": 4, "microbatch_size": 2, "max_steps": 2},

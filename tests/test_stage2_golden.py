@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from stage2_runs import make_recipe, run_alone, step_records
+from stage2_runs import make_recipe, run_alone, step_records, teacher_of
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 NUM_STEPS = 20
@@ -45,7 +45,7 @@ def test_losses_of_twenty_steps(
     recipe = make_recipe(
         {
             "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
-            "teacher": {"model": "gone"},
+            "teacher": teacher_of(teacher_cache),
             "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
             "student": {"model": str(student_folder), "compute_dtype": "float32"},
             "loss": {"kd_ratio": 0.5, "chunk_size": 16},

@@ -19,6 +19,7 @@ from stage2_runs import (
     run_ranks,
     state_of,
     step_records,
+    teacher_of,
     validation_records,
 )
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
@@ -34,7 +35,7 @@ from stage2_student.__main__ import commands
 def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path, teacher_cache: Path) -> dict[str, Any]:
     return {
         "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
-        "teacher": {"model": "gone"},
+        "teacher": teacher_of(teacher_cache),
         "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
         "student": {
             "model": str(student_folder),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stage2_runs import make_recipe, run_alone, run_ranks, step_records, validation_records
+from stage2_runs import make_recipe, run_alone, run_ranks, step_records, teacher_of, validation_records
 
 from shared.recipes import Recipe
 
@@ -18,7 +18,7 @@ def tree(
     """Two epochs of 9 examples in steps of 4, 4 and 1."""
     return {
         "data": {"source": str(vqa_folder), "max_answer_tokens": 64, "limit": 9},
-        "teacher": {"model": "gone"},
+        "teacher": teacher_of(teacher_cache),
         "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
         "student": {"model": str(student_folder), "compute_dtype": "float32"},
         "loss": {"kd_ratio": 0.5, "chunk_size": 16},

@@ -23,6 +23,7 @@ from stage2_runs import (
     start,
     state_of,
     step_records,
+    teacher_of,
     validation_records,
 )
 
@@ -42,7 +43,7 @@ def tree(
 ) -> dict[str, Any]:
     return {
         "data": {"source": str(vqa_folder), "max_answer_tokens": 64, "limit": 9},
-        "teacher": {"model": "gone"},
+        "teacher": teacher_of(teacher_cache),
         "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
         "student": {"model": str(student_folder), "compute_dtype": "float32"},
         "loss": {"kd_ratio": 0.5},

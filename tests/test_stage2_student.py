@@ -14,6 +14,7 @@ from stage2_runs import (
     run_ranks,
     state_of,
     step_records,
+    teacher_of,
     validation_records,
 )
 from torch._dynamo.utils import counters as dynamo_counters
@@ -51,7 +52,7 @@ def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path) -> dict[str, An
 @pytest.fixture
 def distilling(tree: dict[str, Any], teacher_cache: Path) -> dict[str, Any]:
     return tree | {
-        "teacher": {"model": "gone"},
+        "teacher": teacher_of(teacher_cache),
         "cache": {"path": str(teacher_cache), "temperatures": [1.0, 2.0]},
         "loss": {"kd_ratio": 0.5},
     }

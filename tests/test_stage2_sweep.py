@@ -36,7 +36,6 @@ from stage2_student.sweep import sweep as run_sweep
 @pytest.fixture
 def tree(tmp_path: Path, distillation_tree: dict[str, Any]) -> dict[str, Any]:
     return distillation_tree | {
-        "teacher": {"model": "gone"},
         "run": {"name": "grid", "root": str(tmp_path / "runs"), "num_workers": 0, "validate_every": 2},
     }
 

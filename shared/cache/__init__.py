@@ -50,7 +50,14 @@ Errors: ``CacheFormatError`` (damaged, incomplete, another version, no space), `
 another capture is at work), ``CacheMismatchError`` (a sound cache of something else).
 """
 
-from shared.cache.identity import DataSource, Identity, InputsIdentity, TargetsIdentity, TeacherIdentity
+from shared.cache.identity import (
+    Comparison,
+    DataSource,
+    Identity,
+    InputsIdentity,
+    TargetsIdentity,
+    TeacherIdentity,
+)
 from shared.cache.lock import CacheBusyError
 from shared.cache.manifest import Manifest, SkippedRow
 from shared.cache.plan import Plan, Unit
@@ -63,6 +70,7 @@ __all__ = [
     "CacheBusyError",
     "CacheReader",
     "CacheWriter",
+    "Comparison",
     "DataSource",
     "Identity",
     "InputsIdentity",

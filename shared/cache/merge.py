@@ -69,7 +69,7 @@ def _merge(readers: Sequence[CacheReader], folder: Folder, created_by: Mapping[s
         shards=shards,
         skipped=_joined_skips(readers, index),
         duplicates=sum(total.duplicates + total.examples for total in totals) - len(index),
-        created_by=created_by,
+        created_by={**_teacher_facts(readers), **created_by},
     )
     folder.publish(index_info.name, encoded)
     folder.publish(MANIFEST_NAME, manifest.dumps())
@@ -110,6 +110,12 @@ def _joined_identity(readers: Sequence[CacheReader]) -> Identity:
     for reader in readers:
         data.update(dict.fromkeys(reader.manifest.identity.data))
     return readers[0].manifest.identity.model_copy(update={"data": tuple(data)})
+
+
+def _teacher_facts(readers: Sequence[CacheReader]) -> dict[str, str]:
+    """What the captures wrote of the teacher's files, whose weights are the same in all."""
+    facts = [reader.manifest.created_by.items() for reader in readers]
+    return {name: value for one in reversed(facts) for name, value in one if name == "teacher_content"}
 
 
 def _joined_skips(readers: Sequence[CacheReader], index: KeyIndex) -> list[SkippedRow]:

@@ -32,6 +32,7 @@ from shared.cache.staging import Staging
 from shared.cache.storage import Folder, LocalFolder, RemoteFolder, open_folder
 from shared.cache.verified import VerifiedFiles
 from shared.errors import CacheFormatError, CacheMismatchError
+from shared.places import did_you_mean
 from shared.recipes.policies import Policy
 from shared.sparse import SparseTargets
 
@@ -52,9 +53,14 @@ class CacheReader:
         folder = open_folder(location)
         manifest = load_manifest(folder)
         if manifest is None:
+            near = (
+                f" Or {hint}"
+                if isinstance(folder, LocalFolder) and (hint := did_you_mean(folder.path))
+                else ""
+            )
             raise CacheFormatError(
                 f"{folder.where}: no {MANIFEST_NAME}; there is no cache, or its capture did not end. Run "
-                "teacher-cache."
+                f"teacher-cache.{near}"
             )
         self.location = location
         self.manifest = manifest

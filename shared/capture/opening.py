@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from shared.cache import CacheReader, CacheWriter, Identity, Plan, SkippedRow, Unit
 from shared.runtime import environment
@@ -17,14 +17,16 @@ def open_planned(
     *,
     examples_per_shard: int,
     skipped: Sequence[SkippedRow] = (),
+    facts: Mapping[str, str] | None = None,
 ) -> tuple[CacheWriter, Plan, list[Unit]]:
     """The writer of the one process that plans and commits, its plan, and the units without a whole shard.
 
     keys           all that the cache is to hold
     numbered_keys  the same with the caller's row numbers; looked at only where a plan must be made
+    facts          for the manifest's ``created_by``, beside the versions
     Raises   as ``CacheWriter.open``
     """
-    writer = CacheWriter.open(location, identity, created_by=_versions())
+    writer = CacheWriter.open(location, identity, created_by=_versions() | dict(facts or {}))
     try:
         _discard_broken_shards(location, writer, keys)
         plan = writer.stored_plan() or writer.plan(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.cache import DataSource, Identity, SkippedRow, TargetsIdentity, TeacherIdentity
+from shared.cache import CacheReader, DataSource, Identity, SkippedRow, TargetsIdentity, TeacherIdentity
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit, open_split
-from shared.errors import DataError, RecipeError
+from shared.errors import DataError, RecipeError, listed
 from shared.recipes import Recipe
+from shared.same_teacher import compare_teacher
 from shared.survey import Keyed, captured_splits, inputs_identity, survey_keys
 
 
@@ -86,10 +87,9 @@ def survey(recipe: Recipe, processor: ExampleProcessor) -> CaptureData:
     data = CaptureData(tuple(survey_keys(recipe.data, name, processor, show=True) for name in splits))
     unreadable = data.unreadable()
     if len(unreadable) > recipe.data.max_dropped:
-        listed = "\n".join(f"  - {row.reason}" for row in unreadable[:10])
         raise DataError(
             f"{recipe.data.source}: {len(unreadable)} row(s) cannot be used, data.max_dropped allows "
-            f"{recipe.data.max_dropped}:\n{listed}"
+            f"{recipe.data.max_dropped}:\n{listed([row.reason for row in unreadable])}"
         )
     if not data.all_keys():
         reasons = [f"the first: {row.reason}" for row in unreadable[:1]]
@@ -117,10 +117,12 @@ def identity_of(
     )
 
 
-def same_but_for_weights(
-    stored: Identity, recipe: Recipe, processor: ExampleProcessor, data: CaptureData
+def is_same_capture(
+    stored: CacheReader, recipe: Recipe, processor: ExampleProcessor, data: CaptureData
 ) -> bool:
     """Whether a committed cache is what this recipe asks for, as far as can be said without loading weights."""
-    ours = identity_of(recipe, processor, data, weights_fingerprint=stored.teacher.weights_fingerprint)
-    named_alike = (stored.teacher.name, stored.teacher.revision) == (ours.teacher.name, ours.teacher.revision)
-    return named_alike and not stored.compare_capture(ours).refusals
+    assert recipe.teacher is not None
+    identity = stored.manifest.identity
+    ours = identity_of(recipe, processor, data, weights_fingerprint=identity.teacher.weights_fingerprint)
+    differences = identity.compare_capture(ours).refusals + compare_teacher(stored, recipe.teacher).refusals
+    return not differences

@@ -26,6 +26,8 @@ from __future__ import annotations
 import io
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -75,9 +77,7 @@ def decode_rgb(data: bytes, *, background: Background = "black", where: str = "p
              unfold to more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, or show a strip of more than
              ``MAX_ASPECT_RATIO`` to 1.
     """
-    if not data:
-        raise DataError(f"{where}: the picture has no bytes; an encoded picture file is needed")
-    try:
+    with _told(data, where):
         with _opened(data) as image:
             _check_size(image.size, where)
             _require_sound(data, image)
@@ -86,15 +86,12 @@ def decode_rgb(data: bytes, *, background: Background = "black", where: str = "p
             image.load()
             upright = _upright(image if low is None else scaled_colour(image, low))
             return to_rgb(upright, background=background)
-    except DataError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{where}: the picture is too large to decode ({error})") from error
-    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
-        raise DataError(
-            f"{where}: the picture cannot be decoded ({type(error).__name__}: {error}); "
-            f"found {len(data)} bytes beginning {data[:8]!r}, needed a whole picture file of {', '.join(FORMATS)}"
-        ) from error
+
+
+def require_header(data: bytes, *, where: str) -> None:
+    """Raises   DataError  as ``decode_rgb`` does, for what the file's header shows already"""
+    with _told(data, where), _opened(data) as image:
+        _check_size(image.size, where)
 
 
 def size_of(data: bytes) -> tuple[int, int]:
@@ -126,6 +123,24 @@ def to_rgb(image: Image.Image, *, background: Background = "black") -> Image.Ima
     canvas = Image.new("RGBA", image.size, _BACKGROUNDS[background])
     canvas.alpha_composite(layer)
     return canvas.convert("RGB")
+
+
+@contextmanager
+def _told(data: bytes, where: str) -> Iterator[None]:
+    """Whatever goes wrong with a picture becomes a DataError that names it."""
+    if not data:
+        raise DataError(f"{where}: the picture has no bytes; an encoded picture file is needed")
+    try:
+        yield
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where}: the picture is too large to decode ({error})") from error
+    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+        raise DataError(
+            f"{where}: the picture cannot be decoded ({type(error).__name__}: {error}); "
+            f"found {len(data)} bytes beginning {data[:8]!r}, needed a whole picture file of {', '.join(FORMATS)}"
+        ) from error
 
 
 def _opened(data: bytes) -> ImageFile.ImageFile:

@@ -106,7 +106,13 @@ class ExampleProcessor:
         self._background = background
         self._max_answer_tokens = max_answer_tokens
         template = chat_template(processor)
-        self._prompt = ChatPrompt(processor.tokenizer, template, system_prompt=system_prompt)
+        named = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
+        self._prompt = ChatPrompt(
+            processor.tokenizer,
+            template,
+            system_prompt=system_prompt,
+            placeholders=[token for token in named if isinstance(token, str)],
+        )
         self.tokenizer = processor.tokenizer
         self.tokenizer_fingerprint = tokenizer_fingerprint(processor.tokenizer)
         self.template_fingerprint = template_fingerprint(template)
@@ -147,14 +153,18 @@ class ExampleProcessor:
 
         A picture's tokens follow from its size, where the processor says how; text has one for four characters.
         """
-        text = (len(example.question) + len(example.answer)) // CHARACTERS_PER_TOKEN
+        return (len(example.question) + len(example.answer)) // CHARACTERS_PER_TOKEN + self.picture_tokens(
+            example
+        )
+
+    def picture_tokens(self, example: Example) -> int:
+        """From the picture's header alone; 0 where the processor does not say, or there is no such header."""
         count = getattr(self._processor, "_get_num_multimodal_tokens", None)
         try:
             width, height = size_of(example.image)
-            tokens = 0 if count is None else sum(count(image_sizes=[(height, width)])["num_image_tokens"])
+            return 0 if count is None else sum(count(image_sizes=[(height, width)])["num_image_tokens"])
         except Exception:  # of many types; whoever decodes the picture says what is wrong with it
-            tokens = 0
-        return text + tokens
+            return 0
 
     def encode(self, example: Example) -> Encoded:
         """Raises   DataError  naming the row, when its picture cannot be used."""

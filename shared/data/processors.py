@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from shared.errors import RecipeError
+from shared.errors import RecipeError, shortened
 from shared.models.adapters import lineage
+from shared.places import is_local, require_hub_asked_once, require_no_typo, why
 
 
 class Qwen3VLProcessorWithoutVideo(Qwen3VLProcessor):
@@ -43,11 +44,15 @@ def load_processor(
     bounds = {name: value for name, value in asked.items() if value is not None}
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise RecipeError(f"data.min_pixels {min_pixels} is above data.max_pixels {max_pixels}")
+    require_no_typo(model, what=f"model {model}", error=RecipeError)
+    if not is_local(model):
+        require_hub_asked_once()
     try:
         images = _pil_image_processor(model, revision, bounds)
         processor = _processor(model, revision, images)
     except Exception as error:  # missing files, missing packages, no network: of many types
-        raise RecipeError(f"model {model}: its processor cannot be opened ({error})") from error
+        reason = shortened(why(model, error))
+        raise RecipeError(f"model {model}: its processor cannot be opened: {reason}") from error
     if not hasattr(processor, "tokenizer"):
         raise RecipeError(f"model {model}: {type(processor).__name__} takes no text; a VLM is needed")
     if bounds and not bounds.keys() <= getattr(images.valid_kwargs, "__annotations__", {}).keys():

@@ -15,7 +15,7 @@ texts without markers take the ordinary path, and both paths agree on them (test
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerBase
 
-from shared.errors import DataError, RecipeError
+from shared.errors import DataError, RecipeError, shortened
 
 PROMPT_VERSION = 1  # of the rules in this module; changes the keys of examples
 
@@ -55,12 +55,19 @@ class _Window:
 class ChatPrompt:
     """The fixed parts of a prompt, and the two ways of tokenizing what lies between them.
 
+    placeholders  what the processor takes for a picture, of which a template writes one; empty: not known
+
     Raises   RecipeError  when the tokenizer or its template cannot serve: no Rust backend, a template that
-             drops or repeats the question, no token that ends a turn.
+             drops or repeats the question or drops the picture, no token that ends a turn.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, *, system_prompt: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        *,
+        system_prompt: str | None = None,
+        placeholders: Sequence[str] = (),
     ) -> None:
         if not tokenizer.is_fast:
             raise RecipeError(
@@ -70,7 +77,7 @@ class ChatPrompt:
         self._tokenizer = tokenizer
         self._bare = _without_added_tokens(tokenizer)
         self._added_ids = set(tokenizer.added_tokens_decoder) - {_unknown_id(tokenizer)}
-        self._render = _render(tokenizer, template, system_prompt)
+        self._render = _render(tokenizer, template, system_prompt, placeholders)
         bos = tokenizer.bos_token
         self.add_special_tokens = not (bos is not None and self._render.before.lstrip().startswith(bos))
         self._num_appended = self._count_appended() if self.add_special_tokens else 0
@@ -144,7 +151,9 @@ class ChatPrompt:
         ids = self._bare.encode(text, add_special_tokens=False).ids
         if self._added(ids):
             found = self._tokenizer.convert_ids_to_tokens(self._added(ids))
-            raise DataError(f"{text!r} holds {found}, which this tokenizer cannot write as plain text")
+            raise DataError(
+                f"{shortened(text)!r} holds {found}, which this tokenizer cannot write as plain text"
+            )
         return ids
 
     def _find_window(self) -> _Window:
@@ -201,7 +210,12 @@ def _unknown_id(tokenizer: Any) -> int | None:
     return tokenizer.backend_tokenizer.token_to_id(model.unk_token or "")
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, template: str, system_prompt: str | None) -> _Render:
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    system_prompt: str | None,
+    placeholders: Sequence[str],
+) -> _Render:
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}
     system = {"role": "system", "content": [{"type": "text", "text": system_prompt}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
@@ -225,6 +239,16 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str, system_prompt: st
             f"chat template of {tokenizer.name_or_path}: question and answer must each stand once in its "
             f"text, found {asked.count(_QUESTION)} and {answered.count(_ANSWER)}"
         )
+    textual = [*prompt[:-1], user | {"content": user["content"][1:]}]
+    if (
+        placeholders
+        and not any(placeholder in asked for placeholder in placeholders)
+        and _is_blind(asked, lambda: rendered(textual, ask=True))
+    ):
+        raise RecipeError(
+            f"chat template of {tokenizer.name_or_path}: it writes the same text with and without a picture; "
+            "needed is one that writes the model's picture placeholder"
+        )
     before, after = asked.split(_QUESTION)
     begun, tail = answered.split(_ANSWER)
     lead = begun.removeprefix(asked) if begun.startswith(asked) else ""
@@ -233,6 +257,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str, system_prompt: st
     ):  # what is written ahead of each answer, such as an empty thought, is prompt and not label
         after, lead = after + lead, ""
     return _Render(before, after, lead, tail)
+
+
+def _is_blind(with_picture: str, without_picture: Callable[[], str]) -> bool:
+    """Whether a template does not write that there is a picture."""
+    try:
+        return "".join(with_picture.split()) == "".join(without_picture().split())
+    except Exception:  # a template that asks for a picture sees it
+        return False
 
 
 def _where(ids: list[int], window: _Window) -> int:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.data.sources import Rows, choose, open_rows
-from shared.errors import DataError
+from shared.errors import DataError, shortened
 from shared.recipes import DataConfig, Split
 
 BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers, an empty Braille cell
+MAX_PATH = 4096  # characters; a longer text is none
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,18 @@ def open_split(data: DataConfig, split: Split) -> VqaSplit:
 
 def _columns(data: DataConfig, rows: Rows) -> dict[str, str]:
     """The column of each field; MedPix's ``mode`` and ``case_id`` may be missing unless asked for by name."""
-    columns = {}
+    columns, problems = {}, []
     for name, column in data.columns.model_dump().items():
         optional = name in ("kind", "case") and name not in data.columns.model_fields_set
         if column is None or (optional and column not in rows.columns):
             continue
-        choose(column, rows.columns, what=f"{data.source}: data.columns.{name}: column")
+        try:
+            choose(column, rows.columns, what=f"{data.source}: data.columns.{name}: column")
+        except DataError as error:
+            problems.append(str(error))
         columns[name] = column
+    if problems:
+        raise DataError("\n".join(problems))
     return columns
 
 
@@ -116,11 +122,17 @@ def _picture(value: Any, folder: Path | None, *, where: str) -> bytes:
     if not isinstance(value, str) or "://" in value:
         found = "a URL" if isinstance(value, str) else f"a {type(value).__name__}"
         raise DataError(f"{where}: the picture is {found}; needed are encoded bytes or the path of a file")
+    if len(value) > MAX_PATH:
+        raise DataError(
+            f"{where}: the picture is a text of {len(value):,} characters, {shortened(value)!r}, and no path; needed "
+            "are encoded bytes or the path of a file. Decode base64 before you save it"
+        )
     path = (folder or Path()) / value
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        raise DataError(f"{where}: the picture {path} cannot be read ({error})") from error
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise DataError(f"{where}: the picture {shortened(str(path))} cannot be read ({reason})") from error
 
 
 def _text(value: Any, what: str, *, where: str) -> str:

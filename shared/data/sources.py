@@ -27,10 +27,12 @@ import datasets
 import numpy as np
 
 from shared.data.tables import TableRows
-from shared.errors import DataError
+from shared.errors import DataError, shortened
+from shared.places import require_hub_asked_once, require_no_typo, why
 
 _KINDS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "jsonl"}  # in order of preference
 _SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
+MAX_NAMES = 20  # told in a message
 MAX_PARTS = 1_000_000  # of a split; a name that says more is not worth counting through
 _SHARD_OF = re.compile(r"^(.*?)[-_.]?(\d+)[-_]of[-_](\d+)$")
 
@@ -90,6 +92,11 @@ class JsonLinesRows:
             place for number, file in enumerate(files) for place in _line_places(number, file, self._columns)
         )
         self._places = np.fromiter(places, dtype=np.dtype((np.int64, 4)))  # file, line, first byte, length
+        if len(self) and not self._columns:
+            try:
+                self[0]
+            except DataError as error:
+                raise DataError(f"none of {len(self)} line(s) can be read; the first: {error}") from error
 
     def folder_of(self, index: int) -> Path | None:
         return self._files[int(self._places[index][0])].parent
@@ -125,22 +132,20 @@ def open_rows(source: str, *, split: str, revision: str | None = None, splits: I
 
     Raises   DataError  when the source is missing, unreadable or unreachable, or has no such split.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
+    require_no_typo(source, what=f"data.source {source}", error=DataError)
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return DatasetRows(_saved_to_disk(path, split), path)
         if path.exists():
             return _open_files(path, split, {split, *splits})
-        if _can_only_be_a_path(source):
-            raise DataError(f"data.source {source}: no such file or folder (looked in {Path.cwd()})")
+        require_hub_asked_once()
         return DatasetRows(datasets.load_dataset(source, revision=revision, split=split), None)
     except DataError:
         raise
     except Exception as error:  # datasets raises errors of a dozen libraries
-        place = f"split {split!r} of data.source {source}"
-        if not path.exists():
-            place += ", which is no local folder and was looked for on the Hugging Face Hub,"
-        raise DataError(f"{place} cannot be opened: {type(error).__name__}: {_first_line(error)}") from error
+        reason = shortened(why(source, error))
+        raise DataError(f"split {split!r} of data.source {source}: cannot be opened: {reason}") from error
 
 
 def choose(wanted: str, found: Iterable[str], *, what: str) -> None:
@@ -150,7 +155,9 @@ def choose(wanted: str, found: Iterable[str], *, what: str) -> None:
         return
     near = difflib.get_close_matches(wanted, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise DataError(f"{what} {wanted!r} is not there; found {', '.join(names) or 'none'}{hint}")
+    more = f", ... ({len(names)} in all)" if len(names) > MAX_NAMES else ""
+    found_text = ", ".join(map(shortened, names[:MAX_NAMES])) or "none"
+    raise DataError(f"{what} {wanted!r} is not there; found {found_text}{more}{hint}")
 
 
 def _open_files(path: Path, split: str, splits: set[str]) -> Rows:
@@ -240,11 +247,3 @@ def _keys(line: bytes) -> Iterable[str]:
     except (ValueError, RecursionError):
         return ()
     return row if isinstance(row, dict) else ()
-
-
-def _can_only_be_a_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in _KINDS
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

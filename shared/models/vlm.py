@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
-from shared.errors import RecipeError
+from shared.errors import RecipeError, shortened
 from shared.models.adapters import base_of, is_adapter, lineage, merged
+from shared.models.weight_files import require_whole_weights
+from shared.places import is_local, require_hub_asked_once, require_no_typo, why
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,15 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     Raises   RecipeError  when there is no model of that name, or it is not a decoder-only VLM.
     """
     name, revision = lineage(name, revision)[0]
+    require_no_typo(name, what=f"model {name}", error=RecipeError)
+    if not is_local(name):
+        require_hub_asked_once()
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+        reason = shortened(why(name, error))
         raise RecipeError(
-            f"model {name}: cannot be opened: {reason} Give a Hub name or a folder with config.json"
+            f"model {name}: cannot be opened: {reason}. Give a Hub name or a folder with config.json"
         ) from error
     if type(config) not in AutoModelForImageTextToText._model_mapping or config.is_encoder_decoder:
         raise RecipeError(
@@ -73,6 +79,7 @@ def load_vlm(
     Raises   RecipeError  when it cannot be opened, or its files lack weights.
     """
     load_config(name, revision)
+    require_whole_weights(name, revision)
     if is_adapter(name):
         base, its_revision = base_of(name, revision)
         whole = load_vlm(base, revision=its_revision, dtype=dtype, attn_implementation=attn_implementation)
@@ -85,9 +92,8 @@ def load_vlm(
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).split("\n")[0]
-        raise RecipeError(f"model {name}: cannot be loaded: {reason}") from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise RecipeError(f"model {name}: cannot be loaded: {shortened(why(name, error))}") from error
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         first = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
@@ -110,8 +116,8 @@ def empty_vlm(
             return AutoModelForImageTextToText.from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation
             )
-    except (ValueError, ImportError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # of any type: settings that do not fit together, packages that are missing
+        reason = shortened(str(error).split("\n")[0])
         raise RecipeError(f"model of type {config.model_type}: cannot be made: {reason}") from error
 
 
@@ -128,6 +134,15 @@ def split(model: PreTrainedModel) -> tuple[nn.Module, Head]:
     text = model.config.get_text_config()
     scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
     return body, Head(linear, scale=float(scale), softcap=getattr(text, "final_logit_softcapping", None))
+
+
+def require_wide_head(model: PreTrainedModel, num_token_ids: int, *, what: str) -> None:
+    """Raises RecipeError when the tokenizer has ids for which the model has no logit."""
+    width = split(model)[1].weight_VD.shape[0]
+    if width < num_token_ids:
+        raise RecipeError(
+            f"{what}: its head is {width} wide, its tokenizer has {num_token_ids} ids. They do not belong together"
+        )
 
 
 def last_hidden_states(body: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

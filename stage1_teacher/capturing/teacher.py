@@ -20,7 +20,15 @@ from transformers import PreTrainedModel
 from shared.capture.targets import sparse_targets
 from shared.data.processing import Batch
 from shared.models.sharding import blocks, fill
-from shared.models.vlm import Head, empty_vlm, last_hidden_states, load_config, load_vlm, split
+from shared.models.vlm import (
+    Head,
+    empty_vlm,
+    last_hidden_states,
+    load_config,
+    load_vlm,
+    require_wide_head,
+    split,
+)
 from shared.models.weights import weight_fingerprint
 from shared.recipes import TeacherConfig
 from shared.recipes.policies import Policy
@@ -113,7 +121,7 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> 
     With ``config.shard`` the first rank alone reads the weights, and each block is sharded over all ranks
     (FSDP2); embeddings, norms and head stay whole on every rank.
 
-    Raises   RecipeError  when it cannot be opened, or split into body and head
+    Raises   RecipeError  when it cannot be opened, or split into body and head, or has fewer ids than the tokenizer
     """
     sharded = config.shard and world.size > 1
     source = _whole(config) if world.is_main or not sharded else None
@@ -124,12 +132,13 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> 
         assert source is not None
         model = source
         nn.Module.to(model, world.device)
+    require_wide_head(model, num_token_ids, what=f"teacher {config.model}")
     body, head = split(model)
     return Teacher(
         model.requires_grad_(False).eval(),
         body,
         head,
-        min(num_token_ids, head.weight_VD.shape[0]),
+        num_token_ids,
         world.device,
         Stopwatch(world.device),
         sharded,

@@ -19,6 +19,7 @@ import click
 import torch
 
 from shared.errors import DataError, RecipeError, TeachonceError
+from shared.places import require_no_typo
 from shared.recipes import Recipe, Split
 from shared.runtime import World
 from stage2_student.evaluation.answer_metrics import Interval
@@ -150,6 +151,9 @@ class Subject:
                 raise RecipeError(
                     f"{what}: neither a run (no recipe.yaml) nor a model (no config.json)"
                 ) from error
+            require_no_typo(what, what=f"run, model or recipe {what}", error=RecipeError)
+            if "/" in what and not path.exists():
+                raise RecipeError(f"{what}: there is no run, model or recipe of that name") from error
             raise
         return cls._of_run(loaded, loaded.run.path, model)
 

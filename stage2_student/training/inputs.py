@@ -13,7 +13,8 @@ from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import Recipe
-from shared.runtime import World
+from shared.runtime import World, done_once
+from shared.same_teacher import ANOTHER_TEACHER, compare_teacher
 from shared.survey import inputs_identity
 from stage2_student.runs.identity import run_identity
 from stage2_student.training.feed import MicrobatchSource
@@ -72,6 +73,9 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     validation_cache = cache
     if cache is None and recipe.data.splits.validation is not None:
         validation_cache, notices = _open_validation_cache(recipe, processor, world)
+    if cache is not None:
+        distilled = cache
+        notices += done_once(lambda: require_teacher(recipe, distilled), world)
     train = survey_once(recipe.data, "train", processor, cache, world)
     validation = None
     if recipe.data.splits.validation is not None:
@@ -126,11 +130,26 @@ def _open_validation_cache(
             notices = (no_kl(error),)
     everywhere: list[tuple[bool, tuple[str, ...]]] = [(False, ())] * world.size
     dist.all_gather_object(everywhere, (reader is not None, notices))
-    if all(opened for opened, _ in everywhere):
-        return reader, notices
+    if reader is not None and all(opened for opened, _ in everywhere):
+        try:
+            found = reader
+            return reader, notices + done_once(lambda: require_teacher(recipe, found), world)
+        except CacheMismatchError as error:
+            return None, (no_kl(error),)
     return None, next((told for opened, told in everywhere if not opened), ())
 
 
 def no_kl(error: Exception) -> str:
     """Why a model is measured without its teacher."""
     return f"no KL to the teacher, its cache cannot be used: {error}"
+
+
+def require_teacher(recipe: Recipe, cache: CacheReader) -> tuple[str, ...]:
+    """Compares the teacher that the recipe names with the cache's; its files may be gone.  Returns notices.
+
+    Raises   CacheMismatchError  with both sides
+    """
+    assert recipe.teacher is not None  # the recipe was validated
+    comparison = compare_teacher(cache, recipe.teacher)
+    comparison.require(where=f"cache {cache.location}", remedy=ANOTHER_TEACHER)
+    return comparison.notices

@@ -33,7 +33,15 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrain
 from shared.errors import RecipeError
 from shared.kd_loss import LossSums, fused_ce_kd
 from shared.models.sharding import blocks, fill
-from shared.models.vlm import check_split, empty_vlm, last_hidden_states, load_config, load_vlm, split
+from shared.models.vlm import (
+    check_split,
+    empty_vlm,
+    last_hidden_states,
+    load_config,
+    load_vlm,
+    require_wide_head,
+    split,
+)
 from shared.recipes import LossConfig, ParallelConfig, Recipe, StudentConfig
 from shared.runtime import World
 from shared.sparse import SparseTargets
@@ -132,7 +140,7 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
     goes from the first rank's host memory to its shards.
     """
     skeleton = meta_model(recipe.student)
-    check_vocabulary(skeleton, num_token_ids)
+    require_wide_head(skeleton, num_token_ids, what=f"student {recipe.student.model}")
     choose_trained(skeleton, recipe.student, seed=recipe.run.seed)
     if recipe.student.activation_checkpointing:
         # The public switch has changed its name, and makes embeddings that nobody trains require gradients.
@@ -206,16 +214,6 @@ def full_model(config: StudentConfig, *, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model_config = load_config(config.model, config.revision)
         return AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
-
-
-def check_vocabulary(model: PreTrainedModel, num_token_ids: int) -> None:
-    """Raises RecipeError when the tokenizer has ids for which the student has no logit."""
-    _, head = split(model)
-    if head.weight_VD.shape[0] < num_token_ids:
-        raise RecipeError(
-            f"student {model.name_or_path or type(model).__name__}: its head is {head.weight_VD.shape[0]} "
-            f"wide, its tokenizer has {num_token_ids} ids. They do not belong together"
-        )
 
 
 def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelConfig, world: World) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch.distributed as dist
 
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
-from shared.errors import CacheMismatchError, DataError, TeachonceError
+from shared.errors import CacheMismatchError, DataError, listed
 from shared.recipes import DataConfig, Split
-from shared.runtime import World
+from shared.runtime import World, done_once
 from shared.survey import keys_fingerprint, survey_keys
 
 MAX_REASONS_SHOWN = 10
@@ -109,25 +108,14 @@ def survey_once(
     data: DataConfig, name: Split, processor: ExampleProcessor, cache: CacheReader | None, world: World
 ) -> Survey:
     """As ``survey``, by the first rank for all."""
-    found: list[Survey | TeachonceError | None] = [None]
-    if world.is_main:
-        try:
-            found = [survey(data, name, processor, cache, show=True)]
-        except TeachonceError as error:
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], TeachonceError):
-        raise found[0]
-    assert found[0] is not None
-    return found[0]
+    return done_once(lambda: survey(data, name, processor, cache, show=True), world)
 
 
 def _check_number(split: VqaSplit, data: DataConfig, *, num_usable: int, dropped: list[str]) -> None:
     if len(dropped) > data.max_dropped:
-        listed = "\n".join(f"  - {reason}" for reason in dropped[:MAX_REASONS_SHOWN])
         raise DataError(
             f"{split.source}, split {split.name}: {len(dropped)} row(s) cannot be used, data.max_dropped "
-            f"allows {data.max_dropped}:\n{listed}"
+            f"allows {data.max_dropped}:\n{listed(dropped)}"
         )
     if not num_usable:
         raise DataError(f"{split.source}, split {split.name}: no row can be used")

@@ -1,0 +1,90 @@
+"""Whether a recipe's teacher is the one whose targets a cache holds, found out without loading it.
+
+    compare_teacher(reader, recipe.teacher).require(...)
+
+A capture writes down what the teacher's files were: a hash of their content in the manifest, and in the log, since a
+manifest holds no times, a stamp of their sizes, times and headers.  Files with that stamp are the same.  Of others
+every byte is hashed: a renamed or copied folder is found equal, weights that changed in their place are found
+different.  Where the files are gone, or the cache is older than this, names and revisions decide.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shared.cache import CacheReader, Comparison
+from shared.cache.layout import LOG_NAME
+from shared.cache.storage import open_folder
+from shared.models.weight_files import weight_files
+from shared.recipes import TeacherConfig
+
+ANOTHER_TEACHER = (
+    "Name the cache's teacher in the recipe, or capture this one into a cache of its own (cache.path). If the "
+    "weights are the same, run teacher-cache with this recipe: it compares them and writes the new name down."
+)
+CONTENT = "teacher_content"  # in the manifest's ``created_by``
+STAMP = "teacher_stamp"  # in the log
+
+
+def teacher_content(teacher: TeacherConfig) -> dict[str, str]:
+    """What a capture writes into the manifest; reads every byte.  Empty where the files cannot be found."""
+    files = weight_files(teacher.model, teacher.revision)
+    return {} if files is None else {CONTENT: files.content()}
+
+
+def teacher_stamp(teacher: TeacherConfig) -> dict[str, str]:
+    """What a capture writes into the log."""
+    files = weight_files(teacher.model, teacher.revision)
+    return {} if files is None else {STAMP: files.stamp}
+
+
+def compare_teacher(cache: CacheReader, teacher: TeacherConfig) -> Comparison:
+    """Refuses another teacher; a teacher of another name that is proved the same is a notice."""
+    stored, facts = cache.manifest.identity.teacher, cache.manifest.created_by
+    theirs, ours = _named(stored.name, stored.revision), _named(teacher.model, teacher.revision)
+    files = weight_files(teacher.model, teacher.revision)
+    if files is None or files.missing or CONTENT not in facts:
+        if theirs == ours or _same_folder(stored.name, teacher.model):
+            return Comparison(())
+        reason = (
+            "the cache does not say what its files were" if CONTENT not in facts else "its files are not here"
+        )
+        return Comparison((f"teacher: {theirs} in the cache, {ours} asked for ({reason}: names decide)",))
+    if files.stamp not in _stamps(cache.location) and (found := files.content()) != facts[CONTENT]:
+        both = (
+            f"{theirs}, weights {facts[CONTENT][:12]}, in the cache, {ours}, weights {found[:12]}, asked for"
+        )
+        return Comparison((f"teacher: {both}",))
+    if theirs != ours:
+        return Comparison(
+            (), (f"teacher: {theirs} in the cache is called {ours} here; the weights are the same",)
+        )
+    return Comparison(())
+
+
+def _stamps(location: str) -> set[str]:
+    """Of the teacher's files at each capture; the log is no part of the cache, and may be damaged or gone."""
+    try:
+        lines = open_folder(location).read(LOG_NAME).splitlines()
+    except FileNotFoundError:
+        return set()
+    records = map(_record, lines)
+    return {str(record[STAMP]) for record in records if STAMP in record}
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _named(name: str, revision: str | None) -> str:
+    return name if revision is None else f"{name} at {revision}"
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return Path(one).exists() and Path(other).exists() and Path(one).samefile(other)

@@ -1,0 +1,117 @@
+"""Bad input of the kinds that ended in a traceback or in a page of text: one short message with a status."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from samples import PLAIN_CHAT, encoded_picture
+
+from shared.data.processing import open_processor
+from shared.data.rows import open_split
+from shared.errors import DataError, RecipeError, listed, shortened
+from shared.models.vlm import empty_vlm, load_config
+from shared.recipes import DataConfig, TeacherConfig
+from shared.runtime import distributed
+from stage1_teacher.capturing.teacher import load_teacher
+from stage2_student.__main__ import commands
+
+MAX_MESSAGE = 800
+COLUMNS = {"image": "image", "kind": None, "case": None}
+
+
+def lines(*texts: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "train.jsonl").write_text("\n".join(texts)) and None
+
+
+def no_rows(folder: Path) -> None:
+    table = {name: pa.array([], pa.string()) for name in ("image", "question", "answer")}
+    pq.write_table(pa.table(table), folder / "train.parquet")
+
+
+LONG = base64.b64encode(encoded_picture(0, size=(200, 200))).decode()
+DATA = {
+    "no rows": (no_rows, "split train: no rows; at least one is needed"),
+    "no readable line": (lines("{'a': 1}", "nonsense"), "none of 2 line(s) can be read; the first: "),
+    "base64": (
+        lines(json.dumps({"image": LONG, "question": "?", "answer": "a"})),
+        f"the picture is a text of {len(LONG):,} characters",
+    ),
+    "a long path": (
+        lines(json.dumps({"image": "x" * 4000, "question": "?", "answer": "a"})),
+        "File name too long",
+    ),
+    "hundreds of columns": (
+        lines(json.dumps({f"column-{number}": "x" * 100 for number in range(500)})),
+        "(500 in all)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_bad_data_is_one_short_message(tmp_path: Path, kind: str) -> None:
+    make, told = DATA[kind]
+    make(tmp_path)
+    with pytest.raises(DataError) as caught:
+        open_split(DataConfig(source=str(tmp_path), columns=COLUMNS), "train")[0]
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < MAX_MESSAGE * 4
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_template_that_drops_the_picture_is_to_blame_and_not_each_picture(
+    student_folder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(student_folder, tmp_path / "model")
+    blind = PLAIN_CHAT.replace("' <|image_pad|>' if p.type == 'image' else ' ' + p.text", "' ' ~ p.text")
+    (model / "chat_template.jinja").write_text(blind.replace("p.text }}", "p.text|default('') }}"))
+    with pytest.raises(RecipeError, match="same text with and without a picture"):
+        open_processor(str(model), DataConfig(source="unused"))
+
+
+def test_a_teachers_head_narrower_than_the_tokenizer_is_refused(teacher_folder: Path) -> None:
+    width = load_config(str(teacher_folder)).get_text_config().vocab_size
+    with distributed(device="cpu") as world, pytest.raises(RecipeError, match="its head is") as caught:
+        load_teacher(TeacherConfig(model=str(teacher_folder)), num_token_ids=width + 1, world=world)
+    assert f"{width} wide, its tokenizer has {width + 1} ids" in str(caught.value)
+
+
+def test_settings_that_do_not_fit_together_are_one_message(student_folder: Path) -> None:
+    config = load_config(str(student_folder))
+    config.get_text_config().pad_token_id = 10**6
+    with pytest.raises(RecipeError, match=r"cannot be made: .*[Pp]adding"):
+        empty_vlm(config, dtype=None, attn_implementation=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("runs/mien", "no such file or folder; did you mean runs/mine?"),
+        ("elsewhere/mine", "there is no run, model or recipe of that name"),
+        ("runs", "neither a run (no recipe.yaml) nor a model"),
+        ("phantm", "did you mean 'phantom'?"),
+    ],
+)
+def test_evaluating_a_run_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    shown = CliRunner().invoke(commands, ["evaluate", what])
+    assert isinstance(shown.exception, RecipeError)
+    assert told in str(shown.exception)
+
+
+def test_quotes_and_lists_are_capped_with_a_count() -> None:
+    assert len(shortened("x" * 10**6)) < 200
+    assert shortened("short") == "short"
+    shown = listed([f"row {number}" for number in range(1234)])
+    assert len(shown.splitlines()) == 11
+    assert shown.endswith("... and 1,224 more")
