@@ -26,7 +26,7 @@ from shared.cli import recipe_arguments, run
 from shared.library_output import quiet_libraries
 from shared.recipes import Recipe, TeacherConfig, baseline_of, load_recipe
 from shared.runtime import INTERRUPTED_STATUS
-from shared.survey import cache_covers
+from shared.survey import cache_covers, run_is_finished
 from shared.threads import share_cores
 
 SETTINGS_A_TEACHER_SHARES = ("data.", "data=", "bootstrap.", "bootstrap=")
@@ -88,6 +88,9 @@ def make_student(
     The run that the recipe compares with comes before its own, so that the table at the end is whole.
     """
     plan = load_recipe(recipe, overrides=tuple(overrides))
+    if not stage_arguments and run_is_finished(plan):  # its results are shown, and nothing is needed for that
+        show = [sys.executable, "-m", "stage2_student", "run", recipe, *_as_options(overrides)]
+        return subprocess.run(show, check=False).returncode
     status = make_inputs(recipe, plan, overrides)
     if not status and plan.distils and not cache_covers(plan):
         status = make_cache(recipe, overrides, nproc=nproc)

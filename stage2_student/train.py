@@ -14,6 +14,7 @@ import click
 from shared.errors import RecipeError
 from shared.recipes import Recipe
 from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, stop_on_sigterm
+from shared.survey import run_is_finished
 from stage2_student.evaluation.summary import print_summary, summarize
 from stage2_student.publishing.card import refresh_card, write_sources
 from stage2_student.runs.run_folder import RunFolder
@@ -35,6 +36,13 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
         keep_checkpoints=recipe.run.keep_checkpoints,
         async_checkpoints=recipe.run.async_checkpoints,
     )
+    if not resume and run_is_finished(recipe):
+        if world.is_main:
+            click.echo(
+                f"run {recipe.run.path} is finished; to train another student, choose another run.name"
+            )
+            print_summary(folder.read_results() or {})
+        return 0
     with stop_on_sigterm() as stop, folder.taken(world, resume=resume):
         return _train(recipe, folder, world, stop)
 

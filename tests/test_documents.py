@@ -116,7 +116,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workbench:
 
 def everything_installed() -> str:
     """What the makefile would write down after ``make test``, so that nothing is installed again."""
-    ask = "--eval=stamp: ; @echo $(FILES) $(FOR_TESTS)"
+    ask = "--eval=stamp: ; @echo $(FILES) $(FOR_TESTS) dev"
     return subprocess.run(
         ["make", "-s", ask, "stamp"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

@@ -111,6 +111,21 @@ def test_a_run_of_the_same_name_is_refused_with_its_own_status(finished: Path) -
 
 
 @pytest.mark.slow
+def test_the_same_command_again_shows_the_results_of_the_finished_run(finished: Path) -> None:
+    """And needs nothing for it: neither the data nor the cache, and no torchrun."""
+    for needed in ("work/phantom", "work/caches"):
+        shutil.move(finished / needed, finished / "away")
+        try:
+            done = pipeline(finished, "train-student", "optimization.num_epochs=0.5")
+        finally:
+            shutil.move(finished / "away", finished / needed)
+        assert done.returncode == 0, done.stderr
+        assert "run work/runs/phantom is finished" in done.stdout
+        assert "validation CE" in done.stdout
+        assert "torchrun" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_lost_export_is_made_again(finished: Path) -> None:
     export = finished / "work/runs/phantom/export"
     shutil.rmtree(export)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +27,7 @@ from shared.runtime import StopRequest, World, distributed
 from stage1_teacher.__main__ import commands
 from stage1_teacher.capture import capture
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
-from stage1_teacher.estimate import Times, Totals, estimate, teacher_costs
+from stage1_teacher.estimate import Times, Totals, estimate, live, teacher_costs
 
 
 @pytest.fixture
@@ -157,6 +158,22 @@ def test_a_sharded_teacher_tries_no_smaller_batch(
     recipe = validate_tree(Recipe, tree, origin="test")
     with distributed(device="cpu") as world, pytest.raises(TrainingError, match="cannot try a smaller one"):
         estimate(recipe, world, num_examples=4)
+
+
+def test_no_part_exceeds_its_whole(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live teacher's pass that took longer than the whole capture was disturbed by something else."""
+
+    def disturbed(teacher: Teacher, batch: Batch, chunk_size: int) -> None:
+        live(teacher, batch, chunk_size)
+        time.sleep(1)
+
+    monkeypatch.setattr("stage1_teacher.estimate.live", disturbed)
+    recipe = validate_tree(Recipe, tree, origin="test")
+    with distributed(device="cpu") as world:
+        found = estimate(recipe, world, num_examples=4, num_students=2, taus=())
+    assert found.times.live <= found.times.capture
+    cached_s = found.costs.cached_s(num_students=2, num_epochs=found.num_epochs)
+    assert found.num_examples * found.times.capture <= found.costs.capture_s <= cached_s
 
 
 def test_break_even_by_hand() -> None:

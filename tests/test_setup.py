@@ -36,7 +36,9 @@ class Checkout:
         (folder / "python").chmod(0o755)
 
     def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        kept = {
+            name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ
+        }  # not an outer make's
         command = ["make", "PYTHON=./python", *arguments]
         return subprocess.run(command, cwd=self.folder, env=kept, capture_output=True, text=True, check=False)
 

@@ -28,8 +28,9 @@ from stage2_runs import (
 )
 
 from shared.errors import CheckpointError, RecipeError
-from shared.recipes import Recipe
-from shared.runtime import INTERRUPTED_STATUS, World
+from shared.recipes import Recipe, recipe_text
+from shared.runtime import INTERRUPTED_STATUS, World, distributed
+from shared.survey import run_is_finished
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.train import train
 from stage2_student.training.export import export_checkpoint
@@ -88,6 +89,28 @@ def assert_same_run(ours: Recipe, theirs: Recipe) -> None:
     assert step_records(ours) == step_records(theirs)
     assert validation_records(ours) == validation_records(theirs)
     assert_same_state(state_of(ours, NUM_STEPS), state_of(theirs, NUM_STEPS))
+
+
+def test_the_same_recipe_again_shows_its_results_and_touches_nothing(
+    unbroken: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in unbroken.run.path.rglob("*")}
+    assert run_alone(unbroken) == 0
+    said = capsys.readouterr().out
+    assert f"run {unbroken.run.path} is finished" in said
+    assert f"{NUM_STEPS} steps" in said
+    assert before == {path: path.stat().st_mtime_ns for path in unbroken.run.path.rglob("*")}
+
+
+def test_a_run_that_goes_on_is_not_finished(unbroken: Recipe, tree: dict[str, Any]) -> None:
+    """The results of its fewer steps are gone before the recipe asks for more."""
+    longer = make_recipe(tree, run__name="longer", optimization__max_steps=NUM_STEPS + 1)
+    shutil.copytree(unbroken.run.path, longer.run.path)
+    folder = RunFolder(longer.run.path)
+    with distributed(device="cpu") as world:
+        folder.begin(longer, folder.checkpoints.latest(), world)
+    assert folder.recipe.read_text() == recipe_text(longer)
+    assert not run_is_finished(longer)
 
 
 @pytest.mark.parametrize(
@@ -245,9 +268,12 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tree: dict[str, Any]) -> None:
     assert not recipe.run.path.exists()
 
 
-def test_a_run_folder_is_not_taken_over_without_being_asked(unbroken: Recipe) -> None:
-    with pytest.raises(RecipeError, match=r"run of this name already.*--resume.*run\.name"):
-        run_alone(unbroken)
+def test_a_run_folder_is_not_taken_over_without_being_asked(unbroken: Recipe, tree: dict[str, Any]) -> None:
+    """Neither by another recipe of the same name, nor where this one is not finished."""
+    other = make_recipe(tree, optimization__learning_rate=1e-3)
+    for recipe in (other, stopped_after(unbroken, tree, 2, "unfinished")):
+        with pytest.raises(RecipeError, match=r"run of this name already.*--resume.*run\.name"):
+            run_alone(recipe)
 
 
 def test_a_finished_run_says_what_came_out(unbroken: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

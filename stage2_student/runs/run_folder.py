@@ -174,6 +174,7 @@ class RunFolder:
         """
         world.barrier()  # all have looked before the first rank cleans up
         if world.is_main:
+            self.results.unlink(missing_ok=True)  # of fewer steps: while there are results, a run is finished
             write_text(self.recipe, recipe_text(recipe))
             write_json(self.path / "environment.json", self._environment(world))
             self.checkpoints.mend()
