@@ -161,7 +161,9 @@ def test_sigterm_saves_and_leaves_with_its_own_status(unbroken: Recipe, tree: di
     assert_same_run(recipe, unbroken)
 
 
-@pytest.mark.parametrize("work", ["train.open_inputs", "trainer.build_student", "trainer.validate"])
+@pytest.mark.parametrize(
+    "work", ["train.open_inputs", "training.trainer.build_student", "training.trainer.validate"]
+)
 def test_sigterm_before_the_first_step_leaves_with_its_own_status(
     unbroken: Recipe, tree: dict[str, Any], work: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
