@@ -101,7 +101,6 @@ def test_the_page_from_top_to_bottom(
     teacher_cache: Path,
     tokenizer_folder: Path,
 ) -> None:
-    pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     for name, folder in {"small": student_folder, "large": teacher_folder}.items():

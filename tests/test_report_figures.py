@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ V = 50
 
 @pytest.fixture
 def axes() -> Any:
-    figure = pytest.importorskip("matplotlib.figure")
+    figure = importlib.import_module("matplotlib.figure")
     return figure.Figure().add_subplot()
 
 
@@ -412,7 +413,6 @@ def test_series_can_be_told_from_both_backgrounds(color: str) -> None:
 
 
 def test_a_vector_picture_follows_the_background_and_is_the_same_each_time() -> None:
-    pytest.importorskip("matplotlib")
 
     def draw(axes: Any) -> None:
         axes.plot([1, 2], color=COLORS[0])
@@ -430,7 +430,6 @@ def test_a_vector_picture_follows_the_background_and_is_the_same_each_time() -> 
 
 
 def test_a_picture_of_its_own_has_its_title(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     titles = []
 
     def draw(axes: Any) -> None:
