@@ -54,7 +54,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("from_nothing")
     done = pipeline(folder, "train-student", "optimization.num_epochs=0.5")
     assert done.returncode == 0, done.stderr
-    for line in ("validation CE", "validation KL", "short answers", "bytes a position", "times"):
+    lines = ("teacher ", "teacher, shuffled pictures", "student, labels alone", "student, from the cache")
+    for line in (*lines, "student before training", "Distance from the teacher", "bytes a position", "times"):
         assert line in done.stdout
     (folder / "screen").write_text(done.stdout + done.stderr)
     return folder
@@ -93,6 +94,8 @@ def test_the_second_student_needs_nothing_of_the_teacher(finished: Path) -> None
         done = pipeline(finished, "train-student", *settings)
         assert done.returncode == 0, done.stderr
         assert "stage1_teacher" not in done.stderr
+        assert "run phantom_labels" not in done.stderr  # the first student's is there, and shown again
+        assert "student, labels alone" in done.stdout
         assert not (finished / "work/runs/phantom_teacher").exists()
         assert not (finished / "work/phantom/models/large").exists()
         assert "nothing to capture" in pipeline(finished, "teacher-cache").stdout

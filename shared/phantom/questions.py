@@ -18,7 +18,7 @@ from shared.phantom.anatomy import Picture
 from shared.phantom.studies import STUDIES
 
 Kind = Literal["alignment", "from caption"]
-NUM_SHORT, NUM_LONG = 3, 2
+NUM_SHORT, NUM_LONG = 4, 1
 QUESTIONS_PER_PICTURE = NUM_SHORT + NUM_LONG
 PLANES = tuple(sorted({study.plane for study in STUDIES}))
 MODALITIES = {"CT": "a CT", "T1": "an MR", "T2": "an MR", "US": "an ultrasound", "XR": "an X-ray"}
@@ -117,6 +117,10 @@ def _modality(picture: Picture, rng: np.random.Generator) -> str:
     return wording.MODALITY_NAMES[picture.modality]
 
 
+def _examination(picture: Picture, rng: np.random.Generator) -> str:
+    return f"{wording.capital(picture.study.shown)} {wording.MODALITY_NAMES[picture.modality]}"
+
+
 def _either(truth: Callable[[Picture], str], options: tuple[str, ...]) -> Answer:
     """The truth, or as often another option."""
 
@@ -141,33 +145,44 @@ SHORT = (
             "Name the type of study.",
         ),
         _modality,
-        weight=1.5,
+        weight=3.0,
     ),
     Topic(
         ("What is the plane of the image?", "In what plane is this image?", "Name the plane."),
         _plane,
+        weight=3.0,
     ),
     Topic(
         ("Give modality and plane.", "What are the modality and the plane of this study?"),
         lambda picture, rng: f"{_modality(picture, rng)}, {picture.study.plane}",
+        weight=2.0,
+    ),
+    Topic(
+        ("Which examination is this?", "Name the examination.", "What was examined, and how?"),
+        _examination,
+        weight=3.0,
     ),
     Topic(
         ("Is this image {value}?", "Is the plane {value}?"),
         value=_either(lambda picture: picture.study.plane, PLANES),
         truth=lambda picture, rng: picture.study.plane,
+        weight=0.2,
     ),
     Topic(
         ("Is this {value} study?", "Was {value} study performed?"),
         value=_either(lambda picture: MODALITIES[picture.modality], tuple(sorted(set(MODALITIES.values())))),
         truth=lambda picture, rng: MODALITIES[picture.modality],
+        weight=0.2,
     ),
     Topic(
         ("Which region of the body is shown?", "What part of the body is this?", "Name the body region."),
         lambda picture, rng: picture.study.region.capitalize(),
+        weight=3.0,
     ),
     Topic(
         ("Is there a focal lesion?", "Does the image show a focal lesion?"),
         lambda picture, rng: "Yes" if picture.lesion else "No",
+        weight=0.7,
     ),
     Topic(
         (
@@ -176,12 +191,13 @@ SHORT = (
             "Is the lesion on the right or on the left?",
         ),
         _side,
-        weight=2.0,
+        weight=0.7,
     ),
-    Topic(("Which organ or structure is affected?", "What does the lesion lie in?"), _organ),
+    Topic(("Which organ or structure is affected?", "What does the lesion lie in?"), _organ, weight=2.0),
     Topic(
         ("Where is the lesion?", "Give the location of the lesion.", "Where does the abnormality lie?"),
         _place,
+        weight=0.7,
     ),
     Topic(
         (
@@ -189,11 +205,12 @@ SHORT = (
             "How does the brightness of the lesion compare with the tissue around it?",
         ),
         _brightness,
-        weight=1.5,
+        weight=0.7,
     ),
     Topic(
         ("Is the margin of the lesion smooth or irregular?", "What kind of margin does the lesion have?"),
         _margin,
+        weight=0.5,
     ),
     Topic(
         (
@@ -201,6 +218,7 @@ SHORT = (
             "How many centimetres does the lesion measure?",
         ),
         _diameter,
+        weight=0.3,
     ),
     Topic(
         (
@@ -208,16 +226,18 @@ SHORT = (
             "Small, medium or large: how big is the lesion?",
         ),
         _size_class,
+        weight=0.5,
     ),
     Topic(
         ("What is the diagnosis?", "What is the likely diagnosis?", "Name the main condition."),
         _diagnosis,
-        weight=1.5,
+        weight=0.4,
     ),
     Topic(
         ("Is there {value}?", "Does the image show {value}?"),
         value=_noted,
         truth=lambda picture, rng: picture.study.extra.name if picture.has_extra else None,
+        weight=0.2,
     ),
 )
 
@@ -229,7 +249,7 @@ LONG = (
             "Give a full description of this image.",
         ),
         wording.description,
-        weight=1.5,
+        weight=0.3,
     ),
     Topic(("Write a legend for this figure.", "Caption this image.", "What is shown here?"), wording.caption),
     Topic(
@@ -239,6 +259,7 @@ LONG = (
     Topic(
         ("Report this study.", "Give technique, finding and impression.", "Write a brief radiology report."),
         wording.report,
+        weight=0.3,
     ),
     Topic(
         (

@@ -15,8 +15,8 @@ from shared.phantom.findings import SIZES_CM
 
 MODALITY_NAMES = {
     "CT": "CT",
-    "T1": "MR - T1 weighted",
-    "T2": "MR - T2 weighted",
+    "T1": "T1-weighted MR",
+    "T2": "T2-weighted MR",
     "US": "Ultrasound",
     "XR": "Radiograph",
 }

@@ -1,0 +1,107 @@
+"""What the default recipe comes to, over several seeds: `make train-student` from nothing, again and again.
+
+    python -m tests.benchmarks.bench_phantom [--seeds 0 1 2] [--folder work/bench_phantom]
+
+A seed is that of the drawn set, of both models' first weights, and of the order of training.  Each runs in a folder
+of its own, ten minutes on two cores; a folder that is finished is read and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.recipes import dump_recipe, load_recipe
+
+RECIPE = "phantom"
+RUNS = {"teacher": "phantom_teacher", "from the cache": "phantom", "labels alone": "phantom_labels"}
+HEAD = (
+    "seed",
+    "minutes",
+    "teacher right",
+    "shuffled",
+    "from the cache",
+    "labels alone",
+    "KL cache",
+    "KL labels",
+)
+
+
+def settings(seed: int) -> list[str]:
+    """All of what is random in the recipe, drawn anew; seed 0 is the recipe as it is."""
+    small_models = dump_recipe(load_recipe(RECIPE))["bootstrap"]["small_models"]
+    models = [model | {"seed": model["seed"] + 10 * seed} for model in small_models["models"]]
+    return [
+        f"bootstrap.phantom.seed={seed}",
+        f"bootstrap.small_models.models={json.dumps(models)}",
+        *([f"run.seed={load_recipe(RECIPE).run.seed + seed}"] if seed else []),
+    ]
+
+
+def run(folder: Path, seed: int) -> float:
+    """Seconds from nothing to the table; as long as it took when the folder is finished already."""
+    taken = folder / "seconds.json"
+    if not taken.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "shared.pipeline", "train-student", RECIPE]
+        begin = time.perf_counter()
+        options = [part for item in settings(seed) for part in ("--set", item)]
+        subprocess.run([*command, *options], cwd=folder, check=True)
+        taken.write_text(json.dumps(time.perf_counter() - begin))
+    return float(json.loads(taken.read_text()))
+
+
+def figures(folder: Path, seed: int, seconds: float) -> list[float]:
+    """In the order of ``HEAD``."""
+    found = {name: _results(folder / "work/runs" / run_name) for name, run_name in RUNS.items()}
+    right = {name: results["answers"]["accuracy"]["mean"] for name, results in found.items()}
+    shuffled = found["teacher"]["shuffled_pictures"]["accuracy"]["mean"]
+    kl = [found[name]["after"]["kl"] for name in ("from the cache", "labels alone")]
+    return [seed, seconds / 60, right.pop("teacher"), shuffled, *right.values(), *kl]
+
+
+def table(rows: Sequence[Sequence[float]]) -> list[str]:
+    """Markdown: a line for each seed, then mean and standard deviation."""
+    columns = list(zip(*rows, strict=True))
+    lines = [[f"{int(row[0])}", *map(_cell, row[1:], HEAD[1:])] for row in rows]
+    if len(rows) > 1:
+        lines.append(
+            ["mean", *(_cell(statistics.fmean(c), h) for c, h in zip(columns[1:], HEAD[1:], strict=True))]
+        )
+        lines.append(
+            ["scatter", *(_cell(statistics.stdev(c), h) for c, h in zip(columns[1:], HEAD[1:], strict=True))]
+        )
+    return [f"| {' | '.join(line)} |" for line in (HEAD, ["---"] * len(HEAD), *lines)]
+
+
+def _cell(value: float, column: str) -> str:
+    if column == "minutes":
+        return f"{value:.1f}"
+    return f"{value:.3f}" if column.startswith("KL") else f"{value:.1%}"
+
+
+def _results(folder: Path) -> Any:
+    return json.loads((folder / "results.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The default recipe over several seeds")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("work/bench_phantom"))
+    chosen = parser.parse_args()
+    rows = []
+    for seed in chosen.seeds:
+        folder = chosen.folder.resolve() / f"seed-{seed}"
+        rows.append(figures(folder, seed, run(folder, seed)))
+        print("\n".join(table(rows)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
