@@ -105,6 +105,19 @@ def test_the_second_student_needs_nothing_of_the_teacher(finished: Path) -> None
 
 
 @pytest.mark.slow
+def test_shuffled_pictures_have_a_file_of_their_own(finished: Path) -> None:
+    answers = finished / "work/runs/phantom/evaluation"
+    before = (answers / "validation.parquet").read_bytes()
+    run = ["evaluate", "work/runs/phantom", "--shuffle-pictures", "--no-references"]
+    command = [sys.executable, "-m", "stage2_student", *run]
+    done = subprocess.run(command, cwd=finished, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "shuffled-pictures-validation.parquet" in done.stdout
+    assert (answers / "shuffled-pictures-validation.parquet").exists()
+    assert (answers / "validation.parquet").read_bytes() == before
+
+
+@pytest.mark.slow
 def test_a_run_of_the_same_name_is_refused_with_its_own_status(finished: Path) -> None:
     done = pipeline(finished, "train-student")
     assert done.returncode == 3
