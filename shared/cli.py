@@ -6,18 +6,23 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from shared.errors import TeachonceError
 from shared.library_output import LibraryOutput, quiet_libraries
+from shared.stopping import leave_status
 from shared.threads import set_threads
+
+if TYPE_CHECKING:
+    from shared.recipes import Recipe
 
 
 class HomePath(click.Path):
@@ -69,6 +74,13 @@ def version_option(function: Function) -> Function:
     return click.version_option(package_name="teachonce", message=message)(function)
 
 
+def load_recipe(name: str, *, overrides: tuple[str, ...] = ()) -> Recipe:
+    """``shared.recipes.load_recipe``, imported where a command is at work: what answers Ctrl-C is there by then."""
+    from shared.recipes import load_recipe as load
+
+    return load(name, overrides=overrides)
+
+
 def run(group: click.Command, *, starts_ours: bool = False) -> None:
     """Runs a command line; a user's error is one message and a status of its own, not a traceback.
 
@@ -76,7 +88,9 @@ def run(group: click.Command, *, starts_ours: bool = False) -> None:
     """
     set_threads()
     with LibraryOutput.collected(native=not starts_ours) as output:
-        sys.exit(_status(group, output))
+        status = _status(group, output)
+    leave_status(status)
+    sys.exit(status)
 
 
 def _status(group: click.Command, output: LibraryOutput) -> int:
@@ -97,7 +111,7 @@ def _status(group: click.Command, output: LibraryOutput) -> int:
         return os.EX_IOERR
     except click.Abort as error:
         tell_once("aborted", error)
-        return 130
+        return 128 + signal.SIGINT
     except Exception as error:
         return _our_own_mistake(error, output)
     return status if isinstance(status, int) else 0

@@ -7,6 +7,7 @@ everything else is our own mistake and keeps its traceback.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -69,6 +70,12 @@ class HubError(TeachonceError):
     """The Hugging Face Hub refuses, or cannot be reached."""
 
     exit_status = 9
+
+
+class NotAFileError(TeachonceError):
+    """In a file's place there is a named pipe, a device, a socket or a folder."""
+
+    exit_status = os.EX_IOERR
 
 
 def shortened(text: str) -> str:

@@ -10,27 +10,40 @@ the stages meet only through what they leave on disk.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
 
-from shared.cli import recipe_arguments, run
+from shared.cli import load_recipe, recipe_arguments, run
 from shared.library_output import quiet_libraries
-from shared.recipes import Recipe, TeacherConfig, baseline_of, load_recipe
-from shared.runtime import INTERRUPTED_STATUS
-from shared.survey import cache_covers, run_is_finished
+from shared.stopping import (
+    GO_ON,
+    INTERRUPTED_STATUS,
+    STATUS_FILE,
+    restored_handlers,
+    status_left_in,
+    stop_on_signals,
+)
 from shared.threads import share_cores
+
+if TYPE_CHECKING:
+    from shared.recipes import Recipe, TeacherConfig
 
 SETTINGS_A_TEACHER_SHARES = ("data.", "data=", "bootstrap.", "bootstrap=")
 SETTINGS_OF_A_RUN_ALONE = ("loss.", "loss=", "run.name=", "run=", "evaluation.baseline=", "evaluation=")
+# Of torchrun, which kills after 30 s what still saves its work; a second signal ends it all the same.
+PATIENCE_S = 7 * 24 * 3600
+POLL_S = 0.2
 
 WHAT = {
     "shared.phantom": "Draws the pictures and their questions",
@@ -53,6 +66,7 @@ def teacher_cache(
     recipe: str, overrides: tuple[str, ...], nproc: int, stage_arguments: tuple[str, ...]
 ) -> int:
     """Stage one: capture the teacher's targets."""
+    os.environ[GO_ON] = typed("teacher-cache", recipe, overrides, nproc, stage_arguments)
     return make_cache(recipe, overrides, nproc=nproc, stage_arguments=stage_arguments)
 
 
@@ -64,7 +78,29 @@ def train_student(
     recipe: str, overrides: tuple[str, ...], nproc: int, stage_arguments: tuple[str, ...]
 ) -> int:
     """Stage two: train a student, from the cache unless kd_ratio is 0."""
-    return make_student(recipe, overrides, nproc=nproc, stage_arguments=stage_arguments)
+    os.environ[GO_ON] = typed("train-student", recipe, overrides, nproc, stage_arguments)
+    resumed = [*stage_arguments, *(["--resume"] if "--resume" not in stage_arguments else [])]
+    return make_student(
+        recipe,
+        overrides,
+        nproc=nproc,
+        stage_arguments=stage_arguments,
+        go_on=typed("train-student", recipe, overrides, nproc, resumed),
+    )
+
+
+def typed(
+    verb: str, recipe: str, overrides: Sequence[str], nproc: int, stage_arguments: Sequence[str]
+) -> str:
+    """The command line of this call, as it is given to make where make has called."""
+    rest = [*_as_options(overrides), *stage_arguments]
+    if "MAKELEVEL" not in os.environ:
+        processes = ["--nproc", str(nproc)] if nproc > 1 else []
+        return shlex.join(["python", "-m", "shared.pipeline", verb, recipe, *processes, *rest])
+    words = ["make", verb, f"RECIPE={recipe}"]
+    words += [f"NPROC={nproc}"] if nproc > 1 else []
+    words += [f"ARGS={shlex.join(rest).replace('$', '$$')}"] if rest else []
+    return shlex.join(words)
 
 
 def make_cache(
@@ -73,7 +109,7 @@ def make_cache(
     """Runs stage one; returns its exit status."""
     plan = load_recipe(recipe, overrides=tuple(overrides))
     status = make_inputs(recipe, plan, overrides)
-    if not status and is_missing(plan.teacher) and cache_covers(plan):
+    if not status and is_missing(plan.teacher) and covers(plan):
         click.echo("the cache holds all of the data; nothing to capture, and the teacher is not needed")
         return 0
     status = status or make_teacher(plan, overrides, nproc=nproc)
@@ -81,21 +117,44 @@ def make_cache(
 
 
 def make_student(
-    recipe: str, overrides: Sequence[str], *, nproc: int, stage_arguments: Sequence[str] = ()
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    nproc: int,
+    stage_arguments: Sequence[str] = (),
+    go_on: str | None = None,
 ) -> int:
     """Runs stage two, after stage one where the cache does not cover the data; returns the exit status.
 
     The run that the recipe compares with comes before its own, so that the table at the end is whole.
+
+    go_on  the command that goes on with this very run, where it is another one than what was typed
     """
     plan = load_recipe(recipe, overrides=tuple(overrides))
-    if not stage_arguments and run_is_finished(plan):  # its results are shown, and nothing is needed for that
+    if not stage_arguments and is_finished(plan):  # its results are shown, and nothing is needed for that
         show = [sys.executable, "-m", "stage2_student", "run", recipe, *_as_options(overrides)]
         return subprocess.run(show, check=False).returncode
     status = make_inputs(recipe, plan, overrides)
-    if not status and plan.distils and not cache_covers(plan):
+    if not status and plan.distils and not covers(plan):
         status = make_cache(recipe, overrides, nproc=nproc)
     status = status or make_baseline(plan, overrides, nproc=nproc)
+    if go_on is not None:
+        os.environ[GO_ON] = go_on
     return status or launch("stage2_student", "run", recipe, overrides, stage_arguments, nproc=nproc)
+
+
+def is_finished(plan: Recipe) -> bool:
+    """Whether there is nothing left to do for this run and the one that it is compared with."""
+    from shared.finished import baseline_is_finished, run_is_finished
+
+    return run_is_finished(plan) and baseline_is_finished(plan)
+
+
+def covers(plan: Recipe) -> bool:
+    """Whether a committed cache holds all of the data."""
+    from shared.survey import cache_covers  # which loads what takes seconds
+
+    return cache_covers(plan)
 
 
 def is_missing(teacher: TeacherConfig | None) -> bool:
@@ -125,15 +184,18 @@ def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
     if teacher is None or teacher.trained_by is None or not is_missing(teacher):
         return 0
     shared_settings = [item for item in overrides if item.startswith(SETTINGS_A_TEACHER_SHARES)]
-    begun = load_recipe(teacher.trained_by, overrides=shared_settings).run.path.exists()
+    begun = load_recipe(teacher.trained_by, overrides=tuple(shared_settings)).run.path.exists()
     resume = ["--resume"] if begun else []
     return make_student(teacher.trained_by, shared_settings, nproc=nproc, stage_arguments=resume)
 
 
 def make_baseline(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
     """Trains the run that the recipe's is compared with, where it is not finished; whoever has one keeps it."""
+    from shared.finished import baseline_is_finished
+    from shared.recipes import baseline_of
+
     baseline = baseline_of(plan)
-    if baseline is None or (baseline.run.path / "results.json").exists():
+    if baseline is None or baseline_is_finished(plan):
         return 0
     assert plan.evaluation.baseline is not None
     settings = settings_of_baseline(overrides)
@@ -147,9 +209,24 @@ def settings_of_baseline(overrides: Sequence[str]) -> list[str]:
 
 
 def command(module: str, *arguments: str) -> int:
-    """Runs ``python -m module`` and returns its exit status."""
+    """Runs ``python -m module`` and returns its exit status; what it makes appears whole, or not at all.
+
+    To stop it, Ctrl-C's signal is sent, and once: in it that is an exception, which removes its scratch files.
+    """
     announce(WHAT[module], f"python -m {module} {' '.join(arguments)}")
-    return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], process_group=0)
+    told = False
+    with stop_on_signals(before_death=process.kill) as stop:
+        while process.poll() is None:
+            if stop.received and not told:
+                process.send_signal(signal.SIGINT)
+                told = True
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_S)
+    if stop.received and process.returncode:
+        click.echo(f"stopped; of this step nothing is kept. To go on: {os.environ.get(GO_ON, 'start again')}")
+        return INTERRUPTED_STATUS
+    return process.returncode
 
 
 def announce(what: str, line: str) -> None:
@@ -167,7 +244,15 @@ def launch(
     nproc: int,
 ) -> int:
     """Runs a stage's command in ``nproc`` processes under torchrun and returns the first bad exit status."""
-    arguments = ["--standalone", f"--nproc-per-node={nproc}", "-m", module, verb, recipe]
+    arguments = [
+        "--standalone",
+        f"--shutdown-timeout={PATIENCE_S}",
+        f"--nproc-per-node={nproc}",
+        "-m",
+        module,
+        verb,
+        recipe,
+    ]
     arguments += [*_as_options(overrides), *stage_arguments]
     share_cores(os.environ, nproc)
     announce(WHAT[module].format(recipe=recipe), f"torchrun {' '.join(arguments)}")
@@ -176,9 +261,16 @@ def launch(
 
 def run_torchrun(arguments: Sequence[str]) -> int:
     """The first bad exit status of torchrun's processes, which tell their errors themselves; its own table is not."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
     quiet_libraries()
+    status_file = Path(tempfile.mkdtemp()) / "status"
+    os.environ[STATUS_FILE] = str(status_file)
     try:
-        torchrun(list(arguments))
+        with restored_handlers():
+            torchrun(list(arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
@@ -190,8 +282,11 @@ def run_torchrun(arguments: Sequence[str]) -> int:
             err=True,
         )
         return 128 + number
-    except SignalException:  # torchrun has handed it on to the processes, and waited for them
-        return INTERRUPTED_STATUS
+    except SignalException as error:  # torchrun has handed it on to the processes, and waited for them
+        status = status_left_in(status_file)
+        return 128 + error.sigval if status is None else status
+    finally:
+        shutil.rmtree(status_file.parent)
     return 0
 
 

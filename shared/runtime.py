@@ -1,9 +1,14 @@
-"""The process group, the device, the signals and the facts of one process of a stage.
+"""The process group, the device and the facts of one process of a stage.
 
     with distributed() as world:      # under torchrun, or alone: then a group of one
         ...
 
 A world of one also has a process group, so that there is one code path for any number of ranks.
+
+Ranks wait for each other in two ways.  In a collective all take part at nearly the same time, and one that is late
+by ``collective_timeout_s`` is taken to hang: the job ends.  What one rank does alone (a survey of the data, reading
+weights, an export) may take hours: before the next collective the others wait for it in ``World.barrier``, which has
+no limit but notices a rank that dies.
 """
 
 from __future__ import annotations
@@ -12,24 +17,27 @@ import gc
 import importlib.metadata
 import os
 import platform
-import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from shared.errors import RecipeError, TeachonceError
+from shared.errors import RecipeError, TeachonceError, TrainingError
 from shared.library_output import quiet_libraries
 
+COLLECTIVE_TIMEOUT_S = 600.0
+NO_LIMIT = timedelta(days=14)  # some of gloo's waits count milliseconds in 31 bits, which end at 24 days
+POLL_S = 0.02
+
 Value = TypeVar("Value")
-INTERRUPTED_STATUS = 75  # EX_TEMPFAIL: stopped by SIGTERM after saving; the same command goes on from there
 
 
 @dataclass(frozen=True)
@@ -43,18 +51,60 @@ class World:
 
     @cached_property
     def background_group(self) -> dist.ProcessGroup:
-        """For collectives of a background thread, which must not mix with the main one's.
+        """For collectives of a background thread, which must not mix with the main one's; it waits for disks.
 
         Made at its first use, which must be the same moment of the program on all ranks.
         """
-        return dist.new_group(backend="gloo")
+        return dist.new_group(backend="gloo", timeout=NO_LIMIT)
+
+    @cached_property
+    def _waiting_group(self) -> dist.ProcessGroup:
+        return dist.new_group(backend="gloo", timeout=NO_LIMIT)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
-        dist.barrier()
+        """Returns when all ranks are here, however long one of them takes.
+
+        Raises   RuntimeError  when one of them has died
+        """
+        if self.size == 1:
+            return
+        arrived = dist.barrier(group=self._waiting_group, async_op=True)
+        while not arrived.is_completed():  # a wait inside torch would not let a second signal end the process
+            time.sleep(POLL_S)
+        arrived.wait()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; called by all, which need not come at the same time."""
+        if self.size == 1:
+            return flag
+        self.barrier()
+        said = torch.tensor(int(flag))
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        return bool(said.item())
+
+    def by_main(self, work: Callable[[], Value]) -> Value:
+        """What ``work`` returns on the first rank, on all ranks, which wait for it however long it takes.
+
+        Raises   TeachonceError  the first rank's own, on all ranks
+        """
+        if self.size == 1:
+            return work()
+        outcome: list[tuple[Value | None, TeachonceError | None]] = [(None, None)]
+        if self.is_main:
+            try:
+                outcome = [(work(), None)]
+            except TeachonceError as refusal:
+                outcome = [(None, refusal)]
+        self.barrier()
+        dist.broadcast_object_list(outcome, src=0)
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]  # None only where work returned it
 
     def release_memory(self) -> None:
         """Gives back what nothing holds any more; sharded modules lie in circles, which only this finds."""
@@ -64,10 +114,15 @@ class World:
 
 
 @contextmanager
-def distributed(*, device: str | None = None) -> Iterator[World]:
+def distributed(
+    *, device: str | None = None, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
+) -> Iterator[World]:
     """Joins the group that torchrun describes in the environment, or makes a group of one.
 
-    device  'cpu' or 'cuda'; by default CUDA where there is one.
+    device                'cpu' or 'cuda'; by default CUDA where there is one
+    collective_timeout_s  how long a rank may be late for a collective
+
+    Raises   TrainingError  when one is later, or has died
     """
     wanted = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -80,67 +135,39 @@ def distributed(*, device: str | None = None) -> Iterator[World]:
         wanted = torch.device("cuda", local_rank)
         torch.cuda.set_device(wanted)
     backend = "cpu:gloo,cuda:nccl" if wanted.type == "cuda" else "gloo"
+    limit = timedelta(seconds=collective_timeout_s)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=limit)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=limit, store=dist.HashStore(), rank=0, world_size=1)
     quiet_libraries()
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, wanted)
     try:
+        world._waiting_group  # noqa: B018  # made here, where all ranks are
         yield world
         # Sharded modules must be gone before the group is, or one interpreter exit in six aborts.
         gc.collect()
-        dist.barrier()
+        world.barrier()
+    except RuntimeError as error:
+        explained = _explained(error, collective_timeout_s)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         dist.destroy_process_group()
 
 
-def done_once(work: Callable[[], Value], world: World) -> Value:
-    """What the first rank's ``work`` returns, or the error that it raises, on all ranks; called by all."""
-    done: list[tuple[Value | None, TeachonceError | None]] = [(None, None)]
-    if world.is_main:
-        try:
-            done = [(work(), None)]
-        except TeachonceError as caught:
-            done = [(None, caught)]
-    dist.broadcast_object_list(done, src=0)
-    value, error = done[0]
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
-
-
-@dataclass
-class StopRequest:
-    """Whether the process has been asked to stop; false until SIGTERM arrives."""
-
-    received: bool = field(default=False)
-
-    def agreed(self, world: World) -> bool:
-        """Whether any rank has been asked: the same answer on all ranks, which must all call this."""
-        if world.size == 1:
-            return self.received
-        flag = torch.tensor(int(self.received))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
-    """The first SIGTERM asks for an orderly stop, the second ends the process at once."""
-    request = StopRequest()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if request.received:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        request.received = True
-
-    previous = signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield request
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _explained(error: RuntimeError, collective_timeout_s: float) -> TrainingError | None:
+    """What gloo and NCCL mean by their words about other ranks; None for other errors."""
+    text = str(error)
+    if "Timed out waiting" in text or ("timed out" in text.lower() and "collective" in text.lower()):
+        return TrainingError(
+            f"another process of this job was late for a collective by more than {collective_timeout_s:g} s "
+            "(parallel.collective_timeout_s). Raise the limit if it was at work; else its own output says more"
+        )
+    if "Connection closed by peer" in text or "Connection reset by peer" in text:
+        return TrainingError("another process of this job has ended; its own message says why")
+    return None
 
 
 def environment() -> dict[str, str | None]:

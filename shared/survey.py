@@ -22,7 +22,7 @@ from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import VqaSplit, open_split
 from shared.errors import CacheFormatError, DataError
 from shared.progress import progress
-from shared.recipes import DataConfig, Recipe, Split, recipe_text
+from shared.recipes import DataConfig, Recipe, Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,20 +113,6 @@ def cache_covers(recipe: Recipe) -> bool:
         if not reader.contains(keys).all() or broken_shards(reader, keys):
             return False
     return True
-
-
-def run_is_finished(recipe: Recipe) -> bool:
-    """Whether the folder of the recipe's run holds the results, and the export, of this very recipe.
-
-    The run writes its recipe when it begins, and its results last.
-    """
-    folder = recipe.run.path
-    if not (folder / "results.json").exists() or (recipe.run.export and not (folder / "export").exists()):
-        return False
-    try:
-        return (folder / "recipe.yaml").read_text(encoding="utf-8") == recipe_text(recipe)
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 def broken_shards(

@@ -10,10 +10,9 @@ from typing import Any
 
 import click
 
-from shared.cli import FILE, FOLDER, PLACE, recipe_arguments, version_option
+from shared.cli import FILE, FOLDER, PLACE, load_recipe, recipe_arguments, version_option
 from shared.cli import run as run_group
-from shared.recipes import load_recipe, recipe_text
-from shared.runtime import distributed, stop_on_sigterm
+from shared.stopping import stop_on_signals
 
 SEEDS = click.IntRange(min=0, max=2**63 - 1)
 
@@ -38,10 +37,14 @@ def commands() -> None:
 @recipe_arguments
 def capture(recipe: str, overrides: tuple[str, ...]) -> int:
     """Make the cache of RECIPE hold all its data; what is there already is not captured again."""
+    from shared.runtime import distributed
     from stage1_teacher.capture import capture as run_capture
 
     loaded = load_recipe(recipe, overrides=overrides)
-    with distributed() as world, stop_on_sigterm() as stop:
+    with (
+        stop_on_signals() as stop,
+        distributed(collective_timeout_s=loaded.parallel.collective_timeout_s) as world,
+    ):
         return run_capture(loaded, world, stop)
 
 
@@ -61,6 +64,8 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
 @recipe_arguments
 def recipe(recipe: str, overrides: tuple[str, ...]) -> int:
     """Print RECIPE as YAML, with every default written out."""
+    from shared.recipes import recipe_text
+
     click.echo(recipe_text(load_recipe(recipe, overrides=overrides)), nl=False)
     return 0
 
@@ -96,6 +101,7 @@ def estimate(
     as_json: bool,
 ) -> int:
     """Say, from a sample, how long a capture of RECIPE takes, how large its cache is, and when it pays."""
+    from shared.runtime import distributed
     from stage1_teacher.estimate import TAUS, show
     from stage1_teacher.estimate import estimate as run_estimate
 
@@ -152,6 +158,7 @@ def audit(
     as_json: bool,
 ) -> int:
     """Run the teacher again over a sample of CACHE, and compare what it says with what is kept."""
+    from shared.runtime import distributed
     from stage1_teacher.inspection.tools import show_audit
 
     with distributed() as world:

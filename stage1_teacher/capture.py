@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
 from shared.cache import CacheReader, CacheWriter, Identity, Manifest, Plan, Unit
-from shared.cache.layout import LIBRARY_LOG_NAME, PLAN_NAME
+from shared.cache.layout import LIBRARY_LOG_NAME, PLAN_NAME, shard_names
 from shared.cache.storage import open_folder
 from shared.capture.opening import open_planned
 from shared.capture.planning import (
@@ -38,9 +37,10 @@ from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceErr
 from shared.library_output import keep_library_output
 from shared.models.vlm import check_split
 from shared.recipes import CacheConfig, Recipe, dump_recipe
-from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, environment
+from shared.runtime import World, environment
 from shared.same_teacher import teacher_content, teacher_stamp
 from shared.sparse import position_seeds
+from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on
 from shared.survey import broken_shards
 from stage1_teacher.capturing.batching import BatchRunner
 from stage1_teacher.capturing.handover import BackgroundWriter
@@ -52,8 +52,6 @@ from stage1_teacher.capturing.windows import EncodedWindow, WindowSource, claime
 
 MAX_PENDING_BATCHES = 4  # on their way to disk
 SETTLE_S = 60.0  # how long shards of other machines may take to show on a network file system
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,21 +71,19 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
     if recipe.teacher is None or recipe.cache is None:
         raise RecipeError(f"recipe of run {recipe.run.name}: a capture needs a teacher and a cache section")
     processor = open_processor(recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
-    data = survey(recipe, processor) if world.is_main else None
-    complete = data is not None and nothing_to_do(recipe, processor, data)
-    if from_main(complete, world):
+    data = world.by_main(lambda: survey(recipe, processor))
+    if world.by_main(lambda: nothing_to_do(recipe, processor, data)):
         if world.is_main:
             remove_committed_plan(recipe.cache.path)
             tqdm.write(f"cache {recipe.cache.path} holds all of the data; nothing to capture")
         return 0
-    if data is not None:
+    if world.is_main:
         tqdm.write(
             f"teacher {recipe.teacher.model} is run over {len(data.all_keys())} examples; cache {recipe.cache.path}"
         )
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
-    if not teacher.is_sharded and world.is_main:
-        first = WindowSource(open_rows(recipe), processor).any_encoded()
-        check_split(teacher.model, processor.collate([first]).to(world.device).inputs)
+    if not teacher.is_sharded:
+        world.by_main(lambda: check_teacher(recipe, processor, teacher))
     begin = time.monotonic()
     writer, assignment = open_cache(recipe, processor, data, teacher, world)
     if "://" not in recipe.cache.path:
@@ -129,6 +125,12 @@ def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData
     return not broken
 
 
+def check_teacher(recipe: Recipe, processor: ExampleProcessor, teacher: Teacher) -> None:
+    """Raises   RecipeError  when body and head do not make the teacher's own logits"""
+    first = WindowSource(open_rows(recipe), processor).any_encoded()
+    check_split(teacher.model, processor.collate([first]).to(teacher.device).inputs)
+
+
 def remove_committed_plan(location: str) -> None:
     """Removes the plan that a capture killed right after its commit has left: it adds to an older manifest.
 
@@ -148,33 +150,36 @@ def remove_committed_plan(location: str) -> None:
 
 
 def open_cache(
-    recipe: Recipe, processor: ExampleProcessor, data: CaptureData | None, teacher: Teacher, world: World
+    recipe: Recipe, processor: ExampleProcessor, data: CaptureData, teacher: Teacher, world: World
 ) -> tuple[CacheWriter, Assignment]:
     """The first rank opens the cache and plans; the others join it."""
     assert recipe.cache is not None
-    path, assignment, writer = recipe.cache.path, None, None
-    if data is not None:
+    cache = recipe.cache
+    opened: list[CacheWriter] = []  # of the first rank; nothing that can be sent to others
+
+    def plan() -> Assignment:
         assert teacher.weights_fingerprint is not None
         identity = identity_of(recipe, processor, data, weights_fingerprint=teacher.weights_fingerprint)
         assert recipe.teacher is not None
         writer, plan, pending = open_planned(
-            path,
+            cache.path,
             identity,
             data.all_keys(),
             data.numbered_keys(),
-            examples_per_shard=recipe.cache.examples_per_shard,
+            examples_per_shard=cache.examples_per_shard,
             skipped=data.unreadable(),
             facts=teacher_content(recipe.teacher),
         )
-        assignment = Assignment(identity, plan, pending)
+        opened.append(writer)
         found = len(plan.units) - len(pending)
         if found:
             tqdm.write(
-                f"cache {path}: {found} of {len(plan.units)} units are finished, going on with the rest"
+                f"cache {cache.path}: {found} of {len(plan.units)} units are finished, going on with the rest"
             )
-    assignment = from_main(assignment, world)
-    assert assignment is not None
-    return writer or CacheWriter.join(path, assignment.identity), assignment
+        return Assignment(identity, plan, pending)
+
+    assignment = world.by_main(plan)
+    return opened[0] if opened else CacheWriter.join(cache.path, assignment.identity), assignment
 
 
 def capture_units(
@@ -214,7 +219,7 @@ def capture_units(
                 break
         lockstep.finish()
     tally.add_teacher(teacher.stopwatch.seconds())
-    dist.barrier()
+    world.barrier()
     return tally.close()
 
 
@@ -281,9 +286,12 @@ def stopped(cache: CacheConfig, writer: CacheWriter, assignment: Assignment, wor
     """Says how to go on; returns the status of an interrupted capture."""
     if world.is_main:
         writer.log("interrupted")
+        units = assignment.plan.units
+        published = {name.rpartition("/")[2].partition("-")[0] for name in shard_names(writer.folder)}
+        num_finished = sum(unit.unit_id in published for unit in units)
         tqdm.write(
-            f"stopped before the end: the same command goes on. Finished units of cache {cache.path} are kept, "
-            f"of {len(assignment.plan.units)} in all"
+            f"stopped: {num_finished} of {len(units)} units of cache {cache.path} are captured and kept. "
+            f"To go on: {command_to_go_on(resume=False)}"
         )
     return INTERRUPTED_STATUS
 
@@ -303,10 +311,3 @@ def summary(cache: CacheConfig, manifest: Manifest, totals: dict[str, int], elap
     ]
     lines += [f"  left out: {row.row}: {row.reason}" for row in manifest.skipped[:10]]
     return "\n".join(lines)
-
-
-def from_main(value: Value, world: World) -> Value:
-    """The first rank's value, on all ranks."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

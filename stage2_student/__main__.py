@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli import FILE, FOLDER, PATH, PLACE, recipe_arguments, version_option
+from shared.cli import FILE, FOLDER, PATH, PLACE, load_recipe, recipe_arguments, version_option
 from shared.cli import run as run_group
 from shared.library_output import keep_library_output, quiet_libraries
-from shared.recipes import Split, load_recipe, recipe_text
-from shared.runtime import distributed
+from shared.stopping import INTERRUPTED_STATUS, command_to_go_on
+
+if TYPE_CHECKING:
+    from shared.recipes import Split
 
 
 @click.group()
@@ -26,10 +29,11 @@ def commands() -> None:
 @click.option("--resume", is_flag=True, help="Go on with the run of this name where it stopped.")
 def run(recipe: str, overrides: tuple[str, ...], resume: bool) -> int:
     """Train the student of RECIPE; from the cache, unless loss.kd_ratio is 0."""
+    from shared.runtime import distributed
     from stage2_student.train import train
 
     loaded = load_recipe(recipe, overrides=overrides)
-    with distributed() as world:
+    with distributed(collective_timeout_s=loaded.parallel.collective_timeout_s) as world:
         return train(loaded, world, resume=resume)
 
 
@@ -49,6 +53,8 @@ def check(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
 @recipe_arguments
 def recipe(recipe: str, overrides: tuple[str, ...]) -> int:
     """Print RECIPE as YAML, with every default written out."""
+    from shared.recipes import recipe_text
+
     click.echo(recipe_text(load_recipe(recipe, overrides=overrides)), nl=False)
     return 0
 
@@ -85,6 +91,7 @@ def evaluate(
     as_json: bool,
 ) -> int:
     """Let a trained student answer questions, beside its teacher and itself before training."""
+    from shared.runtime import distributed
     from stage2_student.evaluation import evaluate as evaluation
     from stage2_student.evaluation.evaluated import Evaluated
     from stage2_student.evaluation.scores import keep, save
@@ -103,7 +110,7 @@ def evaluate(
         if shuffle_pictures and out is None:  # never taken for what the student answers to its own pictures
             out = subject.run / "evaluation" / f"shuffled-pictures-{asked}.parquet"
     saved = out
-    with distributed() as world:
+    with distributed(collective_timeout_s=subject.recipe.parallel.collective_timeout_s) as world:
         for one in evaluation.evaluate(
             subject.recipe,
             evaluation.models(subject.recipe, subject.model, references=references),
@@ -157,6 +164,8 @@ def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: 
     if finished:
         runs = read_runs(finished)
         click.echo("\n".join([*table(runs), *legend(runs)]))
+    if outcome.status == INTERRUPTED_STATUS:
+        click.echo(f"stopped. To go on: {command_to_go_on(resume=False)}")
     if outcome.failed:
         click.echo(f"{len(outcome.failed)} of {len(planned)} failed: {', '.join(outcome.failed)}", err=True)
     return outcome.status

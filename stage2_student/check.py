@@ -31,9 +31,10 @@ from shared.preflight import (
 from shared.recipes import Recipe, Split
 from shared.split_check import SplitFound
 from stage2_student.estimate import count_parameters, estimate_memory
-from stage2_student.train import require_even_ranks, step_shape, total_steps
+from stage2_student.train import require_even_ranks
 from stage2_student.training.freezing import find_parts
 from stage2_student.training.inputs import open_cache
+from stage2_student.training.order import step_shape, total_steps
 from stage2_student.training.student import choose_trained, meta_model
 
 

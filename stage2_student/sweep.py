@@ -27,7 +27,7 @@ import torch
 from shared.data.fingerprints import digest
 from shared.errors import RecipeError
 from shared.recipes import Recipe, load_recipe
-from shared.runtime import INTERRUPTED_STATUS, stop_on_sigterm
+from shared.stopping import GO_ON, INTERRUPTED_STATUS, command_to_go_on, stop_on_signals
 from shared.threads import share_cores
 
 POLL_S = 0.2
@@ -106,7 +106,7 @@ def plan_jobs(recipe: str, overrides: Sequence[str], grid: Sequence[str]) -> lis
 
 
 def sweep(jobs: Sequence[Job], *, num_parallel: int | None = None) -> Outcome:
-    """Runs all jobs, at most so many at once; SIGTERM is handed on to those that run, and no more are begun.
+    """Runs all jobs, at most so many at once; a signal to stop is handed on to those that run, and no more are begun.
 
     With GPUs, each job sees one of its own; without, all share the cores evenly.
 
@@ -116,7 +116,12 @@ def sweep(jobs: Sequence[Job], *, num_parallel: int | None = None) -> Outcome:
     outcome = Outcome()
     pending, slots = list(jobs), list(range(num_parallel))
     running: dict[int, _Attempt] = {}
-    with stop_on_sigterm() as stop:
+
+    def end_all() -> None:
+        for attempt in running.values():
+            attempt.process.kill()
+
+    with stop_on_signals(before_death=end_all) as stop:
         try:
             while running or (pending and not stop.received):
                 while pending and slots and not stop.received:
@@ -196,11 +201,17 @@ def _start(job: Job, slot: int, num_parallel: int) -> _Attempt:
         environment["CUDA_VISIBLE_DEVICES"] = visible[slot % num_gpus]
     else:  # spinning threads of one job would take the cores of another
         share_cores(environment, num_parallel)
+    environment[GO_ON] = command_to_go_on(resume=False)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
         log_begin = log.tell()
         process = subprocess.Popen(
-            job.command(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+            job.command(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            process_group=0,  # a terminal's Ctrl-C would be the first signal, and what is handed on the second
         )
         return _Attempt(job, process, log_begin)
 

@@ -10,26 +10,28 @@ questions and written down.
 from __future__ import annotations
 
 import click
+from tqdm import tqdm
 
 from shared.errors import RecipeError
+from shared.finished import run_is_finished
 from shared.recipes import Recipe
-from shared.runtime import INTERRUPTED_STATUS, StopRequest, World, stop_on_sigterm
-from shared.survey import run_is_finished
+from shared.runtime import World
+from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on, stop_on_signals
 from stage2_student.evaluation.summary import print_summary, summarize
 from stage2_student.publishing.card import refresh_card, write_sources
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.runs.tracking import open_trackers, require_trackers
 from stage2_student.training.export import choose_checkpoint, export_checkpoint, save_model_files
 from stage2_student.training.inputs import open_inputs
-from stage2_student.training.order import StepShape
+from stage2_student.training.resuming import Plan, plan_so_far, where_it_goes_on
 from stage2_student.training.trainer import Trainer
 
 
 def train(recipe: Recipe, world: World, *, resume: bool) -> int:
     """Runs, or goes on with, a training run; called by all ranks.  Returns the exit status.
 
-    SIGTERM is noted from here to the end, and answered where all ranks can agree on it: between steps, and
-    between the parts of the story.
+    SIGTERM and Ctrl-C are noted from here to the end, and answered where all ranks can agree on it: between
+    steps, and between the parts of the story.
     """
     folder = RunFolder(
         recipe.run.path,
@@ -41,9 +43,9 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
             click.echo(
                 f"run {recipe.run.path} is finished; to train another student, choose another run.name"
             )
-            print_summary(folder.read_results() or {})
+            print_summary(recipe, folder.read_results() or {})
         return 0
-    with stop_on_sigterm() as stop, folder.taken(world, resume=resume):
+    with stop_on_signals() as stop, folder.taken(world, resume=resume):
         return _train(recipe, folder, world, stop)
 
 
@@ -52,12 +54,12 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
     require_trackers(recipe.run)
     inputs = open_inputs(recipe, world)
     if stop.agreed(world):
-        return INTERRUPTED_STATUS
-    shape = step_shape(recipe, inputs.train.num_examples)
-    num_steps = total_steps(recipe, shape)
+        return stopped("nothing is done yet.", world)
+    plan = Plan.of(recipe, num_examples=inputs.train.num_examples)
+    before = plan_so_far(folder, num_examples=inputs.train.num_examples)
     checkpoint = folder.newest(inputs.identity(recipe))
     results = folder.read_results()
-    if results is not None and results["step"] >= num_steps:
+    if results is not None and results["step"] >= plan.num_steps and not results.get("unanswered"):
         if world.is_main:
             if recipe.run.export and checkpoint is not None and not folder.export.exists():
                 export_checkpoint(folder, checkpoint, folder.export)
@@ -65,36 +67,45 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
             print_summary(recipe, results)
         return 0
     if checkpoint is None:
-        folder.require_unfinished(results, num_steps=num_steps)
+        folder.require_unfinished(results, num_steps=plan.num_steps)
     folder.begin(recipe, checkpoint, world)
     if world.is_main:
         click.echo(
-            f"run {recipe.run.name}: {num_steps} steps of {recipe.optimization.global_batch_size} examples, of "
+            f"run {recipe.run.name}: {plan.num_steps} steps of {recipe.optimization.global_batch_size} examples, of "
             f"{inputs.train.num_examples}; everything about it in {folder.path}"
         )
+        for line in where_it_goes_on(checkpoint, plan, before):
+            tqdm.write(line)
         save_model_files(recipe, folder)
         write_sources(folder, recipe, inputs.cache)
     with open_trackers(
         recipe, folder.path, world, step=checkpoint.facts.step if checkpoint else -1
     ) as trackers:
-        trainer = Trainer(recipe, inputs, shape, num_steps, folder, world, trackers)
+        trainer = Trainer(recipe, inputs, plan.shape, plan.num_steps, folder, world, trackers)
         trainer.restore(checkpoint)
         trainer.check()
         finished = trainer.fit(stop)
+        progress = trainer.where_it_stands()
     del trainer
     world.release_memory()  # before the export needs it
     if not finished or stop.agreed(world):
-        return INTERRUPTED_STATUS
+        return stopped(progress, world)
     if recipe.run.export and world.is_main:
         export_checkpoint(folder, choose_checkpoint(folder), folder.export)
     if stop.agreed(world):
-        return INTERRUPTED_STATUS
-    world.barrier()
-    results = summarize(recipe, inputs, folder, world, step=num_steps)
+        return stopped(progress, world)
+    results = summarize(recipe, inputs, folder, world, step=plan.num_steps)
     if world.is_main:
         refresh_card(folder)  # the export was made before there were scores
         print_summary(recipe, results)
     return 0
+
+
+def stopped(progress: str, world: World) -> int:
+    """Says how to go on; returns the status of an interrupted run."""
+    if world.is_main:
+        tqdm.write(f"stopped: {progress} To go on: {command_to_go_on(resume=True)}")
+    return INTERRUPTED_STATUS
 
 
 def require_even_ranks(recipe: Recipe, num_ranks: int) -> int:
@@ -110,19 +121,3 @@ def require_even_ranks(recipe: Recipe, num_ranks: int) -> int:
             f"{config.microbatch_size} times {num_ranks} ranks. Change one of them, or the number of processes"
         )
     return rounds
-
-
-def step_shape(recipe: Recipe, num_examples: int) -> StepShape:
-    return StepShape(
-        num_examples=num_examples,
-        global_batch_size=recipe.optimization.global_batch_size,
-        microbatch_size=recipe.optimization.microbatch_size,
-        seed=recipe.run.seed,
-    )
-
-
-def total_steps(recipe: Recipe, shape: StepShape) -> int:
-    if recipe.optimization.max_steps is not None:
-        return recipe.optimization.max_steps
-    assert recipe.optimization.num_epochs is not None  # the recipe has one of the two
-    return max(1, round(recipe.optimization.num_epochs * shape.num_steps_per_epoch))

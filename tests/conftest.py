@@ -155,7 +155,8 @@ def teacher_cache(
 ) -> Path:
     """A cache of the small teacher's targets for every row of the small data set."""
     from shared.recipes.files import validate_tree
-    from shared.runtime import StopRequest, distributed
+    from shared.runtime import distributed
+    from shared.stopping import StopRequest
     from stage1_teacher.capture import capture
 
     path = tmp_path_factory.mktemp("caches") / "cache"

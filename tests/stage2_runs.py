@@ -50,13 +50,19 @@ def run_ranks(recipe: Recipe, num_ranks: int, *, resume: bool = False) -> list[i
     return on_ranks(num_ranks, lambda world: train(recipe, world, resume=resume))
 
 
-def on_ranks(num_ranks: int, function: Callable[[World], Any]) -> list[Any]:
-    """What ``function(world)`` returns on each of that many gloo ranks; its first error is raised here."""
+def on_ranks(
+    num_ranks: int, function: Callable[[World], Any], *, errors: bool = False, **options: Any
+) -> list[Any]:
+    """What ``function(world)`` returns on each of that many gloo ranks; its first error is raised here.
+
+    errors   are values like others
+    options  of ``distributed``
+    """
     port = _free_port()
     pipes, processes = [], []
     for rank in range(num_ranks):
         receiver, sender = FORK.Pipe(duplex=False)
-        process = FORK.Process(target=_rank, args=(rank, num_ranks, port, function, sender))
+        process = FORK.Process(target=_rank, args=(rank, num_ranks, port, function, sender, options))
         process.start()
         sender.close()
         pipes.append(receiver)
@@ -67,7 +73,7 @@ def on_ranks(num_ranks: int, function: Callable[[World], Any]) -> list[Any]:
         if process.is_alive():
             process.kill()
     for result in results:
-        if isinstance(result, BaseException):
+        if isinstance(result, BaseException) and not errors:
             raise result
     return results
 
@@ -161,11 +167,18 @@ def _timeless(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in names if name in record}
 
 
-def _rank(rank: int, num_ranks: int, port: int, function: Callable[[World], Any], sender: Any) -> None:
+def _rank(
+    rank: int,
+    num_ranks: int,
+    port: int,
+    function: Callable[[World], Any],
+    sender: Any,
+    options: dict[str, Any],
+) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        with distributed(device="cpu") as world:
+        with distributed(device="cpu", **options) as world:
             result = function(world)
     except BaseException as error:
         error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")

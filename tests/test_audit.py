@@ -22,8 +22,9 @@ from shared.models.vlm import load_vlm
 from shared.recipes import Recipe
 from shared.recipes.files import validate_tree
 from shared.recipes.policies import TAIL_MODES, TopK
-from shared.runtime import StopRequest, distributed
+from shared.runtime import distributed
 from shared.sparse import sparsify
+from shared.stopping import StopRequest
 from stage1_teacher.__main__ import commands
 from stage1_teacher.capture import capture
 from stage1_teacher.inspection.audit import DEFAULT_TAIL, Audit, audit

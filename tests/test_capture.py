@@ -26,7 +26,8 @@ from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, DataError
 from shared.recipes import Recipe
 from shared.recipes.files import validate_tree
-from shared.runtime import INTERRUPTED_STATUS, StopRequest, distributed
+from shared.runtime import distributed
+from shared.stopping import INTERRUPTED_STATUS, StopRequest
 from shared.survey import cache_covers, survey_keys
 from stage1_teacher.capture import capture
 
@@ -275,7 +276,7 @@ def test_sigterm_finishes_the_batch_in_hand_and_says_how_to_go_on(
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == INTERRUPTED_STATUS, output
-    assert "the same command goes on" in output
+    assert "are captured and kept. To go on: " in output
 
 
 @pytest.mark.slow

@@ -19,8 +19,9 @@ from shared.models.vlm import load_vlm
 from shared.preflight import Report
 from shared.recipes import Recipe, load_recipe
 from shared.recipes.files import validate_tree
-from shared.runtime import StopRequest, distributed
+from shared.runtime import distributed
 from shared.small_models import save_reference_config
+from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 from stage1_teacher.check import check_recipe
 from stage2_student.check import check_recipe as check_student

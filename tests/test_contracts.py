@@ -15,9 +15,12 @@ STAGES = {"stage1_teacher", "stage2_student"}
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
     {"errors", "library_output", "threads"},
+    {"regular_files"},
+    {"recipes", "runtime", "progress"},
+    {"stopping"},
     {"cli"},
-    {"recipes", "phantom", "runtime", "progress", "places"},
-    {"models", "sparse"},
+    {"sparse", "phantom", "places", "finished"},
+    {"models"},
     {"codec", "data"},
     {"reports", "kd_loss", "cache"},
     {"survey", "small_models", "same_teacher", "split_check"},

@@ -19,7 +19,7 @@ from shared.data.processing import open_processor
 from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, DataError
 from shared.recipes import load_recipe
-from shared.runtime import INTERRUPTED_STATUS
+from shared.stopping import INTERRUPTED_STATUS
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -23,7 +23,8 @@ from shared.errors import RecipeError, TrainingError
 from shared.recipes import Recipe
 from shared.recipes.files import validate_tree
 from shared.reports.break_even import TeacherCosts
-from shared.runtime import StopRequest, World, distributed
+from shared.runtime import World, distributed
+from shared.stopping import StopRequest
 from stage1_teacher.__main__ import commands
 from stage1_teacher.capture import capture
 from stage1_teacher.capturing.teacher import Teacher, load_teacher

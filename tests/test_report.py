@@ -44,7 +44,8 @@ from shared.reports.pieces import (
     table,
 )
 from shared.reports.text import visible
-from shared.runtime import StopRequest, distributed
+from shared.runtime import distributed
+from shared.stopping import StopRequest
 from stage1_teacher.__main__ import commands as teacher_commands
 from stage1_teacher.capture import capture
 from stage1_teacher.inspection.report import write_cache_report

@@ -1,21 +1,30 @@
-"""The first SIGTERM asks, the second one ends."""
+"""The first signal asks, the second one ends; and ranks wait for each other as long as it is right to."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
-from shared.runtime import stop_on_sigterm
+import pytest
+import torch
+import torch.distributed as dist
+from stage2_runs import on_ranks
+
+from shared.errors import DataError, TrainingError
+from shared.runtime import World
+from shared.stopping import GO_ON, SIGNALS, command_to_go_on, stop_on_signals
 
 FORK = multiprocessing.get_context("fork")
 
 
 def _work_until_asked(ready: Any, asked: Any) -> None:
     """Goes on for a minute after it was asked to stop, as a step of a large model would."""
-    with stop_on_sigterm() as stop:
+    with stop_on_signals() as stop:
         ready.set()
         while not stop.received:
             time.sleep(0.01)
@@ -23,22 +32,106 @@ def _work_until_asked(ready: Any, asked: Any) -> None:
         time.sleep(60)
 
 
-def test_a_second_sigterm_ends_the_process_at_once() -> None:
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_ends_the_process_at_once(first: signal.Signals, second: signal.Signals) -> None:
     ready, asked = FORK.Event(), FORK.Event()
     process = FORK.Process(target=_work_until_asked, args=(ready, asked))
     process.start()
     assert ready.wait(30)
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, first)
     assert asked.wait(30)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, second)
     process.join(timeout=30)
-    assert process.exitcode == -signal.SIGTERM
+    assert process.exitcode == -second
 
 
-def test_the_handler_of_before_comes_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_on_sigterm() as stop:
-        assert signal.getsignal(signal.SIGTERM) != before
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_handler_of_before_comes_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        assert signal.getsignal(number) != before
         assert not stop.received
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_the_command_to_go_on_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(
+        sys, "argv", ["/somewhere/bin/train-student", "run", "mine.yaml", "--set", "a.b=[1, 2]"]
+    )
+    assert command_to_go_on(resume=True) == "train-student run mine.yaml --set 'a.b=[1, 2]' --resume"
+    assert command_to_go_on(resume=False) == "train-student run mine.yaml --set 'a.b=[1, 2]'"
+    monkeypatch.setattr(sys, "argv", ["/tree/stage1_teacher/__main__.py", "capture", "phantom", "--resume"])
+    assert command_to_go_on(resume=True) == "python -m stage1_teacher capture phantom --resume"
+    monkeypatch.setenv("RANK", "0")
+    assert command_to_go_on(resume=False) == "the same torchrun command"
+    monkeypatch.setenv(GO_ON, "make train-student ARGS=--resume")
+    assert command_to_go_on(resume=True) == "make train-student ARGS=--resume"
+
+
+def test_make_is_told_what_make_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shared.pipeline import typed
+
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+    said = ("train-student", "mine.yaml", ["run.name=a b"], 2, ["--resume"])
+    alone = "python -m shared.pipeline train-student mine.yaml --nproc 2 --set 'run.name=a b' --resume"
+    assert typed(*said) == alone
+    monkeypatch.setenv("MAKELEVEL", "1")
+    echoed = subprocess.run(
+        ["bash", "-c", f"make() {{ printf '%s\\n' \"$@\"; }}; {typed(*said)}"], capture_output=True
+    )
+    assert echoed.stdout.decode().splitlines() == [
+        "train-student",
+        "RECIPE=mine.yaml",
+        "NPROC=2",
+        "ARGS=--set 'run.name=a b' --resume",
+    ]
+
+
+SHORT_S = 2.0
+
+
+def test_ranks_wait_for_the_first_one_longer_than_for_a_collective() -> None:
+    def work(world: World) -> tuple[str, bool]:
+        found = world.by_main(lambda: time.sleep(2 * SHORT_S) or "found")
+        return found, world.any(world.rank == 1)
+
+    assert on_ranks(2, work, collective_timeout_s=SHORT_S) == [("found", True)] * 2
+
+
+def test_an_error_of_the_first_rank_is_raised_on_all() -> None:
+    def refuse() -> None:
+        raise DataError("row 3")
+
+    def work(world: World) -> str:
+        with pytest.raises(DataError, match="row 3") as raised:
+            world.by_main(refuse)
+        return str(raised.value)
+
+    assert on_ranks(2, work) == ["row 3"] * 2
+
+
+def test_a_rank_that_is_late_for_a_collective_ends_the_others() -> None:
+    def work(world: World) -> None:
+        if world.is_main:
+            time.sleep(2 * SHORT_S)
+            raise DataError("of no interest here")
+        dist.all_reduce(torch.ones(1))
+
+    ended = on_ranks(2, work, collective_timeout_s=SHORT_S, errors=True)
+    assert isinstance(ended[1], TrainingError)
+    assert f"more than {SHORT_S:g} s (parallel.collective_timeout_s)" in str(ended[1])
+
+
+@pytest.mark.parametrize("doomed", [0, 1])
+def test_a_rank_that_dies_ends_those_that_wait_for_it(doomed: int) -> None:
+    def work(world: World) -> None:
+        if world.rank == doomed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.barrier()
+
+    ended = on_ranks(2, work, errors=True)
+    assert isinstance(ended[1 - doomed], TrainingError)
+    assert "another process of this job has ended" in str(ended[1 - doomed])

@@ -14,8 +14,9 @@ from stage2_runs import make_recipe
 from shared.cache import CacheReader
 from shared.errors import CacheMismatchError
 from shared.recipes import TeacherConfig
-from shared.runtime import StopRequest, distributed
+from shared.runtime import distributed
 from shared.same_teacher import compare_teacher
+from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 from stage2_student.check import check_recipe
 from stage2_student.training.inputs import open_inputs

@@ -96,7 +96,7 @@ def test_a_step_is_saved_once_and_what_was_saved_stays(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="step-000001: cannot be written"):
         save(folder, facts(1), state={"model": {"w": torch.zeros(3)}})
     state = {"model": {"w": torch.zeros(3)}}
-    load(folder.at(1), state, alone=True)
+    load(folder.at(1), state)
     assert state["model"]["w"].tolist() == [1.0, 1.0, 1.0]
 
 
@@ -145,7 +145,7 @@ def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path) -> Non
         folder.save(state, facts(1), world)
         state["model"]["w"].fill_(7.0)
         folder.wait()
-    load(folder.at(1), state, alone=True)
+    load(folder.at(1), state)
     assert (state["model"]["w"] == 1.0).all()
 
 
@@ -156,7 +156,7 @@ def test_damage_is_said_and_not_loaded(tmp_path: Path) -> None:
     (data,) = found.path.glob("*.distcp")
     data.write_bytes(data.read_bytes()[:-40])
     with pytest.raises(CheckpointError, match=r"step-000001.*Delete its folder"):
-        load(found, {"model": {"w": torch.zeros(3)}}, alone=True)
+        load(found, {"model": {"w": torch.zeros(3)}})
     (found.path / "facts.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"facts\.json cannot be read"):
         folder.latest()
@@ -179,13 +179,13 @@ def test_a_flipped_bit_in_any_file_is_found_before_anything_is_loaded(tmp_path: 
         path.write_bytes(flipped)
         state = {"model": {"w": torch.zeros(1000)}}
         with pytest.raises(CheckpointError, match=rf"step-000001: {path.name} is damaged.*Delete"):
-            load(found, state, alone=True)
+            load(found, state)
         assert not state["model"]["w"].any()
         path.unlink()
         with pytest.raises(CheckpointError, match=rf"step-000001: {path.name} .*Delete"):
-            load(found, state, alone=True)
+            load(found, state)
         path.write_bytes(whole)
-    load(found, state, alone=True)
+    load(found, state)
     assert state["model"]["w"].all()
 
 
@@ -197,7 +197,7 @@ def test_all_ranks_refuse_what_the_first_one_finds_damaged(tmp_path: Path) -> No
 
     def refused(world: World) -> bool:
         with pytest.raises(CheckpointError, match="is damaged"):
-            load(folder.at(1), {"model": {"w": torch.zeros(3)}})
+            load(folder.at(1), {"model": {"w": torch.zeros(3)}}, world=world)
         return True
 
     assert on_ranks(2, refused) == [True, True]
@@ -256,7 +256,7 @@ def test_a_strangers_checkpoint_runs_nothing(tmp_path: Path) -> None:
     save(folder, facts(1))
     plant(folder.at(1), lambda metadata: replace(metadata, planner_data=Hostile(proof)))
     with pytest.raises(CheckpointError, match=r"\.metadata asks for posix\.system"):
-        load(folder.at(1), {"model": {"w": torch.zeros(3)}}, alone=True)
+        load(folder.at(1), {"model": {"w": torch.zeros(3)}})
     assert not proof.exists()
 
 
@@ -283,7 +283,7 @@ def test_an_entry_that_torch_would_unpickle_is_refused(tmp_path: Path) -> None:
     sha256 = hashlib.sha256(data.read_bytes()).hexdigest()
     rewrite(folder.at(1), lambda told: told | {"sha256": told["sha256"] | {data.name: sha256}})
     with pytest.raises(CheckpointError, match=r"BytesStorageMetadata.*it was not run"):
-        load(folder.at(1), {"model": {"w": torch.zeros(3)}}, alone=True)
+        load(folder.at(1), {"model": {"w": torch.zeros(3)}})
     assert not proof.exists()
 
 
@@ -301,7 +301,7 @@ def test_tensors_lie_in_the_checkpoint_alone(tmp_path: Path) -> None:
         ),
     )
     with pytest.raises(CheckpointError, match=r"points to '../../elsewhere', which is no file"):
-        load(folder.at(1), {"model": {"w": torch.zeros(3)}}, alone=True)
+        load(folder.at(1), {"model": {"w": torch.zeros(3)}})
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_model_and_optimizer_come_back_bit_for_bit_and_go_on_alike(tmp_path: Pat
     save(folder, facts(3), state=student_state(model, optimizer))
     advance(model, optimizer, range(3, 6))
     other, its_optimizer = fresh(1)
-    load(folder.at(3), student_state(other, its_optimizer), alone=True)
+    load(folder.at(3), student_state(other, its_optimizer))
     set_num_updates(its_optimizer, 3)
     advance(other, its_optimizer, range(3, 6))
     for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):

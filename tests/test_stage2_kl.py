@@ -23,7 +23,8 @@ from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import open_split
 from shared.recipes import Recipe
 from shared.recipes.files import validate_tree
-from shared.runtime import StopRequest, distributed
+from shared.runtime import distributed
+from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 
 LABELS_ALONE = {"loss__kd_ratio": 0.0}

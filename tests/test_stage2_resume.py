@@ -28,9 +28,10 @@ from stage2_runs import (
 )
 
 from shared.errors import CheckpointError, RecipeError
+from shared.finished import run_is_finished
 from shared.recipes import Recipe, recipe_text
-from shared.runtime import INTERRUPTED_STATUS, World, distributed
-from shared.survey import run_is_finished
+from shared.runtime import World, distributed
+from shared.stopping import INTERRUPTED_STATUS
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.train import train
 from stage2_student.training.export import export_checkpoint
@@ -210,6 +211,63 @@ def wait_for_steps(recipe: Recipe, count: int) -> None:
             return
         time.sleep(0.005)
     raise TimeoutError("the run does not get on")
+
+
+def test_a_killed_loader_worker_costs_no_step(tree: dict[str, Any]) -> None:
+    recipe = make_recipe(
+        tree,
+        run__name="worker-killed",
+        run__checkpoint_every=None,
+        run__num_workers=1,
+        optimization__max_steps=100_000,
+    )
+    process = start(recipe, resume=False)
+    wait_for_steps(recipe, 4)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == 1  # of a test's process; a command has status 8
+    saved = RunFolder(recipe.run.path).checkpoints.latest()
+    assert saved is not None
+    assert saved.facts.step == step_records(recipe)[-1]["step"]
+
+
+def test_answers_that_fail_cost_nothing_that_is_finished(
+    unbroken: Recipe, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = stopped_after(
+        unbroken, tree, NUM_STEPS, "unanswered", run__export=True, evaluation__max_examples=2
+    )
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("pictures of two sizes")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stage2_student.evaluation.summary._answering", fail)
+        with pytest.raises(RuntimeError, match="two sizes"):
+            run_alone(recipe, resume=True)
+    results = RunFolder(recipe.run.path).read_results()
+    assert results is not None
+    assert (results["step"], results["unanswered"]) == (NUM_STEPS, "pictures of two sizes")
+    assert run_alone(recipe, resume=True) == 0
+    results = RunFolder(recipe.run.path).read_results()
+    assert results is not None
+    assert results["answers"]["num_examples"] == 2
+    assert results["unanswered"] is None
+
+
+def test_checkpoints_are_written_by_the_clock_too(tree: dict[str, Any]) -> None:
+    """Of two ranks, whose clocks differ; here it is always time."""
+    recipe = make_recipe(
+        tree,
+        run__name="by-the-clock",
+        run__checkpoint_every=None,
+        run__checkpoint_minutes=1e-9,
+        optimization__max_steps=2,
+    )
+    assert run_ranks(recipe, 2) == [0, 0]
+    assert [found.facts.step for found in RunFolder(recipe.run.path).checkpoints.all()] == [1, 2]
 
 
 @pytest.mark.parametrize("num_kills", [3, pytest.param(25, marks=pytest.mark.slow)])

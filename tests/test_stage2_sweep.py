@@ -23,7 +23,7 @@ from stage2_runs import make_recipe, relog, run_alone, written_run
 
 from shared.errors import CheckpointError, RecipeError
 from shared.recipes import dump_recipe, load_recipe
-from shared.runtime import INTERRUPTED_STATUS
+from shared.stopping import INTERRUPTED_STATUS
 from stage2_student.__main__ import commands
 from stage2_student.evaluation.cache_uses import cache_uses, captured_times
 from stage2_student.evaluation.compare import differing, save, table

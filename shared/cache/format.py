@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from shared.errors import CacheFormatError
+from shared.regular_files import open_regular
 
 FORMAT = "teachonce-cache"
 FORMAT_VERSION = 1
@@ -40,7 +41,7 @@ def sha256_hex(data: bytes | memoryview | pa.Buffer) -> str:
 
 
 def sha256_of_file(path: str | Path) -> str:
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

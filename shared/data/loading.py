@@ -1,10 +1,14 @@
 """What data-loader workers send: in one piece, and with their errors as the user should see them.
 
-    loader = DataLoader(PackedDataset(source), ...)
+    loader = DataLoader(PackedDataset(source, workers_setting="run.num_workers"), ...)
     for item in loaded_items(loader, workers_setting="run.num_workers"):    # as ``source`` made it
 
 A worker's tensors reach its parent each through a file descriptor of its own, which costs the parent a tenth of
 a millisecond a tensor; a microbatch has a dozen.  All of them go in one buffer instead.
+
+The buffer is an anonymous file in memory (``memfd_create``), not one in ``/dev/shm``: Docker gives that 64 MB.  And
+a worker's main thread does all that can fail for want of memory.  torch leaves it to another thread, whose errors
+nobody sees: parent and worker then waited for ever.  Where there are no such files (macOS), torch's own way is taken.
 
 A dataset of ours returns a ``TeachonceError`` as a value instead of raising it: the loader would wrap it into a
 worker's traceback and hide the row's name.
@@ -14,10 +18,14 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
 import os
 import pickle
-from collections.abc import Iterator
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.reduction import DupFd, ForkingPickler
 from typing import Any
 
 import torch
@@ -27,6 +35,46 @@ from torch.utils.data import DataLoader, Dataset
 from shared.errors import TeachonceError, TrainingError
 
 ALIGNMENT = 64  # bytes; more than any dtype asks for
+SHARED_MEMORY = "/dev/shm"
+
+
+class Shared:
+    """Bytes as a tensor, which another process maps instead of copying them when it unpickles this."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """Raises   OSError  when there is not that much memory, or no more file descriptor"""
+        self._descriptor: int | None = None
+        if num_bytes == 0 or not hasattr(os, "memfd_create"):
+            self.bytes = torch.empty(num_bytes, dtype=torch.uint8)
+            return
+        self._descriptor = os.memfd_create("teachonce")
+        os.posix_fallocate(self._descriptor, 0, num_bytes)  # now: a write to pages that are not there kills
+        self.bytes = _mapped(self._descriptor, num_bytes)
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if self._descriptor is None:
+            return _plain, (self.bytes,)
+        return _received, (DupFd(self._descriptor), len(self.bytes))
+
+
+def _plain(buffer: Tensor) -> Tensor:
+    return buffer
+
+
+def _received(duplicate: Any, num_bytes: int) -> Tensor:
+    descriptor = duplicate.detach()
+    try:
+        return _mapped(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _mapped(descriptor: int, num_bytes: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -35,19 +83,45 @@ class Packed:
 
     pickled  the value, with a number in the place of each tensor
     places   (offset in the buffer, dtype, shape) of each tensor
+    buffer   where it was packed; bytes where it was received
     """
 
     pickled: bytes
     places: tuple[tuple[int, torch.dtype, tuple[int, ...]], ...]
-    buffer: Tensor
+    buffer: Shared | Tensor
+
+    @property
+    def bytes(self) -> Tensor:
+        return self.buffer.bytes if isinstance(self.buffer, Shared) else self.buffer
 
     def pin_memory(self) -> Packed:
+        return replace(self, buffer=self.bytes.pin_memory())
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A packed value on its way between processes: bytes, which a loader cannot fail to pass on."""
+
+    pickled: bytes
+
+    @classmethod
+    def of(cls, value: Packed | TeachonceError) -> Sent:
+        return cls(bytes(ForkingPickler.dumps(value)))
+
+    def received(self) -> Any:
+        return pickle.loads(self.pickled)
+
+    def pin_memory(self) -> Any:
         """Called by the loader's own thread, where pages are to be pinned."""
-        return replace(self, buffer=self.buffer.pin_memory())
+        value = self.received()
+        return value.pin_memory() if isinstance(value, Packed) else value
 
 
 def pack(value: Any) -> Packed:
-    """Copies the tensors of any value that pickles; they must lie on the CPU."""
+    """Copies the tensors of any value that pickles; they must lie on the CPU.
+
+    Raises   OSError  when memory for them cannot be had
+    """
     tensors: list[Tensor] = []
     stream = io.BytesIO()
     pickler = pickle.Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL)
@@ -57,16 +131,16 @@ def pack(value: Any) -> Packed:
     for tensor in tensors:
         places.append((offset, tensor.dtype, tuple(tensor.shape)))
         offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    buffer = torch.empty(offset, dtype=torch.uint8)
+    buffer = Shared(offset)
     for tensor, place in zip(tensors, places, strict=True):
-        _view(buffer, place).copy_(tensor)
+        _view(buffer.bytes, place).copy_(tensor)
     return Packed(stream.getvalue(), tuple(places), buffer)
 
 
 def unpack(packed: Packed) -> Any:
     """The value again; its tensors are views of the buffer."""
     unpickler = pickle.Unpickler(io.BytesIO(packed.pickled))
-    unpickler.persistent_load = lambda number: _view(packed.buffer, packed.places[number])  # type: ignore[method-assign]
+    unpickler.persistent_load = lambda number: _view(packed.bytes, packed.places[number])  # type: ignore[method-assign]
     return unpickler.load()
 
 
@@ -84,22 +158,37 @@ def _view(buffer: Tensor, place: tuple[int, torch.dtype, tuple[int, ...]]) -> Te
 
 
 class PackedDataset(Dataset):
-    """Packs the items of a dataset, in the worker that has made them."""
+    """Packs the items of a dataset, in the worker that has made them.
 
-    def __init__(self, source: Dataset) -> None:
+    workers_setting  the recipe's key for the number of workers, named when their memory does not suffice
+    """
+
+    def __init__(self, source: Dataset, *, workers_setting: str) -> None:
         self.source = source
+        self.workers_setting = workers_setting
 
-    def __getitem__(self, index: Any) -> Packed:
-        return pack(self.source[index])
+    def __getitem__(self, index: Any) -> Sent:
+        value = self.source[index]
+        try:
+            return Sent.of(pack(value))
+        except OSError as error:
+            refusal = TrainingError(
+                f"a data-loader worker cannot hand over what it has read ({error.strerror}). Lower "
+                f"{self.workers_setting} (0: no workers), or give the job more memory or file descriptors"
+            )
+            return Sent.of(refusal)
 
 
-def leave_process_group(worker: int) -> None:
+def begin_worker(worker: int) -> None:
     """``worker_init_fn`` of every loader: signals to the parent's process group do not reach the worker.
 
-    torchrun signals whole groups, and a worker that died of SIGTERM took its trainer along before that had saved.
-    To ignore SIGTERM instead is no cure: the interpreter ends its children by it, and then waits for them for ever.
+    torchrun signals whole groups, and so does a terminal; a worker that died of it took its trainer along before that
+    had saved.  To ignore SIGTERM instead is no cure: the interpreter ends its children by it, and then waits for them
+    for ever.  So a worker also forgets what its parent does about signals.
     """
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def loaded_items(loader: DataLoader, *, workers_setting: str) -> Iterator[Any]:
@@ -107,15 +196,17 @@ def loaded_items(loader: DataLoader, *, workers_setting: str) -> Iterator[Any]:
 
     workers_setting  the recipe's key for the number of workers, named when one of them dies
     Raises   TeachonceError  one that came as a value
-             TrainingError   when a worker process died
+             TrainingError   when workers cannot be started, or one of them died
     """
-    loaded = iter(loader)
+    loaded = _started(loader, workers_setting)
     while True:
         try:
             item = next(loaded)
+            if isinstance(item, Sent):
+                item = item.received()
         except StopIteration:
             return
-        except (RuntimeError, ConnectionError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if not _says_that_a_worker_died(error):
                 raise
             raise TrainingError(
@@ -129,14 +220,44 @@ def loaded_items(loader: DataLoader, *, workers_setting: str) -> Iterator[Any]:
         yield item
 
 
+def _started(loader: DataLoader, workers_setting: str) -> Iterator[Any]:
+    """The loader's iterator, which says where it is asked that a worker has died.
+
+    torch would raise that out of a signal handler as well, in the middle of whatever the main thread does: a step
+    that the other ranks go on with, or a checkpoint.
+    """
+    try:
+        answer = signal.getsignal(signal.SIGCHLD)
+        loaded = iter(loader)
+        if loader.num_workers and signal.getsignal(signal.SIGCHLD) is not answer:
+            signal.signal(signal.SIGCHLD, answer)
+    except OSError as error:
+        raise TrainingError(
+            f"data-loader workers cannot be started ({error}). Their semaphores are files in {SHARED_MEMORY}, which "
+            f"{_room()}. Give it some room (docker run --shm-size=1g), or do without workers ({workers_setting}=0)"
+        ) from error
+    return loaded
+
+
+def _room() -> str:
+    try:
+        usage = shutil.disk_usage(SHARED_MEMORY)
+    except OSError as error:
+        return f"cannot be used ({error.strerror})"
+    return f"has {usage.total / 2**20:.3g} MiB, {usage.free / 2**20:.3g} of them free"
+
+
 def _says_that_a_worker_died(error: Exception) -> bool:
     """The loader's own words, or the connection that broke while a dead worker's tensors were fetched.
 
-    An exception of the dataset's code has the worker's traceback in its text.
+    An exception of the dataset's code has the worker's traceback in its text, one of the thread that pins its own.
     """
-    if "Caught " in str(error):
+    text = str(error)
+    if "in pin memory thread" in text:
+        return any(name in text for name in ("ConnectionResetError", "ConnectionRefusedError", "EOFError"))
+    if "Caught " in text:
         return False
-    return isinstance(error, ConnectionError | EOFError) or "DataLoader worker" in str(error)
+    return isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "DataLoader worker" in text
 
 
 def _first_line(error: Exception) -> str:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.data.sources import Rows, choose, open_rows
-from shared.errors import DataError, shortened
+from shared.errors import DataError, NotAFileError, shortened
 from shared.recipes import DataConfig, Split
+from shared.regular_files import read_regular
 
 BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers, an empty Braille cell
 MAX_PATH = 4096  # characters; a longer text is none
@@ -129,7 +130,9 @@ def _picture(value: Any, folder: Path | None, *, where: str) -> bytes:
         )
     path = (folder or Path()) / value
     try:
-        return path.read_bytes()
+        return read_regular(path)
+    except NotAFileError as error:
+        raise DataError(f"{where}: the picture {error}") from error
     except (OSError, ValueError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise DataError(f"{where}: the picture {shortened(str(path))} cannot be read ({reason})") from error

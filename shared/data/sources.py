@@ -27,8 +27,9 @@ import datasets
 import numpy as np
 
 from shared.data.tables import TableRows
-from shared.errors import DataError, shortened
+from shared.errors import DataError, NotAFileError, shortened
 from shared.places import require_hub_asked_once, require_no_typo, why
+from shared.regular_files import open_regular, refuse_irregular, refuse_irregular_members
 
 _KINDS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "jsonl"}  # in order of preference
 _SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
@@ -114,7 +115,7 @@ class JsonLinesRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, line, start, length = (int(value) for value in self._places[index])
-        with open(self._files[file], "rb") as stream:
+        with open_regular(self._files[file]) as stream:
             stream.seek(start)
             data = stream.read(length)
         try:
@@ -143,6 +144,8 @@ def open_rows(source: str, *, split: str, revision: str | None = None, splits: I
         return DatasetRows(datasets.load_dataset(source, revision=revision, split=split), None)
     except DataError:
         raise
+    except NotAFileError as error:
+        raise DataError(f"data.source {source}: {error}") from error
     except Exception as error:  # datasets raises errors of a dozen libraries
         reason = shortened(why(source, error))
         raise DataError(f"split {split!r} of data.source {source}: cannot be opened: {reason}") from error
@@ -200,10 +203,12 @@ def _require_all_parts(files: Sequence[Path]) -> None:
 
 
 def _data_files(path: Path) -> tuple[str, list[Path]]:
-    found = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found = sorted(file for file in path.rglob("*") if not file.is_dir()) if path.is_dir() else [path]
     visible = [f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)]
     for suffix, kind in _KINDS.items():
         if files := [file for file in visible if file.suffix == suffix]:
+            for file in files:
+                refuse_irregular(file)
             return kind, files
     raise DataError(
         f"data.source {path}: no data file; needed {', '.join('*' + suffix for suffix in _KINDS)}"
@@ -218,6 +223,8 @@ def _split_names(file: Path, source: Path) -> list[str]:
 
 
 def _saved_to_disk(path: Path, split: str) -> datasets.Dataset:
+    for folder in (path, *(member for member in path.iterdir() if member.is_dir())):
+        refuse_irregular_members(folder)
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.Dataset):
         saved = datasets.DatasetDict({"train": saved})
@@ -232,7 +239,7 @@ def _line_places(number: int, file: Path, columns: dict[str, None]) -> Iterable[
     colon that is not behind a known key took 0.35 s, and 0.75 where answers have colons.
     """
     start = 0
-    with open(file, "rb") as stream:
+    with open_regular(file) as stream:
         for line_number, line in enumerate(stream, start=1):
             if line.strip():
                 columns.update(dict.fromkeys(_keys(line)))

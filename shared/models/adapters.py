@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from shared.errors import RecipeError
+from shared.regular_files import refuse_irregular_members
 
 SETTINGS = "adapter_config.json"
 
@@ -44,8 +45,11 @@ def base_of(name: str, revision: str | None) -> tuple[str, str | None]:
 def lineage(name: str, revision: str | None) -> list[tuple[str, str | None]]:
     """The whole model, then the adapters that were trained on top of each other, up to the one named.
 
-    Raises   RecipeError  when an adapter's settings do not say what it belongs to, or lead in a circle
+    Raises   RecipeError    when an adapter's settings do not say what it belongs to, or lead in a circle
+             NotAFileError  when something in a model's folder is a pipe, a device or a socket
     """
+    if Path(name).is_dir():
+        refuse_irregular_members(name)
     found = [(name, revision)]
     while is_adapter(found[0][0]):
         base = base_of(*found[0])

@@ -29,6 +29,7 @@ def fill(model: nn.Module, source: nn.Module | None, world: World) -> None:
     Called by all ranks; ``source`` counts on the first only.  Buffers that no file holds (rotary tables) are
     among them: on the meta device they were never computed.
     """
+    world.barrier()  # the first rank has read files meanwhile
     values = {} if source is None else dict(_named_tensors(source))
     with torch.no_grad():
         for name, own in _named_tensors(model):

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from shared.errors import RecipeError
+from shared.errors import NotAFileError, RecipeError
 from shared.recipes import yaml12
 from shared.recipes.schema import fields_of, sections_in, shut_out, takes_a_list
+from shared.regular_files import read_regular
 
 RECIPE_FOLDER = Path(__file__).parent
 Model = TypeVar("Model", bound=BaseModel)
@@ -64,7 +65,7 @@ def validate_tree(model: type[Model], tree: dict[str, Any], *, origin: str) -> M
 def _find(name_or_path: str | Path) -> Path:
     path = Path(name_or_path).expanduser()
     if path.suffix in {".yaml", ".yml"}:
-        if path.is_file():
+        if path.exists():
             return path
         raise RecipeError(f"recipe {path}: there is no such file")
     packaged = RECIPE_FOLDER / f"{name_or_path}.yaml"
@@ -81,8 +82,8 @@ def _read(path: Path, model: type[BaseModel], *, seen: tuple[Path, ...]) -> dict
     if path in seen:
         raise RecipeError(f"recipe {path.name}: extends itself by way of {seen[-1].name}")
     try:
-        tree = yaml12.load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        tree = yaml12.load(read_regular(path).decode())
+    except (YAMLError, UnicodeDecodeError, OSError, NotAFileError) as error:
         raise RecipeError(f"recipe {path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {path}: found {type(tree).__name__}, needs a mapping of sections")
@@ -92,7 +93,7 @@ def _read(path: Path, model: type[BaseModel], *, seen: tuple[Path, ...]) -> dict
     if not isinstance(base, str):
         raise RecipeError(f"recipe {path}: extends needs the name or the file of one recipe")
     beside = (path.parent / Path(base).expanduser()).resolve()
-    base_path = beside if beside.suffix in {".yaml", ".yml"} and beside.is_file() else _find(base)
+    base_path = beside if beside.suffix in {".yaml", ".yml"} and beside.exists() else _find(base)
     return _lay(_read(base_path, model, seen=(*seen, path)), tree, [model])
 
 

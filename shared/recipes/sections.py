@@ -261,6 +261,9 @@ class ParallelConfig(Section):
     """Free gathered parameters after the forward pass: less memory, more communication."""
     cpu_offload: bool = False
     """Keep parameters, gradients and moments in host memory."""
+    collective_timeout_s: Annotated[float, Field(ge=1, le=1e6)] = 600
+    """Seconds, in either stage. A rank that keeps the others waiting for longer is taken to hang, and the job ends.
+    What the first rank does alone (reading data and weights, an export) has no limit."""
 
     @model_validator(mode="after")
     def _no_pipeline(self) -> Self:
@@ -285,6 +288,8 @@ class RunConfig(Section):
     """Steps; validation always runs before the first step and after the last."""
     checkpoint_every: PositiveInt | None = None
     """Steps; a checkpoint is always written after the last."""
+    checkpoint_minutes: PositiveFloat | None = 10
+    """Minutes since the last checkpoint after which one is written, whatever the step."""
     keep_checkpoints: PositiveInt = 2
     """The newest ones are kept; the best one is kept beside these."""
     async_checkpoints: bool = True

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from shared.cache import Unit
 from shared.capture.planning import NumberedRows
 from shared.capture.units import Refused
-from shared.data.loading import PackedDataset, leave_process_group, loaded_items
+from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import Encoded, ExampleProcessor
 from shared.errors import DataError, TeachonceError
 
@@ -85,12 +85,12 @@ def encoded_windows(
     Raises   TeachonceError  a row's own error, or that a worker died
     """
     loader: DataLoader = DataLoader(
-        PackedDataset(source) if num_workers else source,
+        PackedDataset(source, workers_setting="cache.num_workers") if num_workers else source,
         sampler=windows_of(units),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
-        worker_init_fn=leave_process_group,
+        worker_init_fn=begin_worker,
     )
     yield from loaded_items(loader, workers_setting="cache.num_workers")
 

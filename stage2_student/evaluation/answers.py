@@ -114,6 +114,7 @@ def answers_of(
     except (TeachonceError, torch.OutOfMemoryError) as error:
         own = error.with_traceback(None)  # which holds the model
     world.release_memory()
+    world.barrier()  # some shares take longer than others
     gathered: list[Any] = [None] * world.size
     dist.all_gather_object(gathered, own)
     for share in gathered:

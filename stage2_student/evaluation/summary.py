@@ -25,26 +25,44 @@ LOSSES = ("loss", "ce_loss", "kd_loss", "kl", "teacher_ce_loss")  # of a validat
 def summarize(
     recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World, *, step: int
 ) -> dict[str, Any]:
-    """Lets the exported student answer questions, and writes ``results.json``; called by all ranks."""
-    begin = time.perf_counter()
-    student = _answering(recipe, inputs, folder, world) if recipe.run.export else None
-    shuffled = None if student is None else _with_other_pictures(recipe, folder, world)
-    answering_s = time.perf_counter() - begin
-    results = _results(recipe, inputs, folder, step=step)
-    results["answers"] = None if student is None else student.to_json()
-    results["shuffled_pictures"] = shuffled
-    results["times_s"]["answering"] = answering_s
-    if world.is_main:
-        if student is not None:
-            keep([student], folder.evaluation, default_split(recipe))
-        write_json(folder.results, results)
+    """Lets the exported student answer questions, and writes ``results.json``; called by all ranks.
+
+    What is finished is written first: ``unanswered`` says then why there are no answers, and --resume asks again.
+    """
+    results = _results(recipe, inputs, folder, step=step) | {"answers": None, "unanswered": None}
+    results["shuffled_pictures"] = None
+    asks = bool(recipe.run.export and recipe.evaluation.max_examples)
+    student, begin = None, time.perf_counter()
+    if asks:
+        _write(folder, results | {"unanswered": "it was not asked yet"}, world)
+        try:
+            student = _answering(recipe, inputs, folder, world)
+            shuffled = _with_other_pictures(recipe, folder, world)
+        except Exception as error:
+            _write(folder, results | {"unanswered": str(error) or type(error).__name__}, world)
+            if world.is_main:
+                print_summary(recipe, results)
+                click.echo(
+                    f"note: training is finished and kept, but the student could not answer questions. "
+                    f"`train-student evaluate {folder.path}` asks it again"
+                )
+            raise
+        results["answers"] = student.to_json()
+        results["shuffled_pictures"] = shuffled
+    results["times_s"]["answering"] = time.perf_counter() - begin
+    if world.is_main and student is not None:
+        keep([student], folder.evaluation, default_split(recipe))
+    _write(folder, results, world)
     return results
 
 
-def _answering(recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World) -> Evaluated | None:
-    """The student's answers, without losses: the last validation has them; None where none are asked for."""
-    if not recipe.evaluation.max_examples:
-        return None
+def _write(folder: RunFolder, results: dict[str, Any], world: World) -> None:
+    if world.is_main:
+        write_json(folder.results, results)
+
+
+def _answering(recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World) -> Evaluated:
+    """The student's answers, without losses: the last validation has them."""
     answers = answers_of(
         recipe,
         ModelSource.student(recipe, str(folder.export)),
@@ -111,6 +129,7 @@ def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) ->
         "times_s": {
             "training": metrics.training_s,
             "validation": sum(record["validation_s"] for record in metrics.validations),
+            "answering": 0.0,
         },
         "export": str(folder.export) if recipe.run.export else None,
     }

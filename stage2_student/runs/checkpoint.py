@@ -38,12 +38,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shared.errors import CheckpointError
+from shared.regular_files import read_regular
 from shared.runtime import World
 from stage2_student.runs.checkpoint_reader import CheckpointReader
 from stage2_student.runs.files import sync_folder, write_json, write_text
@@ -204,22 +204,20 @@ def quiet_dcp() -> Iterator[None]:
         yield
 
 
-def load(checkpoint: Checkpoint, state: dict[str, Any], *, alone: bool = False) -> None:
-    """Reads into the tensors of ``state``, in place; called by all ranks, or by one that is ``alone``.
+def load(checkpoint: Checkpoint, state: dict[str, Any], *, world: World | None = None) -> None:
+    """Reads into the tensors of ``state``, in place; called by all ranks of the world, or by one process alone.
 
     Raises   CheckpointError  on all ranks, when the files are damaged or hold other tensors.
     """
-    damage = [_damage(checkpoint) if alone or dist.get_rank() == 0 else None]
-    if not alone:
-        dist.broadcast_object_list(damage, src=0)
-    if damage[0] is not None:
+    damage = _damage(checkpoint) if world is None else world.by_main(lambda: _damage(checkpoint))
+    if damage is not None:
         raise CheckpointError(
-            f"checkpoint {checkpoint.path}: {damage[0]}. Delete its folder to go on from an older one"
+            f"checkpoint {checkpoint.path}: {damage}. Delete its folder to go on from an older one"
         )
     try:
         with quiet_dcp():
             reader = CheckpointReader(checkpoint.path, files=checkpoint.facts.sha256)
-            dcp.load(state, storage_reader=reader, no_dist=alone)
+            dcp.load(state, storage_reader=reader, no_dist=world is None)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[-1]
         raise CheckpointError(
@@ -306,7 +304,7 @@ def _damage(checkpoint: Checkpoint) -> str | None:
 
 def _read_facts(path: Path) -> Facts:
     try:
-        read = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        read = json.loads(read_regular(path / FACTS))
         if not isinstance(read, dict):
             raise ValueError(f"it holds {read!r}")
         missing = [name for name in (*(one.name for one in fields(Facts)), DIGEST) if name not in read]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shared.regular_files import read_regular
+
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file at once: a reader, or a process killed here, sees the old text or the new."""
@@ -65,7 +67,7 @@ class JsonLines:
         """All whole records; the last line may have been cut by a kill, and what is no object is no record."""
         if not self.path.exists():
             return []
-        return json_objects(self.path.read_bytes())
+        return json_objects(read_regular(self.path))
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Rewrites the log without the records that are not wanted."""

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     *("optimization.microbatch_size", "optimization.max_steps", "optimization.num_epochs"),
     *("optimization.max_skipped_steps", "run.name", "run.root", "run.validate_every", "run.checkpoint_every"),
     *(
+        "run.checkpoint_minutes",
         "run.keep_checkpoints",
         "run.async_checkpoints",
         "run.num_workers",

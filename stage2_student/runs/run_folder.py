@@ -23,12 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from shared.cache.lock import CacheBusyError, CaptureLock
-from shared.errors import CheckpointError, RecipeError, TeachonceError
+from shared.errors import CheckpointError, NotAFileError, RecipeError
 from shared.library_output import keep_library_output
 from shared.recipes import Recipe, Split, recipe_text
+from shared.regular_files import read_regular
 from shared.runtime import World, environment
 from stage2_student.runs.checkpoint import Checkpoint, Checkpoints
 from stage2_student.runs.files import JsonLines, are_numbers, write_json, write_text
@@ -105,23 +104,18 @@ class RunFolder:
                               nobody asked to go on with it
         """
         lock = RunLock(self.path)
-        problem: list[TeachonceError | None] = [None]
         try:
-            if world.is_main:
-                try:
-                    self._acquire(lock)
-                    self._refuse_existing(resume=resume)
-                except TeachonceError as error:
-                    problem = [error]
-            dist.broadcast_object_list(problem, src=0)
-            if problem[0] is not None:
-                raise problem[0]
+            world.by_main(lambda: self._take(lock, resume=resume))
             yield
         finally:
             lock.close()
             if world.is_main:
                 with suppress(OSError):  # a run that could not begin leaves no empty folder
                     self.path.rmdir()
+
+    def _take(self, lock: RunLock, *, resume: bool) -> None:
+        self._acquire(lock)
+        self._refuse_existing(resume=resume)
 
     def _acquire(self, lock: RunLock) -> None:
         try:
@@ -234,7 +228,9 @@ def _is_record(record: dict[str, Any]) -> bool:
 
 def _read_object(path: Path, *, advice: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path))
+    except NotAFileError as error:
+        raise CheckpointError(f"{error}; {advice}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); {advice}") from error
     if not isinstance(found, dict):

@@ -6,7 +6,7 @@ how it fares before a step, and an error of one is raised by all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from shared.errors import TeachonceError
-from shared.runtime import StopRequest, World
+from shared.runtime import World
+from shared.stopping import StopRequest
 from stage2_student.training.feed import Microbatch
 
 
@@ -27,12 +28,19 @@ class Step:
     num_positions: int
     num_tokens: int
     stop: bool  # whether any rank has been asked to stop
+    save: bool  # whether a checkpoint is due by the clock of any rank that looks at one
 
 
 def in_agreement(
-    fed: Iterator[tuple[list[Microbatch], float]], world: World, stop: StopRequest | None = None
+    fed: Iterator[tuple[list[Microbatch], float]],
+    world: World,
+    stop: StopRequest | None = None,
+    *,
+    is_save_due: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step]:
     """Called by all ranks, with feeds of the same number of steps.
+
+    is_save_due  clocks differ, so what one rank reads from its own has to be agreed on
 
     Raises   TeachonceError  the error that one rank's feed met, on all ranks
     """
@@ -48,12 +56,12 @@ def in_agreement(
             error = caught
         asked = stop is not None and stop.received
         own = [sum(m.num_positions for m in microbatches), sum(m.num_tokens for m in microbatches), asked]
-        sums = torch.tensor([*own, error is not None], dtype=torch.int64)
+        sums = torch.tensor([*own, is_save_due(), error is not None], dtype=torch.int64)
         dist.all_reduce(sums)
-        num_positions, num_tokens, num_asked, num_failed = sums.tolist()
+        num_positions, num_tokens, num_asked, num_due, num_failed = sums.tolist()
         if num_failed:
             _raise_everywhere(error, world)
-        yield Step(microbatches, wait_s, num_positions, num_tokens, stop=num_asked > 0)
+        yield Step(microbatches, wait_s, num_positions, num_tokens, stop=num_asked > 0, save=num_due > 0)
 
 
 def _raise_everywhere(error: TeachonceError | None, world: World) -> NoReturn:

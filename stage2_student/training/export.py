@@ -93,7 +93,7 @@ def export_checkpoint(
         add_adapters(model, lora, seed=recipe.run.seed)
     model.to_empty(device="cpu")
     model.tie_weights()  # which to_empty has undone
-    load(checkpoint, student_state(model), alone=True)
+    load(checkpoint, student_state(model))
     partial = target.with_name(f".{target.name}.teachonce-partial")
     shutil.rmtree(partial, ignore_errors=True)
     if lora is not None and not merge:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shared.cache import CacheReader, Row
-from shared.data.loading import PackedDataset, leave_process_group, loaded_items
+from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import IGNORE_INDEX, Encoded, ExampleProcessor
 from shared.data.rows import VqaSplit
 from shared.errors import CacheMismatchError, TeachonceError
@@ -132,13 +132,13 @@ def feed(
     """
     for_loader, for_steps = tee(slots_by_step)
     loader: DataLoader = DataLoader(
-        PackedDataset(source) if num_workers else source,
+        PackedDataset(source, workers_setting="run.num_workers") if num_workers else source,
         sampler=chain.from_iterable(for_loader),  # lazy: a few steps ahead, however long the run
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=leave_process_group,
+        worker_init_fn=begin_worker,
     )
     microbatches = loaded_items(loader, workers_setting="run.num_workers")
     for slots in for_steps:

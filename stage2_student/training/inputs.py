@@ -13,7 +13,7 @@ from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import Recipe
-from shared.runtime import World, done_once
+from shared.runtime import World
 from shared.same_teacher import ANOTHER_TEACHER, compare_teacher
 from shared.survey import inputs_identity
 from stage2_student.runs.identity import run_identity
@@ -75,7 +75,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
         validation_cache, notices = _open_validation_cache(recipe, processor, world)
     if cache is not None:
         distilled = cache
-        notices += done_once(lambda: require_teacher(recipe, distilled), world)
+        notices += world.by_main(lambda: require_teacher(recipe, distilled))
     train = survey_once(recipe.data, "train", processor, cache, world)
     validation = None
     if recipe.data.splits.validation is not None:
@@ -133,7 +133,7 @@ def _open_validation_cache(
     if reader is not None and all(opened for opened, _ in everywhere):
         try:
             found = reader
-            return reader, notices + done_once(lambda: require_teacher(recipe, found), world)
+            return reader, notices + world.by_main(lambda: require_teacher(recipe, found))
         except CacheMismatchError as error:
             return None, (no_kl(error),)
     return None, next((told for opened, told in everywhere if not opened), ())

@@ -17,6 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from shared.recipes import Recipe
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -122,3 +124,19 @@ def _mix(x: np.ndarray) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+
+def step_shape(recipe: Recipe, num_examples: int) -> StepShape:
+    return StepShape(
+        num_examples=num_examples,
+        global_batch_size=recipe.optimization.global_batch_size,
+        microbatch_size=recipe.optimization.microbatch_size,
+        seed=recipe.run.seed,
+    )
+
+
+def total_steps(recipe: Recipe, shape: StepShape) -> int:
+    if recipe.optimization.max_steps is not None:
+        return recipe.optimization.max_steps
+    assert recipe.optimization.num_epochs is not None  # the recipe has one of the two
+    return max(1, round(recipe.optimization.num_epochs * shape.num_steps_per_epoch))

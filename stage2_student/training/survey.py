@@ -15,7 +15,7 @@ from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
 from shared.errors import CacheMismatchError, DataError, listed
 from shared.recipes import DataConfig, Split
-from shared.runtime import World, done_once
+from shared.runtime import World
 from shared.survey import keys_fingerprint, survey_keys
 
 MAX_REASONS_SHOWN = 10
@@ -108,7 +108,7 @@ def survey_once(
     data: DataConfig, name: Split, processor: ExampleProcessor, cache: CacheReader | None, world: World
 ) -> Survey:
     """As ``survey``, by the first rank for all."""
-    return done_once(lambda: survey(data, name, processor, cache, show=True), world)
+    return world.by_main(lambda: survey(data, name, processor, cache, show=True))
 
 
 def _check_number(split: VqaSplit, data: DataConfig, *, num_usable: int, dropped: list[str]) -> None:

@@ -11,10 +11,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shared.errors import CacheFormatError, CacheMismatchError, TeachonceError, TrainingError
+from shared.errors import (
+    CacheFormatError,
+    CacheMismatchError,
+    CheckpointError,
+    TeachonceError,
+    TrainingError,
+)
 from shared.progress import progress
 from shared.recipes import Recipe
-from shared.runtime import StopRequest, World
+from shared.runtime import World
+from shared.stopping import StopRequest
 from stage2_student.runs.checkpoint import Checkpoint, Facts, load, set_num_updates, student_state
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.runs.tracking import Trackers
@@ -53,12 +60,13 @@ class Trainer:
         self.step = 0  # steps done
         self.num_updates = 0
         self.saved_step = -1  # of the newest checkpoint
+        self.saved_at_s = time.monotonic()
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Goes back to where a checkpoint was taken."""
         if checkpoint is None:
             return
-        load(checkpoint, student_state(self.student.model, self.optimizer))
+        load(checkpoint, student_state(self.student.model, self.optimizer), world=self.world)
         set_num_updates(self.optimizer, checkpoint.facts.num_updates)
         self.step, self.num_updates = checkpoint.facts.step, checkpoint.facts.num_updates
         self.saved_step = self.step
@@ -100,17 +108,50 @@ class Trainer:
             unit="step",
             disable=not self.world.is_main,
         ) as bar:
-            for step in in_agreement(self._fed(), self.world, stop):
+            for step in self._agreed_steps(stop):
                 if step.stop:
-                    if self.saved_step != self.step and self.step > 0:  # else there is nothing to save
-                        self._save(validation_loss=None)
+                    self._save_progress()
                     return False
                 self._one_step(step, bar)
                 is_last = self.step == self.num_steps
                 losses = self._validate() if is_last or _due(self.step, run.validate_every) else None
-                if is_last or _due(self.step, run.checkpoint_every):
+                if is_last or step.save or _due(self.step, run.checkpoint_every):
                     self._save(validation_loss=None if losses is None else losses.loss)
         return True
+
+    def _agreed_steps(self, stop: StopRequest) -> Iterator[Step]:
+        """Steps that all ranks are ready for.  What keeps one from beginning (a row, the cache, a worker that died)
+        ends the run, between two steps: what was trained so far is saved first.
+        """
+        fed = self._fed()
+        try:
+            yield from in_agreement(fed, self.world, stop, is_save_due=self._is_save_due)
+        except CheckpointError:  # the disk would not take another one
+            raise
+        except TeachonceError:
+            self._save_progress()
+            self.folder.checkpoints.wait()
+            if self.world.is_main:
+                tqdm.write(f"ended by an error: {self.where_it_stands()}")
+            raise
+
+    def _is_save_due(self) -> bool:
+        """By the first rank's clock, which is the one that counts."""
+        limit = self.recipe.run.checkpoint_minutes
+        return limit is not None and self.world.is_main and time.monotonic() - self.saved_at_s >= 60 * limit
+
+    def _save_progress(self) -> None:
+        """A checkpoint between two steps; before the first there is nothing to save."""
+        if self.saved_step != self.step and self.step > 0:
+            self._save(validation_loss=None)
+
+    def where_it_stands(self) -> str:
+        """How far the run is, for who stopped it."""
+        if self.step == 0:
+            return "no step is done, and nothing is saved."
+        return (
+            f"{self.step} of {self.num_steps} steps are done, and saved in {self.folder.checkpoints.folder}."
+        )
 
     def _fed(self) -> Iterator[tuple[list[Microbatch], float]]:
         """The steps' microbatches; a checkpoint that could not be written is an error here, as a row is."""
@@ -187,6 +228,7 @@ class Trainer:
         if self.inputs.validation is None:
             return None
         self.folder.checkpoints.wait()  # workers are forked here, and a fork beside a busy thread may hang
+        self.world.barrier()  # the first rank waits longest: it hashes what all have written
         begin = time.perf_counter()
         try:
             found = self._measure()
@@ -239,7 +281,7 @@ class Trainer:
             validation_loss=validation_loss,
         )
         self.folder.checkpoints.save(student_state(self.student.model, self.optimizer), facts, self.world)
-        self.saved_step = self.step
+        self.saved_step, self.saved_at_s = self.step, time.monotonic()
 
 
 def peak_memory_gib(world: World) -> float:

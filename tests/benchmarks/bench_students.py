@@ -39,15 +39,15 @@ from shared.kd_loss import KDLoss, LossSums
 from shared.models.vlm import last_hidden_states, load_vlm, split
 from shared.recipes import LossConfig, Recipe, load_recipe
 from shared.recipes.policies import Policy, Random, Threshold, TopK
-from shared.runtime import StopRequest, World, distributed
+from shared.runtime import World, distributed
 from shared.sparse import position_seeds
+from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
-from stage2_student.train import step_shape, total_steps
 from stage2_student.training.feed import Microbatch, feed
 from stage2_student.training.inputs import Inputs, open_inputs
 from stage2_student.training.optim import learning_rate, make_optimizer, set_learning_rate
-from stage2_student.training.order import pass_slots, training_slots
+from stage2_student.training.order import pass_slots, step_shape, total_steps, training_slots
 from stage2_student.training.step import seed_step, train_step
 from stage2_student.training.student import StudentWithLoss, build_student
 from tests.benchmarks.bench_loss import status_bytes

@@ -26,14 +26,14 @@ from shared.models.vlm import last_hidden_states, load_vlm, split
 from shared.phantom.dataset import write_dataset
 from shared.recipes import LossConfig, Recipe
 from shared.recipes.files import validate_tree
-from shared.runtime import StopRequest, World, distributed
+from shared.runtime import World, distributed
 from shared.small_models import make_small_models
+from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
-from stage2_student.train import step_shape
 from stage2_student.training.feed import Microbatch, feed
 from stage2_student.training.inputs import Inputs, open_inputs
 from stage2_student.training.optim import make_optimizer
-from stage2_student.training.order import training_slots
+from stage2_student.training.order import step_shape, training_slots
 from stage2_student.training.step import train_step
 from stage2_student.training.student import build_student
 from tests.benchmarks.bench_loss import in_fresh_process, status_bytes

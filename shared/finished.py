@@ -1,0 +1,37 @@
+"""Whether a run has come to its end, by what it left on disk; opens no data and no model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from shared.recipes import Recipe, baseline_of, recipe_text
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a run's folder holds its results, with answers to all that was to be asked."""
+    try:
+        found = json.loads((folder / "results.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and not found.get("unanswered")
+
+
+def run_is_finished(recipe: Recipe) -> bool:
+    """Whether the folder of the recipe's run holds the results, and the export, of this very recipe.
+
+    The run writes its recipe when it begins, and its results last.
+    """
+    folder = recipe.run.path
+    if not has_results(folder) or (recipe.run.export and not (folder / "export").exists()):
+        return False
+    try:
+        return (folder / "recipe.yaml").read_text(encoding="utf-8") == recipe_text(recipe)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def baseline_is_finished(recipe: Recipe) -> bool:
+    """Whether the run that the recipe's is compared with has results; true where there is none to compare with."""
+    baseline = baseline_of(recipe)
+    return baseline is None or has_results(baseline.run.path)

@@ -1,0 +1,69 @@
+"""Files that are files: a named pipe, a device or a folder in the place of one is refused before it is read.
+
+To open a pipe waits for who writes into it, and a device may never end: a picture that is one would hang a whole
+run.  Opened without waiting and looked at by its descriptor, a file cannot be exchanged in between.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from pathlib import Path
+
+from shared.errors import NotAFileError
+
+KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def open_regular(path: str | Path) -> io.BufferedReader:
+    """As ``open(path, "rb")``.
+
+    Raises   NotAFileError  when it is no regular file; OSError as ``open`` does
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError:
+        refuse_irregular(path)  # a socket cannot be opened at all
+        raise
+    try:
+        _refuse(path, os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: str | Path) -> bytes:
+    with open_regular(path) as stream:
+        return stream.read()
+
+
+def refuse_irregular(path: str | Path) -> None:
+    """For files that a library opens; what is not there is for it to say.
+
+    Raises   NotAFileError  when there is something, and it is no regular file
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    _refuse(path, mode)
+
+
+def refuse_irregular_members(folder: str | Path) -> None:
+    """As ``refuse_irregular`` of all that lies in a folder, but for folders in it."""
+    for path in Path(folder).iterdir():
+        if not path.is_dir():
+            refuse_irregular(path)
+
+
+def _refuse(path: str | Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise NotAFileError(f"{path} is {KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file")

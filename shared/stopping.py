@@ -1,0 +1,107 @@
+"""Stopping in order: the first SIGTERM or Ctrl-C asks, the second ends the process at once.
+
+    with stop_on_signals() as stop:
+        for step in steps:
+            if stop.received:
+                save()
+                return INTERRUPTED_STATUS
+
+Nothing here imports torch, so that a program can listen before it loads what takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shared.runtime import World
+
+INTERRUPTED_STATUS = (
+    75  # EX_TEMPFAIL: stopped in order, after saving; ``command_to_go_on`` goes on from there
+)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GO_ON = "TEACHONCE_GO_ON"  # what the user typed, where that is not this process's own command line
+STATUS_FILE = (
+    "TEACHONCE_STATUS_FILE"  # where the first rank leaves its exit status, of which torchrun says nothing
+)
+
+
+@dataclass
+class StopRequest:
+    """Whether the process has been asked to stop; false until a signal arrives."""
+
+    received: bool = False
+
+    def agreed(self, world: World) -> bool:
+        """Whether any rank has been asked: the same answer on all ranks, which must all call this."""
+        return world.any(self.received)
+
+
+@contextmanager
+def stop_on_signals(*, before_death: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
+    """The first signal asks for an orderly stop, the second ends the process at once.
+
+    before_death  called by the second one: for processes that have to end with this one
+    """
+    request = StopRequest()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if request.received:
+            before_death()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        request.received = True
+
+    with restored_handlers():
+        for number in SIGNALS:
+            signal.signal(number, on_signal)
+        yield request
+
+
+@contextmanager
+def restored_handlers() -> Iterator[None]:
+    """Puts back what answered the signals before, whoever took them over meanwhile."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_status(status: int) -> None:
+    """For who has started this process by torchrun; the first rank's counts."""
+    if STATUS_FILE in os.environ and os.environ.get("RANK") == "0":
+        Path(os.environ[STATUS_FILE]).write_text(str(status), encoding="ascii")
+
+
+def status_left_in(path: Path) -> int | None:
+    """None where the first rank has not come to its end."""
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def command_to_go_on(*, resume: bool) -> str:
+    """The command line that does what is left, for messages.
+
+    resume  whether a run is to go on, which a command has to say
+    """
+    if GO_ON in os.environ:
+        return os.environ[GO_ON]
+    asks = resume and "--resume" not in sys.argv
+    if "RANK" in os.environ:  # of torchrun's own arguments nothing is known here
+        return "the same torchrun command" + (" with --resume" if asks else "")
+    program = Path(sys.argv[0])
+    called = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*called, *sys.argv[1:], *(["--resume"] if asks else [])])

@@ -1,0 +1,125 @@
+"""What goes wrong in data-loader workers ends in one message, and never in a wait without end."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from shared.data.loading import PackedDataset, begin_worker, loaded_items
+from shared.errors import TrainingError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Pictures(Dataset):
+    """Large items, and something that happens in the worker before the fourth."""
+
+    def __init__(self, fault: Callable[[], None] = lambda: None) -> None:
+        self.fault = fault
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index == 3:
+            self.fault()
+        return {"pixels": torch.full((1 << 20,), float(index))}
+
+
+def load(fault: Callable[[], None] = lambda: None) -> list[Any]:
+    source = PackedDataset(Pictures(fault), workers_setting="run.num_workers")
+    loader: DataLoader = DataLoader(
+        source, sampler=range(8), batch_size=None, num_workers=1, worker_init_fn=begin_worker
+    )
+    return list(loaded_items(loader, workers_setting="run.num_workers"))
+
+
+def without_memory() -> None:
+    """A file in memory obeys this limit too."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (without_memory, r"cannot hand over .*too large.* Lower run\.num_workers"),
+        (killed, r"a data-loader worker died: .*lower run\.num_workers"),
+    ],
+)
+def test_a_fault_of_a_worker_is_one_error(fault: Callable[[], None], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        load(fault)
+
+
+def test_that_a_worker_died_is_told_where_items_are_asked_for_alone() -> None:
+    """Not by a signal handler of torch's, in the middle of a step."""
+    before = signal.getsignal(signal.SIGCHLD)
+    assert len(load()) == 8
+    assert signal.getsignal(signal.SIGCHLD) is before
+
+
+def test_stop_signals_mean_nothing_of_the_parents_to_a_worker() -> None:
+    def check() -> None:
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert len(load(check)) == 8
+
+
+def in_a_namespace(size: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python where ``/dev/shm`` is of that size."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    script = f"{mount} && exec {sys.executable} -c '{textwrap.dedent(code)}'"
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", script],
+        cwd=ROOT / "tests",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+LOAD = """
+    from test_loading_faults import load
+    print("loaded", sum(item["pixels"][0].item() for item in load()))
+"""
+FILLED = """
+    with open("/dev/shm/full", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+"""
+
+
+@pytest.mark.slow
+def test_items_larger_than_shared_memory_arrive() -> None:
+    """Docker gives 64 MB; here one item of 4 MiB is more than there is."""
+    done = in_a_namespace("1m", LOAD)
+    assert "loaded 28.0" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_shared_memory_without_room_for_a_semaphore_is_one_error() -> None:
+    done = in_a_namespace("64k", FILLED + LOAD)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "TrainingError: data-loader workers cannot be started" in last
+    for word in ("/dev/shm", "0.0625 MiB", "--shm-size", "run.num_workers=0"):
+        assert word in last

@@ -1,0 +1,189 @@
+"""A stop in order as users ask for it: Ctrl-C at a terminal, a scheduler's SIGTERM, alone and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.stopping import INTERRUPTED_STATUS
+from stage2_student.runs.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if name not in {"RANK", "MAKELEVEL", "LOCAL_RANK"}
+} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+CTRL_C = b"\x03"
+LIMIT_S = 180
+
+
+@pytest.fixture
+def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path, teacher_folder: Path) -> dict[str, Any]:
+    """A run that is longer than anybody waits, with loader workers; and a cache of many shards."""
+    return {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": str(tmp_path / "cache"), "examples_per_shard": 1, "num_workers": 1},
+        "student": {"model": str(student_folder), "compute_dtype": "float32"},
+        "loss": {"kd_ratio": 0.0},
+        "optimization": {"global_batch_size": 4, "microbatch_size": 2, "max_steps": 100_000},
+        "run": {"name": "one", "root": str(tmp_path), "num_workers": 1, "export": False},
+    }
+
+
+@pytest.fixture
+def recipe(tree: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    return path
+
+
+def at_a_terminal(command: list[str], is_time: Callable[[], bool], *, presses: int = 1) -> tuple[int, str]:
+    """Runs a command as the foreground of a terminal, presses Ctrl-C when it is time; its status and output."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        os.execvpe(command[0], command, ENVIRONMENT)
+    os.set_blocking(terminal, False)
+    output, deadline, status = b"", time.monotonic() + LIMIT_S, None
+    while status is None:
+        if presses and is_time():
+            os.write(terminal, CTRL_C)
+            presses -= 1
+        output += _what_is_there(terminal)
+        ended, code = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if ended else None
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            raise TimeoutError(f"it did not stop; it said {output.decode(errors='replace')}")
+        time.sleep(0.05)
+    return status, (output + _what_is_there(terminal)).decode(errors="replace").replace("\r\n", "\n")
+
+
+def _what_is_there(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # nothing, or nobody at the other end any more
+        return b""
+
+
+def has_stepped(folder: Path, step: int = 2) -> Callable[[], bool]:
+    log = folder / "metrics.jsonl"
+    return lambda: log.exists() and f'"step": {step},' in log.read_text()
+
+
+def assert_stopped_in_order(output: str, run: Path) -> int:
+    """Says at which step, which is on disk, and nothing else; returns it."""
+    assert "Traceback" not in output, output
+    (told,) = re.findall(r"stopped: (\d+) of 100000 steps are done, and saved in .*/checkpoints\. ", output)
+    saved = RunFolder(run).checkpoints.latest()
+    assert saved is not None
+    assert saved.facts.step == int(told)
+    return int(told)
+
+
+@pytest.mark.slow
+def test_ctrl_c_through_make_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
+    """The terminal's signal reaches make and the pipeline, and through torchrun both ranks."""
+    command = [
+        "make",
+        "-o",
+        "setup",
+        "train-student",
+        f"RECIPE={recipe}",
+        "NPROC=2",
+        f"BIN={Path(sys.executable).parent}",
+    ]
+    _, output = at_a_terminal(command, has_stepped(tmp_path / "one"))
+    assert_stopped_in_order(output, tmp_path / "one")
+    assert f"To go on: make train-student RECIPE={recipe} NPROC=2 ARGS=--resume\n" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_told_command_goes_on(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
+    stage = [sys.executable, "-m", "stage2_student", "run", str(recipe)]
+    process = subprocess.Popen(
+        stage, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    is_time, deadline = has_stepped(tmp_path / "one"), time.monotonic() + LIMIT_S
+    while not is_time() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == INTERRUPTED_STATUS, output
+    step = assert_stopped_in_order(output, tmp_path / "one")
+    told = output.rpartition("To go on: ")[2].strip()
+    assert told == f"python -m stage2_student run {recipe} --resume"
+    shorter = [sys.executable, *told.split()[1:], "--set", f"optimization.max_steps={step + 1}"]
+    again = subprocess.run(shorter, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"step-{step:06d}: {step} of {step + 1} steps are done" in again.stdout
+    assert f"note: the run was planned for 100000 steps, and is for {step + 1} now" in again.stdout
+    assert re.search(rf"the learning rate of step {step + 1} would have been \S+ and is ", again.stdout)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once_and_is_no_stop_in_order(recipe: Path, tmp_path: Path) -> None:
+    """Both while the ranks are at work; nothing is left running."""
+    launcher = [sys.executable, "-m", "shared.pipeline", "train-student", str(recipe)]
+    status, output = at_a_terminal(launcher, has_stepped(tmp_path / "one"), presses=2)
+    assert status != 0
+    if "stopped: " not in output:  # else the first one was quicker
+        assert status != INTERRUPTED_STATUS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_ctrl_c_during_a_capture_keeps_what_is_captured(recipe: Path, tmp_path: Path, nproc: int) -> None:
+    shards = tmp_path / "cache" / "shards"
+    launcher = [sys.executable, "-m", "shared.pipeline", "teacher-cache", str(recipe), "--nproc", str(nproc)]
+    status, output = at_a_terminal(launcher, lambda: len(list(shards.glob("*.arrow"))) > 1)
+    assert "Traceback" not in output, output
+    assert status == INTERRUPTED_STATUS, output
+    (kept,) = re.findall(r"stopped: (\d+) of 16 units of cache .* are captured and kept", output)
+    assert int(kept) == len(list(shards.glob("*.arrow")))
+    assert "To go on: python -m shared.pipeline teacher-cache" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_step_of_the_bootstrap_leaves_nothing_half_made(tmp_path: Path, number: signal.Signals) -> None:
+    settings = ["--set", "bootstrap.phantom={train: 100000, validation: 4, test: 1, size: 64, seed: 0}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shared.pipeline", "train-student", "phantom", *settings],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not list(tmp_path.glob("work/phantom/.data.*/*")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert "Traceback" not in output, output
+    assert process.returncode == INTERRUPTED_STATUS, output
+    assert "of this step nothing is kept. To go on: python -m shared.pipeline train-student phantom" in output
+    assert list((tmp_path / "work" / "phantom").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_a_command_still_imports_is_one_word(recipe: Path) -> None:
+    """``estimate`` has nothing to save; what is being imported when it comes does not matter."""
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "stage1_teacher", "estimate", str(recipe)]
+    status, output = at_a_terminal(command, lambda: time.monotonic() - begun > 3)
+    assert status == 128 + signal.SIGINT, output
+    assert "Traceback" not in output
+    assert output.strip().endswith("aborted")
