@@ -51,6 +51,7 @@ WHAT = {
     "stage1_teacher": "Stage one, recipe {recipe}: the teacher's targets go into the cache",
     "stage2_student": "Stage two, recipe {recipe}: a student is trained",
 }
+FINE_TUNES = "Recipe {recipe}: a model is fine-tuned, to be a teacher or to stand alone"
 
 
 @click.group()
@@ -140,7 +141,10 @@ def make_student(
     status = status or make_baseline(plan, overrides, nproc=nproc)
     if go_on is not None:
         os.environ[GO_ON] = go_on
-    return status or launch("stage2_student", "run", recipe, overrides, stage_arguments, nproc=nproc)
+    what = None if plan.teacher else FINE_TUNES
+    return status or launch(
+        "stage2_student", "run", recipe, overrides, stage_arguments, nproc=nproc, what=what
+    )
 
 
 def is_finished(plan: Recipe) -> bool:
@@ -242,6 +246,7 @@ def launch(
     stage_arguments: Sequence[str],
     *,
     nproc: int,
+    what: str | None = None,
 ) -> int:
     """Runs a stage's command in ``nproc`` processes under torchrun and returns the first bad exit status."""
     arguments = [
@@ -255,7 +260,7 @@ def launch(
     ]
     arguments += [*_as_options(overrides), *stage_arguments]
     share_cores(os.environ, nproc)
-    announce(WHAT[module].format(recipe=recipe), f"torchrun {' '.join(arguments)}")
+    announce((what or WHAT[module]).format(recipe=recipe), f"torchrun {' '.join(arguments)}")
     return run_torchrun(arguments)
 
 

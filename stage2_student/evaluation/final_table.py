@@ -126,11 +126,11 @@ def _rows(run: Finished, teacher: Finished | None, baseline: Finished | None) ->
     yield from _shuffled(teacher, "teacher")
     before = run.results["before"]
     if before is not None:
-        yield Row("student before training", 0, None, before["ce_loss"], before.get("kl"))
+        yield Row(f"{_who(run.recipe)} before training", 0, None, before["ce_loss"], before.get("kl"))
     if baseline is not None:
         yield baseline.row(_label(baseline.recipe))
     yield run.row(_label(run.recipe))
-    yield from _shuffled(run, "student")
+    yield from _shuffled(run, _who(run.recipe))
 
 
 def _shuffled(run: Finished | None, name: str) -> Iterator[Row]:
@@ -140,8 +140,13 @@ def _shuffled(run: Finished | None, name: str) -> Iterator[Row]:
         yield Row(f"{name}, shuffled pictures", ce=found["ce"], right=found.get("accuracy"))
 
 
+def _who(recipe: Recipe) -> str:
+    """Who has no teacher is no student, such as the model that becomes one."""
+    return "model" if recipe.teacher is None else "student"
+
+
 def _label(recipe: Recipe) -> str:
-    return "student, from the cache" if recipe.distils else "student, labels alone"
+    return "student, from the cache" if recipe.distils else f"{_who(recipe)}, labels alone"
 
 
 def _meaning(run: Finished, teacher: Finished | None, baseline: Finished | None) -> Iterator[str]:
