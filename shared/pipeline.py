@@ -251,7 +251,6 @@ def launch(
     """Runs a stage's command in ``nproc`` processes under torchrun and returns the first bad exit status."""
     arguments = [
         "--standalone",
-        f"--shutdown-timeout={PATIENCE_S}",
         f"--nproc-per-node={nproc}",
         "-m",
         module,
@@ -268,14 +267,17 @@ def run_torchrun(arguments: Sequence[str]) -> int:
     """The first bad exit status of torchrun's processes, which tell their errors themselves; its own table is not."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
 
     quiet_libraries()
+    option = "--shutdown-timeout"  # not of every release; without it a stop may last 30 s
+    patience = [f"{option}={PATIENCE_S}"] if option in get_args_parser().format_help() else []
     status_file = Path(tempfile.mkdtemp()) / "status"
     os.environ[STATUS_FILE] = str(status_file)
     try:
         with restored_handlers():
-            torchrun(list(arguments))
+            torchrun([*patience, *arguments])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
