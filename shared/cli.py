@@ -86,7 +86,6 @@ def run(group: click.Command, *, starts_ours: bool = False) -> None:
 
     starts_ours  the command starts programs of ours, which have the screen as well
     """
-    set_threads()
     with LibraryOutput.collected(native=not starts_ours) as output:
         status = _status(group, output)
     leave_status(status)
@@ -94,8 +93,9 @@ def run(group: click.Command, *, starts_ours: bool = False) -> None:
 
 
 def _status(group: click.Command, output: LibraryOutput) -> int:
-    quiet_libraries()  # those that came with the command's own module
     try:
+        set_threads()
+        quiet_libraries()  # those that came with the command's own module
         status = group.main(standalone_mode=False)
     except TeachonceError as error:
         tell_once(f"error: {error}", error)
@@ -109,7 +109,7 @@ def _status(group: click.Command, output: LibraryOutput) -> int:
             return _our_own_mistake(error, output)
         tell_once(f"error: {error.filename}: {os.strerror(error.errno).lower()}", error)
         return os.EX_IOERR
-    except click.Abort as error:
+    except (click.Abort, KeyboardInterrupt) as error:
         tell_once("aborted", error)
         return 128 + signal.SIGINT
     except Exception as error:

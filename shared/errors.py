@@ -72,6 +72,12 @@ class HubError(TeachonceError):
     exit_status = 9
 
 
+class FileError(TeachonceError):
+    """A file or folder cannot be read or written, whatever is in it."""
+
+    exit_status = os.EX_IOERR
+
+
 class NotAFileError(TeachonceError):
     """In a file's place there is a named pipe, a device, a socket or a folder."""
 

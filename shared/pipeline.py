@@ -227,8 +227,9 @@ def command(module: str, *arguments: str) -> int:
                 told = True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_S)
-    if stop.received and process.returncode:
-        click.echo(f"stopped; of this step nothing is kept. To go on: {os.environ.get(GO_ON, 'start again')}")
+    if stop.received:
+        kept = "of this step nothing is kept" if process.returncode else "this step is done"
+        click.echo(f"stopped; {kept}. To go on: {os.environ.get(GO_ON, 'start again')}")
         return INTERRUPTED_STATUS
     return process.returncode
 
@@ -291,7 +292,8 @@ def run_torchrun(arguments: Sequence[str]) -> int:
         return 128 + number
     except SignalException as error:  # torchrun has handed it on to the processes, and waited for them
         status = status_left_in(status_file)
-        return 128 + error.sigval if status is None else status
+        # What was stopped at its very end is whole, but nothing may follow it.
+        return 128 + error.sigval if status is None else status or INTERRUPTED_STATUS
     finally:
         shutil.rmtree(status_file.parent)
     return 0

@@ -14,6 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from shared.cache import CacheReader, Comparison
 from shared.cache.layout import LOG_NAME
 from shared.cache.storage import open_folder
@@ -45,14 +47,21 @@ def compare_teacher(cache: CacheReader, teacher: TeacherConfig) -> Comparison:
     stored, facts = cache.manifest.identity.teacher, cache.manifest.created_by
     theirs, ours = _named(stored.name, stored.revision), _named(teacher.model, teacher.revision)
     files = weight_files(teacher.model, teacher.revision)
-    if files is None or files.missing or CONTENT not in facts:
+    if files is None or files.faults() or CONTENT not in facts:
         if theirs == ours or _same_folder(stored.name, teacher.model):
             return Comparison(())
         reason = (
-            "the cache does not say what its files were" if CONTENT not in facts else "its files are not here"
+            "the cache does not say what its files were"
+            if CONTENT not in facts
+            else "its files are not here, or not whole"
         )
         return Comparison((f"teacher: {theirs} in the cache, {ours} asked for ({reason}: names decide)",))
-    if files.stamp not in _stamps(cache.location) and (found := files.content()) != facts[CONTENT]:
+    if files.stamp in _stamps(cache.location):
+        found = facts[CONTENT]
+    else:
+        tqdm.write(f"teacher {teacher.model}: its weights are compared with those of the cache")
+        found = files.content()
+    if found != facts[CONTENT]:
         both = (
             f"{theirs}, weights {facts[CONTENT][:12]}, in the cache, {ours}, weights {found[:12]}, asked for"
         )

@@ -3,15 +3,18 @@
     set_threads()                     # in shared.cli.run: its share of the cores, unless the user has said otherwise
     share_cores(environment, 4)       # for four processes that are about to be started with that environment
 
-OMP_NUM_THREADS is the user's word; nothing here changes one that is there.
+OMP_NUM_THREADS is the user's word: where somebody has set it, it stands.  What is set here says so in a second
+variable, so that processes which are started later can get another share.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import MutableMapping
 
 VARIABLE = "OMP_NUM_THREADS"
+OURS = "TEACHONCE_THREADS"  # the same number, where it is of this module
 
 
 def threads_per_process(num_processes: int = 1) -> int:
@@ -31,20 +34,20 @@ def num_cores() -> int:
 
 
 def share_cores(environment: MutableMapping[str, str], num_processes: int) -> None:
-    """Tells the processes that will start with ``environment``."""
-    environment.setdefault(VARIABLE, str(threads_per_process(num_processes)))
+    """Tells the processes that will start with ``environment``; a number that the user set stands."""
+    if environment.get(VARIABLE) in (None, environment.get(OURS)):
+        environment[VARIABLE] = environment[OURS] = str(threads_per_process(num_processes))
 
 
 def set_threads() -> None:
     """For this process and its peers on this machine, as torchrun counts them.
 
-    Not by the variable: the libraries have read it when they were imported, and what this process starts later
-    has other shares.
+    Libraries read the variable when they are imported, which commands do when they are at work; one that is there
+    already is told.
     """
-    if VARIABLE not in os.environ:
-        import torch
-
-        torch.set_num_threads(threads_per_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    share_cores(os.environ, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if "torch" in sys.modules and VARIABLE in os.environ and os.environ[VARIABLE] == os.environ.get(OURS):
+        sys.modules["torch"].set_num_threads(int(os.environ[VARIABLE]))
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # else they warn in every forked data-loader worker

@@ -96,7 +96,7 @@ def evaluate(
     from stage2_student.evaluation.evaluated import Evaluated
     from stage2_student.evaluation.scores import keep, save
     from stage2_student.publishing.card import refresh_card
-    from stage2_student.runs.run_folder import RunFolder
+    from stage2_student.runs.run_folder import SHUFFLED, RunFolder
 
     if out is not None and out.suffix != ".parquet":
         raise click.UsageError(f"--out {out}: name a .parquet file; the scores go into the .json beside it")
@@ -108,7 +108,7 @@ def evaluate(
     if subject.run is not None:
         keep_library_output(RunFolder(subject.run).log)
         if shuffle_pictures and out is None:  # never taken for what the student answers to its own pictures
-            out = subject.run / "evaluation" / f"shuffled-pictures-{asked}.parquet"
+            out = subject.run / "evaluation" / f"{SHUFFLED}{asked}.parquet"
     saved = out
     with distributed(collective_timeout_s=subject.recipe.parallel.collective_timeout_s) as world:
         for one in evaluation.evaluate(

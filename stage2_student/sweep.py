@@ -199,8 +199,7 @@ def _start(job: Job, slot: int, num_parallel: int) -> _Attempt:
     if num_gpus:
         visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[slot % num_gpus]
-    else:  # spinning threads of one job would take the cores of another
-        share_cores(environment, num_parallel)
+    share_cores(environment, num_parallel)  # spinning threads of one job would take the cores of another
     environment[GO_ON] = command_to_go_on(resume=False)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:

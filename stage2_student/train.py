@@ -40,6 +40,7 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
     )
     if not resume and run_is_finished(recipe):
         if world.is_main:
+            refresh_card(folder)  # not yet done where the process was killed after its results
             click.echo(
                 f"run {recipe.run.path} is finished; to train another student, choose another run.name"
             )
@@ -54,7 +55,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
     require_trackers(recipe.run)
     inputs = open_inputs(recipe, world)
     if stop.agreed(world):
-        return stopped("nothing is done yet.", world)
+        return stopped("nothing new is done; what was saved before is kept.", world)
     plan = Plan.of(recipe, num_examples=inputs.train.num_examples)
     before = plan_so_far(folder, num_examples=inputs.train.num_examples)
     checkpoint = folder.newest(inputs.identity(recipe))

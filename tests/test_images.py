@@ -198,6 +198,22 @@ def test_a_jpeg_with_foreign_bytes_in_its_scan_is_refused(progressive: bool) -> 
         decode_rgb(damaged)
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_sound_jpeg_may_hold_anything_before_its_scan(progressive: bool) -> None:
+    """Colour profiles and thumbnails hold bytes that look like markers."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x927C] = bytes([0xFF, 0xDA, 0xFF, 0xC0, 0xFF, 0xD9]) + rng.bytes(500)  # a maker's note
+    for _ in range(20):
+        profile = rng.bytes(100_000) + bytes([0xFF, 0xDA, 0xFF, 0xC0])
+        data = encoded(noise, "JPEG", icc_profile=profile, exif=exif, progressive=progressive)
+        assert decode_rgb(data).size == (32, 32)
+    middle = len(data) - 400
+    with pytest.raises(DataError, match="damaged: marker"):
+        decode_rgb(data[:middle] + bytes([0xFF, 0x05]) + data[middle + 2 :])
+
+
 def test_a_parser_that_runs_other_programs_is_never_reached() -> None:
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     assert Image.open(io.BytesIO(data)).format == "EPS"

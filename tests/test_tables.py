@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from samples import encoded_picture
 
 from shared.data.rows import open_split
 from shared.data.tables import TableRows, copies_folder
-from shared.errors import DataError
+from shared.errors import DataError, FileError
 from shared.recipes import DataConfig
 
 PICTURE = encoded_picture(0)
@@ -150,8 +151,63 @@ def test_a_file_that_changes_while_it_is_in_use_is_an_error(tmp_path: Path) -> N
     write_parquet(tmp_path / "train.parquet", ["axial"])
     split = pickle.loads(pickle.dumps(open_split(DataConfig(source=str(tmp_path)), "train")))
     write_parquet(tmp_path / "train.parquet", ["sagittal", "coronal"])
-    with pytest.raises(DataError, match="has changed since it was opened"):
+    with pytest.raises(FileError, match="has changed since it was opened"):
         split[0]
+
+
+def test_a_column_nobody_asked_for_harms_no_row(tmp_path: Path, copied: bool) -> None:
+    offsets, letters = pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pa.py_buffer(bytes([255]))
+    spoilt = pa.Array.from_buffers(pa.string(), 1, [None, offsets, letters])
+    pq.write_table(table(["axial"]).append_column("note", spoilt), tmp_path / "train.parquet")
+    assert answers_of(tmp_path) == ["axial"]
+
+
+def test_columns_whose_dictionary_grows_are_copied(tmp_path: Path, copied: bool) -> None:
+    sites = [pa.array([site]).dictionary_encode() for site in ("knee", "head", "hip")]
+    pieces = [table(["axial"]).append_column("site", site) for site in sites]
+    with pq.ParquetWriter(tmp_path / "train.parquet", pieces[0].schema) as writer:
+        for piece in pieces:
+            writer.write_table(piece)
+    assert answers_of(tmp_path) == ["axial"] * 3
+
+
+def test_more_files_than_descriptors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.data.tables.MAX_OPEN_FILES", 8)
+    for number in range(60):
+        write_parquet(tmp_path / f"train-{number:03d}-of-060.parquet", [f"answer {number}"])
+    split = open_split(DataConfig(source=str(tmp_path)), "train")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(descriptor.name) for descriptor in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 24, hard))
+    try:
+        assert [example.answer for example in split] == [f"answer {number}" for number in range(60)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_copy_that_cannot_be_written_is_no_fault_of_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.data.tables.MAX_GROUP_BYTES", 1)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TEACHONCE_COPIES", str(tmp_path / "file" / "copies"))
+    write_parquet(tmp_path / "data" / "train.parquet", ["axial"])
+    split = open_split(DataConfig(source=str(tmp_path / "data")), "train")
+    with pytest.raises(
+        FileError, match=r"no copy of .*train\.parquet can be written there.*TEACHONCE_COPIES"
+    ):
+        split[0]
+
+
+def test_parts_whose_names_end_in_a_hash_belong_together(tmp_path: Path) -> None:
+    for number in range(2):
+        write_parquet(
+            tmp_path / f"train-0000{number}-of-00002-eb8844602202be60.parquet", [f"answer {number}"]
+        )
+    assert answers_of(tmp_path) == ["answer 0", "answer 1"]
+    (tmp_path / "train-00001-of-00002-eb8844602202be60.parquet").unlink()
+    with pytest.raises(DataError, match="1 of 2 parts are there"):
+        answers_of(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["file", "stream"])

@@ -14,10 +14,10 @@ from shared.threads import num_cores, share_cores, threads_per_process
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("shared", "stage1_teacher", "stage2_student")
-# Python imports it at its start; it says at the end what the process has computed with.
+# Python imports it at its start; it says at the end what libraries have been told.
 AT_EXIT = """
-import atexit, sys
-atexit.register(lambda: print("threads:", sys.modules["torch"].get_num_threads()))
+import atexit, os
+atexit.register(lambda: print("threads:", os.environ["OMP_NUM_THREADS"]))
 """
 
 
@@ -67,6 +67,9 @@ def test_processes_side_by_side(num_processes: int, threads: int, monkeypatch: p
     monkeypatch.setattr("shared.threads.num_cores", lambda: 16)
     environment: dict[str, str] = {}
     share_cores(environment, num_processes)
-    assert environment == {"OMP_NUM_THREADS": str(threads)}
-    share_cores(environment, 1)
-    assert environment == {"OMP_NUM_THREADS": str(threads)}, "somebody has said it before"
+    assert environment["OMP_NUM_THREADS"] == str(threads)
+    share_cores(environment, 16)
+    assert environment["OMP_NUM_THREADS"] == "1", "what was set here may be shared again"
+    environment = {"OMP_NUM_THREADS": "7"}
+    share_cores(environment, num_processes)
+    assert environment == {"OMP_NUM_THREADS": "7"}, "the user's number stands"

@@ -204,7 +204,7 @@ def test_numbers_in_typed_columns_are_written_out(tmp_path: Path) -> None:
         ({"answer": "bad \ud800"}, "the answer is not valid Unicode"),
         ({"image_id": None}, "the picture is missing"),
         ({"image_id": "nowhere.png"}, "nowhere.png cannot be read"),
-        ({"image_id": "."}, "cannot be read"),
+        ({"image_id": "."}, "is a folder, not a file"),
         ({"image_id": "a\0b"}, "cannot be read"),
         ({"image_id": 7}, "the picture is a int"),
         ({"image_id": "https://example.org/p.png"}, "the picture is a URL"),

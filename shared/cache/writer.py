@@ -190,7 +190,7 @@ class CacheWriter:
             self._base_index(),
             names=self._shard_names(plan, settle_s=settle_s),
             open_view=self._open_shard,
-            created_by=self._created_by,
+            created_by={**(self.manifest.created_by if self.manifest else {}), **self._created_by},
             where=self.folder.where,
         )
         if self.manifest is None or not _same_but_for_versions(manifest, self.manifest):
@@ -307,5 +307,10 @@ class CacheWriter:
 
 
 def _same_but_for_versions(one: Manifest, other: Manifest) -> bool:
+    """What ``created_by`` says of the teacher's files is no version: a student compares it."""
     ignored = {"created_by", "sha256"}
-    return one.model_dump(exclude=ignored) == other.model_dump(exclude=ignored)
+    facts = [
+        {name: value for name, value in manifest.created_by.items() if name.startswith("teacher_")}
+        for manifest in (one, other)
+    ]
+    return facts[0] == facts[1] and one.model_dump(exclude=ignored) == other.model_dump(exclude=ignored)

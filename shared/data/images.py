@@ -60,11 +60,11 @@ FORMATS = (
 )
 NEARLY_BLACK = 32  # of 255; a picture whose brightest pixels are below shows next to nothing
 
-# After FF in a JPEG's compressed data: an escaped FF, a restart, or a segment that may follow a scan.
-_JPEG_SCAN = re.compile(rb"\xff+([^\xff])")
-_JPEG_FOLLOWS = frozenset(
-    [0x00, *range(0xD0, 0xD8), 0xC4, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)]
-)
+# In a JPEG's compressed data FF is followed by 00 or by a restart; else it begins a segment.
+_JPEG_SEGMENT = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+_JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
+# Segments that may follow a scan: tables, another scan, comments, what applications write.
+_JPEG_FOLLOWS = frozenset([0xC4, 0xCC, _JPEG_SCAN, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)])
 
 _BACKGROUNDS: dict[str, tuple[int, int, int, int]] = {"black": (0, 0, 0, 255), "white": (255, 255, 255, 255)}
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
@@ -150,16 +150,37 @@ def _opened(data: bytes) -> ImageFile.ImageFile:
 
 def _require_sound(data: bytes, image: Image.Image) -> None:
     """What Pillow's decoders pass over: PNG checksums, and foreign bytes in the scans of a JPEG."""
-    if image.format in ("JPEG", "MPO"):
-        begin = data.find(b"\xff\xda")
-        end = data.find(b"\xff\xd9", begin)
-        odd = next(
-            (m for m in _JPEG_SCAN.finditer(data, begin, end + 2) if m[1][0] not in _JPEG_FOLLOWS), None
-        )
-        if odd is not None:
-            raise OSError(f"damaged: marker {odd[1].hex()} at byte {odd.start()} of the compressed data")
-    else:
+    if image.format not in ("JPEG", "MPO"):
         image.verify()
+        return
+    place = _first_scan(data)
+    while found := _JPEG_SEGMENT.search(data, place):
+        marker = found[1][0]
+        if marker == _JPEG_END:
+            return
+        if marker not in _JPEG_FOLLOWS:
+            raise OSError(f"damaged: marker {marker:02x} at byte {found.start()} of the compressed data")
+        place = found.end() + _length_at(data, found.end())
+
+
+def _first_scan(data: bytes) -> int:
+    """Where a JPEG's compressed data begins; what is before it is passed by its lengths, a thumbnail too."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == _JPEG_SCAN:
+            return place
+        if marker == 0xFF:  # a filling byte
+            place += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers that stand alone
+            place += 2
+        else:
+            place += 2 + _length_at(data, place + 2)
+    return len(data)  # of a form that is Pillow's to judge
+
+
+def _length_at(data: bytes, place: int) -> int:
+    return max(2, int.from_bytes(data[place : place + 2], "big"))
 
 
 def _check_size(size: tuple[int, int], where: str) -> None:

@@ -126,6 +126,7 @@ class ExampleProcessor:
                 "template": self.template_fingerprint,
                 "system_prompt": system_prompt,
                 "max_answer_tokens": max_answer_tokens,
+                **self._prompt.changed_rules(),
             }
         )
 

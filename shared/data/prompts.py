@@ -86,6 +86,20 @@ class ChatPrompt:
         self.end_of_turn = self._end_of_turn()
         self._turn = self._after_last_added(self.text(_QUESTION))
 
+    def changed_rules(self) -> dict[str, object]:
+        """What was once done otherwise, where it matters for this tokenizer: part of the keys of examples."""
+        changed: dict[str, object] = {}
+        if self._num_appended:
+            changed["appended"] = self._num_appended
+        bos = self._tokenizer.bos_token
+        if (
+            bos is not None
+            and self._render.before.lstrip().startswith(bos)
+            and not self._render.before.startswith(bos)
+        ):
+            changed["bos"] = "behind blanks"
+        return changed
+
     def text(self, question: str) -> str:
         """The prompt up to where the answer begins."""
         return self._render.before + question + self._render.after

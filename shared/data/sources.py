@@ -32,10 +32,12 @@ from shared.places import require_hub_asked_once, require_no_typo, why
 from shared.regular_files import open_regular, refuse_irregular, refuse_irregular_members
 
 _KINDS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "jsonl"}  # in order of preference
-_SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
+_SHARD_NUMBERS = re.compile(
+    r"[-_.]?\d+([-_]of[-_]\d+(-[0-9a-f]{10,})?)?$"
+)  # older files on the Hub end in a hash
 MAX_NAMES = 20  # told in a message
 MAX_PARTS = 1_000_000  # of a split; a name that says more is not worth counting through
-_SHARD_OF = re.compile(r"^(.*?)[-_.]?(\d+)[-_]of[-_](\d+)$")
+_SHARD_OF = re.compile(r"^(.*?)[-_.]?(\d+)[-_]of[-_](\d+)(?:-[0-9a-f]{10,})?$")
 
 
 class Rows(Protocol):

@@ -11,12 +11,13 @@ replaced gets a new copy, whatever its modification time says.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.errors import DataError
+from shared.errors import DataError, FileError
 
 MAX_GROUP_BYTES = 64 * 2**20  # of the columns in use, decoded
+MAX_OPEN_FILES = 64  # of each process, whose limit is often 1,024 descriptors
 MAX_KEPT_BYTES = 128 * 2**20  # of decoded blocks, for each process
 END_OF_STREAM = (
     b"\xff\xff\xff\xff\x00\x00\x00\x00",
@@ -70,8 +72,8 @@ class TableFile:
         """Reads the file's own description and none of its rows."""
         stamp = Stamp.of(path)
         if path.suffix != ".parquet":
-            batches, schema = _open_arrow(path)
-            sizes = tuple(batch.num_rows for batch in batches)
+            opened, num_batches, schema = _open_arrow(path)
+            sizes = tuple(opened.block(number).num_rows for number in range(num_batches))
             return cls(path, stamp, tuple(schema.names), _class_names(schema), sizes, ())
         with pq.ParquetFile(path) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
@@ -81,9 +83,21 @@ class TableFile:
         return cls(path, stamp, tuple(schema.names), _class_names(schema), sizes, num_bytes)
 
     def require_unchanged(self) -> None:
-        """Raises   DataError  when the file is not the one that was opened"""
-        if Stamp.of(self.path) != self.stamp:
-            raise DataError(f"{self.path}: the file has changed since it was opened. Start again")
+        """Raises   FileError  when the file is not the one that was described"""
+        try:
+            found = Stamp.of(self.path)
+        except OSError as error:
+            raise FileError(f"{self.path}: cannot be read any more ({error.strerror})") from error
+        if found != self.stamp:
+            raise FileError(f"{self.path}: the file has changed since it was opened. Start again")
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """How the blocks of a file are read, by number."""
+
+    block: Callable[[int], pa.Table | pa.RecordBatch]
+    close: Callable[[], None]
 
 
 @dataclass(eq=False)
@@ -93,8 +107,10 @@ class TableRows:
     files: tuple[TableFile, ...]
     folder: Path  # where a row's relative picture path starts
     columns: list[str]
-    _opened: dict[int, list[pa.RecordBatch] | pq.ParquetFile] = field(default_factory=dict, repr=False)
-    _kept: OrderedDict[tuple[int, int], pa.Table] = field(default_factory=OrderedDict, repr=False)
+    _opened: OrderedDict[int, OpenFile] = field(default_factory=OrderedDict, repr=False)
+    _kept: OrderedDict[tuple[int, int], pa.Table | pa.RecordBatch] = field(
+        default_factory=OrderedDict, repr=False
+    )
 
     @classmethod
     def open(cls, paths: Sequence[Path], *, folder: Path) -> TableRows:
@@ -117,22 +133,23 @@ class TableRows:
         self._ends = np.cumsum(sizes, dtype=np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": {}, "_kept": OrderedDict()}
+        return self.__dict__ | {"_opened": OrderedDict(), "_kept": OrderedDict()}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises   DataError  when the file is damaged there, or has changed"""
+        """Raises   DataError  when the file is damaged there
+        FileError  when it cannot be read at all, or has changed: no fault of the row
+        """
         place = int(np.searchsorted(self._ends, index, side="right"))
         number, block = self._places[place]
         begin = int(self._ends[place - 1]) if place else 0
         file = self.files[number]
         try:
-            row = self._block(number, block).slice(index - begin, 1).to_pylist()[0]
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
+            one = self._block(number, block).slice(index - begin, 1)
+            row = one.select(self.columns).to_pylist()[0]
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file.path}, block {block}: cannot be read ({_first_line(error)})") from error
         return {name: _named(row[name], file.class_names.get(name)) for name in self.columns}
 
@@ -141,41 +158,46 @@ class TableRows:
 
     def select(self, columns: Sequence[str]) -> TableRows:
         """The same rows with some of the columns; the others are not read."""
-        return replace(self, columns=list(columns), _opened={}, _kept=OrderedDict())
+        return replace(self, columns=list(columns), _opened=OrderedDict(), _kept=OrderedDict())
 
     def _block(self, number: int, block: int) -> pa.Table | pa.RecordBatch:
-        opened = self._open(number)
-        if isinstance(opened, list):
-            return opened[block]
         if (number, block) not in self._kept:
-            self._kept[number, block] = opened.read_row_group(block, self.columns, use_threads=False)
-            while len(self._kept) > 1 and sum(table.nbytes for table in self._kept.values()) > MAX_KEPT_BYTES:
+            self._kept[number, block] = self._open(number).block(block)
+            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > MAX_KEPT_BYTES:
                 self._kept.popitem(last=False)
         self._kept.move_to_end((number, block))
         return self._kept[number, block]
 
-    def _open(self, number: int) -> list[pa.RecordBatch] | pq.ParquetFile:
+    def _open(self, number: int) -> OpenFile:
         if number not in self._opened:
             file = self.files[number]
             file.require_unchanged()
-            self._opened[number] = self._batches(file)
+            try:
+                self._opened[number] = _opened(file, self.columns)
+            except OSError as error:
+                raise FileError(f"{file.path}: cannot be opened ({error})") from error
+            while len(self._opened) > MAX_OPEN_FILES:
+                self._opened.popitem(last=False)[1].close()
+        self._opened.move_to_end(number)
         return self._opened[number]
 
-    def _batches(self, file: TableFile) -> list[pa.RecordBatch] | pq.ParquetFile:
-        if not file.is_parquet:
-            return _open_arrow(file.path)[0]
-        largest = max(sum(sizes.get(name, 0) for name in self.columns) for sizes in file.block_bytes)
-        if largest <= MAX_GROUP_BYTES:
-            return pq.ParquetFile(file.path)
-        copied, _ = _open_arrow(_mapped_copy(file))
-        return _as_blocks(copied, file.block_rows)
+
+def _opened(file: TableFile, columns: list[str]) -> OpenFile:
+    if not file.is_parquet:
+        return _open_arrow(file.path)[0]
+    largest = max((sum(sizes.get(name, 0) for name in columns) for sizes in file.block_bytes), default=0)
+    if largest > MAX_GROUP_BYTES:
+        return _as_blocks(_mapped_copy(file), file.block_rows)
+    parquet = pq.ParquetFile(file.path)
+    return OpenFile(lambda block: parquet.read_row_group(block, columns, use_threads=False), parquet.close)
 
 
-def _as_blocks(batches: list[pa.RecordBatch], sizes: Sequence[int]) -> list[pa.Table]:
-    """The batches of a copy, cut where the blocks of the file end; copies nothing."""
-    table = pa.Table.from_batches(batches)
+def _as_blocks(copy: Path, sizes: Sequence[int]) -> OpenFile:
+    """The batches of a mapped copy, cut where the blocks of its file end; copies nothing."""
+    opened, num_batches, _ = _open_arrow(copy)
+    table = pa.Table.from_batches([opened.block(number) for number in range(num_batches)])
     begins = np.cumsum([0, *sizes])
-    return [table.slice(int(begin), size) for begin, size in zip(begins, sizes, strict=False)]
+    return OpenFile(lambda block: table.slice(int(begins[block]), sizes[block]), opened.close)
 
 
 def copies_folder() -> Path:
@@ -185,33 +207,48 @@ def copies_folder() -> Path:
 
 
 def _mapped_copy(file: TableFile) -> Path:
-    """An Arrow file with all columns of a Parquet file, written once; older copies of the path are removed."""
+    """An Arrow stream with all columns of a Parquet file, written once; older copies of the path are removed.
+
+    Raises   FileError  when it cannot be written
+    """
     place = hashlib.sha256(os.fsencode(file.path.resolve())).hexdigest()[:24]
     stamp = hashlib.sha256(repr(file.stamp).encode()).hexdigest()[:24]
     folder = copies_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{place}-{stamp}.arrow"
-    with open(folder / f"{place}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one machine: one copies, the others wait
-        if copy.exists():
-            return copy
-        part = copy.with_suffix(".part")
-        with (
-            pq.ParquetFile(file.path) as source,
-            pa.OSFile(str(part), "wb") as sink,
-            pa.ipc.new_file(sink, source.schema_arrow) as writer,
-        ):
-            for batch in source.iter_batches(batch_size=256, use_threads=False):
-                writer.write_batch(batch)
-        file.require_unchanged()
-        for older in folder.glob(f"{place}-*.arrow"):
-            older.unlink()
-        os.replace(part, copy)
+    part = copy.with_suffix(".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{place}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one machine: one copies, the others wait
+            if not copy.exists():
+                _write_copy(file, part)
+                for older in folder.glob(f"{place}-*.arrow"):
+                    older.unlink()
+                os.replace(part, copy)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise FileError(
+            f"{folder}: no copy of {file.path} can be written there ({error.strerror or error}). Its row groups are "
+            "too large to be decoded for each row: make room, set TEACHONCE_COPIES to another folder, or write the "
+            "file with smaller row groups"
+        ) from error
     return copy
 
 
-def _open_arrow(path: Path) -> tuple[list[pa.RecordBatch], pa.Schema]:
-    """The batches of an Arrow file or stream, memory-mapped, and their schema.
+def _write_copy(file: TableFile, part: Path) -> None:
+    with (
+        pq.ParquetFile(file.path) as source,
+        pa.OSFile(str(part), "wb") as sink,
+        pa.ipc.new_stream(sink, source.schema_arrow) as writer,  # not a file: its dictionaries may not change
+    ):
+        for batch in source.iter_batches(batch_size=256, use_threads=False):
+            writer.write_batch(batch)
+    file.require_unchanged()
+
+
+def _open_arrow(path: Path) -> tuple[OpenFile, int, pa.Schema]:
+    """How the batches of an Arrow file or stream are read, their number, their schema; memory-mapped.
 
     Raises   DataError  for a stream that was cut between two batches, which Arrow takes for a shorter one
     """
@@ -226,8 +263,9 @@ def _open_arrow(path: Path) -> tuple[list[pa.RecordBatch], pa.Schema]:
             ) from None
         mapped.seek(0)
         stream = pa.ipc.open_stream(mapped)
-        return list(stream), stream.schema
-    return [reader.get_batch(number) for number in range(reader.num_record_batches)], reader.schema
+        batches = list(stream)
+        return OpenFile(batches.__getitem__, mapped.close), len(batches), stream.schema
+    return OpenFile(reader.get_batch, mapped.close), reader.num_record_batches, reader.schema
 
 
 def _column_bytes(group: Any) -> dict[str, int]:

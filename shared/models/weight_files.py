@@ -48,14 +48,17 @@ class WeightFiles:
 
     def require_whole(self) -> None:
         """Raises   RecipeError  with every file that cannot be loaded"""
-        faults = [f"{path}: is missing" for path in self.missing]
-        faults += [f"{path}: {fault}" for path in self.files if (fault := _fault(path))]
-        if faults:
+        if faults := self.faults():
             more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
             raise RecipeError(
                 f"model {self.model}: its weights cannot be loaded: {'; '.join(faults[:3])}{more}. Fetch the "
                 "files again"
             )
+
+    def faults(self) -> list[str]:
+        """One for every file that cannot be loaded."""
+        faults = [f"{path}: is missing" for path in self.missing]
+        return faults + [f"{path}: {fault}" for path in self.files if (fault := _fault(path))]
 
     @cached_property
     def stamp(self) -> str:
@@ -64,7 +67,7 @@ class WeightFiles:
         for path in self.files:
             stat = path.stat()
             with open(path, "rb") as file:
-                header = file.read(_header_bytes(path))
+                header = file.read(min(_header_bytes(path), MAX_HEADER_BYTES))
             digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n".encode())
             digest.update(hashlib.sha256(header).digest())
         return digest.hexdigest()

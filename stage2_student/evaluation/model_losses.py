@@ -16,7 +16,7 @@ from shared.runtime import World
 from stage2_student.evaluation.answers import ModelSource
 from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.feed import MicrobatchSource
-from stage2_student.training.inputs import no_kl, open_targets
+from stage2_student.training.inputs import no_kl, open_targets, require_teacher
 from stage2_student.training.order import pass_slots
 from stage2_student.training.step import Losses
 from stage2_student.training.student import KL_TEMPERATURE, build_student
@@ -69,7 +69,11 @@ def _validated(
     with_kl: bool,
 ) -> Losses:
     processor = open_processor(source.model, recipe.data, revision=source.revision)
-    cache = open_targets(recipe, processor, temperature=KL_TEMPERATURE)[0] if with_kl else None
+    cache = None
+    if with_kl:
+        cache, _ = open_targets(recipe, processor, temperature=KL_TEMPERATURE)
+        distilled = cache
+        world.by_main(lambda: require_teacher(recipe, distilled))
     found = survey_once(recipe.data, split, processor, cache, world).spread(num_examples)
     if shuffle_pictures:
         found = with_other_pictures(found)

@@ -19,7 +19,7 @@ import click
 import yaml
 
 from shared.errors import RecipeError
-from shared.recipes import Split
+from shared.recipes import Split, yaml12
 from stage2_student.evaluation.evaluated import STUDENT
 from stage2_student.evaluation.scores import Scores, read_all
 from stage2_student.runs.files import are_numbers
@@ -139,7 +139,7 @@ def read_run(path: Path) -> RunRecord:
 def _read_settings(path: Path) -> dict[str, Any]:
     """Flat.  Not by the rules of recipes, which may have changed since the run."""
     try:
-        settings = flat(yaml.safe_load(path.read_bytes()))
+        settings = flat(yaml12.load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(
             f"{path}: not YAML ({error}); put the run's own recipe back, or leave the run out"

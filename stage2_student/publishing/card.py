@@ -18,7 +18,7 @@ from shared.cache import CacheReader
 from shared.models.adapters import lineage
 from shared.recipes import Recipe
 from stage2_student.runs.files import write_json, write_text
-from stage2_student.runs.run_folder import RunFolder
+from stage2_student.runs.run_folder import SHUFFLED, RunFolder
 
 PROVENANCE = "teachonce.json"  # run, step, recipe, sources, versions, commit and files, in every export
 SOURCES = "sources.json"  # in the run's folder, as they were when it began: they may be gone at an export
@@ -197,6 +197,8 @@ def _validation(folder: RunFolder, step: int) -> Iterator[str]:
 
 def _evaluations(folder: RunFolder, step: int) -> Iterator[str]:
     for path in sorted(folder.evaluation.glob("*.json")):
+        if path.stem.startswith(SHUFFLED):  # not what the student answers to its own pictures
+            continue
         models = json.loads(path.read_text(encoding="utf-8"))
         if step not in [one.get("step") for one in models if one["model"] == "student"]:  # of another export
             continue
@@ -208,6 +210,7 @@ def _evaluations(folder: RunFolder, step: int) -> Iterator[str]:
             cells = [
                 *(_interval(one.get(score)) for score in SCORES),
                 *(_number(one.get(k)) for k in ("ce", "kl")),
+                str(one.get("num_cut", "-")),
             ]
             yield f"| {one['model']} | {one['num_examples']} | {' | '.join(cells)} |"
 

@@ -34,6 +34,7 @@ from stage2_student.runs.files import JsonLines, are_numbers, write_json, write_
 from stage2_student.runs.identity import require_same
 
 LOCK_NAME = "train.lock"
+SHUFFLED = "shuffled-pictures-"  # begins the names of answers to them, among the evaluations
 IN_RESULTS = (
     *("run", "step", "before", "after", "answers", "cache", "times_s"),
     *("positions_per_s", "data_wait", "export"),

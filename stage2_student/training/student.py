@@ -2,7 +2,7 @@
 
     student = build_student(recipe, world, num_token_ids=...)
     sums = student(inputs, position_index, labels, targets)             # LossSums, of this rank's microbatch
-    sums, kl = student.measure(inputs, position_index, labels, targets)  # for validation: KL at temperature 1 as well
+    losses, kl, reliability = student.measure(inputs, position_index, labels, targets)  # for validation
 
 The loss lies inside the root module, so that the head is gathered once a forward, by the root, and no logits
 of a batch ever exist.  Each decoder layer and vision block is a module of its own to FSDP; everything else
