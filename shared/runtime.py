@@ -106,6 +106,11 @@ class World:
             raise error
         return value  # type: ignore[return-value]  # None only where work returned it
 
+    def forget_groups(self) -> None:
+        """Lets groups end where their threads are: a forked process that collects one waits for these for ever."""
+        for name in ("background_group", "_waiting_group"):
+            self.__dict__.pop(name, None)
+
     def release_memory(self) -> None:
         """Gives back what nothing holds any more; sharded modules lie in circles, which only this finds."""
         gc.collect()
@@ -143,7 +148,8 @@ def distributed(
     quiet_libraries()
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, wanted)
     try:
-        world._waiting_group  # noqa: B018  # made here, where all ranks are
+        if world.size > 1:
+            world._waiting_group  # noqa: B018  # made here, where all ranks are
         yield world
         # Sharded modules must be gone before the group is, or one interpreter exit in six aborts.
         gc.collect()
@@ -154,6 +160,7 @@ def distributed(
             raise
         raise explained from error
     finally:
+        world.forget_groups()
         dist.destroy_process_group()
 
 

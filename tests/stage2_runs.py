@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -58,6 +59,7 @@ def on_ranks(
     errors   are values like others
     options  of ``distributed``
     """
+    gc.collect()  # a process group of this process, collected in a rank, would wait for threads that are not there
     port = _free_port()
     pipes, processes = [], []
     for rank in range(num_ranks):
