@@ -128,19 +128,23 @@ def _our_own_mistake(error: Exception, output: LibraryOutput) -> int:
 
 def tell_once(text: str, error: BaseException) -> None:
     """On the screen from the first rank that fails, as an error is often all ranks'; from others into the log."""
-    _report_to_torchrun(text)
+    _report_to_torchrun(text, error)
     if first_to_fail(error):
         click.echo(text, err=True)
     elif LibraryOutput.active is not None:
         LibraryOutput.active.write(f"on rank {os.environ.get('RANK')}: {text}\n")
 
 
-def _report_to_torchrun(text: str) -> None:
-    """The message for its table, where a user has called torchrun and it prints one, in the form it reads."""
+def _report_to_torchrun(text: str, error: BaseException) -> None:
+    """The message for its table, where a user has called torchrun and it prints one, in the form it reads.
+
+    The status of a launch is that of the failure with the earliest time: never of one that only lost its peer.
+    """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
+        late_s = 3600 if _is_of_a_peer(error) else 0
         with contextlib.suppress(OSError):
-            Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+            Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time()) + late_s}))
 
 
 def first_to_fail(error: BaseException) -> bool:

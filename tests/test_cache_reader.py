@@ -97,7 +97,7 @@ def test_the_index_answers_without_the_shards(cache: Path) -> None:
 def test_an_index_of_another_order_is_found_out(cache: Path) -> None:
     reader = CacheReader(str(cache))
     reader.index = replace(reader.index, places=reader.index.places[::-1])
-    with pytest.raises(CacheFormatError, match="where the index says"):
+    with pytest.raises(CacheFormatError, match=r"where the index says|\d+ in the index"):
         reader.read([make_key(number) for number in range(40)])
 
 

@@ -61,7 +61,8 @@ def run(tree: dict[str, Any], stop: StopRequest | None = None) -> int:
 def files(folder: Path) -> dict[str, bytes]:
     """Everything in a cache that must not depend on how it was captured."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.name != "log.jsonl"}
+    logs = {"log.jsonl", "capture.log"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.name not in logs}
 
 
 def with_values(tree: dict[str, Any], section: str, **values: Any) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def test_only_the_first_rank_prints(
         with distributed(device="cpu") as world:
             yield replace(world, rank=1)
 
-    monkeypatch.setattr("stage1_teacher.__main__.distributed", second_rank)
+    monkeypatch.setattr("shared.runtime.distributed", second_rank)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     done = CliRunner().invoke(
         commands, ["estimate", str(tmp_path / "recipe.yaml"), "--examples", "2"], standalone_mode=False

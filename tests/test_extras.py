@@ -16,7 +16,7 @@ from shared.models.adapters import merged
 from shared.recipes.sections import LoraConfig
 from shared.reports.figures import save_png
 from stage1_teacher.__main__ import commands
-from stage2_student.evaluation.compare import plot
+from stage2_student.evaluation.curves import plot
 from stage2_student.training.lora import add_adapters
 
 Hide = Callable[[str], None]

@@ -166,7 +166,7 @@ def test_an_example_that_cannot_be_used_is_counted(tmp_path: Path, processor: Ex
     examples, logits = SomeUnusable([Text(0), Text(1), Text(2)]), torch.randn(6, processor.num_token_ids)
     with (
         pytest.raises(DataError, match=r"torn.* 1 left out, 0 allowed"),
-        texts(tmp_path, processor, examples) as cache,
+        texts(tmp_path, processor, examples, temperatures=(1.0, 2.0)) as cache,
     ):
         list(cache.batches(8))
     with texts(tmp_path, processor, examples, max_dropped=1, temperatures=(1.0, 2.0)) as cache:

@@ -22,10 +22,11 @@ from shared.recipes import DataConfig
 
 @pytest.fixture
 def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "alone" / "house"  # with nothing beside it that is called alike
     for folder in ("data/mine/train", "data/theirs", "models/large"):
-        (tmp_path / folder).mkdir(parents=True)
-    return tmp_path
+        (place / folder).mkdir(parents=True)
+    monkeypatch.chdir(place)
+    return place
 
 
 @pytest.mark.parametrize(

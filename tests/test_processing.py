@@ -302,7 +302,7 @@ def test_small_and_narrow_pictures_are_not_mistaken_for_channels(
 ) -> None:
     encoded = processor.encode(example_of(image=encoded_picture(1, size=size)))
     _, height, width = encoded.model_inputs["image_grid_thw"][0].tolist()
-    assert encoded.model_inputs["pixel_values"].shape == (height * width, 3 * 2 * 16 * 16)
+    assert encoded.model_inputs["pixel_values"].shape == (height * width, 3 * 16 * 16)  # one frame a picture
     assert (encoded.input_ids == _id(processor, "<|image_pad|>")).sum() == height * width // 4
     if size[0] != size[1]:
         assert (width > height) == (size[0] > size[1])

@@ -167,7 +167,7 @@ def test_an_unusable_row_stops_the_run_unless_it_may_be_dropped(
     assert "row 5: the answer is missing" in (recipe.run.path / "results.json").read_text()
     printed = capsys.readouterr().out
     notice = printed.index("split train: 1 of 12 rows are left out:\n  - ")
-    assert notice < printed.index("step 0: validation")
+    assert notice < printed.index("step 0 of ")
     first = json.loads((recipe.run.path / "metrics.jsonl").read_text().splitlines()[0])
     assert (first["event"], first["splits"]["train"]["num_dropped"]) == ("data", 1)
     assert "row 5: the answer is missing" in first["splits"]["train"]["dropped"][0]

@@ -229,14 +229,18 @@ def _started(loader: DataLoader, workers_setting: str) -> Iterator[Any]:
     try:
         answer = signal.getsignal(signal.SIGCHLD)
         loaded = iter(loader)
-        if loader.num_workers and signal.getsignal(signal.SIGCHLD) is not answer:
-            signal.signal(signal.SIGCHLD, answer)
+        if loader.num_workers and _is_of_torch(signal.getsignal(signal.SIGCHLD)):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if _is_of_torch(answer) else answer)
     except OSError as error:
         raise TrainingError(
             f"data-loader workers cannot be started ({error}). Their semaphores are files in {SHARED_MEMORY}, which "
             f"{_room()}. Give it some room (docker run --shm-size=1g), or do without workers ({workers_setting}=0)"
         ) from error
     return loaded
+
+
+def _is_of_torch(handler: Any) -> bool:
+    return str(getattr(handler, "__module__", "")).startswith("torch.utils.data")
 
 
 def _room() -> str:
