@@ -103,8 +103,17 @@ def test_a_row_that_was_written_wrong_is_found(
     assert all(f"row 4 (key {make_key(4).hex()})" in fault for fault in faults)
 
 
-@pytest.mark.parametrize("temperatures", [(1e-30,), (1.0, 1e-30)])
-@pytest.mark.parametrize("policy", [Threshold(tau=1 / 16), TopK(k=5), TopP(p=0.8)])
+@pytest.mark.parametrize(
+    ("policy", "temperatures"),
+    [
+        (Threshold(tau=1 / 16), (1.0, 1e-30)),  # at 1e-30 alone it keeps one token, whose weight is 1
+        *(
+            (policy, temperatures)
+            for policy in (TopK(k=5), TopP(p=0.8))
+            for temperatures in ((1e-30,), (1.0, 1e-30))
+        ),
+    ],
+)
 def test_weights_that_are_not_finite_are_found_at_every_temperature(
     tmp_path: Path, policy, temperatures
 ) -> None:
