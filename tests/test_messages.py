@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,13 +12,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from samples import PLAIN_CHAT, encoded_picture
 
 from shared.data.processing import open_processor
 from shared.data.rows import open_split
 from shared.errors import DataError, RecipeError, listed, shortened
-from shared.models.vlm import empty_vlm, load_config
+from shared.models.vlm import empty_vlm, load_config, load_vlm
+from shared.models.weight_files import require_whole_weights
 from shared.recipes import DataConfig, TeacherConfig
 from shared.runtime import distributed
 from stage1_teacher.capturing.teacher import load_teacher
@@ -74,6 +77,23 @@ def test_a_template_that_drops_the_picture_is_to_blame_and_not_each_picture(
     (model / "chat_template.jinja").write_text(blind.replace("p.text }}", "p.text|default('') }}"))
     with pytest.raises(RecipeError, match="same text with and without a picture"):
         open_processor(str(model), DataConfig(source="unused"))
+
+
+def test_weights_of_an_export_that_changed_are_refused(student_folder: Path, tmp_path: Path) -> None:
+    """Most flipped bits of a safetensors file open without a word, with other weights."""
+    folder = tmp_path / "export"
+    shutil.copytree(student_folder, folder)
+    weights = folder / "model.safetensors"
+    sha256 = {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
+    (folder / "teachonce.json").write_text(json.dumps({"sha256": sha256}))
+    require_whole_weights(str(folder), None)
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 4
+    weights.write_bytes(content)
+    with pytest.raises(RecipeError, match=r"model\.safetensors: changed since it was exported"):
+        load_vlm(str(folder), revision=None, dtype=torch.float32, attn_implementation=None)
+    (folder / "teachonce.json").unlink()  # of somebody else: nothing is known
+    require_whole_weights(str(folder), None)
 
 
 def test_a_teachers_head_narrower_than_the_tokenizer_is_refused(teacher_folder: Path) -> None:

@@ -33,6 +33,7 @@ ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 LFS_POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
 PIECE_BYTES = 1 << 22
+PROVENANCE = "teachonce.json"  # in every export of ours: of which run, and the SHA-256 of its files
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class WeightFiles:
 
     def require_whole(self) -> None:
         """Raises   RecipeError  with every file that cannot be loaded"""
-        if faults := self.faults():
+        if faults := self.faults() or self._changed():
             more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
             raise RecipeError(
                 f"model {self.model}: its weights cannot be loaded: {'; '.join(faults[:3])}{more}. Fetch the "
@@ -59,6 +60,15 @@ class WeightFiles:
         """One for every file that cannot be loaded."""
         faults = [f"{path}: is missing" for path in self.missing]
         return faults + [f"{path}: {fault}" for path in self.files if (fault := _fault(path))]
+
+    def _changed(self) -> list[str]:
+        """Of an export of ours, one for each file of weights that is not what was written; reads every byte."""
+        wanted = {folder: _exported(folder) for folder in {path.parent for path in self.files}}
+        return [
+            f"{path}: changed since it was exported"
+            for path in self.files
+            if path.name in wanted[path.parent] and wanted[path.parent][path.name] != _sha256(path)
+        ]
 
     @cached_property
     def stamp(self) -> str:
@@ -161,6 +171,20 @@ def _fault(path: Path) -> str | None:
     return (
         None if size == needed else f"has {size:,} bytes, its header says {needed:,}: it was cut or changed"
     )
+
+
+def _exported(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256; empty for folders of others, and of releases that did not list their files."""
+    try:
+        listed = json.loads((folder / PROVENANCE).read_bytes())["sha256"]
+        return {str(name): str(sha256) for name, sha256 in listed.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _header_bytes(path: Path) -> int:

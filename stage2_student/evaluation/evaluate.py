@@ -19,6 +19,7 @@ import click
 import torch
 
 from shared.errors import DataError, RecipeError, TeachonceError
+from shared.models.weight_files import PROVENANCE
 from shared.places import require_no_typo
 from shared.recipes import Recipe, Split
 from shared.runtime import World
@@ -26,7 +27,6 @@ from stage2_student.evaluation.answer_metrics import Interval
 from stage2_student.evaluation.answers import ModelSource, answers_of
 from stage2_student.evaluation.evaluated import LABELS, STUDENT, TEACHER, UNTRAINED, Evaluated
 from stage2_student.evaluation.model_losses import losses_of
-from stage2_student.training.export import PROVENANCE
 
 
 def default_split(recipe: Recipe) -> Split:

@@ -16,11 +16,11 @@ import yaml
 
 from shared.cache import CacheReader
 from shared.models.adapters import lineage
+from shared.models.weight_files import PROVENANCE
 from shared.recipes import Recipe
 from stage2_student.runs.files import write_json, write_text
 from stage2_student.runs.run_folder import SHUFFLED, RunFolder
 
-PROVENANCE = "teachonce.json"  # run, step, recipe, sources, versions, commit and files, in every export
 SOURCES = "sources.json"  # in the run's folder, as they were when it began: they may be gone at an export
 CARD = "README.md"
 BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"

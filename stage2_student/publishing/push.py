@@ -21,7 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from shared.errors import CheckpointError, HubError, RecipeError
-from stage2_student.publishing.card import CARD, PROVENANCE
+from shared.models.weight_files import PROVENANCE
+from stage2_student.publishing.card import CARD
 from stage2_student.runs.checkpoint import hashes
 
 OWN = (CARD, "LICENSE*", "NOTICE*")  # what the owner of an export writes or adds

@@ -17,9 +17,10 @@ from shared.errors import CheckpointError, RecipeError
 from shared.models import adapters
 from shared.models.adapters import lineage
 from shared.models.vlm import load_config
+from shared.models.weight_files import PROVENANCE
 from shared.recipes import Recipe, dump_recipe, load_recipe
 from shared.runtime import environment
-from stage2_student.publishing.card import CARD, PROVENANCE, model_card, read_sources
+from stage2_student.publishing.card import CARD, model_card, read_sources
 from stage2_student.runs.checkpoint import Checkpoint, hashes, load, student_state
 from stage2_student.runs.files import write_json, write_text
 from stage2_student.runs.run_folder import RunFolder
