@@ -198,7 +198,9 @@ def test_an_answer_that_ends_at_its_last_token_is_whole(
     first = int(model(**prompt.inputs).logits[0, -1].argmax())
     assert answer(model, processor, examples[:1], max_new_tokens=1)[0].is_cut
     processor._prompt.end_of_turn = first  # as if the model ended its turn at once
-    assert not answer(model, processor, examples[:1], max_new_tokens=1)[0].is_cut
+    for max_new_tokens in (1, 3):  # and by a token that the tokenizer does not call special
+        found = answer(model, processor, examples[:1], max_new_tokens=max_new_tokens)[0]
+        assert (found.text, found.is_cut) == ("", False)
 
 
 def test_without_a_cache_there_is_no_kl(run: Path, tmp_path: Path) -> None:

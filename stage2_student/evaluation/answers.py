@@ -177,10 +177,16 @@ def answer(
         eos_token_id=processor.end_of_turn,
         pad_token_id=processor.end_of_turn,
     )
-    new = ids[:, batch.inputs["input_ids"].shape[1] :]
-    ended = (new == processor.end_of_turn).any(1).tolist()
-    texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [Generated(text.strip(), not end) for text, end in zip(texts, ended, strict=True)]
+    new = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
+    # Cut before decoding: a tokenizer need not call the end of a turn special.
+    answers = [
+        row[: row.index(processor.end_of_turn)] if processor.end_of_turn in row else row for row in new
+    ]
+    texts = processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [
+        Generated(text.strip(), is_cut=processor.end_of_turn not in row)
+        for text, row in zip(texts, new, strict=True)
+    ]
 
 
 def judge(example: Example, generated: Generated, *, split: str, short_answer_words: int) -> Answer:
