@@ -108,6 +108,11 @@ def why(name: str, error: Exception) -> str:
     """What to say when a library could not open ``name``: one line."""
     if not is_local(name) and unreachable() is not None:
         return f"it is not on this machine, and {unreachable()}. Connect it, or give a folder"
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings code of its own, which is never run here. Give a model that Transformers has a class for, or "
+            "convert it to one"
+        )
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

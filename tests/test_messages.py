@@ -96,6 +96,28 @@ def test_weights_of_an_export_that_changed_are_refused(student_folder: Path, tmp
     require_whole_weights(str(folder), None)
 
 
+def test_code_that_a_model_brings_is_never_run(student_folder: Path, tmp_path: Path) -> None:
+    folder, proof = tmp_path / "model", tmp_path / "proof"
+    shutil.copytree(student_folder, folder)
+    (folder / "theirs.py").write_text(f"open({str(proof)!r}, 'w')\n")
+    for name, classes in (
+        ("config.json", {"AutoConfig": "theirs.Config", "AutoModelForImageTextToText": "theirs.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["theirs.Tokenizer", None]}),
+    ):
+        settings = json.loads((folder / name).read_text())
+        settings |= (
+            {"auto_map": classes, "model_type": "theirs"} if name == "config.json" else {"auto_map": classes}
+        )
+        (folder / name).write_text(json.dumps(settings))
+    for opened in (
+        lambda: load_config(str(folder)),
+        lambda: open_processor(str(folder), DataConfig(source="x")),
+    ):
+        with pytest.raises(RecipeError, match="brings code of its own, which is never run here"):
+            opened()
+    assert not proof.exists()
+
+
 def test_a_teachers_head_narrower_than_the_tokenizer_is_refused(teacher_folder: Path) -> None:
     width = load_config(str(teacher_folder)).get_text_config().vocab_size
     with distributed(device="cpu") as world, pytest.raises(RecipeError, match="its head is") as caught:

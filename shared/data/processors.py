@@ -81,18 +81,20 @@ def _pil_image_processor(model: str, revision: str | None, bounds: dict[str, int
     name = str(get_image_processor_config(model, revision=revision).get("image_processor_type"))
     found = getattr(transformers, name.removesuffix("Fast").removesuffix("Pil") + "Pil", None)
     if found is None:
-        return AutoImageProcessor.from_pretrained(model, revision=revision, backend="pil", **bounds)
+        return AutoImageProcessor.from_pretrained(
+            model, revision=revision, backend="pil", trust_remote_code=False, **bounds
+        )
     return found.from_pretrained(model, revision=revision, **bounds)
 
 
 def _processor(model: str, revision: str | None, images: Any) -> Any:
     """The whole, with ``images`` in it."""
-    config = AutoConfig.from_pretrained(model, revision=revision)
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     if PROCESSOR_MAPPING.get(type(config), None) is Qwen3VLProcessor:
         settings, _ = Qwen3VLProcessor.get_processor_dict(model, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
         template = settings.get("chat_template") or tokenizer.chat_template
         return Qwen3VLProcessorWithoutVideo(images, tokenizer, chat_template=template)
-    processor = AutoProcessor.from_pretrained(model, revision=revision)
+    processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
     processor.image_processor = images
     return processor

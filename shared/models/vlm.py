@@ -58,7 +58,7 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     if not is_local(name):
         require_hub_asked_once()
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = shortened(why(name, error))
         raise RecipeError(
@@ -91,6 +91,7 @@ def load_vlm(
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            trust_remote_code=False,  # not None: at a terminal Transformers would ask
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise RecipeError(f"model {name}: cannot be loaded: {shortened(why(name, error))}") from error
