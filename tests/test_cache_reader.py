@@ -237,6 +237,19 @@ def test_a_shard_is_hashed_once_for_all_processes(cache: Path, monkeypatch: pyte
     assert len(hashed) == 8
 
 
+def test_a_shard_written_over_with_its_times_kept_is_hashed_again(cache: Path) -> None:
+    settle(cache)
+    reader = CacheReader(str(cache))
+    reader.read([make_key(0)])
+    path = cache / reader.manifest.shards[0].name
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(CacheFormatError, match="shard 00000"):
+        CacheReader(str(cache)).read([make_key(0)])
+
+
 def test_stamps_of_others_are_not_believed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle(cache)
     CacheReader(str(cache))

@@ -70,12 +70,14 @@ class Staging:
             ) from error
 
     def _use(self, path: Path) -> bool:
-        """Marks a copy as used just now; its modification time stays, by which its stamp knows it."""
-        try:
-            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-        except FileNotFoundError:
+        """Marks a copy as used just now, by a file beside it: its stamp knows the copy by its own times."""
+        if not path.exists():
             return False
+        self._mark_of(path).touch(mode=0o600)
         return True
+
+    def _mark_of(self, copy: Path) -> Path:
+        return self.folder / f".used-{copy.stem}"
 
     def _download(
         self, source: RemoteFolder, name: str, path: Path, *, sha256: str, num_bytes: int, where: str
@@ -131,11 +133,14 @@ class Staging:
                     continue
                 total += status.st_size
                 if path.suffix == ".arrow":
-                    copies.append((status.st_atime_ns, status.st_size, path))
+                    mark = self._mark_of(path)
+                    used = mark.stat() if mark.exists() else status
+                    copies.append((used.st_mtime_ns, status.st_size, path))
         for _, size, path in sorted(copies):
             if total <= self.max_bytes:
                 break
             path.unlink(missing_ok=True)
+            self._mark_of(path).unlink(missing_ok=True)
             total -= size
         return total <= self.max_bytes
 

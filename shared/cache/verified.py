@@ -1,8 +1,9 @@
 """Each file's hash is checked before its first use, and not again by every worker of every epoch.
 
 What was checked is remembered in this process, and for other processes of this user as an empty stamp file
-in the machine's temporary folder.  A stamp names device, inode, size, modification time and hash, so a file
-that was written to since is checked again; it is believed for a day.  What a stamp cannot see is a disk
+in the machine's temporary folder.  A stamp names device, inode, size, times of modification and of change, and hash,
+so a file that was written to since is checked again, also where somebody set its modification time back; it is
+believed for a day.  What a stamp cannot see is a disk
 that rots without a write: ``teacher-cache verify`` reads every byte.
 """
 
@@ -78,6 +79,6 @@ def default_stamps() -> Path:
 
 def _stamp(path: Path, sha256: str) -> tuple[str, bool]:
     status = path.stat()
-    facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, sha256)
+    facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, sha256)
     settled = time.time_ns() - status.st_mtime_ns > SETTLED_NS
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest(), settled
