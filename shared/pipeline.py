@@ -37,6 +37,8 @@ from shared.stopping import (
 from shared.threads import share_cores
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
     from shared.recipes import Recipe, TeacherConfig
 
 SETTINGS_A_TEACHER_SHARES = ("data.", "data=", "bootstrap.", "bootstrap=")
@@ -280,7 +282,7 @@ def run_torchrun(arguments: Sequence[str]) -> int:
         with restored_handlers():
             torchrun([*patience, *arguments])
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _first_failure(error)
         if failure.exitcode > 0:
             return failure.exitcode
         number = -failure.exitcode
@@ -297,6 +299,13 @@ def run_torchrun(arguments: Sequence[str]) -> int:
     finally:
         shutil.rmtree(status_file.parent)
     return 0
+
+
+def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """Rank and failure that ended the launch; torchrun ends the other ranks by SIGTERM, often in the same second."""
+    failures = error.failures
+    rank = min(failures, key=lambda one: (failures[one].exitcode == -signal.SIGTERM, failures[one].timestamp))
+    return rank, failures[rank]
 
 
 def _as_options(overrides: Sequence[str]) -> list[str]:

@@ -184,6 +184,7 @@ def test_ctrl_c_while_a_command_still_imports_is_one_word(recipe: Path) -> None:
     begun = time.monotonic()
     command = [sys.executable, "-m", "stage1_teacher", "estimate", str(recipe)]
     status, output = at_a_terminal(command, lambda: time.monotonic() - begun > 3)
-    assert status == 128 + signal.SIGINT, output
+    # A shell says 130 of both.  Python ends by the signal where an extension that was being imported ran code itself.
+    assert status in (128 + signal.SIGINT, -signal.SIGINT), output
     assert "Traceback" not in output
     assert output.strip().endswith("aborted")
