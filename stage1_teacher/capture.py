@@ -32,7 +32,8 @@ from shared.capture.planning import (
     open_rows,
     survey,
 )
-from shared.data.processing import Encoded, ExampleProcessor, open_processor
+from shared.data.collation import Encoded
+from shared.data.processing import ExampleProcessor, open_processor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
 from shared.library_output import keep_library_output
 from shared.models.vlm import check_split

@@ -21,7 +21,8 @@ import torch
 
 from shared.cache import CacheReader, CacheWriter, Identity, Row
 from shared.capture.planning import CaptureData, NumberedRows, identity_of, survey
-from shared.data.processing import Batch, Encoded, ExampleProcessor, open_processor
+from shared.data.collation import Batch, Encoded
+from shared.data.processing import ExampleProcessor, open_processor
 from shared.errors import DataError, RecipeError
 from shared.progress import by_examples, progress
 from shared.recipes import CacheConfig, Recipe

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shared.cache import CacheReader, TeacherIdentity
     from shared.capture.loop import capture, capture_examples, text_inputs
-    from shared.data.processing import Encoded, open_processor
+    from shared.data.collation import Encoded
+    from shared.data.processing import open_processor
     from shared.data.rows import Example, open_split
     from shared.errors import CacheFormatError, CacheMismatchError, DataError, RecipeError, TeachonceError
     from shared.kd_loss import Divergence, KDLoss, LossSums, fused_ce_kd

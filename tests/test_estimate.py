@@ -18,7 +18,7 @@ import yaml
 from click.testing import CliRunner
 
 from shared.cache import CacheReader
-from shared.data.processing import Batch
+from shared.data.collation import Batch
 from shared.errors import RecipeError, TrainingError
 from shared.recipes import Recipe
 from shared.recipes.files import validate_tree

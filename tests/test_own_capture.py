@@ -13,7 +13,8 @@ from stage2_runs import make_recipe
 
 from shared.cache import CacheReader
 from shared.capture.loop import Capture, capture, capture_examples, text_inputs
-from shared.data.processing import Encoded, ExampleProcessor, open_processor
+from shared.data.collation import Encoded
+from shared.data.processing import ExampleProcessor, open_processor
 from shared.errors import CacheFormatError, CacheMismatchError, DataError
 from shared.models.vlm import last_hidden_states, load_vlm
 from shared.models.weights import weight_fingerprint

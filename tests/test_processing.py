@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from shared.data.collation import IGNORE_INDEX, Encoded
 from shared.data.images import decode_rgb
-from shared.data.processing import IGNORE_INDEX, Encoded, ExampleProcessor, open_processor
+from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.processors import load_processor
 from shared.data.prompts import ChatPrompt
 from shared.data.rows import Example

@@ -24,7 +24,8 @@ from stage2_runs import (
 )
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
-from shared.data.processing import Batch, ExampleProcessor
+from shared.data.collation import Batch
+from shared.data.processing import ExampleProcessor
 from shared.data.rows import Example
 from shared.errors import RecipeError
 from shared.models.vlm import load_vlm

@@ -36,8 +36,9 @@ from shared.capture.opening import open_planned
 from shared.capture.planning import NumberedRows, identity_of, survey
 from shared.capture.targets import AnsweredExample, rows_of, sparse_targets
 from shared.capture.units import Refused, UnitCollector
+from shared.data.collation import Encoded
 from shared.data.fingerprints import tokenizer_fingerprint
-from shared.data.processing import Encoded, ExampleProcessor
+from shared.data.processing import ExampleProcessor
 from shared.errors import DataError, RecipeError
 from shared.recipes import Recipe, dump_recipe
 from shared.recipes.policies import Policy, Threshold

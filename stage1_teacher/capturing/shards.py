@@ -11,7 +11,7 @@ from torch import Tensor
 from shared.cache import CacheWriter, Row, Unit
 from shared.capture.targets import rows_of
 from shared.capture.units import Refused, UnitCollector
-from shared.data.processing import Encoded
+from shared.data.collation import Encoded
 from shared.sparse import SparseTargets
 from stage1_teacher.capturing.handover import HostCopy
 

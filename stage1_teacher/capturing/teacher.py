@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from shared.capture.targets import sparse_targets
-from shared.data.processing import Batch
+from shared.data.collation import Batch
 from shared.models.sharding import blocks, fill
 from shared.models.vlm import (
     Head,

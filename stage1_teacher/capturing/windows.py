@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from shared.cache import Unit
 from shared.capture.planning import NumberedRows
 from shared.capture.units import Refused
+from shared.data.collation import Encoded
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
-from shared.data.processing import Encoded, ExampleProcessor
+from shared.data.processing import ExampleProcessor
 from shared.errors import DataError, TeachonceError
 
 WINDOW = 64  # examples; at most so many decoded pictures are held by each worker

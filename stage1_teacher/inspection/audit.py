@@ -22,7 +22,8 @@ from torch import Tensor
 
 from shared.cache import CacheReader
 from shared.capture.planning import NumberedRows, open_rows
-from shared.data.processing import Encoded, ExampleProcessor, open_processor
+from shared.data.collation import Encoded
+from shared.data.processing import ExampleProcessor, open_processor
 from shared.errors import CacheMismatchError, DataError, RecipeError
 from shared.progress import by_examples, progress
 from shared.recipes import Recipe

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.data.processing import Encoded
+from shared.data.collation import Encoded
 from shared.progress import progress
 from shared.sparse import SparseTargets
 from stage1_teacher.capturing.teacher import Teacher

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shared.cache import CacheReader, Row
+from shared.data.collation import IGNORE_INDEX, Encoded
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
-from shared.data.processing import IGNORE_INDEX, Encoded, ExampleProcessor
+from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
 from shared.errors import CacheMismatchError, TeachonceError
 from shared.sparse import SparseTargets

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from shared.cache import CacheWriter
 from shared.capture.planning import identity_of, survey
-from shared.data.processing import Encoded, open_processor
+from shared.data.collation import Encoded
+from shared.data.processing import open_processor
 from shared.data.rows import open_split
 from shared.phantom.dataset import write_dataset
 from shared.recipes import CacheConfig, DataConfig, Recipe, TeacherConfig

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shared.data.processing import Batch, open_processor
+from shared.data.collation import Batch
+from shared.data.processing import open_processor
 from shared.data.rows import open_split
 from shared.models.vlm import last_hidden_states, load_vlm, split
 from shared.recipes import Recipe, load_recipe
