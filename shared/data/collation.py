@@ -25,7 +25,7 @@ IGNORE_INDEX = -100
 class Encoded:
     """One example, ready for collation.
 
-    Shapes   input_ids, labels (S,) int64; labels are -100 but for the answer, which comes last
+    Shapes   input_ids, labels (S,) int64; labels are -100 wherever nothing is to be learned
              model_inputs: what else the model is fed; what is there for each token has shape (S,)
     """
 
@@ -39,7 +39,7 @@ class Encoded:
     @property
     def answer_ids(self) -> Tensor:
         """(num_positions,) int64: the labels alone."""
-        return self.labels[len(self.labels) - self.num_positions :]
+        return self.labels[self.labels != IGNORE_INDEX]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +95,7 @@ def collated(
 
 def _predicting(one: Encoded) -> Tensor:
     """The shift rule: the label at t belongs to the hidden state at t - 1."""
-    length = len(one.input_ids)
-    return torch.arange(length - one.num_positions, length) - 1
+    return (one.labels != IGNORE_INDEX).nonzero()[:, 0] - 1
 
 
 def _padded(encoded: Sequence[Encoded], starts: list[int], length: int, pad_id: int) -> dict[str, Tensor]:
