@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.errors import CacheMismatchError, RecipeError
-from shared.kd_loss import Divergence, LossSums, fused_ce_kd, gradients
+from shared.kd_loss import Divergence, LossSums, ce_kd_by_position, fused_ce_kd, gradients
 from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from tests import reference_losses as reference
@@ -505,3 +505,36 @@ def test_settings_that_are_refused() -> None:
         Divergence("kl")
     with pytest.raises(RecipeError, match="between 0 and 1"):
         Divergence("jensen_shannon", 1.0)
+
+
+@pytest.mark.parametrize("policy", [THRESHOLD, TopK(k=3), Random(draws=4)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_positions_add_up_to_the_sums(policy: Policy, temperature: float) -> None:
+    problem = Problem(11, 13, policy)
+    problem.labels[[0, 7]] = IGNORED
+    options = {"temperature": temperature, "chunk_size": 4, "bias_V": problem.bias, "softcap": 3.0}
+    sums = problem.fused(kd_ratio=0.3, **options)
+    each = ce_kd_by_position(problem.hidden, problem.weight, problem.labels, problem.targets, **options)
+    for found, wanted in zip(each.sums(problem.labels, kd_ratio=0.3), sums, strict=True):
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-12, atol=1e-12)
+    assert not each.ce_N.requires_grad
+    assert each.ce_N[[0, 7]].tolist() == [0, 0]
+    alone = [
+        fused_ce_kd(
+            problem.hidden[n : n + 1],
+            problem.weight,
+            problem.labels[n : n + 1],
+            problem.targets.select(torch.tensor([n])),
+            kd_ratio=0.3,
+            **options,
+        ).kd.item()
+        for n in range(11)
+    ]
+    torch.testing.assert_close(each.kd_N, torch.tensor(alone, dtype=torch.float64))
+
+
+def test_positions_without_targets_have_no_kd() -> None:
+    problem = Problem(3, 5, THRESHOLD)
+    each = ce_kd_by_position(problem.hidden, problem.weight, problem.labels)
+    assert each.kd_N.tolist() == [0, 0, 0]
+    assert (each.ce_N > 0).all()

@@ -24,6 +24,7 @@ from shared.sparse import SparseTargets, sparsify
 from stage1_teacher.inspection.plots import by_kind, by_place
 from stage1_teacher.inspection.positions import Positions, positions_of, top_entries
 from stage2_student.evaluation.curves import calibration_drawing, loss_drawings
+from stage2_student.evaluation.group_curves import group_drawings
 from stage2_student.evaluation.questions import Question
 from stage2_student.evaluation.run_records import RunRecord
 from stage2_student.evaluation.sweep_curves import sweep_drawings
@@ -314,6 +315,38 @@ def test_runs_of_before_have_no_calibration_and_no_teacher() -> None:
     assert drawing.told is not None
     assert drawing.told.startswith("new: calibration error 45.0%")
     assert "teacher: calibration error" in drawing.told
+
+
+def grouped(kl: list[float] | None, positions: list[int]) -> dict[str, Any]:
+    means = {"names": ["site", "plane"][: len(positions)], "positions": positions, "ce": [1.0, 2.0]}
+    by_kind = means if kl is None else means | {"kl": kl}
+    return {"event": "validation", "step": 1, "by_place": by_kind | {"names": [1, 2]}, "by_kind": by_kind}
+
+
+def test_a_student_is_shown_by_place_and_kind_where_its_log_tells(axes: Any) -> None:
+    old = a_run("old", [{"event": "validation", "step": 1, "by_kind": "rubbish", "by_place": {"names": 3}}])
+    plain = a_run("plain", [grouped(None, [30, 40])])
+    new = a_run("new", [grouped([0.25, 0.5], [30, 40])])
+    assert group_drawings([old]) == []
+    assert [one.title.split(",")[0] for one in group_drawings([plain])] == [
+        "Cross-entropy with the labels"
+    ] * 2
+    places, kinds = group_drawings([old, plain, new])
+    assert (places.title, kinds.title) == (
+        "KL from the teacher, by position in the answer",
+        "KL from the teacher, by kind of question",
+    )
+    assert kinds.told == "new: largest at plane, 0.500 nats"
+    places.draw(axes)
+    assert axes.lines[0].get_ydata().tolist() == [0.25, 0.5]
+    assert axes.lines[0].get_color() == Series(2).color
+    kinds_axes = axes.figure.add_subplot()
+    kinds.draw(kinds_axes)
+    assert [tick.get_text() for tick in kinds_axes.get_yticklabels()] == ["plane", "site"]  # by positions
+
+
+def test_groups_of_few_positions_are_left_out() -> None:
+    assert group_drawings([a_run("few", [grouped([0.25, 0.5], [3, 4])])]) == []
 
 
 def sweep_run(ratio: float, rate: float, ce: float, **changed: Any) -> RunRecord:

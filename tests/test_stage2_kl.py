@@ -63,6 +63,26 @@ def test_students_of_labels_of_one_temperature_and_of_another_report_one_figure(
     assert all("kl" not in record for record in all_records(hard) if record["event"] == "step")
 
 
+def test_it_is_told_by_place_in_the_answer_and_by_kind_on_any_number_of_ranks(tree: dict[str, Any]) -> None:
+    one = make_recipe(tree, run__name="one")
+    two = make_recipe(tree, run__name="two")
+    assert run_alone(one) == 0
+    assert run_ranks(two, 2) == [0, 0]
+    (alone, _), (shared, _) = (
+        [record for record in all_records(recipe) if record["event"] == "validation"] for recipe in (one, two)
+    )
+    for group in ("by_place", "by_kind"):
+        means = alone[group]
+        for name, total in (("ce", alone["ce_loss"]), ("kl", alone["kl"])):
+            weighted = sum(a * b for a, b in zip(means[name], means["positions"], strict=True))
+            assert weighted / sum(means["positions"]) == pytest.approx(total, rel=1e-5)
+            assert shared[group][name] == pytest.approx(means[name], rel=1e-5)
+        assert (shared[group]["names"], shared[group]["positions"]) == (means["names"], means["positions"])
+    split = open_split(one.data, "validation")
+    assert alone["by_place"]["positions"][0] == len(split)
+    assert alone["by_kind"]["names"] == sorted({example.kind for example in split})
+
+
 def test_it_equals_the_teacher_s_and_the_student_s_own_logits(
     tree: dict[str, Any],
     teacher_folder: Path,

@@ -9,6 +9,15 @@ from __future__ import annotations
 
 from shared.kd_loss.dense import KDLoss
 from shared.kd_loss.divergences import DIVERGENCES, FORWARD_KL, Divergence
-from shared.kd_loss.fused import LossSums, fused_ce_kd
+from shared.kd_loss.fused import LossSums, PositionLosses, ce_kd_by_position, fused_ce_kd
 
-__all__ = ["DIVERGENCES", "FORWARD_KL", "Divergence", "KDLoss", "LossSums", "fused_ce_kd"]
+__all__ = [
+    "DIVERGENCES",
+    "FORWARD_KL",
+    "Divergence",
+    "KDLoss",
+    "LossSums",
+    "PositionLosses",
+    "ce_kd_by_position",
+    "fused_ce_kd",
+]

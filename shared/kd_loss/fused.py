@@ -52,6 +52,23 @@ class LossSums(NamedTuple):
     num_positions: Tensor
 
 
+class PositionLosses(NamedTuple):
+    """Of each position, (N,) fp32 nats (fp64 for fp64 hidden states), without a graph; 0 where a label is ignored.
+
+    ce               cross-entropy with the label
+    kd               KL from teacher to student, times T squared; 0 where no targets were given
+    teacher_entropy  of the teacher at the temperature
+    """
+
+    ce_N: Tensor
+    kd_N: Tensor
+    teacher_entropy_N: Tensor
+
+    def sums(self, labels_N: Tensor, *, kd_ratio: float, ignore_index: int = -100) -> LossSums:
+        """What ``fused_ce_kd`` gives for the same positions, without a graph."""
+        return _sums(torch.stack(self), None, kd_ratio, (labels_N != ignore_index).sum())
+
+
 def fused_ce_kd(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -91,6 +108,79 @@ def fused_ce_kd(
              the head's gradient is accumulated in fp32
     Source   derived in docs/loss.md
     """
+    weight_VD, bias_V, work = _prepared(
+        hidden_ND,
+        weight_VD,
+        labels_N,
+        targets,
+        kd_ratio=kd_ratio,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        bias_V=bias_V,
+        softcap=softcap,
+        divergence=divergence,
+        tail=tail,
+        weights_N=weights_N,
+        num_vocab_ids=num_vocab_ids,
+        ignore_index=ignore_index,
+        tp_group=tp_group,
+    )
+    loss, ce, kd, entropy = _FusedLoss.apply(work.positions.hidden_ND, weight_VD, bias_V, work)
+    return LossSums(loss, ce, kd, entropy, work.positions.count)
+
+
+@torch.no_grad()
+def ce_kd_by_position(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    targets: SparseTargets | None = None,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    **settings: Any,
+) -> PositionLosses:
+    """What ``fused_ce_kd`` adds up, position by position and without gradients, to see where a student is off.
+
+    settings  the other arguments of ``fused_ce_kd``; it raises the same
+    """
+    weight_VD, bias_V, work = _prepared(
+        hidden_ND,
+        weight_VD,
+        labels_N,
+        targets,
+        kd_ratio=0.0,  # of sums alone
+        temperature=temperature,
+        ignore_index=ignore_index,
+        **settings,
+    )
+    values_3N = _in_one_dtype([work.positions.hidden_ND, weight_VD, bias_V], work, [False] * 3)[0]
+    if values_3N.shape[1] < len(labels_N):  # a CPU has left out what does not count
+        counted_3N = values_3N
+        values_3N = counted_3N.new_zeros(3, len(labels_N))
+        values_3N[:, labels_N != ignore_index] = counted_3N
+    return PositionLosses(*torch.where(labels_N != ignore_index, values_3N, 0))
+
+
+def _prepared(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    targets: SparseTargets | None,
+    *,
+    kd_ratio: float,
+    temperature: float,
+    ignore_index: int,
+    chunk_size: int = 512,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    divergence: Divergence = FORWARD_KL,
+    tail: str = "ghost",
+    weights_N: Tensor | None = None,
+    num_vocab_ids: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor | None, _Work]:
+    """This rank's rows of the head, and the work on them, checked."""
     hidden_ND, hidden_group = local_part(hidden_ND, 0, None)
     if hidden_group is not None:
         raise RecipeError(
@@ -108,8 +198,7 @@ def fused_ce_kd(
     positions = with_checked_ids(positions, num_ids, num_vocab_ids)
     teacher_of = _teacher_source(positions.targets, settings, tail, hidden_ND)
     work = _Work(positions, teacher_of, settings, chunk_size, with_grad=torch.is_grad_enabled())
-    loss, ce, kd, entropy = _FusedLoss.apply(positions.hidden_ND, weight_VD, bias_V, work)
-    return LossSums(loss, ce, kd, entropy, positions.count)
+    return weight_VD, bias_V, work
 
 
 def _check(settings: LossSettings, chunk_size: int, num_ids: int, *, has_targets: bool) -> None:
@@ -173,14 +262,8 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, work: _Work) -> Any:
         inputs = (hidden_ND, weight_VD, bias_V)
         needs = [work.with_grad and need for need in ctx.needs_input_grad[:3]]
-        # Cast as autocast would a matrix product, but here, so that the head's gradient stays in fp32.
-        device_type = hidden_ND.device.type
-        dtype = hidden_ND.dtype
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            cast = [None if tensor is None else tensor.to(dtype) for tensor in inputs]
-            sums, grads = _loss_and_grads(cast, work, needs)
+        values_3N, grads = _in_one_dtype(list(inputs), work, needs)
+        sums = _sums(values_3N, work.positions.weights_N, work.settings.kd_ratio, work.positions.count)[:-1]
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         ctx.mark_non_differentiable(*sums[1:])
@@ -192,9 +275,23 @@ class _FusedLoss(torch.autograd.Function):
         return (*scaled(ctx.saved_tensors, ctx.dtypes, grad_loss), None)
 
 
-def _loss_and_grads(
+def _in_one_dtype(
     inputs: list[Tensor | None], work: _Work, needs: list[bool]
-) -> tuple[list[Tensor], list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Casts as autocast would a matrix product, but here, so that the head's gradient stays in fp32."""
+    hidden_ND = inputs[0]
+    assert hidden_ND is not None
+    device_type, dtype = hidden_ND.device.type, hidden_ND.dtype
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
+        return _values_and_grads([None if one is None else one.to(dtype) for one in inputs], work, needs)
+
+
+def _values_and_grads(
+    inputs: list[Tensor | None], work: _Work, needs: list[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(3, N) CE, KD and the teacher's entropy of each position, without weights; gradients of what needs one."""
     hidden_ND, weight_VD, bias_V = inputs
     assert hidden_ND is not None
     assert weight_VD is not None
@@ -204,7 +301,7 @@ def _loss_and_grads(
     grad_weight_VD = torch.zeros(weight_VD.shape, dtype=dtype, device=weight_VD.device) if needs[1] else None
     grad_bias_V = torch.zeros(num_ids, dtype=dtype, device=weight_VD.device) if needs[2] else None
     buffer_CV = hidden_ND.new_empty(min(work.chunk_size, num_positions), num_ids)
-    values_3N = hidden_ND.new_zeros(3, num_positions, dtype=dtype)  # CE, KD, the teacher's entropy
+    values_3N = hidden_ND.new_zeros(3, num_positions, dtype=dtype)
     for start in range(0, num_positions, work.chunk_size):
         chunk = slice(start, min(start + work.chunk_size, num_positions))
         hidden_CD, logits_CV = hidden_ND[chunk], buffer_CV[: chunk.stop - start]
@@ -234,15 +331,15 @@ def _loss_and_grads(
             grad_bias_V.add_(logits_CV.sum(0, dtype=dtype))
     if work.settings.shard is not None and grad_hidden_ND is not None:
         work.settings.shard.sum(grad_hidden_ND)
-    return _sums(values_3N, work), [grad_hidden_ND, grad_weight_VD, grad_bias_V]
+    return values_3N, [grad_hidden_ND, grad_weight_VD, grad_bias_V]
 
 
-def _sums(values_3N: Tensor, work: _Work) -> list[Tensor]:
-    """Loss, CE, KD and the teacher's entropy; added up in fp64, as KL is a small difference of large sums."""
-    weights_N = work.positions.weights_N
+def _sums(values_3N: Tensor, weights_N: Tensor | None, kd_ratio: float, count: Tensor) -> LossSums:
+    """Added up in fp64, as KL is a small difference of large sums."""
     wide_3N = values_3N.double()
     if weights_N is not None:
         wide_3N = torch.where(weights_N != 0, wide_3N * weights_N, 0)
     ce, kd, entropy = wide_3N.sum(-1)
-    loss = (1 - work.settings.kd_ratio) * ce + work.settings.kd_ratio * kd
-    return [value.to(values_3N.dtype) for value in (loss, ce, kd, entropy)]
+    loss = (1 - kd_ratio) * ce + kd_ratio * kd
+    dtype = values_3N.dtype
+    return LossSums(loss.to(dtype), ce.to(dtype), kd.to(dtype), entropy.to(dtype), count)

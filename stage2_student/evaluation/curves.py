@@ -101,17 +101,13 @@ def calibration_drawing(runs: Sequence[RunRecord]) -> Drawing | None:
     """At the last validation of each run, beside the teacher's on the same positions; None where no run has it."""
     found: dict[str, tuple[Reliability, Series | None]] = {}
     for number, (name, run) in enumerate(zip(labels(runs), runs, strict=True)):
-        record = _last_validation(run)
+        record = run.last_validation
         own, teacher = (Reliability.read(record.get(key)) for key in ("reliability", "teacher_reliability"))
         if own is not None:
             found[name] = (own, Series(number))
         if teacher is not None:
             found.setdefault("teacher", (teacher, None))
     return draw_reliability(found) if found else None
-
-
-def _last_validation(run: RunRecord) -> dict[str, Any]:
-    return next((record for record in reversed(run.records) if record["event"] == "validation"), {})
 
 
 def _teacher_ce(runs: Sequence[RunRecord]) -> float | None:

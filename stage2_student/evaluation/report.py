@@ -17,6 +17,7 @@ from shared.reports.recipe import recipe_pieces
 from stage2_student.evaluation.cache_uses import cache_uses
 from stage2_student.evaluation.compare import legend, results
 from stage2_student.evaluation.curves import calibration_drawing, cost_drawings, loss_drawings
+from stage2_student.evaluation.group_curves import group_drawings
 from stage2_student.evaluation.questions import answer_sections
 from stage2_student.evaluation.run_records import RunRecord, labels
 from stage2_student.evaluation.sweep_curves import sweep_drawings
@@ -39,7 +40,7 @@ def write_run_report(runs: Sequence[RunRecord], path: Path) -> None:
         sections.append(Section("What each setting does", [figures(list(map(figure, swept)))]))
     losses = list(loss_drawings(runs).values())
     calibration = calibration_drawing(runs)
-    learned = [*losses, calibration] if calibration is not None else losses
+    learned = [*losses, *group_drawings(runs), *([] if calibration is None else [calibration])]
     sections += [
         Section("Learning", [key(names), figures(list(map(figure, learned)))]),
         *answer_sections(runs),

@@ -68,6 +68,11 @@ class RunRecord:
         """Of the student's answers, as ``evaluate`` writes them; empty where none were asked."""
         return self.asked.models[STUDENT] if self.asked is not None else {}
 
+    @property
+    def last_validation(self) -> dict[str, Any]:
+        """Its line of the log; empty where there was none."""
+        return next((one for one in reversed(self.records) if one["event"] == "validation"), {})
+
     def to_json(self) -> dict[str, Any]:
         hidden = ("records", "answered", "asked")
         values = {name: value for name, value in asdict(self).items() if name not in hidden}

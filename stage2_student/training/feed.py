@@ -31,7 +31,10 @@ from stage2_student.training.order import Slot
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What a rank forwards at once.  N positions of B examples."""
+    """What a rank forwards at once.  N positions of B examples.
+
+    lengths, kinds  positions and kind of question of each example
+    """
 
     slot: Slot
     inputs: dict[str, Tensor]
@@ -39,6 +42,8 @@ class Microbatch:
     labels: Tensor  # (N,) int64
     targets: SparseTargets | None
     num_tokens: int  # without padding
+    lengths: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = ()
     teacher_ce: float = 0.0  # with the labels, nats, summed over the positions; as the cache has it
 
     @property
@@ -90,7 +95,8 @@ class MicrobatchSource(Dataset):
             raise
 
     def microbatch(self, slot: Slot, rows: list[int]) -> Microbatch:
-        encoded = [self.processor.encode(self.split[row]) for row in rows]
+        examples = [self.split[row] for row in rows]
+        encoded = [self.processor.encode(example) for example in examples]
         if not slot.counts:
             encoded = [_without_labels(one) for one in encoded]
         batch = self.processor.collate(encoded)
@@ -105,6 +111,8 @@ class MicrobatchSource(Dataset):
             labels=batch.labels,
             targets=targets,
             num_tokens=sum(len(one.input_ids) for one in encoded),
+            lengths=tuple(one.num_positions for one in encoded),
+            kinds=tuple(example.kind for example in examples),
             teacher_ce=teacher_ce,
         )
 

@@ -2,7 +2,7 @@
 
     student = build_student(recipe, world, num_token_ids=...)
     sums = student(inputs, position_index, labels, targets)             # LossSums, of this rank's microbatch
-    losses, kl, reliability = student.measure(inputs, position_index, labels, targets)  # for validation
+    found = student.measure(inputs, position_index, labels, targets)    # for validation: each position's CE, KL
 
 The loss lies inside the root module, so that the head is gathered once a forward, by the root, and no logits
 of a batch ever exist.  Each decoder layer and vision block is a module of its own to FSDP; everything else
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo as dynamo
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from shared.errors import RecipeError
-from shared.kd_loss import LossSums, fused_ce_kd
+from shared.kd_loss import LossSums, ce_kd_by_position, fused_ce_kd
 from shared.models.sharding import blocks, fill
 from shared.models.vlm import (
     check_split,
@@ -55,12 +55,14 @@ KL_TEMPERATURE = 1.0  # of the KL that is reported, whatever the loss's own, so 
 class Measured(NamedTuple):
     """Of N positions.
 
-    kl           to the teacher at temperature 1, () fp32, nats, a sum; None where the targets do not give it
+    ce_N         cross-entropy with the label, (N,) fp32, nats
+    kl_N         to the teacher at temperature 1, (N,) fp32, nats; None where the targets do not give it
     reliability  the student's, as ``training.reliability`` has it
     """
 
     losses: LossSums
-    kl: Tensor | None
+    ce_N: Tensor
+    kl_N: Tensor | None
     reliability: Tensor
 
 
@@ -82,20 +84,24 @@ class StudentWithLoss(nn.Module):
         """Shapes   position_index (N,) int64 into the flattened (B * S) hidden states; labels (N,) int64
         Returns  sums over the N positions, fp32 nats; with N = 0 zeros that still have a graph
         """
-        return self._losses(self._hidden(inputs, position_index), labels, targets, self._temperature)
+        return self._losses(self._hidden(inputs, position_index), labels, targets)
 
     def measure(
         self, inputs: dict[str, Tensor], position_index: Tensor, labels: Tensor, targets: SparseTargets | None
     ) -> Measured:
         """As ``forward``, and what only validation asks for; called by all ranks."""
         hidden_ND = self._hidden(inputs, position_index)
-        losses = self._losses(hidden_ND, labels, targets, self._temperature)
-        kl = None
-        if targets is not None and KL_TEMPERATURE in targets.temperatures:
-            # The loss's own KD is times T squared, which is one at this temperature.
-            at_one = self._temperature == KL_TEMPERATURE
-            kl = (losses if at_one else self._losses(hidden_ND, labels, targets, KL_TEMPERATURE)).kd
-        return Measured(losses, kl, student_reliability(hidden_ND, split(self.model)[1], labels))
+        reliability = student_reliability(hidden_ND, split(self.model)[1], labels)
+        has_kl = targets is not None and KL_TEMPERATURE in targets.temperatures
+        temperature = KL_TEMPERATURE if has_kl else self._temperature
+        each = ce_kd_by_position(
+            labels_N=labels, targets=targets, temperature=temperature, **self._loss_inputs(hidden_ND)
+        )
+        if temperature == self._temperature:
+            losses = each.sums(labels, kd_ratio=self.loss.kd_ratio)
+        else:
+            losses = self._losses(hidden_ND, labels, targets)
+        return Measured(losses, each.ce_N, each.kd_N if has_kl else None, reliability)
 
     @property
     def _temperature(self) -> float:
@@ -107,23 +113,27 @@ class StudentWithLoss(nn.Module):
         body, _ = split(self.model)
         return last_hidden_states(body, inputs).flatten(0, 1).index_select(0, position_index)
 
-    def _losses(
-        self, hidden_ND: Tensor, labels: Tensor, targets: SparseTargets | None, temperature: float
-    ) -> LossSums:
-        _, head = split(self.model)
+    def _losses(self, hidden_ND: Tensor, labels: Tensor, targets: SparseTargets | None) -> LossSums:
         return fused_ce_kd(
-            hidden_ND * head.scale if head.scale != 1.0 else hidden_ND,
-            head.weight_VD,
-            labels,
-            targets,
+            labels_N=labels,
+            targets=targets,
             kd_ratio=self.loss.kd_ratio,
-            temperature=temperature,
-            chunk_size=self.loss.chunk_size,
-            bias_V=head.bias_V if head.bias_V is None or head.scale == 1.0 else head.bias_V * head.scale,
-            softcap=head.softcap,
-            num_vocab_ids=self.num_token_ids,
-            **({"tail": self.loss.tail} if self.loss.tail else {}),
+            temperature=self._temperature,
+            **self._loss_inputs(hidden_ND),
         )
+
+    def _loss_inputs(self, hidden_ND: Tensor) -> dict[str, Any]:
+        """Hidden states and head as the loss takes them, and what of its settings does not depend on the labels."""
+        _, head = split(self.model)
+        inputs = {
+            "hidden_ND": hidden_ND * head.scale if head.scale != 1.0 else hidden_ND,
+            "weight_VD": head.weight_VD,
+            "bias_V": head.bias_V if head.bias_V is None or head.scale == 1.0 else head.bias_V * head.scale,
+            "softcap": head.softcap,
+            "chunk_size": self.loss.chunk_size,
+            "num_vocab_ids": self.num_token_ids,
+        }
+        return inputs | ({"tail": self.loss.tail} if self.loss.tail else {})
 
     def check_split(self, inputs: dict[str, Tensor]) -> None:
         """``vlm.check_split`` of the sharded model; called by all ranks.

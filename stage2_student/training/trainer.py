@@ -241,7 +241,7 @@ class Trainer:
             found = self._measure()
         losses = found.losses
         record = {"event": "validation", "step": self.step, **_named(losses, distils=self.recipe.distils)}
-        record |= {"kl": losses.kl, "teacher_ce_loss": losses.teacher_ce, **found.calibration()}
+        record |= {"kl": losses.kl, "teacher_ce_loss": losses.teacher_ce, **found.details()}
         record["validation_s"] = time.perf_counter() - begin
         self._log(record)
         if self.world.is_main:

@@ -16,6 +16,7 @@ from shared.reports.reliability import NUM_BINS, Reliability
 from shared.runtime import World
 from stage2_student.training.agreement import in_agreement
 from stage2_student.training.feed import MicrobatchSource, feed
+from stage2_student.training.groups import Groups
 from stage2_student.training.order import Slot
 from stage2_student.training.reliability import teacher_reliability
 from stage2_student.training.step import Losses, reduce_losses
@@ -24,16 +25,21 @@ from stage2_student.training.student import KL_TEMPERATURE, StudentWithLoss, res
 
 @dataclass(frozen=True)
 class Validation:
-    """The student's losses and calibration, and the teacher's calibration on the same positions, from the cache."""
+    """The student's losses and calibration, and the teacher's calibration on the same positions, from the cache.
+
+    groups  CE and KL by place in the answer and kind of question
+    """
 
     losses: Losses
+    groups: Groups
     reliability: Reliability
     teacher_reliability: Reliability | None
 
-    def calibration(self) -> dict[str, Any]:
-        """As the log holds it, and reports draw it."""
+    def details(self) -> dict[str, Any]:
+        """As the log holds them, and reports draw them."""
         teacher = self.teacher_reliability
         return {
+            **self.groups.to_json(),
             "reliability": self.reliability.to_json(),
             "teacher_reliability": None if teacher is None else teacher.to_json(),
         }
@@ -54,7 +60,7 @@ def validate(
     """
     sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=world.device)
     kl_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    teacher_ce_sum = 0.0
+    groups, teacher_ce_sum = Groups(), 0.0
     own_3B = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=world.device)
     teacher_3B = torch.zeros_like(own_3B)
     fed = feed(
@@ -66,11 +72,12 @@ def validate(
         agreed, total=len(slots), desc="validating", unit="batch", leave=False, disable=not world.is_main
     ):
         one = step.microbatches[0].to(world.device)
-        losses, kl, reliability_3B = student.measure(one.inputs, one.position_index, one.labels, one.targets)
-        sums += torch.stack([value.double() for value in losses])
-        kl_sum += 0.0 if kl is None else kl.double()
+        found = student.measure(one.inputs, one.position_index, one.labels, one.targets)
+        sums += torch.stack([value.double() for value in found.losses])
+        kl_sum += 0.0 if found.kl_N is None else found.kl_N.double().sum()
+        groups.add(one, found.ce_N, found.kl_N)
         teacher_ce_sum += one.teacher_ce
-        own_3B += reliability_3B
+        own_3B += found.reliability
         if one.targets is not None:
             teacher_3B += teacher_reliability(one.targets, one.labels)
     student.train()
@@ -84,7 +91,7 @@ def validate(
         means, kl=kl_mean if has_kl else None, teacher_ce=None if cache is None else teacher_ce
     )
     own, teachers = _reliability(own_3B), _reliability(teacher_3B)
-    return Validation(losses_of_all, own, None if cache is None else teachers)
+    return Validation(losses_of_all, groups.of_all_ranks(), own, None if cache is None else teachers)
 
 
 def _reliability(sums_3B: Tensor) -> Reliability:

@@ -1,0 +1,78 @@
+"""CE and KL by place in the answer and by kind of question: where a student is far from its teacher.
+
+groups = Groups()
+groups.add(microbatch, measured.ce_N, measured.kl_N)
+groups.of_all_ranks().to_json()      # {"by_place": {"names": [1, 2, ...], "ce": [...], ...}, "by_kind": {...}}
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stage2_student.training.feed import Microbatch
+
+MAX_PLACES = 64  # of an answer; what comes later is counted by kind alone
+NUM_SUMS = 3  # positions, CE, KL
+
+
+def _zeros() -> Tensor:
+    return torch.zeros(NUM_SUMS, dtype=torch.float64)
+
+
+@dataclass
+class Groups:
+    """Sums over the positions of each group; nats.
+
+    by_place  (places, 3) fp64
+    by_kind   of questions, each (3,) fp64
+    """
+
+    by_place: Tensor = field(default_factory=lambda: torch.zeros(MAX_PLACES, NUM_SUMS, dtype=torch.float64))
+    by_kind: dict[str, Tensor] = field(default_factory=lambda: defaultdict(_zeros))
+    has_kl: bool = False
+
+    def add(self, microbatch: Microbatch, ce_N: Tensor, kl_N: Tensor | None) -> None:
+        """Makes the host wait for the device."""
+        self.has_kl |= kl_N is not None
+        kl_N = torch.zeros_like(ce_N) if kl_N is None else kl_N
+        sums_N3 = torch.stack([torch.ones_like(ce_N), ce_N, kl_N], dim=1).double().cpu()
+        begin = 0
+        for kind, length in zip(microbatch.kinds, microbatch.lengths, strict=True):
+            own_L3 = sums_N3[begin : begin + length]
+            begin += length
+            self.by_place[:length] += own_L3[:MAX_PLACES]
+            if kind and length:
+                self.by_kind[kind] += own_L3.sum(0)
+
+    def of_all_ranks(self) -> Groups:
+        """Called by all ranks."""
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (self.by_place, dict(self.by_kind), self.has_kl))
+        total = Groups()
+        for by_place, by_kind, has_kl in gathered:
+            total.by_place += by_place
+            for kind, sums in by_kind.items():
+                total.by_kind[kind] += sums
+            total.has_kl |= has_kl
+        return total
+
+    def to_json(self) -> dict[str, dict[str, list[Any]]]:
+        """Means over the positions of each group that has any; ``kl`` only where it was measured."""
+        places = [place for place in range(MAX_PLACES) if self.by_place[place, 0] > 0]
+        kinds = sorted(self.by_kind)
+        return {
+            "by_place": self._means([place + 1 for place in places], [self.by_place[one] for one in places]),
+            "by_kind": self._means(kinds, [self.by_kind[kind] for kind in kinds]),
+        }
+
+    def _means(self, names: list[Any], sums: list[Tensor]) -> dict[str, list[Any]]:
+        found = [one.tolist() for one in sums]
+        means = {"names": names, "positions": [round(count) for count, _, _ in found]}
+        means["ce"] = [ce / count for count, ce, _ in found]
+        return means | ({"kl": [kl / count for count, _, kl in found]} if self.has_kl else {})
