@@ -88,5 +88,5 @@ def _draw_kinds(axes: Any, *, lines: Sequence[_Line]) -> None:
         axes.plot([line.means[kinds[row]] for row in rows], rows, **style)
     axes.set_yticks(range(len(kinds)), [label(kind) for kind in kinds])
     axes.set_ylim(len(kinds) - 0.5, -0.5)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.1 * max(value for line in lines for value in line.means.values()))
     axes.set(xlabel="nats per position")
