@@ -118,6 +118,11 @@ class World:
             torch.cuda.empty_cache()
 
 
+def default_device() -> torch.device:
+    """CUDA where there is a GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def distributed(
     *, device: str | None = None, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
@@ -129,7 +134,7 @@ def distributed(
 
     Raises   TrainingError  when one is later, or has died
     """
-    wanted = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = torch.device(device) if device else default_device()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if wanted.type == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -179,13 +184,16 @@ def _explained(error: RuntimeError, collective_timeout_s: float) -> TrainingErro
 
 def environment() -> dict[str, str | None]:
     """Versions, commit and machine kind, to be written beside every output."""
-    names = ["torch", "transformers", "datasets", "pyarrow", "zstandard", "pillow", "teachonce"]
+    names = ["transformers", "datasets", "pyarrow", "zstandard", "pillow", "teachonce"]
     facts: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
     for name in names:
         try:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             facts[name] = None
+    facts["torch"] = str(
+        torch.__version__
+    )  # with the kind of build, which the package's metadata may leave out
     facts["commit"] = _commit()
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()

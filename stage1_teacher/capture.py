@@ -263,7 +263,7 @@ def capture_batch(
         seeds_N.to(teacher.device, non_blocking=True),
         policy=cache.policy,
         temperatures=cache.temperatures,
-        chunk_size=cache.chunk_size,
+        chunk_size=teacher.chunk_positions(cache.chunk_size),
     )
     return CapturedBatch.of(unit_id, encoded, targets, ce_N)
 

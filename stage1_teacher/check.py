@@ -13,6 +13,7 @@ from shared.cache.storage import open_folder
 from shared.capture.planning import CaptureData, identity_of
 from shared.data.processing import ExampleProcessor
 from shared.errors import RecipeError
+from shared.models.chunks import chunk_positions
 from shared.models.sharding import blocks
 from shared.models.vlm import empty_vlm, load_config, split
 from shared.places import is_local
@@ -33,6 +34,7 @@ from shared.preflight import (
 )
 from shared.recipes import Recipe
 from shared.recipes.policies import Random, Threshold, TopK, TopP
+from shared.runtime import default_device
 from shared.survey import captured_splits
 
 GIB = 2**30
@@ -153,7 +155,8 @@ def _describe_teacher(report: Report, recipe: Recipe, *, num_ranks: int) -> PreT
     held = total - in_blocks + in_blocks / num_ranks if teacher.shard else total
     weights = held * dtype.itemsize / GIB
     width = split(model)[1].weight_VD.shape[0]
-    logits = recipe.cache.chunk_size * width * FP32_BYTES * LOGITS_AT_ONCE / GIB
+    chunk = chunk_positions(recipe.cache.chunk_size, width, default_device())
+    logits = chunk * width * FP32_BYTES * LOGITS_AT_ONCE / GIB
     hidden = model.config.get_text_config().hidden_size
     activations = recipe.cache.batch_tokens * hidden * dtype.itemsize * TENSORS_PER_LAYER / GIB
     report.add(

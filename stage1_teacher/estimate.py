@@ -234,10 +234,12 @@ class Sample:
     def measure(self, teacher: Teacher, processor: ExampleProcessor) -> Times:
         """The teacher's times, after one batch that does not count; fills ``batches``."""
 
+        chunk = teacher.chunk_positions(self.cache.chunk_size)
+
         def forward(indices: list[int]) -> tuple[float, float]:
             encoded = [self.encoded[index] for index in indices]
             batch = processor.collate(encoded).to(teacher.device)
-            live_s = timed(lambda: live(teacher, batch, self.cache.chunk_size), teacher.device)
+            live_s = timed(lambda: live(teacher, batch, chunk), teacher.device)
             capture_s = timed(
                 lambda: self._rows_of(teacher, batch, encoded, self.cache.policy), teacher.device
             )
@@ -246,7 +248,7 @@ class Sample:
 
         lengths = [len(one.input_ids) for one in self.encoded]
         runner = BatchRunner(self.cache.batch_tokens, may_shrink=not teacher.is_sharded)
-        live(teacher, processor.collate(self.encoded[:1]).to(teacher.device), self.cache.chunk_size)
+        live(teacher, processor.collate(self.encoded[:1]).to(teacher.device), chunk)
         number = len(self.encoded)
         done = by_examples(runner.run(lengths, forward), total=number, desc="timing the teacher")
         seconds = [result for _, result in done]
@@ -274,7 +276,7 @@ class Sample:
             seeds_N.to(teacher.device),
             policy=policy,
             temperatures=self.cache.temperatures,
-            chunk_size=self.cache.chunk_size,
+            chunk_size=teacher.chunk_positions(self.cache.chunk_size),
         )
         return CapturedBatch.of("sample", encoded, targets, ce_N).rows()
 

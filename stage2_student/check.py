@@ -31,10 +31,9 @@ from shared.preflight import (
 from shared.recipes import Recipe, Split
 from shared.split_check import SplitFound
 from stage2_student.estimate import count_parameters, estimate_memory
-from stage2_student.train import require_even_ranks
 from stage2_student.training.freezing import find_parts
 from stage2_student.training.inputs import open_cache
-from stage2_student.training.order import step_shape, total_steps
+from stage2_student.training.order import step_costs, step_shape, total_steps
 from stage2_student.training.student import choose_trained, meta_model
 
 
@@ -150,11 +149,6 @@ def _describe_steps(
     skipped: dict[str, list[str]],
 ) -> None:
     config = recipe.optimization
-    rounds = require_even_ranks(recipe, num_ranks)
-    report.add(
-        "step",
-        f"{config.global_batch_size} examples: {rounds} round(s) of {config.microbatch_size} on {num_ranks} rank(s)",
-    )
     if num_ranks % recipe.parallel.dp_replicate:
         raise RecipeError(
             f"parallel.dp_replicate {recipe.parallel.dp_replicate} does not divide {num_ranks} ranks"
@@ -163,6 +157,11 @@ def _describe_steps(
     num_examples = sum(found.num_usable - len(skipped.get(found.split.name, [])) for found in train)
     if num_examples:
         shape = step_shape(recipe, num_examples)
+        lengths = np.concatenate([found.lengths for found in train])[:num_examples]
+        if len(lengths) == num_examples:
+            report.add(
+                "step", f"{config.global_batch_size} examples: {step_costs(shape, lengths, num_ranks)}"
+            )
         report.add("steps", f"{total_steps(recipe, shape):,}, {shape.num_steps_per_epoch:,} an epoch")
     elif config.max_steps is not None:
         report.add("steps", f"{config.max_steps:,}")

@@ -11,9 +11,12 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import PreTrainedModel
 
+from shared.models.chunks import chunk_positions
 from shared.models.sharding import blocks
 from shared.models.vlm import split
 from shared.recipes import Recipe
+from shared.runtime import default_device
+from stage2_student.training.order import limits_of
 
 GIB = 2**30
 # Tensors of (tokens, hidden) that a transformer block keeps for its backward pass, MLP included, in units of the
@@ -47,16 +50,18 @@ def estimate_memory(
     all_, trained = count_parameters(model), count_parameters(model, trained_only=True)
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
     root = all_ - sum(in_blocks)
-    accumulates = recipe.optimization.global_batch_size > recipe.optimization.microbatch_size * num_ranks
+    tokens = tokens_at_once(recipe, tokens_per_example)
+    accumulates = recipe.optimization.global_batch_size * tokens_per_example > tokens * num_ranks
     head = split(model)[1].weight_VD
+    chunk = chunk_positions(recipe.loss.chunk_size, head.shape[0], default_device())
     offloaded = 0 if recipe.parallel.cpu_offload else 1
     return MemoryEstimate(
         weights=offloaded * all_ * master / sharded_over / GIB,
         gradients=trained * 4 / (1 if accumulates else sharded_over) / GIB,
         moments=offloaded * trained * 2 * master / sharded_over / GIB,
         gathered=(2 * root + 2 * max(in_blocks, default=0)) * compute / GIB,
-        loss=(recipe.loss.chunk_size * head.shape[0] * (4 + compute) + head.numel() * 4) / GIB,
-        activations=_activations(model, recipe, tokens_per_example) * compute / GIB,
+        loss=(chunk * head.shape[0] * (4 + compute) + head.numel() * 4) / GIB,
+        activations=_activations(model, recipe, tokens) * compute / GIB,
     )
 
 
@@ -64,10 +69,17 @@ def count_parameters(model: PreTrainedModel, *, trained_only: bool = False) -> i
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
 
 
-def _activations(model: PreTrainedModel, recipe: Recipe, tokens_per_example: int) -> int:
+def tokens_at_once(recipe: Recipe, tokens_per_example: int) -> int:
+    """Of a rank's largest microbatch."""
+    config, limits = recipe.optimization, limits_of(recipe.optimization)
+    tokens = min(limits.examples or config.global_batch_size, config.global_batch_size) * tokens_per_example
+    return tokens if limits.tokens is None else max(tokens_per_example, min(tokens, limits.tokens))
+
+
+def _activations(model: PreTrainedModel, recipe: Recipe, tokens: int) -> int:
     """Numbers kept for the backward pass: per block one (tokens, hidden) if checkpointed, else 17 of them."""
     text = model.config.get_text_config()
-    kept = text.hidden_size * tokens_per_example * recipe.optimization.microbatch_size
+    kept = text.hidden_size * tokens
     if recipe.student.activation_checkpointing:
         return kept * (text.num_hidden_layers + KEPT_PER_BLOCK)
     return kept * text.num_hidden_layers * KEPT_PER_BLOCK

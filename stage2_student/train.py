@@ -12,7 +12,6 @@ from __future__ import annotations
 import click
 from tqdm import tqdm
 
-from shared.errors import RecipeError
 from shared.finished import run_is_finished
 from shared.recipes import Recipe
 from shared.runtime import World
@@ -51,7 +50,6 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
 
 
 def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -> int:
-    require_even_ranks(recipe, world.size)
     require_trackers(recipe.run)
     inputs = open_inputs(recipe, world)
     if stop.agreed(world):
@@ -107,18 +105,3 @@ def stopped(progress: str, world: World) -> int:
     if world.is_main:
         tqdm.write(f"stopped: {progress} To go on: {command_to_go_on(resume=True)}")
     return INTERRUPTED_STATUS
-
-
-def require_even_ranks(recipe: Recipe, num_ranks: int) -> int:
-    """Rounds of microbatches in a step: the global batch is microbatch x rounds x ranks.
-
-    Raises   RecipeError  when it is not, and some ranks would wait in each step
-    """
-    config = recipe.optimization
-    rounds, rest = divmod(config.global_batch_size, config.microbatch_size * num_ranks)
-    if rest:
-        raise RecipeError(
-            f"optimization.global_batch_size {config.global_batch_size} is not a multiple of microbatch_size "
-            f"{config.microbatch_size} times {num_ranks} ranks. Change one of them, or the number of processes"
-        )
-    return rounds

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "shared.cache": ("CacheReader", "TeacherIdentity"),
     "shared.capture.loop": ("capture", "capture_examples", "text_inputs"),
-    "shared.data.processing": ("Encoded", "open_processor"),
+    "shared.data.collation": ("Encoded",),
+    "shared.data.processing": ("open_processor",),
     "shared.data.rows": ("Example", "open_split"),
     "shared.errors": ("CacheFormatError", "CacheMismatchError", "DataError", "RecipeError", "TeachonceError"),
     "shared.kd_loss": ("Divergence", "KDLoss", "LossSums", "fused_ce_kd"),

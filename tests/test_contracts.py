@@ -14,7 +14,7 @@ STAGES = {"stage1_teacher", "stage2_student"}
 
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
-    {"errors", "library_output", "threads"},
+    {"dealing", "errors", "library_output", "threads"},
     {"regular_files"},
     {"recipes", "runtime", "progress"},
     {"stopping"},

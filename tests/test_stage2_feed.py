@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from stage2_runs import make_recipe, on_ranks, run_alone, run_ranks, teacher_of
+from stage2_runs import make_recipe, on_ranks, records, run_alone, run_ranks, step_records, teacher_of
 
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import open_split
-from shared.errors import CacheMismatchError, DataError, RecipeError, TrainingError
+from shared.errors import CacheMismatchError, DataError, TrainingError
 from shared.recipes import DataConfig
 from stage2_student.training.agreement import in_agreement
 from stage2_student.training.feed import Microbatch, MicrobatchSource, feed
@@ -182,8 +182,12 @@ def test_a_picture_that_cannot_be_decoded_reaches_the_user_from_any_rank(
         run_ranks(plain, 2)
 
 
-def test_ranks_must_divide_the_global_batch(tree: dict[str, Any]) -> None:
-    with pytest.raises(
-        RecipeError, match="global_batch_size 4 is not a multiple of microbatch_size 2 times 3"
-    ):
-        run_ranks(make_recipe(tree), 3)
+def test_ranks_that_do_not_divide_the_global_batch_train_the_same_student(tree: dict[str, Any]) -> None:
+    one, three = make_recipe(tree, run__name="one"), make_recipe(tree, run__name="three")
+    assert run_alone(one) == 0
+    assert run_ranks(three, 3) == [0, 0, 0]
+    losses = [[record["loss"] for record in step_records(recipe)] for recipe in (one, three)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    logged = [record for record in records(three) if record["event"] == "step"]
+    assert all(0 <= record["padding"] < 1 for record in logged)
+    assert any(record["waiting"] > 0 for record in logged)

@@ -6,12 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.dealing import Limits
 from stage2_student.training.order import (
     StepShape,
-    deal,
+    dealt,
     epoch_order,
     pass_slots,
     step_examples,
@@ -42,7 +43,7 @@ def test_the_order_is_written_in_stone() -> None:
 def test_nobody_can_change_the_order_for_others() -> None:
     for order in (
         epoch_order(seed=1, epoch=0, num_examples=8),
-        step_examples(0, StepShape(8, 4, microbatch_size=1, seed=1)),
+        step_examples(0, StepShape(8, 4, Limits(examples=1), seed=1)),
     ):
         with pytest.raises(ValueError, match="read-only"):
             order.sort()
@@ -59,7 +60,7 @@ def test_orders_look_random() -> None:
 def test_steps_cut_epochs_into_batches_with_a_short_last_one(
     num_examples: int, batch: int, num_steps: int
 ) -> None:
-    shape = StepShape(num_examples, batch, microbatch_size=1, seed=7)
+    shape = StepShape(num_examples, batch, Limits(examples=1), seed=7)
     seen: Counter[int] = Counter()
     for step in range(shape.num_steps_per_epoch):
         seen.update(step_examples(step, shape).tolist())
@@ -70,25 +71,17 @@ def test_steps_cut_epochs_into_batches_with_a_short_last_one(
     assert sizes == [epoch[step % len(epoch)] for step in range(num_steps)]
 
 
-@given(num_examples=SIZES, microbatch=st.integers(1, 9), num_ranks=st.integers(1, 7), seed=st.integers(0, 99))
-def test_dealing_keeps_every_example_and_gives_all_ranks_the_same_number_of_rounds(
-    num_examples: int, microbatch: int, num_ranks: int, seed: int
-) -> None:
-    lengths = np.random.default_rng(seed).integers(1, 100, num_examples)
-    rounds = deal(range(num_examples), lengths, num_ranks=num_ranks, microbatch_size=microbatch)
-    dealt = [example for batches in rounds for batch in batches for example in batch]
-    assert sorted(dealt) == list(range(num_examples))
-    assert all(len(batches) == num_ranks for batches in rounds)
-    assert all(len(batch) <= microbatch for batches in rounds for batch in batches)
-    assert len(rounds) == -(-num_examples // (microbatch * num_ranks))
-    assert [int(lengths[example]) for example in dealt] == sorted(lengths.tolist(), reverse=True)
+def test_examples_are_dealt_by_their_own_numbers() -> None:
+    lengths = np.array([5, 90, 7, 80, 6])
+    assert dealt([4, 1, 3], lengths, num_ranks=2, limits=Limits(examples=1)) == [((1,), (3,)), ((4,), ())]
 
 
 @given(num_examples=SIZES, microbatch=st.integers(1, 5), num_ranks=st.integers(1, 5))
+@settings(deadline=None, max_examples=30)
 def test_all_ranks_together_forward_the_examples_of_each_step_once(
     num_examples: int, microbatch: int, num_ranks: int
 ) -> None:
-    shape = StepShape(num_examples, microbatch * num_ranks * 2, microbatch, seed=3)
+    shape = StepShape(num_examples, microbatch * num_ranks * 2, Limits(examples=microbatch), seed=3)
     lengths = np.arange(num_examples)
     ranks = [
         list(training_slots(shape, lengths, steps=range(4), rank=rank, num_ranks=num_ranks))
@@ -104,8 +97,8 @@ def test_all_ranks_together_forward_the_examples_of_each_step_once(
 
 def test_a_pass_takes_every_example_once_however_many_ranks() -> None:
     lengths = np.array([3, 1, 2, 5, 4])
-    ranks = [pass_slots(lengths, microbatch_size=2, rank=rank, num_ranks=4) for rank in range(4)]
-    assert [len(slots) for slots in ranks] == [1, 1, 1, 1]
+    ranks = [pass_slots(lengths, limits=Limits(examples=2), rank=rank, num_ranks=6) for rank in range(6)]
+    assert [len(slots) for slots in ranks] == [1] * 6
     assert sorted(e for slots in ranks for slot in slots if slot.counts for e in slot.examples) == [
         0,
         1,
@@ -113,5 +106,5 @@ def test_a_pass_takes_every_example_once_however_many_ranks() -> None:
         3,
         4,
     ]
-    assert ranks[3][0].examples == (1,)  # the shortest, and it does not count
-    assert not ranks[3][0].counts
+    assert ranks[5][0].examples == (1,)  # the shortest, and it does not count
+    assert not ranks[5][0].counts

@@ -27,7 +27,7 @@ from stage2_runs import (
     validation_records,
 )
 
-from shared.errors import CheckpointError, RecipeError
+from shared.errors import CheckpointError, DataError, RecipeError
 from shared.finished import run_is_finished
 from shared.recipes import Recipe, recipe_text
 from shared.runtime import World, distributed
@@ -322,9 +322,9 @@ def test_a_folder_belongs_to_the_process_that_trains_in_it(unbroken: Recipe, tre
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tree: dict[str, Any]) -> None:
-    recipe = make_recipe(tree, run__name="uneven", optimization__microbatch_size=1)
-    with pytest.raises(RecipeError, match="times 3 ranks"):
-        run_ranks(recipe, 3)
+    recipe = make_recipe(tree, run__name="nothing", data__source="nowhere/at/all")
+    with pytest.raises(DataError, match="nowhere/at/all"):
+        run_alone(recipe)
     assert not recipe.run.path.exists()
 
 

@@ -120,8 +120,9 @@ class CacheConfig(Section):
     """Examples in one file."""
     batch_tokens: PositiveInt = 16384
     """Tokens of a teacher's microbatch, padding counted."""
-    chunk_size: PositiveInt = 512
-    """Answer positions that pass the teacher's head together."""
+    chunk_size: PositiveInt | Literal["auto"] = "auto"
+    """Answer positions that pass the teacher's head together. `auto`: 512 on a CPU, up to 2048 as a GPU's memory
+    allows."""
     num_workers: NonNegativeInt = 2
     """Processes that decode pictures, for each rank."""
 
@@ -202,8 +203,9 @@ class LossConfig(Section):
     """Share of the distillation loss; 0 is plain fine-tuning and needs no cache."""
     temperature: Temperature = 1.0
     """One of `cache.temperatures`."""
-    chunk_size: PositiveInt = 512
-    """Answer positions that pass the student's head together; it bounds the memory of the loss."""
+    chunk_size: PositiveInt | Literal["auto"] = "auto"
+    """Answer positions that pass the student's head together; it bounds the memory of the loss. `auto`: as the
+    cache's."""
     tail: Literal[TAIL_MODES] | None = None  # type: ignore[valid-type]
     """Where the mass goes that a `top_k` or `top_p` cache has cut off; null: the default, `ghost`."""
 
@@ -215,8 +217,11 @@ class OptimizationConfig(Section):
 
     global_batch_size: PositiveInt = 16
     """Examples a step, over all ranks."""
-    microbatch_size: PositiveInt = 1
-    """Examples that a rank forwards at once."""
+    microbatch_tokens: PositiveInt | None = None
+    """Tokens that a rank forwards at once, at most, padding counted. A longer example is a microbatch of its own.
+    null: 4096, or no limit where `microbatch_size` is given."""
+    microbatch_size: PositiveInt | None = None
+    """Examples that a rank forwards at once, at most; null: no limit."""
     max_steps: PositiveInt | None = None
     """Length in steps."""
     num_epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -239,15 +244,6 @@ class OptimizationConfig(Section):
     """Gradients are clipped to this norm; null: they are not."""
     max_skipped_steps: NonNegativeInt = 0
     """Steps with a loss or gradient that is not finite are skipped; one more ends the run."""
-
-    @model_validator(mode="after")
-    def _microbatches_fill_a_step(self) -> Self:
-        if self.global_batch_size % self.microbatch_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of "
-                f"microbatch_size {self.microbatch_size}"
-            )
-        return self
 
 
 class ParallelConfig(Section):

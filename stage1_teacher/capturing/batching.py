@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from shared.dealing import Limits, deal
 from shared.errors import TrainingError
 
 Result = TypeVar("Result")
@@ -16,15 +17,9 @@ Result = TypeVar("Result")
 def batches_of_like_length(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
     """Indices in batches whose padded size, longest times number, is at most ``max_tokens``.
 
-    Shortest first; equal lengths keep their order; a sequence longer than the budget is a batch of its own.
+    Longest first; a sequence longer than the budget is a batch of its own.
     """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batches and lengths[index] * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+    return [list(batch) for (batch,) in deal(lengths, num_ranks=1, limits=Limits(tokens=max_tokens))]
 
 
 @dataclass

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from shared.capture.targets import sparse_targets
 from shared.data.collation import Batch
+from shared.models.chunks import Chunk, chunk_positions
 from shared.models.sharding import blocks, fill
 from shared.models.vlm import (
     Head,
@@ -55,6 +56,10 @@ class Teacher:
     stopwatch: Stopwatch
     is_sharded: bool = False
     weights_fingerprint: str | None = None
+
+    def chunk_positions(self, setting: Chunk) -> int:
+        """Answer positions that pass the head together."""
+        return chunk_positions(setting, self.head.weight_VD.shape[0], self.device)
 
     @torch.inference_mode()
     def targets(

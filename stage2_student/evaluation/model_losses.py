@@ -17,7 +17,7 @@ from stage2_student.evaluation.answers import ModelSource
 from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.feed import MicrobatchSource
 from stage2_student.training.inputs import no_kl, open_targets, require_teacher
-from stage2_student.training.order import pass_slots
+from stage2_student.training.order import limits_of, pass_slots
 from stage2_student.training.step import Losses
 from stage2_student.training.student import KL_TEMPERATURE, build_student
 from stage2_student.training.survey import survey_once
@@ -79,7 +79,7 @@ def _validated(
         found = with_other_pictures(found)
     slots = pass_slots(
         found.lengths,
-        microbatch_size=recipe.optimization.microbatch_size,
+        limits=limits_of(recipe.optimization),
         rank=world.rank,
         num_ranks=world.size,
     )

@@ -18,7 +18,8 @@ MAY_CHANGE = (
     *("data.source", "data.revision", "data.columns", "data.splits", "data.limit", "data.max_dropped"),
     *("student.attn_implementation", "student.activation_checkpointing"),
     *("student.lora.merge", "student.compile", "student.compile_backend", "loss.chunk_size", "parallel"),
-    *("optimization.microbatch_size", "optimization.max_steps", "optimization.num_epochs"),
+    *("optimization.microbatch_size", "optimization.microbatch_tokens"),
+    *("optimization.max_steps", "optimization.num_epochs"),
     *("optimization.max_skipped_steps", "run.name", "run.root", "run.validate_every", "run.checkpoint_every"),
     *(
         "run.checkpoint_minutes",

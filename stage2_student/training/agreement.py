@@ -27,6 +27,10 @@ class Step:
     wait_s: float  # that this rank waited for its data
     num_positions: int
     num_tokens: int
+    padding: float  # 0 to 1: the share of forwarded tokens that is padding
+    waiting: (
+        float  # 0 to 1: the share of all ranks' work that is waiting for the slowest of each round, by tokens
+    )
     stop: bool  # whether any rank has been asked to stop
     save: bool  # whether a checkpoint is due by the clock of any rank that looks at one
 
@@ -55,13 +59,26 @@ def in_agreement(
         except TeachonceError as caught:
             error = caught
         asked = stop is not None and stop.received
+        forwarded = torch.tensor([m.num_forwarded for m in microbatches], dtype=torch.int64)
         own = [sum(m.num_positions for m in microbatches), sum(m.num_tokens for m in microbatches), asked]
+        own += [int(forwarded.sum())]
         sums = torch.tensor([*own, is_save_due(), error is not None], dtype=torch.int64)
         dist.all_reduce(sums)
-        num_positions, num_tokens, num_asked, num_due, num_failed = sums.tolist()
+        num_positions, num_tokens, num_asked, num_forwarded, num_due, num_failed = sums.tolist()
         if num_failed:
             _raise_everywhere(error, world)
-        yield Step(microbatches, wait_s, num_positions, num_tokens, stop=num_asked > 0, save=num_due > 0)
+        dist.all_reduce(forwarded, dist.ReduceOp.MAX)  # of each round, now that all have as many
+        slowest = int(forwarded.sum()) * world.size
+        yield Step(
+            microbatches,
+            wait_s,
+            num_positions,
+            num_tokens,
+            padding=1 - num_tokens / max(1, num_forwarded),
+            waiting=1 - num_forwarded / max(1, slowest),
+            stop=num_asked > 0,
+            save=num_due > 0,
+        )
 
 
 def _raise_everywhere(error: TeachonceError | None, world: World) -> NoReturn:

@@ -50,6 +50,11 @@ class Microbatch:
     def num_positions(self) -> int:
         return len(self.labels)
 
+    @property
+    def num_forwarded(self) -> int:
+        """Tokens, padding counted; 0 for an example that is forwarded for company alone."""
+        return self.inputs["input_ids"].numel() if self.slot.counts else 0
+
     def to(self, device: torch.device) -> Microbatch:
         return replace(
             self,
@@ -110,7 +115,7 @@ class MicrobatchSource(Dataset):
             position_index=batch.position_index,
             labels=batch.labels,
             targets=targets,
-            num_tokens=sum(len(one.input_ids) for one in encoded),
+            num_tokens=sum(len(one.input_ids) for one in encoded) if slot.counts else 0,
             lengths=tuple(one.num_positions for one in encoded),
             kinds=tuple(example.kind for example in examples),
             teacher_ce=teacher_ce,

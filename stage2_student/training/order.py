@@ -1,8 +1,9 @@
 """Which examples a step holds, and which of them a rank forwards together: pure functions.
 
     order    = epoch_order(seed=42, epoch=0, num_examples=480)
-    examples = step_examples(7, StepShape(num_examples=480, global_batch_size=16, microbatch_size=4, seed=42))
-    rounds   = deal(examples, lengths, num_ranks=2, microbatch_size=4)      # rounds[round][rank]
+    shape    = StepShape(num_examples=480, global_batch_size=16, limits=Limits(tokens=4096), seed=42)
+    examples = step_examples(7, shape)
+    rounds   = dealt(examples, lengths, num_ranks=2, limits=shape.limits)   # rounds[round][rank]
 
 The examples of a step do not depend on the number of ranks, so a run that goes on with more or fewer ranks
 sees the same steps.  An epoch that the global batch does not divide ends with a short step: no example is
@@ -17,7 +18,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from shared.recipes import Recipe
+from shared.dealing import Deal, Limits, deal, padding_share, waiting_share
+from shared.recipes import OptimizationConfig, Recipe
+
+DEFAULT_MICROBATCH_TOKENS = 4096
+MAX_COUNTED = 200
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,12 @@ class Slot:
 class StepShape:
     """The numbers that decide what a step holds, and how much of it a rank forwards at once.
 
-    ``microbatch_size`` is the latter: of the four it may change when a run goes on.
+    ``limits`` are the latter: of the four they may change when a run goes on.
     """
 
     num_examples: int
     global_batch_size: int
-    microbatch_size: int
+    limits: Limits
     seed: int
 
     @property
@@ -71,27 +76,16 @@ def step_examples(step: int, shape: StepShape) -> np.ndarray:
     return order[begin : begin + shape.global_batch_size]
 
 
-def deal(
-    examples: Sequence[int] | np.ndarray,
-    lengths: np.ndarray,
-    *,
-    num_ranks: int,
-    microbatch_size: int,
-) -> list[list[tuple[int, ...]]]:
-    """Microbatches by round and rank: examples of like length together, so that little is padding and no
-    rank waits long for another.
+def dealt(
+    examples: Sequence[int] | np.ndarray, lengths: np.ndarray, *, num_ranks: int, limits: Limits
+) -> Deal:
+    """``shared.dealing.deal`` of some of the examples, by their own numbers.
 
     lengths  (num_examples,): any measure of an example's size
-    Returns  rounds[round][rank], a tuple of at most ``microbatch_size`` examples, empty where none are left
-    Holds    every example is dealt once; the same number of rounds for every rank
     """
-    by_length = sorted(map(int, examples), key=lambda example: -int(lengths[example]))
-    batches = [
-        tuple(by_length[begin : begin + microbatch_size])
-        for begin in range(0, len(by_length), microbatch_size)
-    ]
-    batches += [()] * (-len(batches) % num_ranks)
-    return [batches[begin : begin + num_ranks] for begin in range(0, len(batches), num_ranks)]
+    chosen = np.asarray(examples)
+    rounds = deal(lengths[chosen], num_ranks=num_ranks, limits=limits)
+    return [tuple(tuple(chosen[list(places)].tolist()) for places in ranks) for ranks in rounds]
 
 
 def training_slots(
@@ -100,18 +94,18 @@ def training_slots(
     """What one rank forwards, one list for each step in turn."""
     for step in steps:
         examples = step_examples(step, shape)
-        yield _slots_of(step, examples, lengths, shape.microbatch_size, rank, num_ranks)
+        yield _slots_of(step, examples, lengths, shape.limits, rank, num_ranks)
 
 
-def pass_slots(lengths: np.ndarray, *, microbatch_size: int, rank: int, num_ranks: int) -> list[Slot]:
+def pass_slots(lengths: np.ndarray, *, limits: Limits, rank: int, num_ranks: int) -> list[Slot]:
     """What one rank forwards in one pass over a whole split, as in validation."""
-    return _slots_of(0, np.arange(len(lengths)), lengths, microbatch_size, rank, num_ranks)
+    return _slots_of(0, np.arange(len(lengths)), lengths, limits, rank, num_ranks)
 
 
 def _slots_of(
-    step: int, examples: np.ndarray, lengths: np.ndarray, microbatch_size: int, rank: int, num_ranks: int
+    step: int, examples: np.ndarray, lengths: np.ndarray, limits: Limits, rank: int, num_ranks: int
 ) -> list[Slot]:
-    rounds = deal(examples, lengths, num_ranks=num_ranks, microbatch_size=microbatch_size)
+    rounds = dealt(examples, lengths, num_ranks=num_ranks, limits=limits)
     shortest = int(min(examples, key=lambda example: lengths[example]))
     mine = [batches[rank] for batches in rounds]
     return [Slot(step, batch) if batch else Slot(step, (shortest,), counts=False) for batch in mine]
@@ -130,9 +124,47 @@ def step_shape(recipe: Recipe, num_examples: int) -> StepShape:
     return StepShape(
         num_examples=num_examples,
         global_batch_size=recipe.optimization.global_batch_size,
-        microbatch_size=recipe.optimization.microbatch_size,
+        limits=limits_of(recipe.optimization),
         seed=recipe.run.seed,
     )
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Of some steps together, by the examples' lengths.
+
+    padding  0 to 1: the share of forwarded tokens that is padding
+    waiting  0 to 1: the share of the ranks' time in which they wait for the slowest of a round
+    """
+
+    num_ranks: int
+    rounds_per_step: float
+    padding: float
+    waiting: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rounds_per_step:.1f} microbatch(es) on each of {self.num_ranks} rank(s); "
+            f"padding {self.padding:.1%}, waiting {self.waiting:.1%}"
+        )
+
+
+def step_costs(shape: StepShape, lengths: np.ndarray, num_ranks: int) -> StepCosts:
+    """Of the first steps of an epoch, at most ``MAX_COUNTED``."""
+    num_steps = min(shape.num_steps_per_epoch, MAX_COUNTED)
+    rounds = [
+        one
+        for step in range(num_steps)
+        for one in dealt(step_examples(step, shape), lengths, num_ranks=num_ranks, limits=shape.limits)
+    ]
+    padding, waiting = padding_share(rounds, lengths), waiting_share(rounds, lengths)
+    return StepCosts(num_ranks, len(rounds) / num_steps, padding, waiting)
+
+
+def limits_of(config: OptimizationConfig) -> Limits:
+    is_free = config.microbatch_tokens is None and config.microbatch_size is None
+    tokens = DEFAULT_MICROBATCH_TOKENS if is_free else config.microbatch_tokens
+    return Limits(tokens=tokens, examples=config.microbatch_size)
 
 
 def total_steps(recipe: Recipe, shape: StepShape) -> int:

@@ -32,6 +32,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrain
 
 from shared.errors import RecipeError
 from shared.kd_loss import LossSums, ce_kd_by_position, fused_ce_kd
+from shared.models.chunks import chunk_positions
 from shared.models.sharding import blocks, fill
 from shared.models.vlm import (
     check_split,
@@ -130,7 +131,7 @@ class StudentWithLoss(nn.Module):
             "weight_VD": head.weight_VD,
             "bias_V": head.bias_V if head.bias_V is None or head.scale == 1.0 else head.bias_V * head.scale,
             "softcap": head.softcap,
-            "chunk_size": self.loss.chunk_size,
+            "chunk_size": chunk_positions(self.loss.chunk_size, head.weight_VD.shape[0], hidden_ND.device),
             "num_vocab_ids": self.num_token_ids,
         }
         return inputs | ({"tail": self.loss.tail} if self.loss.tail else {})

@@ -220,6 +220,8 @@ class Trainer:
             "data_wait": step.wait_s / step_s,
             "positions_per_s": losses.num_positions / step_s,
             "tokens_per_s": step.num_tokens / step_s,
+            "padding": step.padding,
+            "waiting": step.waiting,
             "peak_memory_gib": peak_memory_gib(self.world),
         }
 
@@ -255,7 +257,7 @@ class Trainer:
         assert self.inputs.validation is not None
         slots = pass_slots(
             self.inputs.validation.lengths,
-            microbatch_size=self.recipe.optimization.microbatch_size,
+            limits=self.shape.limits,
             rank=self.world.rank,
             num_ranks=self.world.size,
         )

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from shared import codec
 from shared.data.processing import open_processor
+from shared.dealing import Limits
 from shared.kd_loss import KDLoss, LossSums
 from shared.models.vlm import last_hidden_states, load_vlm, split
 from shared.recipes import LossConfig, Recipe, load_recipe
@@ -166,7 +167,7 @@ def save_held_out(recipe: Recipe, name: str, world: World) -> None:
 
 def held_out(inputs: Inputs) -> Iterable[Microbatch]:
     assert inputs.validation is not None
-    slots = pass_slots(inputs.validation.lengths, microbatch_size=8, rank=0, num_ranks=1)
+    slots = pass_slots(inputs.validation.lengths, limits=Limits(examples=8), rank=0, num_ranks=1)
     source = inputs.validation_source()
     source.cache = None  # whole distributions are compared here
     return (
