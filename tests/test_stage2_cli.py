@@ -124,7 +124,7 @@ def test_answers_are_compared_without_case_punctuation_and_spaces() -> None:
 def test_check_counts_what_a_run_will_do(tree: dict[str, Any], tmp_path: Path) -> None:
     shown = command("check", written(tree, tmp_path), "--nproc", "2")
     assert shown.exit_code == 0, shown.output
-    for line in ("12 examples", "4 examples: 1 round(s) of 2 on 2 rank(s)", "no problem found"):
+    for line in ("12 examples", "4 examples: 1.0 microbatch(es) on each of 2 rank(s); padding ", "no problem found"):
         assert line in shown.output
     positions = [
         json.loads(line)["num_positions"]
@@ -142,9 +142,10 @@ def _records_of_an_epoch(recipe: Any) -> str:
 def test_check_shows_every_problem_at_once_with_a_status(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["data"] = {"source": str(tmp_path), "max_answer_tokens": 64}
     tree["student"] = {"model": str(tmp_path / "nowhere")}
+    tree["parallel"] = {"dp_replicate": 2}
     shown = command("check", written(tree, tmp_path), "--nproc", "3")
     assert shown.return_value == RecipeError.exit_status
-    for problem in ("model", "nowhere", "times 3 ranks", "3 problem(s)"):
+    for problem in ("model", "nowhere", "does not divide 3 ranks", "3 problem(s)"):
         assert problem in shown.output
 
 
