@@ -124,7 +124,11 @@ def test_answers_are_compared_without_case_punctuation_and_spaces() -> None:
 def test_check_counts_what_a_run_will_do(tree: dict[str, Any], tmp_path: Path) -> None:
     shown = command("check", written(tree, tmp_path), "--nproc", "2")
     assert shown.exit_code == 0, shown.output
-    for line in ("12 examples", "4 examples: 1.0 microbatch(es) on each of 2 rank(s); padding ", "no problem found"):
+    for line in (
+        "12 examples",
+        "4 examples: 1.0 microbatch(es) on each of 2 rank(s); padding ",
+        "no problem found",
+    ):
         assert line in shown.output
     positions = [
         json.loads(line)["num_positions"]
