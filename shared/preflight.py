@@ -246,6 +246,9 @@ def _describe_split(report: Report, name: str, found: SplitFound) -> None:
     if len(counts):
         told = f", {counts.sum():,} answer positions, {counts.mean():.1f} on average, {found.num_cut} answers cut"
     report.add(name, f"{len(found.split):,} examples{told}")
+    report.add("  form", _form(found))
+    if found.num_outvoted:
+        report.note(f"{found.num_outvoted:,} answer(s) of {name} are dropped: not what most of their row say")
     report.add("  pictures", f"all headers read, {found.num_decoded:,} of {len(found.split):,} decoded")
     if found.num_duplicates:
         report.note(f"{found.num_duplicates} row(s) of {name} are equal to an earlier one")
@@ -253,6 +256,20 @@ def _describe_split(report: Report, name: str, found: SplitFound) -> None:
         report.note(
             f"{len(found.doubtful)} picture(s) of {name} show next to nothing:\n{listed(found.doubtful)}"
         )
+
+
+def _form(found: SplitFound) -> str:
+    """Such as ``messages; 2 to 5 answers a row; 3 rows without pictures, 4 with several``."""
+    forms = [name if len(found.forms) == 1 else f"{name} {number:,}" for name, number in found.forms.items()]
+    told = [", ".join(forms) or "none: no row can be used"]
+    if max(found.num_turns, default=1) > 1:
+        told.append(f"{min(found.num_turns)} to {max(found.num_turns)} answers a row")
+    without = found.num_pictures[0]
+    several = sum(rows for number, rows in found.num_pictures.items() if number > 1)
+    for rows, what in ((without, "without pictures"), (several, "with several")):
+        if rows:
+            told.append(f"{rows:,} row(s) {what}")
+    return "; ".join(told)
 
 
 def _num_in_several(splits: Sequence[Sequence[bytes]]) -> int:

@@ -287,7 +287,9 @@ def main(recipe: str, overrides: tuple[str, ...]) -> None:
     if plan.bootstrap.small_models is None:
         raise RecipeError(f"recipe {recipe} has no bootstrap.small_models section; there is nothing to make")
     examples = open_split(plan.data, "train")
-    texts = (text for example in examples for text in (example.question, example.answer))
+    texts = (
+        part for example in examples for turn in example.turns for part in turn.parts if part is not None
+    )
     for folder in make_small_models(plan.bootstrap.small_models, texts):
         click.echo(f"made {folder}")
 

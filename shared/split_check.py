@@ -8,6 +8,7 @@ Pictures are decoded up to ``MAX_DECODED`` a split, spread evenly; the report sa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,8 @@ class SplitFound:
     """The rows of a split.
 
     reasons    one for each row that cannot be used
+    forms, num_pictures, num_turns  how many usable rows are of a form, have so many pictures, so many answers
+    num_outvoted  answers that are not used, of rows that hold lists of them
     keys       of the usable ones, in order; empty without a processor, as all that follows
     positions  (n,) int64, answer tokens and the end of the turn
     lengths    (n,) int64, tokens of the whole example; exact for the longest
@@ -42,9 +45,20 @@ class SplitFound:
     num_usable: int = 0
     num_decoded: int = 0
     doubtful: list[str] = field(default_factory=list)
+    forms: Counter[str] = field(default_factory=Counter)
+    num_pictures: Counter[int] = field(default_factory=Counter)
+    num_turns: Counter[int] = field(default_factory=Counter)
+    num_outvoted: int = 0
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     num_cut: int = 0
+
+    def count(self, example: Example) -> None:
+        """What a usable row is like."""
+        self.forms[example.form] += 1
+        self.num_pictures[len(example.images)] += 1
+        self.num_turns[sum(turn.role == "assistant" for turn in example.turns)] += 1
+        self.num_outvoted += example.num_outvoted
 
     @property
     def num_duplicates(self) -> int:
@@ -79,15 +93,20 @@ def look_at(data: DataConfig, name: Split, processor: ExampleProcessor | None) -
             example = split[row]
             if row in decoded:
                 found.num_decoded += 1
-                picture = decode_rgb(example.image, background=data.background, where=example.where)
-                if (what := doubt(picture)) is not None:
-                    found.doubtful.append(f"{example.where}: {what}")
+                for image in example.images:
+                    picture = decode_rgb(image, background=data.background, where=example.where)
+                    if (what := doubt(picture)) is not None:
+                        found.doubtful.append(f"{example.where}: {what}")
             else:
-                require_header(example.image, where=example.where)
+                for image in example.images:
+                    require_header(image, where=example.where)
+            if processor is not None:
+                processor.require_usable(example)
         except DataError as error:
             found.reasons.append(str(error))
             continue
         found.num_usable += 1
+        found.count(example)
         found.rows.append(row)
         if processor is not None:
             found.keys.append(processor.key(example))
@@ -113,37 +132,42 @@ class _Texts:
 
     def __init__(self, processor: ExampleProcessor | None, max_answer_tokens: int) -> None:
         self._processor, self._max_answer_tokens = processor, max_answer_tokens
-        self._pending: list[tuple[str, str]] = []
-        self._counts: list[np.ndarray] = []
+        self._pending: list[str] = []
+        self._counts: list[int] = []  # tokens of each text
+        self._owners: list[int] = []  # its example
+        self._are_learned: list[bool] = []
         self._pictures: list[int] = []
 
     def add(self, example: Example) -> None:
         assert self._processor is not None
-        self._pending.append((example.question, example.answer))
+        for turn, is_learned in self._processor.learned(example):
+            texts = [part for part in turn.parts if part is not None]
+            self._pending += texts
+            self._owners += [len(self._pictures)] * len(texts)
+            self._are_learned += [is_learned] * len(texts)
         self._pictures.append(self._processor.picture_tokens(example))
-        if len(self._pending) == BATCH:
+        if len(self._pending) >= BATCH:
             self._count()
 
     def counts(self) -> tuple[np.ndarray, int, np.ndarray]:
         """Answer positions of each example, how many answers are cut, and tokens without those of the template."""
         if self._pending:
             self._count()
-        questions, answers = np.concatenate(self._counts or [np.zeros((2, 0), np.int64)], axis=1)
+        tokens, learned = np.array(self._counts, np.int64), np.array(self._are_learned, bool)
         limit = self._max_answer_tokens
-        positions = np.where(answers > limit, limit, answers + 1)
-        return (
-            positions,
-            int((answers > limit).sum()),
-            questions + positions + np.array(self._pictures, np.int64),
+        labels = np.where(learned, np.where(tokens > limit, limit, tokens + 1), 0)
+        owners, number = np.array(self._owners, np.int64), len(self._pictures)
+        positions, rest = (
+            np.bincount(owners, values, number).astype(np.int64)
+            for values in (labels, np.where(learned, 0, tokens))
         )
+        num_cut = int((learned & (tokens > limit)).sum())
+        return positions, num_cut, positions + rest + np.array(self._pictures, np.int64)
 
     def _count(self) -> None:
         assert self._processor is not None
-        both = [
-            self._processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-            for texts in zip(*self._pending, strict=True)
-        ]
-        self._counts.append(np.array([[len(ids) for ids in one] for one in both], np.int64))
+        ids = self._processor.tokenizer(self._pending, add_special_tokens=False)["input_ids"]
+        self._counts += map(len, ids)
         self._pending.clear()
 
 

@@ -66,8 +66,10 @@ def survey_keys(
     for row in progress(range(len(split)), desc=f"reading {name}", unit="row", disable=not show, leave=False):
         try:
             example = split[row]
+            processor.require_usable(example)
             if decode:
-                decode_rgb(example.image, where=split.where(row))
+                for image in example.images:
+                    decode_rgb(image, where=split.where(row))
         except DataError as error:
             unreadable.append((row, str(error)))
             continue

@@ -127,7 +127,7 @@ def vqa_folder(tmp_path_factory: pytest.TempPathFactory, examples: list[Example]
     )
     for split, rows in (("train", examples), ("validation", make_examples(16)[12:])):
         table = {
-            "image_id": [{"bytes": row.image, "path": None} for row in rows],
+            "image_id": [{"bytes": row.images[0], "path": None} for row in rows],
             "mode": [row.kind for row in rows],
             "case_id": [row.case for row in rows],
             "question": [row.question for row in rows],

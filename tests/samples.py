@@ -39,7 +39,7 @@ def encoded_picture(seed: int, size: tuple[int, int] = (48, 40), format: str = "
 
 def make_examples(count: int) -> list[Example]:
     return [
-        Example(
+        Example.single(
             image=encoded_picture(index, size=(40 + 24 * (index % 3), 48)),
             question=QUESTIONS[index % 4],
             answer=f"{ANSWERS[index % 4]} {index}",

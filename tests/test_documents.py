@@ -147,7 +147,7 @@ def bring_own(bench: Workbench, recipe: str, large: Path, small: Path) -> None:
         lines = []
         for number, row in enumerate(open_split(drawn, split)):
             picture = f"pictures/{name}-{number}.png"
-            (source / picture).write_bytes(row.image)
+            (source / picture).write_bytes(row.images[0])
             lines.append(json.dumps({"image": picture, "question": row.question, "answer": row.answer}))
         (source / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 

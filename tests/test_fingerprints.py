@@ -22,7 +22,7 @@ from shared.data.processors import load_processor
 from shared.data.rows import Example
 from shared.recipes import DataConfig
 
-EXAMPLE = Example(b"picture", "question", "answer", kind="k", case="c", index=0)
+EXAMPLE = Example.single(b"picture", "question", "answer", kind="k", case="c", index=0)
 ALL = ("tokenizer_fingerprint", "template_fingerprint", "image_processor_fingerprint", "prompt_fingerprint")
 
 
@@ -51,13 +51,13 @@ def test_different_fields_give_different_keys(
     processor: ExampleProcessor, fields: list[tuple[bytes, str, str]]
 ) -> None:
     """Also where the fields, written one after the other, look the same."""
-    keys = {processor.key(Example(*field, kind="", case="", index=0)) for field in fields}
+    keys = {processor.key(Example.single(*field)) for field in fields}
     assert len(keys) == len(fields)
 
 
 def test_fields_do_not_run_into_each_other(processor: ExampleProcessor) -> None:
     moved = [("ab", "c"), ("a", "bc"), ("", "abc"), ("abc", "")]
-    keys = {processor.key(Example(b"i", *texts, kind="", case="", index=0)) for texts in moved}
+    keys = {processor.key(Example.single(b"i", *texts)) for texts in moved}
     assert len(keys) == 4
 
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from shared.data.collation import IGNORE_INDEX, Encoded
+from shared.data.conversations import question_answer
 from shared.data.images import decode_rgb
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.processors import load_processor
@@ -47,8 +48,8 @@ THINKING = CHAT_TEMPLATE.replace(
 
 
 def example_of(question: str = "Which plane?", answer: str = "axial", **changes: Any) -> Example:
-    example = Example(encoded_picture(0), question, answer, kind="", case="", index=0)
-    return dataclasses.replace(example, **changes)
+    image = changes.pop("image", encoded_picture(0))
+    return dataclasses.replace(Example.single(image, question, answer), **changes)
 
 
 def messages(question: str, answer: str | None = None) -> list[dict[str, Any]]:
@@ -93,10 +94,11 @@ def test_ordinary_texts_get_the_tokens_of_the_plain_template(
     prompt: ChatPrompt, tokenizer: PreTrainedTokenizerBase, question: str, answer: str
 ) -> None:
     asked = plain(tokenizer, question)
-    assert tokenizer(prompt.text(question))["input_ids"] == asked
-    assert not prompt.holds_marker(question)
+    one = prompt.of(question_answer(question, answer, 1), where="here")
+    assert tokenizer(one.text)["input_ids"] == asked
+    assert not one.is_marked
     whole = plain(tokenizer, question, answer)
-    turn = [*asked, *prompt.answer_ids(answer), prompt.end_of_turn]
+    turn = [*asked, *prompt.answer_ids(one, answer), prompt.end_of_turn]
     assert tokenizer.decode(turn) == tokenizer.decode(whole[: len(whole) - 1])
     if not unicodedata.combining(answer[0]):  # else it joins the template's line break, unseen by a generator
         assert turn == whole[:-1]  # the template's last line break is no label
@@ -106,9 +108,11 @@ def test_ordinary_texts_get_the_tokens_of_the_plain_template(
 def test_the_path_for_markers_agrees_on_texts_without(
     prompt: ChatPrompt, tokenizer: PreTrainedTokenizerBase, question: str
 ) -> None:
-    stand_in = torch.tensor([tokenizer(prompt.stand_in_text())["input_ids"]])
-    put_in = prompt.put_in(question, {"input_ids": stand_in})
-    assert put_in["input_ids"][0].tolist() == tokenizer(prompt.text(question))["input_ids"]
+    one = prompt.of(question_answer(question, "answer", 1), where="here")
+    marked = dataclasses.replace(one, is_marked=True, text=one.layout.text(["teachoncequestion"]))
+    words = torch.tensor([tokenizer(marked.text)["input_ids"]])
+    put_in, _ = prompt.finished(marked, {"input_ids": words})
+    assert put_in["input_ids"][0].tolist() == tokenizer(one.text)["input_ids"]
 
 
 @settings(max_examples=40)
@@ -144,7 +148,7 @@ def test_the_inputs_are_those_of_the_plain_processor(
         text = plain_processor.apply_chat_template(
             messages(example.question), tokenize=False, add_generation_prompt=True
         )
-        image = decode_rgb(example.image)
+        image = decode_rgb(example.images[0])
         expected = plain_processor(text=[text], images=[image], return_tensors="pt")
         encoded = processor.encode_prompt(example)
         assert torch.equal(encoded.input_ids, expected["input_ids"][0])
@@ -477,12 +481,12 @@ def test_the_approximate_length_counts_the_picture_s_tokens(
 ) -> None:
     """Without decoding it; what is left is the text, the same for examples that differ in the picture alone."""
     small, large = (
-        dataclasses.replace(examples[0], image=encoded_picture(0, size=size))
+        dataclasses.replace(examples[0], images=(encoded_picture(0, size=size),))
         for size in ((64, 64), (256, 192))
     )
     encoded = [processor.encode(one) for one in (small, large)]
     more = len(encoded[1].input_ids) - len(encoded[0].input_ids)
     assert more > 0
     assert processor.approximate_length(large) - processor.approximate_length(small) == more
-    broken = dataclasses.replace(small, image=b"no picture")
+    broken = dataclasses.replace(small, images=(b"no picture",))
     assert 0 < processor.approximate_length(broken) < processor.approximate_length(small)

@@ -437,7 +437,7 @@ def test_what_comes_from_data_is_escaped(name: str, tmp_path: Path) -> None:
             preformatted(evil),
         ),
         table([evil], [[evil, evil]], caption=evil),
-        card(encoded_picture(0), values, alt=evil),
+        card([encoded_picture(0)], values, alt=evil),
         figure(drawing),
     ]
     write_page(Page(evil, [Section(evil, pieces)], lead=evil), tmp_path / "page.html")
@@ -461,10 +461,10 @@ def test_what_comes_from_data_is_escaped(name: str, tmp_path: Path) -> None:
 
 def test_a_long_answer_is_folded_and_nothing_of_it_is_lost() -> None:
     long = "".join(f"{number} " for number in range(3000))
-    found = Outline(card(encoded_picture(0), {"answer": long}, alt="picture"))
+    found = Outline(card([encoded_picture(0)], {"answer": long}, alt="picture"))
     assert "summary" in found.tags
     assert "".join(found.texts).replace("... (all 13,890 characters)", "").endswith(long)
-    assert "summary" not in Outline(card(encoded_picture(0), {"answer": long[:500]}, alt="picture")).tags
+    assert "summary" not in Outline(card([encoded_picture(0)], {"answer": long[:500]}, alt="picture")).tags
 
 
 def test_right_and_wrong_are_told_by_words_and_marks_as_well_as_by_colour() -> None:
@@ -473,7 +473,7 @@ def test_right_and_wrong_are_told_by_words_and_marks_as_well_as_by_colour() -> N
         "b": Judged("MR", False),
         "c": Judged("a mass", None, "F1 40%"),
     }
-    text = html.unescape(card(encoded_picture(0), values, alt="picture"))
+    text = html.unescape(card([encoded_picture(0)], values, alt="picture"))
     assert '<span class="right">\u2713 right</span>: <bdi>CT</bdi>' in text
     assert '<span class="wrong">\u2717 wrong</span>: <bdi>MR</bdi>' in text
     assert '<bdi>a mass</bdi> <span class="dim">F1 40%</span>' in text
@@ -488,7 +488,7 @@ def test_bars_and_line_ends_stay_within_their_cell() -> None:
 
 
 def test_an_empty_answer_is_said_to_be_empty() -> None:
-    text = card(encoded_picture(0), {"student": ""}, alt="picture")
+    text = card([encoded_picture(0)], {"student": ""}, alt="picture")
     assert '<dt>student</dt><dd dir="auto"><i>(empty)</i></dd>' in text
 
 
@@ -496,7 +496,7 @@ def test_a_picture_that_cannot_be_decoded() -> None:
     from shared.errors import DataError
 
     with pytest.raises(DataError):
-        card(b"no picture", {}, alt="none")
+        card([b"no picture"], {}, alt="none")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH, and pip has none")

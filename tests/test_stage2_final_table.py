@@ -161,9 +161,9 @@ def test_no_case_keeps_a_picture_of_its_own(surveyed: Survey) -> None:
     assert (shuffled.rows == surveyed.rows).all()
     for row in surveyed.rows.tolist():
         before, after = surveyed.split[row], shuffled.split[row]
-        assert replace(after, image=before.image) == before
-        lenders = {one.case for one in surveyed.split if one.image == after.image}
-        assert after.image != before.image
+        assert replace(after, images=before.images) == before
+        lenders = {one.case for one in surveyed.split if one.images == after.images}
+        assert after.images != before.images
         assert not before.case or before.case not in lenders
     again = with_other_pictures(surveyed)
     assert all(again.split[row] == shuffled.split[row] for row in surveyed.rows.tolist())

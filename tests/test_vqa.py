@@ -131,7 +131,7 @@ def test_every_source_gives_the_same_examples(
     rows = [row(image_id=encoded_picture(n), answer=f"a {n}\n\u00fcber", mode=None) for n in range(3)]
     split = open_split(DataConfig(source=str(write(tmp_path, rows))), "train")
     expected = [
-        Example(encoded_picture(n), "Which plane?", f"a {n}\n\u00fcber", kind="", case="MPX1", index=n)
+        Example.single(encoded_picture(n), "Which plane?", f"a {n}\n\u00fcber", kind="", case="MPX1", index=n)
         for n in range(3)
     ]
     assert list(split) == expected
@@ -168,10 +168,10 @@ def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
     st.sampled_from(["", " ", "\n", "\t\u00a0\u3000"]),
 )
 def test_texts_are_trimmed_at_the_ends_and_nowhere_else(head: str, body: str, blank: str) -> None:
-    from shared.data.rows import _text
+    from shared.data.texts import required_text
 
     given_text = blank + head + "x\r\n\n  x" + body + "\u2009x" + blank
-    kept = _text(given_text, "answer", where="here")
+    kept = required_text(given_text, "answer", where="here")
     assert kept == given_text.strip()
     assert kept in given_text
 
@@ -364,7 +364,7 @@ def test_jsonl_pictures_are_relative_to_their_own_file(tmp_path: Path) -> None:
         (folder / "p.png").write_bytes(encoded_picture(number))
         (folder / "part.jsonl").write_text(json.dumps(words(image_id="p.png")))
     split = open_split(DataConfig(source=str(tmp_path)), "train")
-    assert [one.image for one in split] == [encoded_picture(0), encoded_picture(1)]
+    assert [one.images[0] for one in split] == [encoded_picture(0), encoded_picture(1)]
 
 
 def test_a_split_whose_name_ends_in_digits(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ Legend: B examples, S padded length, N labels of the batch, D hidden size.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from datetime import date as Date
 from typing import Any, Literal
 
 import torch
@@ -24,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from shared.data.collation import IGNORE_INDEX, Batch, Encoded, collated
+from shared.data.conversations import Turn
 from shared.data.fingerprints import (
     digest,
     image_processor_fingerprint,
@@ -32,12 +35,14 @@ from shared.data.fingerprints import (
 )
 from shared.data.images import CONVERSION_VERSION, Background, decode_rgb, size_of
 from shared.data.processors import chat_template, load_processor
-from shared.data.prompts import PROMPT_VERSION, ChatPrompt
+from shared.data.prompts import PROMPT_VERSION, Answered, ChatPrompt, Prompt
 from shared.data.rows import Example
+from shared.data.templates import is_single
 from shared.errors import DataError
 from shared.recipes import DataConfig
 
 KEY_BYTES = 16
+CONVERSATION = b"teachonce conversation 1"  # in keys, of what a conversation is made of
 CHARACTERS_PER_TOKEN = 4  # of English prose, roughly
 
 
@@ -50,17 +55,21 @@ class ExampleProcessor:
         *,
         max_answer_tokens: int,
         system_prompt: str | None = None,
+        date: str | None = None,
+        train_on: Literal["all", "last"] = "all",
         background: Background = "black",
     ) -> None:
         self._processor = processor
         self._background = background
         self._max_answer_tokens = max_answer_tokens
+        self._train_on = train_on
         template = chat_template(processor)
         named = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
         self._prompt = ChatPrompt(
             processor.tokenizer,
             template,
             system_prompt=system_prompt,
+            date=None if date is None else Date.fromisoformat(date),
             placeholders=[token for token in named if isinstance(token, str)],
         )
         self.tokenizer = processor.tokenizer
@@ -77,6 +86,7 @@ class ExampleProcessor:
                 "system_prompt": system_prompt,
                 "max_answer_tokens": max_answer_tokens,
                 **self._prompt.changed_rules(),
+                **self._prompt.template.dated(),
             }
         )
 
@@ -91,42 +101,69 @@ class ExampleProcessor:
         return max(self.tokenizer.get_vocab().values()) + 1
 
     def key(self, example: Example) -> bytes:
-        """128 bits of the picture's bytes, the question, the answer, and what makes them tokens."""
+        """128 bits of the pictures' bytes, the texts, and what makes them tokens."""
         state = hashlib.blake2b(digest_size=KEY_BYTES)
-        texts = (self.prompt_fingerprint, example.question, example.answer)
-        for field in (example.image, *(text.encode() for text in texts)):
+        for field in self._identifying(example):
             state.update(len(field).to_bytes(8, "little"))
             state.update(field)
         return state.digest()
+
+    def _identifying(self, example: Example) -> Iterator[bytes]:
+        """One question about one picture as it always was; other conversations by turns, each with its parts."""
+        if is_single(example.turns):
+            texts = (self.prompt_fingerprint, example.turns[0].parts[1], example.turns[1].parts[0])
+            yield from (example.images[0], *(str(text).encode() for text in texts))
+            return
+        turns = [[turn.role, list(turn.parts)] for turn in example.turns]
+        num_answers = sum(turn.role == "assistant" for turn in example.turns)
+        learned = self._train_on if num_answers > 1 else "last"
+        yield from (CONVERSATION, self.prompt_fingerprint.encode(), learned.encode())
+        yield json.dumps(turns, ensure_ascii=False, separators=(",", ":")).encode()
+        yield from example.images
+
+    def require_usable(self, example: Example) -> None:
+        """Raises   DataError  naming the row, when the chat template refuses its conversation"""
+        self._prompt.template.follow(example.turns, where=_where(example))
+
+    def learned(self, example: Example) -> list[tuple[Turn, bool]]:
+        """The turns, and whether they are learned: every answer, or the last alone."""
+        last = len(example.turns) - 1
+        return [
+            (turn, turn.role == "assistant" and (number == last or self._train_on == "all"))
+            for number, turn in enumerate(example.turns)
+        ]
 
     def approximate_length(self, example: Example) -> int:
         """About how many tokens an example has, to put like with like: nothing is decoded or tokenized.
 
         A picture's tokens follow from its size, where the processor says how; text has one for four characters.
         """
-        return (len(example.question) + len(example.answer)) // CHARACTERS_PER_TOKEN + self.picture_tokens(
-            example
-        )
+        num_characters = sum(len(part) for turn in example.turns for part in turn.parts if part is not None)
+        return num_characters // CHARACTERS_PER_TOKEN + self.picture_tokens(example)
 
     def picture_tokens(self, example: Example) -> int:
-        """From the picture's header alone; 0 where the processor does not say, or there is no such header."""
+        """From the pictures' headers alone; 0 where the processor does not say, or there is no such header."""
         count = getattr(self._processor, "_get_num_multimodal_tokens", None)
+        if count is None or not example.images:
+            return 0
         try:
-            width, height = size_of(example.image)
-            return 0 if count is None else sum(count(image_sizes=[(height, width)])["num_image_tokens"])
+            sizes = [size_of(image)[::-1] for image in example.images]
+            return sum(count(image_sizes=sizes)["num_image_tokens"])
         except Exception:  # of many types; whoever decodes the picture says what is wrong with it
             return 0
 
     def encode(self, example: Example) -> Encoded:
-        """Raises   DataError  naming the row, when its picture cannot be used."""
-        answer = self._prompt.answer_ids(example.answer)
-        truncated = len(answer) > self._max_answer_tokens
-        answer = answer[: self._max_answer_tokens] if truncated else [*answer, self.end_of_turn]
-        return self._encoded(example, torch.tensor(answer, dtype=torch.int64), truncated=truncated)
+        """Raises   DataError  naming the row, when its pictures or its conversation cannot be used."""
+        prompt = self._prompt.of(example.turns, where=_where(example))
+        answer = self._prompt.answer_ids(prompt, example.turns[-1].parts[0] or "")
+        is_cut = len(answer) > self._max_answer_tokens
+        answer = answer[: self._max_answer_tokens] if is_cut else [*answer, self.end_of_turn]
+        return self._encoded(example, prompt, torch.tensor(answer, dtype=torch.int64), is_cut=is_cut)
 
     def encode_prompt(self, example: Example) -> Encoded:
-        """The prompt alone, without labels, to generate from."""
-        return self._encoded(example, torch.empty(0, dtype=torch.int64), truncated=False)
+        """The conversation up to its last answer, without labels, to generate that from."""
+        prompt = self._prompt.of(example.turns, where=_where(example))
+        return self._encoded(example, prompt, torch.empty(0, dtype=torch.int64), is_cut=False)
 
     def collate(
         self, encoded: Sequence[Encoded], *, padding_side: Literal["left", "right"] = "right"
@@ -139,51 +176,76 @@ class ExampleProcessor:
         pad_id = self.end_of_turn if pad_id is None else pad_id
         return collated(encoded, pad_id=pad_id, padding_side=padding_side)
 
-    def _encoded(self, example: Example, answer: Tensor, *, truncated: bool) -> Encoded:
-        tokens, pictures = self._prompt_inputs(example)
-        prompt = tokens.pop("input_ids")
+    def _encoded(self, example: Example, prompt: Prompt, answer: Tensor, *, is_cut: bool) -> Encoded:
+        tokens, pictures, answered = self._prompt_inputs(example, prompt)
+        ids = tokens.pop("input_ids")
+        labels, is_short = self._earlier_labels(ids, answered if len(answer) else [])
         per_token = {k: torch.cat([v, v.new_zeros(len(answer))]) for k, v in tokens.items()}  # 0: plain text
+        labels = torch.cat([labels, answer])
         return Encoded(
             key=self.key(example),
-            input_ids=torch.cat([prompt, answer]),
-            labels=torch.cat([torch.full_like(prompt, IGNORE_INDEX), answer]),
+            input_ids=torch.cat([ids, answer]),
+            labels=labels,
             model_inputs=per_token | pictures,
-            num_positions=len(answer),
-            truncated=truncated,
+            num_positions=int((labels != IGNORE_INDEX).sum()),
+            truncated=is_cut or is_short,
         )
 
-    def _prompt_inputs(self, example: Example) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What there is for each token, of shape (S,), and the rest."""
-        where = (example.where or f"row {example.index}") + (
-            f" (case {example.case})" if example.case else ""
-        )
-        image = decode_rgb(example.image, background=self._background, where=where)
-        marked = self._prompt.holds_marker(example.question)
-        text = self._prompt.stand_in_text() if marked else self._prompt.text(example.question)
-        inputs = self._processed(text, image, where)
+    def _earlier_labels(self, ids: Tensor, answered: Sequence[Answered]) -> tuple[Tensor, bool]:
+        """Labels of the prompt, (S,), and whether any answer has more tokens than are learned.
+
+        Such an answer stays whole, as what follows it needs it; the tokens beyond are no labels.
+        """
+        labels, is_short = torch.full_like(ids, IGNORE_INDEX), False
+        for one in answered if self._train_on == "all" else []:
+            end = min(one.end, one.begin + self._max_answer_tokens)
+            labels[one.begin : end] = ids[one.begin : end]
+            is_short = is_short or end < one.end
+            if end == one.end and one.end_of_turn is not None:
+                labels[one.end_of_turn] = ids[one.end_of_turn]
+        return labels, is_short
+
+    def _prompt_inputs(
+        self, example: Example, prompt: Prompt
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Answered]]:
+        """What there is for each token, of shape (S,), the rest, and where earlier answers are."""
+        where = _where(example)
+        images = [
+            decode_rgb(image, background=self._background, where=_where(example, number))
+            for number, image in enumerate(example.images, start=1)
+        ]
+        inputs = self._processed(prompt.text, images, where)
         inputs.pop("attention_mask", None)  # all ones; collation makes its own
         shape = inputs["input_ids"].shape
         tokens = {k: v for k, v in inputs.items() if v.shape == shape and not v.is_floating_point()}
         pictures = {k: v for k, v in inputs.items() if k not in tokens}
-        tokens = self._prompt.without_appended(tokens)
-        if marked:
-            tokens = self._prompt.put_in(example.question, tokens)
-        return {k: v[0] for k, v in tokens.items()}, pictures
+        tokens, answered = self._prompt.finished(prompt, self._prompt.without_appended(tokens))
+        return {k: v[0] for k, v in tokens.items()}, pictures, answered
 
-    def _processed(self, text: str, image: Image.Image, where: str) -> dict[str, Tensor]:
+    def _processed(self, text: str, images: list[Image.Image], where: str) -> dict[str, Tensor]:
+        pictures: dict[str, Any] = {}
+        if images:  # nothing is to be guessed of their axes: a picture may be 3 pixels wide
+            pictures = {"images": images, "input_data_format": "channels_last"}
         try:
             inputs = self._processor(
                 text=[text],
-                images=[image],
                 return_tensors="pt",
                 add_special_tokens=self._prompt.add_special_tokens,
                 padding=False,
                 truncation=False,
-                input_data_format="channels_last",  # not to be guessed: a picture may be 3 pixels wide
+                **pictures,
             )
         except ValueError as error:
-            raise DataError(f"{where}: the image processor refuses the picture ({error})") from error
+            what = "the picture" if len(images) == 1 else f"{len(images)} pictures"
+            raise DataError(f"{where}: the image processor refuses {what} ({error})") from error
         return dict(inputs)
+
+
+def _where(example: Example, picture: int | None = None) -> str:
+    """How messages name an example, and of several pictures one."""
+    case = f" (case {example.case})" if example.case else ""
+    several = f", picture {picture}" if picture is not None and len(example.images) > 1 else ""
+    return f"{example.where or f'row {example.index}'}{case}{several}"
 
 
 def open_processor(model: str, data: DataConfig, *, revision: str | None = None) -> ExampleProcessor:
@@ -195,5 +257,7 @@ def open_processor(model: str, data: DataConfig, *, revision: str | None = None)
         load_processor(model, revision=revision, min_pixels=data.min_pixels, max_pixels=data.max_pixels),
         max_answer_tokens=data.max_answer_tokens,
         system_prompt=data.system_prompt,
+        date=data.date,
+        train_on=data.train_on,
         background=data.background,
     )

@@ -1,22 +1,22 @@
-"""A chat template and a tokenizer become the token ids around a question and an answer.
+"""A chat template and a tokenizer become the token ids of a conversation, and say which of them are answers.
 
-    prompt = ChatPrompt(tokenizer, template, system_prompt=None)
-    prompt.text("Which plane is this?")     # what the processor turns into prompt tokens
-    prompt.answer_ids("Axial")              # the labels, before the end of the turn
-    prompt.end_of_turn                      # the label after them
+    prompts = ChatPrompt(tokenizer, template)
+    prompt = prompts.of(example.turns, where="train, row 17")
+    prompt.text                                     # what the processor turns into prompt tokens
+    tokens, answers = prompts.finished(prompt, tokens)
+    prompts.answer_ids(prompt, example.answer)      # the labels of the last answer, before the end of the turn
+    prompts.end_of_turn                             # the label after them
 
-The template is rendered once, with words in place of question and answer that no template treats specially;
-so what it does with a text (trimming, searching for tags) cannot depend on the data.
-
-**Chat markers stand for themselves.**  A question that holds ``<|im_end|>``, or any other added token, must
-not end the turn.  Such a text is tokenized without the added tokens, piecewise between those of the template;
+**Chat markers stand for themselves.**  A text that holds ``<|im_end|>``, or any other added token, must not end
+the turn.  Such a conversation is tokenized without the added tokens, piecewise between those of the template;
 texts without markers take the ordinary path, and both paths agree on them (tested).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date as Date
 from typing import Any
 
 import torch
@@ -24,36 +24,75 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerBase
 
+from shared.data.alignment import aligned
+from shared.data.conversations import Turn
+from shared.data.templates import MAX_SHAPES, Layout, Template
 from shared.errors import DataError, RecipeError, shortened
 
 PROMPT_VERSION = 1  # of the rules in this module; changes the keys of examples
 
-_QUESTION, _ANSWER = "teachoncequestion", "teachonceanswer"
+_QUESTION = "teachoncequestion"
 
 
 @dataclass(frozen=True)
-class _Render:
-    """A template's text with its gaps."""
+class Prompt:
+    """A conversation up to its last answer.
 
-    before: str  # up to the question
-    after: str  # from the question to where the answer begins
-    lead: str  # blanks between the generation prompt and the answer, if any
-    tail: str  # what follows an answer
+    text         what goes through the processor; words stand for the texts where one of these holds a marker
+    is_marked    whether that is so
+    earlier      numbers of the turns that are earlier answers
+    """
+
+    layout: Layout
+    texts: tuple[str, ...]
+    text: str
+    is_marked: bool
+    earlier: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Tokens of an earlier answer, [begin, end) of the prompt's, and that which ends its turn; None without one."""
+
+    begin: int
+    end: int
+    end_of_turn: int | None
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Ids of a text, and the characters of each."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    def of(self, begin: int, end: int) -> tuple[int, int]:
+        """The tokens that hold the characters [begin, end)."""
+        found = [n for n, (first, last) in enumerate(self.offsets) if first < end and last > begin]
+        return (found[0], found[-1] + 1) if found else (0, 0)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Of a layout: the added tokens that the template writes, and the text behind the last of them."""
+
+    added: list[int]
+    turn: str
 
 
 @dataclass(frozen=True)
 class _Window:
-    """The stretch of a prompt between the template's added tokens that holds the question."""
+    """A stretch between the template's added tokens: its characters, its tokens, the numbers of the texts in it."""
 
-    before: str
-    after: str
-    num_tokens_before: int  # of the whole prompt with the stand-in for a question
-    stand_in_ids: tuple[int, ...]
-    num_tokens_after: int
+    begin: int
+    end: int
+    first: int
+    last: int
+    texts: tuple[int, ...]
 
 
 class ChatPrompt:
-    """The fixed parts of a prompt, and the two ways of tokenizing what lies between them.
+    """The fixed parts of prompts, and the two ways of tokenizing what lies between them.
 
     placeholders  what the processor takes for a picture, of which a template writes one; empty: not known
 
@@ -67,6 +106,7 @@ class ChatPrompt:
         template: str,
         *,
         system_prompt: str | None = None,
+        date: Date | None = None,
         placeholders: Sequence[str] = (),
     ) -> None:
         if not tokenizer.is_fast:
@@ -77,73 +117,141 @@ class ChatPrompt:
         self._tokenizer = tokenizer
         self._bare = _without_added_tokens(tokenizer)
         self._added_ids = set(tokenizer.added_tokens_decoder) - {_unknown_id(tokenizer)}
-        self._render = _render(tokenizer, template, system_prompt, placeholders)
+        self.template = Template(
+            tokenizer, template, system_prompt=system_prompt, date=date, placeholders=placeholders
+        )
+        self._placeholder_ids = {
+            tokenizer.get_vocab()[one] for one in placeholders if one in tokenizer.get_vocab()
+        }
+        before = self.template.first.fixed[0].lstrip()
         bos = tokenizer.bos_token
-        self.add_special_tokens = not (bos is not None and self._render.before.lstrip().startswith(bos))
+        self.add_special_tokens = not (bos is not None and before.startswith(bos))
         self._num_appended = self._count_appended() if self.add_special_tokens else 0
-        self._skeleton = self._added(self._encode(self.text(_QUESTION)))
-        self._window = self._find_window()
+        self._known: dict[Layout, _Known] = {}
         self.end_of_turn = self._end_of_turn()
-        self._turn = self._after_last_added(self.text(_QUESTION))
 
     def changed_rules(self) -> dict[str, object]:
         """What was once done otherwise, where it matters for this tokenizer: part of the keys of examples."""
         changed: dict[str, object] = {}
         if self._num_appended:
             changed["appended"] = self._num_appended
-        bos = self._tokenizer.bos_token
-        if (
-            bos is not None
-            and self._render.before.lstrip().startswith(bos)
-            and not self._render.before.startswith(bos)
-        ):
+        before, bos = self.template.first.fixed[0], self._tokenizer.bos_token
+        if bos is not None and before.lstrip().startswith(bos) and not before.startswith(bos):
             changed["bos"] = "behind blanks"
         return changed
 
-    def text(self, question: str) -> str:
-        """The prompt up to where the answer begins."""
-        return self._render.before + question + self._render.after
-
-    def stand_in_text(self) -> str:
-        """A prompt whose question holds no marker, for ``put_in``."""
-        return self.text(_QUESTION)
-
-    def holds_marker(self, question: str) -> bool:
-        """Whether the tokenizer would see an added token that the template did not write."""
-        return self._added(self._encode(self.text(question))) != self._skeleton
+    def of(self, turns: Sequence[Turn], *, where: str) -> Prompt:
+        """Raises   DataError  naming ``where``, as ``Template.follow``"""
+        layout, texts = self.template.follow(turns, where=where)
+        text = layout.text(texts)
+        is_marked = self._added(self._encode(text)) != self._of_layout(layout).added
+        earlier = tuple(n for n, turn in enumerate(turns[:-1]) if turn.role == "assistant")
+        if is_marked:
+            text = layout.text(_words(layout))
+        return Prompt(layout, tuple(texts), text, is_marked, earlier)
 
     def without_appended(self, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Removes what the tokenizer writes after any text, such as an end of text: here the answer follows.
 
-        Shapes   tokens: (1, S, ...) each, a processed ``text(...)``
+        Shapes   tokens: (1, S, ...) each, a processed ``Prompt.text``
         """
         return {name: value[:, : value.shape[1] - self._num_appended] for name, value in tokens.items()}
 
-    def put_in(self, question: str, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Puts a question that holds markers in place of the stand-in.
+    def finished(
+        self, prompt: Prompt, tokens: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], list[Answered]]:
+        """Puts texts that hold markers in place of their words, and finds the earlier answers.
 
-        Shapes   tokens: (1, S) each, ``input_ids`` among them: a processed ``stand_in_text()``, its image
+        Shapes   tokens: (1, S, ...) each, ``input_ids`` among them: a processed ``Prompt.text``, its image
                  placeholders expanded
-        Returns  the same with another S; what else is known of the stand-in's tokens holds for the question's
+        Returns  the same with another S; what else is known of a word's tokens holds for its text's
+        Raises   RecipeError  when the processor changes the text so much that texts cannot be found in it
         """
-        window = self._window
-        ids = self._text_ids(window.before + question + window.after)
-        given = tokens["input_ids"][0].tolist()
-        start = _where(given, window)
-        stop = start + len(window.stand_in_ids)
-        parts = {}
-        for name, value in tokens.items():
-            middle = torch.tensor(ids) if name == "input_ids" else value[0, start].repeat(len(ids))
-            parts[name] = torch.cat([value[0, :start], middle.to(value.dtype), value[0, stop:]])[None]
-        return parts
+        if not prompt.is_marked and not prompt.earlier:
+            return tokens, []
+        plain = self._tokens_of(prompt.text)
+        places = aligned(plain.ids, tokens["input_ids"][0].tolist(), self._placeholder_ids)
+        if prompt.is_marked:
+            return self._put_in(prompt, plain, places, tokens)
+        found = {}
+        for number, (begin, end) in enumerate(prompt.layout.places(prompt.texts)):
+            if prompt.layout.owners[number] in prompt.earlier:
+                found[number] = self._answered(plain, begin, end, prompt.text, places)
+        return tokens, _by_turn(prompt, found)
 
-    def answer_ids(self, answer: str) -> list[int]:
-        """The answer's token ids as they follow the prompt; markers in it are spelled out."""
-        before = self._text_ids(self._turn)
-        joined = self._text_ids(self._turn + self._render.lead + answer)
+    def answer_ids(self, prompt: Prompt, answer: str) -> list[int]:
+        """The last answer's token ids as they follow the prompt; markers in it are spelled out."""
+        turn = self._of_layout(prompt.layout).turn
+        before = self._text_ids(turn).ids
+        joined = self._text_ids(turn + prompt.layout.lead + answer).ids
         if joined[: len(before)] == before:
             return joined[len(before) :]
-        return self._text_ids(self._render.lead + answer)
+        return self._text_ids(prompt.layout.lead + answer).ids
+
+    def _answered(
+        self, tokens: _Tokens, begin: int, end: int, text: str, places: Sequence[int | None]
+    ) -> Answered:
+        """Of the characters [begin, end) of a tokenized text."""
+        first, last = tokens.of(begin, end)
+        start, stop = _stretch(places, first, last)
+        closing = next((n for n in range(last, len(tokens.ids)) if tokens.ids[n] in self._added_ids), None)
+        if closing is not None and (
+            tokens.ids[closing] != self.end_of_turn or text[end : tokens.offsets[closing][0]].strip()
+        ):
+            closing = None
+        return Answered(start, stop, None if closing is None else places[closing])
+
+    def _put_in(
+        self, prompt: Prompt, plain: _Tokens, places: Sequence[int | None], tokens: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], list[Answered]]:
+        """Each window's tokens are those of the texts themselves, without added tokens."""
+        given = tokens["input_ids"][0].tolist()
+        source: list[int] = []  # for each new token one whose other properties it has
+        ids: list[int] = []
+        found: dict[int, Answered] = {}
+        end = 0
+        for window in self._windows(prompt.layout, plain):
+            start, stop = _stretch(places, window.first, window.last)
+            text, spans = _window_text(prompt, window)
+            inner = self._text_ids(text)
+            source += [*range(end, start), *[start] * len(inner.ids)]
+            ids += [*given[end:start], *inner.ids]
+            base, end = len(ids) - len(inner.ids), stop
+            for number, (begin, finish) in zip(window.texts, spans, strict=True):
+                first, last = inner.of(begin, finish)
+                closes = not text[finish:].strip() and given[stop : stop + 1] == [self.end_of_turn]
+                found[number] = Answered(base + first, base + last, len(ids) if closes else None)
+        source += range(end, len(given))
+        ids += given[end:]
+        index = torch.tensor(source)
+        changed = {name: value[:, index] for name, value in tokens.items()}
+        changed["input_ids"] = torch.tensor([ids], dtype=tokens["input_ids"].dtype)
+        earlier = {n: one for n, one in found.items() if prompt.layout.owners[n] in prompt.earlier}
+        return changed, _by_turn(prompt, earlier)
+
+    def _windows(self, layout: Layout, plain: _Tokens) -> list[_Window]:
+        """Of the text of words."""
+        words = _words(layout)
+        length = len(layout.text(words))
+        added = [(n, *plain.offsets[n]) for n, token in enumerate(plain.ids) if token in self._added_ids]
+        windows: list[_Window] = []
+        for number, (begin, end) in enumerate(layout.places(words)):
+            first, left = max(((n + 1, stop) for n, _, stop in added if stop <= begin), default=(0, 0))
+            last, right = min(
+                ((n, start) for n, start, _ in added if start >= end), default=(len(plain.ids), length)
+            )
+            if windows and windows[-1].first == first:
+                windows[-1] = replace(windows[-1], texts=(*windows[-1].texts, number))
+            else:
+                windows.append(_Window(left, right, first, last, (number,)))
+        return windows
+
+    def _tokens_of(self, text: str) -> _Tokens:
+        encoded = self._tokenizer(
+            text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True
+        )
+        number = len(encoded["input_ids"]) - self._num_appended
+        return _Tokens(encoded["input_ids"][:number], encoded["offset_mapping"][:number])
 
     def _encode(self, text: str) -> list[int]:
         ids = self._tokenizer(text, add_special_tokens=self.add_special_tokens)["input_ids"]
@@ -161,33 +269,19 @@ class ChatPrompt:
     def _added(self, ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i in self._added_ids]
 
-    def _text_ids(self, text: str) -> list[int]:
-        ids = self._bare.encode(text, add_special_tokens=False).ids
-        if self._added(ids):
-            found = self._tokenizer.convert_ids_to_tokens(self._added(ids))
+    def _text_ids(self, text: str) -> _Tokens:
+        """Without added tokens."""
+        encoded = self._bare.encode(text, add_special_tokens=False)
+        if self._added(encoded.ids):
+            found = self._tokenizer.convert_ids_to_tokens(self._added(encoded.ids))
             raise DataError(
                 f"{shortened(text)!r} holds {found}, which this tokenizer cannot write as plain text"
             )
-        return ids
-
-    def _find_window(self) -> _Window:
-        text = self.text(_QUESTION)
-        start, stop = len(self._render.before), len(self._render.before) + len(_QUESTION)
-        encoded = self._tokenizer(
-            text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True
-        )
-        num_tokens = len(encoded["input_ids"]) - self._num_appended
-        ids, offsets = encoded["input_ids"][:num_tokens], encoded["offset_mapping"][:num_tokens]
-        added = [(n, *offsets[n]) for n, i in enumerate(ids) if i in self._added_ids]
-        first, left = max(((n + 1, end) for n, _, end in added if end <= start), default=(0, 0))
-        last, right = min(
-            ((n, begin) for n, begin, _ in added if begin >= stop), default=(len(ids), len(text))
-        )
-        return _Window(text[left:start], text[stop:right], first, tuple(ids[first:last]), len(ids) - last)
+        return _Tokens(encoded.ids, encoded.offsets)
 
     def _end_of_turn(self) -> int:
         """The added token that the template writes after an answer, or else the tokenizer's end of text."""
-        ids = self._tokenizer(self._render.tail.lstrip(), add_special_tokens=False)["input_ids"]
+        ids = self._tokenizer(self.template.first.tail.lstrip(), add_special_tokens=False)["input_ids"]
         if ids and ids[0] in self._added_ids:
             return ids[0]
         if self._tokenizer.eos_token_id is None:
@@ -196,10 +290,57 @@ class ChatPrompt:
             )
         return self._tokenizer.eos_token_id
 
-    def _after_last_added(self, text: str) -> str:
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        return text[max((end for i, (_, end) in pairs if i in self._added_ids), default=0) :]
+    def _of_layout(self, layout: Layout) -> _Known:
+        if layout not in self._known:
+            if len(self._known) >= MAX_SHAPES:
+                self._known.clear()
+            text = layout.text(_words(layout))
+            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            turn = text[max((end for i, (_, end) in pairs if i in self._added_ids), default=0) :]
+            self._known[layout] = _Known(self._added(self._encode(text)), turn)
+        return self._known[layout]
+
+
+def _words(layout: Layout) -> list[str]:
+    """Texts without markers in the place of a conversation's."""
+    return [_QUESTION] * len(layout.owners)
+
+
+def _window_text(prompt: Prompt, window: _Window) -> tuple[str, list[tuple[int, int]]]:
+    """A window with the texts themselves in it, and where they are."""
+    words = _words(prompt.layout)
+    standing = prompt.layout.text(words)
+    text, spans, place = "", [], window.begin
+    for number in window.texts:
+        begin, end = prompt.layout.places(words)[number]
+        text += standing[place:begin]
+        spans.append((len(text), len(text) + len(prompt.texts[number])))
+        text += prompt.texts[number]
+        place = end
+    return text + standing[place : window.end], spans
+
+
+def _by_turn(prompt: Prompt, found: dict[int, Answered]) -> list[Answered]:
+    """One for each turn, from its first text to its last."""
+    turns: dict[int, list[Answered]] = {}
+    for number, one in sorted(found.items()):
+        turns.setdefault(prompt.layout.owners[number], []).append(one)
+    return [Answered(parts[0].begin, parts[-1].end, parts[-1].end_of_turn) for parts in turns.values()]
+
+
+def _stretch(places: Sequence[int | None], first: int, last: int) -> tuple[int, int]:
+    """Where the tokens [first, last) of a text are, once its pictures were expanded: [begin, end).
+
+    Raises   RecipeError  when they are not there, one after the other
+    """
+    begin = places[first] if first < last else None
+    if begin is None or list(places[first:last]) != list(range(begin, begin + last - first)):
+        raise RecipeError(
+            "this model's processor changes the prompt's text: earlier answers and texts with markers have no place "
+            "in it"
+        )
+    return begin, begin + last - first
 
 
 def _without_added_tokens(tokenizer: Any) -> Tokenizer:
@@ -222,71 +363,3 @@ def _unknown_id(tokenizer: Any) -> int | None:
     if isinstance(model, Unigram):
         return tokenizer.unk_token_id
     return tokenizer.backend_tokenizer.token_to_id(model.unk_token or "")
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    system_prompt: str | None,
-    placeholders: Sequence[str],
-) -> _Render:
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}
-    system = {"role": "system", "content": [{"type": "text", "text": system_prompt}]}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
-    prompt = [user] if system_prompt is None else [system, user]
-    options: dict[str, Any] = {"enable_thinking": False} if "enable_thinking" in template else {}
-
-    def rendered(messages: list[dict[str, Any]], *, ask: bool) -> str:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=ask, **options
-        )
-        return str(text)
-
-    try:
-        asked, answered = rendered(prompt, ask=True), rendered([*prompt, answer], ask=False)
-    except Exception as error:  # templates raise errors of their own
-        raise RecipeError(
-            f"chat template of {tokenizer.name_or_path}: {type(error).__name__}: {error}"
-        ) from error
-    if asked.count(_QUESTION) != 1 or answered.count(_ANSWER) != 1:
-        raise RecipeError(
-            f"chat template of {tokenizer.name_or_path}: question and answer must each stand once in its "
-            f"text, found {asked.count(_QUESTION)} and {answered.count(_ANSWER)}"
-        )
-    textual = [*prompt[:-1], user | {"content": user["content"][1:]}]
-    if (
-        placeholders
-        and not any(placeholder in asked for placeholder in placeholders)
-        and _is_blind(asked, lambda: rendered(textual, ask=True))
-    ):
-        raise RecipeError(
-            f"chat template of {tokenizer.name_or_path}: it writes the same text with and without a picture; "
-            "needed is one that writes the model's picture placeholder"
-        )
-    before, after = asked.split(_QUESTION)
-    begun, tail = answered.split(_ANSWER)
-    lead = begun.removeprefix(asked) if begun.startswith(asked) else ""
-    if (
-        lead.strip()
-    ):  # what is written ahead of each answer, such as an empty thought, is prompt and not label
-        after, lead = after + lead, ""
-    return _Render(before, after, lead, tail)
-
-
-def _is_blind(with_picture: str, without_picture: Callable[[], str]) -> bool:
-    """Whether a template does not write that there is a picture."""
-    try:
-        return "".join(with_picture.split()) == "".join(without_picture().split())
-    except Exception:  # a template that asks for a picture sees it
-        return False
-
-
-def _where(ids: list[int], window: _Window) -> int:
-    """Where the stand-in's tokens begin, wherever the image placeholders were expanded."""
-    length = len(window.stand_in_ids)
-    for start in (len(ids) - window.num_tokens_after - length, window.num_tokens_before):
-        if tuple(ids[start : start + length]) == window.stand_in_ids:
-            return start
-    raise RecipeError(
-        "this model's processor changes the prompt's text; a question with markers cannot be placed"
-    )

@@ -1,53 +1,97 @@
-"""The examples: rows of a VQA data set, checked one by one as they are read.
+"""The examples: rows of a data set as conversations about pictures, checked one by one as they are read.
 
     train = open_split(recipe.data, "train")
-    example = train[0]      # Example(image=b"\\xff\\xd8...", question="Which plane?", answer="Axial", ...)
+    example = train[0]      # Example(images=(b"\\xff\\xd8...",), turns=(Turn("user", ...), ...), ...)
+    example.question, example.answer        # the last ones
 
 Pictures stay encoded here (``shared.data.images`` decodes them), since their bytes are part of an example's
-identity.  Texts are trimmed at the ends and otherwise left as they are; one without a visible
-character is none.  A row that cannot be used raises
+identity.  ``shared.data.conversations`` knows what a row may look like.  A row that cannot be used raises
 ``DataError`` with its split and number; whoever reads decides whether it may be left out, and counts it.
 """
 
 from __future__ import annotations
 
-import math
-import unicodedata
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from shared.data.conversations import FORMS, READERS, Conversation, Form, Turn, majority, question_answer
+from shared.data.pictures import listed_pictures, picture_bytes
 from shared.data.sources import Rows, choose, open_rows
-from shared.errors import DataError, NotAFileError, shortened
+from shared.data.texts import required_text
+from shared.errors import DataError
 from shared.recipes import DataConfig, Split
-from shared.regular_files import read_regular
 
-BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers, an empty Braille cell
-MAX_PATH = 4096  # characters; a longer text is none
+PICTURE_COLUMNS = ("images", "image")  # beside the recipe's own
+_TEXT_COLUMNS: dict[str, tuple[str, ...]] = {
+    "question_answer": ("question", "answer"),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: an encoded picture file, a question, its answer, where they come from."""
+    """One row: encoded picture files, the conversation about them, where it comes from.
 
-    image: bytes
-    question: str
-    answer: str
-    kind: str  # where the question comes from, or "": results are reported by it
-    case: str  # or ""
-    index: int  # the row in its split
+    turns        end with an assistant's; their pictures' places take ``images`` in order
+    num_outvoted answers of the row that are not used, where it holds a list of them
+    """
+
+    images: tuple[bytes, ...]
+    turns: tuple[Turn, ...]
+    kind: str = ""  # where the question comes from, or "": results are reported by it
+    case: str = ""  # or ""
+    index: int = 0  # the row in its split
     where: str = field(default="", compare=False)  # how messages name it
+    form: Form = field(default="question_answer", compare=False)
+    num_outvoted: int = field(default=0, compare=False)
+
+    @classmethod
+    def single(cls, image: bytes, question: str, answer: str, **rest: Any) -> Self:
+        """One question about one picture; ``rest`` as the fields."""
+        return cls((image,), question_answer(question, answer, 1), **rest)
+
+    @property
+    def question(self) -> str:
+        """The text of the turn before the last answer."""
+        return self.turns[-2].text
+
+    @property
+    def answer(self) -> str:
+        return self.turns[-1].text
+
+    @property
+    def pictures_sha256(self) -> str:
+        """Hex: of the picture's file; of several, of their hashes; a row of text alone stands for itself."""
+        if len(self.images) == 1:
+            return hashlib.sha256(self.images[0]).hexdigest()
+        parts = [hashlib.sha256(image).digest() for image in self.images] or [repr(self.turns).encode()]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    @property
+    def before(self) -> tuple[Turn, ...]:
+        """The turns before the last question."""
+        return self.turns[:-2]
 
 
 @dataclass(frozen=True)
 class VqaSplit:
-    """A split of a VQA data set; memory-mapped, so cheap to open and to send to data-loader workers."""
+    """A split of a data set; memory-mapped, so cheap to open and to send to data-loader workers.
+
+    forms     those that its columns allow; of several each row has its own
+    columns   field of a row -> column, for those that the data set has
+    pictures  columns that hold pictures, the first that is filled counts
+    """
 
     source: str
     name: str
     rows: Rows
-    columns: dict[str, str]  # field of an Example -> column, for those that the data set has
+    forms: tuple[Form, ...]
+    columns: dict[str, str]
+    pictures: tuple[str, ...]
+    settings: DataConfig
     num_examples: int
 
     def __len__(self) -> int:
@@ -63,19 +107,64 @@ class VqaSplit:
         where = self.where(index)
         row = self.rows[index]
         value = {field: row.get(column) for field, column in self.columns.items()}
+        form = self._form_of(value, where)
+        read, num_outvoted = self._read(form, row, value, where)
+        folder, several = self.rows.folder_of(index), len(read.pictures) > 1
         return Example(
-            image=_picture(value["image"], self.rows.folder_of(index), where=where),
-            question=_text(value["question"], "question", where=where),
-            answer=_text(value["answer"], "answer", where=where),
+            images=tuple(
+                picture_bytes(picture, folder, where=f"{where}, picture {number}" if several else where)
+                for number, picture in enumerate(read.pictures, start=1)
+            ),
+            turns=read.turns,
             kind=_label(value.get("kind")),
             case=_label(value.get("case")),
             index=index,
             where=where,
+            form=form,
+            num_outvoted=num_outvoted,
         )
 
     def where(self, index: int) -> str:
         """How messages name a row."""
         return f"{self.source}, split {self.name}, row {index}"
+
+    def _form_of(self, value: Mapping[str, Any], where: str) -> Form:
+        if len(self.forms) == 1:
+            return self.forms[0]
+        filled = [
+            form for form in self.forms if any(value.get(name) is not None for name in _TEXT_COLUMNS[form])
+        ]
+        if len(filled) == 1:
+            return filled[0]
+        known = ", ".join(self.columns[name] for form in self.forms for name in _TEXT_COLUMNS[form])
+        if not filled:
+            raise DataError(f"{where}: all of {known} are missing (null); one form of a row is needed")
+        raise DataError(
+            f"{where}: it fits {' and '.join(filled)} (columns {known}). Set data.format to the one that is meant"
+        )
+
+    def _read(
+        self, form: Form, row: Mapping[str, Any], value: Mapping[str, Any], where: str
+    ) -> tuple[Conversation, int]:
+        """The conversation, and how many answers it leaves out."""
+        held = next((row[name] for name in self.pictures if row.get(name) is not None), None)
+        pictures, num_outvoted = listed_pictures(held), 0
+        if form != "question_answer":
+            return READERS[form](value[form], pictures, where=where), 0
+        if held is None and not self.settings.text_only and any(name in row for name in self.pictures):
+            raise DataError(
+                f"{where}: the picture is missing (null). If rows may be of text alone, set data.text_only to true"
+            )
+        answer = value["answer"]
+        if self.settings.answers == "majority":
+            answer, num_outvoted = majority(answer, where=where)
+        elif isinstance(answer, list):
+            raise DataError(
+                f"{where}: the answer is a list; needed is one text, or data.answers majority: what most of them say"
+            )
+        question = required_text(value["question"], "question", where=where)
+        turns = question_answer(question, required_text(answer, "answer", where=where), len(pictures))
+        return Conversation(turns, tuple(pictures)), num_outvoted
 
 
 def open_split(data: DataConfig, split: Split) -> VqaSplit:
@@ -90,78 +179,58 @@ def open_split(data: DataConfig, split: Split) -> VqaSplit:
     rows = open_rows(data.source, split=name, revision=data.revision, splits=others)
     if len(rows) == 0:
         raise DataError(f"{data.source}, split {name}: no rows; at least one is needed")
-    columns = _columns(data, rows)
-    rows = rows.select(sorted(set(columns.values())))
-    return VqaSplit(data.source, name, rows, columns, min(len(rows), data.limit or len(rows)))
+    forms = _forms(data, rows)
+    columns, pictures = _columns(data, rows, forms)
+    rows = rows.select(sorted({*columns.values(), *pictures}))
+    number = min(len(rows), data.limit or len(rows))
+    return VqaSplit(data.source, name, rows, forms, columns, pictures, data, number)
 
 
-def _columns(data: DataConfig, rows: Rows) -> dict[str, str]:
-    """The column of each field; MedPix's ``mode`` and ``case_id`` may be missing unless asked for by name."""
-    columns, problems = {}, []
-    for name, column in data.columns.model_dump().items():
-        optional = name in ("kind", "case") and name not in data.columns.model_fields_set
-        if column is None or (optional and column not in rows.columns):
-            continue
+def _forms(data: DataConfig, rows: Rows) -> tuple[Form, ...]:
+    """The recipe's; else those whose columns it names; else those whose columns are there.
+
+    Where there is none, question and answer: what is missing of them tells most.
+    """
+    if data.format is not None:
+        return (data.format,)
+    named = _named(data)
+    if asked := tuple(form for form in FORMS if named.intersection(_TEXT_COLUMNS[form])):
+        return asked
+    names = data.columns.model_dump()
+    found = (form for form in FORMS if all(names[name] in rows.columns for name in _TEXT_COLUMNS[form]))
+    return tuple(found) or ("question_answer",)
+
+
+def _columns(data: DataConfig, rows: Rows, forms: tuple[Form, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The column of each field of the forms, and the columns of pictures.
+
+    MedPix's ``mode`` and ``case_id`` may be missing unless another is asked for, and so may pictures in conversations.
+    """
+    names, asked = data.columns.model_dump(), _named(data)
+    columns = {name: names[name] for form in forms for name in _TEXT_COLUMNS[form]}
+    columns |= {
+        name: names[name]
+        for name in ("kind", "case")
+        if names[name] is not None and (name in asked or names[name] in rows.columns)
+    }
+    pictures = [name for name in (names["image"], *PICTURE_COLUMNS) if name in rows.columns]
+    if "image" in asked or (not pictures and forms == ("question_answer",) and not data.text_only):
+        pictures = [] if names["image"] is None else [names["image"]]
+    problems = []
+    for name, column in (*columns.items(), *(("image", column) for column in pictures)):
         try:
             choose(column, rows.columns, what=f"{data.source}: data.columns.{name}: column")
         except DataError as error:
             problems.append(str(error))
-        columns[name] = column
     if problems:
         raise DataError("\n".join(problems))
-    return columns
+    return columns, tuple(dict.fromkeys(pictures))
 
 
-def _picture(value: Any, folder: Path | None, *, where: str) -> bytes:
-    """The encoded file, from bytes, a path, or the ``{"bytes", "path"}`` of a ``datasets`` picture."""
-    if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if value is None:
-        raise DataError(f"{where}: the picture is missing (null)")
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str) or "://" in value:
-        found = "a URL" if isinstance(value, str) else f"a {type(value).__name__}"
-        raise DataError(f"{where}: the picture is {found}; needed are encoded bytes or the path of a file")
-    if len(value) > MAX_PATH:
-        raise DataError(
-            f"{where}: the picture is a text of {len(value):,} characters, {shortened(value)!r}, and no path; needed "
-            "are encoded bytes or the path of a file. Decode base64 before you save it"
-        )
-    path = (folder or Path()) / value
-    try:
-        return read_regular(path)
-    except NotAFileError as error:
-        raise DataError(f"{where}: the picture {error}") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else error
-        raise DataError(f"{where}: the picture {shortened(str(path))} cannot be read ({reason})") from error
-
-
-def _text(value: Any, what: str, *, where: str) -> str:
-    """A question or an answer, trimmed at the ends; a number is written out."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise DataError(f"{where}: the {what} is missing (null)")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: the {what} is a {type(value).__name__}; needed is one text")
-    text = value.strip()
-    if not text:
-        raise DataError(f"{where}: the {what} is empty")
-    if not any(_is_visible(character) for character in text):
-        shown = ascii(text[:20])
-        raise DataError(f"{where}: the {what} has no visible character, only {shown}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: the {what} is not valid Unicode ({error})") from error
-    return text
-
-
-def _is_visible(character: str) -> bool:
-    """Not a space, a control or a format character, nor a letter that is blank by definition."""
-    return character not in BLANK_LETTERS and unicodedata.category(character)[0] not in "ZC"
+def _named(data: DataConfig) -> set[str]:
+    """Columns that the recipe names otherwise than it would by default: a resolved recipe writes them all out."""
+    fields = type(data.columns).model_fields
+    return {name for name, column in data.columns.model_dump().items() if column != fields[name].default}
 
 
 def _label(value: Any) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import date
 from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,6 +25,14 @@ from shared.recipes.files import read_recipe_tree, validate_tree
 from shared.recipes.policies import TAIL_MODES, Policy, Threshold
 from shared.recipes.schema import Section
 
+
+def _iso_date(text: str) -> str:
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no date of the form 2026-01-31") from error
+
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # an int64: larger ones overflow, or are another one's alias
@@ -33,18 +42,24 @@ Temperature = Annotated[float, Field(ge=0.01, le=100)]  # beyond, fp32 does not 
 Beta = Annotated[float, Field(ge=0, lt=1)]  # at 1 a moment never moves, and its bias correction divides by 0
 Dtype = Literal["float32", "bfloat16"]
 Split = Literal["train", "validation", "test"]
+Date = Annotated[str, AfterValidator(_iso_date)]
 Place = Annotated[str, AfterValidator(expanduser)]  # a file or folder here, or a name or URL elsewhere
 
 
 class ColumnsConfig(Section):
     """Names of the data set's columns; the defaults are those of MedPix-VQA."""
 
-    image: str = "image_id"
-    """Column of the encoded pictures, or of their paths."""
+    image: str | None = "image_id"
+    """Column of the pictures, one or a list in each row; null: rows of text alone. Unless it is named, `images` and
+    `image` count as well."""
     question: str = "question"
     """Column of the questions."""
     answer: str = "answer"
     """Column of the reference answers."""
+    messages: str = "messages"
+    """Column of conversations in the form of OpenAI, TRL and Transformers."""
+    conversations: str = "conversations"
+    """Column of conversations in the form of LLaVA and ShareGPT."""
     kind: str | None = "mode"
     """Column that says where a question comes from; results are reported by it."""
     case: str | None = "case_id"
@@ -63,22 +78,32 @@ class SplitsConfig(Section):
 
 
 class DataConfig(Section):
-    """A VQA data set, and how its rows become prompts and labels."""
+    """A data set of questions and conversations about pictures, and how its rows become prompts and labels."""
 
     source: Place
-    """Hub name, Parquet or Arrow folder, or JSONL file or folder with image paths."""
+    """Hub name, or a file or folder of Parquet, Arrow, JSONL or JSON."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     columns: ColumnsConfig = ColumnsConfig()
+    format: Literal["question_answer", "messages", "conversations"] | None = None
+    """Form of the rows; null: by their columns, of several forms each row by what it holds."""
+    answers: Literal["one", "majority"] = "one"
+    """Of a list of answers: refuse it, or take what most of them say."""
+    text_only: bool = False
+    """Rows with question and answer whose picture is null are of text alone; false: they are an error."""
     splits: SplitsConfig = SplitsConfig()
     limit: PositiveInt | None = None
     """The first rows of each split, at most so many; null: all."""
     max_answer_tokens: PositiveInt = 1024
     """Longer answers are cut, and counted."""
+    train_on: Literal["all", "last"] = "all"
+    """Of a conversation, learn every answer or the last one alone."""
     max_dropped: NonNegativeInt = 0
     """Rows that may be left out because they cannot be used."""
     system_prompt: str | None = None
-    """Put before each question as the chat template says."""
+    """Put before each question as the chat template says; a row's own system turn takes its place."""
+    date: Date | None = None
+    """Day that a chat template is told, as `2026-01-31`; null: that of the cache, or else today."""
     background: Literal["black", "white"] = "black"
     """What lies behind transparent pixels."""
     min_pixels: PositiveInt | None = None

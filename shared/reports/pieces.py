@@ -99,17 +99,25 @@ def preformatted(text: str) -> str:
 
 
 def card(
-    image: bytes, values: Mapping[str, str | Judged], *, background: Background = "black", alt: str
+    images: Sequence[bytes],
+    values: Mapping[str, str | Judged],
+    *,
+    background: Background = "black",
+    alt: str,
 ) -> str:
-    """A picture, as a file's bytes, over names and values; an empty one is said to be empty.
+    """Pictures, as files' bytes, over names and values; an empty one is said to be empty.
 
     background  what the recipe lays behind transparency
-    Raises      DataError  when the picture cannot be decoded
+    Raises      DataError  when a picture cannot be decoded
     """
     terms = "".join(
         f'<dt>{escape(name)}</dt><dd dir="auto">{_value(value)}</dd>' for name, value in values.items()
     )
-    return f'<div class="card">{picture(image, background=background, alt=alt)}<dl>{terms}</dl></div>'
+    shown = "".join(
+        picture(image, background=background, alt=alt if len(images) == 1 else f"Picture {number}. {alt}")
+        for number, image in enumerate(images, start=1)
+    )
+    return f'<div class="card">{shown}<dl>{terms}</dl></div>'
 
 
 def picture(image: bytes, *, background: Background, alt: str) -> str:

@@ -15,6 +15,7 @@ from shared.data.rows import Example
 from shared.errors import DataError, TeachonceError
 from shared.progress import progress
 from shared.recipes import Recipe
+from shared.reports.conversations import spoken
 from shared.reports.figures import Drawing
 from shared.reports.page import Section
 from shared.reports.pieces import beside, card, cards, figure, figures, html_table, paragraph, table
@@ -167,13 +168,13 @@ def _spelled(reader: CacheReader, processor: ExampleProcessor, one: Shown) -> st
 
 def _card(one: Shown, recipe: Recipe) -> str:
     values: dict[str, str] = {
-        "question": one.example.question,
+        **spoken(one.example),
         "answer": one.example.answer,
         "teacher": f"entropy {one.entropy:.3f}, cross-entropy {one.cross_entropy:.3f} nats per position",
         "kept": f"{one.row.num_positions} positions, {len(one.row.payload)} bytes",
     }
     return card(
-        one.example.image, values, background=recipe.data.background, alt=picture_alt(one.example.question)
+        one.example.images, values, background=recipe.data.background, alt=picture_alt(one.example.question)
     )
 
 

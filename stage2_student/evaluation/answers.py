@@ -8,7 +8,6 @@ reference but for case, punctuation and spaces.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -69,13 +68,13 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Answer:
-    """A question, what the data set says, and what the model says."""
+    """The last question of a row, what the data set says, and what the model says."""
 
     split: str
     row: int
     kind: str
     case: str
-    image_sha256: str  # of the picture's file
+    image_sha256: str  # of the picture's file, as ``Example.pictures_sha256``
     question: str
     reference: str
     answer: str
@@ -196,7 +195,7 @@ def judge(example: Example, generated: Generated, *, split: str, short_answer_wo
         row=example.index,
         kind=example.kind,
         case=example.case,
-        image_sha256=hashlib.sha256(example.image).hexdigest(),
+        image_sha256=example.pictures_sha256,
         question=example.question,
         reference=example.answer,
         answer=text,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import pyarrow.parquet as pq
 
-from shared.data.rows import VqaSplit, open_split
+from shared.data.rows import Example, VqaSplit, open_split
 from shared.errors import DataError, TeachonceError
 from shared.recipes import Recipe, Split, load_recipe
+from shared.reports.conversations import spoken
 from shared.reports.page import Section
 from shared.reports.pieces import Judged, card, cards, heading, paragraph, table
 from shared.reports.text import shorten
@@ -150,15 +150,15 @@ class _Pictures:
         if isinstance(opened, TeachonceError):
             return None
         recipe, examples = opened
-        image = self._image(examples, question.asked)
-        if image is None:
+        example = self._example(examples, question.asked)
+        if example is None:
             self._num_missing += 1
             return None
         asked = question.asked
-        values: dict[str, str | Judged] = {"question": asked["question"], "reference": asked["reference"]}
+        values: dict[str, str | Judged] = {**spoken(example), "reference": asked["reference"]}
         values |= {name: _judged(line) for name, line in _students_first(question.answers)}
         alt = f"The picture that was asked about: {shorten(asked['question'], 120)}"
-        return card(image, values, background=recipe.data.background, alt=alt)
+        return card(example.images, values, background=recipe.data.background, alt=alt)
 
     def notes(self) -> list[str]:
         """Why pictures are missing."""
@@ -176,14 +176,14 @@ class _Pictures:
                 self._opened[run.path] = error
         return self._opened[run.path]
 
-    def _image(self, examples: VqaSplit, asked: Line) -> bytes | None:
+    def _example(self, examples: VqaSplit, asked: Line) -> Example | None:
         if not asked["row"] < len(examples):
             return None
         try:
-            image = examples[asked["row"]].image
+            example = examples[asked["row"]]
         except DataError:
             return None
-        return image if hashlib.sha256(image).hexdigest() == asked["image_sha256"] else None
+        return example if example.pictures_sha256 == asked["image_sha256"] else None
 
 
 def _judged(line: Line) -> Judged:

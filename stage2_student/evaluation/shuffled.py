@@ -27,21 +27,29 @@ class ShuffledSplit(VqaSplit):
     picture_rows: Mapping[int, int]
 
     def __getitem__(self, index: int) -> Example:
-        """Raises   DataError  when the row, or the one that lends its picture, cannot be used."""
-        return replace(super().__getitem__(index), image=super().__getitem__(self.picture_rows[index]).image)
+        """Raises   DataError  when the row, or one that lends a picture, cannot be used."""
+        example = super().__getitem__(index)
+        if not example.images:
+            return example
+        lent = super().__getitem__(self.picture_rows[index]).images
+        return replace(example, images=tuple(lent[n % len(lent)] for n in range(len(example.images))))
 
 
 def with_other_pictures(survey: Survey) -> Survey:
     """The survey's examples with their pictures dealt anew; no case keeps one of its own.
 
-    Raises   DataError  when there is but one case
+    A row of text alone stays as it is; one that shows more pictures than it is lent shows some twice.
+
+    Raises   DataError  when there is but one case with pictures
     Holds    a function of the examples alone; pictures of one case are lent to one other case, in turn
     """
     split = survey.split
     rows_of_case: dict[str, list[int]] = {}
     for row in survey.rows.tolist():
         example = split[row]
-        case = example.case or hashlib.sha256(example.image).hexdigest()
+        if not example.images:
+            continue
+        case = example.case or hashlib.sha256(b"".join(example.images)).hexdigest()
         rows_of_case.setdefault(case, []).append(row)
     cases = list(rows_of_case.values())
     if len(cases) < 2:

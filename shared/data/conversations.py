@@ -1,0 +1,296 @@
+"""Rows become conversations: one small reader for each form that people write.
+
+    form      what a row has
+    question_answer   a question, an answer, pictures
+    messages          [{"role", "content"}, ...] as OpenAI, TRL and Transformers write them
+    conversations     [{"from", "value"}, ...] as LLaVA and ShareGPT write them
+
+    read = READERS["messages"](row["messages"], listed_pictures(row["images"]), where="train, row 17")
+    read.turns, read.pictures
+
+A conversation ends with an assistant's turn.  Pictures stand in the order in which the turns show them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from shared.data.texts import is_visible, require_unicode, required_text
+from shared.errors import DataError, shortened
+
+Form = Literal["question_answer", "messages", "conversations"]
+FORMS: tuple[Form, ...] = get_args(Form)
+Role = Literal["system", "user", "assistant"]
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+PLACEHOLDER = "<image>"
+MAX_TURNS = 10_000
+# Keys of a turn that say something which a prompt of texts and pictures would lose.
+_UNUSED_KEYS = (
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "audio",
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says: texts, and None in the place of each picture."""
+
+    role: Role
+    parts: tuple[str | None, ...]
+
+    @property
+    def text(self) -> str:
+        """Its texts alone, as people read them."""
+        texts = [part for part in self.parts if part is not None]
+        return texts[0] if len(texts) == 1 else " ".join(text.strip() for text in texts)
+
+    @property
+    def num_pictures(self) -> int:
+        return self.parts.count(None)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """pictures  what the row holds for each place of a picture, in the order of the turns"""
+
+    turns: tuple[Turn, ...]
+    pictures: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The place of a picture in a turn; of the row's pictures the next one, where it brings none itself."""
+
+    picture: Any = None
+
+
+Parts = list["str | _Place"]
+
+
+def question_answer(question: str, answer: str, num_pictures: int) -> tuple[Turn, ...]:
+    """One question about so many pictures, and its answer."""
+    return (Turn("user", (*[None] * num_pictures, question)), Turn("assistant", (answer,)))
+
+
+def read_messages(value: Any, pictures: Sequence[Any], *, where: str) -> Conversation:
+    """Pictures come with the parts that show them, or from ``pictures`` in order.
+
+    Contents that are all texts show them where they say ``<image>``, or at the beginning of the first
+    question where none says so.
+
+    Raises   DataError  naming the row, and the turn where it is one's fault
+    """
+    listed = _listed(value, where)
+    turns = [_message(turn, where=f"{where}, turn {n}") for n, turn in enumerate(listed, start=1)]
+    if pictures and all(isinstance(turn.get("content", turn.get("value")), str) for turn in listed):
+        turns = [(role, parts if role == "assistant" else _split_at_places(parts)) for role, parts in turns]
+        if not any(isinstance(part, _Place) for _, parts in turns for part in parts):
+            turns = _before_the_first_question(turns, len(pictures))
+    return _filled(turns, pictures, where=where)
+
+
+def read_conversations(value: Any, pictures: Sequence[Any], *, where: str) -> Conversation:
+    """``<image>`` in what is not an assistant's is the place of the next picture.
+
+    Raises   DataError  as ``read_messages``
+    """
+    turns = []
+    for number, turn in enumerate(_listed(value, where), start=1):
+        role, parts = _message(turn, where=f"{where}, turn {number}")
+        turns.append((role, parts if role == "assistant" else _split_at_places(parts)))
+    return _filled(turns, pictures, where=where)
+
+
+READERS: dict[str, Callable[..., Conversation]] = {
+    "messages": read_messages,
+    "conversations": read_conversations,
+}
+
+
+def majority(value: Any, *, where: str) -> tuple[str, int]:
+    """The answer that most of a list give, whatever its case, as first written; and how many others there are.
+
+    value    texts, or ``{"answer": ...}`` each as in VQAv2; of equally many the first
+    Raises   DataError  when there is no list, or no text in it
+    """
+    if isinstance(value, Mapping) and isinstance(
+        value.get("answer"), list
+    ):  # a list of structs, column by column
+        value = value["answer"]
+    if not isinstance(value, list):
+        found = "missing (null)" if value is None else f"a {type(value).__name__}"
+        raise DataError(f"{where}: the answer is {found}; data.answers majority needs a list of answers")
+    said = [one.get("answer") if isinstance(one, Mapping) else one for one in value]
+    texts = []
+    for one in said:
+        if one is None or (isinstance(one, str) and not is_visible(one)):
+            continue  # one of the people asked had nothing to say
+        texts.append(required_text(one, "answer", where=where))
+    if not texts:
+        raise DataError(f"{where}: the list of {len(said)} answers holds none with a visible character")
+    winner, num_votes = Counter(text.casefold() for text in texts).most_common(1)[0]
+    return next(text for text in texts if text.casefold() == winner), len(said) - num_votes
+
+
+def _listed(value: Any, where: str) -> list[Any]:
+    if value is None:
+        raise DataError(f"{where}: the conversation is missing (null)")
+    if isinstance(value, Mapping):  # how older files of the library datasets hold lists of structs
+        columns = {name: column for name, column in value.items() if isinstance(column, list)}
+        if columns and len({len(column) for column in columns.values()}) == 1:
+            value = [
+                dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+            ]
+    if not isinstance(value, list):
+        raise DataError(f"{where}: the conversation is a {type(value).__name__}; needed is a list of turns")
+    if len(value) > MAX_TURNS:
+        raise DataError(f"{where}: the conversation has {len(value):,} turns; at most {MAX_TURNS:,} are read")
+    return value
+
+
+def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
+    """Role and parts of ``{"role", "content"}`` or ``{"from", "value"}``."""
+    if not isinstance(turn, Mapping):
+        raise DataError(f"{where}: a {type(turn).__name__}; needed is an object with role and content")
+    role, content = (
+        next((turn[name] for name in names if turn.get(name) is not None), None)
+        for names in (("role", "from"), ("content", "value"))
+    )
+    if role is None:
+        raise DataError(f"{where}: no role (keys: {shortened(', '.join(map(str, turn)))})")
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(f"{where}: the role is {shortened(repr(role))}; known are {', '.join(ROLES)}")
+    for name in _UNUSED_KEYS:
+        if turn.get(name) not in (None, [], ""):
+            raise DataError(
+                f"{where}: it has {name!r}, which is not used. Write it into the content, or take it out"
+            )
+    if turn.get("weight") == 0:
+        raise DataError(f"{where}: its weight is 0; single turns cannot be left out. See data.train_on")
+    if content is None:
+        raise DataError(f"{where}: the content is missing (null)")
+    parts = [content] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise DataError(
+            f"{where}: the content is a {type(content).__name__}; needed is a text or a list of parts"
+        )
+    return ROLES[role], [_part(one, where=where) for one in parts]
+
+
+def _part(part: Any, *, where: str) -> str | _Place:
+    """A text, or a place with the picture that the part brings; keys that are null are as good as missing."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise DataError(f"{where}: a part is a {type(part).__name__}; needed is an object with a type")
+    given = {name: value for name, value in part.items() if value is not None}
+    kind = given.pop("type", None)
+    if kind is None:
+        kind = next((name for name in ("text", "image_url", "image") if name in given), None)
+    if kind in ("text", "input_text", "output_text"):
+        text = given.get("text")
+        if not isinstance(text, str):
+            found = "missing (null)" if text is None else f"a {type(text).__name__}"
+            raise DataError(f"{where}: the text of a part is {found}; needed is one text")
+        return text
+    if kind in ("image", "image_url", "input_image"):
+        return _Place(_own_picture(given))
+    raise DataError(f"{where}: a part of type {shortened(repr(kind))}; known are text, image and image_url")
+
+
+def _own_picture(part: Mapping[str, Any]) -> Any:
+    """What a part of OpenAI's or Transformers' form brings; None where it only marks the place."""
+    value = next(
+        (part[name] for name in ("image_url", "image", "url", "path", "bytes") if name in part), None
+    )
+    if value is None and "base64" in part:
+        value = f"data:image/any;base64,{part['base64']}"
+    if isinstance(value, Mapping) and value.get("url") is not None:
+        return value["url"]
+    return value
+
+
+def _split_at_places(parts: Parts) -> Parts:
+    found: Parts = []
+    for part in parts:
+        if isinstance(part, str):
+            for number, text in enumerate(part.split(PLACEHOLDER)):
+                found += [_Place(), text] if number else [text]
+        else:
+            found.append(part)
+    return found
+
+
+def _filled(turns: list[tuple[Role, Parts]], pictures: Sequence[Any], *, where: str) -> Conversation:
+    places = [part for _, parts in turns for part in parts if isinstance(part, _Place)]
+    num_open = sum(place.picture is None for place in places)
+    if num_open != len(pictures):
+        raise DataError(
+            f"{where}: {len(pictures)} picture(s) beside the turns, and {num_open} place(s) for them in the turns; "
+            "each picture needs its place, in order"
+        )
+    rest = iter(pictures)
+    filled = tuple(next(rest) if place.picture is None else place.picture for place in places)
+    read = tuple(
+        _turn(role, parts, where=f"{where}, turn {n}") for n, (role, parts) in enumerate(turns, start=1)
+    )
+    _require_answered(read, where=where)
+    return Conversation(read, filled)
+
+
+def _before_the_first_question(turns: list[tuple[Role, Parts]], number: int) -> list[tuple[Role, Parts]]:
+    first = next((place for place, (role, _) in enumerate(turns) if role == "user"), None)
+    return [
+        (role, [*[_Place()] * number, *parts] if place == first else parts)
+        for place, (role, parts) in enumerate(turns)
+    ]
+
+
+def _turn(role: Role, given: Parts, *, where: str) -> Turn:
+    """Blank parts are dropped; what is left is trimmed at the ends of the turn's texts."""
+    parts: list[str | None] = [
+        None if isinstance(part, _Place) else part
+        for part in given
+        if isinstance(part, _Place) or part.strip()
+    ]
+    texts = [number for number, part in enumerate(parts) if part is not None]
+    if texts:
+        parts[texts[0]] = str(parts[texts[0]]).lstrip()
+        parts[texts[-1]] = str(parts[texts[-1]]).rstrip()
+    for part in parts:
+        if part is not None:
+            require_unicode(part, "text", where=where)
+    if role == "assistant":
+        if None in parts:
+            raise DataError(f"{where}: an assistant's turn shows a picture; only texts can be learned")
+        parts = ["".join(part for part in parts if part is not None)]
+    if None not in parts:
+        required_text("".join(part for part in parts if part), "text", where=where)
+    return Turn(role, tuple(parts))
+
+
+def _require_answered(turns: Sequence[Turn], *, where: str) -> None:
+    roles = [turn.role for turn in turns]
+    if "assistant" not in roles:
+        raise DataError(f"{where}: no assistant's turn in {len(roles)}; there is nothing to learn")
+    if roles[-1] != "assistant":
+        raise DataError(
+            f"{where}: the last turn is the {roles[-1]}'s; the conversation must end with an assistant's. "
+            "Take out what follows the last answer"
+        )
+    if "user" not in roles:
+        raise DataError(f"{where}: no user's turn; an answer needs a question")

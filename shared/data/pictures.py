@@ -1,0 +1,83 @@
+"""The encoded pictures of a row, from whatever its cells hold: bytes, paths, ``datasets`` pictures, ``data:`` URLs.
+
+    pictures = [picture_bytes(one, folder, where="train, row 17") for one in listed_pictures(row["images"])]
+
+Nothing is fetched from a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.errors import DataError, NotAFileError, shortened
+from shared.regular_files import read_regular
+
+MAX_PATH = 4096  # characters; a longer text is none
+MAX_DATA_URL = 64 * 2**20  # characters, of which three quarters are the picture's bytes
+_DATA_URL = re.compile(r"data:[^,;]*(;[^,;]*)*?;base64,", re.IGNORECASE)
+_BYTES_OR_PATH = "needed are encoded bytes, the path of a file or a data: URL"
+
+
+def listed_pictures(value: Any) -> list[Any]:
+    """What a cell holds, one element a picture; none where it is null."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def picture_bytes(value: Any, folder: Path | None, *, where: str) -> bytes:
+    """The encoded file, from one element of a cell.
+
+    folder   where relative paths start
+    Raises   DataError  naming ``where``, when it is nothing of the kind or cannot be read
+    """
+    if isinstance(value, Mapping) and value.keys() & {"bytes", "path"}:
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        raise DataError(f"{where}: the picture is missing (null)")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise DataError(f"{where}: the picture is a {type(value).__name__}; {_BYTES_OR_PATH}")
+    if value[:5].lower() == "data:":
+        return _decoded(value, where=where)
+    if "://" in value[:MAX_PATH]:
+        raise DataError(
+            f"{where}: the picture is a URL, {shortened(value)}; {_BYTES_OR_PATH}. "
+            "Nothing is fetched: download the picture first"
+        )
+    if len(value) > MAX_PATH:
+        raise DataError(
+            f"{where}: the picture is a text of {len(value):,} characters, {shortened(value)!r}, and no path; "
+            f"{_BYTES_OR_PATH}. Decode base64 before you save it"
+        )
+    return _read((folder or Path()) / value, where=where)
+
+
+def _read(path: Path, *, where: str) -> bytes:
+    try:
+        return read_regular(path)
+    except NotAFileError as error:
+        raise DataError(f"{where}: the picture {error}") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise DataError(f"{where}: the picture {shortened(str(path))} cannot be read ({reason})") from error
+
+
+def _decoded(url: str, *, where: str) -> bytes:
+    if len(url) > MAX_DATA_URL:
+        raise DataError(
+            f"{where}: the picture is a data: URL of {len(url):,} characters; at most {MAX_DATA_URL:,} are read. "
+            "Save it as a file"
+        )
+    if (head := _DATA_URL.match(url[:MAX_PATH])) is None:
+        raise DataError(f"{where}: the picture is {shortened(url)!r}; a data: URL must be base64")
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"{where}: the picture's data: URL is not base64 ({error})") from error

@@ -1,0 +1,29 @@
+"""What was said in a row up to its last answer, as names and texts for a card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from shared.data.conversations import Turn
+from shared.data.rows import Example
+from shared.data.templates import is_single
+
+
+def spoken(example: Example) -> dict[str, str]:
+    """The turns before the last question by number and role, then ``question``; pictures as numbers."""
+    if is_single(example.turns):
+        return {"question": example.question}
+    texts = list(_with_numbers(example.turns[:-1]))
+    earlier = zip(example.before, texts[:-1], strict=True)
+    told = {f"{n}. {turn.role}": text for n, (turn, text) in enumerate(earlier, start=1)}
+    return told | {"question": texts[-1]}
+
+
+def _with_numbers(turns: Sequence[Turn]) -> Iterator[str]:
+    number = 0
+    for turn in turns:
+        shown = []
+        for part in turn.parts:
+            number += part is None
+            shown.append(f"[picture {number}]" if part is None else part.strip())
+        yield " ".join(shown)
