@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from samples import encoded_picture
 
+from shared.data.copies import copies_folder
 from shared.data.rows import open_split
-from shared.data.tables import TableRows, copies_folder
+from shared.data.tables import TableRows
 from shared.errors import DataError, FileError
 from shared.recipes import DataConfig
 

@@ -204,7 +204,7 @@ def _forms(data: DataConfig, rows: Rows) -> tuple[Form, ...]:
 def _columns(data: DataConfig, rows: Rows, forms: tuple[Form, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
     """The column of each field of the forms, and the columns of pictures.
 
-    MedPix's ``mode`` and ``case_id`` may be missing unless another is asked for, and so may pictures in conversations.
+    MedPix's ``mode`` and ``case_id`` may be missing unless others are asked for; so may pictures in conversations.
     """
     names, asked = data.columns.model_dump(), _named(data)
     columns = {name: names[name] for form in forms for name in _TEXT_COLUMNS[form]}

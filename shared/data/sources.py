@@ -1,11 +1,11 @@
-"""Opens the rows of one split, wherever they are kept: Hub, Parquet, Arrow, JSONL.
+"""Opens the rows of one split, wherever they are kept: Hub, Parquet, Arrow, JSONL, JSON.
 
     rows = open_rows("work/phantom/data", split="validation")
     rows.columns, len(rows), rows[17]["question"]
 
 A source is, in this order: a folder that ``datasets.save_to_disk`` wrote; a file, or a folder of files, of
-one kind (Parquet before Arrow before JSONL); else a name on the Hugging Face Hub.  Files are read where they
-lie; of JSONL only the place of each line is held.
+one kind (Parquet before Arrow before JSONL before JSON); else a name on the Hugging Face Hub.  Files are read where
+they lie; compressed JSONL and lists of objects from a local copy.
 
 A file belongs to the split that its name says, as it stands (``train2017.jsonl``) or without shard numbers
 (``train-00000-of-00002.parquet``), or else the innermost folder that is called so
@@ -19,19 +19,25 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
-import numpy as np
 
+from shared.data.json_rows import SUFFIXES as JSON_SUFFIXES
+from shared.data.json_rows import JsonRows
 from shared.data.tables import TableRows
 from shared.errors import DataError, NotAFileError, shortened
 from shared.places import require_hub_asked_once, require_no_typo, why
-from shared.regular_files import open_regular, refuse_irregular, refuse_irregular_members
+from shared.regular_files import read_regular, refuse_irregular, refuse_irregular_members
 
-_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "jsonl"}  # in order of preference
+_KINDS = (
+    (".parquet",),
+    (".arrow",),
+    (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    (".json",),
+)  # in order of preference
 _SHARD_NUMBERS = re.compile(
     r"[-_.]?\d+([-_]of[-_]\d+(-[0-9a-f]{10,})?)?$"
 )  # older files on the Hub end in a hash
@@ -79,55 +85,21 @@ class DatasetRows:
 
     def select(self, columns: Sequence[str]) -> DatasetRows:
         dataset = self.dataset.select_columns(list(columns))
-        for name in columns:
-            if isinstance(dataset.features[name], datasets.Image):
-                dataset = dataset.cast_column(name, datasets.Image(decode=False))
-        return DatasetRows(dataset, self.folder)
+        features = datasets.Features({name: _encoded(dataset.features[name]) for name in columns})
+        return DatasetRows(dataset if features == dataset.features else dataset.cast(features), self.folder)
 
 
-class JsonLinesRows:
-    """Rows of JSONL files, parsed one at a time: types as the file has them, not guessed from a column."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = tuple(files)
-        self._columns: dict[str, None] = {}  # an ordered set
-        places = (
-            place for number, file in enumerate(files) for place in _line_places(number, file, self._columns)
-        )
-        self._places = np.fromiter(places, dtype=np.dtype((np.int64, 4)))  # file, line, first byte, length
-        if len(self) and not self._columns:
-            try:
-                self[0]
-            except DataError as error:
-                raise DataError(f"none of {len(self)} line(s) can be read; the first: {error}") from error
-
-    def folder_of(self, index: int) -> Path | None:
-        return self._files[int(self._places[index][0])].parent
-
-    def select(self, columns: Sequence[str]) -> JsonLinesRows:
-        return self  # a line is parsed whole
-
-    @property
-    def columns(self) -> list[str]:
-        """All keys of all rows: one without an optional key, or that cannot be read, says nothing of others."""
-        return list(self._columns)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        file, line, start, length = (int(value) for value in self._places[index])
-        with open_regular(self._files[file]) as stream:
-            stream.seek(start)
-            data = stream.read(length)
-        try:
-            row = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self._files[file]}, line {line}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            found = type(row).__name__
-            raise DataError(f"{self._files[file]}, line {line}: a {found}; each line must be one JSON object")
-        return row
+def _encoded(feature: Any) -> Any:
+    """The feature with pictures as they are stored, wherever they are in it."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _encoded(part) for name, part in feature.items()}
+    if isinstance(feature, list):
+        return [_encoded(part) for part in feature]
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_encoded(feature.feature))
+    return feature
 
 
 def open_rows(source: str, *, split: str, revision: str | None = None, splits: Iterable[str] = ()) -> Rows:
@@ -139,7 +111,7 @@ def open_rows(source: str, *, split: str, revision: str | None = None, splits: I
     require_no_typo(source, what=f"data.source {source}", error=DataError)
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return DatasetRows(_saved_to_disk(path, split), path)
+            return TableRows.open(_saved_files(path, split), folder=path)
         if path.exists():
             return _open_files(path, split, {split, *splits})
         require_hub_asked_once()
@@ -166,16 +138,16 @@ def choose(wanted: str, found: Iterable[str], *, what: str) -> None:
 
 
 def _open_files(path: Path, split: str, splits: set[str]) -> Rows:
-    kind, files = _data_files(path)
+    files = _data_files(path)
     names = {file: _split_names(file, path) for file in files}
     members = [file for file in files if next((n for n in names[file] if n in splits), None) == split]
     if not members:
         choose(
-            split, [_SHARD_NUMBERS.sub("", file.stem) for file in files], what=f"data.source {path}: split"
+            split, [_SHARD_NUMBERS.sub("", _stem(file)) for file in files], what=f"data.source {path}: split"
         )
     _require_all_parts(members)
-    if kind == "jsonl":
-        return JsonLinesRows(members)
+    if members[0].name.endswith(JSON_SUFFIXES):
+        return JsonRows(members)
     return TableRows.open(members, folder=path if path.is_dir() else path.parent)
 
 
@@ -183,7 +155,7 @@ def _require_all_parts(files: Sequence[Path]) -> None:
     """Raises   DataError  when files say in their names how many there are, and some are missing"""
     parts: dict[tuple[Path, str, int], set[int]] = {}
     for file in files:
-        if found := _SHARD_OF.match(file.stem):
+        if found := _SHARD_OF.match(_stem(file)):
             name, number, total = found[1], int(found[2]), int(found[3])
             parts.setdefault((file.parent, name, total), set()).add(number)
     for (folder, name, total), numbers in parts.items():
@@ -204,55 +176,51 @@ def _require_all_parts(files: Sequence[Path]) -> None:
             )
 
 
-def _data_files(path: Path) -> tuple[str, list[Path]]:
+def _stem(file: Path) -> str:
+    """Its name without what says its kind."""
+    return re.sub(r"\.jsonl\.(gz|zst)$", "", file.name) if file.suffix in (".gz", ".zst") else file.stem
+
+
+def _data_files(path: Path) -> list[Path]:
     found = sorted(file for file in path.rglob("*") if not file.is_dir()) if path.is_dir() else [path]
     visible = [f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)]
-    for suffix, kind in _KINDS.items():
-        if files := [file for file in visible if file.suffix == suffix]:
+    for suffixes in _KINDS:
+        if files := [file for file in visible if file.name.endswith(suffixes)]:
             for file in files:
                 refuse_irregular(file)
-            return kind, files
-    raise DataError(
-        f"data.source {path}: no data file; needed {', '.join('*' + suffix for suffix in _KINDS)}"
-    )
+            return files
+    needed = ", ".join(f"*{suffix}" for suffixes in _KINDS for suffix in suffixes)
+    raise DataError(f"data.source {path}: no data file; needed {needed}")
 
 
 def _split_names(file: Path, source: Path) -> list[str]:
     """What a file's split may be called, the likeliest first."""
     folders = file.relative_to(source).parts[-2::-1]
-    names = dict.fromkeys((file.stem, _SHARD_NUMBERS.sub("", file.stem), *folders))
+    names = dict.fromkeys((_stem(file), _SHARD_NUMBERS.sub("", _stem(file)), *folders))
     return [name for name in names if name] + (["train"] if file == source else [])
 
 
-def _saved_to_disk(path: Path, split: str) -> datasets.Dataset:
+def _saved_files(path: Path, split: str) -> list[Path]:
+    """Files of a split that the library ``datasets`` saved, in the order of their rows.
+
+    Raises   DataError  when there is no such split, or the folder's description is damaged
+    """
     for folder in (path, *(member for member in path.iterdir() if member.is_dir())):
         refuse_irregular_members(folder)
-    saved = datasets.load_from_disk(str(path))
-    if isinstance(saved, datasets.Dataset):
-        saved = datasets.DatasetDict({"train": saved})
-    choose(split, saved, what=f"data.source {path}: split")
-    return saved[split]
+    splits = {"train": path}
+    if (path / "dataset_dict.json").exists():
+        splits = {name: path / name for name in _saved_json(path / "dataset_dict.json", "splits")}
+    choose(split, splits, what=f"data.source {path}: split")
+    folder = splits[split]
+    names = [one.get("filename") for one in _saved_json(folder / "state.json", "_data_files")]
+    return [folder / name for name in names if isinstance(name, str)]
 
 
-def _line_places(number: int, file: Path, columns: dict[str, None]) -> Iterable[tuple[int, int, int, int]]:
-    """The file's number, then number, first byte and length of each line that is not blank; adds its keys.
-
-    Each line is parsed for that: 200,000 of 300 bytes take 0.55 s in place of 0.1.  Parsing only those with a
-    colon that is not behind a known key took 0.35 s, and 0.75 where answers have colons.
-    """
-    start = 0
-    with open_regular(file) as stream:
-        for line_number, line in enumerate(stream, start=1):
-            if line.strip():
-                columns.update(dict.fromkeys(_keys(line)))
-                yield number, line_number, start, len(line)
-            start += len(line)
-
-
-def _keys(line: bytes) -> Iterable[str]:
-    """None of a line that is no JSON object: it is refused by its number when it is read."""
+def _saved_json(file: Path, name: str) -> list[Any]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return ()
-    return row if isinstance(row, dict) else ()
+        found = json.loads(read_regular(file))[name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); save the data set again") from error
+    if not isinstance(found, list):
+        raise DataError(f"{file}: {name} is a {type(found).__name__}, not a list; save the data set again")
+    return found

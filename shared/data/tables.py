@@ -5,17 +5,12 @@
 
 Arrow files are memory-mapped.  Parquet is read a row group at a time, and the last groups are kept.  A row group
 of more than ``MAX_GROUP_BYTES`` would be decoded again for nearly every row of a shuffled epoch, so such a file
-is copied once to a memory-mapped Arrow file.  The copy is known by the file's path and ``Stamp``: a file that was
-replaced gets a new copy, whatever its modification time says.
+is copied once to a memory-mapped Arrow file.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shared.data.copies import Stamp, kept_copy
 from shared.errors import DataError, FileError
 
 MAX_GROUP_BYTES = 64 * 2**20  # of the columns in use, decoded
@@ -35,21 +31,6 @@ END_OF_STREAM = (
     b"\xff\xff\xff\xff\x00\x00\x00\x00",
     b"\x00\x00\x00\x00",
 )  # today's mark and the one before it
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What changes when a file is replaced or written to; ``cp -p`` keeps the modification time, not these."""
-
-    num_bytes: int
-    modified_ns: int
-    changed_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> Stamp:
-        found = path.stat()
-        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 @dataclass(frozen=True)
@@ -200,40 +181,18 @@ def _as_blocks(copy: Path, sizes: Sequence[int]) -> OpenFile:
     return OpenFile(lambda block: table.slice(int(begins[block]), sizes[block]), opened.close)
 
 
-def copies_folder() -> Path:
-    """Where memory-mapped copies lie: ``$TEACHONCE_COPIES``, else ``~/.cache/teachonce/copies``."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("TEACHONCE_COPIES") or os.path.join(home, "teachonce", "copies"))
-
-
 def _mapped_copy(file: TableFile) -> Path:
-    """An Arrow stream with all columns of a Parquet file, written once; older copies of the path are removed.
+    """An Arrow stream with all columns of a Parquet file.
 
     Raises   FileError  when it cannot be written
     """
-    place = hashlib.sha256(os.fsencode(file.path.resolve())).hexdigest()[:24]
-    stamp = hashlib.sha256(repr(file.stamp).encode()).hexdigest()[:24]
-    folder = copies_folder()
-    copy = folder / f"{place}-{stamp}.arrow"
-    part = copy.with_suffix(".part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{place}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one machine: one copies, the others wait
-            if not copy.exists():
-                _write_copy(file, part)
-                for older in folder.glob(f"{place}-*.arrow"):
-                    older.unlink()
-                os.replace(part, copy)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise FileError(
-            f"{folder}: no copy of {file.path} can be written there ({error.strerror or error}). Its row groups are "
-            "too large to be decoded for each row: make room, set TEACHONCE_COPIES to another folder, or write the "
-            "file with smaller row groups"
-        ) from error
-    return copy
+    remedy = (
+        "Its row groups are too large to be decoded for each row: make room, set TEACHONCE_COPIES to another folder, "
+        "or write the file with smaller row groups"
+    )
+    return kept_copy(
+        file.path, file.stamp, ".arrow", write=lambda part: _write_copy(file, part), remedy=remedy
+    )
 
 
 def _write_copy(file: TableFile, part: Path) -> None:

@@ -1,0 +1,256 @@
+"""JSON in all its files, names that look like patterns, and pictures wherever a table holds them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import zstandard
+from samples import encoded_picture
+
+from shared.cache.storage import open_folder
+from shared.data.copies import copies_folder
+from shared.data.json_rows import JsonRows
+from shared.data.rows import open_split
+from shared.data.sources import DatasetRows
+from shared.errors import DataError, FileError
+from shared.recipes import DataConfig, load_recipe
+
+ROWS = [{"question": f"q {n} \u00fc", "answer": "x" * (n % 7 + 1), "n": n} for n in range(50)]
+
+
+@pytest.fixture(autouse=True)
+def _copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHONCE_COPIES", str(tmp_path / "copies"))
+
+
+def lines(rows: list[Any]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def written(folder: Path, suffix: str, data: bytes) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / f"train{suffix}"
+    if suffix.endswith(".gz"):
+        data = gzip.compress(data)
+    elif suffix.endswith(".zst"):
+        half = len(data) // 2
+        data = b"".join(zstandard.compress(part) for part in (data[:half], data[half:]))  # two frames
+    file.write_bytes(data)
+    return file
+
+
+def as_list(rows: list[Any], **options: Any) -> bytes:
+    return json.dumps(rows, **options).encode()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_lines_are_the_same_rows_however_they_are_packed(tmp_path: Path, suffix: str) -> None:
+    file = written(tmp_path / "data", suffix, lines(ROWS))
+    rows = JsonRows([file])
+    assert [rows[index] for index in range(len(rows))] == ROWS
+    assert rows.folder_of(3) == file.parent
+    assert copies_folder().exists() == (suffix != ".jsonl")
+
+
+@pytest.mark.parametrize("options", [{}, {"indent": 2}, {"ensure_ascii": False}])
+@pytest.mark.parametrize("head", [b"", b"\xef\xbb\xbf", b" \r\n\t "])
+def test_a_list_of_objects_is_read_element_by_element(
+    tmp_path: Path, options: dict[str, Any], head: bytes
+) -> None:
+    rows = JsonRows([written(tmp_path / "data", ".json", head + as_list(ROWS, **options) + b"\n")])
+    assert [rows[index] for index in range(len(rows))] == ROWS
+
+
+def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
+    rows = JsonRows([written(tmp_path / "data", ".json", lines(ROWS))])
+    assert [rows[index] for index in range(len(rows))] == ROWS
+
+
+def test_a_list_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of the parts, objects that reach over several of them included."""
+    monkeypatch.setattr("shared.data.json_rows._CHUNK", 3)
+    big = [{"text": '[{,}]\\"' * 50, "n": 1.5e3}, *ROWS[:5], {}]
+    rows = JsonRows([written(tmp_path / "data", ".json", as_list(big))])
+    assert [rows[index] for index in range(len(rows))] == big
+
+
+def test_the_rows_of_a_list_open_as_a_split(tmp_path: Path) -> None:
+    file = written(tmp_path / "data", ".json", as_list([{"image": "p.png", "question": "q", "answer": "a"}]))
+    (file.parent / "p.png").write_bytes(encoded_picture(0))
+    split = open_split(DataConfig(source=str(file.parent)), "train")
+    assert (split[0].images, split[0].question) == ((encoded_picture(0),), "q")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"[", "found the end of the file|not JSON"),
+        (b'[{"a": 1}', "found the end of the file, needed ','"),
+        (b'[{"a": 1} {"a": 2}]', "found '{', needed ','"),
+        (b'[{"a": 1}, ]', "element 2: not JSON"),
+        (b'[{"a": 1},{"a": tru]', "element 2: not JSON"),
+        (b'[{"a": 1}] []', "something follows the list"),
+        (b'[{"a": "\xff"}]', "not UTF-8"),
+        (b"[" * 100_000, "element 1: not JSON"),
+    ],
+)
+def test_a_damaged_list_says_where(tmp_path: Path, data: bytes, message: str) -> None:
+    file = written(tmp_path / "data", ".json", data)
+    with pytest.raises(DataError, match=message) as caught:
+        JsonRows([file])
+    assert str(file) in str(caught.value)
+    assert not list(copies_folder().glob("*.jsonl"))
+    assert not list(copies_folder().glob("*.part"))
+
+
+def test_an_element_that_is_no_object_is_refused_by_its_number(tmp_path: Path) -> None:
+    rows = JsonRows([written(tmp_path / "data", ".json", b'[{"a": 1}, [2], 17, null, "x"]')])
+    assert rows[0] == {"a": 1}
+    for index, kind in enumerate(("list", "int", "NoneType", "str"), start=1):
+        with pytest.raises(DataError, match=f"element {index + 1}: a {kind}; each must be one JSON object"):
+            rows[index]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[: len(b) // 2], lambda b: b"no" + b[2:]])
+def test_a_packed_file_that_was_cut_is_not_a_shorter_one(
+    tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes]
+) -> None:
+    file = written(tmp_path / "data", suffix, lines(ROWS))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        JsonRows([file])
+    assert not list(copies_folder().glob("*.jsonl"))
+
+
+def test_a_file_that_was_replaced_is_unpacked_again(tmp_path: Path) -> None:
+    file = written(tmp_path / "data", ".jsonl.gz", lines(ROWS))
+    JsonRows([file])
+    file.unlink()
+    file = written(tmp_path / "data", ".jsonl.gz", lines(ROWS[:3]))
+    assert len(JsonRows([file])) == 3
+    assert len(list(copies_folder().glob("*.jsonl"))) == 1
+
+
+def test_a_copy_that_cannot_be_written_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TEACHONCE_COPIES", str(tmp_path / "file" / "copies"))
+    with pytest.raises(FileError, match="set TEACHONCE_COPIES to another folder"):
+        JsonRows([written(tmp_path / "data", ".jsonl.gz", lines(ROWS))])
+
+
+def test_files_of_lines_may_be_packed_differently(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    written(folder, ".jsonl.zst", lines([{"image": "p.png", "question": "q", "answer": "packed"}]))
+    (folder / "validation.jsonl").write_bytes(lines([{"image": "p.png", "question": "q", "answer": "plain"}]))
+    (folder / "p.png").write_bytes(encoded_picture(0))
+    data = DataConfig(source=str(folder))
+    assert [open_split(data, split)[0].answer for split in ("train", "validation")] == ["packed", "plain"]
+
+
+# --- names ----------------------------------------------------------------------------------------------
+
+ODD = "a[b]*?::c {x} \u00fc"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "saved"])
+def test_a_folder_s_name_is_no_pattern(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / ODD
+    rows = [{"image": encoded_picture(n), "question": "q", "answer": f"a {n}"} for n in range(3)]
+    if kind == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "plain"))
+        shutil.move(tmp_path / "plain", folder)
+    elif kind == "parquet":
+        folder.mkdir()
+        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "train.parquet"))
+        shutil.move(tmp_path / "train.parquet", folder)
+    else:
+        texts = [{**row, "image": "p.png"} for row in rows]
+        written(folder, f".{kind}", lines(texts) if kind == "jsonl" else as_list(texts))
+        (folder / "p.png").write_bytes(encoded_picture(0))
+    split = open_split(DataConfig(source=str(folder)), "train")
+    assert [one.answer for one in split] == ["a 0", "a 1", "a 2"]
+
+
+def test_a_cache_s_name_is_no_pattern(tmp_path: Path) -> None:
+    folder = open_folder(str(tmp_path / ODD))
+    folder.publish("x.json", b"1")
+    assert (tmp_path / ODD / "x.json").read_bytes() == b"1"
+    assert folder.read("x.json") == b"1"
+
+
+def test_the_home_folder_is_meant_in_every_path_of_a_recipe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load_recipe(
+        "phantom",
+        overrides=[
+            "data.source=~/a",
+            "teacher.model=~/b",
+            "teacher.trained_by=~/r.yaml",
+            "cache.path=~/c",
+            "student.model=~/d",
+            "run.root=~/e",
+            "evaluation.baseline=~/f.yaml",
+        ],
+    )
+    assert recipe.teacher is not None
+    assert recipe.cache is not None
+    found = [
+        *(recipe.data.source, recipe.teacher.model, recipe.teacher.trained_by, recipe.cache.path),
+        *(recipe.student.model, recipe.run.root, recipe.evaluation.baseline),
+    ]
+    assert all(str(path).startswith(f"{tmp_path}/") for path in found)
+
+
+# --- tables ---------------------------------------------------------------------------------------------
+
+
+def test_pictures_stay_encoded_wherever_a_dataset_holds_them() -> None:
+    """As from the Hub, where the library gives decoded pictures for the asking."""
+    picture = datasets.Image()
+    features = datasets.Features(
+        {
+            "images": datasets.List(picture),
+            "messages": datasets.List(
+                {
+                    "role": datasets.Value("string"),
+                    "content": [{"type": datasets.Value("string"), "image": picture}],
+                }
+            ),
+            "kind": datasets.ClassLabel(names=["ct", "mr"]),
+        }
+    )
+    held = {"bytes": encoded_picture(0), "path": None}
+    row = {
+        "images": [held, held],
+        "messages": [{"role": "user", "content": [{"type": "image", "image": held}]}],
+        "kind": 1,
+    }
+    rows = DatasetRows(datasets.Dataset.from_list([row], features=features), None).select(
+        ["images", "messages", "kind"]
+    )
+    found = rows[0]
+    assert [one["bytes"] for one in found["images"]] == [encoded_picture(0)] * 2
+    assert found["messages"][0]["content"][0]["image"]["bytes"] == encoded_picture(0)
+    assert found["kind"] == "mr"
+
+
+def test_a_zstd_bomb_is_unpacked_in_small_parts(tmp_path: Path) -> None:
+    from shared.data.json_rows import _of_zstd
+
+    packed = zstandard.compress(bytes(256 * 2**20))
+    parts = list(map(len, _of_zstd(io.BytesIO(packed), tmp_path)))
+    assert sum(parts) == 256 * 2**20
+    assert max(parts) <= 64 * 2**20
