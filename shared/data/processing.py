@@ -96,6 +96,12 @@ class ExampleProcessor:
         return self._prompt.end_of_turn
 
     @property
+    def date(self) -> str | None:
+        """The day that prompts are written for; None where the template prints none."""
+        found = self._prompt.template.date
+        return None if found is None else found.isoformat()
+
+    @property
     def num_token_ids(self) -> int:
         """One more than the largest id the tokenizer knows; a model's head may be wider."""
         return max(self.tokenizer.get_vocab().values()) + 1

@@ -1,0 +1,427 @@
+"""Rows in every form become the same conversations, and what cannot be one is refused with its row and turn."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import encoded_picture
+
+from shared.data.conversations import Turn, majority, question_answer
+from shared.data.pictures import MAX_DATA_URL
+from shared.data.rows import Example, VqaSplit, open_split
+from shared.errors import DataError
+from shared.recipes import ColumnsConfig, DataConfig
+
+PICTURES = [encoded_picture(n) for n in range(3)]
+DATA_URL = "data:image/png;base64," + base64.b64encode(PICTURES[0]).decode()
+QUESTION, ANSWER = "Which plane?", "axial"
+SINGLE = Example.single(PICTURES[0], QUESTION, ANSWER)
+
+
+def split_of(folder: Path, rows: list[dict[str, Any]], *, kind: str = "jsonl", **data: Any) -> VqaSplit:
+    """JSONL, or Parquet, where a key that one part of the list has is null in all others."""
+    folder.mkdir(exist_ok=True)
+    for number, picture in enumerate(PICTURES):
+        (folder / f"{number}.png").write_bytes(picture)
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(list(map(of_one_type, rows))), folder / "train.parquet")
+    else:
+        (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return open_split(DataConfig(source=str(folder), **data), "train")
+
+
+def of_one_type(row: dict[str, Any]) -> dict[str, Any]:
+    """A table's column cannot hold both texts and lists of parts."""
+    contents = [turn["content"] for turn in row.get("messages", [])]
+    if any(isinstance(one, list) for one in contents) and any(isinstance(one, str) for one in contents):
+        turns = [
+            turn
+            | {"content": [text(turn["content"])] if isinstance(turn["content"], str) else turn["content"]}
+            for turn in row["messages"]
+        ]
+        return row | {"messages": turns}
+    return row
+
+
+def user(*parts: str | None) -> Turn:
+    return Turn("user", parts)
+
+
+def said(*parts: str) -> Turn:
+    return Turn("assistant", parts)
+
+
+def message(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def text(value: str) -> dict[str, Any]:
+    return {"type": "text", "text": value}
+
+
+def asked(*content: Any) -> list[dict[str, Any]]:
+    return [message("user", list(content)), message("assistant", ANSWER)]
+
+
+SINGLES: list[dict[str, Any]] = [
+    {"image": "0.png", "question": QUESTION, "answer": ANSWER},
+    {"images": ["0.png"], "question": QUESTION, "answer": ANSWER},
+    {"image": DATA_URL, "question": QUESTION, "answer": ANSWER},
+    {"messages": asked({"type": "image", "image": "0.png"}, text(QUESTION))},
+    {"messages": asked({"type": "image", "path": "0.png"}, text(QUESTION))},
+    {"messages": asked({"type": "image", "url": DATA_URL}, text(QUESTION))},
+    {"messages": asked({"type": "image", "base64": DATA_URL.partition(",")[2]}, text(QUESTION))},
+    {
+        "messages": asked(
+            {"type": "image_url", "image_url": {"url": DATA_URL, "detail": "low"}}, text(QUESTION)
+        )
+    },
+    {"messages": asked({"type": "image_url", "image_url": "0.png"}, text(QUESTION))},
+    {"messages": asked({"type": "image"}, text(QUESTION)), "images": ["0.png"]},
+    {"messages": asked({"type": "image"}, text(QUESTION)), "image": "0.png"},
+    {"messages": [message("user", QUESTION), message("assistant", ANSWER)], "images": ["0.png"]},
+    {
+        "messages": [message("user", f"<image>\n{QUESTION}"), message("assistant", [text(ANSWER)])],
+        "image": "0.png",
+    }
+    | {"messages": [message("user", f"<image>\n{QUESTION}"), message("assistant", ANSWER)]},
+    {
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{QUESTION}"},
+            {"from": "gpt", "value": f"{ANSWER}\n"},
+        ],
+        "image": "0.png",
+    },
+    {
+        "conversations": [
+            {"from": "user", "value": f"<image> {QUESTION} "},
+            {"from": "assistant", "value": ANSWER},
+        ],
+        "images": ["0.png"],
+    },
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("row", SINGLES, ids=range(len(SINGLES)))
+def test_one_question_is_the_same_example_in_every_form(
+    tmp_path: Path, row: dict[str, Any], kind: str
+) -> None:
+    example = split_of(tmp_path, [row], kind=kind)[0]
+    assert example == SINGLE
+    assert (example.question, example.answer, example.before) == (QUESTION, ANSWER, ())
+
+
+def test_bytes_and_structs_in_lists_are_pictures_too(tmp_path: Path) -> None:
+    held = {"bytes": PICTURES[0], "path": None}
+    rows = [
+        {"images": [held], "messages": asked({"type": "image"}, text(QUESTION))},
+        {"images": [{"bytes": None, "path": "0.png"}], "messages": asked({"type": "image"}, text(QUESTION))},
+    ]
+    assert split_of(tmp_path, rows, kind="parquet")[0] == SINGLE
+    assert split_of(tmp_path, rows, kind="parquet")[1].images == SINGLE.images
+
+
+LONG: list[dict[str, Any]] = [
+    {
+        "messages": [
+            message("system", "Be brief."),
+            message("user", [{"type": "image"}, text("Look at "), {"type": "image"}, text(" and tell.")]),
+            message("assistant", [text("One "), text("way.")]),
+            message("user", "More?"),
+            message("assistant", "No."),
+        ],
+        "images": ["0.png", "1.png"],
+    },
+    {
+        "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "<image>Look at <image> and tell."},
+            {"from": "gpt", "value": "One way."},
+            {"from": "human", "value": "More?"},
+            {"from": "gpt", "value": "No."},
+        ],
+        "images": ["0.png", "1.png"],
+    },
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_conversation_has_its_turns_and_pictures_in_order(tmp_path: Path, kind: str) -> None:
+    for number, row in enumerate(LONG):
+        example = split_of(tmp_path, [row], kind=kind)[0]
+        first = (None, "Look at ", None, " and tell.")
+        assert example.images == tuple(PICTURES[:2])
+        expected = (
+            Turn("system", ("Be brief.",)),
+            user(*first),
+            said("One way."),
+            user("More?"),
+            said("No."),
+        )
+        assert example.turns == expected, number
+        assert (example.question, example.answer) == ("More?", "No.")
+        assert example.form == ("messages", "conversations")[number]
+
+
+def test_rows_of_all_forms_and_numbers_of_pictures_lie_in_one_file(tmp_path: Path) -> None:
+    rows = [
+        *SINGLES,
+        *LONG,
+        {"question": "What is CT?", "answer": "X-rays."},
+        {"question": "What is CT?", "answer": "X-rays.", "images": []},
+        {"question": "Same?", "answer": "No.", "images": ["1.png", "2.png"]},
+        {"conversations": [{"from": "human", "value": "What is CT?"}, {"from": "gpt", "value": "X-rays."}]},
+        {"messages": [message("user", "What is CT?"), message("assistant", "X-rays.")], "images": None},
+    ]
+    split = split_of(tmp_path, rows)
+    assert split.forms == ("question_answer", "messages", "conversations")
+    found = list(split)
+    assert found[: len(SINGLES)] == [
+        Example(SINGLE.images, SINGLE.turns, index=n) for n in range(len(SINGLES))
+    ]
+    alone, listed, several, llava, plain = found[-5:]
+    assert (
+        alone.turns
+        == listed.turns
+        == llava.turns
+        == plain.turns
+        == question_answer("What is CT?", "X-rays.", 0)
+    )
+    assert alone.images == listed.images == llava.images == plain.images == ()
+    assert several.images == tuple(PICTURES[1:])
+    assert several.turns == (user(None, None, "Same?"), said("No."))
+
+
+# --- what is refused ------------------------------------------------------------------------------------
+
+GOOD = [message("user", "q"), message("assistant", "a")]
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"messages": None}, "all of .*are missing|the conversation is missing"),
+    ({"messages": "text"}, "the conversation is a str; needed is a list of turns"),
+    ({"messages": []}, "no assistant's turn in 0"),
+    ({"messages": ["a"]}, "turn 1: a str; needed is an object"),
+    ({"messages": [{}]}, r"turn 1: no role \(keys: \)"),
+    ({"messages": [{"content": "x"}]}, r"turn 1: no role \(keys: content\)"),
+    ({"messages": [message("robot", "x")]}, "turn 1: the role is 'robot'; known are system, user"),
+    ({"messages": [message(7, "x")]}, "turn 1: the role is 7"),
+    ({"messages": [message("user", None), GOOD[1]]}, "turn 1: the content is missing"),
+    ({"messages": [message("user", 5), GOOD[1]]}, "turn 1: the content is a int"),
+    ({"messages": [message("user", ""), GOOD[1]]}, "turn 1: the text is empty"),
+    ({"messages": [message("user", []), GOOD[1]]}, "turn 1: the text is empty"),
+    ({"messages": [GOOD[0], message("assistant", " \u200b")]}, "turn 2: the text has no visible character"),
+    ({"messages": [message("user", [None]), GOOD[1]]}, "turn 1: a part is a NoneType"),
+    ({"messages": [message("user", [{"type": "text"}]), GOOD[1]]}, "turn 1: the text of a part is missing"),
+    ({"messages": [message("user", [text(3)]), GOOD[1]]}, "turn 1: the text of a part is a int"),  # type: ignore[arg-type]
+    ({"messages": [message("user", [{"type": "video", "video": "x"}]), GOOD[1]]}, "a part of type 'video'"),
+    ({"messages": [message("user", "bad \ud800"), GOOD[1]]}, "turn 1: the text is not valid Unicode"),
+    ({"messages": [GOOD[0]]}, "no assistant's turn in 1"),
+    ({"messages": [*GOOD, GOOD[0]]}, "the last turn is the user's"),
+    ({"messages": [GOOD[1]]}, "no user's turn"),
+    ({"messages": [GOOD[0], {**GOOD[1], "tool_calls": [{"id": 1}]}]}, "turn 2: it has 'tool_calls'"),
+    ({"messages": [GOOD[0], {**GOOD[1], "reasoning_content": "hm"}]}, "turn 2: it has 'reasoning_content'"),
+    ({"messages": [GOOD[0], {**GOOD[1], "weight": 0}]}, "turn 2: its weight is 0"),
+    (
+        {"messages": [GOOD[0], message("assistant", [{"type": "image"}, text("a")])], "images": ["0.png"]},
+        "turn 2: an assistant's turn shows a picture",
+    ),
+    ({"messages": asked({"type": "image"}, text("q"))}, r"0 picture\(s\) beside the turns, and 1 place"),
+    (
+        {"messages": asked({"type": "image"}, text("q")), "images": ["0.png", "1.png"]},
+        r"2 picture\(s\) beside the turns, and 1 place",
+    ),
+    (
+        {"messages": [message("user", "<image> and <image>"), GOOD[1]], "images": ["0.png"]},
+        r"1 picture\(s\) beside the turns, and 2 place",
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "image": "0.png"},
+        r"1 picture\(s\) beside the turns, and 0 place",
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]},
+        r"0 picture\(s\) beside the turns, and 1 place",
+    ),
+    ({"conversations": [{"from": "tool", "value": "q"}]}, "turn 1: the role is 'tool'"),
+    (
+        {
+            "messages": asked(
+                {"type": "image", "image": "0.png"}, {"type": "image", "image": "9.png"}, text("q")
+            )
+        },
+        "row 1, picture 2: the picture .*9.png cannot be read",
+    ),
+    (
+        {"messages": asked({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}, text("q"))},
+        "the picture is a URL, https://x.org/a.png; .*download the picture first",
+    ),
+    ({"messages": asked({"type": "image", "image": 7}, text("q"))}, "the picture is a int"),
+    ({"messages": asked({"type": "image", "image": {"a": 1}}, text("q"))}, "the picture is a dict"),
+    (
+        {"messages": asked({"type": "image", "url": "data:image/png,abc"}, text("q"))},
+        "a data: URL must be base64",
+    ),
+    ({"messages": asked({"type": "image", "url": "data:;base64,@@"}, text("q"))}, "data: URL is not base64"),
+    (
+        {"messages": GOOD, "question": "q", "answer": "a"},
+        "it fits question_answer and messages .*Set data.format",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), WRONG, ids=range(len(WRONG)))
+def test_what_is_no_conversation_is_refused_with_its_row(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    others: list[dict[str, Any]] = [
+        {"messages": GOOD},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"question": "q", "answer": "a"},
+    ]
+    split = split_of(tmp_path, [others[0], row, *others[1:]])
+    with pytest.raises(DataError, match=message) as caught:
+        split[1]
+    assert str(caught.value).startswith(f"{tmp_path}, split train, row 1")
+    assert len(str(caught.value)) < 600
+    assert [split[n].answer for n in (0, 2, 3)] == ["a"] * 3
+
+
+def test_a_data_url_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.data.pictures.MAX_DATA_URL", 100)
+    split = split_of(tmp_path, [{"messages": asked({"type": "image", "url": DATA_URL}, text("q"))}])
+    with pytest.raises(DataError, match=r"a data: URL of [\d,]+ characters; at most 100 are read"):
+        split[0]
+    assert MAX_DATA_URL >= 2**20
+
+
+def test_a_missing_picture_is_an_error_unless_rows_may_be_text(tmp_path: Path) -> None:
+    rows = [
+        {"image": "0.png", "question": "q", "answer": "a"},
+        {"image": None, "question": "q", "answer": "a"},
+    ]
+    for kind in ("jsonl", "parquet"):
+        with pytest.raises(
+            DataError, match=r"row 1: the picture is missing \(null\).*data\.text_only to true"
+        ):
+            split_of(tmp_path / kind, rows, kind=kind)[1]
+        split = split_of(tmp_path / kind, rows, kind=kind, text_only=True)
+        assert [len(one.images) for one in split] == [1, 0]
+    split = split_of(tmp_path, rows, columns=ColumnsConfig(image=None))
+    assert [len(one.images) for one in split] == [0, 0]
+
+
+def test_the_format_decides_where_two_fit(tmp_path: Path) -> None:
+    row = {
+        "messages": GOOD,
+        "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}],
+    }
+    for form, answer in (("messages", "a"), ("conversations", "A")):
+        assert split_of(tmp_path, [row], format=form)[0].answer == answer
+    with pytest.raises(DataError, match=r"data\.columns\.question: column 'question' is not there"):
+        split_of(tmp_path, [row], format="question_answer")
+
+
+def test_columns_that_the_recipe_names_say_the_form(tmp_path: Path) -> None:
+    row = {"messages": GOOD, "q": "Q", "answer": "A", "image": "0.png"}
+    assert split_of(tmp_path, [row], columns=ColumnsConfig(question="q"))[0].question == "Q"
+    with pytest.raises(DataError, match=r"column 'chat' is not there; found .*messages"):
+        split_of(tmp_path, [row], columns=ColumnsConfig(messages="chat"))
+    chat = [{"chat": GOOD}]
+    assert split_of(tmp_path, chat, columns=ColumnsConfig(messages="chat"))[0].form == "messages"
+
+
+def test_lists_of_structs_may_lie_column_by_column(tmp_path: Path) -> None:
+    """As older files of the library datasets hold them."""
+    columns = {"from": ["human", "gpt"], "value": ["q", "a"]}
+    assert split_of(tmp_path, [{"conversations": columns}], kind="parquet")[0].turns == question_answer(
+        "q", "a", 0
+    )
+
+
+# --- answers of several people ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (["no", "Yes", "yes", "yes "], ("Yes", 1)),
+        ([{"answer": "2", "answer_id": 1}, {"answer": "3"}, {"answer": "3"}], ("3", 1)),
+        ({"answer": ["a", "b"], "answer_id": [1, 2]}, ("a", 1)),
+        (["", None, "b"], ("b", 2)),
+        ([1, 1, 2], ("1", 1)),
+    ],
+)
+def test_most_of_the_answers_decide(answers: Any, expected: tuple[str, int]) -> None:
+    assert majority(answers, where="here") == expected
+
+
+@pytest.mark.parametrize("answers", [None, "yes", 3, [], ["", " "], [["a"]], [{"text": "a"}]])
+def test_lists_without_answers_are_refused(answers: Any) -> None:
+    with pytest.raises(DataError, match=r"^here: the (answer|list)"):
+        majority(answers, where="here")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_vqa_rows_with_ten_answers(tmp_path: Path, kind: str) -> None:
+    answers = [{"answer": "net" if n in (1, 4) else "racket", "answer_id": n} for n in range(10)]
+    row = {"image": "0.png", "question": "What is it?", "answers": answers}
+    data = {"columns": ColumnsConfig(answer="answers")}
+    with pytest.raises(
+        DataError, match=r"row 0: the answer is a list; needed is one text, or data\.answers majority"
+    ):
+        split_of(tmp_path, [row], kind=kind, **data)[0]
+    example = split_of(tmp_path, [row], kind=kind, answers="majority", **data)[0]
+    assert (example.answer, example.num_outvoted) == ("racket", 2)
+
+
+# --- anything at all --------------------------------------------------------------------------------------
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "from", "value", "type", "text", "image", "url", "bytes", "path"]
+            )
+            | st.text(max_size=3),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300)
+@given(value=ANYTHING, pictures=st.lists(ANYTHING, max_size=3))
+def test_rubbish_is_a_data_error(value: Any, pictures: list[Any]) -> None:
+    from shared.data.conversations import READERS
+
+    for read in READERS.values():
+        for given_value in (
+            value,
+            [value],
+            [{"role": "user", "content": value}, {"role": "assistant", "content": "a"}],
+        ):
+            try:
+                found = read(given_value, pictures, where="here")
+            except DataError:
+                continue
+            assert found.turns[-1].role == "assistant"
+            assert sum(turn.num_pictures for turn in found.turns) == len(found.pictures)
+
+
+def test_a_list_of_a_million_turns_is_refused_at_once(tmp_path: Path) -> None:
+    from shared.data.conversations import read_messages
+
+    with pytest.raises(DataError, match="1,000,000 turns; at most"):
+        read_messages([message("user", "q")] * 1_000_000, [], where="here")
