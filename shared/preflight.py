@@ -18,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
 from shared.cache import CacheReader
-from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed
 from shared.models.vlm import require_wide_head, split
 from shared.models.weight_files import require_whole_weights
@@ -26,7 +26,7 @@ from shared.places import is_local, require_no_typo
 from shared.recipes import DataConfig, Recipe, Split, load_recipe
 from shared.same_teacher import ANOTHER_TEACHER, compare_teacher
 from shared.split_check import SplitFound, look_at
-from shared.survey import broken_shards
+from shared.survey import broken_shards, open_processor_of
 
 TOKENS_WITHOUT_DATA = 1024
 
@@ -120,7 +120,7 @@ def context_of(model: PreTrainedModel | None) -> int | None:
 
 
 def describe_tokenizer(
-    report: Report, name: str, data: DataConfig, *, revision: str | None
+    report: Report, recipe: Recipe, name: str, *, revision: str | None
 ) -> ExampleProcessor | None:
     """Opens the processor where the model's folder has a tokenizer."""
     folder = Path(name)
@@ -130,8 +130,10 @@ def describe_tokenizer(
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         report.add("  tokenizer", f"none in {folder}: not looked at")
         return None
-    processor = open_processor(name, data, revision=revision)
+    processor = open_processor_of(recipe, name, revision=revision)
     report.add("  tokenizer", f"{processor.num_token_ids:,} ids, {processor.tokenizer_fingerprint[:12]}")
+    if processor.date is not None:
+        report.add("  date", f"{processor.date}, which the chat template prints (data.date)")
     return processor
 
 

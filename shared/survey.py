@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache import CacheReader, InputsIdentity
-from shared.cache.manifest import ShardInfo
+from shared.cache import CacheReader, InputsIdentity, Plan, PromptIdentity
+from shared.cache.layout import PLAN_NAME
+from shared.cache.manifest import ShardInfo, load_manifest
 from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.cache.verified import VerifiedFiles
 from shared.data.images import decode_rgb
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import VqaSplit, open_split
-from shared.errors import CacheFormatError, DataError
+from shared.errors import CacheFormatError, CacheMismatchError, DataError, TeachonceError, listed
 from shared.progress import progress
 from shared.recipes import DataConfig, Recipe, Split
 
@@ -90,6 +91,60 @@ def inputs_identity(processor: ExampleProcessor, data: DataConfig) -> InputsIden
     )
 
 
+def prompt_identity(processor: ExampleProcessor, data: DataConfig) -> PromptIdentity:
+    """What else decides the prompts, for the manifest and for what a student is told."""
+    return PromptIdentity(
+        system_prompt=data.system_prompt,
+        date=processor.date,
+        thinking=processor.thinking,
+        train_on=data.train_on,
+        rendered=processor.rendered,
+    )
+
+
+def open_processor_of(recipe: Recipe, model: str, *, revision: str | None) -> ExampleProcessor:
+    """As ``open_processor``, for prompts of the day that the recipe names, or else of its cache's.
+
+    An interrupted capture goes on with the day on which it began.
+    """
+    if recipe.data.date is None and recipe.cache is not None:
+        recipe = recipe.of_day(_date_of(recipe.cache.path))
+    return open_processor(model, recipe.data, revision=revision)
+
+
+def _date_of(location: str) -> str | None:
+    """None where there is no cache, or one whose prompts have no date."""
+    try:
+        folder = open_folder(location)
+        manifest = load_manifest(folder)
+        identity = (
+            manifest.identity if manifest else Plan.decode(folder.read(PLAN_NAME), where=location).identity
+        )
+    except (TeachonceError, OSError):  # whoever opens the cache says what is wrong with it
+        return None
+    return None if identity.prompt is None else identity.prompt.date
+
+
+def not_in_the_cache(
+    cache: CacheReader, processor: ExampleProcessor, data: DataConfig, *, told: str
+) -> CacheMismatchError:
+    """Examples that the cache lacks: what their prompts have otherwise than its own, where that is known.
+
+    told   how many of how many, which first
+    """
+    stored, own = cache.manifest.identity.prompt, prompt_identity(processor, data)
+    differing = [] if stored is None else stored.differences(own)
+    if not differing:
+        return CacheMismatchError(
+            f"cache {cache.location}: {told}. Run teacher-cache again: only what is missing is captured"
+        )
+    return CacheMismatchError(
+        f"cache {cache.location}: {told}. The prompts differ from those of the cache:\n{listed(differing)}\n"
+        "Ask as the cache does (data.system_prompt, data.date, data.train_on, the student's chat template), or run "
+        "teacher-cache again"
+    )
+
+
 def captured_splits(recipe: Recipe) -> list[Split]:
     """Splits that the cache of this recipe is to hold: those it names and the data set has."""
     assert recipe.cache is not None
@@ -108,7 +163,7 @@ def cache_covers(recipe: Recipe) -> bool:
         reader = CacheReader(recipe.cache.path)
     except CacheFormatError:
         return False  # the capture says what is wrong with it, and mends it where it can
-    processor = open_processor(recipe.student.model, recipe.data, revision=recipe.student.revision)
+    processor = open_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
     skipped = {bytes.fromhex(row.key) for row in reader.manifest.skipped if row.key}
     for name in captured_splits(recipe):
         keys = [key for key in survey_keys(recipe.data, name, processor).keys if key not in skipped]

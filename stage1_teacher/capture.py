@@ -33,7 +33,7 @@ from shared.capture.planning import (
     survey,
 )
 from shared.data.collation import Encoded
-from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
 from shared.library_output import keep_library_output
 from shared.models.vlm import check_split
@@ -42,7 +42,7 @@ from shared.runtime import World, environment
 from shared.same_teacher import teacher_content, teacher_stamp
 from shared.sparse import position_seeds
 from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on
-from shared.survey import broken_shards
+from shared.survey import broken_shards, open_processor_of
 from stage1_teacher.capturing.batching import BatchRunner
 from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.lockstep import Lockstep
@@ -71,7 +71,7 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
     """
     if recipe.teacher is None or recipe.cache is None:
         raise RecipeError(f"recipe of run {recipe.run.name}: a capture needs a teacher and a cache section")
-    processor = open_processor(recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
+    processor = open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
     data = world.by_main(lambda: survey(recipe, processor))
     if world.by_main(lambda: nothing_to_do(recipe, processor, data)):
         if world.is_main:

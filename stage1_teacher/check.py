@@ -77,7 +77,7 @@ def _describe_tokenizers(report: Report, recipe: Recipe) -> ExampleProcessor | N
         report.add(role, model.model)
         require_model(report, model.model, model.revision, weights=role == "teacher")
         with report.collecting():
-            processor = describe_tokenizer(report, model.model, recipe.data, revision=model.revision)
+            processor = describe_tokenizer(report, recipe, model.model, revision=model.revision)
             found += [] if processor is None else [processor]
     with report.collecting():
         require_training_recipe(recipe)

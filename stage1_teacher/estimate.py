@@ -22,7 +22,7 @@ import torch
 from shared.cache import CacheReader, CacheWriter, Identity, Row
 from shared.capture.planning import CaptureData, NumberedRows, identity_of, survey
 from shared.data.collation import Batch, Encoded
-from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.processing import ExampleProcessor
 from shared.errors import DataError, RecipeError
 from shared.progress import by_examples, progress
 from shared.recipes import CacheConfig, Recipe
@@ -31,6 +31,7 @@ from shared.reports.break_even import TeacherCosts
 from shared.runtime import World
 from shared.sparse import position_seeds
 from shared.split_check import count_positions
+from shared.survey import open_processor_of
 from stage1_teacher.capturing.batching import BatchRunner
 from stage1_teacher.capturing.shards import CapturedBatch
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
@@ -107,7 +108,7 @@ def estimate(
     """
     if recipe.teacher is None or recipe.cache is None:
         raise RecipeError(f"recipe of run {recipe.run.name}: an estimate needs a teacher and a cache section")
-    processor = open_processor(recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
+    processor = open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
     data = survey(recipe, processor)
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
     sample = Sample.take(data, processor, recipe.cache, num_examples)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
-from shared.errors import CacheMismatchError, RecipeError
+from shared.errors import RecipeError
 from shared.places import is_local
 from shared.preflight import (
     TOKENS_WITHOUT_DATA,
@@ -30,6 +30,7 @@ from shared.preflight import (
 )
 from shared.recipes import Recipe, Split
 from shared.split_check import SplitFound
+from shared.survey import not_in_the_cache
 from stage2_student.estimate import count_parameters, estimate_memory
 from stage2_student.training.freezing import find_parts
 from stage2_student.training.inputs import open_cache
@@ -85,7 +86,7 @@ def _describe_student(
             model = meta_model(student)
             _describe_model(report, recipe, model)
     with report.collecting():
-        processor = describe_tokenizer(report, student.model, recipe.data, revision=student.revision)
+        processor = describe_tokenizer(report, recipe, student.model, revision=student.revision)
     return model, processor
 
 
@@ -132,12 +133,8 @@ def _describe_cache(
                 missing.append(where)
     if missing:
         num_keys = sum(len(found.keys) for found in looked)
-        report.refuse(
-            CacheMismatchError(
-                f"cache {recipe.cache.path}: {len(missing)} of {num_keys} examples are not in it, {missing[0]} "
-                "first. Run teacher-cache again: only what is missing is captured"
-            )
-        )
+        told = f"{len(missing)} of {num_keys} examples are not in it, {missing[0]} first"
+        report.refuse(not_in_the_cache(cache, processor, recipe.data, told=told))
     return left_out
 
 

@@ -51,7 +51,9 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
 
 def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -> int:
     require_trackers(recipe.run)
+    recipe = folder.with_its_date(recipe)
     inputs = open_inputs(recipe, world)
+    recipe = recipe.of_day(inputs.processor.date)
     if stop.agreed(world):
         return stopped("nothing new is done; what was saved before is kept.", world)
     plan = Plan.of(recipe, num_examples=inputs.train.num_examples)

@@ -110,9 +110,9 @@ def test_the_path_for_markers_agrees_on_texts_without(
 ) -> None:
     one = prompt.of(question_answer(question, "answer", 1), where="here")
     marked = dataclasses.replace(one, is_marked=True, text=one.layout.text(["teachoncequestion"]))
-    words = torch.tensor([tokenizer(marked.text)["input_ids"]])
+    words = torch.tensor(tokenizer(marked.text)["input_ids"])
     put_in, _ = prompt.finished(marked, {"input_ids": words})
-    assert put_in["input_ids"][0].tolist() == tokenizer(one.text)["input_ids"]
+    assert put_in["input_ids"].tolist() == tokenizer(one.text)["input_ids"]
 
 
 @settings(max_examples=40)

@@ -55,6 +55,7 @@ from shared.cache.identity import (
     DataSource,
     Identity,
     InputsIdentity,
+    PromptIdentity,
     TargetsIdentity,
     TeacherIdentity,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "InputsIdentity",
     "Manifest",
     "Plan",
+    "PromptIdentity",
     "Row",
     "SkippedRow",
     "Staging",

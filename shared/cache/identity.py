@@ -47,6 +47,24 @@ class InputsIdentity(Record):
     max_answer_tokens: Annotated[int, Field(gt=0)] | None
 
 
+class PromptIdentity(Record):
+    """What else decides what is written around the texts: to say what differs where examples are not found.
+
+    Examples are known by their keys, which depend on all of this.
+    """
+
+    system_prompt: str | None
+    date: str | None  # None where the template prints none
+    thinking: bool | None  # None where the template has no such switch
+    train_on: str
+    rendered: str  # hex, over what is written around question and answer
+
+    def differences(self, other: PromptIdentity) -> list[str]:
+        """One line for each, with both sides; what is written is named only where nothing else explains it."""
+        found = _differences("prompt", self, other)
+        return [line for line in found if not line.startswith("prompt.rendered")] or found
+
+
 class TargetsIdentity(Record):
     """What was kept of the teacher's distributions."""
 
@@ -103,10 +121,20 @@ class Identity(Record):
     inputs: InputsIdentity
     targets: TargetsIdentity
     data: tuple[DataSource, ...]
+    prompt: PromptIdentity | None = None  # as the rows captured last have it; older caches do not say
+
+    @model_serializer(mode="wrap")
+    def _without_an_unknown_prompt(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        stored: dict[str, Any] = serialize(self)
+        if stored.get("prompt", self) is None:
+            del stored["prompt"]
+        return stored
 
     def content(self) -> dict[str, Any]:
         """What a row depends on, beside its example: no names, no data.  Stored in every shard."""
-        stored = self.model_dump(mode="json", exclude={"data": True, "teacher": {"name", "revision"}})
+        stored = self.model_dump(
+            mode="json", exclude={"data": True, "prompt": True, "teacher": {"name", "revision"}}
+        )
         return {"format_version": FORMAT_VERSION, **stored}
 
     def digest(self) -> str:
@@ -120,6 +148,9 @@ class Identity(Record):
             *_differences("inputs", self.inputs, other.inputs),
             *_differences("targets", self.targets, other.targets),
         ]
+        if self.prompt is not None and other.prompt is not None:  # other days would be other examples
+            others = set(PromptIdentity.model_fields) - {"date"}
+            refusals += _differences("prompt", self.prompt, other.prompt, skip=others)
         names = _differences("teacher", self.teacher, other.teacher, skip={"weights_fingerprint", "dtype"})
         return Comparison(tuple(refusals), tuple(names))
 

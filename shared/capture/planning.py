@@ -10,7 +10,7 @@ from shared.data.rows import VqaSplit, open_split
 from shared.errors import DataError, RecipeError, listed
 from shared.recipes import Recipe
 from shared.same_teacher import compare_teacher
-from shared.survey import Keyed, captured_splits, inputs_identity, survey_keys
+from shared.survey import Keyed, captured_splits, inputs_identity, prompt_identity, survey_keys
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def identity_of(
         inputs=inputs_identity(processor, recipe.data),
         targets=TargetsIdentity.of_capture(cache.policy, temperatures=cache.temperatures, seed=cache.seed),
         data=data.sources(),
+        prompt=prompt_identity(processor, recipe.data),
     )
 
 

@@ -96,6 +96,16 @@ class ExampleProcessor:
         return self._prompt.end_of_turn
 
     @property
+    def thinking(self) -> bool | None:
+        """What the template is told of thoughts; None where it has no such switch."""
+        return self._prompt.template.thinking
+
+    @property
+    def rendered(self) -> str:
+        """Hex, over what the template writes around question and answer."""
+        return self._prompt.template.rendered
+
+    @property
     def date(self) -> str | None:
         """The day that prompts are written for; None where the template prints none."""
         found = self._prompt.template.date
@@ -223,10 +233,10 @@ class ExampleProcessor:
         inputs = self._processed(prompt.text, images, where)
         inputs.pop("attention_mask", None)  # all ones; collation makes its own
         shape = inputs["input_ids"].shape
-        tokens = {k: v for k, v in inputs.items() if v.shape == shape and not v.is_floating_point()}
+        tokens = {k: v[0] for k, v in inputs.items() if v.shape == shape and not v.is_floating_point()}
         pictures = {k: v for k, v in inputs.items() if k not in tokens}
         tokens, answered = self._prompt.finished(prompt, self._prompt.without_appended(tokens))
-        return {k: v[0] for k, v in tokens.items()}, pictures, answered
+        return tokens, pictures, answered
 
     def _processed(self, text: str, images: list[Image.Image], where: str) -> dict[str, Tensor]:
         pictures: dict[str, Any] = {}

@@ -153,16 +153,16 @@ class ChatPrompt:
     def without_appended(self, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Removes what the tokenizer writes after any text, such as an end of text: here the answer follows.
 
-        Shapes   tokens: (1, S, ...) each, a processed ``Prompt.text``
+        Shapes   tokens: (S, ...) each, a processed ``Prompt.text``
         """
-        return {name: value[:, : value.shape[1] - self._num_appended] for name, value in tokens.items()}
+        return {name: value[: len(value) - self._num_appended] for name, value in tokens.items()}
 
     def finished(
         self, prompt: Prompt, tokens: dict[str, torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], list[Answered]]:
         """Puts texts that hold markers in place of their words, and finds the earlier answers.
 
-        Shapes   tokens: (1, S, ...) each, ``input_ids`` among them: a processed ``Prompt.text``, its image
+        Shapes   tokens: (S, ...) each, ``input_ids`` among them: a processed ``Prompt.text``, its image
                  placeholders expanded
         Returns  the same with another S; what else is known of a word's tokens holds for its text's
         Raises   RecipeError  when the processor changes the text so much that texts cannot be found in it
@@ -170,7 +170,7 @@ class ChatPrompt:
         if not prompt.is_marked and not prompt.earlier:
             return tokens, []
         plain = self._tokens_of(prompt.text)
-        places = aligned(plain.ids, tokens["input_ids"][0].tolist(), self._placeholder_ids)
+        places = aligned(plain.ids, tokens["input_ids"].tolist(), self._placeholder_ids)
         if prompt.is_marked:
             return self._put_in(prompt, plain, places, tokens)
         found = {}
@@ -205,7 +205,7 @@ class ChatPrompt:
         self, prompt: Prompt, plain: _Tokens, places: Sequence[int | None], tokens: dict[str, torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], list[Answered]]:
         """Each window's tokens are those of the texts themselves, without added tokens."""
-        given = tokens["input_ids"][0].tolist()
+        given = tokens["input_ids"].tolist()
         source: list[int] = []  # for each new token one whose other properties it has
         ids: list[int] = []
         found: dict[int, Answered] = {}
@@ -224,8 +224,8 @@ class ChatPrompt:
         source += range(end, len(given))
         ids += given[end:]
         index = torch.tensor(source)
-        changed = {name: value[:, index] for name, value in tokens.items()}
-        changed["input_ids"] = torch.tensor([ids], dtype=tokens["input_ids"].dtype)
+        changed = {name: value[index] for name, value in tokens.items()}
+        changed["input_ids"] = torch.tensor(ids, dtype=tokens["input_ids"].dtype)
         earlier = {n: one for n, one in found.items() if prompt.layout.owners[n] in prompt.earlier}
         return changed, _by_turn(prompt, earlier)
 

@@ -442,6 +442,12 @@ class Recipe(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    def of_day(self, date: str | None) -> Recipe:
+        """The same, its prompts written for that day; None: as it is."""
+        if date is None:
+            return self
+        return self.model_copy(update={"data": self.data.model_copy(update={"date": date})})
+
     @property
     def distils(self) -> bool:
         """Whether stage two needs the cache."""

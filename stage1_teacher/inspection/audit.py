@@ -23,12 +23,12 @@ from torch import Tensor
 from shared.cache import CacheReader
 from shared.capture.planning import NumberedRows, open_rows
 from shared.data.collation import Encoded
-from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.processing import ExampleProcessor
 from shared.errors import CacheMismatchError, DataError, RecipeError
 from shared.progress import by_examples, progress
 from shared.recipes import Recipe
 from shared.runtime import World
-from shared.survey import inputs_identity
+from shared.survey import inputs_identity, open_processor_of
 from stage1_teacher.capturing.batching import BatchRunner
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
 from stage1_teacher.inspection.comparison import AtTemperature, Comparison
@@ -99,7 +99,7 @@ def audit(
     """
     if recipe.teacher is None or recipe.cache is None:
         raise RecipeError(f"recipe of run {recipe.run.name}: an audit needs a teacher and a cache section")
-    processor = open_processor(recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
+    processor = open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
     require_inputs(reader, recipe, processor)
     sample = choose(reader, open_rows(recipe), processor, num_examples=num_examples, seed=seed)
     encoded = sample.encoded

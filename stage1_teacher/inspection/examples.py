@@ -10,7 +10,7 @@ import torch
 
 from shared.cache import CacheReader, Row
 from shared.capture.planning import open_rows
-from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.processing import ExampleProcessor
 from shared.data.rows import Example
 from shared.errors import DataError, TeachonceError
 from shared.progress import progress
@@ -20,6 +20,7 @@ from shared.reports.figures import Drawing
 from shared.reports.page import Section
 from shared.reports.pieces import beside, card, cards, figure, figures, html_table, paragraph, table
 from shared.reports.text import escape, shorten, token_text
+from shared.survey import open_processor_of
 from stage1_teacher.inspection.plots import by_kind
 from stage1_teacher.inspection.positions import positions_of, top_entries
 
@@ -93,9 +94,9 @@ def open_tokenizer(recipe: Recipe) -> ExampleProcessor:
     """The teacher's, or the student's where the teacher is gone: keys and tokens are the same."""
     assert recipe.teacher is not None
     try:
-        return open_processor(recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
+        return open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
     except TeachonceError:
-        return open_processor(recipe.student.model, recipe.data, revision=recipe.student.revision)
+        return open_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
 
 
 def _composition(reader: CacheReader, found: list[Shown]) -> Section:

@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig, PreTrainedModel
 
-from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.processing import ExampleProcessor
 from shared.data.rows import Example, VqaSplit
 from shared.errors import TeachonceError
 from shared.models.vlm import load_vlm
 from shared.progress import progress
 from shared.recipes import Recipe, Split
 from shared.runtime import World
+from shared.survey import open_processor_of
 from stage2_student.evaluation.answer_metrics import exact_match, rouge_l, token_f1
 from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.survey import Survey, survey_once
@@ -102,7 +103,7 @@ def answers_of(
     shuffle_pictures  each question is about the picture of another case
     Raises        TeachonceError or torch.OutOfMemoryError  on all ranks, what one of them met
     """
-    processor = open_processor(source.model, recipe.data, revision=source.revision)
+    processor = open_processor_of(recipe, source.model, revision=source.revision)
     found = (found or survey_once(recipe.data, split, processor, None, world)).spread(num_examples)
     if shuffle_pictures:
         found = with_other_pictures(found)

@@ -9,10 +9,10 @@ from functools import partial
 
 import click
 
-from shared.data.processing import open_processor
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import FreezeConfig, ParallelConfig, Recipe, Split
 from shared.runtime import World
+from shared.survey import open_processor_of
 from stage2_student.evaluation.answers import ModelSource
 from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.feed import MicrobatchSource
@@ -68,7 +68,7 @@ def _validated(
     shuffle_pictures: bool,
     with_kl: bool,
 ) -> Losses:
-    processor = open_processor(source.model, recipe.data, revision=source.revision)
+    processor = open_processor_of(recipe, source.model, revision=source.revision)
     cache = None
     if with_kl:
         cache, _ = open_targets(recipe, processor, temperature=KL_TEMPERATURE)

@@ -15,6 +15,7 @@ from shared.recipes import Recipe, dump_recipe
 # changes how a run is executed, its length and its rhythm, and its losses by no more than rounding.
 MAY_CHANGE = (
     *("bootstrap", "teacher", "cache"),
+    *("data.format", "data.answers", "data.text_only", "data.train_on", "data.date"),
     *("data.source", "data.revision", "data.columns", "data.splits", "data.limit", "data.max_dropped"),
     *("student.attn_implementation", "student.activation_checkpointing"),
     *("student.lora.merge", "student.compile", "student.compile_backend", "loss.chunk_size", "parallel"),

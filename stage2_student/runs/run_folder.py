@@ -26,7 +26,7 @@ from typing import Any
 from shared.cache.lock import CacheBusyError, CaptureLock
 from shared.errors import CheckpointError, NotAFileError, RecipeError
 from shared.library_output import keep_library_output
-from shared.recipes import Recipe, Split, recipe_text
+from shared.recipes import Recipe, Split, load_recipe, recipe_text
 from shared.regular_files import read_regular
 from shared.runtime import World, environment
 from stage2_student.runs.checkpoint import Checkpoint, Checkpoints
@@ -96,6 +96,12 @@ class RunFolder:
         self.checkpoints = Checkpoints(
             path / "checkpoints", keep=keep_checkpoints, in_background=async_checkpoints
         )
+
+    def with_its_date(self, recipe: Recipe) -> Recipe:
+        """A run goes on with the day that its prompts began with."""
+        if recipe.data.date is not None or not self.recipe.exists():
+            return recipe
+        return recipe.of_day(load_recipe(self.recipe).data.date)
 
     @contextmanager
     def taken(self, world: World, *, resume: bool) -> Iterator[None]:

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from shared.cache import CacheReader
-from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import Recipe
 from shared.runtime import World
 from shared.same_teacher import ANOTHER_TEACHER, compare_teacher
-from shared.survey import inputs_identity
+from shared.survey import inputs_identity, open_processor_of
 from stage2_student.runs.identity import run_identity
 from stage2_student.training.feed import MicrobatchSource
 from stage2_student.training.student import KL_TEMPERATURE
@@ -60,6 +60,7 @@ class Inputs:
             "data.validation": None if self.validation is None else self.validation.fingerprint,
             "tokenizer": self.processor.tokenizer_fingerprint,
             "template": self.processor.template_fingerprint,
+            **({} if self.processor.date is None else {"date": self.processor.date}),
             "image_processor": self.processor.image_processor_fingerprint,
             "cache.manifest": None if self.cache is None else self.cache.manifest.sha256,
         }
@@ -68,7 +69,7 @@ class Inputs:
 
 def open_inputs(recipe: Recipe, world: World) -> Inputs:
     """Raises   TeachonceError  of the kind that fits, when something is missing or does not fit"""
-    processor = open_processor(recipe.student.model, recipe.data, revision=recipe.student.revision)
+    processor = open_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
     cache, notices = open_cache(recipe, processor)
     validation_cache = cache
     if cache is None and recipe.data.splits.validation is not None:

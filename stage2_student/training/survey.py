@@ -13,10 +13,10 @@ import numpy as np
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
-from shared.errors import CacheMismatchError, DataError, listed
+from shared.errors import DataError, listed
 from shared.recipes import DataConfig, Split
 from shared.runtime import World
-from shared.survey import keys_fingerprint, survey_keys
+from shared.survey import keys_fingerprint, not_in_the_cache, survey_keys
 
 MAX_REASONS_SHOWN = 10
 
@@ -94,7 +94,7 @@ def survey(
     _check_number(keyed.split, data, num_usable=int(usable.sum()), dropped=dropped)
     wanted = [keyed.keys[i] for i in np.flatnonzero(usable)]
     if cache is not None:
-        _check_cache(keyed.split, keyed.rows[usable], wanted, cache)
+        _check_cache(keyed.split, keyed.rows[usable], wanted, cache, processor, data)
     return Survey(
         split=keyed.split,
         rows=keyed.rows[usable],
@@ -121,11 +121,16 @@ def _check_number(split: VqaSplit, data: DataConfig, *, num_usable: int, dropped
         raise DataError(f"{split.source}, split {split.name}: no row can be used")
 
 
-def _check_cache(split: VqaSplit, rows: np.ndarray, keys: list[bytes], cache: CacheReader) -> None:
+def _check_cache(
+    split: VqaSplit,
+    rows: np.ndarray,
+    keys: list[bytes],
+    cache: CacheReader,
+    processor: ExampleProcessor,
+    data: DataConfig,
+) -> None:
     missing = np.flatnonzero(~cache.contains(keys))
     if len(missing):
-        raise CacheMismatchError(
-            f"cache {cache.location}: {len(missing)} of {len(keys)} examples are not in it, "
-            f"{split.where(int(rows[missing[0]]))} first. Run teacher-cache again: only what is missing "
-            "is captured"
-        )
+        first = split.where(int(rows[missing[0]]))
+        told = f"{len(missing)} of {len(keys)} examples are not in it, {first} first"
+        raise not_in_the_cache(cache, processor, data, told=told)
