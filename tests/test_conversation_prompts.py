@@ -468,6 +468,11 @@ def test_stretches_are_found_around_expanded_pictures(data: st.DataObject) -> No
     assert [-1 if token == 1 else place for token, place in zip(plain, places, strict=True)] == expected
 
 
+def test_a_processor_may_write_a_beginning_and_an_end_of_its_own() -> None:
+    assert aligned([1, 5, 6], [1, 1, 1, 9, 5, 6, 8], {1}) == [None, 4, 5]
+    assert aligned([5, 6], [9, 5, 6, 8], {1}) == [1, 2]
+
+
 def test_tokens_that_join_a_picture_s_blanks_are_left_out() -> None:
     places = aligned([5, 6, 1, 7, 8], [5, 66, 2, 2, 77, 8], {1})
     assert places == [0, None, None, None, 5]

@@ -18,7 +18,8 @@ def aligned(plain: Sequence[int], given: Sequence[int], placeholder_ids: Collect
     places: list[int | None] = [None] * len(plain)
     gaps = [n for n, token in enumerate(plain) if token in placeholder_ids]
     if not gaps:
-        return _by_the_ends(plain, given)
+        whole = _find(plain, given, 0, is_first=True, is_last=True)
+        return _by_the_ends(plain, given) if whole is None else list(range(whole[1], whole[1] + len(plain)))
     begins, ends = [0, *(gap + 1 for gap in gaps)], [*gaps, len(plain)]
     where = 0
     for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
@@ -62,13 +63,9 @@ def _find(
         part = list(stretch[head : len(stretch) - tail])
         if not part:
             continue
-        if is_first:
-            candidates: Sequence[int] = [0]
-        elif is_last:
-            candidates = [len(given) - len(part)]
-        else:
-            candidates = range(where, len(given) - len(part) + 1)
-        for place in candidates:
+        last = len(given) - len(part)
+        likely = [0] if is_first else [last] if is_last else []
+        for place in (*likely, *range(where, last + 1)):
             if place >= where and list(given[place : place + len(part)]) == part:
                 return head, place, len(part)
     return None
