@@ -78,24 +78,29 @@ def example_of(*turns: Turn, size: tuple[int, int] = (48, 40)) -> Example:
     return Example(tuple(encoded_picture(n, size=(size[0] + 16 * n, size[1])) for n in range(number)), turns)
 
 
-def own_ids(processor: Any, example: Example, **options: Any) -> list[int]:
-    """The processor's own tokens of the whole conversation."""
-    pictures = iter(example.images)
+def messages_of(example: Example) -> tuple[list[dict[str, Any]], list[Any]]:
+    """As Transformers takes a conversation, and its pictures in order."""
+    decoded = [decode_rgb(image) for image in example.images]
+    pictures = iter(decoded)
     messages = [
         {
             "role": turn.role,
             "content": [
-                {"type": "image", "image": decode_rgb(next(pictures))}
-                if part is None
-                else {"type": "text", "text": part}
+                {"type": "image", "image": next(pictures)} if part is None else {"type": "text", "text": part}
                 for part in turn.parts
             ],
         }
         for turn in example.turns
     ]
+    return messages, decoded
+
+
+def own_ids(processor: Any, example: Example, **options: Any) -> list[int]:
+    """The processor's own tokens of the whole conversation."""
+    messages, _ = messages_of(example)
     found = processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    ids = found["input_ids"]
-    return torch.as_tensor(ids).flatten().tolist()
+    ids: list[int] = torch.as_tensor(found["input_ids"]).flatten().tolist()
+    return ids
 
 
 def labelled(processor: ExampleProcessor, example: Example) -> str:

@@ -241,7 +241,8 @@ class ExampleProcessor:
     def _processed(self, text: str, images: list[Image.Image], where: str) -> dict[str, Tensor]:
         pictures: dict[str, Any] = {}
         if images:  # nothing is to be guessed of their axes: a picture may be 3 pixels wide
-            pictures = {"images": images, "input_data_format": "channels_last"}
+            given = images if len(images) == 1 else [images]  # of one text
+            pictures = {"images": given, "input_data_format": "channels_last"}
         try:
             inputs = self._processor(
                 text=[text],
@@ -252,7 +253,11 @@ class ExampleProcessor:
                 **pictures,
             )
         except ValueError as error:
-            what = "the picture" if len(images) == 1 else f"{len(images)} pictures"
+            if not images:
+                raise DataError(
+                    f"{where}: this model's processor refuses a row without a picture ({error}). Take such rows out"
+                ) from error
+            what = "the picture" if len(images) == 1 else f"the {len(images)} pictures"
             raise DataError(f"{where}: the image processor refuses {what} ({error})") from error
         return dict(inputs)
 
