@@ -9,6 +9,7 @@ transformers 5.17 at least, whether ``AutoImageProcessor`` opens anything.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -39,7 +40,7 @@ def load_processor(
 
     Raises   RecipeError  when it cannot be opened, takes no pictures, or knows no such bounds.
     """
-    model, revision = lineage(model, revision)[0]
+    (model, revision), *adapters = lineage(model, revision)
     asked = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     bounds = {name: value for name, value in asked.items() if value is not None}
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
@@ -53,6 +54,8 @@ def load_processor(
     except Exception as error:  # missing files, missing packages, no network: of many types
         reason = shortened(why(model, error))
         raise RecipeError(f"model {model}: its processor cannot be opened: {reason}") from error
+    for adapter, _ in adapters:
+        _take_texts(processor, Path(adapter))
     if not hasattr(processor, "tokenizer"):
         raise RecipeError(f"model {model}: {type(processor).__name__} takes no text; a VLM is needed")
     if bounds and not bounds.keys() <= getattr(images.valid_kwargs, "__annotations__", {}).keys():
@@ -61,6 +64,22 @@ def load_processor(
             "remove it from the recipe's data section"
         )
     return processor
+
+
+def _take_texts(processor: Any, adapter: Path) -> None:
+    """Tokenizer and template of an adapter's folder, where it has some of its own, in place of what it was built on.
+
+    An export of a student that began from an adapter has the same ones.
+    """
+    try:
+        if any((adapter / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+            processor.tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
+            processor.chat_template = processor.tokenizer.chat_template or processor.chat_template
+        if (template := adapter / "chat_template.jinja").exists():
+            processor.chat_template = template.read_text(encoding="utf-8")
+    except Exception as error:  # of many types, as above
+        reason = shortened(why(str(adapter), error))
+        raise RecipeError(f"model {adapter}: its tokenizer cannot be opened: {reason}") from error
 
 
 def chat_template(processor: Any) -> str:

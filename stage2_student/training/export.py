@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from shared.data.processors import chat_template, load_processor
 from shared.errors import CheckpointError, RecipeError
 from shared.models import adapters
 from shared.models.adapters import lineage
@@ -28,6 +29,15 @@ from stage2_student.training.lora import add_adapters, merge_adapters, save_adap
 from stage2_student.training.student import empty_model
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+TOKENIZER_FILES = (
+    "tokenizer",
+    "special_tokens",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "spiece",
+    "sentencepiece",
+)
 WEIGHTS_INDEX = "*.index.json"
 MAX_SHARD_SIZE = "5GB"
 
@@ -35,12 +45,21 @@ MAX_SHARD_SIZE = "5GB"
 def save_model_files(recipe: Recipe, folder: RunFolder) -> None:
     """Copies what is not weights from the student's original folder into the run's.
 
-    Of an adapter, first what its base model has: a folder as peft writes it holds nothing else.
+    Of an adapter, what its base model has, but tokenizer and template as the processor takes them in training: the
+    adapter's own where it has some.
     """
     folder.model_files.mkdir(exist_ok=True)
-    for name, revision in lineage(recipe.student.model, recipe.student.revision):
-        for path in _small_files(_local(name, revision)):
-            shutil.copyfile(path, folder.model_files / path.name)
+    (base, revision), *adapters = lineage(recipe.student.model, recipe.student.revision)
+    for path in _small_files(_local(base, revision)):
+        shutil.copyfile(path, folder.model_files / path.name)
+    for name, _ in adapters:
+        for path in _small_files(Path(name)):
+            if path.name.startswith(TOKENIZER_FILES):
+                shutil.copyfile(path, folder.model_files / path.name)
+    if adapters:
+        processor = load_processor(recipe.student.model, revision=recipe.student.revision)
+        (folder.model_files / "chat_template.json").unlink(missing_ok=True)
+        write_text(folder.model_files / "chat_template.jinja", chat_template(processor))
 
 
 def _local(name: str, revision: str | None) -> Path:
