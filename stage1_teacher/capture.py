@@ -36,7 +36,7 @@ from shared.data.collation import Encoded
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
 from shared.library_output import keep_library_output
-from shared.models.vlm import check_split
+from shared.model_check import check_model, two_examples
 from shared.recipes import CacheConfig, Recipe, dump_recipe
 from shared.runtime import World, environment
 from shared.same_teacher import teacher_content, teacher_stamp
@@ -83,7 +83,9 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
             f"teacher {recipe.teacher.model} is run over {len(data.all_keys())} examples; cache {recipe.cache.path}"
         )
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
-    if not teacher.is_sharded:
+    if teacher.is_sharded:
+        check_teacher(recipe, processor, teacher)
+    else:
         world.by_main(lambda: check_teacher(recipe, processor, teacher))
     begin = time.monotonic()
     writer, assignment = open_cache(recipe, processor, data, teacher, world)
@@ -127,9 +129,12 @@ def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData
 
 
 def check_teacher(recipe: Recipe, processor: ExampleProcessor, teacher: Teacher) -> None:
-    """Raises   RecipeError  when body and head do not make the teacher's own logits"""
-    first = WindowSource(open_rows(recipe), processor).any_encoded()
-    check_split(teacher.model, processor.collate([first]).to(teacher.device).inputs)
+    """Of a sharded teacher called by all ranks.
+
+    Raises   RecipeError  when the teacher does not compute what is taken for granted
+    """
+    examples = two_examples(WindowSource(open_rows(recipe), processor).usable())
+    check_model(teacher.model, processor, examples, device=teacher.device)
 
 
 def remove_committed_plan(location: str) -> None:
@@ -245,7 +250,7 @@ def captured_batches(
 
 def idle_forward(source: WindowSource, teacher: Teacher) -> None:
     """A forward on behalf of other ranks, over any readable example."""
-    teacher.hidden(source.processor.collate([source.any_encoded()]).to(teacher.device))
+    teacher.hidden(source.processor.collate([next(source.usable())]).to(teacher.device))
 
 
 def capture_batch(

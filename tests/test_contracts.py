@@ -23,7 +23,7 @@ FLOORS = [
     {"models"},
     {"codec", "data"},
     {"reports", "kd_loss", "cache"},
-    {"survey", "small_models", "same_teacher", "split_check"},
+    {"survey", "small_models", "same_teacher", "split_check", "model_check"},
     {"preflight"},
     {"pipeline", "capture"},
 ]

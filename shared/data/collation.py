@@ -9,7 +9,7 @@ Legend: B examples, S padded length, N labels of the batch, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from shared.errors import DataError
 
 IGNORE_INDEX = -100
+CROSS_ATTENTION = "cross_attention_mask"  # of the pictures that each token may see
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,15 +27,22 @@ class Encoded:
     """One example, ready for collation.
 
     Shapes   input_ids, labels (S,) int64; labels are -100 wherever nothing is to be learned
-             model_inputs: what else the model is fed; what is there for each token has shape (S,)
+             per_token: what else there is for each token, (S, ...) each
+             per_picture: what there is for the pictures, joined along the first axis; {} without pictures
     """
 
     key: bytes
     input_ids: Tensor
     labels: Tensor
-    model_inputs: dict[str, Tensor]
+    per_token: dict[str, Tensor]
+    per_picture: dict[str, Tensor]
     num_positions: int
     truncated: bool
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor]:
+        """All that the model is fed beside the ids."""
+        return self.per_token | self.per_picture
 
     @property
     def answer_ids(self) -> Tensor:
@@ -75,7 +83,7 @@ def collated(
 ) -> Batch:
     """Pads and joins; what a model computes for an example does not depend on its companions or the side.
 
-    Raises   DataError  when the pictures' tensors do not fit together.
+    Raises   DataError  when the pictures' tensors have different numbers of axes
     """
     length = max(len(one.input_ids) for one in encoded)
     starts = [length - len(one.input_ids) if padding_side == "left" else 0 for one in encoded]
@@ -99,32 +107,60 @@ def _predicting(one: Encoded) -> Tensor:
 
 
 def _padded(encoded: Sequence[Encoded], starts: list[int], length: int, pad_id: int) -> dict[str, Tensor]:
-    """What there is for each token, (B, S): ids padded with ``pad_id``, all else with 0."""
+    """What there is for each token, (B, S, ...): ids padded with ``pad_id``, all else with 0."""
     rows = [
-        {"input_ids": one.input_ids, "attention_mask": torch.ones_like(one.input_ids)}
-        | {name: value for name, value in one.model_inputs.items() if _is_per_token(value, one)}
+        {"input_ids": one.input_ids, "attention_mask": torch.ones_like(one.input_ids)} | one.per_token
         for one in encoded
     ]
     padded = {}
-    for name, first in rows[0].items():
-        padded[name] = first.new_full((len(rows), length), pad_id if name == "input_ids" else 0)
-        for row, (start, values) in enumerate(zip(starts, rows, strict=True)):
-            padded[name][row, start : start + len(values[name])] = values[name]
+    for name, values in _by_name(rows).items():
+        found = [value for value in values if value is not None]
+        trailing = _largest(name, [value.shape[1:] for value in found])
+        fill = pad_id if name == "input_ids" else 0
+        padded[name] = found[0].new_full((len(rows), length, *trailing), fill)
+        for row, (start, value) in enumerate(zip(starts, values, strict=True)):
+            if value is not None:
+                padded[name][row, start : start + len(value)] = _grown(value, trailing)
     return padded
 
 
 def _joined(encoded: Sequence[Encoded]) -> dict[str, Tensor]:
-    """What there is for each picture, joined along the first axis, as models take it."""
-    first = encoded[0]
-    names = [name for name, value in first.model_inputs.items() if not _is_per_token(value, first)]
-    try:
-        return {name: torch.cat([one.model_inputs[name] for one in encoded]) for name in names}
-    except RuntimeError as error:
+    """What there is for pictures, joined along the first axis, the others padded with zeros to the largest.
+
+    So families pad pictures of different sizes or numbers of tiles themselves, and say beside the pixels what is
+    padding.  With cross-attention the first axis is that of examples: there, one without pictures has zeros.
+    """
+    by_example = any(CROSS_ATTENTION in one.per_token for one in encoded)
+    joined = {}
+    for name, values in _by_name([one.per_picture for one in encoded]).items():
+        found = [value for value in values if value is not None]
+        if by_example:
+            found = [torch.zeros_like(found[0][:1]) if value is None else value for value in values]
+        trailing = _largest(name, [value.shape[1:] for value in found])
+        joined[name] = torch.cat([_grown(value, trailing) for value in found])
+    return joined
+
+
+def _by_name(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor | None]]:
+    """Each name's values, one for each example; None where an example has none."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _largest(name: str, shapes: Sequence[torch.Size]) -> list[int]:
+    """The size of each axis that holds all of the shapes."""
+    if len({len(shape) for shape in shapes}) > 1:
         raise DataError(
-            f"pictures of different sizes do not fit into one batch of this model ({error}); "
-            "set microbatch_size to 1"
-        ) from error
+            f"examples of one batch have {name} of {' and '.join(str(tuple(shape)) for shape in shapes)}, beside the "
+            "first axis; this model's image processor must give pictures of any size the same number of axes"
+        )
+    return [max(sizes) for sizes in zip(*shapes, strict=True)]
 
 
-def _is_per_token(value: Tensor, one: Encoded) -> bool:
-    return value.shape == one.input_ids.shape
+def _grown(value: Tensor, trailing: list[int]) -> Tensor:
+    """With zeros at the ends of its axes, but for the first."""
+    if list(value.shape[1:]) == trailing:
+        return value
+    grown = value.new_zeros(len(value), *trailing)
+    grown[(slice(None), *(slice(size) for size in value.shape[1:]))] = value
+    return grown

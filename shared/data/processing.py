@@ -34,6 +34,7 @@ from shared.data.fingerprints import (
     tokenizer_fingerprint,
 )
 from shared.data.images import CONVERSION_VERSION, Background, decode_rgb, size_of
+from shared.data.model_inputs import answer_kinds, continued, sorted_inputs
 from shared.data.processors import chat_template, load_processor
 from shared.data.prompts import PROMPT_VERSION, Answered, ChatPrompt, Prompt
 from shared.data.rows import Example
@@ -196,13 +197,13 @@ class ExampleProcessor:
         tokens, pictures, answered = self._prompt_inputs(example, prompt)
         ids = tokens.pop("input_ids")
         labels, is_short = self._earlier_labels(ids, answered if len(answer) else [])
-        per_token = {k: torch.cat([v, v.new_zeros(len(answer))]) for k, v in tokens.items()}  # 0: plain text
         labels = torch.cat([labels, answer])
         return Encoded(
             key=self.key(example),
             input_ids=torch.cat([ids, answer]),
             labels=labels,
-            model_inputs=per_token | pictures,
+            per_token=continued(tokens, len(answer), answer_kinds(self._processor)),
+            per_picture=pictures,
             num_positions=int((labels != IGNORE_INDEX).sum()),
             truncated=is_cut or is_short,
         )
@@ -224,17 +225,14 @@ class ExampleProcessor:
     def _prompt_inputs(
         self, example: Example, prompt: Prompt
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Answered]]:
-        """What there is for each token, of shape (S,), the rest, and where earlier answers are."""
+        """What there is for each token, (S, ...) each, for the pictures, and where earlier answers are."""
         where = _where(example)
         images = [
             decode_rgb(image, background=self._background, where=_where(example, number))
             for number, image in enumerate(example.images, start=1)
         ]
         inputs = self._processed(prompt.text, images, where)
-        inputs.pop("attention_mask", None)  # all ones; collation makes its own
-        shape = inputs["input_ids"].shape
-        tokens = {k: v[0] for k, v in inputs.items() if v.shape == shape and not v.is_floating_point()}
-        pictures = {k: v for k, v in inputs.items() if k not in tokens}
+        tokens, pictures = sorted_inputs(self._processor, inputs)
         tokens, answered = self._prompt.finished(prompt, self._prompt.without_appended(tokens))
         return tokens, pictures, answered
 
@@ -275,7 +273,13 @@ def open_processor(model: str, data: DataConfig, *, revision: str | None = None)
     Raises   RecipeError  when it cannot be opened, or is none for pictures and text.
     """
     return ExampleProcessor(
-        load_processor(model, revision=revision, min_pixels=data.min_pixels, max_pixels=data.max_pixels),
+        load_processor(
+            model,
+            revision=revision,
+            min_pixels=data.min_pixels,
+            max_pixels=data.max_pixels,
+            template=data.chat_template,
+        ),
         max_answer_tokens=data.max_answer_tokens,
         system_prompt=data.system_prompt,
         date=data.date,

@@ -9,24 +9,41 @@ transformers 5.17 at least, whether ``AutoImageProcessor`` opens anything.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, Qwen3VLProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    SmolVLMProcessor,
+)
 from transformers.models.auto.image_processing_auto import get_image_processor_config
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.models.smolvlm import processing_smolvlm as smolvlm
+from transformers.utils import is_torchvision_available
 
 from shared.errors import RecipeError, shortened
 from shared.models.adapters import lineage
 from shared.places import is_local, require_hub_asked_once, require_no_typo, why
+from shared.regular_files import read_regular
 
-
-class Qwen3VLProcessorWithoutVideo(Qwen3VLProcessor):
-    """The processor of Qwen3-VL and Qwen3.5 for pictures and text."""
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+# Of families whose models were trained without turns, and have no template of their own.
+PLAIN_TEMPLATES = {
+    "PaliGemmaProcessor": (  # pictures first; the processor writes what begins a text and the line's end behind it
+        "{% for message in messages if message.role == 'user' %}{% for part in message.content "
+        "if part.type == 'image' %}<image>{% endfor %}{% endfor %}"
+        "{% for message in messages %}{% if message.role == 'assistant' and not loop.last %}"
+        "{{ raise_exception('PaliGemma answers one question; it knows no conversations') }}{% endif %}"
+        "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+        "{{ {'system': '\n', 'assistant': eos_token}.get(message.role, '') }}{% endfor %}"
+    )
+}
 
 
 def load_processor(
@@ -35,8 +52,11 @@ def load_processor(
     revision: str | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    template: str | None = None,
 ) -> Any:
     """The processor of a local folder or a Hub model, its pictures bounded to that many pixels if asked for.
+
+    template  a file with the chat template to be used, instead of the model's own
 
     Raises   RecipeError  when it cannot be opened, takes no pictures, or knows no such bounds.
     """
@@ -49,21 +69,38 @@ def load_processor(
     if not is_local(model):
         require_hub_asked_once()
     try:
-        images = _pil_image_processor(model, revision, bounds)
+        images = _image_processor(model, revision, bounds)
         processor = _processor(model, revision, images)
+    except RecipeError:
+        raise
     except Exception as error:  # missing files, missing packages, no network: of many types
+        if _needs_torchvision(error):
+            raise RecipeError(
+                f"model {model}: its processor needs torchvision, which is not installed. "
+                "Run `pip install 'teachonce[vision]'`, or take a model of another family"
+            ) from error
         reason = shortened(why(model, error))
         raise RecipeError(f"model {model}: its processor cannot be opened: {reason}") from error
     for adapter, _ in adapters:
         _take_texts(processor, Path(adapter))
     if not hasattr(processor, "tokenizer"):
         raise RecipeError(f"model {model}: {type(processor).__name__} takes no text; a VLM is needed")
+    if template is not None:
+        processor.chat_template = read_template(template)
     if bounds and not bounds.keys() <= getattr(images.valid_kwargs, "__annotations__", {}).keys():
         raise RecipeError(
             f"model {model}: {type(images).__name__} has no such setting as {' or '.join(bounds)}; "
             "remove it from the recipe's data section"
         )
     return processor
+
+
+def read_template(path: str) -> str:
+    """Raises   RecipeError  when there is no such text file"""
+    try:
+        return read_regular(path).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"data.chat_template {path}: cannot be read: {error}") from error
 
 
 def _take_texts(processor: Any, adapter: Path) -> None:
@@ -83,37 +120,84 @@ def _take_texts(processor: Any, adapter: Path) -> None:
 
 
 def chat_template(processor: Any) -> str:
-    """The template that makes prompts, the processor's own or else its tokenizer's.
+    """The template that makes prompts: the processor's own, or its tokenizer's, or a plain one of its family.
 
-    Raises   RecipeError  when there is none.
+    Raises   RecipeError  when there is none
     """
     found = processor.chat_template or processor.tokenizer.chat_template
     if isinstance(found, dict):  # several, by name
         found = found.get("default")
+    found = found or PLAIN_TEMPLATES.get(type(processor).__name__)
     if not found:
-        raise RecipeError(f"{processor.tokenizer.name_or_path} has no chat template; it makes the prompts")
+        raise RecipeError(
+            f"{processor.tokenizer.name_or_path} has no chat template; it makes the prompts. Give the path of one, "
+            "a Jinja file, as data.chat_template"
+        )
     return found
 
 
-def _pil_image_processor(model: str, revision: str | None, bounds: dict[str, int]) -> Any:
+def _needs_torchvision(error: BaseException) -> bool:
+    """Whether torchvision is missing, and this error or what it came from says so."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    return not is_torchvision_available() and any("torchvision" in str(one).lower() for one in causes)
+
+
+def _image_processor(model: str, revision: str | None, bounds: dict[str, int]) -> Any:
     """The PIL form of the image processor, by name: ``...ImageProcessor`` or ``...Fast`` or ``...Pil``."""
     name = str(get_image_processor_config(model, revision=revision).get("image_processor_type"))
-    found = getattr(transformers, name.removesuffix("Fast").removesuffix("Pil") + "Pil", None)
-    if found is None:
-        return AutoImageProcessor.from_pretrained(
-            model, revision=revision, backend="pil", trust_remote_code=False, **bounds
-        )
-    return found.from_pretrained(model, revision=revision, **bounds)
+    family = name.removesuffix("Fast").removesuffix("Pil")
+    found = getattr(transformers, f"{family}Pil", None)
+    if found is not None:
+        return found.from_pretrained(model, revision=revision, **bounds)
+    backend = "torchvision" if hasattr(transformers, family) else "pil"
+    return AutoImageProcessor.from_pretrained(
+        model, revision=revision, backend=backend, trust_remote_code=False, **bounds
+    )
 
 
 def _processor(model: str, revision: str | None, images: Any) -> Any:
-    """The whole, with ``images`` in it."""
+    """The whole, with ``images`` in it, for pictures and text: parts for video and audio are None."""
+    processor_class = _processor_class(model, revision)
+    # A processor of Mistral's models takes tokenizer.json as it is, whatever other files there are.
+    is_mistral = processor_class.__name__ == "PixtralProcessor"
+    opener: Any = PreTrainedTokenizerFast if is_mistral else AutoTokenizer
+    tokenizer = opener.from_pretrained(model, revision=revision, trust_remote_code=False)
+    found, _ = processor_class.get_processor_dict(model, revision=revision)
+    names = processor_class.get_attributes()
+    taken = inspect.signature(processor_class.__init__).parameters.keys() - names
+    settings = {name: value for name, value in found.items() if name in taken}
+    settings["chat_template"] = found.get("chat_template") or tokenizer.chat_template
+    settings = {name: value for name, value in settings.items() if value is not None}
+    parts = dict.fromkeys(names) | {"image_processor": images, "tokenizer": tokenizer}
+    return _built(processor_class, parts | settings)
+
+
+def _processor_class(model: str, revision: str | None) -> Any:
+    """The class that the model's files name, or else the one of its type, as ``AutoProcessor`` finds it.
+
+    Raises   RecipeError  when there is none
+    """
+    of_processor, _ = ProcessorMixin.get_processor_dict(model, revision=revision)
+    of_images = get_image_processor_config(model, revision=revision)
+    for settings in (of_processor, of_images, get_tokenizer_config(model, revision=revision)):
+        found = processor_class_from_name(str(settings.get("processor_class")))
+        if found is not None:
+            return found
     config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    if PROCESSOR_MAPPING.get(type(config), None) is Qwen3VLProcessor:
-        settings, _ = Qwen3VLProcessor.get_processor_dict(model, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-        template = settings.get("chat_template") or tokenizer.chat_template
-        return Qwen3VLProcessorWithoutVideo(images, tokenizer, chat_template=template)
-    processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
-    processor.image_processor = images
+    found = PROCESSOR_MAPPING.get(type(config), None)
+    if found is None:
+        raise RecipeError(f"model {model}: {config.model_type!r} has no processor for pictures and text")
+    return found
+
+
+def _built(processor_class: Any, arguments: dict[str, Any]) -> Any:
+    """An object of that class; its constructor would refuse parts that are None."""
+    if processor_class is SmolVLMProcessor and smolvlm.num2words is None:
+        smolvlm.num2words = str  # spells the number of a video's frames, and is asked for all the same
+    processor = processor_class.__new__(processor_class)
+    processor.check_argument_for_proper_class = lambda name, part: None
+    processor.__init__(**arguments)
+    del processor.check_argument_for_proper_class
     return processor

@@ -2,7 +2,7 @@
 
 Both stages call the body once on whole sequences and the head on answer positions only, a chunk at a time, so
 the logits of a batch never exist.  ``split`` finds the parts in any ``AutoModelForImageTextToText``;
-``check_split`` proves on real input that they are all there is to the model's own logits.
+``shared.model_check`` proves on real input that they are all there is to the model's own logits.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from shared.errors import RecipeError, shortened
 from shared.models.adapters import base_of, is_adapter, lineage, merged
+from shared.models.cross_attention import pass_text_rows_by
 from shared.models.weight_files import require_whole_weights
 from shared.places import is_local, require_hub_asked_once, require_no_typo, why
 
@@ -102,6 +104,7 @@ def load_vlm(
             f"model {name}: its files lack weights, {first} among them, which would be random. "
             "Give the folder of the whole model"
         )
+    pass_text_rows_by(model)
     return model.eval()
 
 
@@ -114,12 +117,14 @@ def empty_vlm(
     """
     try:
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(
+            model = AutoModelForImageTextToText.from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation
             )
     except Exception as error:  # of any type: settings that do not fit together, packages that are missing
         reason = shortened(str(error).split("\n")[0])
         raise RecipeError(f"model of type {config.model_type}: cannot be made: {reason}") from error
+    pass_text_rows_by(model)
+    return model
 
 
 def split(model: PreTrainedModel) -> tuple[nn.Module, Head]:
@@ -128,13 +133,30 @@ def split(model: PreTrainedModel) -> tuple[nn.Module, Head]:
     Raises   RecipeError  when the model has no such parts.
     """
     body, linear = model.base_model, model.get_output_embeddings()
-    if body is model or not isinstance(linear, nn.Linear):
+    if not isinstance(linear, nn.Linear):
         raise RecipeError(
             f"model class {type(model).__name__}: found no body with a linear head on top of it"
         )
     text = model.config.get_text_config()
     scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
-    return body, Head(linear, scale=float(scale), softcap=getattr(text, "final_logit_softcapping", None))
+    head = Head(linear, scale=float(scale), softcap=getattr(text, "final_logit_softcapping", None))
+    return (WithoutHead(model) if body is model else body), head
+
+
+class WithoutHead(nn.Module):
+    """The body of a model that has none apart, as Llama 4: the whole, its head an identity meanwhile."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> BaseModelOutput:
+        head = self.model.get_output_embeddings()
+        self.model.set_output_embeddings(nn.Identity())
+        try:
+            return BaseModelOutput(last_hidden_state=self.model(**inputs).logits)
+        finally:
+            self.model.set_output_embeddings(head)
 
 
 def require_wide_head(model: PreTrainedModel, num_token_ids: int, *, what: str) -> None:
@@ -151,19 +173,7 @@ def last_hidden_states(body: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return body(**inputs, use_cache=False, return_dict=True).last_hidden_state
 
 
-@torch.no_grad()
-def check_split(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
-    """Compares body and head with the model's own forward at the last position of real input.
-
-    Raises   RecipeError  when they differ: the model does something to its logits that ``split`` does not know.
-    """
-    body, head = split(model)
-    own_BV = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-    ours_BV = head.logits(last_hidden_states(body, inputs)[:, -1]).float()
-    tolerance = 1e-4 if head.weight_VD.dtype == torch.float32 else 5e-2
-    worst = (own_BV - ours_BV).abs().max().item()
-    if not worst <= tolerance * max(1.0, own_BV.abs().max().item()):
-        raise RecipeError(
-            f"model class {type(model).__name__}: its logits differ by {worst:.3g} from those of its body and its "
-            "head, so it changes them in a way that is not known here; it cannot be used"
-        )
+def in_dtype_of(head: Head, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With floats, which are pixels, in the dtype that the model computes in: some families need them so."""
+    dtype = head.weight_VD.dtype
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}

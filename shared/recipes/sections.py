@@ -104,6 +104,8 @@ class DataConfig(Section):
     """Put before each question as the chat template says; a row's own system turn takes its place."""
     date: Date | None = None
     """Day that a chat template is told, as `2026-01-31`; null: that of the cache, or else today."""
+    chat_template: Place | None = None
+    """A Jinja file in place of the models' own chat template; null: theirs. An export gets it too."""
     background: Literal["black", "white"] = "black"
     """What lies behind transparent pixels."""
     min_pixels: PositiveInt | None = None

@@ -24,6 +24,7 @@ from shared.models.sharding import blocks, fill
 from shared.models.vlm import (
     Head,
     empty_vlm,
+    in_dtype_of,
     last_hidden_states,
     load_config,
     load_vlm,
@@ -111,7 +112,8 @@ class Teacher:
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) that predict the batch's answer tokens."""
         with self.stopwatch.running():
-            return last_hidden_states(self.body, batch.inputs).flatten(0, 1)[batch.position_index]
+            inputs = in_dtype_of(self.head, batch.inputs)
+            return last_hidden_states(self.body, inputs).flatten(0, 1)[batch.position_index]
 
     @torch.inference_mode()
     def logprobs(self, hidden_nD: Tensor) -> Tensor:

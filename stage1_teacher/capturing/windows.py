@@ -19,6 +19,7 @@ from shared.data.collation import Encoded
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
 from shared.errors import DataError, TeachonceError
+from shared.model_check import usable
 
 WINDOW = 64  # examples; at most so many decoded pictures are held by each worker
 
@@ -63,19 +64,10 @@ class WindowSource(Dataset):
             encoded.append(one)
         return EncodedWindow(window.unit_id, encoded, refused)
 
-    def any_encoded(self) -> Encoded:
-        """The first example whose picture can be used.
-
-        Raises   DataError  with the first row's reason when there is none
-        """
-        reasons: list[str] = []
-        for split in self.rows.splits:
-            for row in range(len(split)):
-                try:
-                    return self.processor.encode(split[row])
-                except DataError as error:
-                    reasons = reasons or [f"the first: {error}"]
-        raise DataError("; ".join(["no row can be used", *reasons]))
+    def usable(self) -> Iterator[Encoded]:
+        """As ``model_check.usable``, of all splits."""
+        rows = ((split, row) for split in self.rows.splits for row in range(len(split)))
+        return usable(rows, self.processor)
 
 
 def encoded_windows(

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import Example, VqaSplit
 from shared.errors import TeachonceError
-from shared.models.vlm import load_vlm
+from shared.models.vlm import in_dtype_of, load_vlm, split
 from shared.progress import progress
 from shared.recipes import Recipe, Split
 from shared.runtime import World
@@ -170,7 +170,7 @@ def answer(
     batch = processor.collate([processor.encode_prompt(one) for one in examples], padding_side="left")
     batch = batch.to(model.device)
     ids = model.generate(  # type: ignore[operator]
-        **batch.inputs,
+        **in_dtype_of(split(model)[1], batch.inputs),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

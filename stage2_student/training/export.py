@@ -12,8 +12,9 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from transformers.utils import CHAT_TEMPLATE_FILE
 
-from shared.data.processors import chat_template, load_processor
+from shared.data.processors import chat_template, load_processor, read_template
 from shared.errors import CheckpointError, RecipeError
 from shared.models import adapters
 from shared.models.adapters import lineage
@@ -60,6 +61,8 @@ def save_model_files(recipe: Recipe, folder: RunFolder) -> None:
         processor = load_processor(recipe.student.model, revision=recipe.student.revision)
         (folder.model_files / "chat_template.json").unlink(missing_ok=True)
         write_text(folder.model_files / "chat_template.jinja", chat_template(processor))
+    if recipe.data.chat_template is not None:
+        write_text(folder.model_files / CHAT_TEMPLATE_FILE, read_template(recipe.data.chat_template))
 
 
 def _local(name: str, revision: str | None) -> Path:

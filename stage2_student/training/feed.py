@@ -25,6 +25,7 @@ from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
 from shared.errors import CacheMismatchError, TeachonceError
+from shared.model_check import usable
 from shared.sparse import SparseTargets
 from stage2_student.training.order import Slot
 
@@ -98,6 +99,10 @@ class MicrobatchSource(Dataset):
         except Exception as error:
             error.add_note(f"while reading {self.split.where(rows[0])} and the rest of its microbatch {rows}")
             raise
+
+    def usable(self) -> Iterator[Encoded]:
+        """As ``model_check.usable``, without targets."""
+        return usable(((self.split, int(row)) for row in self.rows), self.processor)
 
     def microbatch(self, slot: Slot, rows: list[int]) -> Microbatch:
         examples = [self.split[row] for row in rows]

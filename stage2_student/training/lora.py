@@ -36,7 +36,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
         raise RecipeError("student.lora: peft is not installed. Run `pip install 'teachonce[lora]'`")
     import peft
 
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name for name, module in model.named_modules() if _is_linear(module)}
     targets = _targets(model, linear, config)
     settings = peft.LoraConfig(
         r=config.rank,
@@ -52,6 +52,11 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
         parameter.requires_grad_(".lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)  # peft makes them fp32 beside bf16 weights
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Not what only stores its weight as a linear layer does, as Llama 4's router: it returns something else."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _targets(model: PreTrainedModel, linear: set[str], config: LoraConfig) -> list[str]:

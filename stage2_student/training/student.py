@@ -11,7 +11,7 @@ belongs to the root.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,13 +30,16 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
+from shared.data.collation import Encoded
+from shared.data.processing import ExampleProcessor
 from shared.errors import RecipeError
 from shared.kd_loss import LossSums, ce_kd_by_position, fused_ce_kd
+from shared.model_check import check_model
 from shared.models.chunks import chunk_positions
 from shared.models.sharding import blocks, fill
 from shared.models.vlm import (
-    check_split,
     empty_vlm,
+    in_dtype_of,
     last_hidden_states,
     load_config,
     load_vlm,
@@ -111,7 +114,8 @@ class StudentWithLoss(nn.Module):
 
     def _hidden(self, inputs: dict[str, Tensor], position_index: Tensor) -> Tensor:
         """(N, D), before the head."""
-        body, _ = split(self.model)
+        body, head = split(self.model)
+        inputs = in_dtype_of(head, inputs)
         return last_hidden_states(body, inputs).flatten(0, 1).index_select(0, position_index)
 
     def _losses(self, hidden_ND: Tensor, labels: Tensor, targets: SparseTargets | None) -> LossSums:
@@ -136,12 +140,12 @@ class StudentWithLoss(nn.Module):
         }
         return inputs | ({"tail": self.loss.tail} if self.loss.tail else {})
 
-    def check_split(self, inputs: dict[str, Tensor]) -> None:
-        """``vlm.check_split`` of the sharded model; called by all ranks.
+    def check(self, processor: ExampleProcessor, examples: Sequence[Encoded], device: torch.device) -> None:
+        """``check_model`` of the sharded model; called by all ranks, with the same examples.
 
-        Raises   RecipeError  when body and head do not make the model's own logits
+        Raises   RecipeError  when it does not compute what is taken for granted
         """
-        check_split(self.model, inputs)
+        check_model(self.model, processor, examples, device=device)
 
 
 def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> StudentWithLoss:
@@ -253,7 +257,7 @@ def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelCon
             reshard_after_forward=parallel.reshard_after_forward,
         )
     fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
-    for method in ("check_split", "measure"):
+    for method in ("check", "measure"):
         register_fsdp_forward_method(student, method)
     for module in fsdp_modules(student):
         module.set_gradient_divide_factor(1.0)

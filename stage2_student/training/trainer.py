@@ -18,6 +18,7 @@ from shared.errors import (
     TeachonceError,
     TrainingError,
 )
+from shared.model_check import two_examples
 from shared.progress import progress
 from shared.recipes import Recipe
 from shared.runtime import World
@@ -29,7 +30,7 @@ from stage2_student.training.agreement import Step, in_agreement
 from stage2_student.training.feed import Microbatch, feed
 from stage2_student.training.inputs import Inputs, no_kl
 from stage2_student.training.optim import learning_rate, make_optimizer, set_learning_rate
-from stage2_student.training.order import Slot, StepShape, pass_slots, training_slots
+from stage2_student.training.order import StepShape, pass_slots, training_slots
 from stage2_student.training.step import Losses, StepResult, seed_step, train_step
 from stage2_student.training.student import build_student, reshard
 from stage2_student.training.validate import Validation, validate
@@ -72,15 +73,13 @@ class Trainer:
         self.saved_step = self.step
 
     def check(self) -> None:
-        """Proves on the first example that body and head are all there is to the student's logits.
+        """Proves on two examples that the student computes what is taken for granted.
 
-        Raises   RecipeError  when they are not; the example's own error, when it cannot be read
+        Raises   RecipeError  when it does not; the first example's own error, when none can be read
         """
-        microbatch = self.inputs.training_source()[Slot(0, (0,))]
-        if isinstance(microbatch, TeachonceError):
-            raise microbatch  # on every rank, as all read the same one
+        examples = two_examples(self.inputs.training_source().usable())  # on every rank the same
         self.student.eval()
-        self.student.check_split(microbatch.to(self.world.device).inputs)
+        self.student.check(self.inputs.processor, examples, self.world.device)
         self.student.train()
         reshard(self.student)
 

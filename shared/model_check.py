@@ -1,0 +1,169 @@
+"""Proves on real examples what both stages take for granted of a model, at the start of each.
+
+    check_model(model, processor, [first, second], device=device)
+
+Four forwards of one to three examples: body and head make the model's own logits; no hidden state depends on a
+token behind it; examples in one batch do not depend on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shared.data.collation import IGNORE_INDEX, Batch, Encoded
+from shared.data.processing import ExampleProcessor
+from shared.data.rows import VqaSplit
+from shared.errors import DataError, RecipeError
+from shared.models.vlm import in_dtype_of, last_hidden_states, split
+
+NUM_COMPARED = (
+    64  # logits of at most so many positions exist, unless the last label stands further from the end
+)
+NUM_LOOKED_AT = 8  # examples, for two whose pictures differ in size
+
+# Of the largest logit, or of the root of the mean square.  Rows of one batch go through the same kernels, others do
+# not; and in 16 bits a mixture of experts may send a token elsewhere.
+SPLIT = {torch.float32: 1e-4}, 5e-2
+CAUSAL = {torch.float32: 1e-4}, 2e-2
+TOGETHER = {torch.float32: 1e-3}, 1e-1
+
+
+def usable(rows: Iterable[tuple[VqaSplit, int]], processor: ExampleProcessor) -> Iterator[Encoded]:
+    """The rows that can be used, encoded, in order.
+
+    Raises   DataError  with the first row's reason when there is none
+    """
+    reasons: list[str] = []
+    found = False
+    for examples, row in rows:
+        try:
+            one = processor.encode(examples[row])
+        except DataError as error:
+            reasons = reasons or [f"the first: {error}"]
+            continue
+        found = True
+        yield one
+    if not found:
+        raise DataError("; ".join(["no row can be used", *reasons]))
+
+
+def two_examples(encoded: Iterable[Encoded]) -> list[Encoded]:
+    """Two of the first few examples: one with pictures, and one whose pictures have another size, where there are."""
+    some = sorted(islice(encoded, NUM_LOOKED_AT), key=lambda one: not one.per_picture)  # stable
+    first, others = some[0], some[1:] or some[:1]
+    unlike = [one for one in others if _sizes(one) != _sizes(first)]
+    return [first, (unlike or others)[0]]
+
+
+@torch.no_grad()
+def check_model(
+    model: PreTrainedModel, processor: ExampleProcessor, examples: Sequence[Encoded], *, device: torch.device
+) -> None:
+    """Called with the model in evaluation mode; of a sharded one by all ranks, with the same two examples.
+
+    Raises   RecipeError  saying what was compared, and how far it was off
+    """
+    first, second = examples
+    changed, place = _with_another_last_token(first, second, processor)
+
+    def batch_of(*encoded: Encoded) -> Batch:
+        return processor.collate(encoded).to(device)
+
+    alone, other, together = batch_of(first), batch_of(second), batch_of(first, changed, second)
+    own_NV = _own_logits(model, alone)
+    alone_SD, other_SD, together_BSD = (_states(model, batch) for batch in (alone, other, together))
+    alone_SD, other_SD = alone_SD[0], other_SD[0]
+    predicting = alone.position_index[-len(own_NV) :]
+    _compare_logits(model, own_NV, split(model)[1].logits(alone_SD[predicting]))
+    _compare(
+        model,
+        CAUSAL,
+        together_BSD[0, :place],
+        together_BSD[1, :place],
+        "when the last token of its answer is another one, the hidden states before it",
+        "It reads answers before it predicts them, so that its losses would mean nothing",
+    )
+    for row, states_SD, batch in ((0, alone_SD, alone), (2, other_SD, other)):
+        _compare(
+            model,
+            TOGETHER,
+            states_SD[batch.position_index],
+            together_BSD[row, batch.position_index],
+            "when other examples are in its batch, with pictures of other sizes, an example's hidden states",
+            "Its results would depend on how examples fall into batches",
+        )
+
+
+def _sizes(one: Encoded) -> list[object]:
+    """What tells pictures of different sizes apart: shapes, and the numbers that stand for them."""
+    return [
+        (name, tuple(value.shape), None if value.is_floating_point() else value.tolist())
+        for name, value in sorted(one.per_picture.items())
+    ]
+
+
+def _with_another_last_token(
+    first: Encoded, second: Encoded, processor: ExampleProcessor
+) -> tuple[Encoded, int]:
+    """The example with another token in its last label's place, and that place."""
+    place = int((first.labels != IGNORE_INDEX).nonzero()[-1, 0])
+    usual = [*first.answer_ids.tolist(), *second.answer_ids.tolist(), processor.end_of_turn]
+    ids = first.input_ids.clone()
+    ids[place] = next((token for token in usual if token != ids[place]), int(ids[0]))
+    return replace(first, input_ids=ids), place
+
+
+def _states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The body's hidden states (B, S, D)."""
+    body, head = split(model)
+    return last_hidden_states(body, in_dtype_of(head, batch.inputs))
+
+
+def _own_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The model's own logits (n, V) at the last n label positions of its one example."""
+    length = batch.inputs["input_ids"].shape[1]
+    near = batch.position_index[batch.position_index >= length - NUM_COMPARED]
+    near = near if len(near) else batch.position_index[-1:]
+    keep = length - int(near[0])
+    inputs = in_dtype_of(split(model)[1], batch.inputs)
+    logits_SV = model(**inputs, use_cache=False, logits_to_keep=keep).logits[0]
+    return logits_SV[near - length]
+
+
+def _compare_logits(model: PreTrainedModel, own_NV: Tensor, ours_NV: Tensor) -> None:
+    worst = (own_NV.float() - ours_NV.float()).abs().max().item()
+    largest = own_NV.float().abs().max().item()
+    if not worst <= _tolerance(SPLIT, own_NV) * max(1.0, largest):
+        raise RecipeError(
+            f"model class {type(model).__name__}: its logits differ by {worst:.3g} from those of its body and its "
+            f"head, where none is above {largest:.3g}: it changes them in a way that is not known here. Take another "
+            "model"
+        )
+
+
+def _compare(
+    model: PreTrainedModel,
+    tolerances: tuple[dict[torch.dtype, float], float],
+    one_SD: Tensor,
+    other_SD: Tensor,
+    what: str,
+    why: str,
+) -> None:
+    difference = (one_SD.float() - other_SD.float()).norm() / one_SD.float().norm()
+    allowed = _tolerance(tolerances, one_SD)
+    if not difference.item() <= allowed:
+        raise RecipeError(
+            f"model class {type(model).__name__}: {what} change by {difference.item():.2g} of their size, where "
+            f"{allowed:g} is rounding. {why}; it cannot be used"
+        )
+
+
+def _tolerance(tolerances: tuple[dict[torch.dtype, float], float], values: Tensor) -> float:
+    exact, rough = tolerances
+    return exact.get(values.dtype, rough)
