@@ -18,7 +18,8 @@ import fsspec
 import pytest
 import yaml
 from click.testing import CliRunner
-from documents import DOCUMENTS, ROOT, blocks, command_words
+from documents import DOCUMENTS, ROOT, Block, blocks, command_words
+from samples import encoded_picture
 
 from shared.cache import CacheReader
 from shared.data.rows import open_split
@@ -152,6 +153,19 @@ def bring_own(bench: Workbench, recipe: str, large: Path, small: Path) -> None:
         (source / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
+CONVERSATIONS = {"json": "data/llava/{}.json", "jsonl": "data/chats/{}.jsonl"}
+
+
+def bring_conversations(block: Block) -> None:
+    """Writes a documented file of conversations, and pictures for it."""
+    for split in ("train", "dev"):
+        file = Path(CONVERSATIONS[block.language].format(split))
+        (file.parent / "pictures").mkdir(parents=True, exist_ok=True)
+        file.write_text(block.text)
+    for number in range(3):
+        (file.parent / "pictures" / f"{number}.png").write_bytes(encoded_picture(number, size=(64, 48)))
+
+
 # --- the documents ---------------------------------------------------------------------------------------
 
 
@@ -186,7 +200,9 @@ def test_the_guides_from_top_to_bottom(
         monkeypatch.setenv(name, value)
     fsspec.filesystem("s3").mkdir("bucket")
     for block in blocks(ROOT / "docs" / "guides.md"):
-        if found := re.match(r"# (\w+\.yaml)\n", block.text):
+        if block.language in CONVERSATIONS:
+            bring_conversations(block)
+        elif found := re.match(r"# (\w+\.yaml)\n", block.text):
             Path(found[1]).write_text(block.text.replace("Qwen/Qwen3.5-9B", "models/large"))
         elif block.language == "yaml":
             bring_own(bench, block.text, teacher_folder, student_folder)
@@ -201,6 +217,30 @@ def test_the_guides_from_top_to_bottom(
         "remote",
         "many",
     }
+
+
+def test_conversations_from_their_files_to_evaluated_students(
+    bench: Workbench, teacher_folder: Path, student_folder: Path
+) -> None:
+    """The guides' part on conversations alone."""
+    guide = blocks(ROOT / "docs" / "guides.md")
+    own = next(block for block in guide if block.language == "yaml" and not block.text.startswith("#"))
+    bring_own(bench, own.text, teacher_folder, student_folder)
+    begin = next(number for number, block in enumerate(guide) if block.language in CONVERSATIONS)
+    for block in guide[begin : begin + 6]:
+        if block.language in CONVERSATIONS:
+            bring_conversations(block)
+        elif block.language == "yaml":
+            Path(block.text.split()[1]).write_text(block.text)
+        else:
+            assert len(block.lines) == 3
+            for line in block.lines:
+                bench.type(line)
+    for name in ("llava", "chats"):
+        manifest = CacheReader(f"caches/{name}").manifest
+        assert (manifest.totals.examples, manifest.totals.skipped) == (3, 0)
+        scores = json.loads((Path("runs") / name / "evaluation" / "validation.json").read_text())
+        assert scores
 
 
 @pytest.mark.slow
