@@ -219,6 +219,7 @@ def test_the_guides_from_top_to_bottom(
     }
 
 
+@pytest.mark.slow
 def test_conversations_from_their_files_to_evaluated_students(
     bench: Workbench, teacher_folder: Path, student_folder: Path
 ) -> None:
