@@ -33,6 +33,7 @@ class Keyed:
     rows        (n,) int64, rows of the split; ``keys`` are theirs, in order
     lengths     (n,) int64, about so many tokens, the picture's among them: a measure to put like with like
     unreadable  (row, reason) of each row that has no usable picture, question or answer
+    num_outvoted  answers that are not used, of rows that hold lists of them
     """
 
     split: VqaSplit
@@ -40,6 +41,7 @@ class Keyed:
     keys: tuple[bytes, ...]
     lengths: np.ndarray
     unreadable: tuple[tuple[int, str], ...]
+    num_outvoted: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -64,6 +66,7 @@ def survey_keys(
     keys: list[bytes] = []
     lengths: list[int] = []
     unreadable: list[tuple[int, str]] = []
+    num_outvoted = 0
     for row in progress(range(len(split)), desc=f"reading {name}", unit="row", disable=not show, leave=False):
         try:
             example = split[row]
@@ -75,9 +78,17 @@ def survey_keys(
             unreadable.append((row, str(error)))
             continue
         rows.append(row)
+        num_outvoted += example.num_outvoted
         keys.append(processor.key(example))
         lengths.append(processor.approximate_length(example))
-    return Keyed(split, np.array(rows, np.int64), tuple(keys), np.array(lengths, np.int64), tuple(unreadable))
+    return Keyed(
+        split=split,
+        rows=np.array(rows, np.int64),
+        keys=tuple(keys),
+        lengths=np.array(lengths, np.int64),
+        unreadable=tuple(unreadable),
+        num_outvoted=num_outvoted,
+    )
 
 
 def inputs_identity(processor: ExampleProcessor, data: DataConfig) -> InputsIdentity:
@@ -143,6 +154,16 @@ def not_in_the_cache(
         "Ask as the cache does (data.system_prompt, data.date, data.train_on, the student's chat template), or run "
         "teacher-cache again"
     )
+
+
+def require_same_rendering(cache: CacheReader, processor: ExampleProcessor, data: DataConfig) -> None:
+    """Raises   CacheMismatchError  when the same settings give another prompt than the cache's; keys do not tell"""
+    stored, own = cache.manifest.identity.prompt, prompt_identity(processor, data)
+    if stored is not None and stored.contradicts(own):
+        raise CacheMismatchError(
+            f"cache {cache.location}: the same template writes another text around question and answer:\n"
+            f"{listed(stored.differences(own))}\nCompare the special tokens of both tokenizers (bos_token and others)"
+        )
 
 
 def captured_splits(recipe: Recipe) -> list[Split]:

@@ -79,6 +79,8 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
             tqdm.write(f"cache {recipe.cache.path} holds all of the data; nothing to capture")
         return 0
     if world.is_main:
+        if num_outvoted := sum(part.num_outvoted for part in data.keyed):
+            tqdm.write(f"note: {num_outvoted:,} answer(s) are dropped: not what most of their row say")
         tqdm.write(
             f"teacher {recipe.teacher.model} is run over {len(data.all_keys())} examples; cache {recipe.cache.path}"
         )

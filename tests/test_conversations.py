@@ -211,7 +211,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": ["a"]}, "turn 1: a str; needed is an object"),
     ({"messages": [{}]}, r"turn 1: no role \(keys: \)"),
     ({"messages": [{"content": "x"}]}, r"turn 1: no role \(keys: content\)"),
-    ({"messages": [message("robot", "x")]}, "turn 1: the role is 'robot'; known are system, user"),
+    ({"messages": [message("robot", "x")]}, "turn 1: the role is 'robot'; known are system, developer, user"),
     ({"messages": [message(7, "x")]}, "turn 1: the role is 7"),
     ({"messages": [message("user", None), GOOD[1]]}, "turn 1: the content is missing"),
     ({"messages": [message("user", 5), GOOD[1]]}, "turn 1: the content is a int"),
@@ -300,6 +300,15 @@ def test_a_data_url_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(DataError, match=r"a data: URL of [\d,]+ characters; at most 100 are read"):
         split[0]
     assert MAX_DATA_URL >= 2**20
+
+
+def test_pictures_in_two_columns_of_a_row_are_refused(tmp_path: Path) -> None:
+    row = {"image": "0.png", "images": ["1.png"], "question": "q", "answer": "a"}
+    with pytest.raises(
+        DataError, match=r"row 0: pictures in the columns images and image. Set data\.columns\.image"
+    ):
+        split_of(tmp_path, [row])[0]
+    assert split_of(tmp_path, [row], columns=ColumnsConfig(image="image"))[0].images == (PICTURES[0],)
 
 
 def test_a_missing_picture_is_an_error_unless_rows_may_be_text(tmp_path: Path) -> None:

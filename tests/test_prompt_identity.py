@@ -17,6 +17,7 @@ from shared.data.processing import open_processor
 from shared.errors import CacheMismatchError, RecipeError
 from shared.recipes import DataConfig, Recipe, load_recipe
 from shared.runtime import distributed
+from shared.small_models import CHAT_TEMPLATE
 from shared.stopping import INTERRUPTED_STATUS, StopRequest
 from shared.survey import cache_covers
 from stage1_teacher.capture import capture
@@ -183,6 +184,24 @@ def test_a_prompt_has_differences_by_name() -> None:
     assert one.differences(same) == ['prompt.rendered: "ab" in the cache, "cd" asked for']
     other = same.model_copy(update={"thinking": None})
     assert one.differences(other) == ["prompt.thinking: false in the cache, null asked for"]
+
+
+def test_the_same_settings_that_write_another_text_are_refused(
+    tree: dict[str, Any], student_folder: Path, tmp_path: Path
+) -> None:
+    """The template names a special token, which two tokenizers of the same vocabulary may set differently."""
+    template = "{{- bos_token -}}" + CHAT_TEMPLATE
+    for name in ("teacher", "student"):
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+    captured(make_recipe(tree))
+    settings = tmp_path / "student" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "<|endoftext|>"}))
+    recipe = make_recipe(tree)
+    with pytest.raises(
+        CacheMismatchError, match=r"the same template writes another text(.|\n)*prompt\.rendered"
+    ):
+        run_alone(recipe)
+    assert any("another text" in problem for problem in check_recipe(recipe, num_ranks=1).problems)
 
 
 @pytest.mark.parametrize("day", ["31.1.2026", "2026-13-01", "", "today"])

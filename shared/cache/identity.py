@@ -59,10 +59,19 @@ class PromptIdentity(Record):
     train_on: str
     rendered: str  # hex, over what is written around question and answer
 
+    def contradicts(self, other: PromptIdentity) -> bool:
+        """Whether another text is written though the settings are the same, as with other special tokens."""
+        settings = {"rendered", "train_on"}
+        return self.rendered != other.rendered and self.model_dump(exclude=settings) == other.model_dump(
+            exclude=settings
+        )
+
     def differences(self, other: PromptIdentity) -> list[str]:
         """One line for each, with both sides; what is written is named only where nothing else explains it."""
         found = _differences("prompt", self, other)
-        return [line for line in found if not line.startswith("prompt.rendered")] or found
+        if self.contradicts(other):
+            return found
+        return [line for line in found if not line.startswith("prompt.rendered")]
 
 
 class TargetsIdentity(Record):
@@ -151,6 +160,8 @@ class Identity(Record):
         if self.prompt is not None and other.prompt is not None:  # other days would be other examples
             others = set(PromptIdentity.model_fields) - {"date"}
             refusals += _differences("prompt", self.prompt, other.prompt, skip=others)
+            if self.prompt.contradicts(other.prompt):
+                refusals += self.prompt.differences(other.prompt)
         names = _differences("teacher", self.teacher, other.teacher, skip={"weights_fingerprint", "dtype"})
         return Comparison(tuple(refusals), tuple(names))
 

@@ -26,6 +26,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {
     "system": "system",
+    "developer": "system",  # OpenAI's newer name
     "user": "user",
     "human": "user",
     "assistant": "assistant",

@@ -147,7 +147,12 @@ class VqaSplit:
         self, form: Form, row: Mapping[str, Any], value: Mapping[str, Any], where: str
     ) -> tuple[Conversation, int]:
         """The conversation, and how many answers it leaves out."""
-        held = next((row[name] for name in self.pictures if row.get(name) is not None), None)
+        filled = [name for name in self.pictures if row.get(name) is not None]
+        if len(filled) > 1 and filled[0] != self.settings.columns.image:
+            raise DataError(
+                f"{where}: pictures in the columns {' and '.join(filled)}. Set data.columns.image to one of them"
+            )
+        held = row[filled[0]] if filled else None
         pictures, num_outvoted = listed_pictures(held), 0
         if form != "question_answer":
             return READERS[form](value[form], pictures, where=where), 0

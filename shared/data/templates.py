@@ -86,7 +86,7 @@ class Template:
     ) -> None:
         self.name = tokenizer.name_or_path
         self._tokenizer, self._source, self._system_prompt = tokenizer, source, system_prompt
-        self._today, self._is_given = date or Date.today(), date is not None
+        self._day, self._is_given = date or Date.today(), date is not None
         tags = sorted(set(_TAG.findall(source)), key=len, reverse=True)
         self._tags = re.compile(f"({'|'.join(map(re.escape, tags))})") if tags else None
         self._placeholders = placeholders
@@ -94,7 +94,7 @@ class Template:
         self._is_textual = False  # texts as they are, not as lists of one part
         self.thinking = False if "enable_thinking" in source else None
         self.first = self._first_layout()
-        self.date = self._today if self._prints_the_date() else None
+        self.date = self._day if self._prints_the_date() else None
 
     def follow(self, turns: Sequence[Turn], *, where: str) -> tuple[Layout, list[str]]:
         """The layout of a conversation without its last answer, and the texts in it.
@@ -238,30 +238,30 @@ class Template:
         """Whether what it writes of a question, with a system turn or without, changes with the day."""
         if "strftime_now" not in self._source and not (self._is_given and "date_string" in self._source):
             return False
-        user = Turn("user", ("question",))
-        today = self._today
-        for turns in ([user], [Turn("system", ("Be brief.",)), user]):
-            written = []
-            for self._today in (today, _ANOTHER_DAY):
-                try:
-                    written.append(self._render(turns, ask=True))
-                except _UnusableError as error:
-                    written.append(str(error))
-            self._today = today
-            if written[0] != written[1]:
-                return True
-        return False
 
-    def _render(self, turns: Sequence[Turn], *, ask: bool) -> str:
+        def written(turns: Sequence[Turn], day: Date) -> str:
+            try:
+                return self._render(turns, ask=True, day=day)
+            except _UnusableError as error:
+                return str(error)
+
+        user = Turn("user", ("question",))
+        return any(
+            written(turns, self._day) != written(turns, _ANOTHER_DAY)
+            for turns in ([user], [Turn("system", ("Be brief.",)), user])
+        )
+
+    def _render(self, turns: Sequence[Turn], *, ask: bool, day: Date | None = None) -> str:
+        day = day or self._day
         if self._system_prompt is not None and all(turn.role != "system" for turn in turns):
             turns = [Turn("system", (self._system_prompt,)), *turns]
         options: dict[str, Any] = {} if self.thinking is None else {"enable_thinking": self.thinking}
         if self._is_given and "date_string" in self._source:
-            options["date_string"] = self._today.strftime(_DATE_STRING)
+            options["date_string"] = day.strftime(_DATE_STRING)
         try:
             text = self._tokenizer.apply_chat_template(
                 [self._message(turn) for turn in turns],
-                chat_template=_dated(self._source, self._today),
+                chat_template=_dated(self._source, day),
                 tokenize=False,
                 add_generation_prompt=ask,
                 **options,

@@ -15,7 +15,7 @@ from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import Recipe
 from shared.runtime import World
 from shared.same_teacher import ANOTHER_TEACHER, compare_teacher
-from shared.survey import inputs_identity, open_processor_of
+from shared.survey import inputs_identity, open_processor_of, require_same_rendering
 from stage2_student.runs.identity import run_identity
 from stage2_student.training.feed import MicrobatchSource
 from stage2_student.training.student import KL_TEMPERATURE
@@ -115,6 +115,7 @@ def open_targets(
         seed=recipe.cache.seed,
         temperatures=recipe.cache.temperatures,
     )
+    require_same_rendering(reader, processor, recipe.data)
     return reader, notices
 
 
