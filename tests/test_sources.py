@@ -19,7 +19,7 @@ from shared.cache.storage import open_folder
 from shared.data.copies import copies_folder
 from shared.data.json_rows import JsonRows
 from shared.data.rows import open_split
-from shared.data.sources import DatasetRows
+from shared.data.sources import DatasetRows, open_rows
 from shared.errors import DataError, FileError
 from shared.recipes import DataConfig, load_recipe
 
@@ -245,6 +245,36 @@ def test_pictures_stay_encoded_wherever_a_dataset_holds_them() -> None:
     assert [one["bytes"] for one in found["images"]] == [encoded_picture(0)] * 2
     assert found["messages"][0]["content"][0]["image"]["bytes"] == encoded_picture(0)
     assert found["kind"] == "mr"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "hub"])
+def test_class_numbers_are_names_wherever_they_are(tmp_path: Path, kind: str) -> None:
+    label = datasets.ClassLabel(names=["ct", "mr"])
+    features = datasets.Features(
+        {
+            "answer": label,
+            "answers": datasets.List(label),
+            "votes": [{"answer": label, "who": datasets.Value("int32")}],
+        }
+    )
+    rows = [
+        {"answer": 1, "answers": [1, 0, -1], "votes": [{"answer": 1, "who": 1}]},
+        {"answer": None, "answers": [], "votes": []},
+    ]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    if kind == "parquet":
+        dataset.to_parquet(str(tmp_path / "train.parquet"))
+    elif kind == "saved":
+        dataset.save_to_disk(str(tmp_path / "saved"))
+    names = ["answer", "answers", "votes"]
+    source = {"parquet": tmp_path, "saved": tmp_path / "saved"}.get(kind)
+    found = DatasetRows(dataset, None) if source is None else open_rows(str(source), split="train")
+    assert found.select(names)[0] == {
+        "answer": "mr",
+        "answers": ["mr", "ct", None],
+        "votes": [{"answer": "mr", "who": 1}],
+    }
+    assert found.select(names)[1] == {"answer": None, "answers": [], "votes": []}
 
 
 def test_a_zstd_bomb_is_unpacked_in_small_parts(tmp_path: Path) -> None:

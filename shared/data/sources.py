@@ -20,11 +20,13 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 
+from shared.data.classes import described_classes, named
 from shared.data.json_rows import SUFFIXES as JSON_SUFFIXES
 from shared.data.json_rows import JsonRows
 from shared.data.tables import TableRows
@@ -77,11 +79,11 @@ class DatasetRows:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.dataset[index]
-        for name, feature in self.dataset.features.items():
-            if isinstance(feature, datasets.ClassLabel) and isinstance(row[name], int):
-                row[name] = feature.int2str(row[name]) if row[name] >= 0 else None
-        return row
+        return {name: named(value, self._classes.get(name)) for name, value in self.dataset[index].items()}
+
+    @cached_property
+    def _classes(self) -> dict[str, Any]:
+        return described_classes(self.dataset.features.to_dict())
 
     def select(self, columns: Sequence[str]) -> DatasetRows:
         dataset = self.dataset.select_columns(list(columns))

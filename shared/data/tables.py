@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shared.data.classes import described_classes, named
 from shared.data.copies import Stamp, kept_copy
 from shared.errors import DataError, FileError
 
@@ -40,7 +41,7 @@ class TableFile:
     path: Path
     stamp: Stamp
     columns: tuple[str, ...]
-    class_names: dict[str, tuple[str, ...]]  # of columns that hold class numbers
+    classes: dict[str, Any]  # what is known of columns that hold class numbers
     block_rows: tuple[int, ...]
     block_bytes: tuple[dict[str, int], ...]  # of each column, decoded; empty for Arrow
 
@@ -55,13 +56,13 @@ class TableFile:
         if path.suffix != ".parquet":
             opened, num_batches, schema = _open_arrow(path)
             sizes = tuple(opened.block(number).num_rows for number in range(num_batches))
-            return cls(path, stamp, tuple(schema.names), _class_names(schema), sizes, ())
+            return cls(path, stamp, tuple(schema.names), _classes(schema), sizes, ())
         with pq.ParquetFile(path) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             schema = file.schema_arrow
             sizes = tuple(group.num_rows for group in groups)
             num_bytes = tuple(_column_bytes(group) for group in groups)
-        return cls(path, stamp, tuple(schema.names), _class_names(schema), sizes, num_bytes)
+        return cls(path, stamp, tuple(schema.names), _classes(schema), sizes, num_bytes)
 
     def require_unchanged(self) -> None:
         """Raises   FileError  when the file is not the one that was described"""
@@ -132,7 +133,7 @@ class TableRows:
             row = one.select(self.columns).to_pylist()[0]
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file.path}, block {block}: cannot be read ({_first_line(error)})") from error
-        return {name: _named(row[name], file.class_names.get(name)) for name in self.columns}
+        return {name: named(row[name], file.classes.get(name)) for name in self.columns}
 
     def folder_of(self, index: int) -> Path:
         return self.folder
@@ -236,24 +237,12 @@ def _column_bytes(group: Any) -> dict[str, int]:
     return sizes
 
 
-def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
-    """Names of the classes in columns that the library ``datasets`` wrote as class numbers."""
+def _classes(schema: pa.Schema) -> dict[str, Any]:
+    """How the library ``datasets`` describes those of its columns that hold class numbers."""
     try:
-        described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {
-            name: tuple(kind["names"])
-            for name, kind in described.items()
-            if isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and kind.get("names")
-        }
+        return described_classes(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
-
-
-def _named(value: Any, names: tuple[str, ...] | None) -> Any:
-    """A class number as its name; -1 is how ``datasets`` writes that there is none."""
-    if names is None or not isinstance(value, int):
-        return value
-    return names[value] if 0 <= value < len(names) else None
 
 
 def _first_line(error: Exception) -> str:
