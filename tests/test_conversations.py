@@ -294,6 +294,15 @@ def test_what_is_no_conversation_is_refused_with_its_row(
     assert [split[n].answer for n in (0, 2, 3)] == ["a"] * 3
 
 
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "a b.png").write_bytes(PICTURES[1])
+    url = (tmp_path / "a b.png").as_uri()
+    assert url.startswith("file:///")
+    assert "%20" in url
+    split = split_of(tmp_path, [{"messages": asked({"type": "image", "image": url}, text("q"))}])
+    assert split[0].images == (PICTURES[1],)
+
+
 def test_a_data_url_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.data.pictures.MAX_DATA_URL", 100)
     split = split_of(tmp_path, [{"messages": asked({"type": "image", "url": DATA_URL}, text("q"))}])

@@ -1,4 +1,4 @@
-"""The encoded pictures of a row, from whatever its cells hold: bytes, paths, ``datasets`` pictures, ``data:`` URLs.
+"""The encoded pictures of a row, from whatever its cells hold: bytes, paths, ``datasets`` pictures, URLs.
 
     pictures = [picture_bytes(one, folder, where="train, row 17") for one in listed_pictures(row["images"])]
 
@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from shared.errors import DataError, NotAFileError, shortened
 from shared.regular_files import read_regular
@@ -46,6 +47,8 @@ def picture_bytes(value: Any, folder: Path | None, *, where: str) -> bytes:
         raise DataError(f"{where}: the picture is a {type(value).__name__}; {_BYTES_OR_PATH}")
     if value[:5].lower() == "data:":
         return _decoded(value, where=where)
+    if value.startswith("file://"):
+        value = unquote(value.removeprefix("file://"))
     if "://" in value[:MAX_PATH]:
         raise DataError(
             f"{where}: the picture is a URL, {shortened(value)}; {_BYTES_OR_PATH}. "
