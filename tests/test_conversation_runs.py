@@ -17,6 +17,7 @@ from test_capture import files
 from test_conversations import of_one_type
 
 from shared.cache import CacheReader
+from shared.data.processing import open_processor
 from shared.data.rows import Example, open_split
 from shared.recipes import Recipe
 from shared.runtime import distributed
@@ -25,6 +26,8 @@ from stage1_teacher.__main__ import commands as teacher_commands
 from stage1_teacher.capture import capture
 from stage2_student.__main__ import commands as student_commands
 from stage2_student.check import check_recipe
+from stage2_student.evaluation.shuffled import with_other_pictures
+from stage2_student.training.survey import survey
 
 PICTURES = [encoded_picture(n, size=(48 + 24 * (n % 3), 48)) for n in range(4)]
 
@@ -210,3 +213,14 @@ def test_learning_the_last_answer_alone_needs_other_targets_and_says_so(
     last = make_recipe(tree, data__train_on="last", run__name="last")
     (problem,) = [one for one in check_recipe(last, num_ranks=1).problems if "not in it" in one]
     assert 'prompt.train_on: "all" in the cache, "last" asked for' in problem
+
+
+def test_shuffled_pictures_are_of_other_rows_and_as_many(mixed: Recipe) -> None:
+    processor = open_processor(mixed.student.model, mixed.data)
+    surveyed = survey(mixed.data, "train", processor, None)
+    shuffled = with_other_pictures(surveyed)
+    for row in range(len(surveyed.split)):
+        before, after = surveyed.split[row], shuffled.split[row]
+        assert after.turns == before.turns
+        assert len(after.images) == len(before.images)
+        assert not before.images or after.images != before.images
