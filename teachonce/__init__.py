@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shared.cache import CacheReader, TeacherIdentity
     from shared.capture.loop import capture, capture_examples, text_inputs
     from shared.data.collation import Encoded
+    from shared.data.conversations import Turn
     from shared.data.processing import open_processor
     from shared.data.rows import Example, open_split
     from shared.errors import CacheFormatError, CacheMismatchError, DataError, RecipeError, TeachonceError
@@ -28,6 +29,7 @@ _HOMES = {
     "shared.cache": ("CacheReader", "TeacherIdentity"),
     "shared.capture.loop": ("capture", "capture_examples", "text_inputs"),
     "shared.data.collation": ("Encoded",),
+    "shared.data.conversations": ("Turn",),
     "shared.data.processing": ("open_processor",),
     "shared.data.rows": ("Example", "open_split"),
     "shared.errors": ("CacheFormatError", "CacheMismatchError", "DataError", "RecipeError", "TeachonceError"),
@@ -51,6 +53,7 @@ __all__ = [  # noqa: RUF022  (as docs/library.md lists them)
     "open_split",
     "open_processor",
     "Example",
+    "Turn",
     "Encoded",
     "capture",
     "capture_examples",

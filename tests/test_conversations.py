@@ -19,6 +19,7 @@ from shared.data.pictures import MAX_DATA_URL
 from shared.data.rows import Example, VqaSplit, open_split
 from shared.errors import DataError
 from shared.recipes import ColumnsConfig, DataConfig
+from shared.split_check import look_at
 
 PICTURES = [encoded_picture(n) for n in range(3)]
 DATA_URL = "data:image/png;base64," + base64.b64encode(PICTURES[0]).decode()
@@ -294,6 +295,16 @@ def test_what_is_no_conversation_is_refused_with_its_row(
     assert [split[n].answer for n in (0, 2, 3)] == ["a"] * 3
 
 
+def test_a_set_without_pictures_is_told_how_to_say_so(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "a"}
+    with pytest.raises(
+        DataError, match=r"data\.columns\.image: column 'image_id' .* null where rows are of text alone"
+    ):
+        split_of(tmp_path, [row])
+    assert split_of(tmp_path, [row], columns=ColumnsConfig(image=None))[0].images == ()
+    assert split_of(tmp_path, [row], text_only=True)[0].images == ()
+
+
 def test_a_file_url_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "a b.png").write_bytes(PICTURES[1])
     url = (tmp_path / "a b.png").as_uri()
@@ -398,6 +409,14 @@ def test_vqa_rows_with_ten_answers(tmp_path: Path, kind: str) -> None:
         split_of(tmp_path, [row], kind=kind, **data)[0]
     example = split_of(tmp_path, [row], kind=kind, answers="majority", **data)[0]
     assert (example.answer, example.num_outvoted) == ("racket", 2)
+
+
+def test_answers_that_lost_the_vote_are_counted(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answers": ["a", "b", "b"]}, {"question": "r", "answers": ["c", "c"]}]
+    columns = ColumnsConfig(answer="answers", image=None)
+    split = split_of(tmp_path, rows, answers="majority", columns=columns)
+    found = look_at(split.settings, "train", None)
+    assert (found.num_usable, found.num_outvoted, dict(found.num_pictures)) == (2, 1, {0: 2})
 
 
 # --- anything at all --------------------------------------------------------------------------------------

@@ -226,7 +226,8 @@ def _columns(data: DataConfig, rows: Rows, forms: tuple[Form, ...]) -> tuple[dic
         try:
             choose(column, rows.columns, what=f"{data.source}: data.columns.{name}: column")
         except DataError as error:
-            problems.append(str(error))
+            hint = ". Set it to null where rows are of text alone" if name == "image" else ""
+            problems.append(f"{error}{hint}")
     if problems:
         raise DataError("\n".join(problems))
     return columns, tuple(dict.fromkeys(pictures))
