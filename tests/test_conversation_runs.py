@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from samples import encoded_picture
-from stage2_runs import make_recipe, run_alone, step_records, validation_records
+from stage2_runs import make_recipe, on_ranks, run_alone, step_records, validation_records
 from test_capture import files
 from test_conversations import of_one_type
 
@@ -224,3 +224,10 @@ def test_shuffled_pictures_are_of_other_rows_and_as_many(mixed: Recipe) -> None:
         assert after.turns == before.turns
         assert len(after.images) == len(before.images)
         assert not before.images or after.images != before.images
+
+
+def test_two_ranks_capture_the_same_bytes(mixed: Recipe, tree: dict[str, Any], tmp_path: Path) -> None:
+    again = make_recipe(tree, cache__path=str(tmp_path / "cache"), cache__examples_per_shard=2)
+    alone = make_recipe(tree, cache__path=str(tmp_path / "alone"), cache__examples_per_shard=2)
+    assert on_ranks(2, lambda world: capture(again, world, StopRequest())) == [0, 0]
+    assert files(tmp_path / "cache") == files(captured(alone))
