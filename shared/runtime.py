@@ -36,6 +36,14 @@ from shared.library_output import quiet_libraries
 COLLECTIVE_TIMEOUT_S = 600.0
 NO_LIMIT = timedelta(days=14)  # some of gloo's waits count milliseconds in 31 bits, which end at 24 days
 POLL_S = 0.02
+# As gloo and the store say that another process of the job is gone, and that one has not come.
+LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection was likely closed",
+    "Broken pipe",
+)
+NEVER_CAME = ("socket has timed out", "waiting for clients", "Connect timeout", "Connection refused")
 
 Value = TypeVar("Value")
 
@@ -144,40 +152,56 @@ def distributed(
             )
         wanted = torch.device("cuda", local_rank)
         torch.cuda.set_device(wanted)
-    backend = "cpu:gloo,cuda:nccl" if wanted.type == "cuda" else "gloo"
-    limit = timedelta(seconds=collective_timeout_s)
+    with _explaining(collective_timeout_s):
+        _join(wanted, timedelta(seconds=collective_timeout_s))
+        quiet_libraries()
+        world = World(dist.get_rank(), dist.get_world_size(), local_rank, wanted)
+        try:
+            if world.size > 1:
+                world._waiting_group  # noqa: B018  # made here, where all ranks are
+            yield world
+            # Sharded modules must be gone before the group is, or one interpreter exit in six aborts.
+            gc.collect()
+            world.barrier()
+        finally:
+            world.forget_groups()
+            dist.destroy_process_group()
+
+
+def _join(device: torch.device, limit: timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=limit)
     else:
         dist.init_process_group(backend, timeout=limit, store=dist.HashStore(), rank=0, world_size=1)
-    quiet_libraries()
-    world = World(dist.get_rank(), dist.get_world_size(), local_rank, wanted)
+
+
+@contextmanager
+def _explaining(collective_timeout_s: float) -> Iterator[None]:
+    """Raises   TrainingError  for what gloo, NCCL and their store mean by their words about other ranks"""
     try:
-        if world.size > 1:
-            world._waiting_group  # noqa: B018  # made here, where all ranks are
-        yield world
-        # Sharded modules must be gone before the group is, or one interpreter exit in six aborts.
-        gc.collect()
-        world.barrier()
+        yield
     except RuntimeError as error:
         explained = _explained(error, collective_timeout_s)
         if explained is None:
             raise
         raise explained from error
-    finally:
-        world.forget_groups()
-        dist.destroy_process_group()
 
 
 def _explained(error: RuntimeError, collective_timeout_s: float) -> TrainingError | None:
-    """What gloo and NCCL mean by their words about other ranks; None for other errors."""
+    """None for errors that are not about other ranks."""
     text = str(error)
+    if any(words in text for words in NEVER_CAME):
+        return TrainingError(
+            f"another process of this job did not come within {collective_timeout_s:g} s "
+            "(parallel.collective_timeout_s): it has ended, or cannot be reached. Its own output says more"
+        )
     if "Timed out waiting" in text or ("timed out" in text.lower() and "collective" in text.lower()):
         return TrainingError(
             f"another process of this job was late for a collective by more than {collective_timeout_s:g} s "
             "(parallel.collective_timeout_s). Raise the limit if it was at work; else its own output says more"
         )
-    if "Connection closed by peer" in text or "Connection reset by peer" in text:
+    if any(words in text for words in LOST_CONNECTION):
         return TrainingError("another process of this job has ended; its own message says why")
     return None
 

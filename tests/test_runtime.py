@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from stage2_runs import on_ranks
 
 from shared.errors import DataError, TrainingError
-from shared.runtime import World
+from shared.runtime import World, distributed
 from shared.stopping import GO_ON, SIGNALS, command_to_go_on, stop_on_signals
 
 FORK = multiprocessing.get_context("fork")
@@ -123,6 +124,29 @@ def test_a_rank_that_is_late_for_a_collective_ends_the_others() -> None:
     ended = on_ranks(2, work, collective_timeout_s=SHORT_S, errors=True)
     assert isinstance(ended[1], TrainingError)
     assert f"more than {SHORT_S:g} s (parallel.collective_timeout_s)" in str(ended[1])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_peer_never_comes_ends_with_one_error(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    with (
+        pytest.raises(TrainingError, match="did not come within 1 s"),
+        distributed(device="cpu", collective_timeout_s=1),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("doomed", [0, 1])

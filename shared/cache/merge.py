@@ -37,14 +37,16 @@ def merge(sources: Sequence[str], out: str, *, created_by: Mapping[str, str]) ->
     readers = [CacheReader(source) for source in sources]
     _require_alike(readers)
     folder = open_folder(out)
-    lock = closing(CaptureLock.in_folder(folder.path)) if isinstance(folder, LocalFolder) else nullcontext()
-    with lock:
+    lock = CaptureLock.in_folder(folder.path) if isinstance(folder, LocalFolder) else None
+    with closing(lock) if lock is not None else nullcontext():
         there = [name for name in (MANIFEST_NAME, PLAN_NAME) if folder.size(name) is not None]
         there += foreign_names(folder)
         if there:
             raise CacheFormatError(
                 f"{folder.where}: holds {there[0]!r} already. Name a new folder to merge into."
             )
+        if lock is not None and isinstance(folder, LocalFolder):
+            folder.remove_temporaries(alive_too=lock.works)  # of a merge that was killed
         return _merge(readers, folder, created_by)
 
 
