@@ -33,6 +33,7 @@ from shared.cache.export import export
 from shared.cache.inspect import inspect
 from shared.cache.manifest import Manifest
 from shared.cache.merge import merge
+from shared.cache.storage import temporary_name
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes.policies import Random, Threshold, TopK, TopP
@@ -239,7 +240,9 @@ def test_an_interrupted_merge_is_begun_anew(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(CacheFormatError):
         CacheReader(out)
     (tmp_path / "out" / manifest.shards[0].name).write_bytes(b"damaged meanwhile")
+    (Path(out) / "shards" / temporary_name("half")).write_bytes(b"of a process that was killed")
     assert merge([a, b], out, created_by=VERSIONS).totals.examples == 20
+    assert not list(Path(out).rglob(".tmp-*"))
     assert verify(out).faults == ()
 
 
