@@ -117,6 +117,47 @@ def test_a_cache_on_s3(s3: str, tmp_path: Path) -> None:
     check_life_of_a_cache(s3, tmp_path)
 
 
+class VendorError(Exception):
+    """Of a library of cloud storage: no OSError, nor anything else one could know."""
+
+
+@pytest.mark.parametrize("method", ["glob", "size", "cat_file", "pipe_file", "makedirs", "rm_file", "open"])
+@pytest.mark.parametrize("error", [VendorError("SlowDown"), OSError(5, "Input/output error"), TimeoutError()])
+def test_a_storage_that_fails_is_one_error(
+    memory: str, method: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use() -> None:
+        capture(memory, range(27))
+        CacheReader(memory, staging=Staging(tmp_path)).read(KEYS)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    filesystem = fsspec.filesystem("memory")
+    with monkeypatch.context() as patched:
+        patched.setattr(type(filesystem), method, fail)
+        with pytest.raises(CacheFormatError, match=f"does not answer as it should .{type(error).__name__}"):
+            use()
+    use()
+
+
+def test_a_read_that_ends_early_is_no_damage(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that is taken for damaged would be removed and captured again."""
+    with CacheWriter.open(memory, make_identity(), created_by=VERSIONS) as writer:
+        plan = writer.plan(keys_and_rows(range(25)), examples_per_shard=5)
+        with writer.unit(plan.units[0]) as shard:
+            for number in plan.units[0].rows:
+                shard.add(make_row(int(number)))
+    filesystem = fsspec.filesystem("memory")
+    whole = filesystem.cat_file
+    with CacheWriter.open(memory, make_identity(), created_by=VERSIONS) as writer:
+        with monkeypatch.context() as patched:
+            patched.setattr(type(filesystem), "cat_file", lambda _, path: whole(path)[:-9])
+            with pytest.raises(CacheFormatError, match="only a part of it arrived"):
+                writer.is_finished(plan.units[0])
+        assert writer.is_finished(plan.units[0])
+
+
 def read_in_worker(sent: bytes) -> int:
     return sum(len(ids) for ids in pickle.loads(sent).read(KEYS)[0])
 
@@ -330,7 +371,7 @@ def test_what_cannot_be_fetched_is_not_blamed_on_the_disk_here(
         raise error
 
     monkeypatch.setattr(RemoteFolder, "open", fail)
-    with pytest.raises(CacheFormatError, match=r"cannot be fetched \((Input/output error|Forbidden)\)"):
+    with pytest.raises(CacheFormatError, match=r"does not answer as it should .*(Input/output error|Forbidden)"):
         CacheReader(memory)
 
 

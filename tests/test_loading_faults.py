@@ -119,6 +119,7 @@ def test_items_larger_than_shared_memory_arrive() -> None:
 @pytest.mark.slow
 def test_shared_memory_without_room_for_a_semaphore_is_one_error() -> None:
     done = in_a_namespace("64k", FILLED + LOAD)
+    assert "Exception ignored" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert "TrainingError: data-loader workers cannot be started" in last
     for word in ("/dev/shm", "0.0625 MiB", "--shm-size", "run.num_workers=0"):

@@ -16,8 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from shared.cache.format import first_line
-from shared.cache.storage import RemoteFolder, explain_write_errors, process_is_alive
+from shared.cache.storage import (
+    RemoteFolder,
+    explain_remote_errors,
+    explain_write_errors,
+    process_is_alive,
+)
 from shared.errors import CacheFormatError, RecipeError
 
 BLOCK_BYTES: Final = 8 << 20
@@ -87,7 +91,7 @@ class Staging:
             self._reserve(temporary, num_bytes, where=where)
             digest, received = hashlib.sha256(), 0
             with open(temporary, "r+b") as local:
-                for block in _blocks(source, name, where=where):
+                for block in _blocks(source, name):
                     received += len(block)
                     if received > num_bytes:
                         break
@@ -163,14 +167,8 @@ def _max_bytes_of_environment() -> int:
     return int(text)
 
 
-def _blocks(source: RemoteFolder, name: str, *, where: str) -> Iterator[bytes]:
+def _blocks(source: RemoteFolder, name: str) -> Iterator[bytes]:
     """A remote file, part by part.  What goes wrong there is no fault of the disk that it is written to."""
-    try:
-        with source.open(name) as remote:
-            while block := remote.read(BLOCK_BYTES):
-                yield block
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise CacheFormatError(f"{where}: cannot be fetched ({reason}). Try again.") from error
+    with explain_remote_errors(source.where, name), source.open(name) as remote:
+        while block := remote.read(BLOCK_BYTES):
+            yield block

@@ -25,6 +25,7 @@ from shared.errors import CacheFormatError
 
 TEMPORARY_PREFIX = ".tmp-"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+PARTLY = "only a part of it arrived. Run the same command again."
 _counter = itertools.count()
 
 
@@ -144,45 +145,51 @@ class RemoteFolder:
         return {"url": self.url, "where": self.where, "_connection": None}
 
     def names(self, prefix: str) -> list[str]:
-        filesystem, root = self.connect()
-        filesystem.invalidate_cache()
-        found = filesystem.glob(f"{root}/{prefix}*", detail=True)
-        return sorted(path[len(root) + 1 :] for path, info in found.items() if info["type"] == "file")
+        with explain_remote_errors(self.where, prefix):
+            filesystem, root = self.connect()
+            filesystem.invalidate_cache()
+            found = filesystem.glob(f"{root}/{prefix}*", detail=True)
+            return sorted(path[len(root) + 1 :] for path, info in found.items() if info["type"] == "file")
 
     def size(self, name: str) -> int | None:
-        filesystem, root = self.connect()
-        filesystem.invalidate_cache()
         try:
-            return int(filesystem.size(f"{root}/{name}"))
+            with explain_remote_errors(self.where, name):
+                filesystem, root = self.connect()
+                filesystem.invalidate_cache()
+                return int(filesystem.size(f"{root}/{name}"))
         except FileNotFoundError:
             return None
 
     def read(self, name: str, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        filesystem, root = self.connect()
-        size = filesystem.size(f"{root}/{name}")
-        if size is not None and int(size) > max_bytes:
-            raise CacheFormatError(f"{self.where}, {name}: {size} bytes found, at most {max_bytes} possible.")
-        return filesystem.cat_file(f"{root}/{name}")
+        with explain_remote_errors(self.where, name):
+            filesystem, root = self.connect()
+            size = filesystem.size(f"{root}/{name}")
+            if size is not None and int(size) > max_bytes:
+                raise CacheFormatError(
+                    f"{self.where}, {name}: {size} bytes found, at most {max_bytes} possible."
+                )
+            data: bytes = filesystem.cat_file(f"{root}/{name}")
+        if size is not None and len(data) != int(size):
+            raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
+        return data
 
     def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
         filesystem, root = self.connect()
         return filesystem.open(f"{root}/{name}", "rb", cache_type="readahead")
 
     def publish(self, name: str, data: bytes | pa.Buffer) -> None:
-        filesystem, root = self.connect()
-        with explain_write_errors(self.where, name):
+        with explain_write_errors(self.where, name), explain_remote_errors(self.where, name):
+            filesystem, root = self.connect()
             path = f"{root}/{name}"
             filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
             filesystem.pipe_file(path, bytes(data))
             filesystem.invalidate_cache()
             if int(filesystem.size(path)) != len(data):
-                raise CacheFormatError(
-                    f"{self.where}, {name}: only a part of it arrived. Run the same command again."
-                )
+                raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
 
     def remove(self, name: str) -> None:
-        filesystem, root = self.connect()
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), explain_remote_errors(self.where, name):
+            filesystem, root = self.connect()
             filesystem.rm_file(f"{root}/{name}")
 
 
@@ -229,6 +236,23 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explain_remote_errors(where: str, name: str) -> Iterator[None]:
+    """Turns whatever a remote storage fails with into an error for the user, but for a file that is not there.
+
+    Libraries of storages have errors of their own, of no common base.
+    """
+    try:
+        yield
+    except (CacheFormatError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise CacheFormatError(
+            f"{where}, {name}: the storage does not answer as it should ({type(error).__name__}: "
+            f"{first_line(error)}). Everything finished before is safe: run the same command again when it does."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from shared.errors import TeachonceError, TrainingError
 
@@ -226,6 +227,8 @@ def _started(loader: DataLoader, workers_setting: str) -> Iterator[Any]:
     torch would raise that out of a signal handler as well, in the middle of whatever the main thread does: a step
     that the other ranks go on with, or a checkpoint.
     """
+    # One whose making fails has not got so far as to say so, and would print a traceback when it is collected.
+    _MultiProcessingDataLoaderIter._shutdown = True
     try:
         answer = signal.getsignal(signal.SIGCHLD)
         loaded = iter(loader)
