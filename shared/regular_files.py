@@ -1,11 +1,14 @@
 """Files that are files: a named pipe, a device or a folder in the place of one is refused before it is read.
 
 To open a pipe waits for who writes into it, and a device may never end: a picture that is one would hang a whole
-run.  Opened without waiting and looked at by its descriptor, a file cannot be exchanged in between.
+run.  Opened without waiting and looked at by its descriptor, a file cannot be exchanged in between.  Where a reader
+knows how large a file can be, a larger one is refused as well, and one of holes: a terabyte of nothing takes a few
+bytes of a disk.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -22,10 +25,13 @@ KINDS = {
 }
 
 
-def open_regular(path: str | Path) -> io.BufferedReader:
+HOLES_MATTER_BYTES = 1 << 20
+
+
+def open_regular(path: str | Path, *, max_bytes: int | None = None) -> io.BufferedReader:
     """As ``open(path, "rb")``.
 
-    Raises   NotAFileError  when it is no regular file; OSError as ``open`` does
+    Raises   NotAFileError  when it is no regular file, has more bytes, or is mostly holes; OSError as ``open`` does
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -34,14 +40,16 @@ def open_regular(path: str | Path) -> io.BufferedReader:
         raise
     try:
         _refuse(path, os.fstat(descriptor).st_mode)
+        if max_bytes is not None:
+            _refuse_size(path, descriptor, max_bytes)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def read_regular(path: str | Path) -> bytes:
-    with open_regular(path) as stream:
+def read_regular(path: str | Path, *, max_bytes: int | None = None) -> bytes:
+    with open_regular(path, max_bytes=max_bytes) as stream:
         return stream.read()
 
 
@@ -67,3 +75,26 @@ def refuse_irregular_members(folder: str | Path) -> None:
 def _refuse(path: str | Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         raise NotAFileError(f"{path} is {KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file")
+
+
+def _refuse_size(path: str | Path, descriptor: int, max_bytes: int) -> None:
+    size = os.fstat(descriptor).st_size
+    if size > max_bytes:
+        raise NotAFileError(f"{path}: {size} bytes found, at most {max_bytes} possible")
+    if size > HOLES_MATTER_BYTES and _data_bytes(descriptor, size) < size // 2:
+        raise NotAFileError(f"{path}: {size} bytes found, most of them holes")
+
+
+def _data_bytes(descriptor: int, size: int) -> int:
+    """Bytes that are no holes, counted up to half of the file; all where the file system does not tell."""
+    total = at = 0
+    try:
+        while at < size and total < size // 2:
+            at = os.lseek(descriptor, at, os.SEEK_DATA)
+            end = os.lseek(descriptor, at, os.SEEK_HOLE)
+            total, at = total + end - at, end
+    except OSError as error:
+        return total if error.errno == errno.ENXIO else size  # ENXIO: nothing but a hole up to the end
+    finally:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    return total

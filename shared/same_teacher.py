@@ -10,14 +10,12 @@ different.  Where the files are gone, or the cache is older than this, names and
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from shared.cache import CacheReader, Comparison
-from shared.cache.layout import LOG_NAME
+from shared.cache.log import log_records
 from shared.cache.storage import open_folder
 from shared.models.weight_files import weight_files
 from shared.recipes import TeacherConfig
@@ -75,20 +73,7 @@ def compare_teacher(cache: CacheReader, teacher: TeacherConfig) -> Comparison:
 
 def _stamps(location: str) -> set[str]:
     """Of the teacher's files at each capture; the log is no part of the cache, and may be damaged or gone."""
-    try:
-        lines = open_folder(location).read(LOG_NAME).splitlines()
-    except FileNotFoundError:
-        return set()
-    records = map(_record, lines)
-    return {str(record[STAMP]) for record in records if STAMP in record}
-
-
-def _record(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return {str(record[STAMP]) for record in log_records(open_folder(location)) if STAMP in record}
 
 
 def _named(name: str, revision: str | None) -> str:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from shared.cache import CacheReader, CacheWriter, Identity, Manifest, Plan, Unit
 from shared.cache.layout import LIBRARY_LOG_NAME, PLAN_NAME, shard_names
+from shared.cache.plan import MAX_PLAN_BYTES
 from shared.cache.storage import open_folder
 from shared.capture.opening import open_planned
 from shared.capture.planning import (
@@ -152,7 +153,7 @@ def remove_committed_plan(location: str) -> None:
         contextlib.suppress(TeachonceError, OSError),
         CacheWriter.open(location, identity, created_by={}) as writer,
     ):
-        plan = Plan.decode(folder.read(PLAN_NAME), where=folder.where)
+        plan = Plan.decode(folder.read(PLAN_NAME, max_bytes=MAX_PLAN_BYTES), where=folder.where)
         if writer.manifest is not None and plan.base != writer.manifest.sha256:
             folder.remove(PLAN_NAME)
 

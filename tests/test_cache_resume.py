@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -271,7 +272,10 @@ def test_after_a_damaged_plan_is_deleted_finished_units_are_kept(tmp_path: Path,
 
 @pytest.mark.parametrize(
     "change",
-    [{"slots": None}, {"lost": 5}, {"identity": {}}, {"skipped": [3]}, {"base": ...}],
+    [
+        *({"slots": None}, {"lost": 5}, {"identity": {}}, {"skipped": [3]}, {"base": ...}, {"base": 1}),
+        *({"slots": ["x", 0]}, {"slots": [-1, 0]}, {"lost": ["x"]}, {"request": None}, {"duplicates": "3"}),
+    ],
 )
 def test_a_sound_file_that_is_no_plan_is_refused(tmp_path: Path, change: dict) -> None:
     with open_writer(tmp_path) as writer:
@@ -286,3 +290,48 @@ def test_a_sound_file_that_is_no_plan_is_refused(tmp_path: Path, change: dict) -
     data = sink.getvalue().to_pybytes()
     with pytest.raises(CacheFormatError, match="cannot be read"):
         Plan.decode(data + hashlib.sha256(data).digest(), where="plan")
+
+
+def test_a_compressed_plan_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(6)), examples_per_shard=3)
+    table = pa.ipc.open_file(plan.encode().to_pybytes()[:-32]).read_all()
+    zeros = pa.array([bytes(16)] * (1 << 20), pa.binary(16))
+    rows = pa.array([0] * (1 << 20), pa.int64())
+    table = pa.table([zeros, rows, rows.cast(pa.int32())], schema=table.schema)
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(sink, table.schema, options=options) as stream:
+        stream.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    assert len(data) < 1 << 16
+    before = pa.total_allocated_bytes()
+    with pytest.raises(CacheFormatError, match="compressed Arrow buffers"):
+        Plan.decode(data + hashlib.sha256(data).digest(), where="plan")
+    assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+def test_a_plan_whose_numbers_point_outside_of_it_is_refused(tmp_path: Path) -> None:
+    """Arrow took any offsets and lengths for good, and crashed on them."""
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(6)), examples_per_shard=3)
+    sound = plan.encode().to_pybytes()[:-32]
+    for place in range(len(sound)):
+        data = sound[:place] + bytes([sound[place] ^ 0x40]) + sound[place + 1 :]
+        with contextlib.suppress(CacheFormatError):
+            Plan.decode(data + hashlib.sha256(data).digest(), where="plan")
+
+
+@pytest.mark.parametrize("name", ["plan.arrow", "log.jsonl"])
+def test_files_of_a_capture_that_nobody_can_have_written_are_refused(tmp_path: Path, name: str) -> None:
+    with open_writer(tmp_path) as writer:
+        writer.plan(keys_and_rows(range(6)), examples_per_shard=3)
+    with open(tmp_path / name, "ab") as file:
+        file.truncate(1 << 42)
+
+    def use() -> None:
+        capture(tmp_path, range(6))
+        open_writer(tmp_path).log("event")
+
+    with pytest.raises(CacheFormatError, match=rf"{name}.* bytes found, at most"):
+        use()

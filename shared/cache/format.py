@@ -5,19 +5,18 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import io
 import json
-import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from shared.errors import CacheFormatError
+from shared.errors import CacheFormatError, NotAFileError
 from shared.regular_files import open_regular
 
 FORMAT = "teachonce-cache"
@@ -27,7 +26,6 @@ METADATA_KEY = b"teachonce"
 MAX_MANIFEST_BYTES = 64 << 20  # 180,000 shards; as Python objects it takes some twenty times as much
 MAX_FILE_BYTES = 1 << 37  # an index of 2**32 examples
 MAX_SHARD_BYTES = 1 << 33  # its columns have 32-bit offsets
-HOLES_MATTER_BYTES = 1 << 20
 KEY_DTYPE = np.dtype(f"S{KEY_BYTES}")
 
 
@@ -41,7 +39,7 @@ def sha256_hex(data: bytes | memoryview | pa.Buffer) -> str:
 
 
 def sha256_of_file(path: str | Path) -> str:
-    with open_regular(path) as stream:
+    with open_file(Path(path)) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -98,49 +96,31 @@ def narrowest(largest: int) -> pa.DataType:
 UNSIGNED = (pa.uint8(), pa.uint16(), pa.uint32())
 
 
+def keys_of(batch: pa.RecordBatch) -> npt.NDArray[np.bytes_]:
+    """(R,) S16, a view of the column "key" of a batch that was validated; Arrow's buffers may be longer."""
+    return np.frombuffer(batch.column("key").buffers()[1] or b"", KEY_DTYPE, count=len(batch))
+
+
 def as_buffer(source: Path | bytes | pa.Buffer) -> pa.Buffer:
-    """A file mapped, or bytes as they are.  Raises CacheFormatError as :func:`require_regular` does."""
+    """A file mapped, or bytes as they are.  Raises CacheFormatError as :func:`open_file` does."""
     if isinstance(source, Path):
-        require_regular(source)
+        open_file(source).close()
         return pa.memory_map(str(source)).read_buffer()
     return pa.py_buffer(source) if isinstance(source, bytes) else source
 
 
-def require_regular(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> None:
-    """Looks at a file before it is opened: a pipe would block, a device or a file of holes never end.
+def open_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> io.BufferedReader:
+    """A file of a cache, looked at before anything is read.
 
     Raises   CacheFormatError   unless it is a regular file of at most ``max_bytes``, most of them on a disk
              FileNotFoundError  where there is none
     """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, device or socket"
-        raise CacheFormatError(f"{path}: {kind} found, a regular file needed. Restore it, or capture again.")
-    if status.st_size > max_bytes:
-        raise CacheFormatError(
-            f"{path}: {status.st_size} bytes found, at most {max_bytes} possible; this is not the file that was "
-            "committed. Restore it, or capture again."
-        )
-    if status.st_size > HOLES_MATTER_BYTES and _data_bytes(path, status.st_size) < status.st_size // 2:
-        raise CacheFormatError(
-            f"{path}: {status.st_size} bytes found, most of them holes; this is not the file that was "
-            "committed. Restore it, or capture again."
-        )
-
-
-def _data_bytes(path: Path, size: int) -> int:
-    """Bytes that are no holes, counted up to half of the file; all where the file system does not tell."""
-    descriptor, total, at = os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0, 0
     try:
-        while at < size and total < size // 2:
-            at = os.lseek(descriptor, at, os.SEEK_DATA)
-            end = os.lseek(descriptor, at, os.SEEK_HOLE)
-            total, at = total + end - at, end
-    except OSError as error:
-        return total if error.errno == errno.ENXIO else size  # ENXIO: nothing but a hole up to the end
-    finally:
-        os.close(descriptor)
-    return total
+        return open_regular(path, max_bytes=max_bytes)
+    except NotAFileError as error:
+        raise CacheFormatError(
+            f"{error}; this is not what was committed. Restore it, or capture again."
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

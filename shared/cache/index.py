@@ -22,6 +22,7 @@ from shared.cache.format import (
     KEY_DTYPE,
     UNSIGNED,
     as_buffer,
+    keys_of,
     make_metadata,
     narrowest,
     read_metadata,
@@ -128,7 +129,7 @@ def open_index(source: Path | bytes | pa.Buffer, *, shard_sizes: Sequence[int], 
             raise CacheFormatError(f"{where}: its columns are not those of an index.")
         batch = stream.get_batch(0)
         batch.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CacheFormatError(f"{where}: cannot be read as an Arrow file ({error}).") from error
     if len(batch) != sum(shard_sizes):  # before NumPy adds them up, whose sum could run over
         raise CacheFormatError(
@@ -138,8 +139,7 @@ def open_index(source: Path | bytes | pa.Buffer, *, shard_sizes: Sequence[int], 
     places = batch.column("place").to_numpy()
     if places.max(initial=0) >= max(len(batch), 1):
         raise CacheFormatError(f"{where}: place {places.max()} found, with {len(batch)} examples. {REMEDY}")
-    keys = np.frombuffer(batch.column("key").buffers()[1] or b"", dtype=KEY_DTYPE)[: len(batch)]
-    return KeyIndex(keys, places, batch.column("num_positions").to_numpy(), starts)
+    return KeyIndex(keys_of(batch), places, batch.column("num_positions").to_numpy(), starts)
 
 
 def load_index(folder: Folder, manifest: Manifest) -> KeyIndex:

@@ -13,18 +13,36 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, Strict, TypeAdapter
 
+from shared.cache.arrow_file import open_uncompressed
 from shared.cache.format import KEY_BYTES, first_line, make_metadata, read_metadata
 from shared.cache.identity import Identity
 from shared.cache.manifest import SkippedRow
 from shared.errors import CacheFormatError
 
 DIGEST_BYTES = 32  # SHA-256
+MAX_PLAN_BYTES = 1 << 32  # some 150 million examples
 REMEDY = "Delete the file and run teacher-cache again: it keeps the finished units that its new plan has."
+
+
+class _Facts(BaseModel):
+    """What the metadata say beside identity, rows and units."""
+
+    model_config = ConfigDict(strict=True)
+
+    duplicates: NonNegativeInt
+    base: str | None
+    request: str
+    lost: Annotated[tuple[NonNegativeInt, ...], Strict(False)]
+
+
+_Slots = TypeAdapter(list[NonNegativeInt | None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +124,17 @@ class Plan:
                 f"file is damaged or of an earlier release. {REMEDY}"
             )
         try:
-            table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+            stream = open_uncompressed(pa.py_buffer(data), where=where)
+            batches = [stream.get_batch(number) for number in range(stream.num_record_batches)]
+            for batch in batches:
+                batch.validate(full=True)
+            table = pa.Table.from_batches(batches, stream.schema)
             metadata = read_metadata(table.schema, where=where)
             identity = Identity.model_validate_json(json.dumps(metadata["identity"]))
             skipped = tuple(SkippedRow(**row) for row in metadata["skipped"])
-            units = _units_of(table, identity, metadata["slots"])
-            base, request, lost = metadata["base"], metadata["request"], tuple(metadata["lost"])
-            return cls(identity, units, skipped, metadata["duplicates"], base, request, lost)
+            units = _units_of(table, identity, _Slots.validate_python(metadata["slots"]))
+            facts = _Facts.model_validate({name: metadata[name] for name in _Facts.model_fields})
+            return cls(identity, units, skipped, facts.duplicates, facts.base, facts.request, facts.lost)
         except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
             raise CacheFormatError(f"{where}: cannot be read ({first_line(error)}). {REMEDY}") from error
 

@@ -22,9 +22,9 @@ import pyarrow as pa
 from shared.cache.arrow_file import open_uncompressed
 from shared.cache.format import (
     KEY_BYTES,
-    KEY_DTYPE,
     as_buffer,
     first_line,
+    keys_of,
     make_metadata,
     narrowest,
     read_metadata,
@@ -190,11 +190,15 @@ def open_shard(source: Path | bytes | pa.Buffer, *, where: str) -> ShardView:
             raise CacheFormatError(f"{where}: {stream.num_record_batches} record batches found, 1 needed.")
         batch = stream.get_batch(0)
         batch.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+        kinds = tuple((field.name, str(field.type)) for field in batch.schema)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CacheFormatError(
             f"{where}: cannot be read as an Arrow file ({first_line(error)}). Delete it and capture "
             "again: only its examples are recomputed."
         ) from error
+    fault = _column_fault(kinds)
+    if fault is not None:
+        raise CacheFormatError(f"{where}: {fault}.")
     return _view(batch, metadata, num_bytes=buffer.size, where=where)
 
 
@@ -206,16 +210,13 @@ def view_shard(folder: Folder, name: str, *, where: str) -> ShardView:
 
 
 def _view(batch: pa.RecordBatch, metadata: Mapping[str, Any], *, num_bytes: int, where: str) -> ShardView:
-    fault = _column_fault(tuple((field.name, str(field.type)) for field in batch.schema))
-    if fault is not None:
-        raise CacheFormatError(f"{where}: {fault}.")
     if any(column.null_count for column in batch.columns):
         raise CacheFormatError(f"{where}: null values found, none allowed.")
     answers, entropies, payload = (batch.column(name) for name in ("answer_ids", "entropy_sums", "payload"))
     tokens = answers.values
     size = len(batch)
     return ShardView(
-        keys=np.frombuffer(batch.column("key").buffers()[1] or b"", dtype=KEY_DTYPE)[:size],
+        keys=keys_of(batch),
         num_positions=batch.column("num_positions").to_numpy().astype(np.int64),
         num_entries=batch.column("num_entries").to_numpy().astype(np.int64),
         truncated=batch.column("truncated").to_numpy(zero_copy_only=False),
@@ -224,7 +225,7 @@ def _view(batch: pa.RecordBatch, metadata: Mapping[str, Any], *, num_bytes: int,
         answer_offsets=answers.offsets.to_numpy(),
         answer_indices=tokens.indices.to_numpy(),
         answer_dictionary=tokens.dictionary.to_numpy(),
-        payload_offsets=np.frombuffer(payload.buffers()[1] or bytes(4), dtype=np.int32)[: size + 1],
+        payload_offsets=np.frombuffer(payload.buffers()[1] or bytes(4), np.int32, count=size + 1),
         payloads=memoryview(payload.buffers()[2] or b""),
         num_bytes=num_bytes,
         metadata=metadata,
@@ -237,6 +238,8 @@ def _column_fault(kinds: tuple[tuple[str, str], ...]) -> str | None:
     narrow = pa.uint8()
     wanted = _schema(1, token_index=narrow, num_positions=narrow, num_entries=narrow, metadata={})
     found = dict(kinds)
+    if len(found) != len(kinds):
+        return "two columns of one name found"
     for field in wanted:
         kind = found.get(field.name)
         if kind is None or _loosely(kind) != _loosely(str(field.type)):

@@ -20,7 +20,7 @@ from typing import IO, Any, Protocol
 
 import pyarrow as pa
 
-from shared.cache.format import MAX_FILE_BYTES, first_line, require_regular, sha256_hex, sha256_of_file
+from shared.cache.format import MAX_FILE_BYTES, first_line, open_file, sha256_hex, sha256_of_file
 from shared.errors import CacheFormatError
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -81,8 +81,8 @@ class LocalFolder:
             return None
 
     def read(self, name: str, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        require_regular(self.path / name, max_bytes=max_bytes)
-        return (self.path / name).read_bytes()
+        with open_file(self.path / name, max_bytes=max_bytes) as stream:
+            return stream.read()
 
     def publish(self, name: str, data: bytes | pa.Buffer) -> None:
         target = self.path / name

@@ -37,8 +37,9 @@ from shared.cache.layout import (
     unit_in,
 )
 from shared.cache.lock import CaptureLock
+from shared.cache.log import read_log
 from shared.cache.manifest import Manifest, SkippedRow, load_manifest
-from shared.cache.plan import Plan, Unit
+from shared.cache.plan import MAX_PLAN_BYTES, Plan, Unit
 from shared.cache.planning import Wanted, cut_units
 from shared.cache.shard import ShardView, view_shard
 from shared.cache.storage import Folder, LocalFolder, open_folder
@@ -168,11 +169,7 @@ class CacheWriter:
     def log(self, event: str, **facts: Any) -> None:
         """Adds a line to ``log.jsonl``: times, speeds, hosts - what the manifest must not depend on."""
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **facts})
-        try:
-            before = self.folder.read(LOG_NAME)
-        except FileNotFoundError:
-            before = b""
-        self.folder.publish(LOG_NAME, before + line.encode() + b"\n")
+        self.folder.publish(LOG_NAME, read_log(self.folder) + line.encode() + b"\n")
 
     def commit(self, plan: Plan, *, settle_s: float = 0.0) -> Manifest:
         """Writes index and manifest: from here on the folder is a cache of all that was planned.
@@ -210,7 +207,7 @@ class CacheWriter:
 
     def _read_plan(self) -> Plan | None:
         try:
-            data = self.folder.read(PLAN_NAME)
+            data = self.folder.read(PLAN_NAME, max_bytes=MAX_PLAN_BYTES)
         except FileNotFoundError:
             return None
         return Plan.decode(data, where=f"{self.folder.where}, {PLAN_NAME}")

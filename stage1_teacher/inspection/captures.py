@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from shared.cache.layout import LOG_NAME
+from shared.cache.log import log_records
 from shared.cache.storage import open_folder
 
 
@@ -14,16 +13,4 @@ def capture_records(location: str) -> list[dict[str, Any]]:
 
     The log is no part of the cache: a damaged line is passed over.
     """
-    try:
-        lines = open_folder(location).read(LOG_NAME).splitlines()
-    except FileNotFoundError:
-        return []
-    return [record for line in lines if (record := _record(line)) is not None]
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("recipe"), dict) else None
+    return [record for record in log_records(open_folder(location)) if isinstance(record.get("recipe"), dict)]

@@ -10,13 +10,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared.cache.layout import LOG_NAME
+from shared.cache.log import log_records
 from shared.cache.manifest import load_manifest
 from shared.cache.storage import open_folder
 from shared.errors import TeachonceError
 from shared.reports.break_even import TeacherCosts
 from stage2_student.evaluation.run_records import RunRecord
-from stage2_student.runs.files import are_numbers, json_objects
+from stage2_student.runs.files import are_numbers
 
 IN_CAPTURES = ("positions", "seconds", "ranks", "teacher_ms")  # numbers of a record in a cache's log
 
@@ -82,14 +82,12 @@ def captured_times(location: str) -> CapturedTimes | None:
     """
     try:
         folder = open_folder(location)
-        log = folder.read(LOG_NAME)
+        log = log_records(folder)
         manifest = load_manifest(folder)
     except (OSError, TeachonceError):
         return None
     records = [
-        record
-        for record in json_objects(log)
-        if record.get("event") == "captured" and are_numbers(record, *IN_CAPTURES)
+        record for record in log if record.get("event") == "captured" and are_numbers(record, *IN_CAPTURES)
     ]
     positions = sum(record["positions"] for record in records)
     if manifest is None or not positions:
