@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import pytest
-from samples import ANSWERS, PLAIN_CHAT, QUESTIONS, make_examples
+from samples import ANSWERS, PLAIN_CHAT, QUESTIONS, make_examples, write_vqa_folder
 from tokenizers import AddedToken
 from transformers import (
     AutoTokenizer,
@@ -118,24 +118,7 @@ def examples() -> list[Example]:
 @pytest.fixture(scope="session")
 def vqa_folder(tmp_path_factory: pytest.TempPathFactory, examples: list[Example]) -> Path:
     """A Parquet folder with MedPix's columns: 12 training rows, 4 for validation."""
-    folder = tmp_path_factory.mktemp("vqa")
-    features = datasets.Features(
-        {
-            "image_id": datasets.Image(),
-            **{name: datasets.Value("string") for name in ("mode", "case_id", "question", "answer")},
-        }
-    )
-    for split, rows in (("train", examples), ("validation", make_examples(16)[12:])):
-        table = {
-            "image_id": [{"bytes": row.images[0], "path": None} for row in rows],
-            "mode": [row.kind for row in rows],
-            "case_id": [row.case for row in rows],
-            "question": [row.question for row in rows],
-            "answer": [row.answer for row in rows],
-        }
-        data = datasets.Dataset.from_dict(table, features=features)
-        data.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
-    return folder
+    return write_vqa_folder(tmp_path_factory.mktemp("vqa"), num_train=len(examples), num_validation=4)
 
 
 @pytest.fixture(scope="session")

@@ -371,7 +371,9 @@ def test_what_cannot_be_fetched_is_not_blamed_on_the_disk_here(
         raise error
 
     monkeypatch.setattr(RemoteFolder, "open", fail)
-    with pytest.raises(CacheFormatError, match=r"does not answer as it should .*(Input/output error|Forbidden)"):
+    with pytest.raises(
+        CacheFormatError, match=r"does not answer as it should .*(Input/output error|Forbidden)"
+    ):
         CacheReader(memory)
 
 
