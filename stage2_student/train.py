@@ -79,6 +79,7 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
             tqdm.write(line)
         save_model_files(recipe, folder)
         write_sources(folder, recipe, inputs.cache)
+        folder.write_hashes()
     with open_trackers(
         recipe, folder.path, world, step=checkpoint.facts.step if checkpoint else -1
     ) as trackers:

@@ -82,6 +82,7 @@ def test_names_of_the_hub_are_named_in_its_fields(run: Path, tmp_path: Path) -> 
     sources["student"] |= {"model": "owner/base", "is_local": False}
     sources["data"] = {"source": "owner/data", "is_local": False}
     path.write_text(json.dumps(sources))
+    (tmp_path / "run" / "hashes.json").unlink()
     assert command("export", tmp_path / "run").return_value == 0
     card = ModelCard((tmp_path / "run" / "export" / "README.md").read_text())
     assert (card.data.base_model, card.data.datasets) == ("owner/base", ["owner/data"])

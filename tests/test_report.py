@@ -286,6 +286,7 @@ def test_answers_are_shown_with_the_pictures_they_were_given_for(
     settings = yaml.safe_load((recipe.run.path / "recipe.yaml").read_text())
     settings["data"] |= {"splits": {"train": "train", "validation": "train"}, "limit": 2}
     (recipe.run.path / "recipe.yaml").write_text(yaml.safe_dump(settings))  # other pictures, and fewer
+    (recipe.run.path / "hashes.json").unlink()
     assert "data:image/jpeg" not in page()
     assert "4 picture(s) are not those of the data any more" in page()
 

@@ -25,6 +25,7 @@ from shared.data.processing import open_processor
 from shared.errors import DataError, RecipeError
 from shared.models.vlm import load_vlm
 from shared.recipes import load_recipe
+from shared.vouched import opened
 from stage2_student.__main__ import commands
 from stage2_student.evaluation import answers, model_losses
 from stage2_student.evaluation.answer_metrics import exact_match, mean_interval, rouge_l, token_f1
@@ -145,7 +146,7 @@ def test_a_run_beside_its_references(run: Path) -> None:
     assert teacher["kl"] == pytest.approx(math.log(384 / num_ids), abs=0.01)
     assert teacher["kl"] < untrained["kl"]
     assert set(student["by_kind"]) == {line["kind"] for line in lines}
-    assert read_run(run).scores == student  # in ``compare`` and in the report
+    assert read_run(run).scores == opened(student)  # in ``compare`` and in the report
     own = [line for line in lines if line["model"] == "student"]
     assert student["exact_match"]["count"] == len(own)
     assert student["accuracy"]["count"] == sum(line["is_short"] for line in own)

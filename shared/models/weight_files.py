@@ -20,9 +20,11 @@ from typing import Any, BinaryIO
 
 from huggingface_hub import try_to_load_from_cache
 
-from shared.errors import RecipeError
+from shared.errors import CheckpointError, RecipeError
 from shared.models.adapters import SETTINGS, lineage
 from shared.places import is_local
+from shared.regular_files import read_regular
+from shared.vouched import opened
 
 # In the order in which Transformers looks for them; a .json names the files of a model cut into several.
 NAMES = (
@@ -175,11 +177,24 @@ def _fault(path: Path) -> str | None:
 
 def _exported(folder: Path) -> dict[str, str]:
     """Name -> SHA-256; empty for folders of others, and of releases that did not list their files."""
+    listed = (read_provenance(folder) or {}).get("sha256")
+    return {str(name): str(sha256) for name, sha256 in listed.items()} if isinstance(listed, dict) else {}
+
+
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """What an export of ours says of itself; None for folders of others.
+
+    Raises   CheckpointError  when it is damaged
+    """
+    path = folder / PROVENANCE
+    if not path.exists():
+        return None
     try:
-        listed = json.loads((folder / PROVENANCE).read_bytes())["sha256"]
-        return {str(name): str(sha256) for name, sha256 in listed.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}
+        return opened(json.loads(read_regular(path)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}). `train-student export` writes it again, with the files that it lists"
+        ) from error
 
 
 def _sha256(path: Path) -> str:

@@ -9,7 +9,6 @@ all.  Intervals are over pictures.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import click
 import torch
 
 from shared.errors import DataError, RecipeError, TeachonceError
-from shared.models.weight_files import PROVENANCE
+from shared.models.weight_files import read_provenance
 from shared.places import require_no_typo
 from shared.recipes import Recipe, Split
 from shared.runtime import World
@@ -27,6 +26,7 @@ from stage2_student.evaluation.answer_metrics import Interval
 from stage2_student.evaluation.answers import ModelSource, answers_of
 from stage2_student.evaluation.evaluated import LABELS, STUDENT, TEACHER, UNTRAINED, Evaluated
 from stage2_student.evaluation.model_losses import losses_of
+from stage2_student.runs.run_folder import RunFolder
 
 
 def default_split(recipe: Recipe) -> Split:
@@ -79,11 +79,8 @@ def evaluate(
 
 def exported_step(model: str) -> int | None:
     """Of the run that the model was exported from, as its folder says; None where it does not."""
-    path = Path(model) / PROVENANCE
-    try:
-        return int(json.loads(path.read_bytes())["step"]) if path.exists() else None
-    except (ValueError, KeyError, TypeError):  # somebody else's, or damaged: nothing depends on it
-        return None
+    step = (read_provenance(Path(model)) or {}).get("step")
+    return step if type(step) is int else None
 
 
 def show(found: Sequence[Evaluated]) -> None:
@@ -161,6 +158,7 @@ class Subject:
     def _of_run(cls, recipe: Recipe, run: Path, model: Path | None) -> Subject:
         if model is not None:
             return cls(recipe, str(model), None)
+        RunFolder(run).require_as_written()
         if not (run / "export").is_dir():
             raise RecipeError(f"{run}: no export in it to evaluate. `train-student export {run}` makes one")
         return cls(recipe, str(run / "export"), run)

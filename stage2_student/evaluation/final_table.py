@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from shared.errors import TeachonceError
 from shared.recipes import Recipe, baseline_of, load_recipe
 from stage2_student.evaluation.answer_metrics import Interval, mean_interval
 from stage2_student.evaluation.evaluate import default_split
 from stage2_student.evaluation.evaluated import STUDENT
+from stage2_student.evaluation.scores import read_predictions
 from stage2_student.runs.run_folder import RunFolder
 
 HEAD = f"{'':<29}{'steps':>6}{'time':>8}{'CE':>8}{'KL':>8}   {'short answers right':<21}{'of':>6}"
@@ -88,7 +87,7 @@ class Finished:
         path = self.folder.predictions(default_split(self.recipe))
         if not path.exists():
             return {}
-        lines = pq.read_table(path).to_pylist()
+        lines = read_predictions(path)
         return {
             (line["row"], line["question"]): (line["is_right"], line["image_sha256"])
             for line in lines

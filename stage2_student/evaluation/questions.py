@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-import pyarrow.parquet as pq
-
 from shared.data.rows import Example, VqaSplit, open_split
 from shared.errors import DataError, TeachonceError
 from shared.recipes import Recipe, Split, load_recipe
@@ -18,7 +16,7 @@ from shared.reports.text import shorten
 from stage2_student.evaluation.answer_metrics import Interval
 from stage2_student.evaluation.evaluated import LABELS, STUDENT, UNTRAINED
 from stage2_student.evaluation.run_records import RunRecord, labels
-from stage2_student.evaluation.scores import read_scores
+from stage2_student.evaluation.scores import read_predictions, read_scores
 from stage2_student.runs.run_folder import RunFolder
 
 NUM_SPREAD = 12  # questions, spread evenly over those asked
@@ -66,7 +64,7 @@ def _split_pieces(runs: Sequence[RunRecord], split: Split) -> list[str]:
             continue
         for one in read_scores(path):
             _add(scores, name if one["model"] == STUDENT else one["model"], name, one)
-        for line in pq.read_table(path).to_pylist():
+        for line in read_predictions(path):
             key = tuple(line[part] for part in ("row", "image_sha256", "question", "reference"))
             question = found.setdefault(key, Question(line, run))
             _add(question.answers, name if line["model"] == STUDENT else line["model"], name, line)

@@ -18,7 +18,7 @@ from typing import Any
 import click
 import yaml
 
-from shared.errors import RecipeError
+from shared.errors import CheckpointError, RecipeError
 from shared.recipes import Split, yaml12
 from stage2_student.evaluation.evaluated import STUDENT
 from stage2_student.evaluation.scores import Scores, read_all
@@ -114,10 +114,12 @@ def read_run(path: Path) -> RunRecord:
     folder = RunFolder(path)
     if not folder.recipe.exists():
         raise RecipeError(f"{path}: there is no run in it (no {folder.recipe.name})")
+    folder.require_as_written()
     settings = _read_settings(folder.recipe)
     metrics = _with_kl(folder.read_metrics(), temperature=settings["loss.temperature"])
     steps = metrics.steps
     results = folder.read_results()
+    _require_whole_log(folder, steps, results)
     last = metrics.validations[-1] if metrics.validations else {}
     split: Split = "train" if settings.get("data.splits.validation") is None else "validation"
     answered = read_all(folder.evaluation, split)
@@ -139,6 +141,18 @@ def read_run(path: Path) -> RunRecord:
         cache=settings["cache.path"] if settings["loss.kd_ratio"] > 0 else None,
         records=metrics.records,
     )
+
+
+def _require_whole_log(
+    folder: RunFolder, steps: Sequence[dict[str, Any]], results: dict[str, Any] | None
+) -> None:
+    """Raises   CheckpointError  when the log of a finished run ends before its last step"""
+    logged = steps[-1]["step"] if steps else 0
+    if results is not None and logged < results["step"]:
+        raise CheckpointError(
+            f"{folder.metrics.path}: ends at step {logged}, and {folder.results.name} says {results['step']}; "
+            "the log was cut or is missing. Put it back, or leave the run out"
+        )
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ evaluation/SPLIT-step-000100-60.parquet of an earlier student of the run
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shared.errors import CheckpointError
 from shared.recipes import Split
+from shared.regular_files import refuse_irregular
+from shared.vouched import vouched
 from stage2_student.evaluation.evaluated import STUDENT, Evaluated
 from stage2_student.runs.files import write_json
+from stage2_student.runs.run_folder import MEND_SCORES, scores_in
+
+ASKED = ("model", "row", "question", "image_sha256")  # in every line of predictions
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def keep(found: Sequence[Evaluated], folder: Path, split: Split) -> Path:
         if one["model"] not in new and one.get("questions") == student["questions"]
     ]
     kept = {one["model"] for one in others}
-    lines = [line for line in pq.read_table(place).to_pylist() if line["model"] in kept] if kept else []
+    lines = [line for line in read_predictions(place) if line["model"] in kept] if kept else []
     _write([*_lines(found), *lines], [*(one.to_json() for one in found), *others], place)
     return place
 
@@ -77,9 +82,27 @@ def _set_earlier_students_aside(folder: Path, split: Split, *, step: int | None)
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
-    """What ``to_json`` made of each model, from the JSON beside the predictions; empty where there is none."""
-    scores = path.with_suffix(".json")
-    return json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else []
+    """What ``to_json`` made of each model, from the JSON beside the predictions; empty where there is none.
+
+    Raises   CheckpointError  when it is damaged
+    """
+    return scores_in(path.with_suffix(".json"))
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """A line for each model and question.
+
+    Raises   CheckpointError  when the file is damaged
+    """
+    refuse_irregular(path)
+    try:
+        lines: list[dict[str, Any]] = pq.read_table(path, page_checksum_verification=True).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged ({str(error).splitlines()[0]}). {MEND_SCORES}") from error
+    missing = [name for name in ASKED if lines and name not in lines[0]]
+    if missing:
+        raise CheckpointError(f"{path}: it lacks {', '.join(missing)}. {MEND_SCORES}")
+    return lines
 
 
 def read_all(folder: Path, split: Split) -> tuple[Scores, ...]:
@@ -107,9 +130,9 @@ def _lines(found: Sequence[Evaluated]) -> list[dict[str, Any]]:
 def _write(lines: list[dict[str, Any]], scores: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(lines), partial)
+    pq.write_table(pa.Table.from_pylist(lines), partial, write_page_checksum=True)
     partial.replace(path)
-    write_json(path.with_suffix(".json"), scores)
+    write_json(path.with_suffix(".json"), [vouched(one) for one in scores])
 
 
 def _move(path: Path, new: Path) -> None:

@@ -10,6 +10,7 @@ import click
 
 from shared.recipes import Recipe
 from shared.runtime import World
+from shared.vouched import vouched
 from stage2_student.evaluation.answers import ModelSource, answers_of
 from stage2_student.evaluation.evaluate import cut_answers, default_split, evaluate, exported_step
 from stage2_student.evaluation.evaluated import STUDENT, Evaluated
@@ -58,7 +59,7 @@ def summarize(
 
 def _write(folder: RunFolder, results: dict[str, Any], world: World) -> None:
     if world.is_main:
-        write_json(folder.results, results)
+        write_json(folder.results, vouched(results))
 
 
 def _answering(recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World) -> Evaluated:

@@ -16,10 +16,10 @@ import yaml
 
 from shared.cache import CacheReader
 from shared.models.adapters import lineage
-from shared.models.weight_files import PROVENANCE
+from shared.models.weight_files import read_provenance
 from shared.recipes import Recipe
 from stage2_student.runs.files import write_json, write_text
-from stage2_student.runs.run_folder import SHUFFLED, RunFolder
+from stage2_student.runs.run_folder import SHUFFLED, RunFolder, scores_in
 
 SOURCES = "sources.json"  # in the run's folder, as they were when it began: they may be gone at an export
 CARD = "README.md"
@@ -107,7 +107,7 @@ def model_card(facts: dict[str, Any], folder: RunFolder, *, is_adapter: bool) ->
 
 def refresh_card(folder: RunFolder) -> None:
     """Makes the scores in the run's export anew; does nothing where there is no card, or its marks are gone."""
-    card, facts = folder.export / CARD, _read(folder.export / PROVENANCE)
+    card, facts = folder.export / CARD, read_provenance(folder.export)
     if not facts or not card.exists():
         return
     text = card.read_text(encoding="utf-8")
@@ -199,7 +199,7 @@ def _evaluations(folder: RunFolder, step: int) -> Iterator[str]:
     for path in sorted(folder.evaluation.glob("*.json")):
         if path.stem.startswith(SHUFFLED):  # not what the student answers to its own pictures
             continue
-        models = json.loads(path.read_text(encoding="utf-8"))
+        models = scores_in(path)
         if step not in [one.get("step") for one in models if one["model"] == "student"]:  # of another export
             continue
         labels = [*SCORES.values(), "CE", "KL", "cut"]

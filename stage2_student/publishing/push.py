@@ -9,7 +9,6 @@ has a file that nobody listed is refused: what is public cannot be taken back.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from shared.errors import CheckpointError, HubError, RecipeError
-from shared.models.weight_files import PROVENANCE
+from shared.models.weight_files import PROVENANCE, read_provenance
 from stage2_student.publishing.card import CARD
 from stage2_student.runs.checkpoint import hashes
 
@@ -138,19 +137,18 @@ def _is_of_the_network(error: Exception) -> bool:
 
 def _listed(folder: Path) -> dict[str, str]:
     """Name -> SHA-256 of the files that were exported."""
-    path = folder / PROVENANCE
-    if not path.exists():
+    facts = read_provenance(folder)
+    if facts is None:
         raise RecipeError(
             f"{folder}: no export there ({PROVENANCE} is missing). Give the folder of a run, or of an export"
         )
-    try:
-        listed = json.loads(path.read_bytes())["sha256"]
-        return {str(name): str(sha256) for name, sha256 in listed.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    listed = facts.get("sha256")
+    if not isinstance(listed, dict):
         raise CheckpointError(
-            f"{path}: damaged, or of an earlier release: it does not list the files. `train-student export` "
-            "writes it again"
-        ) from error
+            f"{folder / PROVENANCE}: damaged, or of an earlier release: it does not list the files. `train-student "
+            "export` writes it again"
+        )
+    return {str(name): str(sha256) for name, sha256 in listed.items()}
 
 
 def _is_own(name: str) -> bool:

@@ -45,11 +45,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from shared.errors import CheckpointError
 from shared.regular_files import read_regular
 from shared.runtime import World
+from shared.vouched import DIGEST, opened, vouched
 from stage2_student.runs.checkpoint_reader import CheckpointReader
 from stage2_student.runs.files import sync_folder, write_json, write_text
 
 FACTS = "facts.json"
-DIGEST = "digest"  # in the facts: of all others
 PARTIAL = ".partial"
 LATEST, BEST = "latest", "best"  # files with the name of such a checkpoint
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -154,7 +154,7 @@ class Checkpoints:
             written.result()
             if is_main:
                 told = asdict(replace(facts, sha256=hashes(partial)))
-                write_json(partial / FACTS, told | {DIGEST: _digest(told)})
+                write_json(partial / FACTS, vouched(told))
                 partial.rename(final)
                 self._point()
                 self._forget_old()
@@ -279,11 +279,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(told: dict[str, Any]) -> str:
-    """SHA-256 over the facts as compact JSON, keys in order."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def _damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with the files, if anything."""
     try:
@@ -310,10 +305,7 @@ def _read_facts(path: Path) -> Facts:
         missing = [name for name in (*(one.name for one in fields(Facts)), DIGEST) if name not in read]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        told = {name: value for name, value in read.items() if name != DIGEST}
-        if read[DIGEST] != _digest(told):
-            raise ValueError("its digest differs from what it says")
-        facts = Facts(**told)
+        facts = Facts(**opened(read))
         _require_types(facts, folder_name=path.name)
         return facts
     except (OSError, ValueError, TypeError, RecursionError) as error:

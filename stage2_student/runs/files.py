@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.regular_files import read_regular
+from shared.regular_files import open_regular, read_regular
+from shared.vouched import opened, vouched
 
 
 def write_text(path: Path, text: str) -> None:
@@ -26,6 +28,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def sha256_of_file(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in the folder outlast a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -35,41 +42,41 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def json_objects(log: bytes) -> list[dict[str, Any]]:
-    """Those of its lines that are a JSON object; the others are passed over."""
-    found = []
-    for line in log.split(b"\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # bytes that are not UTF-8 among them
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
-
-
 def are_numbers(record: dict[str, Any], *names: str) -> bool:
     """Whether the record has a number under each of the names."""
     return all(type(record.get(name)) in (int, float) for name in names)
 
 
 class JsonLines:
-    """A log of one JSON object a line."""
+    """A log of one JSON object a line, each of which vouches for itself."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(vouched(record)) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records; the last line may have been cut by a kill, and what is no object is no record."""
-        if not self.path.exists():
-            return []
-        return json_objects(read_regular(self.path))
+        return self._read()[0]
+
+    def damaged(self) -> list[int]:
+        """Numbers of lines, from 1, that hold no whole record, but for a last one that was cut."""
+        return self._read()[1]
+
+    def _read(self) -> tuple[list[dict[str, Any]], list[int]]:
+        lines = read_regular(self.path).split(b"\n") if self.path.exists() else []
+        found, damaged = [], []
+        for number, line in enumerate(lines, start=1):
+            try:
+                found.append(opened(json.loads(line)))
+            except (ValueError, RecursionError):  # bytes that are not UTF-8 among them
+                if number < len(lines):
+                    damaged.append(number)
+        return found, damaged
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Rewrites the log without the records that are not wanted."""
-        text = "".join(json.dumps(record) + "\n" for record in self.read() if wanted(record))
+        text = "".join(json.dumps(vouched(record)) + "\n" for record in self.read() if wanted(record))
         write_text(self.path, text)

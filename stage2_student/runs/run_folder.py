@@ -3,6 +3,7 @@
 recipe.yaml         as resolved
 environment.json    versions, commit, machine
 metrics.jsonl       a line for each step and each validation
+hashes.json         of the files above, but for the log, and of those in model/
 sources.json        names and cache it was made of, for its model card
 model/              the small files of the student's original folder: configuration, tokenizer, processor
 checkpoints/        whole ones only
@@ -23,14 +24,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from shared.cache.lock import CacheBusyError, CaptureLock
 from shared.errors import CheckpointError, NotAFileError, RecipeError
 from shared.library_output import keep_library_output
 from shared.recipes import Recipe, Split, load_recipe, recipe_text
 from shared.regular_files import read_regular
 from shared.runtime import World, environment
+from shared.vouched import opened, vouched
 from stage2_student.runs.checkpoint import Checkpoint, Checkpoints
-from stage2_student.runs.files import JsonLines, are_numbers, write_json, write_text
+from stage2_student.runs.files import JsonLines, are_numbers, sha256_of_file, write_json, write_text
 from stage2_student.runs.identity import require_same
 
 LOCK_NAME = "train.lock"
@@ -40,6 +44,9 @@ IN_RESULTS = (
     *("positions_per_s", "data_wait", "export"),
 )
 MEND_ENVIRONMENT = "put it back, or delete it: the run is then taken to have had one rank"
+MEND_LOG = "put it back, leave the run out, or delete those lines to do without them"
+MEND_SCORES = "Delete it; `train-student evaluate` asks the student again"
+MEND_HASHES = "put them back, or delete hashes.json to take the files as they are"
 MEND_RESULTS = "where checkpoints/ has one to go on from, delete it, and --resume writes it anew"
 
 
@@ -88,6 +95,7 @@ class RunFolder:
         self.path = path
         self.recipe = path / "recipe.yaml"
         self.results = path / "results.json"
+        self.hashes = path / "hashes.json"
         self.model_files = path / "model"
         self.export = path / "export"
         self.evaluation = path / "evaluation"
@@ -176,13 +184,51 @@ class RunFolder:
         world.barrier()  # all have looked before the first rank cleans up
         if world.is_main:
             self.results.unlink(missing_ok=True)  # of fewer steps: while there are results, a run is finished
+            self.hashes.unlink(missing_ok=True)  # of files that are written anew
             write_text(self.recipe, recipe_text(recipe))
-            write_json(self.path / "environment.json", self._environment(world))
+            write_json(self.path / "environment.json", vouched(self._environment(world)))
             self.checkpoints.mend()
             done = latest.facts.step if latest else -1  # no checkpoint: not even the first validation counts
-            self.metrics.keep(lambda record: _is_record(record) and record["step"] <= done)
+            self._mend_log(done)
         world.barrier()
         keep_library_output(self.log)
+
+    def _mend_log(self, done: int) -> None:
+        """Keeps the records up to that step, and says what is not there of them."""
+        damaged = self.metrics.damaged()
+        self.metrics.keep(lambda record: _is_record(record) and record["step"] <= done)
+        missing = max(done, 0) - len(self.read_metrics().steps)
+        if damaged or missing > 0:
+            tqdm.write(
+                f"note: {self.metrics.path}: {len(damaged)} damaged line(s) are left out, records of "
+                f"{max(missing, 0)} step(s) are missing; the run's curves and times will lack them"
+            )
+
+    def write_hashes(self) -> None:
+        """Vouches for what the run has written of itself before its first step."""
+        names = [self.recipe, self.path / "environment.json", self.path / "sources.json"]
+        files = [path for path in (*names, *sorted(self.model_files.iterdir())) if path.is_file()]
+        told = {str(path.relative_to(self.path)): sha256_of_file(path) for path in files}
+        write_json(self.hashes, vouched({"sha256": told}))
+
+    def require_as_written(self) -> None:
+        """Raises   CheckpointError  when recipe, environment, sources or the model's small files have changed"""
+        if not self.hashes.exists():  # of an earlier release, or while a run begins
+            return
+        told = _read_object(self.hashes, advice=MEND_HASHES).get("sha256")
+        if not isinstance(told, dict):
+            raise CheckpointError(f"{self.hashes}: it lists no files; {MEND_HASHES}")
+        changed = [name for name, sha256 in told.items() if not self._is(name, sha256)]
+        if changed:
+            raise CheckpointError(
+                f"run {self.path}: {', '.join(sorted(changed)[:5])} changed, or went, after the run wrote them; "
+                f"{MEND_HASHES}"
+            )
+
+    def _is(self, name: str, sha256: Any) -> bool:
+        path = self.path / name
+        inside = self.path.resolve() in path.resolve().parents
+        return inside and path.exists() and sha256_of_file(path) == sha256
 
     def _environment(self, world: World) -> dict[str, Any]:
         """As it is now, and when the run began, which going on with it does not change."""
@@ -195,6 +241,11 @@ class RunFolder:
         return self.evaluation / f"{split}.parquet"
 
     def read_metrics(self) -> Metrics:
+        """Raises   CheckpointError  when lines of the log are damaged"""
+        damaged = self.metrics.damaged()
+        if damaged:
+            lines = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+            raise CheckpointError(f"{self.metrics.path}: damaged in line {lines}; {MEND_LOG}")
         return Metrics(tuple(record for record in self.metrics.read() if _is_record(record)))
 
     def num_ranks(self) -> int:
@@ -235,11 +286,30 @@ def _is_record(record: dict[str, Any]) -> bool:
 
 def _read_object(path: Path, *, advice: str) -> dict[str, Any]:
     try:
-        found = json.loads(read_regular(path))
+        return opened(json.loads(read_regular(path)))
     except NotAFileError as error:
         raise CheckpointError(f"{error}; {advice}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); {advice}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: it holds {found!r} instead of an object; {advice}")
-    return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); {advice}") from error
+
+
+def scores_in(path: Path) -> list[dict[str, Any]]:
+    """What an evaluation came to, an object for each model; empty where there is no such file.
+
+    Raises   CheckpointError  when it is damaged
+    """
+    if not path.exists():
+        return []
+    try:
+        read = json.loads(read_regular(path))
+        if not isinstance(read, list) or not read:
+            raise ValueError("it holds no list of models")
+        models = [opened(one) for one in read]
+        for one in models:
+            if not isinstance(one.get("model"), str) or type(one.get("num_examples")) is not int:
+                raise ValueError("a model or its number of questions is missing")
+    except NotAFileError as error:
+        raise CheckpointError(f"{error}. {MEND_SCORES}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}). {MEND_SCORES}") from error
+    return models

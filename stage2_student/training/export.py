@@ -22,6 +22,7 @@ from shared.models.vlm import load_config
 from shared.models.weight_files import PROVENANCE
 from shared.recipes import Recipe, dump_recipe, load_recipe
 from shared.runtime import environment
+from shared.vouched import vouched
 from stage2_student.publishing.card import CARD, model_card, read_sources
 from stage2_student.runs.checkpoint import Checkpoint, hashes, load, student_state
 from stage2_student.runs.files import write_json, write_text
@@ -103,6 +104,7 @@ def export_checkpoint(
     merge  adapters into the weights; by default as the run's recipe says, and where the student began from an
            adapter itself: a chain of them is opened by nothing else
     """
+    folder.require_as_written()
     recipe = load_recipe(folder.recipe)
     lora = recipe.student.lora
     if merge and lora is None:
@@ -136,7 +138,7 @@ def export_checkpoint(
         **environment(),
         "sha256": hashes(partial),
     }
-    write_json(partial / PROVENANCE, facts)
+    write_json(partial / PROVENANCE, vouched(facts))
     write_text(partial / CARD, model_card(facts, folder, is_adapter=adapters.is_adapter(str(partial))))
     _replace_folder(partial, target)
     return out
