@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import itertools
 import os
 import platform
 import subprocess
@@ -29,6 +30,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore
+from torch.distributed.distributed_c10d import _get_default_store
 
 from shared.errors import RecipeError, TeachonceError, TrainingError
 from shared.library_output import quiet_libraries
@@ -36,6 +39,7 @@ from shared.library_output import quiet_libraries
 COLLECTIVE_TIMEOUT_S = 600.0
 NO_LIMIT = timedelta(days=14)  # some of gloo's waits count milliseconds in 31 bits, which end at 24 days
 POLL_S = 0.02
+_meetings = itertools.count()
 # As gloo and the store say that another process of the job is gone, and that one has not come.
 LOST_CONNECTION = (
     "Connection closed by peer",
@@ -113,6 +117,19 @@ class World:
         if error is not None:
             raise error
         return value  # type: ignore[return-value]  # None only where work returned it
+
+    def meets(self, *, within_s: float) -> bool:
+        """Whether all ranks come here within that time of this one; called by all.
+
+        For what one rank may have met alone: to go on would leave the others in a collective that never ends.
+        """
+        store, name = PrefixStore("meetings", _get_default_store()), str(next(_meetings))
+        deadline = time.monotonic() + within_s
+        here = store.add(name, 1)
+        while here < self.size and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            here = store.add(name, 0)
+        return bool(here >= self.size)
 
     def forget_groups(self) -> None:
         """Lets groups end where their threads are: a forked process that collects one waits for these for ever."""

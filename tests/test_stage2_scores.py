@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from stage2_runs import make_recipe, written_run
+import torch
+import torch.distributed as dist
+from stage2_runs import make_recipe, on_ranks, written_run
 
+from shared.errors import DataError, TrainingError
+from shared.runtime import World
 from stage2_student.evaluation.answers import Answer
 from stage2_student.evaluation.compare import legend, results, table
+from stage2_student.evaluation.evaluate import evaluate
 from stage2_student.evaluation.evaluated import STUDENT, TEACHER, Evaluated
 from stage2_student.evaluation.run_records import asked_alike, read_run, read_runs
 from stage2_student.evaluation.scores import keep, read_all, read_scores
@@ -161,3 +168,35 @@ def test_the_teacher_has_a_row_with_what_the_log_knows(tree: dict[str, Any]) -> 
         log.write(json.dumps(validation) + "\n")
     head, (_, row) = results([read_run(path)])
     assert row[head.index("CE")] == "1.2500"
+
+
+@pytest.mark.parametrize("who", ["one rank", "all ranks"])
+def test_a_reference_that_fails_on_one_rank_alone_ends_all(
+    who: str, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for it in a collective; where all fail, all go on without it."""
+
+    def losses(_: object, source: Any, world: World, **__: object) -> tuple[float, None]:
+        if source.model == "teacher" and (world.rank == 1 or who == "all ranks"):
+            raise DataError("no memory for it")
+        dist.all_reduce(torch.ones(1))
+        return 1.0, None
+
+    module = "stage2_student.evaluation.evaluate"
+    monkeypatch.setattr(f"{module}.losses_of", losses)
+    monkeypatch.setattr(f"{module}.answers_of", lambda *_, **__: [])
+    monkeypatch.setattr(f"{module}.PATIENCE_S", 1.0)
+    monkeypatch.setattr(f"{module}.Evaluated", lambda name, *_, **__: name)
+    sources: Any = {name: SimpleNamespace(model=name) for name in ("student", "teacher", "untrained")}
+    begin = time.monotonic()
+    ended = on_ranks(
+        2,
+        lambda world: list(evaluate(make_recipe(tree), sources, world, split="validation")),
+        errors=True,
+    )
+    if who == "all ranks":
+        assert ended == [["student", "untrained"]] * 2
+    else:
+        assert isinstance(ended[0], TrainingError)
+        assert "no memory for it" in str(ended[1])
+        assert time.monotonic() - begin < 60

@@ -28,6 +28,8 @@ from stage2_student.evaluation.evaluated import LABELS, STUDENT, TEACHER, UNTRAI
 from stage2_student.evaluation.model_losses import losses_of
 from stage2_student.runs.run_folder import RunFolder
 
+PATIENCE_S = 10.0  # between ranks that meet the same error
+
 
 def default_split(recipe: Recipe) -> Split:
     return "validation" if recipe.data.splits.validation is not None else "train"
@@ -56,7 +58,8 @@ def evaluate(
 
     With ``shuffle_pictures`` each question is about the picture of another case.
 
-    A reference that cannot be opened, or does not fit into memory, is left out, and said.
+    A reference that cannot be opened, or does not fit into memory, is left out, and said; where one rank alone has
+    met that, its error ends all, as the others wait for it.
 
     Raises   TeachonceError  of the kind that fits, for the student; DataError for a split the data do not have
     """
@@ -68,11 +71,12 @@ def evaluate(
             answers = answers_of(recipe, source, world, **asked)
             ce, kl = losses_of(recipe, source, world, **asked)
         except (TeachonceError, torch.OutOfMemoryError) as error:
-            if name == STUDENT:
+            if name == STUDENT or not world.meets(within_s=PATIENCE_S):
                 raise
             if world.is_main:
                 click.echo(f"note: {name} is left out: {error}", err=True)
         else:
+            world.meets(within_s=PATIENCE_S)
             yield Evaluated(name, source.model, tuple(answers), ce, kl, step=exported_step(source.model))
         world.release_memory()
 
