@@ -5,6 +5,7 @@ ARGS   ?=
 EXTRAS ?= lora
 PYTHON ?= python3
 NUM_WORKERS ?= logical
+MINUTES ?= 60
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -19,13 +20,13 @@ STAMP     := $(VENV)/.installed
 FOR_TESTS := test lora report s3 tracking
 FILES     := files-$(firstword $(shell cat pyproject.toml constraints.txt | cksum))
 WANTED    := $(subst $(comma),$(space),$(EXTRAS)) \
-             $(if $(filter test,$(MAKECMDGOALS)),$(FOR_TESTS)) $(if $(filter check lint,$(MAKECMDGOALS)),dev $(FOR_TESTS))
+             $(if $(filter test torture,$(MAKECMDGOALS)),$(FOR_TESTS)) $(if $(filter torture,$(MAKECMDGOALS)),fuzz) $(if $(filter check lint,$(MAKECMDGOALS)),dev $(FOR_TESTS))
 INSTALLED := $(shell cat $(STAMP) 2>/dev/null)
 MISSING   := $(filter-out $(INSTALLED),$(FILES) $(WANTED))
 UNION     := $(sort $(filter-out files-%,$(INSTALLED)) $(WANTED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install teacher-cache train-student test lint check bench bench-gpu clean
+.PHONY: help setup install teacher-cache train-student test torture lint check bench bench-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +59,9 @@ train-student: setup  ## stage two: train a student from the cache; makes the ca
 
 test: setup  ## all tests, on NUM_WORKERS processes (default: as many as there are cores)
 	$(BIN)/python -m pytest -n $(NUM_WORKERS) --dist loadfile
+
+torture: setup  ## hard conditions by chance, for MINUTES (default 60): kills, damage, small disks; SEED=N repeats
+	$(BIN)/python -m tests.torture --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
 
 lint: setup  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shared.data.loading import PackedDataset, begin_worker, loaded_items
+from shared.data.loading import HANDOVER_DESCRIPTORS, PackedDataset, begin_worker, loaded_items
 from shared.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +61,40 @@ def killed() -> None:
 def test_a_fault_of_a_worker_is_one_error(fault: Callable[[], None], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         load(fault)
+
+
+@pytest.mark.parametrize("spare", range(7))
+def test_a_worker_without_descriptors_is_one_error_and_no_wait(
+    spare: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it lacks one for the buffer, or for the connection by which it passes it on; or it has enough."""
+
+    def few() -> None:
+        used = len(os.listdir("/proc/self/fd")) - 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, used + spare))
+
+    message = ""
+    try:
+        assert len(load(few)) == 8
+    except TrainingError as error:
+        message = str(error)
+    assert spare > HANDOVER_DESCRIPTORS + 2 or not message or "is out of file descriptors" in message
+    assert not message or all(word in message for word in ("ulimit -n", "run.num_workers"))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_worker_ends_where_the_last_descriptor_goes_in_mid_handover(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Other threads of the worker take them between the look and the handover."""
+    monkeypatch.setattr("shared.data.loading.HANDOVER_DESCRIPTORS", 0)
+
+    def few() -> None:
+        used = len(os.listdir("/proc/self/fd")) - 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2, used + 2))
+
+    with pytest.raises(TrainingError, match="is out of file descriptors"):
+        load(few)
 
 
 def test_that_a_worker_died_is_told_where_items_are_asked_for_alone() -> None:

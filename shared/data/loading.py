@@ -16,13 +16,16 @@ worker's traceback and hide the row's name.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import mmap
 import os
 import pickle
+import resource
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import DupFd, ForkingPickler
@@ -37,6 +40,9 @@ from shared.errors import TeachonceError, TrainingError
 
 ALIGNMENT = 64  # bytes; more than any dtype asks for
 SHARED_MEMORY = "/dev/shm"
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+ENDING_S = 0.2  # until a worker that ends has ended
+HANDOVER_DESCRIPTORS = 3  # that a worker needs beside a buffer's own, to pass it on
 
 
 class Shared:
@@ -51,6 +57,7 @@ class Shared:
         self._descriptor = os.memfd_create("teachonce")
         os.posix_fallocate(self._descriptor, 0, num_bytes)  # now: a write to pages that are not there kills
         self.bytes = _mapped(self._descriptor, num_bytes)
+        _require_descriptors(self._descriptor)
 
     def __del__(self) -> None:
         if self._descriptor is not None:
@@ -60,6 +67,17 @@ class Shared:
         if self._descriptor is None:
             return _plain, (self.bytes,)
         return _received, (DupFd(self._descriptor), len(self.bytes))
+
+
+def _require_descriptors(descriptor: int) -> None:
+    """Raises   OSError  when there are too few for the handover, which another thread makes"""
+    copies = []
+    try:
+        for _ in range(HANDOVER_DESCRIPTORS):
+            copies.append(os.dup(descriptor))
+    finally:
+        for copy in copies:
+            os.close(copy)
 
 
 def _plain(buffer: Tensor) -> Tensor:
@@ -173,11 +191,24 @@ class PackedDataset(Dataset):
         try:
             return Sent.of(pack(value))
         except OSError as error:
-            refusal = TrainingError(
-                f"a data-loader worker cannot hand over what it has read ({error.strerror}). Lower "
-                f"{self.workers_setting} (0: no workers), or give the job more memory or file descriptors"
-            )
-            return Sent.of(refusal)
+            return Sent.of(_cannot_hand_over(error, self.workers_setting))
+
+
+def _cannot_hand_over(error: OSError, workers_setting: str) -> TrainingError:
+    if error.errno in OUT_OF_DESCRIPTORS:
+        return _without_descriptors(workers_setting)
+    return TrainingError(
+        f"a data-loader worker cannot hand over what it has read ({error.strerror}). Lower {workers_setting} (0: no "
+        "workers), or give the job more memory"
+    )
+
+
+def _without_descriptors(workers_setting: str) -> TrainingError:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return TrainingError(
+        f"a process that loads data is out of file descriptors (too many open files; the limit is {limit}). Raise it "
+        f"(ulimit -n 4096), or lower {workers_setting} (0: no workers)"
+    )
 
 
 def begin_worker(worker: int) -> None:
@@ -190,6 +221,17 @@ def begin_worker(worker: int) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _end_without_descriptors
+
+
+def _end_without_descriptors(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Called by the thread that passes descriptors on, which tries for ever where it has none for the connection.
+
+    The parent waits for that connection, so the worker ends, with a status that says why.
+    """
+    if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
+        os._exit(errno.EMFILE)
+    sys.__excepthook__(kind, error, trace)
 
 
 def loaded_items(loader: DataLoader, *, workers_setting: str) -> Iterator[Any]:
@@ -208,6 +250,8 @@ def loaded_items(loader: DataLoader, *, workers_setting: str) -> Iterator[Any]:
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
+            if getattr(error, "errno", None) in OUT_OF_DESCRIPTORS or _ended_without_descriptors(loaded):
+                raise _without_descriptors(workers_setting) from error
             if not _says_that_a_worker_died(error):
                 raise
             raise TrainingError(
@@ -235,11 +279,22 @@ def _started(loader: DataLoader, workers_setting: str) -> Iterator[Any]:
         if loader.num_workers and _is_of_torch(signal.getsignal(signal.SIGCHLD)):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL if _is_of_torch(answer) else answer)
     except OSError as error:
+        if error.errno in OUT_OF_DESCRIPTORS:
+            raise _without_descriptors(workers_setting) from error
         raise TrainingError(
             f"data-loader workers cannot be started ({error}). Their semaphores are files in {SHARED_MEMORY}, which "
             f"{_room()}. Give it some room (docker run --shm-size=1g), or do without workers ({workers_setting}=0)"
         ) from error
     return loaded
+
+
+def _ended_without_descriptors(loaded: Iterator[Any]) -> bool:
+    """Whether that is why one of its workers is gone, or about to be."""
+    for worker in getattr(loaded, "_workers", ()):
+        worker.join(timeout=ENDING_S)
+        if worker.exitcode == errno.EMFILE:
+            return True
+    return False
 
 
 def _is_of_torch(handler: Any) -> bool:

@@ -35,7 +35,7 @@ LOGGED = (
     "grad_norm",
     "learning_rate",
 )
-PLACES = ("folder", "path", "export")
+PLACES = ("folder", "path", "export", "digest")  # names of what copies of a run say otherwise
 # Files of a cache that people read and no program.
 FOR_PEOPLE = ("log.jsonl", "capture.log", "capture.lock")
 
