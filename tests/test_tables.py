@@ -16,7 +16,7 @@ from samples import encoded_picture
 
 from shared.data.copies import copies_folder
 from shared.data.rows import open_split
-from shared.data.tables import TableRows
+from shared.data.tables import MAX_KEPT_BYTES, TableRows
 from shared.errors import DataError, FileError
 from shared.recipes import DataConfig
 
@@ -269,3 +269,26 @@ def test_a_class_is_its_name(saved: bool, tmp_path: Path) -> None:
     assert [split[0].answer, split[1].answer] == ["coronal", "axial"]
     with pytest.raises(DataError, match="the answer is missing"):
         split[2]
+
+
+def test_a_compressed_stream_is_decoded_a_batch_at_a_time(tmp_path: Path) -> None:
+    """20 MB of it are in some kilobytes each; all at once would take the memory of all rows."""
+    path, column = tmp_path / "train.arrow", pa.array([bytes(1 << 20)] * 20, pa.binary())
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(path, pa.schema([("x", pa.binary())]), options=options) as stream:
+        for _ in range(10):
+            stream.write_batch(pa.record_batch([column], names=["x"]))
+    before = pa.total_allocated_bytes()
+    rows = TableRows.open([path], folder=tmp_path)
+    assert len(rows) == 200
+    assert pa.total_allocated_bytes() - before < 1 << 20
+    for index in range(0, 200, 7):
+        assert rows[index] == {"x": bytes(1 << 20)}
+        assert pa.total_allocated_bytes() - before < MAX_KEPT_BYTES + (32 << 20)
+
+
+def test_a_stream_with_a_dictionary(tmp_path: Path) -> None:
+    path, column = tmp_path / "train.arrow", pa.array(["a", "b", "a"]).dictionary_encode()
+    with pa.ipc.new_stream(path, pa.schema([("x", column.type)])) as stream:
+        stream.write_batch(pa.record_batch([column], names=["x"]))
+    assert TableRows.open([path], folder=tmp_path)[1] == {"x": "b"}

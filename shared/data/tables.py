@@ -222,10 +222,21 @@ def _open_arrow(path: Path) -> tuple[OpenFile, int, pa.Schema]:
                 f"{path}: the Arrow stream has no end mark; the file was cut, or is no Arrow file"
             ) from None
         mapped.seek(0)
-        stream = pa.ipc.open_stream(mapped)
-        batches = list(stream)
-        return OpenFile(batches.__getitem__, mapped.close), len(batches), stream.schema
+        return _open_stream(mapped)
     return OpenFile(reader.get_batch, mapped.close), reader.num_record_batches, reader.schema
+
+
+def _open_stream(mapped: pa.MemoryMappedFile) -> tuple[OpenFile, int, pa.Schema]:
+    """A batch is decoded when it is asked for: compressed ones would take the memory of all rows at once."""
+    described, *messages = pa.ipc.MessageReader.open_stream(mapped)
+    if all(message.type == "record batch" for message in messages):
+        schema = pa.ipc.read_schema(described)
+        opened = OpenFile(lambda block: pa.ipc.read_record_batch(messages[block], schema), mapped.close)
+        return opened, len(messages), schema
+    mapped.seek(0)  # dictionaries among them, which only a reader of the whole stream can take
+    stream = pa.ipc.open_stream(mapped)
+    batches = list(stream)
+    return OpenFile(batches.__getitem__, mapped.close), len(batches), stream.schema
 
 
 def _column_bytes(group: Any) -> dict[str, int]:
