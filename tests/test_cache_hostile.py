@@ -170,6 +170,22 @@ def test_a_few_bytes_that_would_be_millions_of_entries(symbol: int) -> None:
         tracemalloc.stop()
 
 
+def test_a_row_of_more_entries_than_it_says(cache: Path) -> None:
+    """Allowed by the policy, and by its positions: 300 entries of one position are not decompressed for 3."""
+    policy = TopK(k=300)
+    logprobs = torch.zeros(1, 500).log_softmax(-1)
+    payload = encode(sparsify(logprobs, policy, seeds=position_seeds(0, b"entries", 1)))
+    options = {"policy": policy, "vocab_size": 500, "num_positions": [1]}
+    assert decode([payload], num_entries=[300], **options).num_entries == 300
+    with pytest.raises(CacheFormatError, match="length is out of bounds"):
+        decode([payload], num_entries=[3], **options)
+
+
+def test_entries_that_manifest_and_shard_tell_otherwise(cache: Path) -> None:
+    forge(cache, lambda tree: tree["shards"][0].update(entries=tree["shards"][0]["entries"] - 1))
+    assert_refused(cache, "entries.* in the manifest")
+
+
 def test_a_frame_that_does_not_say_its_size() -> None:
     compressor = zstandard.ZstdCompressor(
         dict_data=zstandard.ZstdCompressionDict(DICTIONARY), write_content_size=False

@@ -164,6 +164,7 @@ class CacheReader:
                 temperatures=self.temperatures,
                 vocab_size=vocab_size,
                 num_positions=[row.num_positions for row in rows],
+                num_entries=[row.num_entries for row in rows],
             )
         except CacheFormatError as error:
             for row in rows if len(rows) > 1 else ():  # says which one it is
@@ -181,19 +182,23 @@ class CacheReader:
         view = self._shards.get(number)
         if view is None:
             view = open_shard(self.shard_bytes(number), where=self._where(number))
-            if (len(view), view.entropy_sums.shape[1]) != (
-                self.manifest.shards[number].examples,
-                len(self.temperatures),
-            ):
-                raise CacheFormatError(
-                    f"{self._where(number)}: {len(view)} rows of {view.entropy_sums.shape[1]} temperatures found, "
-                    f"{self.manifest.shards[number].examples} of {len(self.temperatures)} in the manifest."
-                )
+            self._require_counts(view, number)
             self._shards[number] = view
             self._mapped_bytes += view.num_bytes
             self._close_least_recently_used()
         self._shards.move_to_end(number)
         return view
+
+    def _require_counts(self, view: ShardView, number: int) -> None:
+        """What is decoded later is bounded by what manifest and index say."""
+        info = self.manifest.shards[number]
+        found = (len(view), view.entropy_sums.shape[1], int(view.num_entries.sum()))
+        told = (info.examples, len(self.temperatures), info.entries)
+        if found != told:
+            raise CacheFormatError(
+                f"{self._where(number)}: (rows, temperatures, entries) {found} found, {told} in the manifest. Run "
+                "teacher-cache verify, and capture the cache again."
+            )
 
     def shard_bytes(self, number: int) -> pa.Buffer:
         """A shard's file, mapped; its hash is checked before its first use."""

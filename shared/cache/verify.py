@@ -169,6 +169,7 @@ def _faults_of_payloads(view: ShardView, rows: range, manifest: Manifest) -> Ite
             temperatures=identity.targets.temperatures,
             vocab_size=identity.inputs.vocab_size,
             num_positions=told.tolist(),
+            num_entries=view.num_entries[rows.start : rows.stop].tolist(),
         )
     except CacheFormatError as error:
         problem = str(error)

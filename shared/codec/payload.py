@@ -108,10 +108,12 @@ def decode(
     temperatures: tuple[float, ...] = (1.0,),
     vocab_size: int,
     num_positions: Sequence[int] | None = None,
+    num_entries: Sequence[int] | None = None,
 ) -> SparseTargets:
     """The targets of the payloads, one after the other; their entropy is NaN, for the reader to fill in.
 
-    ``num_positions`` of each payload, where they are known, bound a row before it is decompressed.
+    ``num_positions`` of each payload, and ``num_entries``, where they are known, bound a row before it is
+    decompressed.
 
     Raises   CacheFormatError  for a payload that ``encode`` cannot have made for this policy, these
              temperatures and this vocabulary
@@ -124,6 +126,8 @@ def decode(
         limit = _MAX_SYMBOLS
         if num_positions is not None:
             limit = min(limit, int(num_positions[row]) * max(most, 1))
+            if num_entries is not None:  # an empty position has a symbol, too
+                limit = min(limit, int(num_entries[row]) + int(num_positions[row]))
         try:
             parts.append(_take_apart(payload, has_plain, max_symbols=limit))
         except (InconsistentError, zstandard.ZstdError) as error:
