@@ -218,6 +218,11 @@ def _explained(error: RuntimeError, collective_timeout_s: float) -> TrainingErro
             f"another process of this job was late for a collective by more than {collective_timeout_s:g} s "
             "(parallel.collective_timeout_s). Raise the limit if it was at work; else its own output says more"
         )
+    return lost_peer(text)
+
+
+def lost_peer(text: str) -> TrainingError | None:
+    """The error of a process that has lost another one, where that is what the text says."""
     if any(words in text for words in LOST_CONNECTION):
         return TrainingError("another process of this job has ended; its own message says why")
     return None

@@ -243,6 +243,9 @@ def test_an_interrupted_merge_is_begun_anew(tmp_path: Path, monkeypatch: pytest.
     (Path(out) / "shards" / temporary_name("half")).write_bytes(b"of a process that was killed")
     assert merge([a, b], out, created_by=VERSIONS).totals.examples == 20
     assert not list(Path(out).rglob(".tmp-*"))
+    before = files_of(Path(out))
+    assert merge([a, b], out, created_by=VERSIONS).totals.examples == 20  # killed before it could say so
+    assert files_of(Path(out)) == before
     assert verify(out).faults == ()
 
 

@@ -21,7 +21,7 @@ from stage2_runs import on_ranks
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, TrainingError
 from shared.recipes import OptimizationConfig
 from shared.runtime import World, distributed
 from stage2_student.runs.checkpoint import (
@@ -135,6 +135,21 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_is_an_error_on_every_rank(t
         assert whole == [1]
         assert len(errors) == 1  # said once
         assert "step-000002: cannot be written" in errors[0]
+
+
+def test_a_rank_that_dies_while_a_checkpoint_is_written_is_told_as_that(tmp_path: Path) -> None:
+    """Not as a disk that cannot be written."""
+
+    def work(world: World) -> None:
+        if world.rank == 1:
+            os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        folder = Checkpoints(tmp_path)
+        folder.save({"model": {"w": torch.zeros(3)}}, facts(1), world)
+        folder.wait()
+
+    ended = on_ranks(2, work, errors=True)
+    assert isinstance(ended[0], TrainingError)
+    assert "another process of this job has ended" in str(ended[0])
 
 
 def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:

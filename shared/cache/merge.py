@@ -29,7 +29,7 @@ from shared.errors import CacheFormatError
 def merge(sources: Sequence[str], out: str, *, created_by: Mapping[str, str]) -> Manifest:
     """Writes a new cache of all examples of ``sources``, equal ones once; the first source wins.
 
-    An interrupted merge is begun anew in the same folder.
+    An interrupted merge is begun anew in the same folder; of one that has come to its end, nothing is done again.
 
     Raises   CacheMismatchError  when they were not captured alike: every difference, both sides
              CacheFormatError    when one is damaged, or ``out`` is not empty
@@ -39,6 +39,8 @@ def merge(sources: Sequence[str], out: str, *, created_by: Mapping[str, str]) ->
     folder = open_folder(out)
     lock = CaptureLock.in_folder(folder.path) if isinstance(folder, LocalFolder) else None
     with closing(lock) if lock is not None else nullcontext():
+        if folder.size(MANIFEST_NAME) is not None and (merged := _merged(readers, out)) is not None:
+            return merged
         there = [name for name in (MANIFEST_NAME, PLAN_NAME) if folder.size(name) is not None]
         there += foreign_names(folder)
         if there:
@@ -76,6 +78,14 @@ def _merge(readers: Sequence[CacheReader], folder: Folder, created_by: Mapping[s
     folder.publish(index_info.name, encoded)
     folder.publish(MANIFEST_NAME, manifest.dumps())
     return manifest
+
+
+def _merged(readers: Sequence[CacheReader], out: str) -> Manifest | None:
+    """The manifest of ``out`` where it holds just what these caches hold, as after a merge of them."""
+    there = CacheReader(out)
+    keys = np.unique(np.concatenate([reader.index.keys for reader in readers]))
+    is_same = there.manifest.identity == _joined_identity(readers) and np.array_equal(there.index.keys, keys)
+    return there.manifest if is_same else None
 
 
 def _require_alike(readers: Sequence[CacheReader]) -> None:

@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from shared.errors import CheckpointError
 from shared.regular_files import read_regular
-from shared.runtime import World
+from shared.runtime import World, lost_peer
 from shared.vouched import DIGEST, opened, vouched
 from stage2_student.runs.checkpoint_reader import CheckpointReader
 from stage2_student.runs.files import sync_folder, write_json, write_text
@@ -137,6 +137,7 @@ class Checkpoints:
         """Returns when nothing is being written any more; on the first rank the checkpoint is then whole.
 
         Raises   CheckpointError  when it could not be written
+                 TrainingError    when another rank, which was to write its part, has ended
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -159,6 +160,9 @@ class Checkpoints:
                 self._point()
                 self._forget_old()
         except (CheckpointException, OSError, RuntimeError) as error:
+            lost = lost_peer(str(error))
+            if lost is not None:
+                raise lost from error
             reason = str(error).strip().split("\n")[-1]
             raise CheckpointError(
                 f"checkpoint {final}: cannot be written: {reason}. Older ones are whole; when the cause is gone, "
