@@ -18,11 +18,12 @@ from samples import PLAIN_CHAT, encoded_picture
 
 from shared.data.processing import open_processor
 from shared.data.rows import open_split
-from shared.errors import DataError, RecipeError, listed, shortened
+from shared.errors import CheckpointError, DataError, RecipeError, listed, shortened
 from shared.models.vlm import empty_vlm, load_config, load_vlm
 from shared.models.weight_files import require_whole_weights
 from shared.recipes import DataConfig, TeacherConfig
 from shared.runtime import distributed
+from shared.vouched import vouched
 from stage1_teacher.capturing.teacher import load_teacher
 from stage2_student.__main__ import commands
 
@@ -77,6 +78,24 @@ def test_a_template_that_drops_the_picture_is_to_blame_and_not_each_picture(
     (model / "chat_template.jinja").write_text(blind.replace("p.text }}", "p.text|default('') }}"))
     with pytest.raises(RecipeError, match="same text with and without a picture"):
         open_processor(str(model), DataConfig(source="unused"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])
+def test_settings_of_an_export_that_changed_are_refused(
+    student_folder: Path, tmp_path: Path, name: str
+) -> None:
+    """One other digit makes another model, which opens without a word."""
+    folder = tmp_path / "export"
+    shutil.copytree(student_folder, folder)
+    sha256 = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    (folder / "teachonce.json").write_text(json.dumps(vouched({"sha256": sha256, "step": 3})))
+    require_whole_weights(str(folder), None)
+    (folder / name).write_bytes((folder / name).read_bytes() + b"\n")
+    with pytest.raises(RecipeError, match=rf"{name}: changed since it was exported .delete teachonce\.json"):
+        require_whole_weights(str(folder), None)
+    (folder / "teachonce.json").write_text((folder / "teachonce.json").read_text().replace(": 3", ": 4"))
+    with pytest.raises(CheckpointError, match=r"teachonce\.json: damaged .its digest differs"):
+        require_whole_weights(str(folder), None)
 
 
 def test_weights_of_an_export_that_changed_are_refused(student_folder: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class WeightFiles:
         if faults := self.faults() or self._changed():
             more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
             raise RecipeError(
-                f"model {self.model}: its weights cannot be loaded: {'; '.join(faults[:3])}{more}. Fetch the "
+                f"model {self.model}: its files cannot be loaded: {'; '.join(faults[:3])}{more}. Fetch the "
                 "files again"
             )
 
@@ -64,12 +64,16 @@ class WeightFiles:
         return faults + [f"{path}: {fault}" for path in self.files if (fault := _fault(path))]
 
     def _changed(self) -> list[str]:
-        """Of an export of ours, one for each file of weights that is not what was written; reads every byte."""
-        wanted = {folder: _exported(folder) for folder in {path.parent for path in self.files}}
+        """Of an export of ours, one for each file that is not what was written; reads every byte.
+
+        Settings, tokenizer and processor among them: with one number changed they make another model.
+        """
+        folders = {path.parent: _exported(path.parent) for path in self.files}
         return [
-            f"{path}: changed since it was exported"
-            for path in self.files
-            if path.name in wanted[path.parent] and wanted[path.parent][path.name] != _sha256(path)
+            f"{folder / name}: changed since it was exported (delete {PROVENANCE} beside it to take it as it is)"
+            for folder, wanted in folders.items()
+            for name, sha256 in wanted.items()
+            if (folder / name).is_file() and _sha256(folder / name) != sha256
         ]
 
     @cached_property
