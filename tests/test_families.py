@@ -6,6 +6,7 @@ The quick tests look at what goes into a model and what it computes; the slow on
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import pickle
 import re
@@ -24,17 +25,20 @@ import torch.nn.functional as F
 from documents import ROOT
 from families import FAMILIES, make_family
 from peft import PeftModel
+from PIL import Image
 from samples import ANSWERS, QUESTIONS, encoded_picture
 from stage2_runs import make_recipe, on_ranks, run_alone, run_ranks, step_records, validation_records
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig, ProcessorMixin
 
 from shared.cache import CacheReader
 from shared.data.collation import IGNORE_INDEX, Encoded
+from shared.data.conversations import Turn, question_answer
 from shared.data.model_inputs import answer_kinds, continued
 from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.processors import chat_template
 from shared.data.rows import Example
-from shared.errors import RecipeError
+from shared.errors import DataError, RecipeError
 from shared.model_check import check_model, two_examples
 from shared.models.vlm import in_dtype_of, last_hidden_states, load_vlm, split
 from shared.recipes import DataConfig, Recipe
@@ -53,12 +57,13 @@ NEED_TORCHVISION = {
     "pixtral",
 }  # these have no processor, or no image processor, without it
 SIZES = ((40, 48), (90, 31), (33, 120), (64, 64), (150, 40))
+ONE_PICTURE_A_ROW = {"paligemma"}  # and one question
 CPU = torch.device("cpu")
 MODELS = ROOT / "docs" / "models.md"
 
 COLUMNS = (  # of the table in docs/models.md
-    *("prompts", "markers", "batches", "rows of text", "capture", "training", "gradients", "checkpointing"),
-    *("frozen tower", "LoRA", "bf16", "answers", "export"),
+    *("prompts", "markers", "batches", "rows of text", "conversations", "capture", "training"),
+    *("gradients", "checkpointing", "frozen tower", "LoRA", "bf16", "answers", "export"),
 )
 SHARDED = {"qwen3_vl_moe", "smolvlm", "gemma3", "paligemma", "llava_next", "mllama"}
 SHOWN: dict[str, set[str]] = {name: set() for name in FAMILIES}  # what held in this process
@@ -98,7 +103,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 def rows(count: int) -> list[Example]:
     """Pictures of five sizes and shapes."""
     return [
-        Example(
+        Example.single(
             image=encoded_picture(index, size=SIZES[index % len(SIZES)]),
             question=QUESTIONS[index % 4],
             answer=f"{ANSWERS[index % 3]} {index}",
@@ -121,16 +126,20 @@ def states_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return last_hidden_states(body, in_dtype_of(head, inputs))
 
 
-def without_pictures(one: Encoded) -> Encoded:
-    """The same example as a row of text: the end of its prompt, and its answer."""
-    first = int((one.labels != IGNORE_INDEX).nonzero()[0, 0]) - 4
-    return replace(
-        one,
-        input_ids=one.input_ids[first:],
-        labels=one.labels[first:],
-        per_token={name: value[first:] for name, value in one.per_token.items() if value.ndim == 1},
-        per_picture={},
+def of_text(index: int) -> Example:
+    """A row without a picture."""
+    return Example((), question_answer(QUESTIONS[index], ANSWERS[index], 0), index=index)
+
+
+def conversation() -> Example:
+    """Two questions, the first about two pictures of different sizes, the second about a third."""
+    turns = (
+        Turn("user", (None, None, "Which one is CT?")),
+        Turn("assistant", ("The first.",)),
+        Turn("user", (None, "Which plane is this?")),
+        Turn("assistant", ("axial",)),
     )
+    return Example(tuple(encoded_picture(seed, size=SIZES[seed]) for seed in (1, 2, 0)), turns)
 
 
 # --- what goes in, and what a model makes of it ----------------------------------------------------------
@@ -155,12 +164,13 @@ def test_pictures_of_mixed_sizes_in_batches(family: str, folder_of: Callable[[st
         torch.testing.assert_close(ours_NV, own_NV, rtol=1e-4, atol=1e-5)
 
 
-@shown_in_the_table("prompts")
+@shown_in_the_table("batches")
 def test_the_picture_counts_and_the_prompt_is_the_templates(
     family: str, folder_of: Callable[[str], Path]
 ) -> None:
     processor, model = opened(folder_of(family))
-    one, other = (processor.encode(replace(rows(1)[0], image=encoded_picture(seed))) for seed in (1, 2))
+    examples = [replace(rows(1)[0], images=(encoded_picture(seed),)) for seed in (1, 2)]
+    one, other = map(processor.encode, examples)
     with torch.no_grad():
         states = [states_of(model, processor.collate([each]).inputs)[0, -1] for each in (one, other)]
     assert (states[0] - states[1]).abs().max() > 1e-4
@@ -169,7 +179,7 @@ def test_the_picture_counts_and_the_prompt_is_the_templates(
     assert text.replace("\n", "").endswith(f"CT 0{FAMILIES[family].end_of_turn}")
     bos = processor.tokenizer.bos_token_id
     assert bos is None or one.input_ids.tolist().count(bos) == 1
-    again = pickle.loads(pickle.dumps(processor)).encode(replace(rows(1)[0], image=encoded_picture(1)))
+    again = pickle.loads(pickle.dumps(processor)).encode(examples[0])
     assert torch.equal(again.input_ids, one.input_ids)
 
 
@@ -177,7 +187,11 @@ def test_the_picture_counts_and_the_prompt_is_the_templates(
 def test_markers_in_a_question_are_text(family: str, folder_of: Callable[[str], Path]) -> None:
     processor, _ = opened(folder_of(family))
     plain = processor.encode(rows(1)[0])
-    marked = processor.encode(replace(rows(1)[0], question=f"Is {FAMILIES[family].end_of_turn} a marker?"))
+    marked = processor.encode(
+        Example.single(
+            encoded_picture(0, size=SIZES[0]), f"Is {FAMILIES[family].end_of_turn} a marker?", "CT 0"
+        )
+    )
     special = [processor.tokenizer.convert_tokens_to_ids(token) for token in FAMILIES[family].tokens]
     assert [i for i in marked.input_ids.tolist() if i in special] == [
         i for i in plain.input_ids.tolist() if i in special
@@ -189,16 +203,79 @@ def test_markers_in_a_question_are_text(family: str, folder_of: Callable[[str], 
 @shown_in_the_table("rows of text")
 def test_rows_with_and_without_pictures_share_a_batch(family: str, folder_of: Callable[[str], Path]) -> None:
     processor, model = opened(folder_of(family))
-    pictured = [processor.encode(one) for one in rows(2)]
-    textual = without_pictures(pictured[1])
-    with torch.no_grad():
-        for encoded in ([pictured[0], textual], [textual, *pictured], [textual, textual]):
-            batch = processor.collate(encoded)
-            states_BSD = states_of(model, batch.inputs)
-            for row, one in enumerate(encoded):
-                alone_SD = states_of(model, processor.collate([one]).inputs)[0]
-                together_SD = states_BSD[row, : len(alone_SD)]
-                torch.testing.assert_close(together_SD, alone_SD, rtol=1e-4, atol=1e-5)
+    if family in ONE_PICTURE_A_ROW:
+        with pytest.raises(DataError, match="refuses a row without a picture"):
+            processor.encode(of_text(1))
+        return
+    pictured, textual = [processor.encode(one) for one in rows(2)], processor.encode(of_text(2))
+    assert not textual.per_picture
+    for encoded in ([pictured[0], textual], [textual, *pictured], [textual, textual]):
+        assert_alike_alone(encoded, processor, model)
+
+
+@shown_in_the_table("conversations")
+def test_conversations_about_several_pictures(family: str, folder_of: Callable[[str], Path]) -> None:
+    processor, model = opened(folder_of(family))
+    if family in ONE_PICTURE_A_ROW:
+        with pytest.raises(DataError, match="it knows no conversations"):
+            processor.encode(conversation())
+        return
+    one = processor.encode(conversation())
+    answers = processor.tokenizer.decode(one.answer_ids)
+    assert re.fullmatch(r"\s*The first\.(.+?)\s*axial(.+?)", answers, flags=re.DOTALL), answers
+    assert_alike_alone([processor.encode(rows(1)[0]), one], processor, model)
+    images = [Image.open(io.BytesIO(image)).convert("RGB") for image in conversation().images]
+    assert_as_the_processor(processor, one, conversation(), images)
+
+
+@shown_in_the_table("prompts")
+def test_tokens_are_those_of_the_processors_own_template(
+    family: str, folder_of: Callable[[str], Path]
+) -> None:
+    processor, _ = opened(folder_of(family))
+    example = rows(1)[0]
+    image = Image.open(io.BytesIO(example.images[0])).convert("RGB")
+    assert_as_the_processor(processor, processor.encode(example), example, [image])
+
+
+def assert_as_the_processor(
+    processor: ExampleProcessor, one: Encoded, example: Example, images: list[Image.Image]
+) -> None:
+    """As ``apply_chat_template`` makes the tokens, but for what it writes behind the last end of turn."""
+    own, left = processor._processor, iter(images)
+    messages = [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "image", "image": next(left)} if part is None else {"type": "text", "text": part}
+                for part in turn.parts
+            ],
+        }
+        for turn in example.turns
+    ]
+    is_prefix_lm = type(own).__name__ == "PaliGemmaProcessor"  # its answers are no part of a text
+    found = ProcessorMixin.apply_chat_template(  # SmolVLM's own asks for a part for videos
+        own,
+        messages[:-1] if is_prefix_lm else messages,
+        chat_template=chat_template(own),
+        add_generation_prompt=is_prefix_lm,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    theirs, ours = found["input_ids"][0].tolist(), one.input_ids.tolist()
+    if is_prefix_lm:
+        ours = ours[: len(ours) - one.num_positions]
+    assert theirs[: len(ours)] == ours
+    assert not processor.tokenizer.decode(theirs[len(ours) :]).strip()
+
+
+@torch.no_grad()
+def assert_alike_alone(encoded: list[Encoded], processor: ExampleProcessor, model: Any) -> None:
+    states_BSD = states_of(model, processor.collate(encoded).inputs)
+    for row, one in enumerate(encoded):
+        alone_SD = states_of(model, processor.collate([one]).inputs)[0]
+        torch.testing.assert_close(states_BSD[row, : len(alone_SD)], alone_SD, rtol=1e-4, atol=1e-5)
 
 
 # --- all that a user does --------------------------------------------------------------------------------
@@ -211,7 +288,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     examples = rows(12)
     for name, some in (("train", examples[:8]), ("validation", examples[8:])):
         table = {
-            "image_id": [one.image for one in some],
+            "image_id": [one.images[0] for one in some],
             "question": [one.question for one in some],
             "answer": [one.answer for one in some],
             "mode": ["" for _ in some],
@@ -511,6 +588,32 @@ def test_an_answer_that_is_read_before_it_is_predicted_is_refused(folder_of: Cal
         check_model(model, processor, as_a_prefix, device=CPU)
 
 
+@pytest.mark.slow
+def test_both_stages_refuse_it_before_they_begin_sharded_too(
+    folder_of: Callable[[str], Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the answers of PaliGemma marked as of other families: captures and runs looked sound."""
+    monkeypatch.setattr("shared.data.model_inputs.PREFIX_LM", set())
+    tree = {
+        "data": {"source": str(pictures), "max_answer_tokens": 64},
+        "teacher": {"model": str(folder_of("paligemma")), "shard": True},
+        "cache": {"path": str(tmp_path / "cache"), "num_workers": 0},
+        "student": {"model": str(folder_of("paligemma"))},
+        "optimization": {"global_batch_size": 4, "max_steps": 1},
+        "run": {"name": "run", "root": str(tmp_path), "num_workers": 0},
+    }
+    recipe, by_labels = make_recipe(tree), make_recipe(tree, loss__kd_ratio=0.0)
+    for begin in (
+        lambda: captured(recipe),
+        lambda: on_ranks(2, lambda world: capture(recipe, world, StopRequest())),
+        lambda: run_alone(by_labels),
+        lambda: run_ranks(by_labels, 2),
+    ):
+        with pytest.raises(RecipeError, match="It reads answers before it predicts them"):
+            begin()
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
 def test_logits_that_are_no_product_of_the_head_are_refused(folder_of: Callable[[str], Path]) -> None:
     processor, examples, model = examples_of(folder_of("gemma3"))
     model.config.text_config.final_logit_softcapping = 2.0  # which this class never applies
@@ -522,10 +625,11 @@ def test_examples_that_depend_on_each_other_are_refused(
     folder_of: Callable[[str], Path],
 ) -> None:
     processor, examples, model = examples_of(folder_of("mllama"))
-    mixed = [examples[0], without_pictures(examples[1])]
+    mixed = [examples[0], processor.encode(of_text(1))]
     check_model(model, processor, mixed, device=CPU)
     for layer in model.modules():
         layer._forward_hooks.clear()
+        layer._forward_pre_hooks.clear()
     with pytest.raises(RecipeError, match="when other examples are in its batch"):
         check_model(model, processor, mixed, device=CPU)
 
@@ -543,7 +647,9 @@ def test_a_family_that_needs_torchvision_says_so(family: str, folder_of: Callabl
 def table_row(family: str) -> str:
     model_type = FAMILIES[family].config(8, lambda token: 0)["model_type"]
     extra = "`vision`" if family in NEED_TORCHVISION else "-"
-    cells = ["yes" if column in SHOWN[family] else "no" for column in COLUMNS]
+    refused = {"rows of text", "conversations"} if family in ONE_PICTURE_A_ROW else set()
+    held = {column: "refused" if column in refused else "yes" for column in SHOWN[family]}
+    cells = [held.get(column, "no") for column in COLUMNS]
     return f"| {' | '.join([FAMILIES[family].title, f'`{model_type}`', extra, *cells])} |"
 
 

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from shared.errors import RecipeError, shortened
 from shared.models.adapters import base_of, is_adapter, lineage, merged
-from shared.models.cross_attention import pass_text_rows_by
+from shared.models.cross_attention import keep_rows_apart
 from shared.models.weight_files import require_whole_weights
 from shared.places import is_local, require_hub_asked_once, require_no_typo, why
 
@@ -104,7 +104,7 @@ def load_vlm(
             f"model {name}: its files lack weights, {first} among them, which would be random. "
             "Give the folder of the whole model"
         )
-    pass_text_rows_by(model)
+    keep_rows_apart(model)
     return model.eval()
 
 
@@ -123,7 +123,7 @@ def empty_vlm(
     except Exception as error:  # of any type: settings that do not fit together, packages that are missing
         reason = shortened(str(error).split("\n")[0])
         raise RecipeError(f"model of type {config.model_type}: cannot be made: {reason}") from error
-    pass_text_rows_by(model)
+    keep_rows_apart(model)
     return model
 
 
