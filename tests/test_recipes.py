@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from documents import ROOT
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import RecipeError
@@ -284,6 +284,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
         max_leaves=8,
     )
 )
+@example({"\x85": "\u2028 \x85 a"})
 def test_yaml_is_read_as_it_was_written(value: object) -> None:
     assert yaml12.load(yaml12.dump({"key": value})) == {"key": value}
     assert yaml12.load(yaml12.dump_value(value)) == value

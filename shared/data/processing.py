@@ -250,7 +250,11 @@ class ExampleProcessor:
                 truncation=False,
                 **pictures,
             )
-        except ValueError as error:
+        except (
+            ValueError,
+            IndexError,
+            StopIteration,
+        ) as error:  # of texts and pictures that do not fit together
             if not images:
                 raise DataError(
                     f"{where}: this model's processor refuses a row without a picture ({error}). Take such rows out"

@@ -24,6 +24,9 @@ _SCALARS = [
 ]
 
 
+LINE_BREAKS = "\x85\u2028\u2029"  # of YAML 1.1; single quotes fold them, double quotes escape them
+
+
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -45,8 +48,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that ``_Loader`` would take for something else, such as ``1e5``."""
+    """Quotes a text that ``_Loader`` would take for something else, such as ``1e5``, and escapes odd line breaks."""
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(character in data for character in LINE_BREAKS) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 for _class in (_Loader, _Dumper):
