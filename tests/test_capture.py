@@ -205,7 +205,7 @@ def test_two_captures_of_a_set_with_rows_left_out_are_the_same(tree: dict[str, A
 
 def test_where_no_row_can_be_used_the_first_reason_is_told(tree: dict[str, Any]) -> None:
     marked = with_values(tree, "data", system_prompt="You see <|image_pad|>.", max_dropped=100)
-    with pytest.raises(DataError, match=r"no row can be used; the first: .*row 0 .*image_pad"):
+    with pytest.raises(DataError, match=r"no row can be used; the first: .*row 0 .*(image_pad|placeholders)"):
         run(marked)
 
 

@@ -255,12 +255,13 @@ class ExampleProcessor:
             IndexError,
             StopIteration,
         ) as error:  # of texts and pictures that do not fit together
+            reason = str(error) or "the prompt has more picture placeholders than there are pictures"
             if not images:
                 raise DataError(
-                    f"{where}: this model's processor refuses a row without a picture ({error}). Take such rows out"
+                    f"{where}: this model's processor refuses a row without a picture ({reason}). Take such rows out"
                 ) from error
             what = "the picture" if len(images) == 1 else f"the {len(images)} pictures"
-            raise DataError(f"{where}: the image processor refuses {what} ({error})") from error
+            raise DataError(f"{where}: the image processor refuses {what} ({reason})") from error
         return dict(inputs)
 
 
