@@ -295,6 +295,12 @@ def test_what_is_no_conversation_is_refused_with_its_row(
     assert [split[n].answer for n in (0, 2, 3)] == ["a"] * 3
 
 
+@pytest.mark.parametrize("blank", ["", " \n", [], [{"type": "text", "text": ""}]])
+def test_a_blank_system_turn_is_none(tmp_path: Path, blank: Any) -> None:
+    row = {"messages": [message("system", blank), message("user", "q"), message("assistant", "a")]}
+    assert split_of(tmp_path, [row])[0].turns == question_answer("q", "a", 0)
+
+
 def test_a_set_without_pictures_is_told_how_to_say_so(tmp_path: Path) -> None:
     row = {"question": "q", "answer": "a"}
     with pytest.raises(

@@ -247,7 +247,9 @@ def _filled(turns: list[tuple[Role, Parts]], pictures: Sequence[Any], *, where: 
     rest = iter(pictures)
     filled = tuple(next(rest) if place.picture is None else place.picture for place in places)
     read = tuple(
-        _turn(role, parts, where=f"{where}, turn {n}") for n, (role, parts) in enumerate(turns, start=1)
+        _turn(role, parts, where=f"{where}, turn {n}")
+        for n, (role, parts) in enumerate(turns, start=1)
+        if role != "system" or not _is_blank(parts)  # as many sets have it where there is none
     )
     _require_answered(read, where=where)
     return Conversation(read, filled)
@@ -282,6 +284,10 @@ def _turn(role: Role, given: Parts, *, where: str) -> Turn:
     if None not in parts:
         required_text("".join(part for part in parts if part), "text", where=where)
     return Turn(role, tuple(parts))
+
+
+def _is_blank(parts: Parts) -> bool:
+    return all(isinstance(part, str) and not part.strip() for part in parts)
 
 
 def _require_answered(turns: Sequence[Turn], *, where: str) -> None:
