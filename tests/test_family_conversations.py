@@ -39,11 +39,6 @@ REFUSALS = {  # of families that were trained on one question about pictures
 }
 
 
-# In Mllama a token that sees no picture, as one before the first, looks at all that are there, padding among them. So
-# rows with different numbers of pictures depend on each other, in plain Transformers too (tried: 0.15 in logits).
-NOT_TOGETHER = {"mllama": ("two", "later")}
-
-
 def own_ids(processor: Any, example: Example) -> list[int]:
     """As ``apply_chat_template(tokenize=True)`` makes them, which SmolVLM's processor cannot without its videos."""
     messages, pictures = messages_of(example)
@@ -143,7 +138,7 @@ def test_rows_of_all_shapes_share_a_batch(
     encoded = [
         processor.encode(example_of(*turns, size=(48 + 20 * number, 40)))
         for number, (shape, turns) in enumerate(SHAPES.items())
-        if (family, shape) not in REFUSALS and shape not in NOT_TOGETHER.get(family, ())
+        if (family, shape) not in REFUSALS
     ]
 
     @torch.no_grad()
