@@ -602,12 +602,13 @@ def test_both_stages_refuse_it_before_they_begin_sharded_too(
         "optimization": {"global_batch_size": 4, "max_steps": 1},
         "run": {"name": "run", "root": str(tmp_path), "num_workers": 0},
     }
-    recipe, by_labels = make_recipe(tree), make_recipe(tree, loss__kd_ratio=0.0)
+    recipe = make_recipe(tree)
+    alone, on_two = (make_recipe(tree, loss__kd_ratio=0.0, run__name=name) for name in ("alone", "two"))
     for begin in (
         lambda: captured(recipe),
         lambda: on_ranks(2, lambda world: capture(recipe, world, StopRequest())),
-        lambda: run_alone(by_labels),
-        lambda: run_ranks(by_labels, 2),
+        lambda: run_alone(alone),
+        lambda: run_ranks(on_two, 2),
     ):
         with pytest.raises(RecipeError, match="It reads answers before it predicts them"):
             begin()

@@ -70,7 +70,10 @@ def load_processor(
         require_hub_asked_once()
     try:
         images = _image_processor(model, revision, bounds)
-        processor = _processor(model, revision, images)
+        processor_class, arguments = _arguments(model, revision, images)
+        for adapter, _ in adapters:
+            arguments |= _texts_of(Path(adapter), type(arguments["tokenizer"]))
+        processor = _built(processor_class, arguments)
     except RecipeError:
         raise
     except Exception as error:  # missing files, missing packages, no network: of many types
@@ -81,8 +84,6 @@ def load_processor(
             ) from error
         reason = shortened(why(model, error))
         raise RecipeError(f"model {model}: its processor cannot be opened: {reason}") from error
-    for adapter, _ in adapters:
-        _take_texts(processor, Path(adapter))
     if not hasattr(processor, "tokenizer"):
         raise RecipeError(f"model {model}: {type(processor).__name__} takes no text; a VLM is needed")
     if template is not None:
@@ -103,20 +104,24 @@ def read_template(path: str) -> str:
         raise RecipeError(f"data.chat_template {path}: cannot be read: {error}") from error
 
 
-def _take_texts(processor: Any, adapter: Path) -> None:
+def _texts_of(adapter: Path, tokenizer_class: Any) -> dict[str, Any]:
     """Tokenizer and template of an adapter's folder, where it has some of its own, in place of what it was built on.
 
-    An export of a student that began from an adapter has the same ones.
+    An export of a student that began from an adapter has the same ones.  The class is the base model's: without a
+    configuration beside it, the same file would be read by other rules.
     """
+    found: dict[str, Any] = {}
     try:
         if any((adapter / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-            processor.tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
-            processor.chat_template = processor.tokenizer.chat_template or processor.chat_template
+            found["tokenizer"] = tokenizer_class.from_pretrained(adapter, trust_remote_code=False)
+            if found["tokenizer"].chat_template:
+                found["chat_template"] = found["tokenizer"].chat_template
         if (template := adapter / "chat_template.jinja").exists():
-            processor.chat_template = template.read_text(encoding="utf-8")
+            found["chat_template"] = template.read_text(encoding="utf-8")
     except Exception as error:  # of many types, as above
         reason = shortened(why(str(adapter), error))
         raise RecipeError(f"model {adapter}: its tokenizer cannot be opened: {reason}") from error
+    return found
 
 
 def chat_template(processor: Any) -> str:
@@ -157,8 +162,8 @@ def _image_processor(model: str, revision: str | None, bounds: dict[str, int]) -
     )
 
 
-def _processor(model: str, revision: str | None, images: Any) -> Any:
-    """The whole, with ``images`` in it, for pictures and text: parts for video and audio are None."""
+def _arguments(model: str, revision: str | None, images: Any) -> tuple[Any, dict[str, Any]]:
+    """The processor's class, and its parts and settings; those for video and audio are None."""
     processor_class = _processor_class(model, revision)
     # A processor of Mistral's models takes tokenizer.json as it is, whatever other files there are.
     is_mistral = processor_class.__name__ == "PixtralProcessor"
@@ -171,7 +176,7 @@ def _processor(model: str, revision: str | None, images: Any) -> Any:
     settings["chat_template"] = found.get("chat_template") or tokenizer.chat_template
     settings = {name: value for name, value in settings.items() if value is not None}
     parts = dict.fromkeys(names) | {"image_processor": images, "tokenizer": tokenizer}
-    return _built(processor_class, parts | settings)
+    return processor_class, parts | settings
 
 
 def _processor_class(model: str, revision: str | None) -> Any:
