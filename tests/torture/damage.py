@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +271,10 @@ def _compared(_: Ended, place: Path) -> dict[str, Any]:
     return {"compared": leaves(without_places(json.loads((place / "compared.json").read_text())), place)}
 
 
+def _said(ended: Ended, place: Path) -> dict[str, Any]:
+    return {"said": _without_folders(ended.said, place)}
+
+
 def _weights(name: str) -> Callable[[Ended, Path], dict[str, Any]]:
     return lambda _, place: weights_of(place / name)
 
@@ -309,7 +313,7 @@ RUN_READINGS = (
         "run again",
         "train-student",
         lambda things, place: ["run", *things.arguments(cache=things.cache, runs=place / "runs")],
-        lambda ended, place: {"said": _without_folders(ended.said, place)},
+        _said,
     ),
     Reading(
         "best",
@@ -336,6 +340,8 @@ def run_case(things: Materials, number: int, chance: random.Random, folder: Path
     place, sound = folder / "damaged", folder / "sound"
     reading = RUN_READINGS[number % len(RUN_READINGS)]
     stopped = reading.name == "resume" and chance.random() < 0.7
+    if reading.name == "resume" and not stopped:  # it says what came out, and reads no log for that
+        reading = replace(reading, name="resume of a finished run", result=_said)
     for one in (place, sound):
         copy = one / "runs" / RUN
         shutil.copytree(things.finished_run(1), copy)
