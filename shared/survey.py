@@ -34,6 +34,7 @@ class Keyed:
     lengths     (n,) int64, about so many tokens, the picture's among them: a measure to put like with like
     unreadable  (row, reason) of each row that has no usable picture, question or answer
     num_outvoted  answers that are not used, of rows that hold lists of them
+    has_pictures  whether any of the rows has one
     """
 
     split: VqaSplit
@@ -42,6 +43,7 @@ class Keyed:
     lengths: np.ndarray
     unreadable: tuple[tuple[int, str], ...]
     num_outvoted: int = 0
+    has_pictures: bool = True
 
     @property
     def fingerprint(self) -> str:
@@ -67,6 +69,7 @@ def survey_keys(
     lengths: list[int] = []
     unreadable: list[tuple[int, str]] = []
     num_outvoted = 0
+    has_pictures = False
     for row in progress(range(len(split)), desc=f"reading {name}", unit="row", disable=not show, leave=False):
         try:
             example = split[row]
@@ -77,6 +80,7 @@ def survey_keys(
         except DataError as error:
             unreadable.append((row, str(error)))
             continue
+        has_pictures = has_pictures or bool(example.images)
         rows.append(row)
         num_outvoted += example.num_outvoted
         keys.append(processor.key(example))
@@ -88,6 +92,7 @@ def survey_keys(
         lengths=np.array(lengths, np.int64),
         unreadable=tuple(unreadable),
         num_outvoted=num_outvoted,
+        has_pictures=has_pictures,
     )
 
 

@@ -33,7 +33,7 @@ from shared.capture.planning import (
     open_rows,
     survey,
 )
-from shared.data.collation import Encoded
+from shared.data.collation import Batch, Encoded
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
 from shared.library_output import keep_library_output
@@ -253,7 +253,17 @@ def captured_batches(
 
 def idle_forward(source: WindowSource, teacher: Teacher) -> None:
     """A forward on behalf of other ranks, over any readable example."""
-    teacher.hidden(source.processor.collate([next(source.usable())]).to(teacher.device))
+    teacher.hidden(collated_for(teacher, source.processor, [next(source.usable())]).to(teacher.device))
+
+
+def collated_for(teacher: Teacher, processor: ExampleProcessor, encoded: Sequence[Encoded]) -> Batch:
+    """A batch; for a sharded teacher one with a picture, as those of other ranks may have one.
+
+    The blank's row comes last and has no position.  It is added whatever the others do, so that a unit's targets
+    depend on the unit alone.
+    """
+    is_lacking = teacher.is_sharded and not any(one.has_pictures for one in encoded)
+    return processor.collate([*encoded, processor.blank()] if is_lacking else encoded)
 
 
 def capture_batch(
@@ -264,7 +274,7 @@ def capture_batch(
     cache: CacheConfig,
 ) -> CapturedBatch:
     """The targets of one batch, on their way to the host."""
-    batch = processor.collate(encoded).to(teacher.device, non_blocking=True)
+    batch = collated_for(teacher, processor, encoded).to(teacher.device, non_blocking=True)
     seeds_N = torch.cat([position_seeds(cache.seed, one.key, one.num_positions) for one in encoded])
     targets, ce_N = teacher.targets(
         batch,

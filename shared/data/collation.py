@@ -45,6 +45,15 @@ class Encoded:
         return self.per_token | self.per_picture
 
     @property
+    def has_pictures(self) -> bool:
+        """Whether the model is fed anything beside what there is for each token."""
+        return bool(self.per_picture)
+
+    def without_labels(self) -> Self:
+        """As a model's input alone: nothing of it is learned, or counted."""
+        return replace(self, labels=torch.full_like(self.labels, IGNORE_INDEX), num_positions=0)
+
+    @property
     def answer_ids(self) -> Tensor:
         """(num_positions,) int64: the labels alone."""
         return self.labels[self.labels != IGNORE_INDEX]

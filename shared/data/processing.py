@@ -16,6 +16,7 @@ Legend: B examples, S padded length, N labels of the batch, D hidden size.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from datetime import date as Date
@@ -44,6 +45,7 @@ from shared.recipes import DataConfig
 
 KEY_BYTES = 16
 CONVERSATION = b"teachonce conversation 1"  # in keys, of what a conversation is made of
+BLANK_SIZE = (32, 32)  # pixels, before the image processor makes of it what its model takes
 CHARACTERS_PER_TOKEN = 4  # of English prose, roughly
 
 
@@ -181,6 +183,16 @@ class ExampleProcessor:
         """The conversation up to its last answer, without labels, to generate that from."""
         prompt = self._prompt.of(example.turns, where=_where(example))
         return self._encoded(example, prompt, torch.empty(0, dtype=torch.int64), is_cut=False)
+
+    def blank(self) -> Encoded:
+        """A prompt with a small white picture and no labels: a row for a batch that must have a picture.
+
+        A model whose blocks are sharded gathers each of them on all ranks at once.  A rank whose rows have no picture
+        would not run its tower, and leave the others waiting.
+        """
+        stream = io.BytesIO()
+        Image.new("RGB", BLANK_SIZE, "white").save(stream, "PNG")
+        return self.encode_prompt(Example.single(stream.getvalue(), ".", ".", where="a blank picture"))
 
     def collate(
         self, encoded: Sequence[Encoded], *, padding_side: Literal["left", "right"] = "right"

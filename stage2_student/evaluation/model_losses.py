@@ -15,7 +15,6 @@ from shared.runtime import World
 from shared.survey import open_processor_of
 from stage2_student.evaluation.answers import ModelSource
 from stage2_student.evaluation.shuffled import with_other_pictures
-from stage2_student.training.feed import MicrobatchSource
 from stage2_student.training.inputs import no_kl, open_targets, require_teacher
 from stage2_student.training.order import limits_of, pass_slots
 from stage2_student.training.step import Losses
@@ -83,7 +82,7 @@ def _validated(
         rank=world.rank,
         num_ranks=world.size,
     )
-    microbatches = MicrobatchSource(found.split, found.rows, processor, cache)
+    microbatches = found.microbatches(processor, cache, num_ranks=world.size)
     student = build_student(_plain(recipe, source), world, num_token_ids=processor.num_token_ids)
     losses = validate(student, microbatches, slots, world, num_workers=recipe.run.num_workers).losses
     del student

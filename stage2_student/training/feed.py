@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shared.cache import CacheReader, Row
-from shared.data.collation import IGNORE_INDEX, Encoded
+from shared.data.collation import Encoded
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
@@ -46,6 +46,7 @@ class Microbatch:
     lengths: tuple[int, ...] = ()
     kinds: tuple[str, ...] = ()
     teacher_ce: float = 0.0  # with the labels, nats, summed over the positions; as the cache has it
+    has_pictures: bool = True
 
     @property
     def num_positions(self) -> int:
@@ -78,17 +79,26 @@ class Microbatch:
 class MicrobatchSource(Dataset):
     """Makes the microbatch of a slot.
 
-    rows   row of the split for each example: rows that cannot be used have been left out
-    cache  None for labels alone
+    rows           row of the split for each example: rows that cannot be used have been left out
+    cache          None for labels alone
+    needs_picture  other ranks' microbatches may have pictures: one without gets a blank one, in a row that counts
+                   for nothing
     """
 
     def __init__(
-        self, split: VqaSplit, rows: np.ndarray, processor: ExampleProcessor, cache: CacheReader | None
+        self,
+        split: VqaSplit,
+        rows: np.ndarray,
+        processor: ExampleProcessor,
+        cache: CacheReader | None,
+        *,
+        needs_picture: bool = False,
     ) -> None:
         self.split = split
         self.rows = rows
         self.processor = processor
         self.cache = cache
+        self.needs_picture = needs_picture
 
     def __getitem__(self, slot: Slot) -> Microbatch | TeachonceError:
         rows = [int(self.rows[example]) for example in slot.examples]
@@ -108,8 +118,9 @@ class MicrobatchSource(Dataset):
         examples = [self.split[row] for row in rows]
         encoded = [self.processor.encode(example) for example in examples]
         if not slot.counts:
-            encoded = [_without_labels(one) for one in encoded]
-        batch = self.processor.collate(encoded)
+            encoded = [one.without_labels() for one in encoded]
+        fed = [*encoded, *self._blank(encoded)]
+        batch = self.processor.collate(fed)
         targets, teacher_ce = None, 0.0
         if self.cache is not None:
             cached = self._cached(self.cache, encoded, rows) if slot.counts else []
@@ -124,7 +135,18 @@ class MicrobatchSource(Dataset):
             lengths=tuple(one.num_positions for one in encoded),
             kinds=tuple(example.kind for example in examples),
             teacher_ce=teacher_ce,
+            has_pictures=any(one.has_pictures for one in fed),
         )
+
+    def blank_microbatch(self, slot: Slot) -> Microbatch:
+        """A picture and nothing that counts."""
+        batch = self.processor.collate([self.processor.blank()])
+        targets = None if self.cache is None else self.cache.targets([])
+        return Microbatch(slot, batch.inputs, batch.position_index, batch.labels, targets, num_tokens=0)
+
+    def _blank(self, encoded: list[Encoded]) -> list[Encoded]:
+        is_lacking = self.needs_picture and not any(one.has_pictures for one in encoded)
+        return [self.processor.blank()] if is_lacking else []
 
     def _cached(self, cache: CacheReader, encoded: list[Encoded], rows: list[int]) -> list[Row]:
         names = [self.split.where(row) for row in rows]
@@ -164,10 +186,6 @@ def feed(
         begin = time.perf_counter()
         step = [next(microbatches) for _ in slots]
         yield step, time.perf_counter() - begin
-
-
-def _without_labels(encoded: Encoded) -> Encoded:
-    return replace(encoded, labels=torch.full_like(encoded.labels, IGNORE_INDEX), num_positions=0)
 
 
 def _different_answers(where: str, cached: list[int], own: list[int]) -> str:

@@ -36,6 +36,7 @@ class Inputs:
     validation: Survey | None
     cache: CacheReader | None
     validation_cache: CacheReader | None
+    num_ranks: int = 1
 
     def record(self) -> dict[str, Any]:
         """The first line of metrics.jsonl."""
@@ -45,13 +46,11 @@ class Inputs:
         return {"event": "data", "step": 0, "splits": splits}
 
     def training_source(self) -> MicrobatchSource:
-        return MicrobatchSource(self.train.split, self.train.rows, self.processor, self.cache)
+        return self.train.microbatches(self.processor, self.cache, num_ranks=self.num_ranks)
 
     def validation_source(self) -> MicrobatchSource:
         assert self.validation is not None
-        return MicrobatchSource(
-            self.validation.split, self.validation.rows, self.processor, self.validation_cache
-        )
+        return self.validation.microbatches(self.processor, self.validation_cache, num_ranks=self.num_ranks)
 
     def identity(self, recipe: Recipe) -> dict[str, Any]:
         """What a checkpoint says it was trained on: by content, so that folders may move."""
@@ -85,7 +84,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
         for notice in (*notices, train.notice(), validation.notice() if validation else None):
             if notice:
                 tqdm.write(f"note: {notice}")
-    return Inputs(processor, train, validation, cache, validation_cache)
+    return Inputs(processor, train, validation, cache, validation_cache, world.size)
 
 
 def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader | None, tuple[str, ...]]:

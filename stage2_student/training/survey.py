@@ -17,6 +17,7 @@ from shared.errors import DataError, listed
 from shared.recipes import DataConfig, Split
 from shared.runtime import World
 from shared.survey import keys_fingerprint, not_in_the_cache, survey_keys
+from stage2_student.training.feed import MicrobatchSource
 
 MAX_REASONS_SHOWN = 10
 
@@ -29,6 +30,7 @@ class Survey:
     lengths      (num_examples,) int64, about so many tokens, the picture's among them
     fingerprint  hex, over the keys in order
     dropped      a reason for each row that was left out
+    has_pictures whether any has one
     """
 
     split: VqaSplit
@@ -36,6 +38,7 @@ class Survey:
     lengths: np.ndarray
     fingerprint: str
     dropped: tuple[str, ...]
+    has_pictures: bool = True
 
     @property
     def num_examples(self) -> int:
@@ -61,6 +64,13 @@ class Survey:
         return f"{where}: {len(self.dropped)} of {num_rows} rows are left out:{listed}" + (
             f"\n  - and {more} more; metrics.jsonl lists them all" if more > 0 else ""
         )
+
+    def microbatches(
+        self, processor: ExampleProcessor, cache: CacheReader | None, *, num_ranks: int
+    ) -> MicrobatchSource:
+        """What makes the microbatches of these examples; all ranks' have pictures, or none has."""
+        needs_picture = num_ranks > 1 and self.has_pictures
+        return MicrobatchSource(self.split, self.rows, processor, cache, needs_picture=needs_picture)
 
     def spread(self, number: int | None) -> Survey:
         """So many of the examples, spread evenly: the first ones of a set may be of one kind, or one case."""
@@ -101,6 +111,7 @@ def survey(
         lengths=keyed.lengths[usable],
         fingerprint=keys_fingerprint(wanted),
         dropped=tuple(dropped),
+        has_pictures=keyed.has_pictures,
     )
 
 

@@ -179,7 +179,7 @@ class Trainer:
         result = train_step(
             self.student,
             self.optimizer,
-            step.microbatches,
+            self._with_a_picture(step.microbatches),
             self.world,
             num_positions=step.num_positions,
             max_grad_norm=config.max_grad_norm,
@@ -193,6 +193,15 @@ class Trainer:
             bar.set_postfix(figures, refresh=False)
             bar.update()
         self._require_finite(result)
+
+    def _with_a_picture(self, microbatches: list[Microbatch]) -> list[Microbatch]:
+        """Of rows of text alone, in data with pictures: one more, so that the tower's gradient is zero, not missing.
+
+        Its moments then go on as on several ranks, where each microbatch has a picture, and as a resume expects.
+        """
+        if not self.inputs.train.has_pictures or any(one.has_pictures for one in microbatches):
+            return microbatches
+        return [*microbatches, self.inputs.training_source().blank_microbatch(microbatches[0].slot)]
 
     def _require_finite(self, result: StepResult) -> None:
         limit = self.recipe.optimization.max_skipped_steps
