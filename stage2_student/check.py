@@ -32,8 +32,9 @@ from shared.recipes import Recipe, Split
 from shared.split_check import SplitFound
 from shared.survey import not_in_the_cache
 from stage2_student.estimate import count_parameters, estimate_memory
-from stage2_student.training.freezing import find_parts
+from stage2_student.training.freezing import parameters_of_parts
 from stage2_student.training.inputs import open_cache
+from stage2_student.training.notes import notes_on
 from stage2_student.training.order import step_costs, step_shape, total_steps
 from stage2_student.training.student import choose_trained, meta_model
 
@@ -95,13 +96,14 @@ def _describe_model(report: Report, recipe: Recipe, model: PreTrainedModel) -> N
     choose_trained(model, recipe.student, seed=recipe.run.seed)
     total, trained = count_parameters(model), count_parameters(model, trained_only=True)
     report.add("parameters", f"{total:,}: {trained:,} trained, {total - trained:,} frozen")
-    for name, modules in find_parts(model).items():
-        if modules:
-            parameters = {id(p): p for module in modules for p in module.parameters()}.values()
+    for name, parameters in parameters_of_parts(model).items():
+        if parameters:
             total = sum(p.numel() for p in parameters)
             trained = sum(p.numel() for p in parameters if p.requires_grad)
             report.add(f"  {name}", f"{total:,}: {trained:,} trained")
     describe_shape(report, model)
+    for note in notes_on(model, recipe):
+        report.note(note)
 
 
 def _describe_cache(

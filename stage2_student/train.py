@@ -22,6 +22,7 @@ from stage2_student.runs.run_folder import RunFolder
 from stage2_student.runs.tracking import open_trackers, require_trackers
 from stage2_student.training.export import choose_checkpoint, export_checkpoint, save_model_files
 from stage2_student.training.inputs import open_inputs
+from stage2_student.training.notes import notes_on
 from stage2_student.training.resuming import Plan, plan_so_far, where_it_goes_on
 from stage2_student.training.trainer import Trainer
 
@@ -84,6 +85,8 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
         recipe, folder.path, world, step=checkpoint.facts.step if checkpoint else -1
     ) as trackers:
         trainer = Trainer(recipe, inputs, plan.shape, plan.num_steps, folder, world, trackers)
+        for note in notes_on(trainer.student.model, recipe) if world.is_main else ():
+            tqdm.write(f"note: {note}")
         trainer.restore(checkpoint)
         trainer.check()
         finished = trainer.fit(stop)

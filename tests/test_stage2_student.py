@@ -26,7 +26,7 @@ from shared.data.rows import open_split
 from shared.errors import RecipeError, TrainingError
 from shared.recipes import FreezeConfig
 from shared.runtime import World
-from stage2_student.training.freezing import find_parts, freeze
+from stage2_student.training.freezing import find_parts, freeze, parameters_of_parts
 from stage2_student.training.inputs import open_inputs
 from stage2_student.training.order import Slot
 from stage2_student.training.student import build_student, full_model
@@ -86,6 +86,24 @@ def test_every_parameter_of_a_family_belongs_to_a_part(family: str, connector: s
     freeze(model, FreezeConfig(vision=True, audio=True))
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert trained == parts["language"] | parts["connector"]
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "paddleocr_vl", "blip-2"])
+def test_what_lies_in_no_part_belongs_to_the_connector(family: str) -> None:
+    """``image_newline``, a query or a projector of an unknown name."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family))
+    inside = {
+        id(p) for modules in find_parts(model).values() for module in modules for p in module.parameters()
+    }
+    apart = [name for name, p in model.named_parameters() if id(p) not in inside]
+    assert apart
+    freeze(model, FreezeConfig(vision=True, language=True))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} >= set(apart)
+    freeze(model, FreezeConfig(connector=True))
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name in apart)
+    parts = parameters_of_parts(model)
+    assert {id(p) for found in parts.values() for p in found} == {id(p) for p in model.parameters()}
 
 
 def test_freezing_everything_is_refused(student_folder: Path) -> None:
@@ -237,7 +255,7 @@ def test_a_frozen_tower_runs_without_autograd(tree: dict[str, Any]) -> None:
         for module in tower.modules():
             module.register_forward_hook(lambda _, __, output: seen.append(_has_graph(output)))
         microbatch = inputs.training_source()[Slot(0, (0, 1))]
-        loss = student(microbatch.inputs, microbatch.position_index, microbatch.labels, None).loss
+        loss = student(microbatch.inputs, microbatch.position_index, microbatch.labels, None).losses.loss
         loss.backward()
         assert len(seen) > 3
         return any(seen), loss.requires_grad

@@ -177,3 +177,9 @@ def in_dtype_of(head: Head, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """With floats, which are pixels, in the dtype that the model computes in: some families need them so."""
     dtype = head.weight_VD.dtype
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def hidden_and_router_logits(body: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As ``last_hidden_states``; and of each layer with experts (B * S, experts)."""
+    outputs = body(**inputs, use_cache=False, return_dict=True, output_router_logits=True)
+    return outputs.last_hidden_state, outputs.router_logits

@@ -184,8 +184,18 @@ class LoraConfig(Section):
     """Dropout on an adapter's input."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names of layers, as peft takes them; null: all linear layers of the language model."""
+    target_parameters: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of parameters that are in no linear layer, such as `experts.down_proj`; null: none."""
     merge: bool = False
     """The export is a whole model instead of an adapter."""
+
+    @model_validator(mode="after")
+    def _no_dropout_on_parameters(self) -> Self:
+        if self.dropout and self.target_parameters:
+            raise ValueError(
+                "dropout beside target_parameters: peft drops inputs of linear layers alone. Set it to 0"
+            )
+        return self
 
 
 class StudentConfig(Section):

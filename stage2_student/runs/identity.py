@@ -53,12 +53,15 @@ def run_identity(recipe: Recipe, *, contents: dict[str, str | None]) -> dict[str
 
 
 def require_same(found: dict[str, Any], now: dict[str, Any], *, where: str) -> None:
-    """Raises CheckpointError with both sides of every difference."""
+    """Raises CheckpointError with both sides of every difference.
+
+    A setting that the run's version did not know is no difference as long as it is null.
+    """
     missing = "nothing"
     lines = [
         f"  - {key}: the run has {found.get(key, missing)!r}, now it is {now.get(key, missing)!r}"
         for key in sorted(found.keys() | now.keys())
-        if found.get(key, missing) != now.get(key, missing)
+        if found.get(key) != now.get(key)
     ]
     if lines:
         raise CheckpointError(

@@ -42,7 +42,8 @@ class Microbatch:
     position_index: Tensor  # (N,) int64 into the flattened (B * S) hidden states
     labels: Tensor  # (N,) int64
     targets: SparseTargets | None
-    num_tokens: int  # without padding
+    num_tokens: int  # without padding, of rows that count
+    num_rows: int = 0  # so many of the first rows count
     lengths: tuple[int, ...] = ()
     kinds: tuple[str, ...] = ()
     teacher_ce: float = 0.0  # with the labels, nats, summed over the positions; as the cache has it
@@ -132,6 +133,7 @@ class MicrobatchSource(Dataset):
             labels=batch.labels,
             targets=targets,
             num_tokens=sum(len(one.input_ids) for one in encoded) if slot.counts else 0,
+            num_rows=len(encoded) if slot.counts else 0,
             lengths=tuple(one.num_positions for one in encoded),
             kinds=tuple(example.kind for example in examples),
             teacher_ce=teacher_ce,

@@ -3,7 +3,8 @@
 A vision-language model has four parts: vision tower, audio tower, connector (what maps a tower's features
 into the language model) and language model with its head.  Families name and nest them differently; in
 Qwen3-VL and Qwen3.5 the connector (``visual.merger``) lies inside the vision tower and is still a part of its
-own here: ``freeze: {vision: true}`` leaves it to be trained.
+own here: ``freeze: {vision: true}`` leaves it to be trained.  What lies in no part, as LLaVA-NeXT's ``image_newline``
+beside all modules, belongs to the connector.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from transformers import PreTrainedModel
 from shared.errors import RecipeError
 from shared.recipes import FreezeConfig
 
-VISION = ("visual", "vision_tower", "vision_model", "vision_encoder", "image_tower", "vision_backbone")
+VISION = (
+    "visual",
+    "vision_tower",
+    "vision_model",
+    "video_tower",
+    "vision_encoder",
+    "image_tower",
+    "vision_backbone",
+)
 AUDIO = ("audio_tower", "audio_encoder", "speech_encoder", "audio_model")
 CONNECTOR = (
     *("multi_modal_projector", "merger", "deepstack_merger_list", "connector", "aligner", "mm_projector"),
@@ -33,21 +42,29 @@ def freeze(model: PreTrainedModel, config: FreezeConfig) -> None:
     Raises   RecipeError  when a switch matches nothing though the model has such a part, and when nothing is
                           left to train.
     """
-    parts = find_parts(model)
-    for name, modules in parts.items():
+    parts = parameters_of_parts(model)
+    with_own_switch = {id(parameter) for parameter in parts["connector"]}
+    for name, parameters in parts.items():
         wanted = getattr(config, name)
-        if wanted and not modules and _should_have(model, name):
+        if wanted and not parameters and _should_have(model, name):
             raise RecipeError(
                 f"student.freeze.{name}: found no such part in {type(model).__name__}, whose parts are "
                 f"called {', '.join(name for name, _ in model.base_model.named_children())}"
             )
-        others = [] if name == "connector" else _parameters(parts["connector"])
-        with_own_switch = {id(parameter) for parameter in others}
-        for parameter in _parameters(modules):
-            if id(parameter) not in with_own_switch:
+        for parameter in parameters:
+            if name == "connector" or id(parameter) not in with_own_switch:
                 parameter.requires_grad_(not wanted)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError("student.freeze: all parts are frozen; nothing is left to train")
+
+
+def parameters_of_parts(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
+    """Each parameter of the model in one part at least, each once in a part; a connector may lie in a tower."""
+    parts = {name: _parameters(modules) for name, modules in find_parts(model).items()}
+    covered = {id(parameter) for parameters in parts.values() for parameter in parameters}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in covered]
+    parts["connector" if parts["language"] else "language"] += rest
+    return parts
 
 
 def find_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
@@ -74,7 +91,8 @@ def _outermost(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 
 def _parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    return [parameter for module in modules for parameter in module.parameters()]
+    found = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+    return list(found.values())
 
 
 def _should_have(model: PreTrainedModel, name: str) -> bool:

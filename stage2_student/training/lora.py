@@ -8,6 +8,7 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,18 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
     """Puts adapters into the model; all else is frozen.  On the meta device they stay there.
 
     Holds    the model's outputs are as before: one factor of each adapter is zero
-    Raises   RecipeError  when peft is not installed, or a target is no linear layer of the model
+    Raises   RecipeError  when peft is not installed, or a target is no linear layer, or no parameter, of the model
     """
     if importlib.util.find_spec("peft") is None:
         raise RecipeError("student.lora: peft is not installed. Run `pip install 'teachonce[lora]'`")
     import peft
 
-    linear = {name for name, module in model.named_modules() if _is_linear(module)}
-    targets = _targets(model, linear, config)
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=config.dropout,
-        target_modules=targets,
+        target_modules=_layers(model, config),
+        target_parameters=_named_parameters(model, config),
     )
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
@@ -59,8 +59,66 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _targets(model: PreTrainedModel, linear: set[str], config: LoraConfig) -> list[str]:
+def out_of_reach(model: PreTrainedModel) -> dict[str, int]:
+    """What of the language model has no adapter and is in no linear layer, as experts are: elements by name.
+
+    Names are those that ``target_parameters`` takes, one for all layers; small ones, below 1 % of the language model,
+    are left out.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    parts = [part for part in find_parts(model)["language"] if part is not model.get_output_embeddings()]
+    known = (nn.Linear, nn.Embedding, BaseTunerLayer)
+    adapted = {
+        id(module.get_param())  # type: ignore[operator]
+        for part in parts
+        for module in part.modules()
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_param")
+    }
+    found: dict[str, int] = {}
+    for part in parts:
+        for path, module in part.named_modules():
+            if isinstance(module, known):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 1 and id(parameter) not in adapted:
+                    key = f"{_without_layer(path)}.{name}"
+                    found[key] = found.get(key, 0) + parameter.numel()
+    total = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    return {name: number for name, number in found.items() if number * 100 >= total}
+
+
+def _without_layer(path: str) -> str:
+    """``layers.3.mlp.experts`` and all that peft has wrapped around it as ``mlp.experts``."""
+    return re.sub(r"^.*\.\d+\.", "", path.replace(".base_layer", ""))
+
+
+def _named_parameters(model: PreTrainedModel, config: LoraConfig) -> list[str] | None:
+    """Full names of the parameters that get an adapter of their own."""
+    if config.target_parameters is None:
+        return None
+    there = {
+        f"{path}.{name}": parameter.ndim
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.Linear)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    chosen: set[str] = set()
+    for target in config.target_parameters:
+        found = {name for name in there if name == target or name.endswith(f".{target}")}
+        if not found or any(there[name] not in (2, 3) for name in found):
+            known = sorted({_without_layer(name) for name, ndim in there.items() if ndim in (2, 3)})
+            raise RecipeError(
+                f"student.lora.target_parameters: {target!r} is no matrix of {type(model).__name__} outside of its "
+                f"linear layers, which are {', '.join(known)}"
+            )
+        chosen |= found
+    return sorted(chosen)
+
+
+def _layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     """Full names of the layers that get an adapter."""
+    linear = {name for name, module in model.named_modules() if _is_linear(module)}
     if config.target_modules is None:
         head = model.get_output_embeddings()
         inside = {id(module) for part in find_parts(model)["language"] for module in part.modules()}
@@ -96,14 +154,19 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str, revision: 
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Adds the adapters to the weights beside them, and takes them out of the model again."""
+    """Adds the adapters to the weights beside them, and takes them out of the model again.
+
+    One parameter's adapter may lie around another's, in a module that has several.
+    """
     if not hasattr(model, "peft_config"):
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
+    wrapped = [(name, one) for name, one in model.named_modules() if isinstance(one, BaseTunerLayer)]
+    for _, module in wrapped:
+        module.merge(safe_merge=True)
+    for name, module in wrapped:
+        if ".base_layer" not in name:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
     del model.peft_config

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -16,18 +16,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shared.kd_loss import LossSums
+from shared.models.router import RouterLoss
 from shared.runtime import World
 from stage2_student.training.feed import Microbatch
-from stage2_student.training.student import StudentWithLoss
+from stage2_student.training.student import Forwarded, StudentWithLoss
 
 
 @dataclass(frozen=True)
 class Losses:
     """Means over positions, of all ranks; nats.
 
+    loss  what is minimised, the router's loss times its coefficient among it
     kd  carries the factor temperature squared
     kl  to the teacher at temperature 1; None where it was not measured
     teacher_ce  the teacher's own cross-entropy; None where no cache tells it
+    router  the load-balancing loss of a router, a mean over tokens; None without one
     """
 
     loss: float
@@ -37,6 +40,35 @@ class Losses:
     num_positions: int
     kl: float | None = None
     teacher_ce: float | None = None
+    router: float | None = None
+
+
+class Sums:
+    """Of this rank's microbatches, until they are divided by what all ranks have counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.losses = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=device)
+        self.router = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, losses: LossSums, router: Tensor | None) -> None:
+        self.losses += torch.stack([value.detach().double() for value in losses])
+        if router is not None:
+            self.router += router.detach().double()
+
+    def means(self, router: RouterLoss | None, *, num_tokens: int) -> Losses:
+        """Of all ranks, which call it together; ``num_tokens`` is that of all."""
+        total = torch.cat(
+            [self.losses, self.router[None]]
+        ).cpu()  # the step's one wait for the device but the norm's
+        dist.all_reduce(total)
+        loss, ce, kd, teacher_entropy, count, routed = total.tolist()
+        num_positions = round(count)
+        scale = 1 / max(1, num_positions)
+        means = Losses(loss * scale, ce * scale, kd * scale, teacher_entropy * scale, num_positions)
+        if router is None:
+            return means
+        router_loss = routed / max(1, num_tokens)
+        return replace(means, loss=means.loss + router.coefficient * router_loss, router=router_loss)
 
 
 @dataclass(frozen=True)
@@ -53,25 +85,29 @@ def train_step(
     world: World,
     *,
     num_positions: int,
+    num_tokens: int,
     max_grad_norm: float | None,
 ) -> StepResult:
-    """Called by all ranks with the same number of microbatches; ``num_positions`` is that of all ranks.
+    """Called by all ranks with the same number of microbatches; the two numbers are of all ranks.
 
     Gradients are kept on each rank until the last microbatch, and reduced once.
     """
-    sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=world.device)
+    sums = Sums(world.device)
     for index, microbatch in enumerate(microbatches):
         is_last = index == len(microbatches) - 1
         student.set_requires_gradient_sync(is_last)  # type: ignore[operator]  # fully_shard adds these
         student.set_is_last_backward(is_last)  # type: ignore[operator]
-        losses = forward(student, microbatch, world)
-        (losses.loss / max(1, num_positions)).backward()
-        sums += torch.stack([value.detach().double() for value in losses])
-    reduced = reduce_losses(sums, world)
+        losses, router = forward(student, microbatch, world)
+        loss = losses.loss / max(1, num_positions)
+        if router is not None and student.router is not None:
+            loss = loss + student.router.coefficient * router / max(1, num_tokens)
+        loss.backward()
+        sums.add(losses, router)
+    reduced = sums.means(student.router, num_tokens=num_tokens)
     grad_norm = _clip(student, max_grad_norm)
     # The norm is of all ranks' gradients and the losses are summed over ranks, so all of them decide alike.
     updated = bool(torch.isfinite(grad_norm)) and all(
-        map(torch.isfinite, torch.tensor([reduced.ce, reduced.kd]))
+        map(torch.isfinite, torch.tensor([reduced.ce, reduced.kd, reduced.router or 0.0]))
     )
     if updated:
         optimizer.step()
@@ -79,19 +115,9 @@ def train_step(
     return StepResult(reduced, grad_norm.item(), updated)
 
 
-def forward(student: nn.Module, microbatch: Microbatch, world: World) -> LossSums:
-    on_device = microbatch.to(world.device)
-    return student(on_device.inputs, on_device.position_index, on_device.labels, on_device.targets)
-
-
-def reduce_losses(sums: Tensor, world: World) -> Losses:
-    """From this rank's sums, in the order of LossSums, to means over all ranks' positions."""
-    total = sums.cpu()  # the one wait for the device in a step, beside the gradient norm's
-    dist.all_reduce(total)
-    loss, ce, kd, teacher_entropy, count = total.tolist()
-    num_positions = round(count)
-    scale = 1 / max(1, num_positions)
-    return Losses(loss * scale, ce * scale, kd * scale, teacher_entropy * scale, num_positions)
+def forward(student: nn.Module, microbatch: Microbatch, world: World) -> Forwarded:
+    one = microbatch.to(world.device)
+    return student(one.inputs, one.position_index, one.labels, one.targets, one.num_rows)
 
 
 def seed_step(seed: int, *, step: int, rank: int) -> None:

@@ -1,7 +1,7 @@
 """The student and its loss as one FSDP2 root module.
 
     student = build_student(recipe, world, num_token_ids=...)
-    sums = student(inputs, position_index, labels, targets)             # LossSums, of this rank's microbatch
+    losses, router = student(inputs, position_index, labels, targets)   # sums, of this rank's microbatch
     found = student.measure(inputs, position_index, labels, targets)    # for validation: each position's CE, KL
 
 The loss lies inside the root module, so that the head is gathered once a forward, by the root, and no logits
@@ -36,9 +36,11 @@ from shared.errors import RecipeError
 from shared.kd_loss import LossSums, ce_kd_by_position, fused_ce_kd
 from shared.model_check import check_model
 from shared.models.chunks import chunk_positions
+from shared.models.router import RouterLoss, require_same_router_loss
 from shared.models.sharding import blocks, fill
 from shared.models.vlm import (
     empty_vlm,
+    hidden_and_router_logits,
     in_dtype_of,
     last_hidden_states,
     load_config,
@@ -56,15 +58,27 @@ from stage2_student.training.reliability import student_reliability
 KL_TEMPERATURE = 1.0  # of the KL that is reported, whatever the loss's own, so that students can be compared
 
 
+class Forwarded(NamedTuple):
+    """Of N positions.
+
+    router  the load-balancing loss of the router times the tokens that it is of, () fp32; None without one
+    """
+
+    losses: LossSums
+    router: Tensor | None
+
+
 class Measured(NamedTuple):
     """Of N positions.
 
+    router       as a forward has it
     ce_N         cross-entropy with the label, (N,) fp32, nats
     kl_N         to the teacher at temperature 1, (N,) fp32, nats; None where the targets do not give it
     reliability  the student's, as ``training.reliability`` has it
     """
 
     losses: LossSums
+    router: Tensor | None
     ce_N: Tensor
     kl_N: Tensor | None
     reliability: Tensor
@@ -81,20 +95,33 @@ class StudentWithLoss(nn.Module):
         self.model = model
         self.loss = loss
         self.num_token_ids = num_token_ids
+        self.router = RouterLoss.of(model)
 
     def forward(
-        self, inputs: dict[str, Tensor], position_index: Tensor, labels: Tensor, targets: SparseTargets | None
-    ) -> LossSums:
+        self,
+        inputs: dict[str, Tensor],
+        position_index: Tensor,
+        labels: Tensor,
+        targets: SparseTargets | None,
+        num_rows: int | None = None,
+    ) -> Forwarded:
         """Shapes   position_index (N,) int64 into the flattened (B * S) hidden states; labels (N,) int64
+        num_rows  the first rows, whose tokens count for the router; None: all
         Returns  sums over the N positions, fp32 nats; with N = 0 zeros that still have a graph
         """
-        return self._losses(self._hidden(inputs, position_index), labels, targets)
+        hidden_ND, router = self._hidden(inputs, position_index, num_rows)
+        return Forwarded(self._losses(hidden_ND, labels, targets), router)
 
     def measure(
-        self, inputs: dict[str, Tensor], position_index: Tensor, labels: Tensor, targets: SparseTargets | None
+        self,
+        inputs: dict[str, Tensor],
+        position_index: Tensor,
+        labels: Tensor,
+        targets: SparseTargets | None,
+        num_rows: int | None = None,
     ) -> Measured:
         """As ``forward``, and what only validation asks for; called by all ranks."""
-        hidden_ND = self._hidden(inputs, position_index)
+        hidden_ND, router = self._hidden(inputs, position_index, num_rows)
         reliability = student_reliability(hidden_ND, split(self.model)[1], labels)
         has_kl = targets is not None and KL_TEMPERATURE in targets.temperatures
         temperature = KL_TEMPERATURE if has_kl else self._temperature
@@ -105,18 +132,28 @@ class StudentWithLoss(nn.Module):
             losses = each.sums(labels, kd_ratio=self.loss.kd_ratio)
         else:
             losses = self._losses(hidden_ND, labels, targets)
-        return Measured(losses, each.ce_N, each.kd_N if has_kl else None, reliability)
+        return Measured(losses, router, each.ce_N, each.kd_N if has_kl else None, reliability)
 
     @property
     def _temperature(self) -> float:
         """Of the loss.  By labels alone the recipe's takes no part, and need not have been captured."""
         return self.loss.temperature if self.loss.kd_ratio > 0 else KL_TEMPERATURE
 
-    def _hidden(self, inputs: dict[str, Tensor], position_index: Tensor) -> Tensor:
-        """(N, D), before the head."""
+    def _hidden(
+        self, inputs: dict[str, Tensor], position_index: Tensor, num_rows: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(N, D), before the head, and the router's loss."""
         body, head = split(self.model)
         inputs = in_dtype_of(head, inputs)
-        return last_hidden_states(body, inputs).flatten(0, 1).index_select(0, position_index)
+        router = None
+        if self.router is None:
+            hidden = last_hidden_states(body, inputs)
+        else:
+            hidden, router_logits = hidden_and_router_logits(body, inputs)
+            counted = inputs["attention_mask"].clone()
+            counted[len(counted) if num_rows is None else num_rows :] = 0
+            router = self.router.weighted(router_logits, counted)
+        return hidden.flatten(0, 1).index_select(0, position_index), router
 
     def _losses(self, hidden_ND: Tensor, labels: Tensor, targets: SparseTargets | None) -> LossSums:
         return fused_ce_kd(
@@ -143,9 +180,20 @@ class StudentWithLoss(nn.Module):
     def check(self, processor: ExampleProcessor, examples: Sequence[Encoded], device: torch.device) -> None:
         """``check_model`` of the sharded model; called by all ranks, with the same examples.
 
-        Raises   RecipeError  when it does not compute what is taken for granted
+        Raises   RecipeError  when it does not compute what is taken for granted, or its router's loss is not ours
         """
         check_model(self.model, processor, examples, device=device)
+        if self.router is not None:
+            self._check_router(self.router, processor.collate(examples[:1]).to(device).inputs)
+
+    @torch.no_grad()
+    def _check_router(self, router: RouterLoss, inputs: dict[str, Tensor]) -> None:
+        body, head = split(self.model)
+        inputs, mask_BS = in_dtype_of(head, inputs), inputs["attention_mask"]
+        _, router_logits = hidden_and_router_logits(body, inputs)
+        own = self.model(**inputs, use_cache=False, logits_to_keep=1, output_router_logits=True)
+        ours = router.weighted(router_logits, mask_BS) / mask_BS.sum()
+        require_same_router_loss(self.model, ours, own.aux_loss)
 
 
 def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> StudentWithLoss:

@@ -182,6 +182,7 @@ class Trainer:
             self._with_a_picture(step.microbatches),
             self.world,
             num_positions=step.num_positions,
+            num_tokens=step.num_tokens,
             max_grad_norm=config.max_grad_norm,
         )
         self.step += 1
@@ -190,6 +191,8 @@ class Trainer:
         self._log(record)
         if self.world.is_main:
             figures = {"loss": f"{result.losses.loss:.3f}", "data_wait": f"{record['data_wait']:.0%}"}
+            if result.losses.router is not None:
+                figures["router"] = f"{result.losses.router:.3f}"
             bar.set_postfix(figures, refresh=False)
             bar.update()
         self._require_finite(result)
@@ -256,7 +259,7 @@ class Trainer:
         self._log(record)
         if self.world.is_main:
             shown = [("loss", losses.loss if self.recipe.distils else None), ("CE", losses.ce)]
-            shown.append(("KL to the teacher", losses.kl))
+            shown += [("KL to the teacher", losses.kl), ("router", losses.router)]
             figures = ", ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
             tqdm.write(f"step {self.step} of {self.num_steps}: validation {figures}, nats a position")
         return losses
@@ -302,10 +305,12 @@ def peak_memory_gib(world: World) -> float:
 
 
 def _named(losses: Losses, *, distils: bool) -> dict[str, float | int | None]:
+    router = {} if losses.router is None else {"router_loss": losses.router}
     return {
         "loss": losses.loss,
         "ce_loss": losses.ce,
         "kd_loss": losses.kd if distils else None,
+        **router,
         "num_positions": losses.num_positions,
     }
 

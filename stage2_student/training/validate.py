@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shared.kd_loss import LossSums
 from shared.progress import progress
 from shared.reports.reliability import NUM_BINS, Reliability
 from shared.runtime import World
@@ -19,7 +18,7 @@ from stage2_student.training.feed import MicrobatchSource, feed
 from stage2_student.training.groups import Groups
 from stage2_student.training.order import Slot
 from stage2_student.training.reliability import teacher_reliability
-from stage2_student.training.step import Losses, reduce_losses
+from stage2_student.training.step import Losses, Sums
 from stage2_student.training.student import KL_TEMPERATURE, StudentWithLoss, reshard
 
 
@@ -58,7 +57,7 @@ def validate(
 
     Holds    with a cache the teacher's CE is among the losses; so is KL, where it has targets of temperature 1
     """
-    sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=world.device)
+    sums, num_tokens = Sums(world.device), 0
     kl_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     groups, teacher_ce_sum = Groups(), 0.0
     own_3B = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=world.device)
@@ -72,8 +71,9 @@ def validate(
         agreed, total=len(slots), desc="validating", unit="batch", leave=False, disable=not world.is_main
     ):
         one = step.microbatches[0].to(world.device)
-        found = student.measure(one.inputs, one.position_index, one.labels, one.targets)
-        sums += torch.stack([value.double() for value in found.losses])
+        found = student.measure(one.inputs, one.position_index, one.labels, one.targets, one.num_rows)
+        sums.add(found.losses, found.router)
+        num_tokens += step.num_tokens
         kl_sum += 0.0 if found.kl_N is None else found.kl_N.double().sum()
         groups.add(one, found.ce_N, found.kl_N)
         teacher_ce_sum += one.teacher_ce
@@ -82,7 +82,7 @@ def validate(
             teacher_3B += teacher_reliability(one.targets, one.labels)
     student.train()
     reshard(student)
-    means, cache = reduce_losses(sums, world), source.cache
+    means, cache = sums.means(student.router, num_tokens=num_tokens), source.cache
     teacher = torch.tensor([kl_sum.item(), teacher_ce_sum], dtype=torch.float64)
     dist.all_reduce(teacher)
     kl_mean, teacher_ce = (teacher / max(1, means.num_positions)).tolist()

@@ -50,7 +50,7 @@ from stage2_student.training.inputs import Inputs, open_inputs
 from stage2_student.training.optim import learning_rate, make_optimizer, set_learning_rate
 from stage2_student.training.order import pass_slots, step_shape, total_steps, training_slots
 from stage2_student.training.step import seed_step, train_step
-from stage2_student.training.student import StudentWithLoss, build_student
+from stage2_student.training.student import Forwarded, StudentWithLoss, build_student
 from tests.benchmarks.bench_loss import status_bytes
 from tests.benchmarks.student_results import FOLDER, LABELS, LENGTHS, LIVE, TIMED, Results, done, keep
 
@@ -192,8 +192,13 @@ class LiveTeacher:
 
 
 def dense_forward(
-    self: StudentWithLoss, inputs: dict[str, Tensor], index: Tensor, labels: Tensor, teacher_NV: Tensor
-) -> LossSums:
+    self: StudentWithLoss,
+    inputs: dict[str, Tensor],
+    index: Tensor,
+    labels: Tensor,
+    teacher_NV: Tensor,
+    num_rows: int,
+) -> Forwarded:
     """Eager cross-entropy and dense KD, from logits."""
     body, head = split(self.model)
     hidden_ND = last_hidden_states(body, inputs).flatten(0, 1).index_select(0, index)
@@ -201,7 +206,8 @@ def dense_forward(
     ce = F.cross_entropy(logits_NV.float(), labels, reduction="sum")
     kd = KDLoss()(logits_NV, teacher_NV, labels, num_batch_labels=1)
     loss = (1 - self.loss.kd_ratio) * ce + self.loss.kd_ratio * kd
-    return LossSums(loss, ce.detach(), kd.detach(), torch.zeros(()), torch.tensor(len(labels)))
+    sums = LossSums(loss, ce.detach(), kd.detach(), torch.zeros(()), torch.tensor(len(labels)))
+    return Forwarded(sums, None)
 
 
 class Training:
@@ -240,7 +246,16 @@ class Training:
             begin = time.process_time()
             taught = [self.teach(one) for one in microbatches]
             count = sum(one.num_positions for one in taught)
-            train_step(student, optimizer, taught, self.world, num_positions=count, max_grad_norm=1.0)
+            num_tokens = sum(one.num_tokens for one in taught)
+            train_step(
+                student,
+                optimizer,
+                taught,
+                self.world,
+                num_positions=count,
+                num_tokens=num_tokens,
+                max_grad_norm=1.0,
+            )
             yield time.process_time() - begin
 
 

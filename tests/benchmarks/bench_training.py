@@ -108,7 +108,13 @@ class Step:
         self.student.loss = loss
         count = sum(one.num_positions for one in microbatches)
         train_step(
-            self.student, self.optimizer, microbatches, self.world, num_positions=count, max_grad_norm=1.0
+            self.student,
+            self.optimizer,
+            microbatches,
+            self.world,
+            num_positions=count,
+            num_tokens=sum(one.num_tokens for one in microbatches),
+            max_grad_norm=1.0,
         )
 
 
