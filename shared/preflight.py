@@ -15,11 +15,12 @@ from pathlib import Path
 
 import click
 from huggingface_hub import try_to_load_from_cache
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed
+from shared.models.quantized import require_library, what_becomes_of_it
 from shared.models.vlm import require_wide_head, split
 from shared.models.weight_files import require_whole_weights
 from shared.places import is_local, require_no_typo
@@ -151,6 +152,14 @@ def require_model(report: Report, name: str, revision: str | None, *, weights: b
         require_no_typo(name, what=f"model {name}", error=RecipeError)
         if weights:
             require_whole_weights(name, revision)
+
+
+def describe_quantization(report: Report, name: str, config: PretrainedConfig, *, dequantize: bool) -> None:
+    """Says what becomes of quantised weights, and notes a package that is missing for them."""
+    if (told := what_becomes_of_it(config, dequantize=dequantize)) is not None:
+        report.note(f"{name}: {told}")
+    with report.collecting():
+        require_library(name, config)
 
 
 def require_writable(path: Path, *, what: str) -> None:

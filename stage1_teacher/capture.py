@@ -38,6 +38,8 @@ from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
 from shared.library_output import keep_library_output
 from shared.model_check import check_model, two_examples
+from shared.models.quantized import explained_where_it_cannot_run, what_becomes_of_it
+from shared.models.vlm import load_config
 from shared.recipes import CacheConfig, Recipe, dump_recipe
 from shared.runtime import World, environment
 from shared.same_teacher import teacher_content, teacher_stamp
@@ -85,6 +87,11 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         tqdm.write(
             f"teacher {recipe.teacher.model} is run over {len(data.all_keys())} examples; cache {recipe.cache.path}"
         )
+        config = load_config(recipe.teacher.model, recipe.teacher.revision)
+        if (
+            told := what_becomes_of_it(config, dequantize=recipe.teacher.shard and world.size > 1)
+        ) is not None:
+            tqdm.write(f"note: teacher {recipe.teacher.model}: {told}")
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
     if teacher.is_sharded:
         check_teacher(recipe, processor, teacher)
@@ -134,10 +141,12 @@ def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData
 def check_teacher(recipe: Recipe, processor: ExampleProcessor, teacher: Teacher) -> None:
     """Of a sharded teacher called by all ranks.
 
-    Raises   RecipeError  when the teacher does not compute what is taken for granted
+    Raises   RecipeError  when the teacher does not compute what is taken for granted, or cannot run here
     """
+    assert recipe.teacher is not None
     examples = two_examples(WindowSource(open_rows(recipe), processor).usable())
-    check_model(teacher.model, processor, examples, device=teacher.device)
+    with explained_where_it_cannot_run(recipe.teacher.model, teacher.model):
+        check_model(teacher.model, processor, examples, device=teacher.device)
 
 
 def remove_committed_plan(location: str) -> None:

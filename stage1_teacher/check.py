@@ -22,6 +22,7 @@ from shared.preflight import (
     context_of,
     describe_cache,
     describe_data,
+    describe_quantization,
     describe_shape,
     describe_tokenizer,
     describe_unusable,
@@ -143,8 +144,10 @@ def _describe_teacher(report: Report, recipe: Recipe, *, num_ranks: int) -> PreT
         report.add("  teacher", f"{teacher.model} is not on this machine: not looked at")
         return None
     dtype = getattr(torch, teacher.dtype)
+    config = load_config(teacher.model, teacher.revision)
+    describe_quantization(report, teacher.model, config, dequantize=teacher.shard)
     model = empty_vlm(
-        load_config(teacher.model, teacher.revision),
+        config,
         dtype=dtype,
         attn_implementation=teacher.attn_implementation,
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
 from shared.errors import RecipeError
+from shared.models.vlm import load_config
 from shared.places import is_local
 from shared.preflight import (
     TOKENS_WITHOUT_DATA,
@@ -19,6 +20,7 @@ from shared.preflight import (
     context_of,
     describe_cache,
     describe_data,
+    describe_quantization,
     describe_shape,
     describe_tokenizer,
     describe_unusable,
@@ -36,7 +38,7 @@ from stage2_student.training.freezing import parameters_of_parts
 from stage2_student.training.inputs import open_cache
 from stage2_student.training.notes import notes_on
 from stage2_student.training.order import step_costs, step_shape, total_steps
-from stage2_student.training.student import choose_trained, meta_model
+from stage2_student.training.student import choose_trained, empty_model
 
 
 def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
@@ -84,8 +86,10 @@ def _describe_student(
         report.add("student", f"{student.model} is not on this machine: not looked at")
     else:
         with report.collecting():
-            model = meta_model(student)
+            config = load_config(student.model, student.revision)
+            model = empty_model(config, student)
             _describe_model(report, recipe, model)
+            describe_quantization(report, student.model, config, dequantize=True)
     with report.collecting():
         processor = describe_tokenizer(report, recipe, student.model, revision=student.revision)
     return model, processor

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from shared.errors import RecipeError
+from shared.models.quantized import first_difference
 from shared.runtime import World
 
 
@@ -28,8 +30,10 @@ def fill(model: nn.Module, source: nn.Module | None, world: World) -> None:
 
     Called by all ranks; ``source`` counts on the first only.  Buffers that no file holds (rotary tables) are
     among them: on the meta device they were never computed.
+
+    Raises   RecipeError  on all ranks, when the source has a tensor that the model has not, or of another kind
     """
-    world.barrier()  # the first rank has read files meanwhile
+    world.by_main(lambda: _require_same_tensors(model, source))  # the first rank has read files meanwhile
     values = {} if source is None else dict(_named_tensors(source))
     with torch.no_grad():
         for name, own in _named_tensors(model):
@@ -37,6 +41,15 @@ def fill(model: nn.Module, source: nn.Module | None, world: World) -> None:
             if source is not None:
                 whole.copy_(values[name])
             _scatter(whole, own)
+
+
+def _require_same_tensors(model: nn.Module, source: nn.Module | None) -> None:
+    """A scale left behind would make weights that are thousands of times too large, of finite numbers all of them."""
+    if source is not None and (odd := first_difference(source, model)) is not None:
+        raise RecipeError(
+            f"model class {type(model).__name__}: {odd} has no place on the ranks that share the model: its weights "
+            "are stored in another way. Do not shard it, or give the folder of an ordinary model"
+        )
 
 
 def _scatter(whole: Tensor, own: Tensor) -> None:

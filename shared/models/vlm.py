@@ -20,6 +20,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from shared.errors import RecipeError, shortened
 from shared.models.adapters import base_of, is_adapter, lineage, merged
 from shared.models.cross_attention import keep_rows_apart
+from shared.models.quantized import (
+    dequantized,
+    method_of,
+    require_library,
+    to_be_dequantized,
+    without_quantization,
+)
 from shared.models.weight_files import require_whole_weights
 from shared.places import is_local, require_hub_asked_once, require_no_typo, why
 
@@ -74,18 +81,42 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
 
 
 def load_vlm(
-    name: str, *, revision: str | None, dtype: torch.dtype, attn_implementation: str | None
+    name: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    dequantize: bool = False,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The model with its weights, on the CPU, in evaluation mode; an adapter's folder gives it with them merged.
 
-    Raises   RecipeError  when it cannot be opened, or its files lack weights.
+    dequantize  quantised weights become ordinary ones; by default they stay as they are stored
+    device      where quantised weights that stay so are put, as their libraries ask for
+
+    Raises   RecipeError  when it cannot be opened, or its files lack weights, or a package is missing for them
     """
-    load_config(name, revision)
+    config = load_config(name, revision)
     require_whole_weights(name, revision)
     if is_adapter(name):
         base, its_revision = base_of(name, revision)
-        whole = load_vlm(base, revision=its_revision, dtype=dtype, attn_implementation=attn_implementation)
+        whole = load_vlm(
+            base,
+            revision=its_revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            dequantize=True,
+        )
         return merged(whole, name)
+    options: dict[str, Any] = {}
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, SafetensorError)
+    if method := method_of(config):
+        require_library(name, config)
+        failures = (Exception,)  # each library has its own
+        if dequantize:
+            options["config"] = to_be_dequantized(name, config)
+        elif device is not None and device.type != "cpu":
+            options["device_map"] = {"": device}
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -94,9 +125,15 @@ def load_vlm(
             attn_implementation=attn_implementation,
             output_loading_info=True,
             trust_remote_code=False,  # not None: at a terminal Transformers would ask
+            **options,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise RecipeError(f"model {name}: cannot be loaded: {shortened(why(name, error))}") from error
+    except failures as error:
+        what = (
+            f"its weights are quantised ({method}) and cannot be loaded here"
+            if method
+            else "cannot be loaded"
+        )
+        raise RecipeError(f"model {name}: {what}: {shortened(why(name, error))}") from error
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         first = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
@@ -104,6 +141,9 @@ def load_vlm(
             f"model {name}: its files lack weights, {first} among them, which would be random. "
             "Give the folder of the whole model"
         )
+    if method and dequantize:
+        ordinary = empty_vlm(config, dtype=dtype, attn_implementation=attn_implementation)
+        model = dequantized(name, model, ordinary, dtype=dtype)
     keep_rows_apart(model)
     return model.eval()
 
@@ -111,14 +151,14 @@ def load_vlm(
 def empty_vlm(
     config: PretrainedConfig, *, dtype: torch.dtype, attn_implementation: str | None
 ) -> PreTrainedModel:
-    """The model's shape without memory behind it, on the meta device.
+    """The model's shape without memory behind it, on the meta device; of a quantised one the ordinary model's.
 
     Raises   RecipeError  when this model cannot be made so, as with an attention that is not installed
     """
     try:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(
-                config, dtype=dtype, attn_implementation=attn_implementation
+                without_quantization(config), dtype=dtype, attn_implementation=attn_implementation
             )
     except Exception as error:  # of any type: settings that do not fit together, packages that are missing
         reason = shortened(str(error).split("\n")[0])

@@ -131,7 +131,7 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> 
     Raises   RecipeError  when it cannot be opened, or split into body and head, or has fewer ids than the tokenizer
     """
     sharded = config.shard and world.size > 1
-    source = _whole(config) if world.is_main or not sharded else None
+    source = _whole(config, world, dequantize=sharded) if world.is_main or not sharded else None
     fingerprint = weight_fingerprint(source) if source is not None and world.is_main else None
     if sharded:
         model = _sharded(config, source, world)
@@ -153,12 +153,14 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> 
     )
 
 
-def _whole(config: TeacherConfig) -> PreTrainedModel:
+def _whole(config: TeacherConfig, world: World, *, dequantize: bool) -> PreTrainedModel:
     return load_vlm(
         config.model,
         revision=config.revision,
         dtype=getattr(torch, config.dtype),
         attn_implementation=config.attn_implementation,
+        dequantize=dequantize,
+        device=world.device,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from shared.data.processing import ExampleProcessor
@@ -140,11 +141,12 @@ def _answers(
         revision=source.revision,
         dtype=getattr(torch, source.compute_dtype),
         attn_implementation=source.attn_implementation,
+        device=world.device,
     )
     model.generation_config = (
         GenerationConfig()
     )  # a folder's own may ask for penalties: models are to be compared
-    model.to(world.device)  # type: ignore[arg-type]
+    nn.Module.to(model, world.device)  # past the model's own, which refuses some quantised ones
     found = []
     begins = range(0, len(rows), config.batch_size)
     for begin in progress(begins, desc="answering", unit="batch", leave=False, disable=not show):

@@ -41,6 +41,12 @@ TOKENIZER_FILES = (
     "sentencepiece",
 )
 WEIGHTS_INDEX = "*.index.json"
+OF_QUANTISED = (
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+    "hf_quant_config.json",
+)
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -156,7 +162,8 @@ def require_replaceable(out: Path, folder: RunFolder) -> None:
 def _small_files(folder: Path) -> list[Path]:
     """But for what belongs to weights that are not copied: their index, an adapter's settings, their origin."""
     found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
-    return sorted(found - {*folder.glob(WEIGHTS_INDEX), folder / adapters.SETTINGS, folder / PROVENANCE})
+    others = (adapters.SETTINGS, PROVENANCE, *OF_QUANTISED)
+    return sorted(found - {*folder.glob(WEIGHTS_INDEX), *(folder / name for name in others)})
 
 
 def _replace_folder(new: Path, out: Path) -> None:

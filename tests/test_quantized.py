@@ -1,0 +1,241 @@
+"""Quantised folders: never without their scales, refused where a package is missing, not left behind in exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stage2_runs import make_recipe, on_ranks, run_alone, step_records
+from transformers import AutoModelForImageTextToText
+
+from shared.cache import CacheReader
+from shared.errors import RecipeError
+from shared.models.sharding import fill
+from shared.models.vlm import empty_vlm, load_config, load_vlm
+from shared.recipes import Recipe
+from shared.runtime import World
+from shared.stopping import StopRequest
+from stage1_teacher.capture import capture
+from stage1_teacher.check import check_recipe as check_teacher
+from stage2_student.check import check_recipe as check_student
+from stage2_student.train import train
+
+BLOCK = 32
+ORDINARY = ["lm_head", "visual", "linear_attn.conv1d", "linear_attn.in_proj_a", "linear_attn.in_proj_b"]
+
+
+def fp8_of(folder: Path, out: Path) -> Path:
+    """The folder with the linear layers of the language model in FP8, each block of 32 x 32 with its scale."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    for name in list(tensors):
+        if "proj" in name and name.endswith("weight") and not any(part in name for part in ORDINARY):
+            tensors |= in_fp8(name, tensors.pop(name))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    say_quantized(
+        out, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    )
+    return out
+
+
+def in_fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    rows, columns = (size // BLOCK for size in weight.shape)
+    blocks = weight.float().reshape(rows, BLOCK, columns, BLOCK)
+    scale = blocks.abs().amax((1, 3), keepdim=True) / 448  # the largest number of float8_e4m3fn
+    packed = (blocks / scale).reshape(weight.shape).to(torch.float8_e4m3fn)
+    return {name: packed, f"{name}_scale_inv": scale.reshape(rows, columns)}
+
+
+def say_quantized(folder: Path, settings: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = settings | {"modules_to_not_convert": ORDINARY}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def fp8_student(tmp_path_factory: pytest.TempPathFactory, student_folder: Path) -> Path:
+    return fp8_of(student_folder, tmp_path_factory.mktemp("fp8") / "student")
+
+
+@pytest.fixture(scope="module")
+def fp8_teacher(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
+    return fp8_of(teacher_folder, tmp_path_factory.mktemp("fp8") / "teacher")
+
+
+@pytest.fixture
+def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path, teacher_folder: Path) -> dict[str, Any]:
+    return {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64, "limit": 4},
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": str(tmp_path / "cache"), "num_workers": 0},
+        "student": {"model": str(student_folder), "compute_dtype": "float32"},
+        "loss": {"kd_ratio": 0.0},
+        "optimization": {"global_batch_size": 4, "microbatch_size": 2, "max_steps": 1, "learning_rate": 1e-4},
+        "run": {"name": "run", "root": str(tmp_path / "runs"), "num_workers": 0},
+    }
+
+
+def loaded(folder: Path, **options: Any) -> Any:
+    return load_vlm(str(folder), revision=None, dtype=torch.float32, attn_implementation=None, **options)
+
+
+def test_a_dequantised_model_is_near_the_ordinary_one(fp8_student: Path, student_folder: Path) -> None:
+    found, ordinary = loaded(fp8_student, dequantize=True), loaded(student_folder)
+    assert found.state_dict().keys() == ordinary.state_dict().keys()
+    for name, weight in ordinary.state_dict().items():
+        assert found.state_dict()[name].dtype == weight.dtype
+        torch.testing.assert_close(found.state_dict()[name], weight, rtol=0.07, atol=2e-3, msg=name)
+    assert not hasattr(found.config, "quantization_config")
+    stored = load_file(fp8_student / "model.safetensors")
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in stored.values()) > 5
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_quantised_student_is_trained_and_exported_as_an_ordinary_model(
+    tree: dict[str, Any], fp8_student: Path, num_ranks: int
+) -> None:
+    ordinary = make_recipe(tree, run__name="ordinary")
+    recipe = make_recipe(tree, student__model=str(fp8_student))
+    assert run_alone(ordinary) == 0
+    assert on_ranks(num_ranks, lambda world: train(recipe, world, resume=False)) == [0] * num_ranks
+    (ours,), (theirs,) = step_records(recipe), step_records(ordinary)
+    assert ours["ce_loss"] == pytest.approx(theirs["ce_loss"], rel=0.02)
+    export = recipe.run.path / "export"
+    assert "quantization_config" not in json.loads((export / "config.json").read_text())
+    opened, info = AutoModelForImageTextToText.from_pretrained(export, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert {p.dtype for p in opened.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_quantised_teacher_is_captured_alike_whole_and_sharded(
+    tree: dict[str, Any], tmp_path: Path, fp8_teacher: Path, shard: bool
+) -> None:
+    ordinary = make_recipe(tree)
+    recipe = make_recipe(
+        tree, teacher__model=str(fp8_teacher), teacher__shard=shard, cache__path=str(tmp_path / "fp8")
+    )
+    assert captured(ordinary, 1) == [0]
+    assert captured(recipe, 2 if shard else 1) == [0] * (2 if shard else 1)
+    assert ce_of(recipe) == pytest.approx(ce_of(ordinary), rel=0.02)
+
+
+def captured(recipe: Recipe, num_ranks: int) -> list[int]:
+    return on_ranks(num_ranks, lambda world: capture(recipe, world, StopRequest()))
+
+
+def ce_of(recipe: Recipe) -> list[float]:
+    assert recipe.cache is not None
+    reader = CacheReader(recipe.cache.path)
+    return [row.ce_sum for row in reader.rows(sorted(reader.keys()))]
+
+
+def test_weights_without_their_scales_are_never_shared(fp8_student: Path) -> None:
+    """On all ranks the same error, whatever the mistake was that led there."""
+
+    def shared_out(world: World) -> str:
+        model = empty_vlm(load_config(str(fp8_student)), dtype=torch.bfloat16, attn_implementation=None)
+        model.to_empty(device="cpu")
+        source = None
+        if world.is_main:
+            source = empty_vlm(load_config(str(fp8_student)), dtype=torch.bfloat16, attn_implementation=None)
+            source.to_empty(device="cpu")
+            layer = source.get_submodule("model.language_model.layers.0.mlp.up_proj")
+            layer.register_parameter("weight_scale_inv", torch.nn.Parameter(torch.ones(2, 2)))
+        fill(model, source, world)
+        return "filled"
+
+    found = on_ranks(2, shared_out, errors=True)
+    assert all("up_proj.weight_scale_inv of shape (2, 2) has no place" in str(error) for error in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "hidden", "named"),
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "gptqmodel", "gptqmodel"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "optimum", "optimum"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", "bitsandbytes"),
+        ({"load_in_8bit": True}, "bitsandbytes", "bitsandbytes"),
+        ({"quant_method": "compressed-tensors"}, "compressed_tensors", "compressed-tensors"),
+    ],
+)
+def test_a_missing_package_is_named(
+    tree: dict[str, Any],
+    tmp_path: Path,
+    student_folder: Path,
+    settings: dict[str, Any],
+    hidden: str,
+    named: str,
+    hide: Callable[[str], None],
+) -> None:
+    """By ``check`` of both stages, by the capture and by training, each in one message."""
+    hide(hidden)
+    folder = tmp_path / "quantised"
+    shutil.copytree(student_folder, folder)
+    say_quantized(folder, settings)
+    as_teacher = make_recipe(tree, teacher__model=str(folder))
+    as_student = make_recipe(tree, student__model=str(folder))
+    problems = [
+        *check_teacher(as_teacher, num_ranks=1).problems,
+        *check_student(as_student, num_ranks=1).problems,
+    ]
+    assert len(problems) == 2
+    for problem in problems:
+        assert "its weights are quantised" in problem
+        assert named in problem.partition("which needs")[2]
+    with pytest.raises(RecipeError, match=named):
+        run_alone(as_student)
+    with pytest.raises(RecipeError, match=named):
+        captured(as_teacher, 1)
+
+
+@pytest.mark.parametrize("stage", ["student", "teacher"])
+def test_what_is_dequantised_is_told(
+    tree: dict[str, Any], fp8_student: Path, fp8_teacher: Path, stage: str
+) -> None:
+    if stage == "student":
+        facts = check_student(make_recipe(tree, student__model=str(fp8_student)), num_ranks=1).facts
+    else:
+        recipe = make_recipe(tree, teacher__model=str(fp8_teacher), teacher__shard=True)
+        facts = check_teacher(recipe, num_ranks=2).facts
+    assert [value for _, value in facts if "quantised (fp8)" in value and "made ordinary" in value]
+
+
+def test_four_bits_of_bitsandbytes(tree: dict[str, Any], tmp_path: Path, student_folder: Path) -> None:
+    """As a teacher whole, as a student dequantised; quantised by the library itself."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    refused = tmp_path / "refused"
+    shutil.copytree(student_folder, refused)
+    AutoModelForImageTextToText.from_pretrained(
+        student_folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True), dtype=torch.float32
+    ).save_pretrained(refused)
+    if not torch.cuda.is_available():  # the CPU's kernels ask for wider layers than the tower's
+        with pytest.raises(RecipeError, match="their library cannot run them on cpu"):
+            captured(make_recipe(tree, teacher__model=str(refused)), 1)
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, llm_int8_skip_modules=["lm_head", "model.visual", "in_proj_a", "in_proj_b"]
+    )
+    folder = tmp_path / "four-bits"
+    shutil.copytree(student_folder, folder)
+    (folder / "model.safetensors").unlink()
+    quantised = AutoModelForImageTextToText.from_pretrained(
+        student_folder, quantization_config=four_bits, dtype=torch.float32
+    )
+    quantised.save_pretrained(folder)
+    recipe = make_recipe(tree, teacher__model=str(folder), student__model=str(folder))
+    assert captured(recipe, 1) == [0]
+    assert run_alone(recipe) == 0
+    ordinary = make_recipe(tree, run__name="ordinary")
+    assert run_alone(ordinary) == 0
+    (ours,), (theirs,) = step_records(recipe), step_records(ordinary)
+    assert ours["ce_loss"] == pytest.approx(theirs["ce_loss"], rel=0.1)
+    assert "quantization_config" not in json.loads((recipe.run.path / "export" / "config.json").read_text())
