@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from stage2_runs import make_recipe, run_alone
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from shared.data.processing import ExampleProcessor
+from shared.data.rows import open_split
 from shared.errors import RecipeError
+from shared.models.vlm import load_vlm
+from shared.models.weight_files import weight_files
 from stage2_student.__main__ import commands
+from stage2_student.publishing.push import plan_push
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +65,118 @@ def test_what_is_no_export_is_not_replaced(
 
 def test_two_choices_of_a_checkpoint(run: Path) -> None:
     assert "give one of them" in str(export(run, "--step", "1", "--best").exception)
+
+
+def changed_student(folder: Path, out: Path, settings: dict[str, Any] | None) -> Path:
+    """The small student with other settings for generating, or none."""
+    shutil.copytree(folder, out)
+    (out / "generation_config.json").unlink()
+    config = json.loads((out / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 1  # of documents, not of turns
+    (out / "config.json").write_text(json.dumps(config))
+    if settings is not None:
+        (out / "generation_config.json").write_text(json.dumps(settings))
+    return out
+
+
+@pytest.fixture
+def tree(tmp_path: Path, distillation_tree: dict[str, Any]) -> dict[str, Any]:
+    settings = {"name": "run", "root": str(tmp_path / "runs"), "num_workers": 0}
+    return distillation_tree | {"run": settings, "loss": {"kd_ratio": 0.0}}
+
+
+def test_an_export_of_a_base_that_never_stops_stops(
+    tree: dict[str, Any], tmp_path: Path, student_folder: Path, processor: ExampleProcessor
+) -> None:
+    base = changed_student(student_folder, tmp_path / "base", {"eos_token_id": 1, "temperature": 0.7})
+    tree["data"] = tree["data"] | {"limit": 4}
+    recipe = make_recipe(tree, student__model=str(base), optimization__max_steps=60)
+    assert run_alone(recipe) == 0
+    rows = open_split(recipe.data, "train")
+    batch = processor.collate(
+        [processor.encode_prompt(rows[index]) for index in range(4)], padding_side="left"
+    )
+    model = AutoModelForImageTextToText.from_pretrained(recipe.run.path / "export")
+    length = batch.inputs["input_ids"].shape[1]
+    new = model.generate(**batch.inputs, max_new_tokens=64, do_sample=False)[:, length:].tolist()
+    assert all(processor.end_of_turn in row for row in new)
+    assert len(new[0]) < 64
+    said = json.loads((recipe.run.path / "export" / "generation_config.json").read_text())
+    assert said == {"eos_token_id": [1, processor.end_of_turn], "temperature": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"), [(None, [1]), ({}, []), ({"eos_token_id": [1, 2]}, [1, 2])], ids=str
+)
+def test_the_end_of_turn_joins_other_ends(
+    tree: dict[str, Any],
+    tmp_path: Path,
+    student_folder: Path,
+    processor: ExampleProcessor,
+    settings: dict[str, Any] | None,
+    ends: list[int],
+) -> None:
+    base = changed_student(student_folder, tmp_path / "base", settings)
+    recipe = make_recipe(tree, student__model=str(base), optimization__max_steps=1)
+    assert run_alone(recipe) == 0
+    said = json.loads((recipe.run.path / "export" / "generation_config.json").read_text())["eos_token_id"]
+    assert said == ([*ends, processor.end_of_turn] if ends else processor.end_of_turn)
+
+
+def test_templates_beside_the_default_are_in_the_export(
+    tree: dict[str, Any], tmp_path: Path, student_folder: Path
+) -> None:
+    base = shutil.copytree(student_folder, tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages[0].content }}")
+    recipe = make_recipe(tree, student__model=str(base), optimization__max_steps=1)
+    assert run_alone(recipe) == 0
+    path = recipe.run.path / "export"
+    template = AutoTokenizer.from_pretrained(path).chat_template
+    assert template["tool_use"] == "{{ messages[0].content }}"
+    listed = json.loads((path / "teachonce.json").read_text())["sha256"]
+    assert "additional_chat_templates/tool_use.jinja" in listed
+    plan = plan_push(path, "me/mine", revision=None)
+    assert "additional_chat_templates/tool_use.jinja" in plan.files
+    (path / "additional_chat_templates" / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match=r"additional_chat_templates/notes\.txt"):
+        plan_push(path, "me/mine", revision=None)
+
+
+def test_an_adapter_finds_its_base_from_anywhere(
+    tree: dict[str, Any], tmp_path: Path, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe's path is relative; later both are moved together, and then the adapter alone."""
+    house = tmp_path / "house"
+    shutil.copytree(student_folder, house / "models" / "base")
+    monkeypatch.chdir(house)
+    recipe = make_recipe(
+        tree,
+        student__model="models/base",
+        student__lora={"rank": 2},
+        run__root="runs",
+        optimization__max_steps=1,
+    )
+    assert run_alone(recipe) == 0
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"revision": None, "dtype": torch.float32, "attn_implementation": None}
+    path = house / "runs" / "run" / "export"
+    assert json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        house / "models" / "base"
+    )
+    assert (
+        "GenerationConfig.from_pretrained" in (path / "README.md").read_text()
+    )  # Transformers takes the base's
+    assert (path / "generation_config.json").exists()
+    before = load_vlm(str(path), **options).state_dict()
+    AutoModelForImageTextToText.from_pretrained(path)
+    house.rename(tmp_path / "new-house")
+    path = tmp_path / "new-house" / "runs" / "run" / "export"
+    after = load_vlm(str(path), **options).state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    files = weight_files(str(path), None)
+    assert files is not None
+    assert files.faults() == []
+    alone = path.rename(tmp_path / "alone")
+    with pytest.raises(RecipeError, match=r"house/models/base: no such file or folder"):
+        load_vlm(str(alone), **options)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from shared.errors import RecipeError
 from shared.regular_files import refuse_irregular_members
 
 SETTINGS = "adapter_config.json"
+PROVENANCE = "teachonce.json"  # in every export of ours: of which run, and the SHA-256 of its files
+BASE_FROM_HERE = "base_from_here"  # in it: the way from an adapter's folder to its base model's
 
 
 def is_adapter(name: str) -> bool:
@@ -25,6 +28,8 @@ def is_adapter(name: str) -> bool:
 
 def base_of(name: str, revision: str | None) -> tuple[str, str | None]:
     """Name and revision of an adapter's base model; of a whole model, its own.
+
+    Where both were moved together, the base is found by the way from one to the other, which exports of ours note.
 
     Raises   RecipeError  when the adapter's settings do not say
     """
@@ -39,7 +44,19 @@ def base_of(name: str, revision: str | None) -> tuple[str, str | None]:
         raise RecipeError(
             f"{path}: base_model_name_or_path is missing; name the model it was trained on there"
         )
-    return settings["base_model_name_or_path"], settings.get("revision")
+    base = str(settings["base_model_name_or_path"])
+    if Path(base).is_absolute() and not Path(base).exists():
+        base = _moved_with(Path(name)) or base
+    return base, settings.get("revision")
+
+
+def _moved_with(folder: Path) -> str | None:
+    try:
+        noted = json.loads((folder / PROVENANCE).read_bytes())[BASE_FROM_HERE]
+        found = Path(os.path.normpath(folder.absolute() / str(noted)))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return str(found) if (found / "config.json").exists() or is_adapter(str(found)) else None
 
 
 def lineage(name: str, revision: str | None) -> list[tuple[str, str | None]]:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from huggingface_hub import try_to_load_from_cache
 
 from shared.errors import CheckpointError, RecipeError
-from shared.models.adapters import SETTINGS, lineage
+from shared.models.adapters import PROVENANCE, SETTINGS, lineage
 from shared.places import is_local
 from shared.regular_files import read_regular
 from shared.vouched import opened
@@ -35,7 +35,6 @@ ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 LFS_POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
 PIECE_BYTES = 1 << 22
-PROVENANCE = "teachonce.json"  # in every export of ours: of which run, and the SHA-256 of its files
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,24 @@ processor = AutoProcessor.from_pretrained("{name}")
 """
 
 
+LOADING_AN_ADAPTER = """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+model = AutoModelForImageTextToText.from_pretrained("{name}")
+model.generation_config = GenerationConfig.from_pretrained("{name}")  # else the base model's: where answers end
+processor = AutoProcessor.from_pretrained("{name}")
+```
+"""
+
+
 def write_sources(folder: RunFolder, recipe: Recipe, cache: CacheReader | None) -> None:
     """Notes what the run is made of: which names are local folders, and whose targets the cache holds."""
     base, revision = lineage(recipe.student.model, recipe.student.revision)[0]
+    model = recipe.student.model
+    path = str(Path(model).absolute()) if Path(model).exists() else None
     facts: dict[str, Any] = {
-        "student": {"model": base, "revision": revision, "is_local": Path(base).exists()},
+        "student": {"model": base, "revision": revision, "is_local": Path(base).exists(), "path": path},
         "data": {"source": recipe.data.source, "is_local": Path(recipe.data.source).exists()},
         "cache": None,
     }
@@ -73,7 +86,7 @@ def model_card(facts: dict[str, Any], folder: RunFolder, *, is_adapter: bool) ->
     """
     recipe, sources = facts["recipe"], facts["sources"]
     name = recipe["run"]["name"]
-    loading = LOADING.format(name="FOLDER_OR_REPOSITORY")
+    loading = (LOADING_AN_ADAPTER if is_adapter else LOADING).format(name="FOLDER_OR_REPOSITORY")
     lines = [
         "---",
         "# license: left open. The licences of base model, teacher and data decide; so does `language`.",

@@ -20,7 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from shared.errors import CheckpointError, HubError, RecipeError
-from shared.models.weight_files import PROVENANCE, read_provenance
+from shared.models.adapters import PROVENANCE
+from shared.models.weight_files import read_provenance
 from stage2_student.publishing.card import CARD
 from stage2_student.runs.checkpoint import hashes
 
@@ -59,13 +60,14 @@ def plan_push(place: Path, repo_id: str, *, revision: str | None) -> Push:
         raise RecipeError(f"{repo_id}: no name of a repository ({error}). Give owner/name") from error
     folder = place if (place / PROVENANCE).exists() else place / "export"
     wanted = _listed(folder)
-    found = {path.name: path for path in sorted(folder.iterdir())}
-    unknown = [name for name in found if name not in {*wanted, PROVENANCE} and not _is_own(name)]
-    if unknown or any(path.is_dir() for path in found.values()):
-        first = (unknown or [name for name, path in found.items() if path.is_dir()])[0]
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    known = {*wanted, PROVENANCE, *(parent for name in wanted for parent in _folders_of(name))}
+    unknown = [name for name, path in paths.items() if name not in known and not _is_own(path, name)]
+    if unknown:
         raise RecipeError(
-            f"{folder}: {first!r} is no part of the export. Move it away, or export into another folder"
+            f"{folder}: {unknown[0]!r} is no part of the export. Move it away, or export into another folder"
         )
+    found = {name: path for name, path in paths.items() if path.is_file()}
     have = hashes(folder)
     for name, sha256 in {**wanted, CARD: None}.items():
         if name not in have or (sha256 is not None and have[name] != sha256):
@@ -151,5 +153,10 @@ def _listed(folder: Path) -> dict[str, str]:
     return {str(name): str(sha256) for name, sha256 in listed.items()}
 
 
-def _is_own(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in OWN)
+def _folders_of(name: str) -> list[str]:
+    return [parent.as_posix() for parent in Path(name).parents][:-1]
+
+
+def _is_own(path: Path, name: str) -> bool:
+    """A file at the top, by its name."""
+    return path.is_file() and any(name == path.name and fnmatch(name, pattern) for pattern in OWN)

@@ -272,10 +272,11 @@ def _badness(checkpoint: Checkpoint) -> tuple[float, int]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file but the facts; several at once, as hashing lets other threads run."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != FACTS)
+    """SHA-256 of each file but the facts, by path in the folder; several at once, as hashing lets threads run."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FACTS)
+    names = [path.relative_to(folder).as_posix() for path in paths]
     with ThreadPoolExecutor(max_workers=4) as threads:
-        return {path.name: sha256 for path, sha256 in zip(paths, threads.map(_sha256, paths), strict=True)}
+        return dict(zip(names, threads.map(_sha256, paths), strict=True))
 
 
 def _sha256(path: Path) -> str:

@@ -8,18 +8,21 @@ can be exported at any time, by one process, whether or not the original is stil
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from transformers.utils import CHAT_TEMPLATE_FILE
 
+from shared.data.processing import open_processor
 from shared.data.processors import chat_template, load_processor, read_template
 from shared.errors import CheckpointError, RecipeError
 from shared.models import adapters
-from shared.models.adapters import lineage
+from shared.models.adapters import PROVENANCE, lineage
 from shared.models.vlm import load_config
-from shared.models.weight_files import PROVENANCE
+from shared.places import is_local
 from shared.recipes import Recipe, dump_recipe, load_recipe
 from shared.runtime import environment
 from shared.vouched import vouched
@@ -40,6 +43,8 @@ TOKENIZER_FILES = (
     "spiece",
     "sentencepiece",
 )
+TEMPLATES = "additional_chat_templates"  # the folder of those beside the default, as Transformers has it
+GENERATION = "generation_config.json"
 WEIGHTS_INDEX = "*.index.json"
 OF_QUANTISED = (
     "quantize_config.json",
@@ -58,8 +63,7 @@ def save_model_files(recipe: Recipe, folder: RunFolder) -> None:
     """
     folder.model_files.mkdir(exist_ok=True)
     (base, revision), *adapters = lineage(recipe.student.model, recipe.student.revision)
-    for path in _small_files(_local(base, revision)):
-        shutil.copyfile(path, folder.model_files / path.name)
+    _copy_small_files(_local(base, revision), folder.model_files)
     for name, _ in adapters:
         for path in _small_files(Path(name)):
             if path.name.startswith(TOKENIZER_FILES):
@@ -70,6 +74,14 @@ def save_model_files(recipe: Recipe, folder: RunFolder) -> None:
         write_text(folder.model_files / "chat_template.jinja", chat_template(processor))
     if recipe.data.chat_template is not None:
         write_text(folder.model_files / CHAT_TEMPLATE_FILE, read_template(recipe.data.chat_template))
+
+
+def _copy_small_files(source: Path, out: Path, *, without: tuple[str, ...] = ()) -> None:
+    for path in _small_files(source):
+        name = path.relative_to(source)
+        if str(name) not in without:
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, out / name)
 
 
 def _local(name: str, revision: str | None) -> Path:
@@ -119,6 +131,7 @@ def export_checkpoint(
     require_replaceable(target, folder)
     if merge is None:
         merge = lora is not None and (lora.merge or adapters.is_adapter(recipe.student.model))
+    base = base_of_export(recipe, folder)
     model = empty_model(load_config(str(folder.model_files)), recipe.student)
     if lora is not None:
         add_adapters(model, lora, seed=recipe.run.seed)
@@ -128,14 +141,14 @@ def export_checkpoint(
     partial = target.with_name(f".{target.name}.teachonce-partial")
     shutil.rmtree(partial, ignore_errors=True)
     if lora is not None and not merge:
-        save_adapters(model, partial, base=recipe.student.model, revision=recipe.student.revision)
+        save_adapters(model, partial, base=base, revision=recipe.student.revision)
     else:
         merge_adapters(model)
         model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
-    for path in _small_files(folder.model_files):
-        # A model's configuration is written above; an adapter's folder has none, or it would pass for a model.
-        if path.name != "config.json":
-            shutil.copyfile(path, partial / path.name)
+    # A model's configuration is written above; an adapter's folder has none, or it would pass for a model.
+    _copy_small_files(folder.model_files, partial, without=("config.json",))
+    processor = open_processor(str(folder.model_files), recipe.data)
+    stop_at(processor.end_of_turn, partial / GENERATION)
     facts = {
         "run": str(folder.path),
         "step": checkpoint.facts.step,
@@ -144,10 +157,42 @@ def export_checkpoint(
         **environment(),
         "sha256": hashes(partial),
     }
+    if adapters.is_adapter(str(partial)) and is_local(base):
+        facts[adapters.BASE_FROM_HERE] = os.path.relpath(base, target)
     write_json(partial / PROVENANCE, vouched(facts))
     write_text(partial / CARD, model_card(facts, folder, is_adapter=adapters.is_adapter(str(partial))))
     _replace_folder(partial, target)
     return out
+
+
+def base_of_export(recipe: Recipe, folder: RunFolder) -> str:
+    """Name or absolute path of the student's model: a relative one means another place in another folder."""
+    name = recipe.student.model
+    if is_local(name):
+        return str(Path(name).absolute())
+    return str(read_sources(folder).get("student", {}).get("path") or name)
+
+
+def stop_at(end_of_turn: int, path: Path) -> None:
+    """Makes ``generate`` end at the token that ends the answers the student has learned; all else stays.
+
+    A base that was never taught to answer ends at the end of its documents alone, and its student would go on.
+    """
+    settings = {}
+    if path.exists():
+        try:
+            settings = json.loads(path.read_bytes())
+            before = settings.get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise RecipeError(
+                f"{path.name} of the student's model: not JSON ({error}). Fetch it again"
+            ) from error
+    else:
+        before = None
+    ends = before if isinstance(before, list) else [] if before is None else [before]
+    if end_of_turn not in ends:
+        settings["eos_token_id"] = [*ends, end_of_turn] if ends else end_of_turn
+        write_json(path, settings)
 
 
 def require_replaceable(out: Path, folder: RunFolder) -> None:
@@ -161,7 +206,8 @@ def require_replaceable(out: Path, folder: RunFolder) -> None:
 
 def _small_files(folder: Path) -> list[Path]:
     """But for what belongs to weights that are not copied: their index, an adapter's settings, their origin."""
-    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
+    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
+    found |= set(folder.glob(f"{TEMPLATES}/*.jinja"))
     others = (adapters.SETTINGS, PROVENANCE, *OF_QUANTISED)
     return sorted(found - {*folder.glob(WEIGHTS_INDEX), *(folder / name for name in others)})
 
