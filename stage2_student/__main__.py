@@ -27,14 +27,21 @@ def commands() -> None:
 @commands.command("run")
 @recipe_arguments
 @click.option("--resume", is_flag=True, help="Go on with the run of this name where it stopped.")
-def run(recipe: str, overrides: tuple[str, ...], resume: bool) -> int:
+@click.option(
+    "--accept-data-change",
+    is_flag=True,
+    help="With --resume: although rows of later steps, or of the validation split, have changed.",
+)
+def run(recipe: str, overrides: tuple[str, ...], resume: bool, accept_data_change: bool) -> int:
     """Train the student of RECIPE; from the cache, unless loss.kd_ratio is 0."""
     from shared.runtime import distributed
     from stage2_student.train import train
 
+    if accept_data_change and not resume:
+        raise click.UsageError("--accept-data-change goes with --resume")
     loaded = load_recipe(recipe, overrides=overrides)
     with distributed(collective_timeout_s=loaded.parallel.collective_timeout_s) as world:
-        return train(loaded, world, resume=resume)
+        return train(loaded, world, resume=resume, accept_data_change=accept_data_change)
 
 
 @commands.command("check")

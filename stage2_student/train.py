@@ -18,17 +18,21 @@ from shared.runtime import World
 from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on, stop_on_signals
 from stage2_student.evaluation.summary import print_summary, summarize
 from stage2_student.publishing.card import refresh_card, write_sources
+from stage2_student.runs.checkpoint import Checkpoint
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.runs.tracking import open_trackers, require_trackers
+from stage2_student.training.data_change import accept_data_change as accept
 from stage2_student.training.export import choose_checkpoint, export_checkpoint, save_model_files
-from stage2_student.training.inputs import open_inputs
+from stage2_student.training.inputs import Inputs, open_inputs
 from stage2_student.training.notes import notes_on
 from stage2_student.training.resuming import Plan, plan_so_far, where_it_goes_on
 from stage2_student.training.trainer import Trainer
 
 
-def train(recipe: Recipe, world: World, *, resume: bool) -> int:
+def train(recipe: Recipe, world: World, *, resume: bool, accept_data_change: bool = False) -> int:
     """Runs, or goes on with, a training run; called by all ranks.  Returns the exit status.
+
+    accept_data_change  go on although rows were mended, left out or added
 
     SIGTERM and Ctrl-C are noted from here to the end, and answered where all ranks can agree on it: between
     steps, and between the parts of the story.
@@ -47,10 +51,12 @@ def train(recipe: Recipe, world: World, *, resume: bool) -> int:
             print_summary(recipe, folder.read_results() or {})
         return 0
     with stop_on_signals() as stop, folder.taken(world, resume=resume):
-        return _train(recipe, folder, world, stop)
+        return _train(recipe, folder, world, stop, accept_data_change=accept_data_change)
 
 
-def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -> int:
+def _train(
+    recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest, *, accept_data_change: bool
+) -> int:
     require_trackers(recipe.run)
     recipe = folder.with_its_date(recipe)
     inputs = open_inputs(recipe, world)
@@ -59,7 +65,8 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
         return stopped("nothing new is done; what was saved before is kept.", world)
     plan = Plan.of(recipe, num_examples=inputs.train.num_examples)
     before = plan_so_far(folder, num_examples=inputs.train.num_examples)
-    checkpoint = folder.newest(inputs.identity(recipe))
+    checkpoint = folder.newest(inputs.identity(recipe), accept_data_change=accept_data_change)
+    changes = [] if checkpoint is None else changed_rows(recipe, folder, checkpoint, inputs, world)
     results = folder.read_results()
     if results is not None and results["step"] >= plan.num_steps and not results.get("unanswered"):
         if world.is_main:
@@ -78,6 +85,9 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
         )
         for line in where_it_goes_on(checkpoint, plan, before):
             tqdm.write(line)
+        for line in changes:
+            tqdm.write(f"data change: {line}")
+        inputs.keep(folder, checkpoint, changes)
         save_model_files(recipe, folder)
         write_sources(folder, recipe, inputs.cache)
         folder.write_hashes()
@@ -104,6 +114,14 @@ def _train(recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest) -
         refresh_card(folder)  # the export was made before there were scores
         print_summary(recipe, results)
     return 0
+
+
+def changed_rows(
+    recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint, inputs: Inputs, world: World
+) -> list[str]:
+    """What of the data differs from the checkpoint's, on all ranks; raises where that must not be accepted."""
+    found = inputs.surveys(), inputs.cache
+    return world.by_main(lambda: accept(recipe, folder, checkpoint, *found))
 
 
 def stopped(progress: str, world: World) -> int:

@@ -15,9 +15,14 @@ from shared.vouched import opened, vouched
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file at once: a reader, or a process killed here, sees the old text or the new."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As ``write_text``."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -52,22 +52,40 @@ def run_identity(recipe: Recipe, *, contents: dict[str, str | None]) -> dict[str
     return dict(contents) | keys
 
 
-def require_same(found: dict[str, Any], now: dict[str, Any], *, where: str) -> None:
+# What changes with rows that were mended, left out or added: a cache gets a new manifest when they are captured.
+OF_DATA = {"data.train", "data.validation", "cache.manifest"}
+ACCEPT = "--accept-data-change"
+
+
+def differences(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys.  A setting that the run's version did not know is no difference as long as it is null."""
+    return [key for key in sorted(found.keys() | now.keys()) if found.get(key) != now.get(key)]
+
+
+def require_same(
+    found: dict[str, Any], now: dict[str, Any], *, where: str, accept_data_change: bool = False
+) -> None:
     """Raises CheckpointError with both sides of every difference.
 
-    A setting that the run's version did not know is no difference as long as it is null.
+    accept_data_change  those of the data alone are left to whoever compares the rows
     """
-    missing = "nothing"
+    missing, differing = "nothing", differences(found, now)
+    of_data = set(differing) <= OF_DATA
+    if not differing or (of_data and accept_data_change):
+        return
     lines = [
         f"  - {key}: the run has {found.get(key, missing)!r}, now it is {now.get(key, missing)!r}"
-        for key in sorted(found.keys() | now.keys())
-        if found.get(key) != now.get(key)
+        for key in differing
     ]
-    if lines:
-        raise CheckpointError(
-            f"{where}: it cannot be resumed, {len(lines)} thing(s) differ:\n" + "\n".join(lines) + "\n"
-            "Give these back, or another run.name. What may change: " + ", ".join(MAY_CHANGE)
-        )
+    remedy = (
+        f"Give these back; or add {ACCEPT} if rows were mended, left out or added on purpose. It is refused where a "
+        "row has been trained on and is not used again"
+        if of_data
+        else "Give these back, or another run.name. What may change: " + ", ".join(MAY_CHANGE)
+    )
+    raise CheckpointError(
+        f"{where}: it cannot be resumed, {len(lines)} thing(s) differ:\n" + "\n".join(lines) + f"\n{remedy}"
+    )
 
 
 def _may_change(key: str) -> bool:

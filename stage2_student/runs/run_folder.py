@@ -157,14 +157,19 @@ class RunFolder:
                 "another run.name"
             )
 
-    def newest(self, identity: dict[str, Any]) -> Checkpoint | None:
+    def newest(self, identity: dict[str, Any], *, accept_data_change: bool = False) -> Checkpoint | None:
         """The checkpoint to go on from, if any; changes nothing.
 
         Raises   CheckpointError  when the run in the folder is another one
         """
         latest = self.checkpoints.latest()
         if latest is not None:
-            require_same(latest.facts.identity, identity, where=f"run {self.path}")
+            require_same(
+                latest.facts.identity,
+                identity,
+                where=f"run {self.path}",
+                accept_data_change=accept_data_change,
+            )
         return latest
 
     def require_unfinished(self, results: dict[str, Any] | None, *, num_steps: int) -> None:

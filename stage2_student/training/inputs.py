@@ -16,7 +16,10 @@ from shared.recipes import Recipe
 from shared.runtime import World
 from shared.same_teacher import ANOTHER_TEACHER, compare_teacher
 from shared.survey import inputs_identity, open_processor_of, require_same_rendering
+from stage2_student.runs.checkpoint import Checkpoint
 from stage2_student.runs.identity import run_identity
+from stage2_student.runs.run_folder import RunFolder
+from stage2_student.training.data_change import keep_rows
 from stage2_student.training.feed import MicrobatchSource
 from stage2_student.training.student import KL_TEMPERATURE
 from stage2_student.training.survey import Survey, survey_once
@@ -44,6 +47,19 @@ class Inputs:
         if self.validation is not None:
             splits["validation"] = self.validation.facts
         return {"event": "data", "step": 0, "splits": splits}
+
+    def surveys(self) -> dict[str, Survey]:
+        """By their names in a run's identity."""
+        found = {"data.train": self.train}
+        return found if self.validation is None else found | {"data.validation": self.validation}
+
+    def keep(self, folder: RunFolder, checkpoint: Checkpoint | None, changes: list[str]) -> None:
+        """Writes down which rows there are, and what of them has changed since the checkpoint."""
+        for survey in self.surveys().values():
+            keep_rows(folder, survey)
+        if checkpoint is not None and changes:
+            step = checkpoint.facts.step
+            folder.metrics.append(self.record() | {"event": "data_change", "step": step, "changes": changes})
 
     def training_source(self) -> MicrobatchSource:
         return self.train.microbatches(self.processor, self.cache, num_ranks=self.num_ranks)

@@ -6,12 +6,12 @@ lacks a row is better reported now than in the middle of a run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from shared.cache import CacheReader
-from shared.data.processing import ExampleProcessor
+from shared.data.processing import KEY_BYTES, ExampleProcessor
 from shared.data.rows import VqaSplit
 from shared.errors import DataError, listed
 from shared.recipes import DataConfig, Split
@@ -31,6 +31,7 @@ class Survey:
     fingerprint  hex, over the keys in order
     dropped      a reason for each row that was left out
     has_pictures whether any has one
+    keys         (num_examples, 16) uint8, of the examples in order
     """
 
     split: VqaSplit
@@ -39,6 +40,7 @@ class Survey:
     fingerprint: str
     dropped: tuple[str, ...]
     has_pictures: bool = True
+    keys: np.ndarray = field(default_factory=lambda: np.zeros((0, KEY_BYTES), np.uint8))
 
     @property
     def num_examples(self) -> int:
@@ -112,6 +114,7 @@ def survey(
         fingerprint=keys_fingerprint(wanted),
         dropped=tuple(dropped),
         has_pictures=keyed.has_pictures,
+        keys=np.frombuffer(b"".join(wanted), np.uint8).reshape(-1, KEY_BYTES),
     )
 
 

@@ -1,0 +1,177 @@
+"""Rows that differ from those a run began with: told one by one, and accepted where no finished step used them last.
+
+A run keeps the key of each of its rows, in a file named by their fingerprint, which the checkpoints know.  So a row
+that was mended, left out or added is found by its number when the run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shared.cache import CacheReader
+from shared.data.processing import KEY_BYTES
+from shared.errors import CheckpointError, NotAFileError, listed
+from shared.recipes import Recipe
+from shared.regular_files import read_regular
+from shared.survey import keys_fingerprint
+from stage2_student.publishing.card import read_sources
+from stage2_student.runs.checkpoint import Checkpoint
+from stage2_student.runs.files import write_bytes
+from stage2_student.runs.run_folder import RunFolder
+from stage2_student.training.order import step_examples, step_shape, total_steps
+from stage2_student.training.survey import Survey
+
+NUMBER_BYTES = 8
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """Rows of a split, in order, and the key of each.
+
+    Shapes   rows (n,) int64; keys (n, 16) uint8
+    """
+
+    rows: np.ndarray
+    keys: np.ndarray
+
+    @classmethod
+    def of(cls, survey: Survey) -> RowKeys:
+        return cls(survey.rows, survey.keys)
+
+    @property
+    def fingerprint(self) -> str:
+        return keys_fingerprint([row.tobytes() for row in self.keys])
+
+    def by_row(self) -> dict[int, bytes]:
+        return {int(row): key.tobytes() for row, key in zip(self.rows, self.keys, strict=True)}
+
+
+def keep_rows(folder: RunFolder, survey: Survey) -> None:
+    """Writes the keys beside the run's log."""
+    numbers = survey.rows.astype("<i8").view(np.uint8).reshape(-1, NUMBER_BYTES)
+    write_bytes(_path(folder, survey.fingerprint), np.concatenate([numbers, survey.keys], axis=1).tobytes())
+
+
+def kept_rows(folder: RunFolder, fingerprint: str) -> RowKeys | None:
+    """None where they are not there, or are not those of that fingerprint."""
+    try:
+        read = np.frombuffer(read_regular(_path(folder, fingerprint)), np.uint8)
+    except (OSError, NotAFileError):
+        return None
+    if len(read) % (NUMBER_BYTES + KEY_BYTES):
+        return None
+    table = read.reshape(-1, NUMBER_BYTES + KEY_BYTES)
+    numbers = np.ascontiguousarray(table[:, :NUMBER_BYTES]).view("<i8")[:, 0]
+    found = RowKeys(numbers, np.ascontiguousarray(table[:, NUMBER_BYTES:]))
+    return found if found.fingerprint == fingerprint else None
+
+
+def accept_data_change(
+    recipe: Recipe,
+    folder: RunFolder,
+    checkpoint: Checkpoint,
+    surveys: dict[str, Survey],
+    cache: CacheReader | None,
+) -> list[str]:
+    """What has changed since the checkpoint, for people; empty when nothing has.
+
+    surveys  of the splits, by the name they have in the identity (``data.train``)
+
+    Raises   CheckpointError  when a row of finished steps alone has changed, when the run has not kept its rows, or
+                              when a cache is of another teacher or has other targets
+    """
+    told: list[str] = []
+    for name, survey in surveys.items():
+        before = checkpoint.facts.identity.get(name)
+        if before == survey.fingerprint:
+            continue
+        kept = kept_rows(folder, str(before))
+        if kept is None:
+            raise CheckpointError(
+                f"run {folder.path}: its rows of {name} were not kept, so what has changed cannot be told. Give them "
+                "back, or another run.name"
+            )
+        change = Change.between(kept, RowKeys.of(survey))
+        told += change.lines(name, survey)
+        if name == "data.train":
+            _require_unused(recipe, folder, checkpoint, kept, change, survey)
+    if told and cache is not None:
+        _require_same_targets(folder, cache)
+    return told
+
+
+@dataclass(frozen=True)
+class Change:
+    """Rows that were mended, left out or added."""
+
+    num_before: int
+    num_now: int
+    mended: tuple[int, ...]
+    left_out: tuple[int, ...]
+    added: tuple[int, ...]
+
+    @classmethod
+    def between(cls, before: RowKeys, now: RowKeys) -> Change:
+        old, new = before.by_row(), now.by_row()
+        mended = tuple(row for row in old if row in new and old[row] != new[row])
+        left_out = tuple(row for row in old if row not in new)
+        added = tuple(row for row in new if row not in old)
+        return cls(len(old), len(new), mended, left_out, added)
+
+    def lines(self, name: str, survey: Survey) -> Iterator[str]:
+        yield f"{name}: {self.num_before} rows before, {self.num_now} now"
+        kinds = {"other content": self.mended, "left out": self.left_out, "new": self.added}
+        for what, rows in kinds.items():
+            if rows:
+                yield f"{what}, {len(rows)} row(s):\n{listed([survey.split.where(row) for row in rows])}"
+        if name == "data.train" and self.num_before != self.num_now:
+            yield (
+                "the order of what is left is drawn anew over these rows: in this epoch some are seen twice, or not "
+                "at all"
+            )
+
+
+def _require_unused(
+    recipe: Recipe,
+    folder: RunFolder,
+    checkpoint: Checkpoint,
+    kept: RowKeys,
+    change: Change,
+    survey: Survey,
+) -> None:
+    shape = step_shape(recipe, len(kept.rows))
+    begin, end = checkpoint.facts.step, total_steps(recipe, shape)
+    coming: set[int] = set()
+    for step in range(
+        begin, min(end, begin + 2 * shape.num_steps_per_epoch)
+    ):  # the rest of an epoch, and a whole one
+        coming |= {int(kept.rows[example]) for example in step_examples(step, shape)}
+    if over := [row for row in (*change.mended, *change.left_out) if row not in coming]:
+        raise CheckpointError(
+            f"run {folder.path}: {len(over)} row(s) have changed that the {begin} finished steps were trained on, "
+            f"and no later step uses:\n{listed([survey.split.where(row) for row in over])}\nGive them back as they "
+            "were, or another run.name"
+        )
+
+
+def _require_same_targets(folder: RunFolder, cache: CacheReader) -> None:
+    """A cache that has grown by the new rows is the same in all else."""
+    before, now = read_sources(folder).get("cache") or {}, cache.manifest.identity
+    sides = {
+        "teacher": now.teacher.model_dump(mode="json"),
+        "targets": now.targets.model_dump(mode="json"),
+    }
+    for name, side in sides.items():
+        if before.get(name) != side:
+            raise CheckpointError(
+                f"run {folder.path}: the cache is of another {name}: {before.get(name)} before, {side} now. Give "
+                "the old one back, or another run.name"
+            )
+
+
+def _path(folder: RunFolder, fingerprint: str) -> Path:
+    return folder.path / f"rows-{fingerprint}.bin"

@@ -1,0 +1,160 @@
+"""Rows that are spoilt, mended, left out or added in the middle of a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from samples import encoded_picture
+from stage2_runs import make_recipe, on_ranks, records, run_alone, step_records
+
+from shared.errors import CheckpointError, DataError
+from shared.recipes import Recipe, recipe_text
+from shared.runtime import distributed
+from stage2_student.__main__ import commands
+from stage2_student.train import train
+from stage2_student.training.order import StepShape, step_examples
+
+SEED = 42
+SHAPE = StepShape(num_examples=12, global_batch_size=4, microbatch_size=2, seed=SEED)
+FIRST, SECOND, LAST = (step_examples(step, SHAPE).tolist() for step in range(3))
+NO_PICTURE = {"bytes": b"no picture", "path": None}
+
+
+@pytest.fixture
+def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path) -> dict[str, Any]:
+    """Plain fine-tuning for one epoch of three steps, on a copy of the data."""
+    shutil.copytree(vqa_folder, tmp_path / "data")
+    return {
+        "data": {"source": str(tmp_path / "data"), "max_answer_tokens": 64},
+        "student": {"model": str(student_folder), "compute_dtype": "float32"},
+        "loss": {"kd_ratio": 0.0},
+        "optimization": {
+            "global_batch_size": 4,
+            "microbatch_size": 2,
+            "num_epochs": 1.0,
+            "learning_rate": 1e-2,
+        },
+        "run": {"name": "run", "root": str(tmp_path / "runs"), "num_workers": 0, "export": False},
+    }
+
+
+def change_row(data: Path, row: int, *, name: str = "train", **values: Any) -> None:
+    """Rewrites one row of a split."""
+    path = data / f"{name}-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[row] |= values
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
+def picture(seed: int) -> dict[str, Any]:
+    return {"bytes": encoded_picture(seed), "path": None}
+
+
+def go_on(recipe: Recipe, *, accept: bool = True) -> int:
+    with distributed(device="cpu") as world:
+        return train(recipe, world, resume=True, accept_data_change=accept)
+
+
+def spoilt_in_the_last_step(tree: dict[str, Any], data: Path) -> Recipe:
+    """A run that has ended with an error after two of three steps."""
+    change_row(data, LAST[0], image_id=NO_PICTURE)
+    recipe = make_recipe(tree)
+    with pytest.raises(DataError, match=f"row {LAST[0]}"):
+        run_alone(recipe)
+    assert (recipe.run.path / "checkpoints" / "step-000002").exists()
+    return recipe
+
+
+def test_a_picture_that_was_spoilt_is_mended_and_the_run_goes_on(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = spoilt_in_the_last_step(tree, tmp_path / "data")
+    change_row(tmp_path / "data", LAST[0], image_id=picture(77))
+    with pytest.raises(CheckpointError, match=r"(?s)data\.train: the run has .*--accept-data-change"):
+        go_on(recipe, accept=False)
+    capsys.readouterr()
+    assert go_on(recipe) == 0
+    told = capsys.readouterr().out
+    assert "data change: data.train: 12 rows before, 12 now" in told
+    assert f"other content, 1 row(s):\n  - {recipe.data.source}, split train, row {LAST[0]}" in told
+    assert [record["step"] for record in step_records(recipe)] == [1, 2, 3]
+    (change,) = [record for record in records(recipe) if record["event"] == "data_change"]
+    assert change["step"] == 2
+    assert go_on(recipe, accept=False) == 0  # finished, and of these data
+
+
+def test_a_row_that_only_finished_steps_have_used_is_not_changed(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = spoilt_in_the_last_step(tree, tmp_path / "data")
+    change_row(tmp_path / "data", LAST[0], image_id=picture(77))
+    change_row(tmp_path / "data", FIRST[1], answer="another answer")
+    with pytest.raises(CheckpointError, match=rf"(?s)1 row\(s\) have changed.*row {FIRST[1]}\b"):
+        go_on(recipe)
+    longer = make_recipe(tree, optimization__num_epochs=2.0)
+    assert go_on(longer) == 0  # it is used again
+
+
+def test_a_row_is_left_out_another_added_and_validation_changes(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt_in_the_last_step(tree, tmp_path / "data")
+    path = tmp_path / "data" / "train-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0] | {"question": "New?"}], schema=table.schema), path)
+    change_row(tmp_path / "data", 1, name="validation", answer="other")
+    recipe = make_recipe(tree, data__max_dropped=1, optimization__num_epochs=2.0)
+    assert go_on(recipe) == 0
+    told = capsys.readouterr().out
+    assert "data change: data.train: 12 rows before, 12 now" in told
+    assert f"left out, 1 row(s):\n  - {recipe.data.source}, split train, row {LAST[0]}" in told
+    assert f"new, 1 row(s):\n  - {recipe.data.source}, split train, row 12" in told
+    assert "data change: data.validation: 4 rows before, 4 now" in told
+
+
+def test_a_recipe_that_differs_too_is_refused_all_the_same(tree: dict[str, Any], tmp_path: Path) -> None:
+    spoilt_in_the_last_step(tree, tmp_path / "data")
+    change_row(tmp_path / "data", LAST[0], image_id=picture(77))
+    with pytest.raises(CheckpointError, match=r"recipe\.optimization\.learning_rate"):
+        go_on(make_recipe(tree, optimization__learning_rate=0.5))
+
+
+def test_rows_that_were_not_kept_cannot_be_compared(tree: dict[str, Any], tmp_path: Path) -> None:
+    recipe = spoilt_in_the_last_step(tree, tmp_path / "data")
+    change_row(tmp_path / "data", LAST[0], image_id=picture(77))
+    kept = sorted(recipe.run.path.glob("rows-*.bin"))
+    assert len(kept) == 2
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(CheckpointError, match=r"its rows of data\.train were not kept"):
+        go_on(recipe)
+
+
+def test_two_ranks_and_the_command_line(tree: dict[str, Any], tmp_path: Path) -> None:
+    recipe = spoilt_in_the_last_step(tree, tmp_path / "data")
+    change_row(tmp_path / "data", LAST[0], image_id=picture(77))
+    copied = make_recipe(tree, run__name="copy")
+    shutil.copytree(recipe.run.path, copied.run.path)
+
+    def resumed(world: Any) -> int:
+        return train(recipe, world, resume=True, accept_data_change=True)
+
+    assert on_ranks(2, resumed) == [0, 0]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe_text(copied))
+    alone = CliRunner().invoke(commands, ["run", str(file), "--accept-data-change"])
+    assert "goes with --resume" in alone.output
+    done = CliRunner().invoke(
+        commands, ["run", str(file), "--resume", "--accept-data-change"], standalone_mode=False
+    )
+    assert done.return_value == 0, done.output
+    assert json.loads((copied.run.path / "results.json").read_text())["step"] == 3
