@@ -14,12 +14,14 @@ from click.testing import CliRunner
 from samples import encoded_picture
 from stage2_runs import make_recipe, on_ranks, records, run_alone, step_records
 
+from shared.data.rows import Example
 from shared.errors import CheckpointError, DataError
 from shared.recipes import Recipe, recipe_text
 from shared.runtime import distributed
 from stage2_student.__main__ import commands
 from stage2_student.train import train
 from stage2_student.training.order import StepShape, step_examples
+from stage2_student.training.trainer import Trainer
 
 SEED = 42
 SHAPE = StepShape(num_examples=12, global_batch_size=4, microbatch_size=2, seed=SEED)
@@ -158,3 +160,83 @@ def test_two_ranks_and_the_command_line(tree: dict[str, Any], tmp_path: Path) ->
     )
     assert done.return_value == 0, done.output
     assert json.loads((copied.run.path / "results.json").read_text())["step"] == 3
+
+
+@pytest.fixture
+def in_files(tree: dict[str, Any], tmp_path: Path, examples: list[Example]) -> dict[str, Any]:
+    """The same with a file for each picture, so that one can be spoilt while a run is at work."""
+    (tmp_path / "files").mkdir()
+    for split, rows in (("train", examples), ("validation", examples[:4])):
+        lines = []
+        for row in rows:
+            (tmp_path / "files" / f"{split}-{row.index}.png").write_bytes(row.image)
+            line = {"image_id": f"{split}-{row.index}.png", "question": row.question, "answer": row.answer}
+            lines.append(json.dumps(line))
+        (tmp_path / "files" / f"{split}.jsonl").write_text("\n".join(lines))
+    columns = {"kind": None, "case": None}
+    data = {"source": str(tmp_path / "files"), "max_answer_tokens": 64, "columns": columns}
+    return tree | {"data": data}
+
+
+def spoil_after(step: int, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a step ends."""
+    whole = Trainer._one_step
+
+    def one_step(self: Trainer, *arguments: Any) -> None:
+        whole(self, *arguments)
+        if self.step == step:
+            for path in paths:
+                path.write_bytes(b"no picture")
+            self.world.barrier()
+
+    monkeypatch.setattr(Trainer, "_one_step", one_step)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_picture_that_is_spoilt_on_the_way_is_left_out_where_it_may_be(
+    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int
+) -> None:
+    spoil_after(1, [tmp_path / "files" / f"train-{LAST[0]}.png"], monkeypatch)
+    recipe = make_recipe(in_files, data__max_dropped=1, optimization__num_epochs=2.0)
+    assert on_ranks(num_ranks, lambda world: train(recipe, world, resume=False)) == [0] * num_ranks
+    (told,) = [record for record in records(recipe) if record["event"] == "dropped"]
+    assert (told["split"], told["step"]) == ("train", 2)
+    assert f"row {LAST[0]}" in told["reasons"][0]
+    assert told["reasons"] == json.loads((recipe.run.path / "results.json").read_text())["dropped_rows"]
+    assert len(step_records(recipe)) == 6
+
+
+def test_a_step_without_any_row_left_is_no_failure(
+    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_after(1, [tmp_path / "files" / f"train-{row}.png" for row in LAST], monkeypatch)
+    recipe = make_recipe(in_files, data__max_dropped=4)
+    assert on_ranks(2, lambda world: train(recipe, world, resume=False)) == [0, 0]
+    last = step_records(recipe)[-1]
+    assert (last["step"], last["num_positions"], last["loss"]) == (3, 0, 0.0)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("train", LAST[:2]), ("validation", [0, 1])])
+def test_one_too_many_ends_the_run_and_what_was_trained_is_kept(
+    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: list[int]
+) -> None:
+    spoil_after(2, [tmp_path / "files" / f"{name}-{row}.png" for row in rows], monkeypatch)
+    recipe = make_recipe(in_files, data__max_dropped=1, run__validate_every=1)
+    with pytest.raises(DataError, match=r"That makes 2 left out, data\.max_dropped allows 1"):
+        on_ranks(2, lambda world: train(recipe, world, resume=False))
+    assert (recipe.run.path / "checkpoints" / "step-000002").exists()
+
+
+def test_a_validation_row_that_may_not_be_left_out_costs_no_step(
+    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "files" / "validation-1.png"
+    whole = path.read_bytes()
+    spoil_after(2, [path], monkeypatch)
+    recipe = make_recipe(in_files, run__validate_every=1)
+    with pytest.raises(DataError, match="row 1"):
+        run_alone(recipe)
+    monkeypatch.undo()
+    path.write_bytes(whole)
+    assert go_on(recipe, accept=False) == 0
+    assert [record["step"] for record in step_records(recipe)] == [1, 2, 3]

@@ -18,6 +18,7 @@ from stage2_student.evaluation.final_table import final_table
 from stage2_student.evaluation.scores import keep
 from stage2_student.runs.files import write_json
 from stage2_student.runs.run_folder import RunFolder
+from stage2_student.training.dropped import dropped_so_far
 from stage2_student.training.inputs import Inputs
 
 LOSSES = ("loss", "ce_loss", "kd_loss", "kl", "teacher_ce_loss")  # of a validation; old logs lack some
@@ -121,7 +122,11 @@ def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) ->
         "after": _losses(metrics.validations, at=step),
         "best_step": best.facts.step if best and best.facts.validation_loss is not None else None,
         "num_skipped_steps": sum(not record["updated"] for record in metrics.steps),
-        "dropped_rows": [*inputs.train.dropped, *(inputs.validation.dropped if inputs.validation else ())],
+        "dropped_rows": [
+            reason
+            for one in inputs.surveys().values()
+            for reason in (*one.dropped, *dropped_so_far(metrics, one.split.name))
+        ],
         "validation": None if inputs.validation is None else inputs.validation.fingerprint,
         "cache": _cache(inputs),
         "positions_per_s": metrics.positions_per_s or 0.0,

@@ -41,10 +41,12 @@ def in_agreement(
     stop: StopRequest | None = None,
     *,
     is_save_due: Callable[[], bool] = lambda: False,
+    on_refused: Callable[[list[str]], None] = lambda reasons: None,
 ) -> Iterator[Step]:
     """Called by all ranks, with feeds of the same number of steps.
 
     is_save_due  clocks differ, so what one rank reads from its own has to be agreed on
+    on_refused   is told why rows of any rank were left out; it may raise, on all ranks alike
 
     Raises   TeachonceError  the error that one rank's feed met, on all ranks
     """
@@ -62,11 +64,16 @@ def in_agreement(
         forwarded = torch.tensor([m.num_forwarded for m in microbatches], dtype=torch.int64)
         own = [sum(m.num_positions for m in microbatches), sum(m.num_tokens for m in microbatches), asked]
         own += [int(forwarded.sum())]
-        sums = torch.tensor([*own, is_save_due(), error is not None], dtype=torch.int64)
+        refused = [reason for m in microbatches for reason in m.refused]
+        sums = torch.tensor([*own, is_save_due(), len(refused), error is not None], dtype=torch.int64)
         dist.all_reduce(sums)
-        num_positions, num_tokens, num_asked, num_forwarded, num_due, num_failed = sums.tolist()
+        num_positions, num_tokens, num_asked, num_forwarded, num_due, num_refused, num_failed = sums.tolist()
         if num_failed:
             _raise_everywhere(error, world)
+        if num_refused:
+            everywhere: list[list[str]] = [[]] * world.size
+            dist.all_gather_object(everywhere, refused)
+            on_refused(sorted(reason for one in everywhere for reason in one))
         dist.all_reduce(forwarded, dist.ReduceOp.MAX)  # of each round, now that all have as many
         slowest = int(forwarded.sum()) * world.size
         yield Step(

@@ -24,7 +24,7 @@ from shared.data.collation import Encoded
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
-from shared.errors import CacheMismatchError, TeachonceError
+from shared.errors import CacheMismatchError, DataError, TeachonceError
 from shared.model_check import usable
 from shared.sparse import SparseTargets
 from stage2_student.training.order import Slot
@@ -48,6 +48,7 @@ class Microbatch:
     kinds: tuple[str, ...] = ()
     teacher_ce: float = 0.0  # with the labels, nats, summed over the positions; as the cache has it
     has_pictures: bool = True
+    refused: tuple[str, ...] = ()  # why rows are left out
 
     @property
     def num_positions(self) -> int:
@@ -84,6 +85,7 @@ class MicrobatchSource(Dataset):
     cache          None for labels alone
     needs_picture  other ranks' microbatches may have pictures: one without gets a blank one, in a row that counts
                    for nothing
+    may_drop       rows that cannot be used are left out of their microbatch, which says why; else one is an error
     """
 
     def __init__(
@@ -94,12 +96,14 @@ class MicrobatchSource(Dataset):
         cache: CacheReader | None,
         *,
         needs_picture: bool = False,
+        may_drop: bool = False,
     ) -> None:
         self.split = split
         self.rows = rows
         self.processor = processor
         self.cache = cache
         self.needs_picture = needs_picture
+        self.may_drop = may_drop
 
     def __getitem__(self, slot: Slot) -> Microbatch | TeachonceError:
         rows = [int(self.rows[example]) for example in slot.examples]
@@ -116,8 +120,7 @@ class MicrobatchSource(Dataset):
         return usable(((self.split, int(row)) for row in self.rows), self.processor)
 
     def microbatch(self, slot: Slot, rows: list[int]) -> Microbatch:
-        examples = [self.split[row] for row in rows]
-        encoded = [self.processor.encode(example) for example in examples]
+        rows, encoded, kinds, refused = self._usable(rows)
         if not slot.counts:
             encoded = [one.without_labels() for one in encoded]
         fed = [*encoded, *self._blank(encoded)]
@@ -135,10 +138,30 @@ class MicrobatchSource(Dataset):
             num_tokens=sum(len(one.input_ids) for one in encoded) if slot.counts else 0,
             num_rows=len(encoded) if slot.counts else 0,
             lengths=tuple(one.num_positions for one in encoded),
-            kinds=tuple(example.kind for example in examples),
+            kinds=tuple(kinds),
+            refused=tuple(refused),
             teacher_ce=teacher_ce,
             has_pictures=any(one.has_pictures for one in fed),
         )
+
+    def _usable(self, rows: list[int]) -> tuple[list[int], list[Encoded], list[str], list[str]]:
+        """Rows, what the model is fed of each, their kinds of question; and why others are left out."""
+        used: list[int] = []
+        encoded: list[Encoded] = []
+        kinds: list[str] = []
+        refused: list[str] = []
+        for row in rows:
+            try:
+                example = self.split[row]
+                encoded.append(self.processor.encode(example))
+            except DataError as error:
+                if not self.may_drop:
+                    raise
+                refused.append(str(error))
+                continue
+            used.append(row)
+            kinds.append(example.kind)
+        return used, encoded, kinds, refused
 
     def blank_microbatch(self, slot: Slot) -> Microbatch:
         """A picture and nothing that counts."""
@@ -148,7 +171,7 @@ class MicrobatchSource(Dataset):
 
     def _blank(self, encoded: list[Encoded]) -> list[Encoded]:
         is_lacking = self.needs_picture and not any(one.has_pictures for one in encoded)
-        return [self.processor.blank()] if is_lacking else []
+        return [self.processor.blank()] if is_lacking or not encoded else []
 
     def _cached(self, cache: CacheReader, encoded: list[Encoded], rows: list[int]) -> list[Row]:
         names = [self.split.where(row) for row in rows]

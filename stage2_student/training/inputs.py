@@ -40,6 +40,7 @@ class Inputs:
     cache: CacheReader | None
     validation_cache: CacheReader | None
     num_ranks: int = 1
+    may_drop: bool = False
 
     def record(self) -> dict[str, Any]:
         """The first line of metrics.jsonl."""
@@ -62,11 +63,14 @@ class Inputs:
             folder.metrics.append(self.record() | {"event": "data_change", "step": step, "changes": changes})
 
     def training_source(self) -> MicrobatchSource:
-        return self.train.microbatches(self.processor, self.cache, num_ranks=self.num_ranks)
+        return self._microbatches(self.train, self.cache)
 
     def validation_source(self) -> MicrobatchSource:
         assert self.validation is not None
-        return self.validation.microbatches(self.processor, self.validation_cache, num_ranks=self.num_ranks)
+        return self._microbatches(self.validation, self.validation_cache)
+
+    def _microbatches(self, survey: Survey, cache: CacheReader | None) -> MicrobatchSource:
+        return survey.microbatches(self.processor, cache, num_ranks=self.num_ranks, may_drop=self.may_drop)
 
     def identity(self, recipe: Recipe) -> dict[str, Any]:
         """What a checkpoint says it was trained on: by content, so that folders may move."""
@@ -100,7 +104,8 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
         for notice in (*notices, train.notice(), validation.notice() if validation else None):
             if notice:
                 tqdm.write(f"note: {notice}")
-    return Inputs(processor, train, validation, cache, validation_cache, world.size)
+    may_drop = recipe.data.max_dropped > 0
+    return Inputs(processor, train, validation, cache, validation_cache, world.size, may_drop)
 
 
 def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader | None, tuple[str, ...]]:

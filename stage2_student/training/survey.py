@@ -68,11 +68,22 @@ class Survey:
         )
 
     def microbatches(
-        self, processor: ExampleProcessor, cache: CacheReader | None, *, num_ranks: int
+        self,
+        processor: ExampleProcessor,
+        cache: CacheReader | None,
+        *,
+        num_ranks: int,
+        may_drop: bool = False,
     ) -> MicrobatchSource:
         """What makes the microbatches of these examples; all ranks' have pictures, or none has."""
-        needs_picture = num_ranks > 1 and self.has_pictures
-        return MicrobatchSource(self.split, self.rows, processor, cache, needs_picture=needs_picture)
+        return MicrobatchSource(
+            self.split,
+            self.rows,
+            processor,
+            cache,
+            needs_picture=num_ranks > 1 and self.has_pictures,
+            may_drop=may_drop,
+        )
 
     def spread(self, number: int | None) -> Survey:
         """So many of the examples, spread evenly: the first ones of a set may be of one kind, or one case."""

@@ -15,6 +15,7 @@ from shared.errors import (
     CacheFormatError,
     CacheMismatchError,
     CheckpointError,
+    DataError,
     TeachonceError,
     TrainingError,
 )
@@ -27,12 +28,14 @@ from stage2_student.runs.checkpoint import Checkpoint, Facts, load, set_num_upda
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.runs.tracking import Trackers
 from stage2_student.training.agreement import Step, in_agreement
+from stage2_student.training.dropped import EVENT, Dropped, dropped_so_far
 from stage2_student.training.feed import Microbatch, feed
 from stage2_student.training.inputs import Inputs, no_kl
 from stage2_student.training.optim import learning_rate, make_optimizer, set_learning_rate
 from stage2_student.training.order import StepShape, pass_slots, training_slots
 from stage2_student.training.step import Losses, StepResult, seed_step, train_step
 from stage2_student.training.student import build_student, reshard
+from stage2_student.training.survey import Survey
 from stage2_student.training.validate import Validation, validate
 
 
@@ -62,6 +65,11 @@ class Trainer:
         self.num_updates = 0
         self.saved_step = -1  # of the newest checkpoint
         self.saved_at_s = time.monotonic()
+        self.dropped = [self._dropped(survey) for survey in inputs.surveys().values()]
+
+    def _dropped(self, survey: Survey) -> Dropped:
+        logged = dropped_so_far(self.folder.read_metrics(), survey.split.name)
+        return Dropped(survey, allowed=self.recipe.data.max_dropped, before=logged)
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Goes back to where a checkpoint was taken."""
@@ -113,7 +121,8 @@ class Trainer:
                     return False
                 self._one_step(step, bar)
                 is_last = self.step == self.num_steps
-                losses = self._validate() if is_last or _due(self.step, run.validate_every) else None
+                is_due = is_last or _due(self.step, run.validate_every)
+                losses = self._validate_or_save() if is_due else None
                 if is_last or step.save or _due(self.step, run.checkpoint_every):
                     self._save(validation_loss=None if losses is None else losses.loss)
         return True
@@ -124,15 +133,32 @@ class Trainer:
         """
         fed = self._fed()
         try:
-            yield from in_agreement(fed, self.world, stop, is_save_due=self._is_save_due)
+            yield from in_agreement(
+                fed,
+                self.world,
+                stop,
+                is_save_due=self._is_save_due,
+                on_refused=lambda reasons: self._leave_out(self.dropped[0], reasons),
+            )
         except CheckpointError:  # the disk would not take another one
             raise
         except TeachonceError:
-            self._save_progress()
-            self.folder.checkpoints.wait()
-            if self.world.is_main:
-                tqdm.write(f"ended by an error: {self.where_it_stands()}")
+            self._end_by_an_error()
             raise
+
+    def _end_by_an_error(self) -> None:
+        self._save_progress()
+        self.folder.checkpoints.wait()
+        if self.world.is_main:
+            tqdm.write(f"ended by an error: {self.where_it_stands()}")
+
+    def _leave_out(self, dropped: Dropped, reasons: list[str]) -> None:
+        """Tells and logs rows that cannot be used; called by all ranks.  Raises DataError for one too many."""
+        new = dropped.add(reasons)
+        if new:
+            self._log({"event": EVENT, "step": self.step, "split": dropped.split, "reasons": new})
+        for reason in new if self.world.is_main else ():
+            tqdm.write(f"note: left out from here on: {reason}")
 
     def _is_save_due(self) -> bool:
         """By the first rank's clock, which is the one that counts."""
@@ -236,6 +262,16 @@ class Trainer:
             "peak_memory_gib": peak_memory_gib(self.world),
         }
 
+    def _validate_or_save(self) -> Losses | None:
+        """What a row of the validation split has spoilt costs no step."""
+        try:
+            return self._validate()
+        except DataError:
+            self.student.train()
+            reshard(self.student)
+            self._end_by_an_error()
+            raise
+
     def _validate(self) -> Losses | None:
         """Losses over the validation split, logged; None where the data have none."""
         if self.inputs.validation is None:
@@ -278,6 +314,7 @@ class Trainer:
             slots,
             self.world,
             num_workers=self.recipe.run.num_workers,
+            on_refused=lambda reasons: self._leave_out(self.dropped[-1], reasons),
         )
 
     def _log(self, record: dict[str, Any]) -> None:

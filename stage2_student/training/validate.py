@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,8 +52,11 @@ def validate(
     world: World,
     *,
     num_workers: int,
+    on_refused: Callable[[list[str]], None] = lambda reasons: None,
 ) -> Validation:
     """Called by all ranks, with slots of equal number; some may count for nothing.
+
+    on_refused  as ``in_agreement`` has it
 
     Holds    with a cache the teacher's CE is among the losses; so is KL, where it has targets of temperature 1
     """
@@ -66,7 +69,7 @@ def validate(
         source, [[slot] for slot in slots], num_workers=num_workers, pin_memory=world.device.type == "cuda"
     )
     student.eval()
-    agreed = in_agreement(fed, world)
+    agreed = in_agreement(fed, world, on_refused=on_refused)
     for step in progress(
         agreed, total=len(slots), desc="validating", unit="batch", leave=False, disable=not world.is_main
     ):
