@@ -35,7 +35,7 @@ from shared.capture.planning import (
 )
 from shared.data.collation import Batch, Encoded
 from shared.data.processing import ExampleProcessor
-from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError
+from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed
 from shared.library_output import keep_library_output
 from shared.model_check import check_model, two_examples
 from shared.models.quantized import explained_where_it_cannot_run, what_becomes_of_it
@@ -254,9 +254,10 @@ def captured_batches(
     def forward(indices: list[int]) -> CapturedBatch:
         encoded = [window.encoded[index] for index in indices]
         lockstep.join()
-        return capture_batch(encoded, window.unit_id, processor, teacher, cache)
+        names = [window.names[index] for index in indices]
+        return capture_batch(encoded, window.unit_id, processor, teacher, cache, names=names)
 
-    for _, captured in runner.run(lengths_of(window.encoded), forward):
+    for _, captured in runner.run(lengths_of(window.encoded), forward, names=window.names):
         yield captured
 
 
@@ -281,17 +282,37 @@ def capture_batch(
     processor: ExampleProcessor,
     teacher: Teacher,
     cache: CacheConfig,
+    *,
+    names: Sequence[str],
 ) -> CapturedBatch:
-    """The targets of one batch, on their way to the host."""
+    """The targets of one batch, on their way to the host.
+
+    Raises   DataError  with the names of the examples for which the teacher gives NaN or infinity
+    """
     batch = collated_for(teacher, processor, encoded).to(teacher.device, non_blocking=True)
     seeds_N = torch.cat([position_seeds(cache.seed, one.key, one.num_positions) for one in encoded])
-    targets, ce_N = teacher.targets(
-        batch,
-        seeds_N.to(teacher.device, non_blocking=True),
-        policy=cache.policy,
-        temperatures=cache.temperatures,
-        chunk_size=teacher.chunk_positions(cache.chunk_size),
-    )
+    hidden_ND = teacher.hidden(batch)
+    chunk_size = teacher.chunk_positions(cache.chunk_size)
+    try:
+        targets, ce_N = teacher.sparse_targets(
+            hidden_ND,
+            batch.labels,
+            seeds_N.to(teacher.device, non_blocking=True),
+            policy=cache.policy,
+            temperatures=cache.temperatures,
+            chunk_size=chunk_size,
+        )
+    except DataError as error:
+        parts = hidden_ND.split([one.num_positions for one in encoded])
+        odd = [
+            name
+            for name, part_nD in zip(names, parts, strict=True)
+            if not teacher.is_sound(part_nD, chunk_size=chunk_size)
+        ]
+        raise DataError(
+            f"the teacher: what it gives for {len(odd)} row(s) is no distribution:\n"
+            f"{listed(odd)}\n{error}. Another teacher.dtype may help (float32), or take these rows out"
+        ) from error
     return CapturedBatch.of(unit_id, encoded, targets, ce_N)
 
 

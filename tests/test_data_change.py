@@ -15,6 +15,7 @@ from samples import encoded_picture
 from stage2_runs import make_recipe, on_ranks, records, run_alone, step_records
 
 from shared.data.rows import Example
+from shared.dealing import Limits
 from shared.errors import CheckpointError, DataError
 from shared.recipes import Recipe, recipe_text
 from shared.runtime import distributed
@@ -24,7 +25,7 @@ from stage2_student.training.order import StepShape, step_examples
 from stage2_student.training.trainer import Trainer
 
 SEED = 42
-SHAPE = StepShape(num_examples=12, global_batch_size=4, microbatch_size=2, seed=SEED)
+SHAPE = StepShape(num_examples=12, global_batch_size=4, limits=Limits(examples=2), seed=SEED)
 FIRST, SECOND, LAST = (step_examples(step, SHAPE).tolist() for step in range(3))
 NO_PICTURE = {"bytes": b"no picture", "path": None}
 

@@ -10,6 +10,7 @@ import torch
 
 from shared.dealing import Limits, deal
 from shared.errors import TrainingError
+from shared.runtime import is_out_of_memory
 
 Result = TypeVar("Result")
 
@@ -34,10 +35,11 @@ class BatchRunner:
     may_shrink: bool = True
 
     def run(
-        self, lengths: Sequence[int], forward: Callable[[list[int]], Result]
+        self, lengths: Sequence[int], forward: Callable[[list[int]], Result], *, names: Sequence[str] = ()
     ) -> Iterator[tuple[list[int], Result]]:
         """Yields each batch's indices with what ``forward`` made of them.
 
+        names  of the sequences, for the error
         Raises   TrainingError  when a single sequence does not fit.
         """
         pending = batches_of_like_length(lengths, max_tokens=self.max_tokens)[::-1]
@@ -45,15 +47,17 @@ class BatchRunner:
             batch = pending.pop()
             try:
                 result = forward(batch)
-            except torch.OutOfMemoryError as error:
-                pending = self._smaller(lengths, [batch, *pending[::-1]], error)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                pending = self._smaller(lengths, [batch, *pending[::-1]], error, names)
             else:
                 yield batch, result
                 continue
             torch.cuda.empty_cache()  # not above, where the error's traceback still holds the batch's tensors
 
     def _smaller(
-        self, lengths: Sequence[int], batches: list[list[int]], error: torch.OutOfMemoryError
+        self, lengths: Sequence[int], batches: list[list[int]], error: Exception, names: Sequence[str]
     ) -> list[list[int]]:
         """The same examples in batches of at most half of the first one's size, in reverse order."""
         too_large = batches[0]
@@ -64,10 +68,11 @@ class BatchRunner:
                 "that is sharded over ranks cannot try a smaller one. Lower cache.batch_tokens"
             ) from error
         if len(too_large) == 1:
+            name = f"{names[too_large[0]]}: " if names else ""
             raise TrainingError(
-                f"one sequence of {longest} tokens does not fit into the device's memory. Make pictures smaller "
-                "(data.max_pixels), shorten answers (data.max_answer_tokens), lower cache.chunk_size, or shard "
-                "the teacher (teacher.shard)"
+                f"{name}one sequence of {longest} tokens does not fit into the device's memory. Make pictures "
+                "smaller (data.max_pixels), shorten answers (data.max_answer_tokens), lower cache.chunk_size, or "
+                "shard the teacher (teacher.shard)"
             ) from error
         self.max_tokens = min(self.max_tokens, longest * (len(too_large) // 2))
         rest = [index for batch in batches for index in batch]

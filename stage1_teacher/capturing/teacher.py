@@ -109,6 +109,14 @@ class Teacher:
         )
 
     @torch.inference_mode()
+    def is_sound(self, hidden_nD: Tensor, *, chunk_size: int) -> bool:
+        """Whether the log-probs of these positions are numbers whose probabilities sum to one."""
+        return all(
+            bool(((self.logprobs(chunk_nD).exp().sum(-1) - 1).abs() < 1e-3).all())
+            for chunk_nD in hidden_nD.split(chunk_size)
+        )
+
+    @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) that predict the batch's answer tokens."""
         with self.stopwatch.running():

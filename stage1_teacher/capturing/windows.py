@@ -18,8 +18,9 @@ from shared.capture.units import Refused
 from shared.data.collation import Encoded
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
-from shared.errors import DataError, TeachonceError
+from shared.errors import DataError, TeachonceError, TrainingError
 from shared.model_check import usable
+from shared.runtime import is_out_of_memory
 
 WINDOW = 64  # examples; at most so many decoded pictures are held by each worker
 
@@ -38,6 +39,7 @@ class EncodedWindow:
     unit_id: str
     encoded: list[Encoded]
     refused: list[Refused]
+    names: list[str]  # of the encoded ones
 
 
 class WindowSource(Dataset):
@@ -50,6 +52,7 @@ class WindowSource(Dataset):
     def __getitem__(self, window: Window) -> EncodedWindow | TeachonceError:
         encoded: list[Encoded] = []
         refused: list[Refused] = []
+        names: list[str] = []
         for key, number in zip(window.keys, window.numbers, strict=True):
             split, row = self.rows.find(number)
             try:
@@ -59,10 +62,18 @@ class WindowSource(Dataset):
                 continue
             except TeachonceError as error:  # as a value: the loader would wrap it in a worker's traceback
                 return error
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return TrainingError(
+                    f"{split.where(row)}: a data-loader worker has not enough memory to read it. Lower "
+                    "cache.num_workers or data.max_pixels, or take the row out"
+                )
             if one.key != key:
                 return DataError(f"{split.where(row)}: changed while it was being captured; start again")
             encoded.append(one)
-        return EncodedWindow(window.unit_id, encoded, refused)
+            names.append(split.where(row))
+        return EncodedWindow(window.unit_id, encoded, refused, names)
 
     def usable(self) -> Iterator[Encoded]:
         """As ``model_check.usable``, of all splits."""

@@ -11,14 +11,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from shared.data.processing import open_processor
 from shared.data.processors import chat_template, load_processor, read_template
-from shared.errors import CheckpointError, RecipeError
+from shared.errors import CheckpointError, FileError, RecipeError, shortened
 from shared.models import adapters
 from shared.models.adapters import PROVENANCE, lineage
 from shared.models.vlm import load_config
@@ -131,7 +135,6 @@ def export_checkpoint(
     require_replaceable(target, folder)
     if merge is None:
         merge = lora is not None and (lora.merge or adapters.is_adapter(recipe.student.model))
-    base = base_of_export(recipe, folder)
     model = empty_model(load_config(str(folder.model_files)), recipe.student)
     if lora is not None:
         add_adapters(model, lora, seed=recipe.run.seed)
@@ -140,7 +143,38 @@ def export_checkpoint(
     load(checkpoint, student_state(model))
     partial = target.with_name(f".{target.name}.teachonce-partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if lora is not None and not merge:
+    with _removed_where_it_cannot_be_written(partial, target):
+        _write(model, recipe, folder, checkpoint, partial, target, merge=merge)
+        _replace_folder(partial, target)
+    return out
+
+
+@contextmanager
+def _removed_where_it_cannot_be_written(partial: Path, target: Path) -> Iterator[None]:
+    """Raises   FileError  in place of what a full disk makes of each library; an earlier export stays as it is"""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(
+            f"export {target}: it cannot be written: {shortened(reason)}. Make room, or choose another --out; the "
+            "checkpoint is whole"
+        ) from error
+
+
+def _write(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    folder: RunFolder,
+    checkpoint: Checkpoint,
+    partial: Path,
+    target: Path,
+    *,
+    merge: bool,
+) -> None:
+    base = base_of_export(recipe, folder)
+    if recipe.student.lora is not None and not merge:
         save_adapters(model, partial, base=base, revision=recipe.student.revision)
     else:
         merge_adapters(model)
@@ -161,8 +195,6 @@ def export_checkpoint(
         facts[adapters.BASE_FROM_HERE] = os.path.relpath(base, target)
     write_json(partial / PROVENANCE, vouched(facts))
     write_text(partial / CARD, model_card(facts, folder, is_adapter=adapters.is_adapter(str(partial))))
-    _replace_folder(partial, target)
-    return out
 
 
 def base_of_export(recipe: Recipe, folder: RunFolder) -> str:

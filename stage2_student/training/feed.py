@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, tee
 
@@ -24,8 +25,9 @@ from shared.data.collation import Encoded
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
-from shared.errors import CacheMismatchError, DataError, TeachonceError
+from shared.errors import CacheMismatchError, DataError, TeachonceError, TrainingError, listed
 from shared.model_check import usable
+from shared.runtime import is_out_of_memory
 from shared.sparse import SparseTargets
 from stage2_student.training.order import Slot
 
@@ -112,12 +114,33 @@ class MicrobatchSource(Dataset):
         except TeachonceError as error:  # as a value: the loader would wrap it in a worker's traceback
             return error
         except Exception as error:
+            if is_out_of_memory(error):
+                return self._out_of_memory([slot], "a data-loader worker has not enough memory to read it")
             error.add_note(f"while reading {self.split.where(rows[0])} and the rest of its microbatch {rows}")
             raise
 
     def usable(self) -> Iterator[Encoded]:
         """As ``model_check.usable``, without targets."""
         return usable(((self.split, int(row)) for row in self.rows), self.processor)
+
+    @contextmanager
+    def naming_rows(self, microbatches: Sequence[Microbatch]) -> Iterator[None]:
+        """Raises   TrainingError  with the rows of the largest microbatch, where memory does not suffice for them"""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            largest = max(microbatches, key=lambda one: one.num_forwarded)
+            what = f"{largest.num_forwarded:,} tokens do not fit into memory together"
+            raise self._out_of_memory([largest.slot], what) from error
+
+    def _out_of_memory(self, slots: Sequence[Slot], what: str) -> TrainingError:
+        names = [self.split.where(int(self.rows[one])) for slot in slots for one in slot.examples]
+        return TrainingError(
+            f"{what}:\n{listed(names)}\nLower optimization.microbatch_tokens (or microbatch_size) or "
+            "data.max_pixels, set student.activation_checkpointing, or take a row that is far longer than others out"
+        )
 
     def microbatch(self, slot: Slot, rows: list[int]) -> Microbatch:
         rows, encoded, kinds, refused = self._usable(rows)
@@ -209,7 +232,13 @@ def feed(
     microbatches = loaded_items(loader, workers_setting="run.num_workers")
     for slots in for_steps:
         begin = time.perf_counter()
-        step = [next(microbatches) for _ in slots]
+        try:
+            step = [next(microbatches) for _ in slots]
+        except TrainingError as error:
+            if "worker died" not in str(error):
+                raise
+            first = source.split.where(int(source.rows[slots[0].examples[0]]))
+            raise TrainingError(f"{error}. {first} was waited for, or what is read after it") from error
         yield step, time.perf_counter() - begin
 
 

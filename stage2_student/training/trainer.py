@@ -202,15 +202,16 @@ class Trainer:
         rate = learning_rate(config, step=self.step, num_steps=self.num_steps)
         set_learning_rate(self.optimizer, rate)
         seed_step(self.recipe.run.seed, step=self.step, rank=self.world.rank)
-        result = train_step(
-            self.student,
-            self.optimizer,
-            self._with_a_picture(step.microbatches),
-            self.world,
-            num_positions=step.num_positions,
-            num_tokens=step.num_tokens,
-            max_grad_norm=config.max_grad_norm,
-        )
+        with self.inputs.training_source().naming_rows(step.microbatches):
+            result = train_step(
+                self.student,
+                self.optimizer,
+                self._with_a_picture(step.microbatches),
+                self.world,
+                num_positions=step.num_positions,
+                num_tokens=step.num_tokens,
+                max_grad_norm=config.max_grad_norm,
+            )
         self.step += 1
         self.num_updates += result.updated
         record = self._record(step, result, rate, step_s=time.perf_counter() - begin + step.wait_s)

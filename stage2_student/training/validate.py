@@ -74,7 +74,8 @@ def validate(
         agreed, total=len(slots), desc="validating", unit="batch", leave=False, disable=not world.is_main
     ):
         one = step.microbatches[0].to(world.device)
-        found = student.measure(one.inputs, one.position_index, one.labels, one.targets, one.num_rows)
+        with source.naming_rows([one]):
+            found = student.measure(one.inputs, one.position_index, one.labels, one.targets, one.num_rows)
         sums.add(found.losses, found.router)
         num_tokens += step.num_tokens
         kl_sum += 0.0 if found.kl_N is None else found.kl_N.double().sum()

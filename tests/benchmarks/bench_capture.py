@@ -105,7 +105,7 @@ def measure(folder: Path, *, hidden_size: int, num_layers: int) -> tuple[list[fl
                 unit_id = plan.units[0].unit_id
                 with BackgroundWriter[CapturedBatch](assembler.take, max_pending=4) as background:
                     for batch in batches:
-                        background.put(capture_batch(batch, unit_id, processor, teacher, cache))
+                        background.put(capture_batch(batch, unit_id, processor, teacher, cache, names=[]))
                 writer.commit(plan)
 
         bare(teacher, batches, processor.collate)
