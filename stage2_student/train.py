@@ -24,7 +24,7 @@ from stage2_student.runs.tracking import open_trackers, require_trackers
 from stage2_student.training.data_change import accept_data_change as accept
 from stage2_student.training.export import choose_checkpoint, export_checkpoint, save_model_files
 from stage2_student.training.inputs import Inputs, open_inputs
-from stage2_student.training.notes import notes_on
+from stage2_student.training.notes import notes_at_start
 from stage2_student.training.resuming import Plan, plan_so_far, where_it_goes_on
 from stage2_student.training.trainer import Trainer
 
@@ -95,7 +95,7 @@ def _train(
         recipe, folder.path, world, step=checkpoint.facts.step if checkpoint else -1
     ) as trackers:
         trainer = Trainer(recipe, inputs, plan.shape, plan.num_steps, folder, world, trackers)
-        for note in notes_on(trainer.student.model, recipe) if world.is_main else ():
+        for note in notes_at_start(trainer.student.model, recipe) if world.is_main else ():
             tqdm.write(f"note: {note}")
         trainer.restore(checkpoint)
         trainer.check()

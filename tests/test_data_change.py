@@ -19,6 +19,8 @@ from shared.dealing import Limits
 from shared.errors import CheckpointError, DataError
 from shared.recipes import Recipe, recipe_text
 from shared.runtime import distributed
+from shared.stopping import StopRequest
+from stage1_teacher.capture import capture
 from stage2_student.__main__ import commands
 from stage2_student.train import train
 from stage2_student.training.order import StepShape, step_examples
@@ -241,3 +243,47 @@ def test_a_validation_row_that_may_not_be_left_out_costs_no_step(
     path.write_bytes(whole)
     assert go_on(recipe, accept=False) == 0
     assert [record["step"] for record in step_records(recipe)] == [1, 2, 3]
+
+
+def test_a_cache_that_has_grown_by_the_mended_row_is_the_same_cache(
+    tree: dict[str, Any], tmp_path: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree |= {
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": str(tmp_path / "cache"), "num_workers": 0},
+        "loss": {"kd_ratio": 0.5},
+    }
+    begun = make_recipe(tree, optimization__num_epochs=2 / 3, optimization__schedule="constant")
+    recipe = make_recipe(tree, optimization__schedule="constant")
+    captured(begun)
+    assert run_alone(begun) == 0
+    change_row(tmp_path / "data", LAST[0], image_id=picture(77))
+    captured(recipe)
+    with pytest.raises(CheckpointError, match=r"(?s)cache\.manifest: .*data\.train: .*--accept-data-change"):
+        go_on(recipe, accept=False)
+    assert go_on(recipe) == 0
+    assert f"split train, row {LAST[0]}" in capsys.readouterr().out
+    assert len(step_records(recipe)) == 3
+
+
+def test_a_cache_of_other_targets_is_another_run(
+    tree: dict[str, Any], tmp_path: Path, teacher_folder: Path
+) -> None:
+    tree |= {
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": str(tmp_path / "cache"), "num_workers": 0},
+        "loss": {"kd_ratio": 0.5},
+    }
+    begun = make_recipe(tree, optimization__num_epochs=2 / 3)
+    captured(begun)
+    assert run_alone(begun) == 0
+    change_row(tmp_path / "data", LAST[0], image_id=picture(77))
+    other = make_recipe(tree, cache__path=str(tmp_path / "other"), cache__seed=5)
+    captured(other)
+    with pytest.raises(CheckpointError, match="the cache has other targets"):
+        go_on(other)
+
+
+def captured(recipe: Recipe) -> None:
+    with distributed(device="cpu") as world:
+        assert capture(recipe, world, StopRequest()) == 0

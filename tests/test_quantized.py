@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from stage2_runs import make_recipe, on_ranks, run_alone, step_records
 from transformers import AutoModelForImageTextToText
@@ -23,6 +24,7 @@ from shared.runtime import World
 from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 from stage1_teacher.check import check_recipe as check_teacher
+from stage2_student.__main__ import commands
 from stage2_student.check import check_recipe as check_student
 from stage2_student.train import train
 
@@ -112,6 +114,24 @@ def test_a_quantised_student_is_trained_and_exported_as_an_ordinary_model(
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert {p.dtype for p in opened.parameters()} == {torch.float32}
+
+
+def test_a_quantised_teacher_answers_beside_its_student(
+    tree: dict[str, Any], fp8_student: Path, fp8_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(
+        tree,
+        teacher__model=str(fp8_teacher),
+        student__model=str(fp8_student),
+        evaluation__max_examples=2,
+        evaluation__max_new_tokens=4,
+    )
+    assert run_alone(recipe) == 0
+    assert "are made ordinary ones as they are loaded" in capsys.readouterr().out
+    done = CliRunner().invoke(
+        commands, ["evaluate", str(recipe.run.path), "--json"], standalone_mode=False, catch_exceptions=False
+    )
+    assert [one["model"] for one in json.loads(done.stdout)] == ["student", "teacher", "untrained"]
 
 
 @pytest.mark.parametrize("shard", [False, True])

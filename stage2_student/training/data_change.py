@@ -167,9 +167,10 @@ def _require_same_targets(folder: RunFolder, cache: CacheReader) -> None:
     }
     for name, side in sides.items():
         if before.get(name) != side:
+            what = {"teacher": "is of another teacher", "targets": "has other targets"}[name]
             raise CheckpointError(
-                f"run {folder.path}: the cache is of another {name}: {before.get(name)} before, {side} now. Give "
-                "the old one back, or another run.name"
+                f"run {folder.path}: the cache {what}: {before.get(name)} before, {side} now. Give the old one back, "
+                "or another run.name"
             )
 
 

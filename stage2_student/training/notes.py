@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
+from shared.models.quantized import what_becomes_of_it
 from shared.models.router import RouterLoss, num_experts
+from shared.models.vlm import load_config
 from shared.recipes import Recipe
 from stage2_student.training.lora import out_of_reach
 
@@ -22,6 +24,15 @@ def notes_on(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
         yield _out_of_reach(missed)
     yield from _router(model)
     yield from _low_precision(recipe)
+
+
+def notes_at_start(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
+    """The same, and what became of the student's files."""
+    student = recipe.student
+    told = what_becomes_of_it(load_config(student.model, student.revision), dequantize=True)
+    if told is not None:
+        yield f"student {student.model}: {told}"
+    yield from notes_on(model, recipe)
 
 
 def _out_of_reach(missed: dict[str, int]) -> str:

@@ -28,7 +28,6 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from shared.data.collation import Encoded
@@ -37,7 +36,7 @@ from shared.errors import RecipeError
 from shared.kd_loss import LossSums, ce_kd_by_position, fused_ce_kd
 from shared.model_check import check_model
 from shared.models.chunks import chunk_positions
-from shared.models.quantized import what_becomes_of_it, without_quantization
+from shared.models.quantized import without_quantization
 from shared.models.router import RouterLoss, require_same_router_loss
 from shared.models.sharding import blocks, fill
 from shared.models.vlm import (
@@ -217,9 +216,6 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
     student.to_empty(device="cpu" if recipe.parallel.cpu_offload else world.device)
     source = None
     if world.is_main:
-        config = load_config(recipe.student.model, recipe.student.revision)
-        if (told := what_becomes_of_it(config, dequantize=True)) is not None:
-            tqdm.write(f"note: student {recipe.student.model}: {told}")
         source = full_model(recipe.student, seed=recipe.run.seed)
         choose_trained(source, recipe.student, seed=recipe.run.seed)
     fill(skeleton, source, world)
