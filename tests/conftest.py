@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -119,6 +120,22 @@ def examples() -> list[Example]:
 def vqa_folder(tmp_path_factory: pytest.TempPathFactory, examples: list[Example]) -> Path:
     """A Parquet folder with MedPix's columns: 12 training rows, 4 for validation."""
     return write_vqa_folder(tmp_path_factory.mktemp("vqa"), num_train=len(examples), num_validation=4)
+
+
+@pytest.fixture(scope="session")
+def mixed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations in JSONL, 12 for training and 4 for validation; those of an even number are text alone."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for split, rows in (("train", make_examples(12)), ("validation", make_examples(16)[12:])):
+        lines = []
+        for row in rows:
+            name = f"{split}-{row.index}.png"
+            (folder / name).write_bytes(row.images[0])
+            shown = [{"type": "image", "image": name}] if row.index % 2 else []
+            asked = {"role": "user", "content": [*shown, {"type": "text", "text": row.question}]}
+            lines.append(json.dumps({"messages": [asked, {"role": "assistant", "content": row.answer}]}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -172,7 +172,7 @@ def in_files(tree: dict[str, Any], tmp_path: Path, examples: list[Example]) -> d
     for split, rows in (("train", examples), ("validation", examples[:4])):
         lines = []
         for row in rows:
-            (tmp_path / "files" / f"{split}-{row.index}.png").write_bytes(row.image)
+            (tmp_path / "files" / f"{split}-{row.index}.png").write_bytes(row.images[0])
             line = {"image_id": f"{split}-{row.index}.png", "question": row.question, "answer": row.answer}
             lines.append(json.dumps(line))
         (tmp_path / "files" / f"{split}.jsonl").write_text("\n".join(lines))

@@ -14,7 +14,6 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from stage2_runs import make_recipe, on_ranks, records, run_alone, run_ranks, step_records
-from test_ranks_without_pictures import every_other_row_is_text  # noqa: F401  # a fixture
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -172,9 +171,9 @@ def test_ranks_weigh_it_by_their_tokens(tree: dict[str, Any]) -> None:
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.usefixtures("every_other_row_is_text")
-def test_a_blank_picture_does_not_count(tree: dict[str, Any]) -> None:
+def test_a_blank_picture_does_not_count(tree: dict[str, Any], mixed_folder: Path) -> None:
     """On two ranks each row of text has one beside it, on one rank none: the router's loss is the same."""
+    tree["data"] |= {"source": str(mixed_folder)}
     one = make_recipe(tree, run__name="one", optimization__microbatch_size=1)
     two = make_recipe(tree, run__name="two", optimization__microbatch_size=1)
     assert run_alone(one) == 0

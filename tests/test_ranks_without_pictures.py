@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +17,21 @@ from stage2_runs import (
 )
 
 from shared.cache import CacheReader
-from shared.data.collation import Encoded
-from shared.data.processing import ExampleProcessor
-from shared.data.rows import Example
 from shared.recipes import Recipe
 from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 from stage2_student.train import train
 
-OF_PICTURES = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 
-
-@pytest.fixture
-def every_other_row_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of an even number lose their picture when they are encoded."""
-    whole = ExampleProcessor.encode
-
-    def encode(self: ExampleProcessor, example: Example) -> Encoded:
-        encoded = whole(self, example)
-        return encoded if example.index % 2 else without_picture(self, encoded)
-
-    monkeypatch.setattr(ExampleProcessor, "encode", encode)
-
-
-@pytest.mark.usefixtures("every_other_row_is_text")
 @pytest.mark.parametrize("batch_tokens", [1, 16384], ids=["a row each", "rows together"])
 def test_a_teacher_sharded_over_two_ranks(
-    tmp_path: Path, vqa_folder: Path, teacher_folder: Path, student_folder: Path, batch_tokens: int
+    tmp_path: Path, mixed_folder: Path, teacher_folder: Path, student_folder: Path, batch_tokens: int
 ) -> None:
     """Eleven units: one rank idles at the end, with a row of text."""
     whole, sharded = (
         make_recipe(
             {
-                "data": {"source": str(vqa_folder), "max_answer_tokens": 64, "limit": 7},
+                "data": {"source": str(mixed_folder), "max_answer_tokens": 64, "limit": 7},
                 "teacher": {"model": str(teacher_folder), "dtype": "float32", "shard": shard},
                 "cache": {"path": str(tmp_path / f"cache-{shard}"), "num_workers": 0},
                 "student": {"model": str(student_folder)},
@@ -72,19 +53,10 @@ def test_a_teacher_sharded_over_two_ranks(
     assert [row.ce_sum for row in mine] == pytest.approx([row.ce_sum for row in other], rel=1e-5)
 
 
-def without_picture(processor: ExampleProcessor, encoded: Encoded) -> Encoded:
-    ids = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list(OF_PICTURES)))
-    kept = ~torch.isin(encoded.input_ids, ids)
-    per_token = {k: v[kept] for k, v in encoded.model_inputs.items() if v.shape == encoded.input_ids.shape}
-    return replace(
-        encoded, input_ids=encoded.input_ids[kept], labels=encoded.labels[kept], model_inputs=per_token
-    )
-
-
 @pytest.fixture
-def tree(tmp_path: Path, vqa_folder: Path, student_folder: Path) -> dict[str, Any]:
+def tree(tmp_path: Path, mixed_folder: Path, student_folder: Path) -> dict[str, Any]:
     return {
-        "data": {"source": str(vqa_folder), "max_answer_tokens": 64, "limit": 6},
+        "data": {"source": str(mixed_folder), "max_answer_tokens": 64, "limit": 6},
         "student": {"model": str(student_folder), "compute_dtype": "float32"},
         "loss": {"kd_ratio": 0.0, "chunk_size": 16},
         "optimization": {
@@ -102,7 +74,6 @@ def run_two(recipe: Recipe) -> None:
     assert on_ranks(2, lambda world: train(recipe, world, resume=False), collective_timeout_s=30) == [0, 0]
 
 
-@pytest.mark.usefixtures("every_other_row_is_text")
 @pytest.mark.parametrize(
     "student",
     [
@@ -124,7 +95,6 @@ def test_two_ranks_equal_one(tree: dict[str, Any], student: dict[str, Any]) -> N
     assert_same_training(two, one, step=3)
 
 
-@pytest.mark.usefixtures("every_other_row_is_text")
 def test_bf16_on_two_ranks_stays_near_one(tree: dict[str, Any]) -> None:
     one = make_recipe(tree, student__compute_dtype="bfloat16")
     two = make_recipe(
@@ -136,7 +106,6 @@ def test_bf16_on_two_ranks_stays_near_one(tree: dict[str, Any]) -> None:
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03)
 
 
-@pytest.mark.usefixtures("every_other_row_is_text")
 def test_steps_without_any_picture_are_the_same_however_they_are_cut(tree: dict[str, Any]) -> None:
     """The tower's gradient is then zero, not missing: its moments go on, alike on one rank and on two."""
     steps = {"optimization__global_batch_size": 2, "optimization__max_steps": 9}
