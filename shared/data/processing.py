@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from shared.data.collation import IGNORE_INDEX, Batch, Encoded, collated
-from shared.data.conversations import Turn
+from shared.data.conversations import Turn, question_answer
 from shared.data.fingerprints import (
     digest,
     image_processor_fingerprint,
@@ -184,15 +184,17 @@ class ExampleProcessor:
         prompt = self._prompt.of(example.turns, where=_where(example))
         return self._encoded(example, prompt, torch.empty(0, dtype=torch.int64), is_cut=False)
 
-    def blank(self) -> Encoded:
-        """A prompt with a small white picture and no labels: a row for a batch that must have a picture.
+    def blank(self, *, with_picture: bool = True) -> Encoded:
+        """A prompt with a small white picture and no labels: a row for a batch that must have one.
 
         A model whose blocks are sharded gathers each of them on all ranks at once.  A rank whose rows have no picture
         would not run its tower, and leave the others waiting.
         """
         stream = io.BytesIO()
         Image.new("RGB", BLANK_SIZE, "white").save(stream, "PNG")
-        return self.encode_prompt(Example.single(stream.getvalue(), ".", ".", where="a blank picture"))
+        images = (stream.getvalue(),) if with_picture else ()
+        turns = question_answer(".", ".", len(images))
+        return self.encode_prompt(Example(images, turns, where="a blank picture"))
 
     def collate(
         self, encoded: Sequence[Encoded], *, padding_side: Literal["left", "right"] = "right"

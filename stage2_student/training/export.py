@@ -181,7 +181,8 @@ def _write(
         model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
     # A model's configuration is written above; an adapter's folder has none, or it would pass for a model.
     _copy_small_files(folder.model_files, partial, without=("config.json",))
-    processor = open_processor(str(folder.model_files), recipe.data)
+    own = recipe.data.model_copy(update={"chat_template": None})  # it lies in the run's folder by now
+    processor = open_processor(str(folder.model_files), own)
     stop_at(processor.end_of_turn, partial / GENERATION)
     facts = {
         "run": str(folder.path),

@@ -194,7 +194,7 @@ class MicrobatchSource(Dataset):
 
     def _blank(self, encoded: list[Encoded]) -> list[Encoded]:
         is_lacking = self.needs_picture and not any(one.has_pictures for one in encoded)
-        return [self.processor.blank()] if is_lacking or not encoded else []
+        return [self.processor.blank(with_picture=self.needs_picture)] if is_lacking or not encoded else []
 
     def _cached(self, cache: CacheReader, encoded: list[Encoded], rows: list[int]) -> list[Row]:
         names = [self.split.where(row) for row in rows]
