@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import make_family
 from stage2_runs import (
     make_recipe,
     on_ranks,
@@ -138,3 +139,19 @@ def assert_same_training(ours: Recipe, theirs: Recipe, *, step: int) -> None:
         torch.testing.assert_close(
             mine_state[name], other_state[name], rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+# Towers beside the language model, cross-attention inside of it, prefixes that see each other, experts.
+QUICK = ("mllama", "llava_next")
+OTHERS = ("qwen2_5_vl", "qwen3_vl_moe", "smolvlm", "gemma3", "gemma4", "llava_onevision", "internvl")
+
+
+@pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_families_on_two_ranks_equal_one(tree: dict[str, Any], tmp_path: Path, family: str) -> None:
+    folder = make_family(family, tmp_path / family)
+    settings = {"student__model": str(folder), "optimization__max_steps": 1}
+    one = make_recipe(tree, **settings, optimization__microbatch_size=1)
+    two = make_recipe(tree, **settings, run__name="two", optimization__microbatch_size=1)
+    assert run_alone(one) == 0
+    run_two(two)
+    assert_same_training(two, one, step=1)
