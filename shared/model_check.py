@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from transformers import PreTrainedModel
 from shared.data.collation import IGNORE_INDEX, Batch, Encoded
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
-from shared.errors import DataError, RecipeError
+from shared.errors import DataError, RecipeError, TrainingError
 from shared.models.vlm import in_dtype_of, last_hidden_states, split
+from shared.runtime import is_out_of_memory
 
 NUM_COMPARED = (
     64  # logits of at most so many positions exist, unless the last label stands further from the end
@@ -54,8 +56,11 @@ def usable(rows: Iterable[tuple[VqaSplit, int]], processor: ExampleProcessor) ->
 
 
 def two_examples(encoded: Iterable[Encoded]) -> list[Encoded]:
-    """Two of the first few examples: one with pictures, and one whose pictures have another size, where there are."""
-    some = sorted(islice(encoded, NUM_LOOKED_AT), key=lambda one: not one.per_picture)  # stable
+    """Two of the first few examples: one with pictures, and one whose pictures have another size, where there are.
+
+    Short ones: what is far longer than the others may not fit into memory three times.
+    """
+    some = sorted(islice(encoded, NUM_LOOKED_AT), key=lambda one: (not one.per_picture, len(one.input_ids)))
     first, others = some[0], some[1:] or some[:1]
     unlike = [one for one in others if _sizes(one) != _sizes(first)]
     return [first, (unlike or others)[0]]
@@ -67,8 +72,24 @@ def check_model(
 ) -> None:
     """Called with the model in evaluation mode; of a sharded one by all ranks, with the same two examples.
 
-    Raises   RecipeError  saying what was compared, and how far it was off
+    Raises   RecipeError    saying what was compared, and how far it was off
+             TrainingError  when memory does not suffice for them
     """
+    try:
+        _check_model(model, processor, examples, device=device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        longest = max(len(one.input_ids) for one in examples)
+        raise TrainingError(
+            f"three examples of {longest:,} tokens, which the check of the model takes, do not fit into memory. "
+            "Lower data.max_pixels, or take a smaller model or more ranks"
+        ) from error
+
+
+def _check_model(
+    model: PreTrainedModel, processor: ExampleProcessor, examples: Sequence[Encoded], *, device: torch.device
+) -> None:
     first, second = examples
     changed, place = _with_another_last_token(first, second, processor)
 
@@ -139,6 +160,11 @@ def _own_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 def _compare_logits(model: PreTrainedModel, own_NV: Tensor, ours_NV: Tensor) -> None:
     worst = (own_NV.float() - ours_NV.float()).abs().max().item()
     largest = own_NV.float().abs().max().item()
+    if not isfinite(largest):
+        raise RecipeError(
+            f"model class {type(model).__name__}: it gives NaN or infinity for the first examples. Its weights may "
+            "be damaged, or its dtype too narrow (float32 may help)"
+        )
     if not worst <= _tolerance(SPLIT, own_NV) * max(1.0, largest):
         raise RecipeError(
             f"model class {type(model).__name__}: its logits differ by {worst:.3g} from those of its body and its "
