@@ -31,6 +31,7 @@ NAMES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+GENERATION = "generation_config.json"
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 LFS_POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
@@ -65,14 +66,15 @@ class WeightFiles:
     def _changed(self) -> list[str]:
         """Of an export of ours, one for each file that is not what was written; reads every byte.
 
-        Settings, tokenizer and processor among them: with one number changed they make another model.
+        Settings, tokenizer and processor among them: with one number changed they make another model.  Those of
+        generation are the user's to change, and no figure depends on them.
         """
         folders = {path.parent: _exported(path.parent) for path in self.files}
         return [
             f"{folder / name}: changed since it was exported (delete {PROVENANCE} beside it to take it as it is)"
             for folder, wanted in folders.items()
             for name, sha256 in wanted.items()
-            if (folder / name).is_file() and _sha256(folder / name) != sha256
+            if name != GENERATION and (folder / name).is_file() and _sha256(folder / name) != sha256
         ]
 
     @cached_property

@@ -26,6 +26,7 @@ from shared.errors import CheckpointError, FileError, RecipeError, shortened
 from shared.models import adapters
 from shared.models.adapters import PROVENANCE, lineage
 from shared.models.vlm import load_config
+from shared.models.weight_files import GENERATION
 from shared.places import is_local
 from shared.recipes import Recipe, dump_recipe, load_recipe
 from shared.runtime import environment
@@ -48,7 +49,6 @@ TOKENIZER_FILES = (
     "sentencepiece",
 )
 TEMPLATES = "additional_chat_templates"  # the folder of those beside the default, as Transformers has it
-GENERATION = "generation_config.json"
 WEIGHTS_INDEX = "*.index.json"
 OF_QUANTISED = (
     "quantize_config.json",
