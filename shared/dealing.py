@@ -41,26 +41,18 @@ class Limits:
     examples: int | None = None
 
 
-def deal(
-    lengths: Sequence[int] | Ints,
-    *,
-    num_ranks: int,
-    limits: Limits,
-    beside: Sequence[int] | Ints | None = None,
-) -> Deal:
+def deal(lengths: Sequence[int] | Ints, *, num_ranks: int, limits: Limits) -> Deal:
     """Microbatches by round and rank, as places in ``lengths``; a rank may have none in a round.
 
     lengths  (n,) tokens, at least 1
-    beside   (n,) what a sequence costs beside its tokens, in tokens, such as its pictures; padding adds nothing to it
     Holds    every sequence is dealt once, within the limits; all rounds have ``num_ranks`` microbatches
     """
     lengths_n = np.maximum(1, np.asarray(lengths, dtype=np.int64))
-    beside_n = np.zeros_like(lengths_n) if beside is None else np.asarray(beside, dtype=np.int64)
     order_n = np.argsort(-lengths_n, kind="stable")
     rounds: Deal = []
     for begin in range(0, len(order_n), BLOCK):
         block = order_n[begin : begin + BLOCK]
-        cuts = _cuts(lengths_n[block], beside_n[block], num_ranks, limits)
+        cuts = _cuts(lengths_n[block], num_ranks, limits)
         rounds += [
             tuple(tuple(block[start:stop].tolist()) for start, stop in itertools.pairwise(ends))
             for ends in cuts
@@ -68,44 +60,38 @@ def deal(
     return rounds
 
 
-def critical_path(
-    rounds: Deal, lengths: Sequence[int] | Ints, beside: Sequence[int] | Ints | None = None
-) -> int:
+def critical_path(rounds: Deal, lengths: Sequence[int] | Ints) -> int:
     """Tokens' worth of time that the deal takes: the costliest microbatch of each round, summed."""
-    return sum(max(costs) for costs in _costs(rounds, lengths, beside))
+    return sum(max(costs) for costs in _costs(rounds, lengths))
 
 
-def waiting_share(
-    rounds: Deal, lengths: Sequence[int] | Ints, beside: Sequence[int] | Ints | None = None
-) -> float:
+def waiting_share(rounds: Deal, lengths: Sequence[int] | Ints) -> float:
     """0 to 1: how much of the ranks' time is waiting for the slowest of a round."""
-    costs = _costs(rounds, lengths, beside)
+    costs = _costs(rounds, lengths)
     slowest = sum(max(one) * len(one) for one in costs)
     return 1 - sum(map(sum, costs)) / slowest if slowest else 0.0
 
 
 def padding_share(rounds: Deal, lengths: Sequence[int] | Ints) -> float:
     """0 to 1: how much of what is forwarded is padding."""
-    padded = sum(map(sum, _costs(rounds, lengths, None)))
+    padded = sum(map(sum, _costs(rounds, lengths)))
     return (
         1 - sum(int(lengths[i]) for ranks in rounds for one in ranks for i in one) / padded if padded else 0.0
     )
 
 
-def _costs(
-    rounds: Deal, lengths: Sequence[int] | Ints, beside: Sequence[int] | Ints | None
-) -> list[list[int]]:
-    def cost(places: tuple[int, ...]) -> int:
-        more = 0 if beside is None else sum(int(beside[i]) for i in places)
-        return more + len(places) * max((int(lengths[i]) for i in places), default=0)
-
-    return [[cost(places) for places in ranks] for ranks in rounds]
+def _costs(rounds: Deal, lengths: Sequence[int] | Ints) -> list[list[int]]:
+    """Of each microbatch, by round and rank: its tokens, padding counted."""
+    return [
+        [len(places) * max((int(lengths[i]) for i in places), default=0) for places in ranks]
+        for ranks in rounds
+    ]
 
 
-def _cuts(lengths_n: Ints, beside_n: Ints, num_ranks: int, limits: Limits) -> list[list[int]]:
+def _cuts(lengths_n: Ints, num_ranks: int, limits: Limits) -> list[list[int]]:
     """Of sequences from the longest on: for each round the places at which its microbatches begin and end."""
     total = len(lengths_n)
-    ceilings_c, next_nc = _steps(lengths_n, beside_n, limits)
+    ceilings_c, next_nc = _steps(lengths_n, limits)
     round_nc = _repeated(next_nc, num_ranks)
     cost_n = np.zeros(total + 1, np.int64)
     chosen_n = np.zeros(total, np.int64)
@@ -124,19 +110,15 @@ def _cuts(lengths_n: Ints, beside_n: Ints, num_ranks: int, limits: Limits) -> li
     return cuts
 
 
-def _steps(lengths_n: Ints, beside_n: Ints, limits: Limits) -> tuple[Ints, Ints]:
+def _steps(lengths_n: Ints, limits: Limits) -> tuple[Ints, Ints]:
     """Ceilings of a microbatch's cost, (C,), and where one ends that begins at each place, (n + 1, C)."""
     total = len(lengths_n)
-    before_n = np.concatenate([[0], np.cumsum(beside_n)])
     most_n = total - np.arange(total)
     if limits.tokens is not None:
         most_n = np.minimum(most_n, np.maximum(1, limits.tokens // lengths_n))
     if limits.examples is not None:
         most_n = np.minimum(most_n, limits.examples)
-    costs = [
-        lengths_n[place] * np.arange(1, most + 1) + before_n[place + 1 : place + most + 1] - before_n[place]
-        for place, most in enumerate(most_n.tolist())
-    ]
+    costs = [length * np.arange(1, most + 1) for length, most in zip(lengths_n, most_n.tolist(), strict=True)]
     singles = {int(one[0]) for one in costs}
     ceilings_c = np.array(
         sorted(singles | _spaced(min(singles), max(int(one[-1]) for one in costs))), np.int64

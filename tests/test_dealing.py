@@ -76,13 +76,6 @@ def test_lengths_as_data_have_them_leave_little_waiting(num_ranks: int, batch: i
     assert taken / bound <= (1.3 if 1 < batch / num_ranks < 5 else 1.15)
 
 
-def test_what_a_sequence_costs_beside_its_tokens_is_balanced_too() -> None:
-    """Equal lengths, one of them with a large picture: it goes alone."""
-    rounds = deal([100] * 4, num_ranks=2, limits=Limits(), beside=[200, 0, 0, 0])
-    assert critical_path(rounds, [100] * 4, [200, 0, 0, 0]) == 300
-    assert {len(batch) for batch in rounds[0]} == {1, 3}
-
-
 def test_shares() -> None:
     by_hand = [((0, 3), (1,)), ((2,), ())]
     assert padding_share(by_hand, [10, 10, 6, 4]) == pytest.approx(1 - 30 / 36)
