@@ -295,6 +295,41 @@ def test_what_is_no_conversation_is_refused_with_its_row(
     assert [split[n].answer for n in (0, 2, 3)] == ["a"] * 3
 
 
+@pytest.mark.parametrize(
+    ("user_turn", "message"),
+    [
+        (message("user", "<image>\nhi"), "0 picture.*1 place"),  # the picture's column has another name
+        (message("user", "What?") | {"images": ["0.png"]}, "'images'"),
+        (message("user", [{"text": "What?", "image": "0.png"}]), "both a text and a picture"),
+        (message("user", [{"type": "text", "text": "What?", "image": "0.png"}]), "both a text and a picture"),
+    ],
+)
+def test_no_picture_is_lost_on_the_way(tmp_path: Path, user_turn: dict[str, Any], message: str) -> None:
+    row = {"messages": [user_turn, {"role": "assistant", "content": "yes"}]}
+    with pytest.raises(DataError, match=f"row 0.*{message}"):
+        split_of(tmp_path, [row])[0]
+
+
+def test_parts_that_name_a_picture_get_that_one(tmp_path: Path) -> None:
+    def row(*indexes: int) -> dict[str, Any]:
+        parts = [{"type": "image", "index": index} for index in indexes]
+        turns = [message("user", [*parts, text("Compare.")]), message("assistant", "a")]
+        return {"messages": turns, "images": ["0.png", "1.png"]}
+
+    split = split_of(tmp_path, [row(1, 0), row(0, 0)])
+    assert split[0].images == (PICTURES[1], PICTURES[0])
+    with pytest.raises(DataError, match=r"row 1.*\[0, 0\]"):
+        split[1]
+
+
+def test_a_blank_part_between_texts_is_kept(tmp_path: Path) -> None:
+    parts = [text("A"), text("\n"), text("B")]
+    row = {"messages": [message("user", [*parts, text(" ")]), message("assistant", parts)]}
+    example = split_of(tmp_path, [row])[0]
+    assert example.answer == "A\nB"
+    assert example.turns[0].parts == ("A", "\n", "B")
+
+
 @pytest.mark.parametrize("blank", ["", " \n", [], [{"type": "text", "text": ""}]])
 def test_a_blank_system_turn_is_none(tmp_path: Path, blank: Any) -> None:
     row = {"messages": [message("system", blank), message("user", "q"), message("assistant", "a")]}

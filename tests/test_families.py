@@ -200,6 +200,17 @@ def test_markers_in_a_question_are_text(family: str, folder_of: Callable[[str], 
     assert "a marker?" in processor.tokenizer.decode(marked.input_ids)
 
 
+@of_families(["smolvlm", "idefics3", "qwen3_vl"])
+def test_lengths_are_about_right_whether_or_not_the_processor_tells_them(
+    family: str, folder_of: Callable[[str], Path]
+) -> None:
+    """What a microbatch of so many tokens holds is planned by them."""
+    processor, _ = opened(folder_of(family))
+    for example in rows(4):
+        exact = len(processor.encode(example).input_ids)
+        assert 0.5 * exact <= processor.approximate_length(example) <= 1.6 * exact
+
+
 @shown_in_the_table("rows of text")
 def test_rows_with_and_without_pictures_share_a_batch(family: str, folder_of: Callable[[str], Path]) -> None:
     processor, model = opened(folder_of(family))

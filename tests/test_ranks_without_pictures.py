@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import make_family
+from samples import encoded_picture
 from stage2_runs import (
     make_recipe,
     on_ranks,
@@ -118,6 +120,35 @@ def test_steps_without_any_picture_are_the_same_however_they_are_cut(tree: dict[
     run_two(two)
     assert_same_training(cut, one, step=9)
     assert_same_training(two, one, step=9)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Nine rows of text alone, and one with a picture at the end."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(encoded_picture(0))
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]
+    rows = [{"messages": turns, "images": []} for _ in range(9)] + [{"messages": turns, "images": ["0.png"]}]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "validation.jsonl").write_text(json.dumps(rows[-1]))
+    return folder
+
+
+@pytest.mark.parametrize("validation", [None, "validation"])
+def test_the_tower_need_not_have_run_before_a_step_without_pictures(
+    tree: dict[str, Any], texts: Path, validation: str | None
+) -> None:
+    """Neither at the start nor after a resume, where nothing is validated first."""
+    tree["data"] = {"source": str(texts), "splits": {"train": "train", "validation": validation}}
+    steps = {"optimization__global_batch_size": 4, "optimization__max_steps": 4, "run__checkpoint_every": 1}
+    one = make_recipe(tree, **steps, optimization__microbatch_size=4)
+    cut = make_recipe(tree, **steps, run__name="cut", optimization__microbatch_size=1)
+    assert run_alone(one) == 0
+    assert run_alone(cut) == 0
+    assert_same_training(cut, one, step=4)
+    longer = make_recipe(tree, **steps | {"optimization__max_steps": 6}, run__name="cut")
+    assert run_alone(longer, resume=True) == 0
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:

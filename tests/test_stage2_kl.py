@@ -19,6 +19,7 @@ from stage2_runs import records as all_records
 from transformers import AutoModelForImageTextToText
 
 from shared.cache import CacheReader
+from shared.data.collation import places_of
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import open_split
 from shared.recipes import Recipe
@@ -81,6 +82,12 @@ def test_it_is_told_by_place_in_the_answer_and_by_kind_on_any_number_of_ranks(tr
     split = open_split(one.data, "validation")
     assert alone["by_place"]["positions"][0] == len(split)
     assert alone["by_kind"]["names"] == sorted({example.kind for example in split})
+
+
+def test_each_answer_of_a_conversation_has_places_of_its_own() -> None:
+    labels = torch.tensor([-100, 5, 6, -100, 7, 8, 9, -100, -100, 3])
+    assert places_of(labels) == [0, 1, 0, 1, 2, 0]
+    assert places_of(torch.full((3,), -100)) == []
 
 
 def test_it_equals_the_teacher_s_and_the_student_s_own_logits(

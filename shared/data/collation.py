@@ -115,6 +115,16 @@ def _predicting(one: Encoded) -> Tensor:
     return (one.labels != IGNORE_INDEX).nonzero()[:, 0] - 1
 
 
+def places_of(labels: Tensor) -> list[int]:
+    """Of each label of one example its place in its answer, from 0; an answer ends where labels do."""
+    places: list[int] = []
+    previous = -1
+    for index in (labels != IGNORE_INDEX).nonzero()[:, 0].tolist():
+        places.append(places[-1] + 1 if places and index == previous + 1 else 0)
+        previous = index
+    return places
+
+
 def _padded(encoded: Sequence[Encoded], starts: list[int], length: int, pad_id: int) -> dict[str, Tensor]:
     """What there is for each token, (B, S, ...): ids padded with ``pad_id``, all else with 0."""
     rows = [

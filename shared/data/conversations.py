@@ -42,7 +42,7 @@ _UNUSED_KEYS = (
     "reasoning_content",
     "reasoning",
     "thinking",
-    "audio",
+    *("image", "images", "audio", "audios", "video", "videos"),
 )
 
 
@@ -74,9 +74,13 @@ class Conversation:
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of a picture in a turn; of the row's pictures the next one, where it brings none itself."""
+    """The place of a picture in a turn; of the row's pictures the next one, where it brings none itself.
+
+    index  of the row's pictures the one that is meant, from 0; None where none is named
+    """
 
     picture: Any = None
+    index: int | None = None
 
 
 Parts = list["str | _Place"]
@@ -97,9 +101,9 @@ def read_messages(value: Any, pictures: Sequence[Any], *, where: str) -> Convers
     """
     listed = _listed(value, where)
     turns = [_message(turn, where=f"{where}, turn {n}") for n, turn in enumerate(listed, start=1)]
-    if pictures and all(isinstance(turn.get("content", turn.get("value")), str) for turn in listed):
+    if all(isinstance(turn.get("content", turn.get("value")), str) for turn in listed):
         turns = [(role, parts if role == "assistant" else _split_at_places(parts)) for role, parts in turns]
-        if not any(isinstance(part, _Place) for _, parts in turns for part in parts):
+        if pictures and not any(isinstance(part, _Place) for _, parts in turns for part in parts):
             turns = _before_the_first_question(turns, len(pictures))
     return _filled(turns, pictures, where=where)
 
@@ -207,9 +211,12 @@ def _part(part: Any, *, where: str) -> str | _Place:
         if not isinstance(text, str):
             found = "missing (null)" if text is None else f"a {type(text).__name__}"
             raise DataError(f"{where}: the text of a part is {found}; needed is one text")
+        if _own_picture(given) is not None:
+            raise DataError(f"{where}: a part holds both a text and a picture; each needs a part of its own")
         return text
     if kind in ("image", "image_url", "input_image"):
-        return _Place(_own_picture(given))
+        index = given.get("index")
+        return _Place(_own_picture(given), index if isinstance(index, int) else None)
     raise DataError(f"{where}: a part of type {shortened(repr(kind))}; known are text, image and image_url")
 
 
@@ -244,7 +251,12 @@ def _filled(turns: list[tuple[Role, Parts]], pictures: Sequence[Any], *, where: 
             f"{where}: {len(pictures)} picture(s) beside the turns, and {num_open} place(s) for them in the turns; "
             "each picture needs its place, in order"
         )
-    rest = iter(pictures)
+    named = [place.index for place in places if place.picture is None and place.index is not None]
+    if named and sorted(named) != list(range(num_open)):
+        raise DataError(
+            f"{where}: the places name the pictures {named} of {num_open}; each must be named once, or none"
+        )
+    rest = iter([pictures[index] for index in named] or pictures)
     filled = tuple(next(rest) if place.picture is None else place.picture for place in places)
     read = tuple(
         _turn(role, parts, where=f"{where}, turn {n}")
@@ -264,11 +276,13 @@ def _before_the_first_question(turns: list[tuple[Role, Parts]], number: int) -> 
 
 
 def _turn(role: Role, given: Parts, *, where: str) -> Turn:
-    """Blank parts are dropped; what is left is trimmed at the ends of the turn's texts."""
+    """Blank parts are dropped but between texts; what is left is trimmed at the ends of the turn's texts."""
+    shown = [isinstance(part, _Place) for part in given]
+    visible = [number for number, part in enumerate(given) if isinstance(part, str) and part.strip()]
     parts: list[str | None] = [
         None if isinstance(part, _Place) else part
-        for part in given
-        if isinstance(part, _Place) or part.strip()
+        for number, part in enumerate(given)
+        if isinstance(part, _Place) or part.strip() or _is_between_texts(number, visible, shown)
     ]
     texts = [number for number, part in enumerate(parts) if part is not None]
     if texts:
@@ -284,6 +298,13 @@ def _turn(role: Role, given: Parts, *, where: str) -> Turn:
     if None not in parts:
         required_text("".join(part for part in parts if part), "text", where=where)
     return Turn(role, tuple(parts))
+
+
+def _is_between_texts(number: int, visible: Sequence[int], shown: Sequence[bool]) -> bool:
+    """Whether texts with something to see stand before and after, and no picture in between."""
+    before = max((one for one in visible if one < number), default=None)
+    after = min((one for one in visible if one > number), default=None)
+    return before is not None and after is not None and not any(shown[before:after])
 
 
 def _is_blank(parts: Parts) -> bool:

@@ -46,7 +46,7 @@ from shared.recipes import DataConfig
 KEY_BYTES = 16
 CONVERSATION = b"teachonce conversation 1"  # in keys, of what a conversation is made of
 BLANK_SIZE = (32, 32)  # pixels, before the image processor makes of it what its model takes
-CHARACTERS_PER_TOKEN = 4  # of English prose, roughly
+SIZE_STEP = 64  # pixels: sizes are rounded up to it where tokens of a picture have to be counted
 
 
 class ExampleProcessor:
@@ -65,6 +65,7 @@ class ExampleProcessor:
         self._processor = processor
         self._background = background
         self._max_answer_tokens = max_answer_tokens
+        self._tokens_of_size: dict[tuple[int, int], int] = {}
         self._train_on = train_on
         template = chat_template(processor)
         named = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
@@ -153,23 +154,33 @@ class ExampleProcessor:
         ]
 
     def approximate_length(self, example: Example) -> int:
-        """About how many tokens an example has, to put like with like: nothing is decoded or tokenized.
-
-        A picture's tokens follow from its size, where the processor says how; text has one for four characters.
-        """
-        num_characters = sum(len(part) for turn in example.turns for part in turn.parts if part is not None)
-        return num_characters // CHARACTERS_PER_TOKEN + self.picture_tokens(example)
+        """About how many tokens an example has, without the template's, to put like with like: nothing is decoded."""
+        texts = " ".join(part for turn in example.turns for part in turn.parts if part is not None)
+        num_tokens = len(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return num_tokens + self.picture_tokens(example)
 
     def picture_tokens(self, example: Example) -> int:
-        """From the pictures' headers alone; 0 where the processor does not say, or there is no such header."""
+        """From the pictures' sizes, as their headers say; 0 where there is no such header."""
         count = getattr(self._processor, "_get_num_multimodal_tokens", None)
-        if count is None or not example.images:
+        if not example.images:
             return 0
         try:
-            sizes = [size_of(image)[::-1] for image in example.images]
-            return sum(count(image_sizes=sizes)["num_image_tokens"])
+            sizes = [size_of(image) for image in example.images]
+            if count is None:
+                return sum(map(self._counted_tokens, sizes))
+            return sum(count(image_sizes=[(height, width) for width, height in sizes])["num_image_tokens"])
         except Exception:  # of many types; whoever decodes the picture says what is wrong with it
             return 0
+
+    def _counted_tokens(self, size: tuple[int, int]) -> int:
+        """Of a blank picture of about that size, in pixels, where the processor does not tell; counted once."""
+        width, height = (-(-pixels // SIZE_STEP) * SIZE_STEP for pixels in size)
+        if (width, height) not in self._tokens_of_size:
+            stream = io.BytesIO()
+            Image.new("L", (width, height)).save(stream, "PNG")
+            blank = self.encode_prompt(Example.single(stream.getvalue(), ".", ".", kind="", case="", index=0))
+            self._tokens_of_size[width, height] = len(blank.input_ids)
+        return self._tokens_of_size[width, height]
 
     def encode(self, example: Example) -> Encoded:
         """Raises   DataError  naming the row, when its pictures or its conversation cannot be used."""
@@ -234,6 +245,7 @@ class ExampleProcessor:
             is_short = is_short or end < one.end
             if end == one.end and one.end_of_turn is not None:
                 labels[one.end_of_turn] = ids[one.end_of_turn]
+        labels[:1] = IGNORE_INDEX  # nothing stands before it that could predict it
         return labels, is_short
 
     def _prompt_inputs(

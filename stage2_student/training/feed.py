@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shared.cache import CacheReader, Row
-from shared.data.collation import Encoded
+from shared.data.collation import Encoded, places_of
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
@@ -37,6 +37,7 @@ class Microbatch:
     """What a rank forwards at once.  N positions of B examples.
 
     lengths, kinds  positions and kind of question of each example
+    places          of each position in its answer, from 0
     """
 
     slot: Slot
@@ -48,6 +49,7 @@ class Microbatch:
     num_rows: int = 0  # so many of the first rows count
     lengths: tuple[int, ...] = ()
     kinds: tuple[str, ...] = ()
+    places: tuple[int, ...] = ()
     teacher_ce: float = 0.0  # with the labels, nats, summed over the positions; as the cache has it
     has_pictures: bool = True
     refused: tuple[str, ...] = ()  # why rows are left out
@@ -162,6 +164,7 @@ class MicrobatchSource(Dataset):
             num_rows=len(encoded) if slot.counts else 0,
             lengths=tuple(one.num_positions for one in encoded),
             kinds=tuple(kinds),
+            places=tuple(place for one in encoded for place in places_of(one.labels)),
             refused=tuple(refused),
             teacher_ce=teacher_ce,
             has_pictures=any(one.has_pictures for one in fed),

@@ -42,11 +42,13 @@ class Groups:
         self.has_kl |= kl_N is not None
         kl_N = torch.zeros_like(ce_N) if kl_N is None else kl_N
         sums_N3 = torch.stack([torch.ones_like(ce_N), ce_N, kl_N], dim=1).double().cpu()
+        places_N = torch.tensor(microbatch.places, dtype=torch.int64)
+        is_early_N = places_N < MAX_PLACES
+        self.by_place.index_add_(0, places_N[is_early_N], sums_N3[is_early_N])
         begin = 0
         for kind, length in zip(microbatch.kinds, microbatch.lengths, strict=True):
             own_L3 = sums_N3[begin : begin + length]
             begin += length
-            self.by_place[:length] += own_L3[:MAX_PLACES]
             if kind and length:
                 self.by_kind[kind] += own_L3.sum(0)
 

@@ -219,6 +219,11 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
         source = full_model(recipe.student, seed=recipe.run.seed)
         choose_trained(source, recipe.student, seed=recipe.run.seed)
     fill(skeleton, source, world)
+    for module in fsdp_modules(
+        student
+    ):  # a block that no row has run yet, as of a tower without pictures, has no
+        module.unshard()  # parameter that the backward of a microbatch before the last could look at
+        module.reshard()
     return student.train()
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from shared.data.images import size_of
-from shared.data.processing import CHARACTERS_PER_TOKEN
 from shared.data.rows import open_split
 from shared.dealing import Deal, Limits, critical_path, deal, padding_share
 from shared.recipes import DataConfig
@@ -26,6 +25,7 @@ from stage1_teacher.capturing.windows import WINDOW
 SOURCE = "../shared/medpix-vqa"
 PIXELS_PER_TOKEN = 32 * 32  # patches of 16 x 16, four of them merged
 TEMPLATE_TOKENS = 30
+CHARACTERS_PER_TOKEN = 4  # of English prose, roughly
 BUDGET = 4096
 
 
