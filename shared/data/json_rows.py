@@ -70,17 +70,20 @@ class JsonRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises   DataError  when the row is no JSON object"""
         file, line, start, length = (int(value) for value in self._places[index])
-        where = f"{self._files[file]}, {'element' if _is_list(self._files[file]) else 'line'} {line}"
         with open_regular(self._opened[file]) as stream:
             stream.seek(start)
             data = stream.read(length)
         try:
             row = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error})") from error
+            raise DataError(f"{self._where(file, line)}: not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise DataError(f"{where}: a {type(row).__name__}; each must be one JSON object")
+            found = type(row).__name__
+            raise DataError(f"{self._where(file, line)}: a {found}; each must be one JSON object")
         return row
+
+    def _where(self, file: int, line: int) -> str:
+        return f"{self._files[file]}, {'element' if _is_list(self._files[file]) else 'line'} {line}"
 
 
 def _is_list(file: Path) -> bool:
