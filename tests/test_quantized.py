@@ -230,7 +230,6 @@ def test_what_is_dequantised_is_told(
 
 def test_four_bits_of_bitsandbytes(tree: dict[str, Any], tmp_path: Path, student_folder: Path) -> None:
     """As a teacher whole, as a student dequantised; quantised by the library itself."""
-    pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     refused = tmp_path / "refused"

@@ -446,15 +446,19 @@ def test_a_damaged_environment_of_a_run_is_one_error(tree: dict[str, Any], text:
         read_run(path)
 
 
-def test_lines_of_a_runs_log_that_are_no_records_are_passed_over(tree: dict[str, Any]) -> None:
+@pytest.mark.parametrize("line", [b"5", b"[]", b"\xff", b'{"event": "step", "step": "3"'])
+def test_lines_of_a_runs_log_that_are_no_records_are_refused_but_for_a_torn_last_one(
+    tree: dict[str, Any], line: bytes
+) -> None:
     path = written_run(make_recipe(tree))
     whole = read_run(path)
     log = path / "metrics.jsonl"
-    foreign = (
-        b'5\n[]\n{}\n\xff\n{"event": "step"}\n{"event": "step", "step": "3"}\n{"event": "step", "step": 3}\n'
-    )
-    log.write_bytes(foreign + log.read_bytes() + b'{"event": "st')
+    kept = log.read_bytes()
+    log.write_bytes(kept + b'{"event": "st')
     assert read_run(path) == whole
+    log.write_bytes(line + b"\n" + kept)
+    with pytest.raises(CheckpointError, match="damaged in line 1"):
+        read_run(path)
 
 
 def test_captures_whose_teacher_was_not_timed_are_left_out(teacher_cache: Path, tmp_path: Path) -> None:
