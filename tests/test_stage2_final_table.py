@@ -129,12 +129,19 @@ def test_a_baseline_lies_under_the_same_root_and_is_never_the_run_itself() -> No
 
 def test_any_recipe_may_name_one(tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
-    other.write_text("extends: phantom\nrun: {name: other}\nevaluation: {baseline: null}\n")
+    other.write_text("extends: medpix_sample\nrun: {name: other}\n")
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump({"extends": "medpix_sample", "evaluation": {"baseline": str(other)}}))
     found = baseline_of(load_recipe(mine))
     assert found is not None
     assert found.run.name == "other"
+
+
+def test_a_run_on_other_data_is_no_baseline(tmp_path: Path) -> None:
+    """A recipe for own data that extends the default inherits what that is compared with."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: phantom\ndata: {source: data/mine}\nrun: {name: mine}\n")
+    assert baseline_of(load_recipe(mine)) is None
 
 
 def test_a_baseline_is_trained_as_its_run_but_for_loss_and_name() -> None:

@@ -478,13 +478,16 @@ def load_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> R
 def baseline_of(recipe: Recipe) -> Recipe | None:
     """The recipe of the run that this one's is compared with, under the same root; None where there is no other run.
 
+    A run on other data is none to compare with: a recipe of one's own that extends another inherits its baseline.
+
     Raises   RecipeError  as ``load_recipe`` does
     """
     if recipe.evaluation.baseline is None:
         return None
     root = f"run.root={json.dumps(recipe.run.root)}"
     found = load_recipe(recipe.evaluation.baseline, overrides=[root])
-    return None if found.run.name == recipe.run.name else found
+    is_other = found.run.name == recipe.run.name or found.data.source != recipe.data.source
+    return None if is_other else found
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
