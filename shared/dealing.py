@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 Deal = list[tuple[tuple[int, ...], ...]]
 
 BLOCK = 1024  # sequences that are planned together; of more, neighbours in length are
-ROUND_TOKENS = 32  # that one more round must save: it has costs of its own
+ROUND_TOKENS = 64  # that one more round must save: it has costs of its own
 UNREACHED = np.iinfo(np.int64).max
 FINENESS = 100  # ceilings that are tried lie one part in so many apart
 

@@ -73,7 +73,7 @@ def test_lengths_as_data_have_them_leave_little_waiting(num_ranks: int, batch: i
         rounds = deal(lengths, num_ranks=num_ranks, limits=Limits(tokens=4096))
         taken += critical_path(rounds, lengths)
         bound += max(lengths.max(), lengths.sum() / num_ranks)
-    assert taken / bound <= (1.3 if 1 < batch / num_ranks < 5 else 1.15)
+    assert taken / bound <= (1.35 if 1 < batch / num_ranks < 5 else 1.2)
 
 
 def test_shares() -> None:

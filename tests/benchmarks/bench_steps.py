@@ -35,7 +35,7 @@ def lengths_of(source: str) -> np.ndarray:
         return np.exp(np.random.default_rng(0).normal(4.7, 0.3, 1200)).astype(np.int64)
     found = []
     for example in open_split(DataConfig(source=source), "train"):
-        width, height = size_of(example.image)
+        width, height = size_of(example.images[0])
         text = (len(example.question) + len(example.answer)) // CHARACTERS_PER_TOKEN
         found.append(TEMPLATE_TOKENS + text + max(1, width * height // PIXELS_PER_TOKEN))
     return np.array(found, np.int64)
