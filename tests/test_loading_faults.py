@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import signal
@@ -90,19 +91,25 @@ def test_a_worker_ends_where_the_last_descriptor_goes_in_mid_handover(
     """Other threads of the worker take them between the look and the handover."""
     monkeypatch.setattr("shared.data.loading.HANDOVER_DESCRIPTORS", 0)
 
-    def few() -> None:
-        """Two are left, whatever gaps there are among the numbers in use."""
+    def few(left: int) -> None:
+        """So many are left, whatever gaps there are among the numbers in use."""
         limit = max(map(int, os.listdir("/proc/self/fd"))) + 3
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         taken = []
         with contextlib.suppress(OSError):
             while True:
                 taken.append(os.dup(0))
-        for descriptor in taken[-2:]:
+        for descriptor in taken[len(taken) - left :]:
             os.close(descriptor)
 
-    with pytest.raises(TrainingError, match="is out of file descriptors"):
-        load(few)
+    outcomes = set()
+    for left in (1, 2, 3):  # which of them goes in the handover depends on what the process has open already
+        try:
+            outcomes.add(len(load(functools.partial(few, left))))
+        except TrainingError as error:
+            outcomes.add("told" if "file descriptors" in str(error) else str(error))
+    assert "told" in outcomes
+    assert outcomes <= {"told", 8}
 
 
 def test_that_a_worker_died_is_told_where_items_are_asked_for_alone() -> None:
