@@ -160,7 +160,6 @@ def distributed(
     Raises   TrainingError  when one is later, or has died
     """
     wanted = torch.device(device) if device else default_device()
-    gc.collect()  # what is left of an earlier group would take this one's name along when it goes
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if wanted.type == "cuda":
         if local_rank >= torch.cuda.device_count():
