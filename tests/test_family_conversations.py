@@ -20,7 +20,7 @@ from shared.data.processing import open_processor
 from shared.data.processors import chat_template, load_processor
 from shared.data.rows import Example
 from shared.errors import DataError
-from shared.models.vlm import last_hidden_states, load_vlm, split
+from shared.models.vlm import in_dtype_of, last_hidden_states, load_vlm, split
 from shared.recipes import DataConfig
 
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
@@ -134,7 +134,7 @@ def test_rows_of_all_shapes_share_a_batch(
         pytest.skip("needs torchvision")
     folder = folder_of(family)
     processor = open_processor(str(folder), DataConfig(source="x"))
-    body, _ = split(load_vlm(str(folder), revision=None, dtype=torch.float32, attn_implementation=None))
+    body, head = split(load_vlm(str(folder), revision=None, dtype=torch.float32, attn_implementation=None))
     encoded = [
         processor.encode(example_of(*turns, size=(48 + 20 * number, 40)))
         for number, (shape, turns) in enumerate(SHAPES.items())
@@ -144,7 +144,7 @@ def test_rows_of_all_shapes_share_a_batch(
     @torch.no_grad()
     def states(some: list[Encoded]) -> torch.Tensor:
         batch = processor.collate(some, padding_side=side)
-        return last_hidden_states(body, batch.inputs).flatten(0, 1)[batch.position_index]
+        return last_hidden_states(body, in_dtype_of(head, batch.inputs)).flatten(0, 1)[batch.position_index]
 
     for rows in (encoded, encoded[::-1]):
         torch.testing.assert_close(
