@@ -25,6 +25,7 @@ from shared.runtime import World, distributed
 from stage2_student.train import train
 
 FORK = multiprocessing.get_context("fork")
+SPAWN = multiprocessing.get_context("spawn")
 RANKS_TIMEOUT_S = 240
 
 
@@ -52,19 +53,26 @@ def run_ranks(recipe: Recipe, num_ranks: int, *, resume: bool = False) -> list[i
 
 
 def on_ranks(
-    num_ranks: int, function: Callable[[World], Any], *, errors: bool = False, **options: Any
+    num_ranks: int,
+    function: Callable[[World], Any],
+    *,
+    errors: bool = False,
+    new: bool = False,
+    **options: Any,
 ) -> list[Any]:
     """What ``function(world)`` returns on each of that many gloo ranks; its first error is raised here.
 
     errors   are values like others
+    new      the ranks are new processes, not forks: they hold no memory of this one.  ``function`` is pickled
     options  of ``distributed``
     """
+    start = SPAWN if new else FORK
     gc.collect()  # a process group of this process, collected in a rank, would wait for threads that are not there
     port = _free_port()
     pipes, processes = [], []
     for rank in range(num_ranks):
-        receiver, sender = FORK.Pipe(duplex=False)
-        process = FORK.Process(target=_rank, args=(rank, num_ranks, port, function, sender, options))
+        receiver, sender = start.Pipe(duplex=False)
+        process = start.Process(target=_rank, args=(rank, num_ranks, port, function, sender, options))
         process.start()
         sender.close()
         pipes.append(receiver)

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stage2_runs import make_recipe, on_ranks, run_alone
 from transformers import AutoTokenizer
 
 from shared.errors import DataError, FileError, RecipeError, TrainingError
+from shared.recipes import Recipe
 from shared.runtime import World
 from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
@@ -50,36 +52,43 @@ def change_row(data: Path, row: int, *, name: str = "train", **values: Any) -> N
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
 
 
-def with_little_memory(function: Callable[[World], Any], *, mib: int) -> Callable[[World], Any]:
-    """So many MiB beside what the process has already, of address space."""
+def with_little_memory(function: Callable[[World], Any], world: World, *, mib: int) -> Any:
+    """So many MiB beside what the process has already, of address space.
 
-    def limited(world: World) -> Any:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + mib * MIB, resource.RLIM_INFINITY))
-        return function(world)
+    For a new process: a fork of one that has run other tests has what they freed, and that is reused first.
+    """
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + mib * MIB, resource.RLIM_INFINITY))
+    return function(world)
 
-    return limited
+
+def trained(recipe: Recipe, world: World) -> int:
+    return train(recipe, world, resume=False)
 
 
-@pytest.mark.parametrize(("split", "mib"), [("train", 400), ("validation", 150)])
+def captured(recipe: Recipe, world: World) -> Any:
+    return capture(recipe, world, StopRequest())
+
+
+@pytest.mark.parametrize(("split", "mib"), [("train", 1200), ("validation", 1200)])
 def test_a_question_of_20000_words_is_named(
     tree: dict[str, Any], tmp_path: Path, split: str, mib: int
 ) -> None:
     change_row(tmp_path / "data", 1, name=split, question="which plane " * 10_000)
     recipe = make_recipe(tree)
-    limited = with_little_memory(lambda world: train(recipe, world, resume=False), mib=mib)
+    limited = partial(with_little_memory, partial(trained, recipe), mib=mib)
     with pytest.raises(TrainingError, match=rf"(?s)do not fit into memory.*split {split}, row 1\b.*Lower"):
-        on_ranks(1, limited)
+        on_ranks(1, limited, new=True)
 
 
 def test_a_question_of_20000_words_is_named_by_the_capture(tree: dict[str, Any], tmp_path: Path) -> None:
     change_row(tmp_path / "data", 1, question="which plane " * 10_000)
     recipe = make_recipe(tree)
-    limited = with_little_memory(lambda world: capture(recipe, world, StopRequest()), mib=400)
+    limited = partial(with_little_memory, partial(captured, recipe), mib=700)
     with pytest.raises(
         TrainingError, match=r"split train, row 1: one sequence of [0-9]+ tokens does not fit"
     ):
-        on_ranks(1, limited)
+        on_ranks(1, limited, new=True)
 
 
 def test_a_teacher_that_gives_no_numbers_names_the_row(
