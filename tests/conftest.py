@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
+import hypothesis
 import pytest
 import torch.distributed as dist
 from samples import ANSWERS, PLAIN_CHAT, QUESTIONS, make_examples, write_vqa_folder
@@ -34,6 +35,10 @@ from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import Example
 from shared.recipes import DataConfig, Recipe
 from shared.small_models import make_small_model, train_tokenizer
+
+# How long an example takes says more about what else the machine does than about the code.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 def _named_alike(init: Callable[..., None]) -> Callable[..., None]:

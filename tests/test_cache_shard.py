@@ -32,7 +32,7 @@ def rows(draw, num_temperatures: int) -> Row:
 
 
 @given(data=st.data(), num_temperatures=st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_come_back_as_they_were(data: st.DataObject, num_temperatures: int) -> None:
     written = data.draw(st.lists(rows(num_temperatures), max_size=6))
     metadata = {"unit": "u", "skipped": [], "text": "\u00e4"}

@@ -98,7 +98,7 @@ def test_decode_gives_back_what_was_encoded(policy: Policy, temperatures: tuple[
         assert torch.equal(found.weights(temperature), targets.weights(temperature))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from(_CASES),
     st.lists(st.integers(0, 9), min_size=1, max_size=8),
@@ -118,7 +118,7 @@ def test_rows_encoded_together_are_rows_encoded_apart(
     _assert_same_but_entropy(found, targets)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.dictionaries(st.integers(0, (1 << 30) - 1), st.integers(1, 65535), max_size=12), max_size=6)
 )

@@ -156,7 +156,7 @@ def test_every_answer_and_its_end_of_turn_are_labels(student_folder: Path, turns
     assert torch.equal(last.encode(example).input_ids, encoded.input_ids)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.lists(TEXTS, min_size=4, max_size=4))
 def test_ordinary_texts_of_any_kind(
     processor: ExampleProcessor, student_folder: Path, texts: list[str]
@@ -179,7 +179,7 @@ def _plain(folder: Path) -> Any:
 MARKED = st.lists(st.sampled_from([*MARKERS, "a", " b", "\u00e9"]), min_size=1, max_size=3).map("".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(MARKED, min_size=5, max_size=5))
 def test_markers_in_any_turn_stay_text(processor: ExampleProcessor, texts: list[str]) -> None:
     first, second, third, fourth, told = texts

@@ -50,7 +50,7 @@ def test_no_deal_takes_longer_than_one_by_number(lengths: list[int], num_ranks: 
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6), num_ranks=st.integers(1, 3))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_one_round_is_the_best_one(lengths: list[int], num_ranks: int) -> None:
     """Against every way of giving sequences to ranks at once."""
 

@@ -299,7 +299,7 @@ def test_gradient_of_kl_is_that_of_soft_cross_entropy() -> None:
     torch.testing.assert_close(grad_kl, grad_ce, rtol=1e-5, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     num_positions=st.integers(1, 12),
     chunk_size=st.integers(1, 14),

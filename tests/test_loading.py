@@ -24,7 +24,7 @@ class Item:
     more: list[Tensor]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), max_size=6))
 def test_values_come_back_bit_for_bit(kinds: list[tuple[torch.dtype, list[int]]]) -> None:
     tensors = [(torch.rand(shape) * 200).to(dtype) for dtype, shape in kinds]

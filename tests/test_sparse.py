@@ -549,7 +549,7 @@ def test_a_gpu_draws_the_same(policy: Policy) -> None:
 # Slicing.
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 12), st.sampled_from(_POLICIES), st.data())
 def test_slices_and_selections_are_those_of_lists(
     num_positions: int, policy: Policy, data: st.DataObject
