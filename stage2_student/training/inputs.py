@@ -21,6 +21,7 @@ from stage2_student.runs.identity import run_identity
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.data_change import keep_rows
 from stage2_student.training.feed import MicrobatchSource
+from stage2_student.training.order import ORDER
 from stage2_student.training.student import KL_TEMPERATURE
 from stage2_student.training.survey import Survey, survey_once
 
@@ -75,6 +76,7 @@ class Inputs:
     def identity(self, recipe: Recipe) -> dict[str, Any]:
         """What a checkpoint says it was trained on: by content, so that folders may move."""
         contents = {
+            "order": ORDER,
             "data.train": self.train.fingerprint,
             "data.validation": None if self.validation is None else self.validation.fingerprint,
             "tokenizer": self.processor.tokenizer_fingerprint,

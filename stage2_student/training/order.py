@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from shared.dealing import Deal, Limits, deal, padding_share, waiting_share
+from shared.permutation import Permutation, stream
 from shared.recipes import OptimizationConfig, Recipe
 
 DEFAULT_MICROBATCH_TOKENS = 4096
 MAX_COUNTED = 200
+ORDER = "Feistel network, 24 rounds"  # a run whose steps come in another order cannot go on
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,13 @@ class StepShape:
         return -(-self.num_examples // self.global_batch_size)
 
 
-@lru_cache(maxsize=2)
-def epoch_order(*, seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    """(num_examples,) int64, read-only, a permutation: the examples sorted by a hash of (seed, epoch, example).
+def epoch_order(*, seed: int, epoch: int, num_examples: int) -> Permutation:
+    """Of all examples, one place at a time.
 
     Ours rather than NumPy's: a shuffle of theirs may change with a version, and a run resumed after an
     upgrade must go on in the same order.
     """
-    stream = _mix(_mix(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
-    order = np.argsort(_mix(stream ^ _mix(np.arange(num_examples, dtype=np.uint64))), kind="stable")
-    order.setflags(write=False)  # all callers of one epoch get the same array
-    return order
+    return Permutation(num_examples, key=stream(seed, epoch))
 
 
 def step_examples(step: int, shape: StepShape) -> np.ndarray:
@@ -73,7 +70,7 @@ def step_examples(step: int, shape: StepShape) -> np.ndarray:
     epoch, step_in_epoch = divmod(step, shape.num_steps_per_epoch)
     order = epoch_order(seed=shape.seed, epoch=epoch, num_examples=shape.num_examples)
     begin = step_in_epoch * shape.global_batch_size
-    return order[begin : begin + shape.global_batch_size]
+    return order[np.arange(begin, min(begin + shape.global_batch_size, shape.num_examples))]
 
 
 def dealt(
@@ -109,15 +106,6 @@ def _slots_of(
     shortest = int(min(examples, key=lambda example: lengths[example]))
     mine = [batches[rank] for batches in rounds]
     return [Slot(step, batch) if batch else Slot(step, (shortest,), counts=False) for batch in mine]
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer, a bijection of 64 bits.  Source: Steele, Lea, Flood, OOPSLA 2014, figure 16."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
 
 
 def step_shape(recipe: Recipe, num_examples: int) -> StepShape:
