@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from shared.errors import RecipeError, TeachonceError, TrainingError
+from shared.errors import RecipeError, TeachonceError, TrainingError, shortened
 from shared.library_output import quiet_libraries
 
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -48,6 +48,8 @@ LOST_CONNECTION = (
     "Broken pipe",
 )
 NEVER_CAME = ("socket has timed out", "waiting for clients", "Connect timeout", "Connection refused")
+CANNOT_LISTEN = "failed to listen"
+PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
 
 Value = TypeVar("Value")
 
@@ -187,10 +189,19 @@ def distributed(
 
 def _join(device: torch.device, limit: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=limit)
-    else:
+    if "RANK" not in os.environ:
         dist.init_process_group(backend, timeout=limit, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    try:
+        dist.init_process_group(backend, timeout=limit)
+    except (ValueError, dist.DistNetworkError) as error:  # a variable, or the place that they name
+        if not isinstance(error, ValueError) and CANNOT_LISTEN not in str(error):
+            raise
+        found = ", ".join(f"{name}={os.environ.get(name)}" for name in PLACE)
+        raise RecipeError(
+            f"this process cannot meet the others of its job ({found}): {shortened(str(error))}. Start it with "
+            "torchrun, on another --master-port where this one is taken; alone, it needs none of these variables"
+        ) from error
 
 
 @contextmanager

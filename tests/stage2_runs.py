@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from rendezvous import Rendezvous
 
 from shared.cache import CacheReader
 from shared.recipes import Recipe, dump_recipe
@@ -68,11 +68,12 @@ def on_ranks(
     """
     start = SPAWN if new else FORK
     gc.collect()  # a process group of this process, collected in a rank, would wait for threads that are not there
-    port = _free_port()
+    rendezvous = Rendezvous()
     pipes, processes = [], []
     for rank in range(num_ranks):
         receiver, sender = start.Pipe(duplex=False)
-        process = start.Process(target=_rank, args=(rank, num_ranks, port, function, sender, options))
+        environment = rendezvous.environment(rank, num_ranks)
+        process = start.Process(target=_rank, args=(rank, environment, function, sender, options))
         process.start()
         sender.close()
         pipes.append(receiver)
@@ -179,14 +180,12 @@ def _timeless(record: dict[str, Any]) -> dict[str, Any]:
 
 def _rank(
     rank: int,
-    num_ranks: int,
-    port: int,
+    environment: dict[str, str],
     function: Callable[[World], Any],
     sender: Any,
     options: dict[str, Any],
 ) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= environment
     try:
         with distributed(device="cpu", **options) as world:
             result = function(world)
@@ -209,9 +208,3 @@ def _receive(pipe: Any, process: Any) -> Any:
     except EOFError:
         process.join()
         return RuntimeError(f"a rank ended with status {process.exitcode} without a result")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from stage2_runs import on_ranks
 
-from shared.errors import DataError, TrainingError
+from shared.errors import DataError, RecipeError, TrainingError
 from shared.runtime import World, distributed
 from shared.stopping import GO_ON, SIGNALS, command_to_go_on, stop_on_signals
 
@@ -147,6 +147,34 @@ def test_a_rank_whose_peer_never_comes_ends_with_one_error(
         distributed(device="cpu", collective_timeout_s=1),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"MASTER_PORT": "TAKEN"}, "address already in use"),
+        ({"MASTER_PORT": "here"}, "here"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR expected"),
+        ({"WORLD_SIZE": "two"}, "two"),
+    ],
+)
+def test_a_place_where_ranks_cannot_meet_is_one_error(
+    changed: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | changed
+        for name, value in place.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, port if value == "TAKEN" else value)
+        with pytest.raises(RecipeError) as refused, distributed(device="cpu", collective_timeout_s=1):
+            pass
+    assert said in str(refused.value)
+    assert "torchrun" in str(refused.value)
 
 
 @pytest.mark.parametrize("doomed", [0, 1])

@@ -13,7 +13,6 @@ import ctypes
 import os
 import resource
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 import stage1_teacher.__main__ as teacher_cache
 import stage2_student.__main__ as train_student
 from shared import cli
+from tests.rendezvous import Rendezvous
 
 GROUPS = {"teacher-cache": teacher_cache.commands, "train-student": train_student.commands}
 LIMIT_S = 90.0
@@ -50,6 +50,7 @@ class Running:
     pid: int
     output: Path
     rank: int = 0
+    rendezvous: Rendezvous | None = None  # must last as long as the process
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
@@ -90,18 +91,20 @@ def start_ranks(
     program: str, arguments: Sequence[str], num_ranks: int, *, before: Callable[[int], None] | None = None
 ) -> list[Running]:
     """Begins a command on several processes, as torchrun does."""
-    port = free_port()
+    rendezvous = Rendezvous()
 
     def prepare(rank: int) -> None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= rendezvous.environment(rank, num_ranks)
         if before is not None:
             before(rank)
 
-    return [
+    running = [
         start(program, arguments, before=lambda rank=rank: prepare(rank))  # type: ignore[misc]
         for rank in range(num_ranks)
     ]
+    for one in running:
+        one.rendezvous = rendezvous
+    return running
 
 
 def spawn(work: Callable[[], int], *, before: Callable[[], None] | None = None) -> Running:
@@ -189,9 +192,3 @@ def limit_memory(more_bytes: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + more_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
