@@ -14,7 +14,7 @@ STAGES = {"stage1_teacher", "stage2_student"}
 
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
-    {"dealing", "errors", "library_output", "threads", "vouched"},
+    {"arrow_messages", "dealing", "errors", "library_output", "threads", "vouched"},
     {"regular_files"},
     {"recipes", "runtime", "progress"},
     {"stopping"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import resource
@@ -292,3 +293,78 @@ def test_a_stream_with_a_dictionary(tmp_path: Path) -> None:
     with pa.ipc.new_stream(path, pa.schema([("x", column.type)])) as stream:
         stream.write_batch(pa.record_batch([column], names=["x"]))
     assert TableRows.open([path], folder=tmp_path)[1] == {"x": "b"}
+
+
+ODD = {
+    "a time that no Python type holds": pa.array([2**62], pa.timestamp("s")),
+    "a zone that is not known": pa.array([1], pa.timestamp("us", tz="Mars/Phobos")),
+    "a day beyond all calendars": pa.array([2**30], pa.date32()),
+    "a duration that is too long": pa.array([2**62], pa.duration("s")),
+    "bytes that are no text": pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pa.py_buffer(b"\xff")]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_value_that_cannot_be_shown_is_an_error_of_its_row(name: str, tmp_path: Path) -> None:
+    odd = table(["axial"]).append_column("mode", ODD[name])
+    with pa.ipc.new_file(tmp_path / "train.arrow", odd.schema) as file:
+        file.write_table(odd)
+    split = open_split(DataConfig(source=str(tmp_path)), "train")
+    with pytest.raises(DataError, match=r"train\.arrow, block 0: cannot be read"):
+        split[0]
+
+
+def test_a_name_of_two_columns_is_refused(tmp_path: Path) -> None:
+    twice = table(["axial"]).append_column("answer", pa.array(["coronal"]))
+    pq.write_table(twice, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="'answer' is the name of several columns"):
+        open_split(DataConfig(source=str(tmp_path)), "train")
+
+
+@pytest.mark.parametrize("features", [{"_type": "ClassLabel", "names": 5}, {"_type": "ClassLabel"}])
+def test_a_description_of_classes_that_names_none_is_passed_over(
+    features: dict[str, Any], tmp_path: Path
+) -> None:
+    described = json.dumps({"info": {"features": {"mode": features}}})
+    numbers = table(["axial"]).append_column("mode", pa.array([0]))
+    pq.write_table(numbers.replace_schema_metadata({"huggingface": described}), tmp_path / "train.parquet")
+    assert open_split(DataConfig(source=str(tmp_path)), "train")[0].kind == "0"
+
+
+@pytest.mark.parametrize("kind", ["file", "stream", "stream with a dictionary"])
+def test_a_batch_that_unfolds_too_far_is_refused_before_it_is_decoded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megabytes of zeros in some kilobytes."""
+    monkeypatch.setattr("shared.data.tables.MAX_BLOCK_BYTES", 1 << 24)
+    path, big = tmp_path / "train.arrow", pa.array([bytes(1 << 20)] * 24, pa.binary())
+    columns = {"x": big, "y": pa.array(["a"] * 24).dictionary_encode()}
+    batch = pa.record_batch({"x": big} if kind == "stream" else columns)
+    del columns, big
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    make = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    with make(path, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    del batch
+    assert path.stat().st_size < 1 << 16
+    before = pa.total_allocated_bytes()
+    with pytest.raises(DataError, match=r"unfolds to 25,16\d,.*at most 16,777,216.*fewer rows in each"):
+        TableRows.open([path], folder=tmp_path)[0]
+    assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+def test_repeated_values_of_a_row_group_do_not_take_all_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary's value takes a bit or two in each row."""
+    monkeypatch.setattr("shared.data.tables.MAX_BLOCK_BYTES", 1 << 24)
+    path, column = tmp_path / "train.parquet", pa.array([bytes(1 << 20)] * 200, pa.binary())
+    pq.write_table(pa.table({"x": column}), path, dictionary_pagesize_limit=1 << 30)
+    del column
+    assert path.stat().st_size < 1 << 18
+    rows, before = TableRows.open([path], folder=tmp_path), pa.total_allocated_bytes()
+    with pytest.raises(DataError, match=r"row group 0 unfolds to more than .*fewer rows in each"):
+        rows[0]
+    assert pa.total_allocated_bytes() - before < 1 << 20

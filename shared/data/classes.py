@@ -31,8 +31,8 @@ def named(value: Any, described: Any) -> Any:
         return value
     kind = described.get("_type")
     if kind == "ClassLabel":
-        names = described.get("names") or []
-        if isinstance(value, bool) or not isinstance(value, int) or not names:
+        names = described.get("names")
+        if isinstance(value, bool) or not isinstance(value, int) or not isinstance(names, list) or not names:
             return value
         return names[value] if 0 <= value < len(names) else None
     inner = described.get("feature") if kind in _LISTS else described

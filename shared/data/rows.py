@@ -19,7 +19,7 @@ from typing import Any, Self
 from shared.data.conversations import FORMS, READERS, Conversation, Form, Turn, majority, question_answer
 from shared.data.pictures import listed_pictures, picture_bytes
 from shared.data.sources import Rows, choose, open_rows
-from shared.data.texts import required_text
+from shared.data.texts import require_unicode, required_text
 from shared.errors import DataError
 from shared.recipes import DataConfig, Split
 
@@ -116,8 +116,8 @@ class VqaSplit:
                 for number, picture in enumerate(read.pictures, start=1)
             ),
             turns=read.turns,
-            kind=_label(value.get("kind")),
-            case=_label(value.get("case")),
+            kind=_label(value.get("kind"), "kind", where),
+            case=_label(value.get("case"), "case", where),
             index=index,
             where=where,
             form=form,
@@ -239,5 +239,7 @@ def _named(data: DataConfig) -> set[str]:
     return {name for name, column in data.columns.model_dump().items() if column != fields[name].default}
 
 
-def _label(value: Any) -> str:
-    return "" if value is None else str(value)
+def _label(value: Any, what: str, where: str) -> str:
+    text = "" if value is None else str(value)
+    require_unicode(text, what, where=where)
+    return text

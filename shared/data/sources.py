@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from shared.data.classes import described_classes, named
 from shared.data.json_rows import SUFFIXES as JSON_SUFFIXES
 from shared.data.json_rows import JsonRows
 from shared.data.tables import TableRows
-from shared.errors import DataError, NotAFileError, shortened
+from shared.errors import DataError, NotAFileError, TeachonceError, shortened
 from shared.places import require_hub_asked_once, require_no_typo, why
 from shared.regular_files import read_regular, refuse_irregular, refuse_irregular_members
 
@@ -44,6 +44,7 @@ _SHARD_NUMBERS = re.compile(
     r"[-_.]?\d+([-_]of[-_]\d+(-[0-9a-f]{10,})?)?$"
 )  # older files on the Hub end in a hash
 MAX_NAMES = 20  # told in a message
+MAX_FOLDERS = 10_000  # of a source
 MAX_PARTS = 1_000_000  # of a split; a name that says more is not worth counting through
 _SHARD_OF = re.compile(r"^(.*?)[-_.]?(\d+)[-_]of[-_](\d+)(?:-[0-9a-f]{10,})?$")
 
@@ -118,10 +119,10 @@ def open_rows(source: str, *, split: str, revision: str | None = None, splits: I
             return _open_files(path, split, {split, *splits})
         require_hub_asked_once()
         return DatasetRows(datasets.load_dataset(source, revision=revision, split=split), None)
-    except DataError:
-        raise
     except NotAFileError as error:
         raise DataError(f"data.source {source}: {error}") from error
+    except TeachonceError:
+        raise
     except Exception as error:  # datasets raises errors of a dozen libraries
         reason = shortened(why(source, error))
         raise DataError(f"split {split!r} of data.source {source}: cannot be opened: {reason}") from error
@@ -184,8 +185,7 @@ def _stem(file: Path) -> str:
 
 
 def _data_files(path: Path) -> list[Path]:
-    found = sorted(file for file in path.rglob("*") if not file.is_dir()) if path.is_dir() else [path]
-    visible = [f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+    visible = sorted(_files_below(path)) if path.is_dir() else [path]
     for suffixes in _KINDS:
         if files := [file for file in visible if file.name.endswith(suffixes)]:
             for file in files:
@@ -193,6 +193,30 @@ def _data_files(path: Path) -> list[Path]:
             return files
     needed = ", ".join(f"*{suffix}" for suffixes in _KINDS for suffix in suffixes)
     raise DataError(f"data.source {path}: no data file; needed {needed}")
+
+
+def _files_below(source: Path) -> Iterator[Path]:
+    """All files but hidden ones, links to other folders followed.
+
+    Raises   OSError    naming a folder that cannot be read: its rows would be missing without a word
+             DataError  for more folders than a data set has, as links make of a few
+    """
+    pending, num_folders = [(source, frozenset[Path]())], 0
+    while pending:
+        folder, above = pending.pop()
+        num_folders += 1
+        if num_folders > MAX_FOLDERS:
+            raise DataError(
+                f"data.source {source}: more than {MAX_FOLDERS:,} folders; name the one with the data"
+            )
+        above |= {folder.resolve()}
+        for entry in folder.iterdir():
+            if entry.name.startswith(".") or entry.name == "lost+found":  # of a disk
+                continue
+            if not entry.is_dir():
+                yield entry
+            elif entry.resolve() not in above:  # or it is a link to a folder that it lies in
+                pending.append((entry, above))
 
 
 def _split_names(file: Path, source: Path) -> list[str]:

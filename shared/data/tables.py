@@ -3,7 +3,8 @@
     rows = TableRows.open([Path("train-0.parquet"), Path("train-1.parquet")], folder=Path("."))
     rows.select(["question", "answer"])[17]
 
-Arrow files are memory-mapped.  Parquet is read a row group at a time, and the last groups are kept.  A row group
+Arrow files are memory-mapped.  Parquet is read a row group at a time, and the last groups are kept.  What is
+compressed may unfold to ``MAX_BLOCK_BYTES`` at a time, and to nothing beyond.  A row group
 of more than ``MAX_GROUP_BYTES`` would be decoded again for nearly every row of a shuffled epoch, so such a file
 is copied once to a memory-mapped Arrow file.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shared.arrow_messages import MALFORMED, blocks, decoded_bytes
 from shared.data.classes import described_classes, named
 from shared.data.copies import Stamp, kept_copy
-from shared.errors import DataError, FileError
+from shared.errors import DataError, FileError, TeachonceError
 
 MAX_GROUP_BYTES = 64 * 2**20  # of the columns in use, decoded
+MAX_BLOCK_BYTES = 2**30
 MAX_OPEN_FILES = 64  # of each process, whose limit is often 1,024 descriptors
 MAX_KEPT_BYTES = 128 * 2**20  # of decoded blocks, for each process
+# What Arrow, and Python's own types, raise for damage and for values that they cannot hold.
+UNREADABLE = (pa.ArrowException, ArithmeticError, ImportError, LookupError, OSError, ValueError)
 END_OF_STREAM = (
     b"\xff\xff\xff\xff\x00\x00\x00\x00",
     b"\x00\x00\x00\x00",
@@ -63,6 +68,11 @@ class TableFile:
             sizes = tuple(group.num_rows for group in groups)
             num_bytes = tuple(_column_bytes(group) for group in groups)
         return cls(path, stamp, tuple(schema.names), _classes(schema), sizes, num_bytes)
+
+    def rows_together(self, block: int, columns: Sequence[str]) -> int:
+        """So many rows that not even the largest value in each of them exceeds ``MAX_BLOCK_BYTES``."""
+        largest = max((self.block_bytes[block].get(name, 0) for name in columns), default=0)
+        return max(1, min(self.block_rows[block], MAX_BLOCK_BYTES // max(largest, 1)))
 
     def require_unchanged(self) -> None:
         """Raises   FileError  when the file is not the one that was described"""
@@ -131,7 +141,9 @@ class TableRows:
         try:
             one = self._block(number, block).slice(index - begin, 1)
             row = one.select(self.columns).to_pylist()[0]
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except TeachonceError:
+            raise
+        except UNREADABLE as error:
             raise DataError(f"{file.path}, block {block}: cannot be read ({_first_line(error)})") from error
         return {name: named(row[name], file.classes.get(name)) for name in self.columns}
 
@@ -139,7 +151,15 @@ class TableRows:
         return self.folder
 
     def select(self, columns: Sequence[str]) -> TableRows:
-        """The same rows with some of the columns; the others are not read."""
+        """The same rows with some of the columns; the others are not read.
+
+        Raises   DataError  when one of them stands twice
+        """
+        for file in self.files:
+            if twice := sorted(name for name in columns if file.columns.count(name) > 1):
+                raise DataError(
+                    f"{file.path}: {twice[0]!r} is the name of several columns. Rename all but one"
+                )
         return replace(self, columns=list(columns), _opened=OrderedDict(), _kept=OrderedDict())
 
     def _block(self, number: int, block: int) -> pa.Table | pa.RecordBatch:
@@ -171,7 +191,23 @@ def _opened(file: TableFile, columns: list[str]) -> OpenFile:
     if largest > MAX_GROUP_BYTES:
         return _as_blocks(_mapped_copy(file), file.block_rows)
     parquet = pq.ParquetFile(file.path)
-    return OpenFile(lambda block: parquet.read_row_group(block, columns, use_threads=False), parquet.close)
+    return OpenFile(lambda block: _row_group(file, parquet, block, columns), parquet.close)
+
+
+def _row_group(file: TableFile, parquet: pq.ParquetFile, block: int, columns: list[str]) -> pa.Table:
+    """A few rows at a time, so that repeated values, which take a bit each in the file, cannot take all memory.
+
+    Raises   DataError  when they unfold to more than ``MAX_BLOCK_BYTES``
+    """
+    batches, total = [], 0
+    for batch in parquet.iter_batches(
+        file.rows_together(block, columns), row_groups=[block], columns=columns, use_threads=False
+    ):
+        batches.append(batch)
+        total += batch.nbytes
+        if total > MAX_BLOCK_BYTES:
+            raise DataError(f"{file.path}: {_unfolds(f'row group {block}', f'more than {total:,}')}")
+    return pa.Table.from_batches(batches)
 
 
 def _as_blocks(copy: Path, sizes: Sequence[int]) -> OpenFile:
@@ -202,8 +238,10 @@ def _write_copy(file: TableFile, part: Path) -> None:
         pa.OSFile(str(part), "wb") as sink,
         pa.ipc.new_stream(sink, source.schema_arrow) as writer,  # not a file: its dictionaries may not change
     ):
-        for batch in source.iter_batches(batch_size=256, use_threads=False):
-            writer.write_batch(batch)
+        for block in range(len(file.block_rows)):
+            rows = min(256, file.rows_together(block, file.columns))
+            for batch in source.iter_batches(rows, row_groups=[block], use_threads=False):
+                writer.write_batch(batch)
     file.require_unchanged()
 
 
@@ -222,21 +260,59 @@ def _open_arrow(path: Path) -> tuple[OpenFile, int, pa.Schema]:
                 f"{path}: the Arrow stream has no end mark; the file was cut, or is no Arrow file"
             ) from None
         mapped.seek(0)
-        return _open_stream(mapped)
-    return OpenFile(reader.get_batch, mapped.close), reader.num_record_batches, reader.schema
+        return _open_stream(mapped, path)
+    data = memoryview(mapped.read_buffer())
+
+    def batch(number: int) -> pa.RecordBatch:
+        _require_bounded(path, lambda: _messages_of_file(data, number))
+        return reader.get_batch(number)
+
+    return OpenFile(batch, mapped.close), reader.num_record_batches, reader.schema
 
 
-def _open_stream(mapped: pa.MemoryMappedFile) -> tuple[OpenFile, int, pa.Schema]:
+def _open_stream(mapped: pa.MemoryMappedFile, path: Path) -> tuple[OpenFile, int, pa.Schema]:
     """A batch is decoded when it is asked for: compressed ones would take the memory of all rows at once."""
     described, *messages = pa.ipc.MessageReader.open_stream(mapped)
     if all(message.type == "record batch" for message in messages):
         schema = pa.ipc.read_schema(described)
-        opened = OpenFile(lambda block: pa.ipc.read_record_batch(messages[block], schema), mapped.close)
-        return opened, len(messages), schema
+
+        def batch(number: int) -> pa.RecordBatch:
+            _require_bounded(path, lambda: _parts(messages[number : number + 1]))
+            return pa.ipc.read_record_batch(messages[number], schema)
+
+        return OpenFile(batch, mapped.close), len(messages), schema
+    _require_bounded(path, lambda: _parts(messages))
     mapped.seek(0)  # dictionaries among them, which only a reader of the whole stream can take
     stream = pa.ipc.open_stream(mapped)
     batches = list(stream)
     return OpenFile(batches.__getitem__, mapped.close), len(batches), stream.schema
+
+
+def _messages_of_file(data: memoryview, number: int) -> Iterator[tuple[memoryview, memoryview]]:
+    """What Arrow decodes for one batch of a file: it, and before the first one all dictionaries."""
+    dictionaries, batches = blocks(data)
+    return (block.of(data) for block in (*dictionaries, batches[number]))
+
+
+def _parts(messages: Sequence[pa.Message]) -> Iterator[tuple[memoryview, memoryview]]:
+    return ((memoryview(message.metadata), memoryview(message.body)) for message in messages)
+
+
+def _require_bounded(path: Path, messages: Callable[[], Iterator[tuple[memoryview, memoryview]]]) -> None:
+    """Raises   DataError  before compressed messages are decoded that unfold to more than ``MAX_BLOCK_BYTES``"""
+    try:
+        total = sum(decoded_bytes(*parts) for parts in messages())
+    except MALFORMED as error:
+        raise DataError(f"{path}: no Arrow file: its metadata point outside of it. Fetch it again") from error
+    if total > MAX_BLOCK_BYTES:
+        raise DataError(f"{path}: {_unfolds('a batch of rows', f'{total:,}')}")
+
+
+def _unfolds(what: str, num_bytes: str) -> str:
+    return (
+        f"{what} unfolds to {num_bytes} bytes; at most {MAX_BLOCK_BYTES:,} are decoded together. Write the file with "
+        "fewer rows in each"
+    )
 
 
 def _column_bytes(group: Any) -> dict[str, int]:
