@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -45,10 +46,16 @@ FILE = HomePath(path_type=Path, dir_okay=False)  # to be written
 FOLDER = HomePath(path_type=Path, file_okay=False)  # to write into
 PATH = HomePath(path_type=Path)
 PLACE = Place()
-# What is wrong with a place that the user named, or with its disk.
-OF_FILES = {
+# What is wrong with a disk, or with the network that it is behind.
+OF_DISKS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
+    *(errno.ESTALE, errno.EREMOTEIO, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT),
+}
+# And with a place that the user named.
+OF_FILES = OF_DISKS | {
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ETXTBSY, errno.ENOTCONN),
+    *(errno.EMFILE, errno.ENFILE),
 }
 # As gloo says that another process of the job is gone.
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connect timeout")
@@ -105,9 +112,10 @@ def _status(group: click.Command, output: LibraryOutput) -> int:
             error.show()
         return error.exit_code
     except OSError as error:
-        if error.filename is None or error.errno not in OF_FILES:
+        told = _of_a_file(error)
+        if told is None:
             return _our_own_mistake(error, output)
-        tell_once(f"error: {error.filename}: {os.strerror(error.errno).lower()}", error)
+        tell_once(f"error: {told}", error)
         return os.EX_IOERR
     except (click.Abort, KeyboardInterrupt) as error:
         tell_once("aborted", error)
@@ -115,6 +123,19 @@ def _status(group: click.Command, output: LibraryOutput) -> int:
     except Exception as error:
         return _our_own_mistake(error, output)
     return status if isinstance(status, int) else 0
+
+
+def _of_a_file(error: OSError) -> str | None:
+    """What the system says of a file or a disk; None for what is no matter of files."""
+    reason = os.strerror(error.errno).lower() if error.errno is not None else ""
+    if error.filename is not None and error.errno in OF_FILES:
+        return f"{error.filename}: {reason}"
+    if error.filename is None and error.errno in OF_DISKS:  # of a write or a read, which know no name
+        return (
+            f"{reason}: the system does not say of which file. Look at the disks of the output, the cache and the "
+            f"run, and at {tempfile.gettempdir()}"
+        )
+    return None
 
 
 def _our_own_mistake(error: Exception, output: LibraryOutput) -> int:

@@ -21,13 +21,14 @@ class TeachonceError(ValueError):
     """Base of all errors whose message is meant for the user.
 
     Messages are kept, as reasons for rows left out, so the same fault must have the same message in every process:
-    addresses of objects, which libraries put into theirs, are taken out.
+    addresses of objects, which libraries put into theirs, are taken out.  And they must be Unicode: half of a
+    surrogate pair, as a file's name may hold, is written as an escape.
     """
 
     exit_status = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(_ADDRESS.sub("", message))
+        super().__init__(_ADDRESS.sub("", message).encode(errors="backslashreplace").decode())
 
 
 class RecipeError(TeachonceError):

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 from shared.recipes import Recipe, baseline_of, recipe_text
+from shared.regular_files import read_regular
 
 
 def has_results(folder: Path) -> bool:
     """Whether a run's folder holds its results, with answers to all that was to be asked."""
     try:
-        found = json.loads((folder / "results.json").read_bytes())
+        found = json.loads(read_regular(folder / "results.json"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and not found.get("unanswered")
@@ -26,8 +27,8 @@ def run_is_finished(recipe: Recipe) -> bool:
     if not has_results(folder) or (recipe.run.export and not (folder / "export").exists()):
         return False
     try:
-        return (folder / "recipe.yaml").read_text(encoding="utf-8") == recipe_text(recipe)
-    except (OSError, UnicodeDecodeError):
+        return read_regular(folder / "recipe.yaml").decode() == recipe_text(recipe)
+    except (OSError, ValueError):
         return False
 
 

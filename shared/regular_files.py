@@ -12,6 +12,8 @@ import errno
 import io
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import NotAFileError
@@ -49,8 +51,35 @@ def open_regular(path: str | Path, *, max_bytes: int | None = None) -> io.Buffer
 
 
 def read_regular(path: str | Path, *, max_bytes: int | None = None) -> bytes:
-    with open_regular(path, max_bytes=max_bytes) as stream:
+    with naming(path), open_regular(path, max_bytes=max_bytes) as stream:
         return stream.read()
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Gives an OSError the file's name where the system leaves it out, as when a read or a write fails."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """A file that the user has named, at once or not at all; a pipe or a device, as ``/dev/stdout``, is written to.
+
+    Its folder is made where it is missing.
+    """
+    with naming(path):
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as stream:
+                stream.write(data)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(data)
+        os.replace(partial, path)
 
 
 def refuse_irregular(path: str | Path) -> None:

@@ -19,6 +19,7 @@ from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on, s
 from stage2_student.evaluation.summary import print_summary, summarize
 from stage2_student.publishing.card import refresh_card, write_sources
 from stage2_student.runs.checkpoint import Checkpoint
+from stage2_student.runs.identity import settings_of_rows
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.runs.tracking import open_trackers, require_trackers
 from stage2_student.training.data_change import accept_data_change as accept
@@ -65,7 +66,11 @@ def _train(
         return stopped("nothing new is done; what was saved before is kept.", world)
     plan = Plan.of(recipe, num_examples=inputs.train.num_examples)
     before = plan_so_far(folder, num_examples=inputs.train.num_examples)
-    checkpoint = folder.newest(inputs.identity(recipe), accept_data_change=accept_data_change)
+    checkpoint = folder.newest(
+        inputs.identity(recipe),
+        accept_data_change=accept_data_change,
+        settings=settings_of_rows(None if before is None else before.recipe, recipe),
+    )
     changes = [] if checkpoint is None else changed_rows(recipe, folder, checkpoint, inputs, world)
     results = folder.read_results()
     if results is not None and results["step"] >= plan.num_steps and not results.get("unanswered"):

@@ -145,3 +145,14 @@ run(click.Command("write", callback=lambda: open({place!r}, "w")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (74, f"error: {place}: not a directory\n")
+
+
+def test_a_full_disk_of_which_the_system_tells_no_name_is_one_message() -> None:
+    code = """
+import click
+from shared.cli import run
+run(click.Command("write", callback=lambda: open("/dev/full", "w").write("x" * 100_000)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 74
+    assert done.stderr.startswith("error: no space left on device: the system does not say of which file. ")

@@ -287,3 +287,53 @@ def test_a_cache_of_other_targets_is_another_run(
 def captured(recipe: Recipe) -> None:
     with distributed(device="cpu") as world:
         assert capture(recipe, world, StopRequest()) == 0
+
+
+def test_a_cache_that_others_have_added_to_is_the_same_cache(
+    tree: dict[str, Any], tmp_path: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree |= {
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": str(tmp_path / "cache"), "num_workers": 0, "splits": ["train"]},
+        "loss": {"kd_ratio": 0.5},
+    }
+    tree["data"]["splits"] = {"train": "train", "validation": None}
+    begun = make_recipe(tree, data__limit=8, optimization__num_epochs=0.5, optimization__schedule="constant")
+    recipe = make_recipe(tree, data__limit=8, optimization__schedule="constant")
+    captured(begun)
+    assert run_alone(begun) == 0
+    captured(make_recipe(tree))  # another recipe, of all rows
+    capsys.readouterr()
+    assert go_on(recipe, accept=False) == 0
+    assert (
+        "other examples are in it than before; its teacher and targets are the same"
+        in capsys.readouterr().out
+    )
+    tree["cache"] |= {"path": str(tmp_path / "other"), "seed": 5}
+    other = make_recipe(tree, data__limit=8, optimization__schedule="constant")
+    captured(other)
+    with pytest.raises(CheckpointError, match="the cache has other targets"):
+        go_on(other)
+
+
+def test_another_choice_of_answers_is_no_mended_row(
+    tree: dict[str, Any], tmp_path: Path, mixed_folder: Path
+) -> None:
+    rows = [json.loads(line) for line in (mixed_folder / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        for message in row["messages"]:
+            for part in message["content"] if isinstance(message["content"], list) else []:
+                if part["type"] == "image":
+                    part["image"] = str(mixed_folder / part["image"])
+        row["messages"] += [row["messages"][0], {"role": "assistant", "content": "CT"}]
+    source = tmp_path / "chats.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree["data"] |= {"source": str(source), "splits": {"train": "train", "validation": None}}
+    assert run_alone(make_recipe(tree, optimization__num_epochs=1 / 3)) == 0
+    last = make_recipe(tree, data__train_on="last")
+    for accept in (False, True):
+        with pytest.raises(
+            CheckpointError, match=r"data\.train_on: the run has 'all', now it is 'last'"
+        ) as raised:
+            go_on(last, accept=accept)
+        assert "Give the settings back, or another run.name" in str(raised.value)

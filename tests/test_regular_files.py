@@ -17,9 +17,11 @@ from shared.cache import CacheReader
 from shared.data.processing import open_processor
 from shared.data.rows import open_split
 from shared.errors import CacheFormatError, CheckpointError, DataError, NotAFileError, RecipeError
+from shared.finished import run_is_finished
 from shared.models.vlm import load_config
-from shared.recipes import DataConfig, load_recipe
-from shared.regular_files import open_regular, read_regular
+from shared.recipes import DataConfig, load_recipe, recipe_text
+from shared.regular_files import open_regular, read_regular, write_output
+from stage2_student.runs.files import JsonLines
 from stage2_student.runs.run_folder import RunFolder
 
 
@@ -140,3 +142,36 @@ def test_a_runs_file(tmp_path: Path, name: str) -> None:
     read = folder.read_results if name == "results.json" else folder.read_metrics
     with pytest.raises((CheckpointError, NotAFileError), match=r"is a named pipe, not a file"):
         read()
+
+
+@pytest.mark.parametrize("name", ["results.json", "recipe.yaml"])
+def test_whether_a_run_is_finished(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe("phantom", overrides=(f"run.root={tmp_path}", "run.name=run", "run.export=false"))
+    recipe.run.path.mkdir()
+    (recipe.run.path / "results.json").write_text("{}")
+    (recipe.run.path / "recipe.yaml").write_text(recipe_text(recipe))
+    assert run_is_finished(recipe)
+    (recipe.run.path / name).unlink()
+    os.mkfifo(recipe.run.path / name)
+    assert not run_is_finished(recipe)
+
+
+def test_an_output_is_replaced_at_once_and_a_pipe_or_a_device_is_written_to(tmp_path: Path) -> None:
+    """To take the place of /dev/stdout would take it away from everybody."""
+    write_output(tmp_path / "new" / "page.html", b"one")
+    write_output(tmp_path / "new" / "page.html", b"two")
+    assert [path.read_bytes() for path in (tmp_path / "new").iterdir()] == [b"two"]
+    link = tmp_path / "null"
+    link.symlink_to("/dev/null")
+    write_output(link, b"three")
+    assert link.is_symlink()
+    with pytest.raises(OSError, match=r"page\.html"):
+        write_output(tmp_path / "new" / "page.html" / "x", b"four")
+
+
+def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="full") as raised:
+        JsonLines(full).append({"event": "x", "step": 1})
+    assert raised.value.filename == str(full)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -284,3 +286,69 @@ def test_a_zstd_bomb_is_unpacked_in_small_parts(tmp_path: Path) -> None:
     parts = list(map(len, _of_zstd(io.BytesIO(packed), tmp_path)))
     assert sum(parts) == 256 * 2**20
     assert max(parts) <= 64 * 2**20
+
+
+LINE = json.dumps({"image": "0.png", "question": "Which plane?", "answer": "axial"}) + "\n"
+
+
+def test_links_to_folders_are_followed_and_circles_end(tmp_path: Path) -> None:
+    elsewhere, source = tmp_path / "elsewhere", tmp_path / "data"
+    for folder in (elsewhere, source / "train"):
+        folder.mkdir(parents=True)
+    (elsewhere / "more.jsonl").write_text(LINE)
+    (source / "train" / "part.jsonl").write_text(LINE)
+    (source / "train" / "linked").symlink_to(elsewhere)
+    (source / "train" / "circle").symlink_to(source)
+    (source / "loop").symlink_to(source / "loop")
+    assert len(open_rows(str(source), split="train")) == 2
+
+
+def test_folders_without_end_are_refused(tmp_path: Path) -> None:
+    """Each level links twice to the next."""
+    for level in range(20):
+        (tmp_path / f"{level}").mkdir()
+        for name in ("a", "b"):
+            (tmp_path / f"{level}" / name).symlink_to(tmp_path / f"{level + 1}")
+    (tmp_path / "20").mkdir()
+    (tmp_path / "20" / "train.jsonl").write_text(LINE)
+    with pytest.raises(DataError, match="more than 1,000 links to folders; name the one with the data"):
+        open_rows(str(tmp_path / "0"), split="train")
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root everything can be read; so the system's refusal is made here."""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "train.jsonl").write_text(LINE)
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"Permission denied: .*closed"):
+        open_rows(str(tmp_path), split="train")
+
+
+def test_a_copy_that_fails_is_no_fault_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TEACHONCE_COPIES", str(tmp_path / "file" / "copies"))
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(LINE.encode()))
+    with pytest.raises(FileError, match=r"no copy of .*set TEACHONCE_COPIES to another folder"):
+        open_rows(str(tmp_path / "train.jsonl.gz"), split="train")
+
+
+def test_half_of_a_surrogate_pair_never_leaves_a_row(tmp_path: Path) -> None:
+    row = {"image": "0.png", "question": "Which plane?", "answer": "axial"}
+    rows = [row | {"mode": "\ud800"}, row | {"image": "\ud800.png"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (tmp_path / "0.png").write_bytes(encoded_picture(0))
+    split = open_split(DataConfig(source=str(tmp_path), columns={"image": "image"}), "train")
+    with pytest.raises(DataError, match="the kind is not valid Unicode"):
+        split[0]
+    with pytest.raises(DataError, match="cannot be read") as raised:
+        split[1]
+    assert str(raised.value).encode()  # as a reason in a manifest

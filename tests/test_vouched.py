@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from stage2_runs import make_recipe, written_run
 
 from shared.errors import CheckpointError
 from shared.vouched import opened, vouched
 from stage2_student.evaluation.run_records import read_run
-from stage2_student.evaluation.scores import read_predictions
+from stage2_student.evaluation.scores import _write, read_predictions
 from stage2_student.runs.files import JsonLines
 from stage2_student.runs.run_folder import RunFolder, scores_in
 
@@ -106,9 +108,6 @@ def test_scores_of_another_shape_are_damage(tmp_path: Path, text: str) -> None:
 
 
 def test_predictions_that_are_damaged(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = tmp_path / "validation.parquet"
     lines = [{"model": "student", "row": n, "question": "q", "image_sha256": "0"} for n in range(99)]
     pq.write_table(pa.Table.from_pylist(lines), path, write_page_checksum=True, compression="none")
@@ -120,3 +119,31 @@ def test_predictions_that_are_damaged(tmp_path: Path) -> None:
         except CheckpointError:
             continue
         assert found == lines
+
+
+def test_every_bit_of_a_file_of_predictions_counts(tmp_path: Path) -> None:
+    """Values that a footer repeats, as statistics do, are not covered by the checksums of pages."""
+    path = tmp_path / "validation.parquet"
+    lines = [{"model": "student", "row": n, "question": "q", "image_sha256": "0"} for n in range(9)]
+    _write(lines, [], path)
+    assert read_predictions(path) == lines
+    told = pq.read_table(path).schema.metadata
+    pq.write_table(pa.Table.from_pylist([lines[0] | {"row": 7}, *lines[1:]], metadata=told), path)
+    with pytest.raises(CheckpointError, match=r"validation\.parquet: damaged \(its digest differs"):
+        read_predictions(path)
+
+
+def test_the_log_of_a_run_must_reach_its_newest_checkpoint(
+    tmp_path: Path, distillation_tree: dict[str, Any]
+) -> None:
+    path = written_run(make_recipe(distillation_tree, run__name="cut", run__root=str(tmp_path)))
+    facts = {"num_updates": 2, "num_ranks": 1, "identity": {}, "validation_loss": None, "sha256": {"x": "0"}}
+    for step, message in ((2, None), (3, "ends at step 2, and its newest checkpoint says 3")):
+        checkpoint = path / "checkpoints" / f"step-{step:06d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "facts.json").write_text(json.dumps(vouched(facts | {"step": step})))
+        if message is None:
+            assert not read_run(path).is_finished
+        else:
+            with pytest.raises(CheckpointError, match=message):
+                read_run(path)

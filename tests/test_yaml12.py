@@ -32,6 +32,8 @@ HOSTILE = {
     "keys": "\n".join(f"k{n}: 1" for n in range(20_000)),
     "a tag that runs code": "a: !!python/object/apply:os.system ['true']",
     "a control character": "a: \x07",
+    "half of a surrogate pair": 'a: "\\ud800"',
+    "half of a pair in a key": '"\\udcff": 1',
 }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ _SHARD_NUMBERS = re.compile(
     r"[-_.]?\d+([-_]of[-_]\d+(-[0-9a-f]{10,})?)?$"
 )  # older files on the Hub end in a hash
 MAX_NAMES = 20  # told in a message
-MAX_FOLDERS = 10_000  # of a source
+MAX_LINKS = 1_000  # to folders, in a source
 MAX_PARTS = 1_000_000  # of a split; a name that says more is not worth counting through
 _SHARD_OF = re.compile(r"^(.*?)[-_.]?(\d+)[-_]of[-_](\d+)(?:-[0-9a-f]{10,})?$")
 
@@ -196,27 +197,37 @@ def _data_files(path: Path) -> list[Path]:
 
 
 def _files_below(source: Path) -> Iterator[Path]:
-    """All files but hidden ones, links to other folders followed.
+    """All files but hidden ones, links to folders followed.
 
     Raises   OSError    naming a folder that cannot be read: its rows would be missing without a word
-             DataError  for more folders than a data set has, as links make of a few
+             DataError  for more links than a data set has: a few can stand for millions of folders
     """
-    pending, num_folders = [(source, frozenset[Path]())], 0
+    pending, num_links = [(source, frozenset[tuple[int, int]]())], 0
     while pending:
         folder, above = pending.pop()
-        num_folders += 1
-        if num_folders > MAX_FOLDERS:
-            raise DataError(
-                f"data.source {source}: more than {MAX_FOLDERS:,} folders; name the one with the data"
-            )
-        above |= {folder.resolve()}
-        for entry in folder.iterdir():
+        above |= {_identity(folder)}
+        with os.scandir(folder) as found:
+            entries = list(found)
+        for entry in entries:
             if entry.name.startswith(".") or entry.name == "lost+found":  # of a disk
                 continue
-            if not entry.is_dir():
-                yield entry
-            elif entry.resolve() not in above:  # or it is a link to a folder that it lies in
-                pending.append((entry, above))
+            path = folder / entry.name
+            if not path.is_dir():
+                yield path
+            elif not entry.is_symlink():
+                pending.append((path, above))
+            elif _identity(path) not in above:  # or it leads to a folder that it lies in
+                num_links += 1
+                if num_links > MAX_LINKS:
+                    raise DataError(
+                        f"data.source {source}: more than {MAX_LINKS:,} links to folders; name the one with the data"
+                    )
+                pending.append((path, above))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def _split_names(file: Path, source: Path) -> list[str]:

@@ -38,7 +38,7 @@ def base_of(name: str, revision: str | None) -> tuple[str, str | None]:
     path = Path(name) / SETTINGS
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not JSON: {error}") from error
     if not isinstance(settings, dict) or not settings.get("base_model_name_or_path"):
         raise RecipeError(

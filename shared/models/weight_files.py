@@ -154,7 +154,7 @@ def _named(folder: Path) -> list[Path]:
     try:
         index = json.loads(first.read_text(encoding="utf-8"))["weight_map"]
         return sorted({folder / name for name in index.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecipeError(f"{first}: is no index of weight files. Fetch it again") from error
 
 
@@ -173,7 +173,7 @@ def _fault(path: Path) -> str | None:
         needed = _header_bytes(path) + max(
             (tensor["data_offsets"][1] for tensor in _header(path).values()), default=0
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"is no safetensors file: its header cannot be read ({size:,} bytes)"
     return (
         None if size == needed else f"has {size:,} bytes, its header says {needed:,}: it was cut or changed"
@@ -221,7 +221,13 @@ def _header(path: Path) -> dict[str, Any]:
         raise ValueError("a header longer than the file")
     with open(path, "rb") as file:
         header = json.loads(file.read(length)[8:])
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+    tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+    for tensor in tensors.values():
+        begin, end = tensor["data_offsets"]
+        known = isinstance(tensor["dtype"], str) and isinstance(tensor["shape"], list)
+        if not known or type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
+            raise ValueError("a tensor that is described otherwise")
+    return tensors
 
 
 def _feed(digest: Any, file: BinaryIO, length: int) -> None:

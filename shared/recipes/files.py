@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from shared.errors import NotAFileError, RecipeError
+from shared.errors import NotAFileError, RecipeError, shortened
 from shared.recipes import yaml12
 from shared.recipes.schema import fields_of, sections_in, shut_out, takes_a_list
 from shared.regular_files import read_regular
@@ -124,7 +124,8 @@ def _branch(override: str) -> dict[str, Any]:
     try:
         node = yaml12.load(text)
     except YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not YAML") from error
+        reason = shortened(" ".join(str(error).split()))
+        raise RecipeError(f"--set {shortened(override)!r}: the value is not YAML ({reason})") from error
     for key in reversed(keys):
         node = {key: node}
     return node

@@ -67,7 +67,9 @@ for _class in (_Loader, _Dumper):
 
 
 def load(text: str) -> Any:
-    """Raises   yaml.YAMLError  for what is not YAML, a key given twice, and what is too long or too deep"""
+    """Raises   yaml.YAMLError  for what is not YAML, a key given twice, what is too long or too deep, and for half of
+    a surrogate pair, which no file can hold
+    """
     if len(text) > MAX_CHARACTERS:
         raise yaml.YAMLError(f"{len(text)} characters; at most {MAX_CHARACTERS} are read")
     try:
@@ -88,8 +90,19 @@ def _require_bounded(tree: Any) -> None:
             raise yaml.YAMLError(f"more than {MAX_VALUES} values, aliases counted as often as they stand")
         if depth > MAX_DEPTH:
             raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep")
+        for text in [value, *(value if isinstance(value, dict) else ())]:
+            _require_unicode(text)
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         pending += [(one, depth + 1) for one in inner]
+
+
+def _require_unicode(value: Any) -> None:
+    if not isinstance(value, str):
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise yaml.YAMLError(f"{value!a} is not valid Unicode") from error
 
 
 def dump(tree: Any) -> str:

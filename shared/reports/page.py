@@ -9,11 +9,11 @@ What stands in a section comes from ``shared.reports.pieces``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.regular_files import write_output
 from shared.reports.style import STYLE
 from shared.reports.text import escape
 
@@ -66,8 +66,5 @@ class Page:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """The page as a file, at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page.html(), encoding="utf-8")
-    os.replace(partial, path)
+    """The page as a file, at once or not at all; a pipe or a device is written to."""
+    write_output(path, page.html().encode())

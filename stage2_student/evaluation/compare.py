@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shared.regular_files import write_output
 from stage2_student.evaluation.cache_uses import cache_uses
 from stage2_student.evaluation.evaluated import STUDENT, TEACHER
 from stage2_student.evaluation.run_records import RunRecord, labels
 from stage2_student.evaluation.scores import Scores
-from stage2_student.runs.files import write_json
 
 UNIMPORTANT = ("run.name", "run.root", "bootstrap.")  # differ by nature, or make what is named elsewhere
 FIRST_KEYS = {"teacher": "teacher.model", "cache": "cache.path"}  # of sections that a recipe may lack
@@ -124,7 +124,8 @@ def save(runs: Sequence[RunRecord], path: Path) -> None:
         asdict(use) | {"break_even_epochs": use.costs.to_json()["break_even_epochs"]}
         for use in cache_uses(runs)
     ]
-    write_json(path, {"runs": [run.to_json() for run in runs], "caches": uses})
+    told = {"runs": [run.to_json() for run in runs], "caches": uses}
+    write_output(path, (json.dumps(told, indent=2) + "\n").encode())
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.recipes import yaml12
+from shared.regular_files import read_regular
 from shared.reports.page import Page, Section, write_page
 from shared.reports.pieces import figure, figures, key, paragraph, table
 from shared.reports.recipe import recipe_pieces
@@ -60,7 +61,7 @@ def _made(runs: Sequence[RunRecord]) -> list[str]:
     rows = [[name, *_facts(run)] for name, run in zip(labels(runs), runs, strict=True)]
     pieces = [table(head, rows, caption="When, how long, with which versions")]
     for name, run in zip(labels(runs), runs, strict=True):
-        pieces += recipe_pieces(name, yaml12.load(RunFolder(run.path).recipe.read_text(encoding="utf-8")))
+        pieces += recipe_pieces(name, yaml12.load(read_regular(RunFolder(run.path).recipe).decode()))
     return pieces
 
 
@@ -76,7 +77,7 @@ def _facts(run: RunRecord) -> list[str]:
 def _object(path: Path) -> dict[str, Any]:
     """Empty where the file is missing or damaged: what it says is worth a cell, not a report."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -20,6 +20,7 @@ import yaml
 
 from shared.errors import CheckpointError, RecipeError
 from shared.recipes import Split, yaml12
+from shared.regular_files import read_regular
 from stage2_student.evaluation.evaluated import STUDENT
 from stage2_student.evaluation.scores import Scores, read_all
 from stage2_student.runs.files import are_numbers
@@ -146,19 +147,25 @@ def read_run(path: Path) -> RunRecord:
 def _require_whole_log(
     folder: RunFolder, steps: Sequence[dict[str, Any]], results: dict[str, Any] | None
 ) -> None:
-    """Raises   CheckpointError  when the log of a finished run ends before its last step"""
+    """Raises   CheckpointError  when the log ends before the last step of a finished run, or its newest checkpoint"""
     logged = steps[-1]["step"] if steps else 0
-    if results is not None and logged < results["step"]:
-        raise CheckpointError(
-            f"{folder.metrics.path}: ends at step {logged}, and {folder.results.name} says {results['step']}; "
-            "the log was cut or is missing. Put it back, or leave the run out"
-        )
+    newest = folder.checkpoints.latest()
+    known = {
+        folder.results.name: 0 if results is None else results["step"],
+        "its newest checkpoint": 0 if newest is None else newest.facts.step,
+    }
+    for what, step in known.items():
+        if logged < step:
+            raise CheckpointError(
+                f"{folder.metrics.path}: ends at step {logged}, and {what} says {step}; the log was cut or is "
+                "missing. Put it back, or leave the run out"
+            )
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """Flat.  Not by the rules of recipes, which may have changed since the run."""
     try:
-        settings = flat(yaml12.load(path.read_text(encoding="utf-8")))
+        settings = flat(yaml12.load(read_regular(path).decode()))
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(
             f"{path}: not YAML ({error}); put the run's own recipe back, or leave the run out"

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from shared.errors import CheckpointError
 from shared.recipes import Split
 from shared.regular_files import refuse_irregular
-from shared.vouched import vouched
+from shared.vouched import DIGEST, digest_of, vouched
 from stage2_student.evaluation.evaluated import STUDENT, Evaluated
 from stage2_student.runs.files import write_json
 from stage2_student.runs.run_folder import MEND_SCORES, scores_in
@@ -96,9 +96,13 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     """
     refuse_irregular(path)
     try:
-        lines: list[dict[str, Any]] = pq.read_table(path, page_checksum_verification=True).to_pylist()
+        table = pq.read_table(path, page_checksum_verification=True)
+        lines: list[dict[str, Any]] = table.to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged ({str(error).splitlines()[0]}). {MEND_SCORES}") from error
+    told = (table.schema.metadata or {}).get(DIGEST.encode())  # of an earlier release there is none
+    if told is not None and told != _digest(lines):
+        raise CheckpointError(f"{path}: damaged (its digest differs from what it says). {MEND_SCORES}")
     missing = [name for name in ASKED if lines and name not in lines[0]]
     if missing:
         raise CheckpointError(f"{path}: it lacks {', '.join(missing)}. {MEND_SCORES}")
@@ -130,9 +134,14 @@ def _lines(found: Sequence[Evaluated]) -> list[dict[str, Any]]:
 def _write(lines: list[dict[str, Any]], scores: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(lines), partial, write_page_checksum=True)
+    table = pa.Table.from_pylist(lines, metadata={DIGEST: _digest(lines)})
+    pq.write_table(table, partial, write_page_checksum=True)
     partial.replace(path)
     write_json(path.with_suffix(".json"), [vouched(one) for one in scores])
+
+
+def _digest(lines: list[dict[str, Any]]) -> bytes:
+    return digest_of({"lines": lines}).encode()
 
 
 def _move(path: Path, new: Path) -> None:

@@ -18,6 +18,7 @@ from shared.cache import CacheReader
 from shared.models.adapters import lineage
 from shared.models.weight_files import read_provenance
 from shared.recipes import Recipe
+from shared.regular_files import read_regular
 from stage2_student.runs.files import write_json, write_text
 from stage2_student.runs.run_folder import SHUFFLED, RunFolder, scores_in
 
@@ -119,11 +120,14 @@ def model_card(facts: dict[str, Any], folder: RunFolder, *, is_adapter: bool) ->
 
 
 def refresh_card(folder: RunFolder) -> None:
-    """Makes the scores in the run's export anew; does nothing where there is no card, or its marks are gone."""
+    """Makes the scores in the run's export anew; does nothing where no card is ours, or its marks are gone."""
     card, facts = folder.export / CARD, read_provenance(folder.export)
     if not facts or not card.exists():
         return
-    text = card.read_text(encoding="utf-8")
+    try:
+        text = read_regular(card).decode()
+    except UnicodeDecodeError:  # somebody has written another
+        return
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     new = before + scores_section(facts, folder) + after
@@ -240,7 +244,7 @@ def _interval(found: dict[str, Any] | None) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -6,6 +6,7 @@ content, so their folders may move.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from shared.errors import CheckpointError
@@ -52,9 +53,16 @@ def run_identity(recipe: Recipe, *, contents: dict[str, str | None]) -> dict[str
     return dict(contents) | keys
 
 
-# What changes with rows that were mended, left out or added: a cache gets a new manifest when they are captured.
-OF_DATA = {"data.train", "data.validation", "cache.manifest"}
+# What changes with rows that were mended, left out or added.
+OF_DATA = {"data.train", "data.validation"}
+# A cache gets a new manifest when rows are added to it: whoever compares the rows compares its teacher and targets.
+CACHE = "cache.manifest"
 ACCEPT = "--accept-data-change"
+# Settings that make something else of the same rows: who changes one has not mended a row.
+OF_ROWS = (
+    *("data.format", "data.answers", "data.text_only", "data.train_on"),
+    *(f"data.columns.{name}" for name in ("image", "question", "answer", "messages", "conversations")),
+)
 
 
 def differences(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -62,31 +70,62 @@ def differences(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [key for key in sorted(found.keys() | now.keys()) if found.get(key) != now.get(key)]
 
 
+def settings_of_rows(before: Recipe | None, now: Recipe) -> list[str]:
+    """A line with both sides for each setting that makes something else of the same rows."""
+    if before is None:
+        return []
+    sides = [
+        {key: value for key, value in flat(dump_recipe(recipe)).items() if _is_one_of(key, OF_ROWS)}
+        for recipe in (before, now)
+    ]
+    return _both_sides(*sides)
+
+
 def require_same(
-    found: dict[str, Any], now: dict[str, Any], *, where: str, accept_data_change: bool = False
+    found: dict[str, Any],
+    now: dict[str, Any],
+    *,
+    where: str,
+    accept_data_change: bool = False,
+    settings: Sequence[str] = (),
 ) -> None:
-    """Raises CheckpointError with both sides of every difference.
+    """Raises CheckpointError with both sides of every difference, but for that of a cache's manifest alone.
 
     accept_data_change  those of the data alone are left to whoever compares the rows
+    settings            of the rows that have changed, which explain why the data differ
     """
-    missing, differing = "nothing", differences(found, now)
-    of_data = set(differing) <= OF_DATA
-    if not differing or (of_data and accept_data_change):
+    differing = differences(found, now)
+    if set(differing) <= {CACHE}:
         return
-    lines = [
-        f"  - {key}: the run has {found.get(key, missing)!r}, now it is {now.get(key, missing)!r}"
-        for key in differing
-    ]
-    remedy = (
-        f"Give these back; or add {ACCEPT} if rows were mended, left out or added on purpose. It is refused where a "
-        "row has been trained on and is not used again"
-        if of_data
-        else "Give these back, or another run.name. What may change: " + ", ".join(MAY_CHANGE)
-    )
+    of_data = set(differing) <= OF_DATA | {CACHE}
+    if of_data and accept_data_change and not settings:
+        return
+    lines = [*(settings if OF_DATA & set(differing) else ()), *_both_sides(found, now)]
+    remedy = "Give these back, or another run.name. What may change: " + ", ".join(MAY_CHANGE)
+    if of_data:
+        remedy = (
+            f"Give the settings back, or another run.name; {ACCEPT} is for rows that were mended, left out or added"
+            if settings
+            else f"Give these back; or add {ACCEPT} if rows were mended, left out or added on purpose. It is refused "
+            "where a row has been trained on and is not used again"
+        )
     raise CheckpointError(
         f"{where}: it cannot be resumed, {len(lines)} thing(s) differ:\n" + "\n".join(lines) + f"\n{remedy}"
     )
 
 
+def _both_sides(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    missing = "nothing"
+    return [
+        f"  - {key}: the run has {found.get(key, missing)!r}, now it is {now.get(key, missing)!r}"
+        for key in differences(found, now)
+    ]
+
+
 def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+    return _is_one_of(key, MAY_CHANGE)
+
+
+def _is_one_of(key: str, allowed: Sequence[str]) -> bool:
+    """Whether it is one of these keys, or in one of these sections."""
+    return any(key == one or key.startswith(f"{one}.") for one in allowed)

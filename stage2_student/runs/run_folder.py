@@ -17,7 +17,7 @@ train.lock          there while a process trains in the folder
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -138,8 +138,8 @@ class RunFolder:
             lock.acquire()
         except CacheBusyError as error:
             owner = ""
-            with suppress(OSError):  # it has just ended
-                owner = lock.path.read_text(encoding="utf-8", errors="replace").strip()
+            with suppress(OSError, ValueError):  # it has just ended
+                owner = read_regular(lock.path).decode(errors="replace").strip()
             raise RecipeError(
                 f"{self.path}: another process is training in this folder ({owner or 'unknown'}). Wait until it "
                 "has ended, or stop it; or choose another run.name"
@@ -157,9 +157,12 @@ class RunFolder:
                 "another run.name"
             )
 
-    def newest(self, identity: dict[str, Any], *, accept_data_change: bool = False) -> Checkpoint | None:
+    def newest(
+        self, identity: dict[str, Any], *, accept_data_change: bool = False, settings: Sequence[str] = ()
+    ) -> Checkpoint | None:
         """The checkpoint to go on from, if any; changes nothing.
 
+        settings  of the rows that differ from the run's
         Raises   CheckpointError  when the run in the folder is another one
         """
         latest = self.checkpoints.latest()
@@ -169,6 +172,7 @@ class RunFolder:
                 identity,
                 where=f"run {self.path}",
                 accept_data_change=accept_data_change,
+                settings=settings,
             )
         return latest
 
@@ -239,7 +243,7 @@ class RunFolder:
         """As it is now, and when the run began, which going on with it does not change."""
         began = datetime.now(UTC).isoformat(timespec="seconds")
         with suppress(OSError, ValueError, KeyError, TypeError):
-            began = str(json.loads((self.path / "environment.json").read_bytes())["began"])
+            began = str(json.loads(read_regular(self.path / "environment.json"))["began"])
         return environment() | {"num_ranks": world.size, "began": began}
 
     def predictions(self, split: Split) -> Path:

@@ -21,6 +21,7 @@ from shared.survey import keys_fingerprint
 from stage2_student.publishing.card import read_sources
 from stage2_student.runs.checkpoint import Checkpoint
 from stage2_student.runs.files import write_bytes
+from stage2_student.runs.identity import CACHE
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.order import step_examples, step_shape, total_steps
 from stage2_student.training.survey import Survey
@@ -99,8 +100,11 @@ def accept_data_change(
         told += change.lines(name, survey)
         if name == "data.train":
             _require_unused(recipe, folder, checkpoint, kept, change, survey)
-    if told and cache is not None:
+    if cache is not None and checkpoint.facts.identity.get(CACHE) != cache.manifest.sha256:
         _require_same_targets(folder, cache)
+        told.append(
+            f"cache {cache.location}: other examples are in it than before; its teacher and targets are the same"
+        )
     return told
 
 
