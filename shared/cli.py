@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from shared.errors import TeachonceError
+from shared.errors import TeachonceError, TrainingError, shortened
 from shared.library_output import LibraryOutput, quiet_libraries
 from shared.stopping import leave_status
 from shared.threads import set_threads
@@ -59,6 +59,10 @@ OF_FILES = OF_DISKS | {
 }
 # As gloo says that another process of the job is gone.
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connect timeout")
+OUT_OF_MEMORY = (
+    "the memory does not suffice. Take a smaller model, smaller batches (cache.batch_tokens, "
+    "optimization.microbatch_tokens, evaluation.batch_size, data.max_pixels), or more ranks"
+)
 PATIENCE_S = 5.0
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -121,12 +125,25 @@ def _status(group: click.Command, output: LibraryOutput) -> int:
         tell_once("aborted", error)
         return 128 + signal.SIGINT
     except Exception as error:
-        return _our_own_mistake(error, output)
+        if not _is_out_of_memory(error):
+            return _our_own_mistake(error, output)
+        tell_once(f"error: {OUT_OF_MEMORY} ({shortened(str(error).strip() or type(error).__name__)})", error)
+        return TrainingError.exit_status
     return status if isinstance(status, int) else 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """As ``shared.runtime`` has it, where torch is loaded; what happens at a known place is told there."""
+    return isinstance(error, MemoryError) or (
+        "torch" in sys.modules
+        and (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error))
+    )
 
 
 def _of_a_file(error: OSError) -> str | None:
     """What the system says of a file or a disk; None for what is no matter of files."""
+    if error.filename is None and error.errno == errno.ENOENT:
+        return _of_the_place()
     reason = os.strerror(error.errno).lower() if error.errno is not None else ""
     if error.filename is not None and error.errno in OF_FILES:
         return f"{error.filename}: {reason}"
@@ -135,6 +152,19 @@ def _of_a_file(error: OSError) -> str | None:
             f"{reason}: the system does not say of which file. Look at the disks of the output, the cache and the "
             f"run, and at {tempfile.gettempdir()}"
         )
+    return None
+
+
+def _of_the_place() -> str | None:
+    """What is wrong with the folder that the command was started in, or with that for temporary files."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the folder that this was started in is gone. Change into one that is there"
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        return f"{str(error.strerror).lower()}. Set TMPDIR to a folder that can be written"
     return None
 
 

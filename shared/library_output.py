@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 NATIVE = 2  # the file descriptor of standard error
 FORMAT = "%(asctime)s %(name)s %(levelname)s: %(message)s"
@@ -32,7 +33,7 @@ class LibraryOutput:
     active: LibraryOutput | None = None  # of this process; what it forks inherits it
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115  # for as long as the process
+        self._file = _unnamed_file()
         self._screen: int | None = None
         self.kept_in: Path | None = None
 
@@ -80,7 +81,7 @@ class LibraryOutput:
         if path == self.kept_in:
             return
         with contextlib.suppress(OSError):  # the disk is full, or not ours: no reason to end a command
-            file = open(path, "ab", buffering=0)  # noqa: SIM115
+            file = open(path, "ab", buffering=0, opener=_without_waiting)  # noqa: SIM115
             file.write(self.text().encode())
             self._file, self.kept_in = file, path
             if self._screen is not None:
@@ -113,6 +114,18 @@ class _Handler(logging.Handler):
             return
         self._seen.add(said)
         self._output.write(self.format(record) + "\n")
+
+
+def _unnamed_file() -> IO[bytes]:
+    """For as long as the process; in memory where there can be such files, as a disk may be full or not ours."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("teachonce"), "w+b", buffering=0)
+    return tempfile.TemporaryFile("w+b", buffering=0)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """To open a pipe for writing would wait for who reads from it."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def keep_library_output(path: Path) -> None:

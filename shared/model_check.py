@@ -8,6 +8,7 @@ token behind it; examples in one batch do not depend on each other.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from shared.data.collation import IGNORE_INDEX, Batch, Encoded
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
-from shared.errors import DataError, RecipeError, TrainingError
+from shared.errors import DataError, RecipeError, TeachonceError, TrainingError, shortened
 from shared.models.vlm import in_dtype_of, last_hidden_states, split
 from shared.runtime import is_out_of_memory
 
@@ -72,14 +73,16 @@ def check_model(
 ) -> None:
     """Called with the model in evaluation mode; of a sharded one by all ranks, with the same two examples.
 
-    Raises   RecipeError    saying what was compared, and how far it was off
+    Raises   RecipeError    saying what was compared, and how far it was off; or that the model cannot be run
              TrainingError  when memory does not suffice for them
     """
     try:
         _check_model(model, processor, examples, device=device)
+    except TeachonceError:
+        raise
     except Exception as error:
         if not is_out_of_memory(error):
-            raise
+            raise _cannot_run(model, error) from error
         longest = max(len(one.input_ids) for one in examples)
         raise TrainingError(
             f"three examples of {longest:,} tokens, which the check of the model takes, do not fit into memory. "
@@ -119,6 +122,16 @@ def _check_model(
             "when other examples are in its batch, with pictures of other sizes, an example's hidden states",
             "Its results would depend on how examples fall into batches",
         )
+
+
+def _cannot_run(model: PreTrainedModel, error: Exception) -> RecipeError:
+    """For an error inside a library, whose traceback goes into the log: its settings are a stranger's."""
+    logging.getLogger(__name__).error("the check of the model", exc_info=error)
+    said = shortened((str(error).strip() or "nothing more is said").splitlines()[0])
+    return RecipeError(
+        f"model class {type(model).__name__}: it cannot be run on the first examples ({type(error).__name__}: "
+        f"{said}). Settings in config.json, or of the processor, may not fit its weights: fetch its files again"
+    )
 
 
 def _sizes(one: Encoded) -> list[object]:

@@ -113,7 +113,10 @@ def why(name: str, error: Exception) -> str:
             "it brings code of its own, which is never run here. Give a model that Transformers has a class for, or "
             "convert it to one"
         )
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = (str(error).strip() or "nothing more is said").splitlines()[0]
+    return (
+        said if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {said}"
+    )
 
 
 def _shown(found: Path, asked: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,53 @@ run(click.Command("write", callback=lambda: open("/dev/full", "w").write("x" * 1
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 74
     assert done.stderr.startswith("error: no space left on device: the system does not say of which file. ")
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (
+            "os.mkdir('x'); os.chdir('x'); os.rmdir('../x')",
+            "error: the folder that this was started in is gone.",
+        ),
+        (
+            "tempfile._candidate_tempdir_list = lambda: ['/proc/no']",
+            "error: no usable temporary directory found in",
+        ),
+    ],
+)
+def test_a_place_that_is_gone_is_one_message(before: str, message: str, tmp_path: Path) -> None:
+    code = f"""
+import os, tempfile
+import click
+from shared.cli import run
+{before}
+def work():
+    os.getcwd()
+    tempfile.gettempdir()
+run(click.Command("look", callback=work))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 74
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+
+
+def test_memory_that_does_not_suffice_is_one_message_wherever_it_happens() -> None:
+    code = """
+import click, torch
+from shared.cli import run
+run(click.Command("load", callback=lambda: torch.empty(1 << 60, dtype=torch.uint8)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 8
+    assert done.stderr.startswith("error: the memory does not suffice. Take a smaller model")
+    assert done.stderr.count("\n") == 1

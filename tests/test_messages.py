@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ from click.testing import CliRunner
 from samples import PLAIN_CHAT, encoded_picture
 
 from shared.data.processing import open_processor
-from shared.data.rows import open_split
+from shared.data.rows import Example, open_split
 from shared.errors import CheckpointError, DataError, RecipeError, listed, shortened
+from shared.model_check import check_model
 from shared.models.vlm import empty_vlm, load_config, load_vlm
 from shared.models.weight_files import require_whole_weights
 from shared.recipes import DataConfig, TeacherConfig
@@ -176,3 +178,77 @@ def test_quotes_and_lists_are_capped_with_a_count() -> None:
     shown = listed([f"row {number}" for number in range(1234)])
     assert len(shown.splitlines()) == 11
     assert shown.endswith("... and 1,224 more")
+
+
+KINDS = {
+    "config.json: a list where a number belongs": ("config.json", ("text_config", "hidden_size"), [[]]),
+    "config.json: a mapping where a number belongs": (
+        "config.json",
+        ("text_config", "rope_parameters", "rope_theta"),
+        {},
+    ),
+    "generation_config.json": ("generation_config.json", ("pad_token_id",), [1]),
+    "preprocessor_config.json": ("preprocessor_config.json", ("patch_size",), {}),
+    "tokenizer.json": ("tokenizer.json", ("model", "merges"), {"a": 1}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_setting_of_another_kind_is_one_message(
+    name: str, student_folder: Path, tmp_path: Path, examples: list[Example]
+) -> None:
+    """Wherever a library notices: as it opens a model, makes it, runs it or prepares a picture for it."""
+    file, keys, value = KINDS[name]
+    folder = Path(shutil.copytree(student_folder, tmp_path / "model"))
+    tree = json.loads((folder / file).read_text())
+    place = tree
+    for key in keys[:-1]:
+        place = place[key]
+    assert keys[-1] in place
+    place[keys[-1]] = value
+    (folder / file).write_text(json.dumps(tree))
+
+    def use() -> None:
+        model = load_vlm(str(folder), revision=None, dtype=torch.float32, attn_implementation=None)
+        processor = open_processor(str(folder), DataConfig(source="unused"))
+        some = [processor.encode(example) for example in examples[:2]]
+        check_model(model, processor, some, device=torch.device("cpu"))
+
+    with pytest.raises((RecipeError, DataError)) as caught:
+        use()
+    assert len(str(caught.value)) < MAX_MESSAGE
+
+
+def header(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+HEADERS = {
+    "nested": "[" * 100_000,
+    "a list": "[]",
+    "three offsets": '{"x": {"dtype": "F32", "shape": [], "data_offsets": [0, 0, 0]}}',
+    "words": '{"x": {"dtype": "F32", "shape": [], "data_offsets": ["a", "b"]}}',
+    "backwards": '{"x": {"dtype": "F32", "shape": [], "data_offsets": [4, 0]}}',
+    "before the file": '{"x": {"dtype": "F32", "shape": [], "data_offsets": [-4, 0]}}',
+    "no dtype": '{"x": {"shape": [], "data_offsets": [0, 0]}}',
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_hostile_header_of_weights_is_one_message(name: str, student_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(student_folder, tmp_path / "model"))
+    (folder / "model.safetensors").write_bytes(header(HEADERS[name]))
+    with pytest.raises(RecipeError, match=r"model\.safetensors: is no safetensors file") as caught:
+        require_whole_weights(str(folder), None)
+    assert len(str(caught.value)) < MAX_MESSAGE
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "model.safetensors.index.json"])
+def test_a_models_json_nested_without_end_is_one_message(
+    name: str, student_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(student_folder, tmp_path / "model"))
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text("[" * 100_000)
+    with pytest.raises(RecipeError, match=re.escape(name)):
+        require_whole_weights(str(folder), None)

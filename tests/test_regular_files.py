@@ -18,6 +18,7 @@ from shared.data.processing import open_processor
 from shared.data.rows import open_split
 from shared.errors import CacheFormatError, CheckpointError, DataError, NotAFileError, RecipeError
 from shared.finished import run_is_finished
+from shared.library_output import LibraryOutput, keep_library_output
 from shared.models.vlm import load_config
 from shared.recipes import DataConfig, load_recipe, recipe_text
 from shared.regular_files import open_regular, read_regular, write_output
@@ -175,3 +176,13 @@ def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full") as raised:
         JsonLines(full).append({"event": "x", "step": 1})
     assert raised.value.filename == str(full)
+
+
+def test_the_log_of_what_libraries_say(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.log")
+    with LibraryOutput.collected(native=False) as output:
+        output.write("said before")
+        keep_library_output(tmp_path / "run.log")
+        assert output.text() == "said before"  # it stays where it was
+        keep_library_output(tmp_path / "other.log")
+    assert (tmp_path / "other.log").read_text() == "said before"

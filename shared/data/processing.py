@@ -40,8 +40,9 @@ from shared.data.processors import chat_template, load_processor
 from shared.data.prompts import PROMPT_VERSION, Answered, ChatPrompt, Prompt
 from shared.data.rows import Example
 from shared.data.templates import is_single
-from shared.errors import DataError
+from shared.errors import DataError, shortened
 from shared.recipes import DataConfig
+from shared.runtime import is_out_of_memory
 
 KEY_BYTES = 16
 CONVERSATION = b"teachonce conversation 1"  # in keys, of what a conversation is made of
@@ -277,11 +278,17 @@ class ExampleProcessor:
                 **pictures,
             )
         except (
-            ValueError,
-            IndexError,
-            StopIteration,
-        ) as error:  # of texts and pictures that do not fit together
-            reason = str(error) or "the prompt has more picture placeholders than there are pictures"
+            Exception
+        ) as error:  # of texts and pictures that do not fit together, and of settings of another kind
+            if is_out_of_memory(error):
+                raise
+            reason = (
+                shortened(str(error)) or "the prompt has more picture placeholders than there are pictures"
+            )
+            if not isinstance(error, ValueError | IndexError | StopIteration):
+                reason = (
+                    f"{type(error).__name__}: {reason}; are the settings in preprocessor_config.json sound?"
+                )
             if not images:
                 raise DataError(
                     f"{where}: this model's processor refuses a row without a picture ({reason}). Take such rows out"

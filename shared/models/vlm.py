@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -68,7 +67,7 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
         require_hub_asked_once()
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any type, where a setting in its files is of another kind
         reason = shortened(why(name, error))
         raise RecipeError(
             f"model {name}: cannot be opened: {reason}. Give a Hub name or a folder with config.json"
@@ -109,10 +108,8 @@ def load_vlm(
         )
         return merged(whole, name)
     options: dict[str, Any] = {}
-    failures: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, SafetensorError)
     if method := method_of(config):
         require_library(name, config)
-        failures = (Exception,)  # each library has its own
         if dequantize:
             options["config"] = to_be_dequantized(name, config)
         elif device is not None and device.type != "cpu":
@@ -127,7 +124,7 @@ def load_vlm(
             trust_remote_code=False,  # not None: at a terminal Transformers would ask
             **options,
         )
-    except failures as error:
+    except Exception as error:  # each library has its own, and settings of another kind end in any
         what = (
             f"its weights are quantised ({method}) and cannot be loaded here"
             if method
