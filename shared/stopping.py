@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -81,7 +81,8 @@ def restored_handlers() -> Iterator[None]:
 def leave_status(status: int) -> None:
     """For who has started this process by torchrun; the first rank's counts."""
     if STATUS_FILE in os.environ and os.environ.get("RANK") == "0":
-        Path(os.environ[STATUS_FILE]).write_text(str(status), encoding="ascii")
+        with suppress(OSError):  # without it the launcher knows the signal
+            Path(os.environ[STATUS_FILE]).write_text(str(status), encoding="ascii")
 
 
 def status_left_in(path: Path) -> int | None:

@@ -339,9 +339,13 @@ def test_what_a_killed_process_was_fetching_is_cleared_away(memory: str, staging
     process.join()
     dead = staging / f"{'0' * 64}.{process.pid}.part"
     dead.write_bytes(bytes(100_000))
+    others = [staging / name for name in ("x.part", f"{'0' * 64}.{'9' * 30}.part", "notes.part.txt")]
+    for path in others:  # not ours
+        path.touch()
     bound = sum(shard.bytes for shard in CacheReader(memory).manifest.shards) + 10_000
     CacheReader(memory, staging=Staging(staging, max_bytes=bound)).read(KEYS)
     assert not dead.exists()
+    assert all(path.exists() for path in others)
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "64 GiB"])

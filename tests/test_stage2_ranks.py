@@ -6,9 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stage2_runs import make_recipe, run_alone, run_ranks, step_records, teacher_of, validation_records
+import torch
+from stage2_runs import (
+    make_recipe,
+    on_ranks,
+    run_alone,
+    run_ranks,
+    step_records,
+    teacher_of,
+    validation_records,
+)
 
 from shared.recipes import Recipe
+from shared.runtime import World
+from stage2_student.train import train
+from stage2_student.training import step
+from stage2_student.training.feed import Microbatch
+from stage2_student.training.student import Forwarded
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +114,32 @@ def test_offloading_changes_where_parameters_lie_and_nothing_else(tree: dict[str
     assert run_ranks(offloaded, 2) == [0, 0]
     assert_same_losses(step_records(offloaded), step_records(one))
     assert_same_losses(validation_records(offloaded), validation_records(one))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_rank_that_runs_out_of_memory_in_a_step_ends_the_others_at_once(
+    where: str, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = make_recipe(tree, run__root=str(tmp_path))
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    def work(world: World) -> int:
+        forward = step.forward
+
+        def failing(student: torch.nn.Module, microbatch: Microbatch, world: World) -> Forwarded:
+            layer = [one for one in student.modules() if type(one).__name__.endswith("DecoderLayer")][-1]
+            if where == "forward":
+                layer.register_forward_pre_hook(fail)
+            losses, router = forward(student, microbatch, world)
+            losses.loss.register_hook(fail)
+            return losses, router
+
+        if world.rank == 1:
+            step.forward = failing
+        return train(recipe, world, resume=False)
+
+    ended = on_ranks(2, work, errors=True)  # whose time limit for collectives is ten minutes
+    assert "another process of this job has ended" in str(ended[0])
+    assert "tokens do not fit into memory together" in str(ended[1])

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from shared.errors import CacheFormatError, RecipeError
 BLOCK_BYTES: Final = 8 << 20
 DEFAULT_MAX_BYTES: Final = 64 << 30
 LOCKS: Final = 64
+PART: Final = re.compile(r"[0-9a-f]{64}\.([0-9]{1,9})\.part")  # as ``_download`` calls what it fetches
 
 
 class Staging:
@@ -132,7 +134,7 @@ class Staging:
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                if path.suffix == ".part" and not process_is_alive(int(path.name.split(".")[1])):
+                if (found := PART.fullmatch(path.name)) and not process_is_alive(int(found[1])):
                     path.unlink()
                     continue
                 total += status.st_size

@@ -120,7 +120,7 @@ def _holds(out: Path, pictures: Mapping[str, int], seed: int, size: int) -> bool
     """Whether the folder says of itself that it was drawn with these arguments."""
     try:
         found = [json.loads(pq.read_schema(out / file_name(split)).metadata[b"phantom"]) for split in SPLITS]
-    except (OSError, pa.ArrowException, KeyError, TypeError):
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RecursionError):
         return False
     return found == [_identity(split, pictures[split], seed, size) for split in SPLITS]
 

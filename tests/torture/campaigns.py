@@ -14,6 +14,7 @@ from tests.torture.commands import adopt_orphans
 from tests.torture.damage import cache_case, run_case, unfinished_case
 from tests.torture.fuzz import fuzz_case
 from tests.torture.hostile import hostile_case
+from tests.torture.inputs import input_case
 from tests.torture.kills import kill_case
 from tests.torture.materials import Materials
 from tests.torture.narrow import narrow_case
@@ -24,6 +25,7 @@ CASES = {
     "caches": (cache_case, 0.15),
     "captures": (unfinished_case, 0.05),
     "runs": (run_case, 0.2),
+    "inputs": (input_case, 0.15),
     "hostile": (hostile_case, 0.15),
     "fuzz": (fuzz_case, 0.1),
     "narrow": (narrow_case, 0.1),
