@@ -47,7 +47,13 @@ LOST_CONNECTION = (
     "Connection was likely closed",
     "Broken pipe",
 )
-NEVER_CAME = ("socket has timed out", "waiting for clients", "Connect timeout", "Connection refused")
+NEVER_CAME = (
+    "socket has timed out",
+    "waiting for clients",
+    "wait timeout after",
+    "Connect timeout",
+    "Connection refused",
+)
 CANNOT_LISTEN = "failed to listen"
 PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
 
@@ -62,6 +68,7 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
 
     @cached_property
     def background_group(self) -> dist.ProcessGroup:
@@ -69,11 +76,17 @@ class World:
 
         Made at its first use, which must be the same moment of the program on all ranks.
         """
-        return dist.new_group(backend="gloo", timeout=NO_LIMIT)
+        return self._group_without_limit()
 
     @cached_property
     def _waiting_group(self) -> dist.ProcessGroup:
-        return dist.new_group(backend="gloo", timeout=NO_LIMIT)
+        return self._group_without_limit()
+
+    def _group_without_limit(self) -> dist.ProcessGroup:
+        """Its collectives wait for ever; its making does not, as a rank may die before the others have reached it."""
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.collective_timeout_s))
+        dist.distributed_c10d._set_pg_timeout(NO_LIMIT, group)
+        return group
 
     @property
     def is_main(self) -> bool:
@@ -174,7 +187,7 @@ def distributed(
     with _explaining(collective_timeout_s):
         _join(wanted, timedelta(seconds=collective_timeout_s))
         quiet_libraries()
-        world = World(dist.get_rank(), dist.get_world_size(), local_rank, wanted)
+        world = World(dist.get_rank(), dist.get_world_size(), local_rank, wanted, collective_timeout_s)
         try:
             if world.size > 1:
                 world._waiting_group  # noqa: B018  # made here, where all ranks are

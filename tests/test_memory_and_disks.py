@@ -59,12 +59,12 @@ def one_arena(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_little_memory(function: Callable[[World], Any], world: World) -> Any:
-    """400 MiB beside what the process has already, of address space: three times what ordinary rows take.
+    """300 MiB beside what the process has already, of address space: more than twice what ordinary rows take.
 
     For a new process: a fork of one that has run other tests has what they freed, and that is reused first.
     """
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 400 * MIB, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + 300 * MIB, resource.RLIM_INFINITY))
     return function(world)
 
 

@@ -177,6 +177,19 @@ def test_a_place_where_ranks_cannot_meet_is_one_error(
     assert "torchrun" in str(refused.value)
 
 
+def test_a_rank_that_dies_before_all_know_each_other_ends_the_others() -> None:
+    """It has joined, and is gone when the group is made in which ranks wait for each other without limit."""
+
+    def work(world: World) -> None:
+        if world.rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.forget_groups()
+        world.barrier()
+
+    ended = on_ranks(2, work, collective_timeout_s=SHORT_S, errors=True)
+    assert isinstance(ended[1], TrainingError)
+
+
 @pytest.mark.parametrize("doomed", [0, 1])
 def test_a_rank_that_dies_ends_those_that_wait_for_it(doomed: int) -> None:
     def work(world: World) -> None:
