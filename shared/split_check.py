@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shared.data.images import decode_rgb, doubt, require_header
-from shared.data.processing import ExampleProcessor
+from shared.data.processing import Counted, ExampleProcessor
 from shared.data.rows import Example, VqaSplit, open_split
 from shared.errors import DataError
 from shared.recipes import DataConfig, Split
 
 MAX_DECODED = 1000
 NUM_MEASURED = 4  # of the longest examples: their tokens are counted, pictures and all
-BATCH = 1024  # texts that are tokenized together
 
 
 @dataclass
@@ -87,7 +86,8 @@ def look_at(data: DataConfig, name: Split, processor: ExampleProcessor | None) -
     found = SplitFound(split)
     num_decoded = min(MAX_DECODED, len(split))
     decoded = set((np.arange(num_decoded) * len(split) // max(num_decoded, 1)).tolist())
-    texts = _Texts(processor, data.max_answer_tokens)
+    counted: list[Counted] = []
+    num_picture_tokens: list[int] = []
     for row in range(len(split)):
         try:
             example = split[row]
@@ -101,7 +101,7 @@ def look_at(data: DataConfig, name: Split, processor: ExampleProcessor | None) -
                 for image in example.images:
                     require_header(image, where=example.where)
             if processor is not None:
-                processor.require_usable(example)
+                counted.append(processor.count(example))
         except DataError as error:
             found.reasons.append(str(error))
             continue
@@ -110,65 +110,18 @@ def look_at(data: DataConfig, name: Split, processor: ExampleProcessor | None) -
         found.rows.append(row)
         if processor is not None:
             found.keys.append(processor.key(example))
-            texts.add(example)
+            num_picture_tokens.append(processor.picture_tokens(example))
     if processor is not None and found.rows:
-        found.positions, found.num_cut, found.lengths = texts.counts()
+        found.positions = np.array([one.num_positions for one in counted], np.int64)
+        found.num_cut = sum(one.num_cut for one in counted)
+        found.lengths = np.array([one.num_tokens for one in counted], np.int64) + num_picture_tokens
         _measure(found, processor)
     return found
 
 
-def count_positions(
-    split: VqaSplit, rows: Sequence[int] | np.ndarray, data: DataConfig, processor: ExampleProcessor
-) -> int:
+def count_positions(split: VqaSplit, rows: Sequence[int] | np.ndarray, processor: ExampleProcessor) -> int:
     """Answer tokens and ends of turns of these rows, which are readable."""
-    texts = _Texts(processor, data.max_answer_tokens)
-    for row in rows:
-        texts.add(split[int(row)])
-    return int(texts.counts()[0].sum())
-
-
-class _Texts:
-    """Counts tokens of questions and answers, many texts at a time, and holds no picture."""
-
-    def __init__(self, processor: ExampleProcessor | None, max_answer_tokens: int) -> None:
-        self._processor, self._max_answer_tokens = processor, max_answer_tokens
-        self._pending: list[str] = []
-        self._counts: list[int] = []  # tokens of each text
-        self._owners: list[int] = []  # its example
-        self._are_learned: list[bool] = []
-        self._pictures: list[int] = []
-
-    def add(self, example: Example) -> None:
-        assert self._processor is not None
-        for turn, is_learned in self._processor.learned(example):
-            texts = [part for part in turn.parts if part is not None]
-            self._pending += texts
-            self._owners += [len(self._pictures)] * len(texts)
-            self._are_learned += [is_learned] * len(texts)
-        self._pictures.append(self._processor.picture_tokens(example))
-        if len(self._pending) >= BATCH:
-            self._count()
-
-    def counts(self) -> tuple[np.ndarray, int, np.ndarray]:
-        """Answer positions of each example, how many answers are cut, and tokens without those of the template."""
-        if self._pending:
-            self._count()
-        tokens, learned = np.array(self._counts, np.int64), np.array(self._are_learned, bool)
-        limit = self._max_answer_tokens
-        labels = np.where(learned, np.where(tokens > limit, limit, tokens + 1), 0)
-        owners, number = np.array(self._owners, np.int64), len(self._pictures)
-        positions, rest = (
-            np.bincount(owners, values, number).astype(np.int64)
-            for values in (labels, np.where(learned, 0, tokens))
-        )
-        num_cut = int((learned & (tokens > limit)).sum())
-        return positions, num_cut, positions + rest + np.array(self._pictures, np.int64)
-
-    def _count(self) -> None:
-        assert self._processor is not None
-        ids = self._processor.tokenizer(self._pending, add_special_tokens=False)["input_ids"]
-        self._counts += map(len, ids)
-        self._pending.clear()
+    return sum(processor.count(split[int(row)]).num_positions for row in rows)
 
 
 def _measure(found: SplitFound, processor: ExampleProcessor) -> None:

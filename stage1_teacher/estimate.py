@@ -157,7 +157,7 @@ class Totals:
 def count_all(recipe: Recipe, data: CaptureData, processor: ExampleProcessor) -> Totals:
     """Positions are counted from the answers alone; a row that is equal to another one counts in them."""
     assert recipe.cache is not None
-    positions = sum(count_positions(part.split, part.rows, recipe.data, processor) for part in data.keyed)
+    positions = sum(count_positions(part.split, part.rows, processor) for part in data.keyed)
     keys = data.all_keys()
     examples = len(set(keys))
     return Totals(

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -347,6 +347,28 @@ def test_long_answers_of_earlier_turns_stay_whole_and_are_learned_in_part(studen
     first = whole.encode(example_of(*turns)).answer_ids[:5]
     assert torch.equal(encoded.answer_ids[:5], first)
     assert (encoded.answer_ids == cut.end_of_turn).sum() == 1
+
+
+@pytest.mark.parametrize("train_on", ["all", "last"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_labels_are_counted_exactly_without_a_picture(
+    student_folder: Path, name: str, train_on: Literal["all", "last"]
+) -> None:
+    """With markers in texts, thoughts that a template drops, and answers that are cut: what ``check`` tells."""
+    processor = with_template(student_folder, TEMPLATES[name], train_on=train_on, max_answer_tokens=12)
+    thought = said("<think>hm</think>It thinks, and thinks, and thinks.")
+    more = [
+        (user(None, "a"), thought, user("b <|im_end|>"), said("c <|im_start|> <think>")),
+        (user(None, "a"), said("<|im_end|>" * 3)),
+        (user("a"), said("x-ray, then CT, then MR, then US " * 2), user("b"), said("axial " * 20)),
+    ]
+    for turns in [*SHAPES, *more]:
+        example = example_of(*turns)
+        counted, encoded = processor.count(example), processor.encode(example)
+        assert counted.num_positions == encoded.num_positions
+        assert (counted.num_cut > 0) == encoded.truncated
+        expanded = len(encoded.input_ids) - counted.num_tokens
+        assert (expanded > 0) if example.images else (expanded == 0)
 
 
 # --- keys ---------------------------------------------------------------------------------------------------

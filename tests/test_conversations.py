@@ -19,6 +19,7 @@ from shared.data.pictures import MAX_DATA_URL
 from shared.data.rows import Example, VqaSplit, open_split
 from shared.errors import DataError
 from shared.recipes import ColumnsConfig, DataConfig
+from shared.reports.conversations import spoken
 from shared.split_check import look_at
 
 PICTURES = [encoded_picture(n) for n in range(3)]
@@ -118,7 +119,7 @@ def test_one_question_is_the_same_example_in_every_form(
 ) -> None:
     example = split_of(tmp_path, [row], kind=kind)[0]
     assert example == SINGLE
-    assert (example.question, example.answer, example.before) == (QUESTION, ANSWER, ())
+    assert (example.question, example.answer) == (QUESTION, ANSWER)
 
 
 def test_bytes_and_structs_in_lists_are_pictures_too(tmp_path: Path) -> None:
@@ -386,6 +387,92 @@ def test_a_missing_picture_is_an_error_unless_rows_may_be_text(tmp_path: Path) -
         assert [len(one.images) for one in split] == [1, 0]
     split = split_of(tmp_path, rows, columns=ColumnsConfig(image=None))
     assert [len(one.images) for one in split] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, r"the picture is missing: no image among question, answer\. .*data\.text_only"),
+        ({"imgae": "1.png"}, r"no picture is used, but 'imgae' seems to hold one\. Set data\.columns\.image"),
+        ({"picture": DATA_URL}, "no picture is used, but 'picture' seems to hold one"),
+        ({"files": [{"path": "scans/1.TIFF"}]}, "no picture is used, but 'files' seems to hold one"),
+    ],
+)
+def test_a_picture_under_another_name_is_not_lost(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    rows = [{"image": "0.png", "question": "q", "answer": "a"}, {"question": "q", "answer": "a"} | row]
+    with pytest.raises(DataError, match=f"row 1: {message}"):
+        split_of(tmp_path, rows)[1]
+    assert split_of(tmp_path, rows, text_only=True)[1].images == ()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_column_of_pictures_that_no_conversation_uses_is_refused(tmp_path: Path, kind: str) -> None:
+    rows = [{"messages": GOOD, "img": "0.png"}, {"messages": GOOD, "img": None}]
+    with pytest.raises(DataError, match=r"'img' seems to hold pictures\. Set data\.columns\.image to it"):
+        split_of(tmp_path, rows, kind=kind)
+    assert split_of(tmp_path, rows, kind=kind, columns=ColumnsConfig(image="img"))[0].images == SINGLE.images
+    assert split_of(tmp_path, rows, kind=kind, columns=ColumnsConfig(image=None))[0].images == ()
+
+
+def test_a_picture_that_one_conversation_alone_has_elsewhere_is_not_lost(tmp_path: Path) -> None:
+    split = split_of(tmp_path, [{"messages": GOOD}, {"messages": GOOD, "scan": "0.png"}])
+    assert split[0].images == ()
+    with pytest.raises(DataError, match="row 1: no picture is used, but 'scan' seems to hold one"):
+        split[1]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_number_is_no_picture(tmp_path: Path, kind: str) -> None:
+    """Sets made from COCO name their pictures by numbers, in MedPix's column of pictures."""
+    row = {"image_id": 17, "question": QUESTION, "answer": ANSWER}
+    assert split_of(tmp_path, [row | {"image": "0.png"}], kind=kind)[0] == SINGLE
+    with pytest.raises(DataError, match=r"the picture is a int.*column image_id: set data\.columns\.image"):
+        split_of(tmp_path, [row], kind=kind)[0]
+    named = row | {"image_id": "COCO_17", "image": "0.png"}
+    with pytest.raises(
+        DataError, match=r"COCO_17 cannot be read.*The row has image too.*data\.columns\.image"
+    ):
+        split_of(tmp_path, [named], kind=kind)[0]
+    assert split_of(tmp_path, [named], kind=kind, columns=ColumnsConfig(image="image"))[0] == SINGLE
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [message("user", f"<image>\n{QUESTION}"), message("assistant", [text(ANSWER)])],
+        [message("user", QUESTION), message("assistant", [text(ANSWER)])],
+        [message("system", []), message("user", QUESTION), message("assistant", ANSWER)],
+    ],
+)
+def test_texts_and_lists_of_parts_mix(tmp_path: Path, turns: list[dict[str, Any]]) -> None:
+    assert split_of(tmp_path, [{"messages": turns, "image": "0.png"}])[0] == SINGLE
+
+
+def test_a_placeholder_in_a_part_is_said_to_be_none(tmp_path: Path) -> None:
+    row = {"messages": asked(text(f"<image>{QUESTION}")), "image": "0.png"}
+    with pytest.raises(DataError, match=r"1 picture.*0 place.*A <image> in a part of type text"):
+        split_of(tmp_path, [row])[0]
+
+
+def test_the_question_is_the_last_user_s(tmp_path: Path) -> None:
+    turns = [message("user", "What?"), message("assistant", "One."), message("assistant", "Two.")]
+    example = split_of(tmp_path, [{"messages": turns}])[0]
+    assert (example.question, example.answer) == ("What?", "Two.")
+    assert spoken(example) == {"question": "What?", "2. assistant": "One."}
+
+
+@pytest.mark.parametrize("mask", [{"weight": 0}, {"loss": False}, {"train": False}])
+def test_a_turn_that_is_not_to_be_learned_is_refused(tmp_path: Path, mask: dict[str, Any]) -> None:
+    (name,) = mask
+    with pytest.raises(DataError, match=f"turn 2: its {name} is .*data.train_on"):
+        split_of(tmp_path, [{"messages": [GOOD[0], GOOD[1] | mask]}])[0]
+    assert split_of(tmp_path, [{"messages": [GOOD[0], GOOD[1] | {name: 1}]}])[0].answer == "a"
+
+
+@pytest.mark.parametrize("near", ["conversation", "message"])
+def test_a_column_of_nearly_the_name_is_suggested(tmp_path: Path, near: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.columns\.{near}s: .*; did you mean '{near}'"):
+        split_of(tmp_path, [{near: GOOD, "image": "0.png"}])
 
 
 def test_the_format_decides_where_two_fit(tmp_path: Path) -> None:

@@ -35,7 +35,6 @@ NEED_TORCHVISION = {"llama4", "mistral3", "pixtral"}
 REFUSALS = {  # of families that were trained on one question about pictures
     ("paligemma", "turns"): "refuses a conversation of user, assistant, user",
     ("paligemma", "later"): "refuses a conversation of user, assistant, user",
-    ("paligemma", "text"): "this model's processor refuses a row without a picture",
 }
 
 
@@ -80,7 +79,13 @@ def test_conversations_have_the_processor_s_own_tokens(
             processor.encode(example)
         return
     encoded = processor.encode(example)
-    if family == "paligemma":  # whose processor writes a line's end behind whatever it is given
+    if (family, shape) == (
+        "paligemma",
+        "text",
+    ):  # which its processor refuses: as it writes one behind a picture
+        bos = processor.tokenizer.bos_token
+        assert processor.tokenizer.decode(processor.encode_prompt(example).input_ids) == f"{bos}What is CT?\n"
+    elif family == "paligemma":  # whose processor writes a line's end behind whatever it is given
         asked = replace(example, turns=example.turns[:-1])
         assert processor.encode_prompt(example).input_ids.tolist() == own_ids(plain, asked)
     else:

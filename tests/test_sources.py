@@ -113,6 +113,70 @@ def test_a_damaged_list_says_where(tmp_path: Path, data: bytes, message: str) ->
     assert not list(copies_folder().glob("*.part"))
 
 
+@pytest.mark.parametrize("inner", [None, 2])
+def test_rows_under_a_name_are_told_from_lines(tmp_path: Path, inner: int | None) -> None:
+    """Some inner lines may look like rows of their own."""
+    listed = ",\n".join(json.dumps(row, indent=inner) for row in ROWS)
+    data = '{\n"info": {"n": 1},\n"data": [\n' + listed + "\n]}"
+    with pytest.raises(DataError, match=r"an object that goes over several lines\..*list under 'data' alone"):
+        JsonRows([written(tmp_path / "data", ".json", data.encode())])
+    with pytest.raises(DataError, match=r"goes over several lines\. Needed is one object a line"):
+        JsonRows([written(tmp_path / "data", ".json", json.dumps({"question": "q"}, indent=2).encode())])
+
+
+def test_a_damaged_first_line_of_a_json_file_of_lines_is_refused_alone(tmp_path: Path) -> None:
+    rows = JsonRows([written(tmp_path / "data", ".json", b'{"question": "q\n' + lines(ROWS))])
+    assert rows[1] == ROWS[0]
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        rows[0]
+
+
+def test_a_list_that_is_called_lines_is_told_how_to_be_read(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"line 1: .*Needed is one object a line, or in a \.json file one list"
+    ):
+        JsonRows([written(tmp_path / "data", ".jsonl", as_list(ROWS))])
+
+
+def test_several_configurations_are_not_mixed(tmp_path: Path) -> None:
+    """As a multilingual set lies in its folder when it was fetched from the Hub."""
+    for name in ("de", "en"):
+        (tmp_path / name).mkdir()
+        row = {"question": name, "answer": "a"}
+        (tmp_path / name / "train-00000-of-00001.jsonl").write_text(json.dumps(row))
+    data = DataConfig(source=str(tmp_path), text_only=True)
+    assert len(open_split(data, "train")) == 2
+    card = (
+        "---\nlicense: mit\nconfigs:\n- config_name: de\n  data_files: de/*\n- config_name: 'en'\n---\n# Set"
+    )
+    (tmp_path / "README.md").write_text(card)
+    with pytest.raises(
+        DataError, match=r"names the configurations de, en, .* lie in de, en\. Give the folder"
+    ):
+        open_split(data, "train")
+    alone = DataConfig(source=str(tmp_path / "de"), text_only=True)
+    assert [one.question for one in open_split(alone, "train")] == ["de"]
+    with pytest.raises(DataError, match=r"data\.config de: .* is no data set of the Hub"):
+        open_split(data.model_copy(update={"config": "de"}), "train")
+
+
+def test_a_configuration_of_a_hub_set_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a set that was fetched before, as the library keeps it."""
+    card = ["---", "configs:"]
+    for name in ("de", "en"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "train.jsonl").write_text(json.dumps({"question": name, "answer": "a"}))
+        card += [f"- config_name: {name}", f"  data_files: {name}/*"]
+    (tmp_path / "set" / "README.md").write_text("\n".join([*card, "---"]))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("de", "en"):
+        datasets.load_dataset(str(tmp_path / "set"), name, split="train")
+    (tmp_path / "cache" / "set").rename(tmp_path / "cache" / "owner___set")
+    for name in ("de", "en"):
+        split = open_split(DataConfig(source="owner/set", config=name, text_only=True), "train")
+        assert [one.question for one in split] == [name]
+
+
 def test_an_element_that_is_no_object_is_refused_by_its_number(tmp_path: Path) -> None:
     rows = JsonRows([written(tmp_path / "data", ".json", b'[{"a": 1}, [2], 17, null, "x"]')])
     assert rows[0] == {"a": 1}

@@ -32,6 +32,7 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 PLACEHOLDER = "<image>"
 MAX_TURNS = 10_000
 # Keys of a turn that say something which a prompt of texts and pictures would lose.
@@ -44,6 +45,7 @@ _UNUSED_KEYS = (
     "thinking",
     *("image", "images", "audio", "audios", "video", "videos"),
 )
+_MASKS = ("weight", "loss", "train")  # by which formats leave single turns out
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,19 @@ def question_answer(question: str, answer: str, num_pictures: int) -> tuple[Turn
 def read_messages(value: Any, pictures: Sequence[Any], *, where: str) -> Conversation:
     """Pictures come with the parts that show them, or from ``pictures`` in order.
 
-    Contents that are all texts show them where they say ``<image>``, or at the beginning of the first
-    question where none says so.
+    A content that is a text shows them where it says ``<image>``.  Where no turn shows any, and what users say are
+    texts, they stand at the beginning of the first question.
 
     Raises   DataError  naming the row, and the turn where it is one's fault
     """
-    listed = _listed(value, where)
-    turns = [_message(turn, where=f"{where}, turn {n}") for n, turn in enumerate(listed, start=1)]
-    if all(isinstance(turn.get("content", turn.get("value")), str) for turn in listed):
-        turns = [(role, parts if role == "assistant" else _split_at_places(parts)) for role, parts in turns]
-        if pictures and not any(isinstance(part, _Place) for _, parts in turns for part in parts):
-            turns = _before_the_first_question(turns, len(pictures))
+    turns, are_texts = [], True
+    for number, turn in enumerate(_listed(value, where), start=1):
+        role, parts = _message(turn, where=f"{where}, turn {number}")
+        is_text = isinstance(_first(turn, CONTENT_KEYS), str)
+        are_texts = are_texts and (is_text or role != "user")
+        turns.append((role, _split_at_places(parts) if is_text and role != "assistant" else parts))
+    if are_texts and pictures and not any(isinstance(part, _Place) for _, parts in turns for part in parts):
+        turns = _before_the_first_question(turns, len(pictures))
     return _filled(turns, pictures, where=where)
 
 
@@ -171,10 +175,7 @@ def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
     """Role and parts of ``{"role", "content"}`` or ``{"from", "value"}``."""
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: a {type(turn).__name__}; needed is an object with role and content")
-    role, content = (
-        next((turn[name] for name in names if turn.get(name) is not None), None)
-        for names in (("role", "from"), ("content", "value"))
-    )
+    role, content = _first(turn, ROLE_KEYS), _first(turn, CONTENT_KEYS)
     if role is None:
         raise DataError(f"{where}: no role (keys: {shortened(', '.join(map(str, turn)))})")
     if not isinstance(role, str) or role not in ROLES:
@@ -184,8 +185,11 @@ def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
             raise DataError(
                 f"{where}: it has {name!r}, which is not used. Write it into the content, or take it out"
             )
-    if turn.get("weight") == 0:
-        raise DataError(f"{where}: its weight is 0; single turns cannot be left out. See data.train_on")
+    for name in _MASKS:
+        if turn.get(name) is not None and not turn[name]:
+            raise DataError(
+                f"{where}: its {name} is {turn[name]}; single turns cannot be left out. See data.train_on"
+            )
     if content is None:
         raise DataError(f"{where}: the content is missing (null)")
     parts = [content] if isinstance(content, str) else content
@@ -194,6 +198,11 @@ def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
             f"{where}: the content is a {type(content).__name__}; needed is a text or a list of parts"
         )
     return ROLES[role], [_part(one, where=where) for one in parts]
+
+
+def _first(turn: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """Of the keys the first that is filled; None where none is."""
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def _part(part: Any, *, where: str) -> str | _Place:
@@ -247,9 +256,11 @@ def _filled(turns: list[tuple[Role, Parts]], pictures: Sequence[Any], *, where: 
     places = [part for _, parts in turns for part in parts if isinstance(part, _Place)]
     num_open = sum(place.picture is None for place in places)
     if num_open != len(pictures):
+        said = any(isinstance(part, str) and PLACEHOLDER in part for _, parts in turns for part in parts)
+        hint = f". A {PLACEHOLDER} in a part of type text, or in an answer, is none" if said else ""
         raise DataError(
             f"{where}: {len(pictures)} picture(s) beside the turns, and {num_open} place(s) for them in the turns; "
-            "each picture needs its place, in order"
+            f"each picture needs its place, in order{hint}"
         )
     named = [place.index for place in places if place.picture is None and place.index is not None]
     if named and sorted(named) != list(range(num_open)):

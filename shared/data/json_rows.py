@@ -28,6 +28,7 @@ from shared.regular_files import open_regular
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
 MAX_OBJECT = 256 * 2**20  # characters of one object of a list
+ONE_A_LINE = "Needed is one object a line, or in a .json file one list of objects"
 _CHUNK = 2**20
 _ZSTD_CHUNK = 2**10  # compressed; a kilobyte unfolds to some 32 MiB at most
 _BLANK = b" \t\r\n"
@@ -51,7 +52,9 @@ class JsonRows:
             try:
                 self[0]
             except DataError as error:
-                raise DataError(f"none of {len(self)} line(s) can be read; the first: {error}") from error
+                raise DataError(
+                    f"none of {len(self)} line(s) can be read; the first: {error}. {ONE_A_LINE}"
+                ) from error
 
     def folder_of(self, index: int) -> Path | None:
         return self._files[int(self._places[index][0])].parent
@@ -88,11 +91,28 @@ class JsonRows:
 
 def _is_list(file: Path) -> bool:
     """Whether a ``.json`` file is one list: many hold an object a line all the same."""
-    if file.suffix != ".json":
-        return False
+    return file.suffix == ".json" and _head(file).startswith(b"[")
+
+
+def _head(file: Path) -> bytes:
     with open_regular(file) as stream:
-        head = stream.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip(_BLANK)
-    return head.startswith(b"[")
+        return stream.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip(_BLANK)
+
+
+def _refuse_spread_object(file: Path) -> None:
+    """Raises   DataError  when a ``.json`` file is one object of several lines, as where its rows lie under a name"""
+    head = _head(file).decode(errors="replace")
+    try:
+        end = json.JSONDecoder().raw_decode(head)[1]
+    except json.JSONDecodeError as error:
+        end = error.pos
+    except RecursionError:
+        return
+    if not head.startswith("{") or end <= len(head.partition("\n")[0]):
+        return
+    named = re.search(r'"([^"\\]{1,64})"\s*:\s*\[\s*\{', head)
+    remedy = f" Save the list under {named[1]!r} alone" if named else ""
+    raise DataError(f"{file}: an object that goes over several lines. {ONE_A_LINE}.{remedy}")
 
 
 def _as_lines(file: Path) -> Path:
@@ -107,6 +127,8 @@ def _as_lines(file: Path) -> Path:
     elif _is_list(file):
         chunks = _of_list
     else:
+        if file.suffix == ".json":
+            _refuse_spread_object(file)
         return file
 
     def write(part: Path) -> None:

@@ -20,6 +20,7 @@ from shared.regular_files import read_regular
 
 MAX_PATH = 4096  # characters; a longer text is none
 MAX_DATA_URL = 64 * 2**20  # characters, of which three quarters are the picture's bytes
+_SUFFIX = re.compile(r"\.(png|jpe?g|jp2|gif|webp|avif|tiff?|bmp|ppm|tga|ico|pcx|sgi)$", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,;]*(;[^,;]*)*?;base64,", re.IGNORECASE)
 _BYTES_OR_PATH = "needed are encoded bytes, the path of a file or a data: URL"
 
@@ -29,6 +30,17 @@ def listed_pictures(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def looks_like_pictures(value: Any) -> bool:
+    """Whether a cell seems to hold pictures: the name of such a file, a ``data:`` URL, a picture's struct."""
+    if isinstance(value, list | tuple):
+        return bool(value) and looks_like_pictures(value[0])
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes) or looks_like_pictures(value.get("path"))
+    if not isinstance(value, str):
+        return False
+    return value[:11].lower() == "data:image/" or bool(_SUFFIX.search(value[-MAX_PATH:].strip()))
 
 
 def picture_bytes(value: Any, folder: Path | None, *, where: str) -> bytes:

@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date as Date
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from shared.data.collation import IGNORE_INDEX, Batch, Encoded, collated
-from shared.data.conversations import Turn, question_answer
+from shared.data.conversations import question_answer
 from shared.data.fingerprints import (
     digest,
     image_processor_fingerprint,
@@ -35,7 +36,7 @@ from shared.data.fingerprints import (
     tokenizer_fingerprint,
 )
 from shared.data.images import CONVERSION_VERSION, Background, decode_rgb, size_of
-from shared.data.model_inputs import answer_kinds, continued, sorted_inputs
+from shared.data.model_inputs import PREFIX_LM, answer_kinds, continued, sorted_inputs
 from shared.data.processors import chat_template, load_processor
 from shared.data.prompts import PROMPT_VERSION, Answered, ChatPrompt, Prompt
 from shared.data.rows import Example
@@ -48,6 +49,20 @@ KEY_BYTES = 16
 CONVERSATION = b"teachonce conversation 1"  # in keys, of what a conversation is made of
 BLANK_SIZE = (32, 32)  # pixels, before the image processor makes of it what its model takes
 SIZE_STEP = 64  # pixels: sizes are rounded up to it where tokens of a picture have to be counted
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of an example's texts.
+
+    num_positions  tokens that are labels, ends of turns among them
+    num_cut        answers that are learned in part
+    num_tokens     of the whole example, a picture's placeholder in the place of its tokens
+    """
+
+    num_positions: int
+    num_cut: int
+    num_tokens: int
 
 
 class ExampleProcessor:
@@ -146,14 +161,6 @@ class ExampleProcessor:
         """Raises   DataError  naming the row, when the chat template refuses its conversation"""
         self._prompt.template.follow(example.turns, where=_where(example))
 
-    def learned(self, example: Example) -> list[tuple[Turn, bool]]:
-        """The turns, and whether they are learned: every answer, or the last alone."""
-        last = len(example.turns) - 1
-        return [
-            (turn, turn.role == "assistant" and (number == last or self._train_on == "all"))
-            for number, turn in enumerate(example.turns)
-        ]
-
     def approximate_length(self, example: Example) -> int:
         """About how many tokens an example has, without the template's, to put like with like: nothing is decoded."""
         texts = " ".join(part for turn in example.turns for part in turn.parts if part is not None)
@@ -186,10 +193,30 @@ class ExampleProcessor:
     def encode(self, example: Example) -> Encoded:
         """Raises   DataError  naming the row, when its pictures or its conversation cannot be used."""
         prompt = self._prompt.of(example.turns, where=_where(example))
-        answer = self._prompt.answer_ids(prompt, example.turns[-1].parts[0] or "")
-        is_cut = len(answer) > self._max_answer_tokens
-        answer = answer[: self._max_answer_tokens] if is_cut else [*answer, self.end_of_turn]
+        answer, is_cut = self._last_answer(example, prompt)
         return self._encoded(example, prompt, torch.tensor(answer, dtype=torch.int64), is_cut=is_cut)
+
+    def count(self, example: Example) -> Counted:
+        """What ``encode`` will make of the texts; no picture is decoded.
+
+        Raises   DataError  naming the row, when its conversation cannot be used
+        """
+        prompt = self._prompt.of(example.turns, where=_where(example))
+        answer, is_cut = self._last_answer(example, prompt)
+        tokens, answered = self._prompt.finished(prompt, {"input_ids": self._prompt.plain_ids(prompt)})
+        labels, num_short = self._earlier_labels(tokens["input_ids"], answered)
+        return Counted(
+            num_positions=int((labels != IGNORE_INDEX).sum()) + len(answer),
+            num_cut=num_short + is_cut,
+            num_tokens=len(labels) + len(answer),
+        )
+
+    def _last_answer(self, example: Example, prompt: Prompt) -> tuple[list[int], bool]:
+        """Its labels, and whether it has more tokens than are learned."""
+        answer = self._prompt.answer_ids(prompt, example.turns[-1].parts[0] or "")
+        if len(answer) > self._max_answer_tokens:
+            return answer[: self._max_answer_tokens], True
+        return [*answer, self.end_of_turn], False
 
     def encode_prompt(self, example: Example) -> Encoded:
         """The conversation up to its last answer, without labels, to generate that from."""
@@ -222,7 +249,7 @@ class ExampleProcessor:
     def _encoded(self, example: Example, prompt: Prompt, answer: Tensor, *, is_cut: bool) -> Encoded:
         tokens, pictures, answered = self._prompt_inputs(example, prompt)
         ids = tokens.pop("input_ids")
-        labels, is_short = self._earlier_labels(ids, answered if len(answer) else [])
+        labels, num_short = self._earlier_labels(ids, answered if len(answer) else [])
         labels = torch.cat([labels, answer])
         return Encoded(
             key=self.key(example),
@@ -231,23 +258,23 @@ class ExampleProcessor:
             per_token=continued(tokens, len(answer), answer_kinds(self._processor)),
             per_picture=pictures,
             num_positions=int((labels != IGNORE_INDEX).sum()),
-            truncated=is_cut or is_short,
+            truncated=is_cut or num_short > 0,
         )
 
-    def _earlier_labels(self, ids: Tensor, answered: Sequence[Answered]) -> tuple[Tensor, bool]:
-        """Labels of the prompt, (S,), and whether any answer has more tokens than are learned.
+    def _earlier_labels(self, ids: Tensor, answered: Sequence[Answered]) -> tuple[Tensor, int]:
+        """Labels of the prompt, (S,), and how many answers have more tokens than are learned.
 
         Such an answer stays whole, as what follows it needs it; the tokens beyond are no labels.
         """
-        labels, is_short = torch.full_like(ids, IGNORE_INDEX), False
+        labels, num_short = torch.full_like(ids, IGNORE_INDEX), 0
         for one in answered if self._train_on == "all" else []:
             end = min(one.end, one.begin + self._max_answer_tokens)
             labels[one.begin : end] = ids[one.begin : end]
-            is_short = is_short or end < one.end
+            num_short += end < one.end
             if end == one.end and one.end_of_turn is not None:
                 labels[one.end_of_turn] = ids[one.end_of_turn]
         labels[:1] = IGNORE_INDEX  # nothing stands before it that could predict it
-        return labels, is_short
+        return labels, num_short
 
     def _prompt_inputs(
         self, example: Example, prompt: Prompt
@@ -265,11 +292,16 @@ class ExampleProcessor:
 
     def _processed(self, text: str, images: list[Image.Image], where: str) -> dict[str, Tensor]:
         pictures: dict[str, Any] = {}
+        process = self._processor
+        if not images and type(process).__name__ in PREFIX_LM:
+            # Its processor takes no row without a picture, its models do: the prompt is what it writes behind one.
+            process, text = process.tokenizer, f"{process.tokenizer.bos_token}{text}\n"
+            pictures = {"return_token_type_ids": True}
         if images:  # nothing is to be guessed of their axes: a picture may be 3 pixels wide
             given = images if len(images) == 1 else [images]  # of one text
             pictures = {"images": given, "input_data_format": "channels_last"}
         try:
-            inputs = self._processor(
+            inputs = process(
                 text=[text],
                 return_tensors="pt",
                 add_special_tokens=self._prompt.add_special_tokens,

@@ -14,6 +14,7 @@ texts without markers take the ordinary path, and both paths agree on them (test
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date as Date
@@ -67,9 +68,10 @@ class _Tokens:
     offsets: list[tuple[int, int]]
 
     def of(self, begin: int, end: int) -> tuple[int, int]:
-        """The tokens that hold the characters [begin, end)."""
-        found = [n for n, (first, last) in enumerate(self.offsets) if first < end and last > begin]
-        return (found[0], found[-1] + 1) if found else (0, 0)
+        """The tokens that hold the characters [begin, end); they stand in order."""
+        first = bisect_right(self.offsets, begin, key=lambda one: one[1])
+        last = bisect_left(self.offsets, end, key=lambda one: one[0])
+        return (first, last) if first < last else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,10 @@ class ChatPrompt:
             text = layout.text(_words(layout))
         return Prompt(layout, tuple(texts), text, is_marked, earlier)
 
+    def plain_ids(self, prompt: Prompt) -> torch.Tensor:
+        """(S,) int64, of its text as it is, pictures' placeholders not expanded."""
+        return torch.tensor(self._encode(prompt.text))
+
     def without_appended(self, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Removes what the tokenizer writes after any text, such as an end of text: here the answer follows.
 
@@ -206,13 +212,14 @@ class ChatPrompt:
     ) -> tuple[dict[str, torch.Tensor], list[Answered]]:
         """Each window's tokens are those of the texts themselves, without added tokens."""
         given = tokens["input_ids"].tolist()
+        standing = prompt.layout.places(_words(prompt.layout))
         source: list[int] = []  # for each new token one whose other properties it has
         ids: list[int] = []
         found: dict[int, Answered] = {}
         end = 0
-        for window in self._windows(prompt.layout, plain):
+        for window in self._windows(standing, plain, len(prompt.text)):
             start, stop = _stretch(places, window.first, window.last)
-            text, spans = _window_text(prompt, window)
+            text, spans = _window_text(prompt, standing, window)
             inner = self._text_ids(text)
             source += [*range(end, start), *[start] * len(inner.ids)]
             ids += [*given[end:start], *inner.ids]
@@ -229,17 +236,16 @@ class ChatPrompt:
         earlier = {n: one for n, one in found.items() if prompt.layout.owners[n] in prompt.earlier}
         return changed, _by_turn(prompt, earlier)
 
-    def _windows(self, layout: Layout, plain: _Tokens) -> list[_Window]:
-        """Of the text of words."""
-        words = _words(layout)
-        length = len(layout.text(words))
-        added = [(n, *plain.offsets[n]) for n, token in enumerate(plain.ids) if token in self._added_ids]
+    def _windows(self, standing: Sequence[tuple[int, int]], plain: _Tokens, length: int) -> list[_Window]:
+        """Of the text of words, which stand at these places."""
+        added = [n for n, token in enumerate(plain.ids) if token in self._added_ids]
+        starts, stops = zip((0, 0), *(plain.offsets[n] for n in added), (length, length), strict=True)
+        around = [-1, *added, len(plain.ids)]  # the text's beginning and end are no tokens
         windows: list[_Window] = []
-        for number, (begin, end) in enumerate(layout.places(words)):
-            first, left = max(((n + 1, stop) for n, _, stop in added if stop <= begin), default=(0, 0))
-            last, right = min(
-                ((n, start) for n, start, _ in added if start >= end), default=(len(plain.ids), length)
-            )
+        for number, (begin, end) in enumerate(standing):
+            before = bisect_right(stops, begin, hi=len(around) - 1) - 1
+            behind = bisect_left(starts, end, lo=1)
+            first, left, last, right = around[before] + 1, stops[before], around[behind], starts[behind]
             if windows and windows[-1].first == first:
                 windows[-1] = replace(windows[-1], texts=(*windows[-1].texts, number))
             else:
@@ -307,18 +313,18 @@ def _words(layout: Layout) -> list[str]:
     return [_QUESTION] * len(layout.owners)
 
 
-def _window_text(prompt: Prompt, window: _Window) -> tuple[str, list[tuple[int, int]]]:
-    """A window with the texts themselves in it, and where they are."""
-    words = _words(prompt.layout)
-    standing = prompt.layout.text(words)
+def _window_text(
+    prompt: Prompt, standing: Sequence[tuple[int, int]], window: _Window
+) -> tuple[str, list[tuple[int, int]]]:
+    """A window with the texts themselves in the words' places, and where they are."""
     text, spans, place = "", [], window.begin
     for number in window.texts:
-        begin, end = prompt.layout.places(words)[number]
-        text += standing[place:begin]
+        begin, end = standing[number]
+        text += prompt.text[place:begin]
         spans.append((len(text), len(text) + len(prompt.texts[number])))
         text += prompt.texts[number]
         place = end
-    return text + standing[place : window.end], spans
+    return text + prompt.text[place : window.end], spans
 
 
 def _by_turn(prompt: Prompt, found: dict[int, Answered]) -> list[Answered]:

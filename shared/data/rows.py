@@ -11,19 +11,22 @@ identity.  ``shared.data.conversations`` knows what a row may look like.  A row 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from shared.data.conversations import FORMS, READERS, Conversation, Form, Turn, majority, question_answer
-from shared.data.pictures import listed_pictures, picture_bytes
+from shared.data.pictures import listed_pictures, looks_like_pictures, picture_bytes
 from shared.data.sources import Rows, choose, open_rows
 from shared.data.texts import require_unicode, required_text
-from shared.errors import DataError
+from shared.errors import DataError, shortened
 from shared.recipes import DataConfig, Split
 
 PICTURE_COLUMNS = ("images", "image")  # beside the recipe's own
+_PICTURE_NAME = re.compile("ima?ge?|pic|photo|scan|frame|file|path|url", re.IGNORECASE)
 _TEXT_COLUMNS: dict[str, tuple[str, ...]] = {
     "question_answer": ("question", "answer"),
     "messages": ("messages",),
@@ -55,8 +58,8 @@ class Example:
 
     @property
     def question(self) -> str:
-        """The text of the turn before the last answer."""
-        return self.turns[-2].text
+        """The text of the last user's turn."""
+        return next(turn.text for turn in reversed(self.turns) if turn.role == "user")
 
     @property
     def answer(self) -> str:
@@ -69,11 +72,6 @@ class Example:
             return hashlib.sha256(self.images[0]).hexdigest()
         parts = [hashlib.sha256(image).digest() for image in self.images] or [repr(self.turns).encode()]
         return hashlib.sha256(b"".join(parts)).hexdigest()
-
-    @property
-    def before(self) -> tuple[Turn, ...]:
-        """The turns before the last question."""
-        return self.turns[:-2]
 
 
 @dataclass(frozen=True)
@@ -109,12 +107,8 @@ class VqaSplit:
         value = {field: row.get(column) for field, column in self.columns.items()}
         form = self._form_of(value, where)
         read, num_outvoted = self._read(form, row, value, where)
-        folder, several = self.rows.folder_of(index), len(read.pictures) > 1
         return Example(
-            images=tuple(
-                picture_bytes(picture, folder, where=f"{where}, picture {number}" if several else where)
-                for number, picture in enumerate(read.pictures, start=1)
-            ),
+            images=self._images(read.pictures, row, index),
             turns=read.turns,
             kind=_label(value.get("kind"), "kind", where),
             case=_label(value.get("case"), "case", where),
@@ -147,19 +141,15 @@ class VqaSplit:
         self, form: Form, row: Mapping[str, Any], value: Mapping[str, Any], where: str
     ) -> tuple[Conversation, int]:
         """The conversation, and how many answers it leaves out."""
-        filled = [name for name in self.pictures if row.get(name) is not None]
-        if len(filled) > 1 and filled[0] != self.settings.columns.image:
-            raise DataError(
-                f"{where}: pictures in the columns {' and '.join(filled)}. Set data.columns.image to one of them"
-            )
-        held = row[filled[0]] if filled else None
+        held = self._held(row, where)
         pictures, num_outvoted = listed_pictures(held), 0
         if form != "question_answer":
-            return READERS[form](value[form], pictures, where=where), 0
-        if held is None and not self.settings.text_only and any(name in row for name in self.pictures):
-            raise DataError(
-                f"{where}: the picture is missing (null). If rows may be of text alone, set data.text_only to true"
-            )
+            read = READERS[form](value[form], pictures, where=where)
+            if held is None and not read.pictures:
+                self._require_none_lost(row, where)
+            return read, 0
+        if held is None:
+            self._require_text_alone(row, where)
         answer = value["answer"]
         if self.settings.answers == "majority":
             answer, num_outvoted = majority(answer, where=where)
@@ -171,6 +161,61 @@ class VqaSplit:
         turns = question_answer(question, required_text(answer, "answer", where=where), len(pictures))
         return Conversation(turns, tuple(pictures)), num_outvoted
 
+    def _held(self, row: Mapping[str, Any], where: str) -> Any:
+        """What the row's picture column holds; None where none is filled."""
+        filled = self._filled(row)
+        if len(filled) > 1 and filled[0] != self.settings.columns.image:
+            raise DataError(
+                f"{where}: pictures in the columns {' and '.join(filled)}. Set data.columns.image to one of them"
+            )
+        return row[filled[0]] if filled else None
+
+    def _filled(self, row: Mapping[str, Any]) -> list[str]:
+        """Picture columns that hold something, but for numbers where another one does."""
+        filled = [name for name in self.pictures if row.get(name) is not None]
+        return [name for name in filled if not isinstance(row[name], int | float)] or filled
+
+    def _images(self, pictures: Sequence[Any], row: Mapping[str, Any], index: int) -> tuple[bytes, ...]:
+        where, folder, several = self.where(index), self.rows.folder_of(index), len(pictures) > 1
+        try:
+            return tuple(
+                picture_bytes(picture, folder, where=f"{where}, picture {number}" if several else where)
+                for number, picture in enumerate(pictures, start=1)
+            )
+        except DataError as error:
+            filled = self._filled(row)
+            if len(filled) < 2 and not (filled and isinstance(row[filled[0]], int | float)):
+                raise
+            used, *others = filled
+            beside = f" The row has {' and '.join(others)} too." if others else ""
+            raise DataError(
+                f"{error}.{beside} It is from the column {used}: set data.columns.image to the pictures' own"
+            ) from error
+
+    def _require_text_alone(self, row: Mapping[str, Any], where: str) -> None:
+        """Of a question without a picture: whether it may have none."""
+        if self.settings.text_only or not self.pictures:
+            return
+        is_null = any(name in row for name in self.pictures)
+        if not is_null:
+            self._require_none_lost(row, where)
+        if is_null or self.forms == ("question_answer",):
+            known = "" if is_null else f": no {' or '.join(self.pictures)} among {shortened(', '.join(row))}"
+            raise DataError(
+                f"{where}: the picture is missing{known or ' (null)'}. If rows may be of text alone, set "
+                "data.text_only to true"
+            )
+
+    def _require_none_lost(self, row: Mapping[str, Any], where: str) -> None:
+        """Of a row without a picture: that no other column seems to hold one."""
+        if self.settings.text_only or self.settings.columns.image is None:
+            return
+        if (found := _unused_pictures(row, {*self.columns.values(), *self.pictures})) is not None:
+            raise DataError(
+                f"{where}: no picture is used, but {found!r} seems to hold one. Set data.columns.image to its "
+                "column, or to null where rows are of text alone"
+            )
+
 
 def open_split(data: DataConfig, split: Split) -> VqaSplit:
     """Opens the train, validation or test split of ``data``, its first ``data.limit`` rows if that is set.
@@ -181,11 +226,13 @@ def open_split(data: DataConfig, split: Split) -> VqaSplit:
     if name is None:
         raise DataError(f"data.splits.{split} is null: {data.source} is said to have no {split} split")
     others = [other for other in data.splits.model_dump().values() if other is not None]
-    rows = open_rows(data.source, split=name, revision=data.revision, splits=others)
+    rows = open_rows(data.source, split=name, revision=data.revision, config=data.config, splits=others)
     if len(rows) == 0:
         raise DataError(f"{data.source}, split {name}: no rows; at least one is needed")
     forms = _forms(data, rows)
     columns, pictures = _columns(data, rows, forms)
+    if not pictures:
+        _require_no_picture(data, rows, {*columns.values()})
     rows = rows.select(sorted({*columns.values(), *pictures}))
     number = min(len(rows), data.limit or len(rows))
     return VqaSplit(data.source, name, rows, forms, columns, pictures, data, number)
@@ -194,7 +241,8 @@ def open_split(data: DataConfig, split: Split) -> VqaSplit:
 def _forms(data: DataConfig, rows: Rows) -> tuple[Form, ...]:
     """The recipe's; else those whose columns it names; else those whose columns are there.
 
-    Where there is none, question and answer: what is missing of them tells most.
+    Where there is none, that of a conversation in a column of nearly its name, or question and answer: what is
+    missing of it tells most.
     """
     if data.format is not None:
         return (data.format,)
@@ -202,8 +250,11 @@ def _forms(data: DataConfig, rows: Rows) -> tuple[Form, ...]:
     if asked := tuple(form for form in FORMS if named.intersection(_TEXT_COLUMNS[form])):
         return asked
     names = data.columns.model_dump()
-    found = (form for form in FORMS if all(names[name] in rows.columns for name in _TEXT_COLUMNS[form]))
-    return tuple(found) or ("question_answer",)
+    found = tuple(form for form in FORMS if all(names[name] in rows.columns for name in _TEXT_COLUMNS[form]))
+    if found or {names["question"], names["answer"]}.intersection(rows.columns):
+        return found or ("question_answer",)
+    near = (form for form in FORMS[1:] if difflib.get_close_matches(names[form], rows.columns, cutoff=0.8))
+    return (next(near, "question_answer"),)
 
 
 def _columns(data: DataConfig, rows: Rows, forms: tuple[Form, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -231,6 +282,29 @@ def _columns(data: DataConfig, rows: Rows, forms: tuple[Form, ...]) -> tuple[dic
     if problems:
         raise DataError("\n".join(problems))
     return columns, tuple(dict.fromkeys(pictures))
+
+
+def _require_no_picture(data: DataConfig, rows: Rows, used: set[str]) -> None:
+    """Raises   DataError  when a set without picture columns has one by another name, as its first row shows"""
+    likely = [name for name in rows.columns if name not in used and _PICTURE_NAME.search(name)]
+    if not likely or data.text_only or data.columns.image is None:
+        return
+    try:
+        found = _unused_pictures(rows.select(likely)[0], used)
+    except DataError:  # whoever reads the row says so
+        return
+    if found is not None:
+        raise DataError(
+            f"{data.source}: no column {', '.join((data.columns.image, *PICTURE_COLUMNS))}, but {found!r} seems to "
+            "hold pictures. Set data.columns.image to it, or to null where rows are of text alone"
+        )
+
+
+def _unused_pictures(row: Mapping[str, Any], used: Collection[str]) -> str | None:
+    """The first column that seems to hold pictures and is not used."""
+    return next(
+        (name for name, value in row.items() if name not in used and looks_like_pictures(value)), None
+    )
 
 
 def _named(data: DataConfig) -> set[str]:

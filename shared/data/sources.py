@@ -47,6 +47,10 @@ _SHARD_NUMBERS = re.compile(
 MAX_NAMES = 20  # told in a message
 MAX_LINKS = 1_000  # to folders, in a source
 MAX_PARTS = 1_000_000  # of a split; a name that says more is not worth counting through
+CARD = "README.md"
+MAX_CARD = 2**20
+_FRONT_MATTER = re.compile(r"---\r?\n.*?\n---", re.DOTALL)
+_CONFIG_NAME = re.compile(r"^[ \t-]*config_name:[ \t]*[\"']?([^\s\"'][^\n\r\"']*)", re.MULTILINE)
 _SHARD_OF = re.compile(r"^(.*?)[-_.]?(\d+)[-_]of[-_](\d+)(?:-[0-9a-f]{10,})?$")
 
 
@@ -106,27 +110,44 @@ def _encoded(feature: Any) -> Any:
     return feature
 
 
-def open_rows(source: str, *, split: str, revision: str | None = None, splits: Iterable[str] = ()) -> Rows:
+def open_rows(
+    source: str,
+    *,
+    split: str,
+    revision: str | None = None,
+    config: str | None = None,
+    splits: Iterable[str] = (),
+) -> Rows:
     """The rows of ``split``, the name that the source itself uses; ``splits`` are the other names in use.
+
+    revision, config  of a data set on the Hub
 
     Raises   DataError  when the source is missing, unreadable or unreachable, or has no such split.
     """
     path = Path(source)
     require_no_typo(source, what=f"data.source {source}", error=DataError)
+    if config is not None and path.exists():
+        raise DataError(
+            f"data.config {config}: {source} is no data set of the Hub. Set it to null, and give the folder of one "
+            "configuration as data.source"
+        )
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return TableRows.open(_saved_files(path, split), folder=path)
         if path.exists():
             return _open_files(path, split, {split, *splits})
         require_hub_asked_once()
-        return DatasetRows(datasets.load_dataset(source, revision=revision, split=split), None)
+        return DatasetRows(datasets.load_dataset(source, config, revision=revision, split=split), None)
     except NotAFileError as error:
         raise DataError(f"data.source {source}: {error}") from error
     except TeachonceError:
         raise
     except Exception as error:  # datasets raises errors of a dozen libraries
         reason = shortened(why(source, error))
-        raise DataError(f"split {split!r} of data.source {source}: cannot be opened: {reason}") from error
+        remedy = ". Name one as data.config" if "Config name is missing" in str(error) else ""
+        raise DataError(
+            f"split {split!r} of data.source {source}: cannot be opened: {reason}{remedy}"
+        ) from error
 
 
 def choose(wanted: str, found: Iterable[str], *, what: str) -> None:
@@ -150,6 +171,7 @@ def _open_files(path: Path, split: str, splits: set[str]) -> Rows:
             split, [_SHARD_NUMBERS.sub("", _stem(file)) for file in files], what=f"data.source {path}: split"
         )
     _require_all_parts(members)
+    _require_one_config(path, members)
     if members[0].name.endswith(JSON_SUFFIXES):
         return JsonRows(members)
     return TableRows.open(members, folder=path if path.is_dir() else path.parent)
@@ -178,6 +200,21 @@ def _require_all_parts(files: Sequence[Path]) -> None:
             raise DataError(
                 f"{folder / name}: parts of two sets, of {both} files, lie together. Remove one set"
             )
+
+
+def _require_one_config(path: Path, files: Sequence[Path]) -> None:
+    """Raises   DataError  when a data set's card names several configurations, and several folders are meant"""
+    folders = sorted({str(file.parent.relative_to(path)) for file in files}) if path.is_dir() else []
+    card = path / CARD
+    if len(folders) < 2 or not card.is_file():
+        return
+    found = _FRONT_MATTER.match(read_regular(card)[:MAX_CARD].decode(errors="replace"))
+    configs = sorted(set(_CONFIG_NAME.findall(found[0]))) if found else []
+    if len(configs) > 1:
+        raise DataError(
+            f"data.source {path}: {CARD} names the configurations {shortened(', '.join(configs))}, and their rows "
+            f"lie in {shortened(', '.join(folders))}. Give the folder of one of them"
+        )
 
 
 def _stem(file: Path) -> str:

@@ -15,6 +15,7 @@ A template that asks for the date is told the one that is given here.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date as Date
@@ -33,6 +34,7 @@ _TAG = re.compile(r"<[^<>\s'\"{}]{1,64}>|\[/?[A-Z_]{2,32}\]")
 _ANOTHER_DAY = Date(2001, 2, 3)
 _DATE_STRING = "%d %b %Y"  # as Llama's templates take it
 _ANSWER = "teachonceanswer"
+_WORD = re.compile("teachonceword[a-j]{6}")
 _Shape = tuple[tuple[str, tuple[bool, ...]], ...]
 
 
@@ -188,7 +190,8 @@ class Template:
         standing, words = _with_words(turns[:-1])
         asked = self._render(standing, ask=True)
         answered = self._render([*standing, Turn("assistant", (_ANSWER,))], ask=False)
-        found = [asked.count(word) for _, word in words]
+        counts = Counter(_WORD.findall(asked))
+        found = [counts[word] for _, word in words]
         if len(turns) == 2 and (found != [1] * len(found) or answered.count(_ANSWER) != 1):
             raise _UnusableError(
                 "is of no use: question and answer must each stand once in its text, "
@@ -218,14 +221,13 @@ class Template:
             return None
         standing, pieces = _with_pieces(turns[:-1], self._tags)
         asked = self._render(standing, ask=True) + layout.begun
-        kept: list[tuple[_Piece, int]] = []
-        for piece in pieces:
-            if asked.count(piece.word) > 1:
-                return None
-            if (begin := asked.find(piece.word, kept[-1][1] if kept else 0)) >= 0:
-                kept.append((piece, begin))
-            elif piece.word in asked:
-                return None
+        written = [(one[0], one.start()) for one in _WORD.finditer(asked)]
+        begins = dict(written)
+        kept = [(piece, begins[piece.word]) for piece in pieces if piece.word in begins]
+        if [
+            (piece.word, begin) for piece, begin in kept
+        ] != written:  # some are repeated, or in another order
+            return None
         fixed, owners, texts, end = [], [], [], 0
         for owner, text, begin, stop in _joined(asked, pieces, kept):
             fixed.append(asked[end:begin])

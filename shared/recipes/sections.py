@@ -84,6 +84,8 @@ class DataConfig(Section):
     """Hub name, or a file or folder of Parquet, Arrow, JSONL or JSON."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
+    config: str | None = None
+    """Configuration of a Hub data set that has several, which its page calls subsets."""
     columns: ColumnsConfig = ColumnsConfig()
     format: Literal["question_answer", "messages", "conversations"] | None = None
     """Form of the rows; null: by their columns, of several forms each row by what it holds."""

@@ -10,13 +10,15 @@ from shared.data.templates import is_single
 
 
 def spoken(example: Example) -> dict[str, str]:
-    """The turns before the last question by number and role, then ``question``; pictures as numbers."""
+    """The turns before the last answer by number and role, the last user's as ``question``; pictures as numbers."""
     if is_single(example.turns):
         return {"question": example.question}
-    texts = list(_with_numbers(example.turns[:-1]))
-    earlier = zip(example.before, texts[:-1], strict=True)
-    told = {f"{n}. {turn.role}": text for n, (turn, text) in enumerate(earlier, start=1)}
-    return told | {"question": texts[-1]}
+    turns = example.turns[:-1]
+    asked = max(n for n, turn in enumerate(turns) if turn.role == "user")
+    return {
+        "question" if n == asked else f"{n + 1}. {turn.role}": text
+        for n, (turn, text) in enumerate(zip(turns, _with_numbers(turns), strict=True))
+    }
 
 
 def _with_numbers(turns: Sequence[Turn]) -> Iterator[str]:

@@ -17,7 +17,15 @@ from shared.recipes import Recipe, dump_recipe
 MAY_CHANGE = (
     *("bootstrap", "teacher", "cache"),
     *("data.format", "data.answers", "data.text_only", "data.train_on", "data.date"),
-    *("data.source", "data.revision", "data.columns", "data.splits", "data.limit", "data.max_dropped"),
+    *(
+        "data.source",
+        "data.revision",
+        "data.config",
+        "data.columns",
+        "data.splits",
+        "data.limit",
+        "data.max_dropped",
+    ),
     *("student.attn_implementation", "student.activation_checkpointing"),
     *("student.lora.merge", "student.compile", "student.compile_backend", "loss.chunk_size", "parallel"),
     *("optimization.microbatch_size", "optimization.microbatch_tokens"),
