@@ -18,7 +18,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
-    Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
 
@@ -38,50 +37,26 @@ from stage2_student.training.student import build_student
 COEFFICIENT = 0.05
 
 
+BOTH = pytest.mark.parametrize("moe_folder", ["qwen3_vl_moe", "qwen3_5_moe"], indirect=True)
+
+
 @pytest.fixture(scope="module")
-def moe_folder(tmp_path_factory: pytest.TempPathFactory, student_folder: Path) -> Path:
-    """A Qwen3-VL of four experts in each of two layers, that asks for the router's loss."""
+def moe_folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, student_folder: Path
+) -> Path:
+    """A Qwen3-VL, or of the other family, of four experts in each of two layers, that asks for the router's loss."""
     folder = tmp_path_factory.mktemp("moe") / "moe"
     shutil.copytree(student_folder, folder)
     (folder / "model.safetensors").unlink()
     plain = AutoConfig.from_pretrained(student_folder)
-    config = Qwen3VLMoeConfig(
-        text_config={
-            "vocab_size": plain.text_config.vocab_size,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "moe_intermediate_size": 16,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
-            "initializer_range": 0.1,
-            "output_router_logits": True,
-            "router_aux_loss_coef": COEFFICIENT,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 16,
-            "temporal_patch_size": 1,
-            "spatial_merge_size": 2,
-            "out_hidden_size": 32,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
-            "initializer_range": 0.1,
-        },
+    config = AutoConfig.for_model(
+        **MODELS[getattr(request, "param", "qwen3_vl_moe")](plain),
         **{name: getattr(plain, name) for name in ("image_token_id", "video_token_id")},
         **{name: getattr(plain, name) for name in ("vision_start_token_id", "vision_end_token_id")},
         dtype="float32",
     )
     torch.manual_seed(5)
-    model = Qwen3VLMoeForConditionalGeneration(config)
+    model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "gate.weight" in name or "experts" in name:
@@ -89,6 +64,69 @@ def moe_folder(tmp_path_factory: pytest.TempPathFactory, student_folder: Path) -
     model.generation_config = GenerationConfig.from_pretrained(student_folder)
     model.save_pretrained(folder)
     return folder
+
+
+def text_config(plain: Any, **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": plain.text_config.vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.1,
+        "output_router_logits": True,
+        "router_aux_loss_coef": COEFFICIENT,
+        **more,
+    }
+
+
+def vision_config(**more: Any) -> dict[str, Any]:
+    return {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 16,
+        "temporal_patch_size": 1,
+        "spatial_merge_size": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+        "initializer_range": 0.1,
+        **more,
+    }
+
+
+def qwen3_vl_moe(plain: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    return {
+        "model_type": "qwen3_vl_moe",
+        "text_config": text_config(plain, rope_parameters=rope),
+        "vision_config": vision_config(deepstack_visual_indexes=[0]),
+    }
+
+
+def qwen3_5_moe(plain: Any) -> dict[str, Any]:
+    """With an expert that all tokens share, and linear attention in one of the layers."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    rope |= {"mrope_interleaved": True, "partial_rotary_factor": 0.5}
+    linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    linear |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    layers = ["linear_attention", "full_attention"]
+    text = text_config(plain, rope_parameters=rope, layer_types=layers, shared_expert_intermediate_size=16)
+    return {
+        "model_type": "qwen3_5_moe",
+        "text_config": text | linear,
+        "vision_config": vision_config(),
+    }
+
+
+MODELS = {"qwen3_vl_moe": qwen3_vl_moe, "qwen3_5_moe": qwen3_5_moe}
 
 
 @pytest.fixture
@@ -106,6 +144,7 @@ def whole(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+@BOTH
 def test_loss_and_gradient_are_those_of_the_model_s_own_forward(
     tree: dict[str, Any], moe_folder: Path, processor: ExampleProcessor
 ) -> None:
@@ -147,6 +186,7 @@ def split_rows(tree: dict[str, Any]) -> list[Example]:
     return list(open_split(make_recipe(tree).data, "train"))
 
 
+@BOTH
 @pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}, {"lora": {"rank": 4}}])
 def test_it_is_part_of_the_loss_and_reported_apart(tree: dict[str, Any], settings: dict[str, Any]) -> None:
     recipe = make_recipe(tree, **{f"student__{name}": value for name, value in settings.items()})
@@ -158,6 +198,7 @@ def test_it_is_part_of_the_loss_and_reported_apart(tree: dict[str, Any], setting
         assert record["loss"] == pytest.approx(expected, rel=1e-6)
 
 
+@BOTH
 def test_ranks_weigh_it_by_their_tokens(tree: dict[str, Any]) -> None:
     """Alike for the same microbatches, on one rank after the other or on two; the last step has too few rows."""
     one = make_recipe(tree, run__name="one", optimization__microbatch_size=1)
@@ -220,6 +261,7 @@ def test_another_loss_than_the_model_s_own_is_refused(
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
+@BOTH
 def test_adapters_reach_experts_that_are_named(
     tree: dict[str, Any], tmp_path: Path, moe_folder: Path, processor: ExampleProcessor
 ) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from shared.cache import CacheReader
 from shared.errors import RecipeError
+from shared.models.quantized import PACKAGES
 from shared.models.sharding import fill
 from shared.models.vlm import empty_vlm, load_config, load_vlm
 from shared.recipes import Recipe
@@ -258,3 +260,152 @@ def test_four_bits_of_bitsandbytes(tree: dict[str, Any], tmp_path: Path, student
     (ours,), (theirs,) = step_records(recipe), step_records(ordinary)
     assert ours["ce_loss"] == pytest.approx(theirs["ce_loss"], rel=0.1)
     assert "quantization_config" not in json.loads((recipe.run.path / "export" / "config.json").read_text())
+
+
+# --- four bits by other libraries, which a CPU can run too ------------------------------------------------
+
+GROUP = 32  # inputs that share a scale
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+ATTENTION = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "out_proj",
+    "in_proj_qkv",
+    "in_proj_z",
+    "in_proj_a",
+    "in_proj_b",
+)
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # in which eight outputs lie in a number of 32 bits
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A linear layer's weights in 16 steps: integers (in, out), and for each group the scale and what stands for 0."""
+
+    steps_IO: torch.Tensor
+    scales_GO: torch.Tensor
+    zero: int = 8
+
+    @classmethod
+    def of(cls, weight_OI: torch.Tensor) -> Rounded:
+        groups = weight_OI.T.reshape(-1, GROUP, len(weight_OI))
+        scales_GO = (groups.abs().amax(1) / 7).half()
+        steps = (groups / scales_GO.float()[:, None]).round().clamp(-8, 7) + 8
+        return cls(steps.reshape(-1, len(weight_OI)).int(), scales_GO)
+
+    @property
+    def weight_OI(self) -> torch.Tensor:
+        """As a plain layer has it."""
+        scales_IO = self.scales_GO.float().repeat_interleave(GROUP, 0)
+        return ((self.steps_IO - self.zero) * scales_IO).T.contiguous()
+
+    @property
+    def zeros_GO(self) -> torch.Tensor:
+        return torch.full(self.scales_GO.shape, self.zero, dtype=torch.int32)
+
+
+def eight_in_one(values: torch.Tensor, order: Sequence[int] = range(8)) -> torch.Tensor:
+    """(R, 8 * C) of four bits as (R, C) of 32."""
+    parts = values.reshape(len(values), -1, 8)[:, :, list(order)].long()
+    packed = (parts << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).int()
+
+
+def as_gptq(one: Rounded) -> dict[str, torch.Tensor]:
+    return {
+        "qweight": eight_in_one(one.steps_IO.T.contiguous()).T.contiguous(),
+        "qzeros": eight_in_one(one.zeros_GO - 1),
+        "scales": one.scales_GO,
+        "g_idx": torch.arange(len(one.steps_IO), dtype=torch.int32) // GROUP,
+    }
+
+
+def as_awq(one: Rounded) -> dict[str, torch.Tensor]:
+    return {
+        "qweight": eight_in_one(one.steps_IO, AWQ_ORDER),
+        "qzeros": eight_in_one(one.zeros_GO, AWQ_ORDER),
+        "scales": one.scales_GO,
+    }
+
+
+def as_compressed(one: Rounded) -> dict[str, torch.Tensor]:
+    return {
+        "weight_packed": eight_in_one(one.steps_IO.T.contiguous()),
+        "weight_scale": one.scales_GO.T.float().contiguous(),
+        "weight_shape": torch.tensor(one.weight_OI.shape),
+    }
+
+
+FOUR_BITS: dict[str, tuple[Callable[[Rounded], dict[str, torch.Tensor]], dict[str, Any]]] = {
+    "gptq": (
+        as_gptq,
+        {"bits": 4, "group_size": GROUP, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+        | {"backend": "gptq_torch"}  # others are compiled when they are first used
+        | {"block_name_to_quantize": "model.language_model.layers"}
+        | {"modules_in_block_to_quantize": [[name] for name in MLP]},
+    ),
+    "awq": (
+        as_awq,
+        {"bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True, "backend": "torch_awq"}
+        | {"modules_to_not_convert": ["lm_head", "model.visual", *ATTENTION]},
+    ),
+    "compressed-tensors": (
+        as_compressed,
+        {
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head", "re:.*visual.*", "re:.*_attn.*"],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 4, "type": "int", "symmetric": True}
+                    | {"strategy": "group", "group_size": GROUP},
+                }
+            },
+        },
+    ),
+}
+
+
+def in_four_bits(folder: Path, out: Path, method: str | None) -> Path:
+    """The folder with the layers behind attention rounded to 16 steps; None: as ordinary weights."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(tuple(f"{part}.weight" for part in MLP))]:
+        one, layer = Rounded.of(tensors.pop(name).float()), name.removesuffix(".weight")
+        if method is None:
+            tensors[name] = one.weight_OI
+        else:
+            tensors |= {f"{layer}.{part}": value for part, value in FOUR_BITS[method][0](one).items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    if method is not None:
+        config = json.loads((out / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": method} | FOUR_BITS[method][1]
+        (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("method", FOUR_BITS)
+def test_a_teacher_in_four_bits_is_captured_as_its_rounded_weights_are(
+    tree: dict[str, Any], tmp_path: Path, teacher_folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the library is installed; it is not trained, sharded or merged unless it can be made ordinary."""
+    for package in PACKAGES[method]:
+        pytest.importorskip(package)
+    monkeypatch.setattr("torch._dynamo.config.disable", True)  # which takes a minute, and changes nothing
+    rounded = in_four_bits(teacher_folder, tmp_path / "rounded", None)
+    folder = in_four_bits(teacher_folder, tmp_path / "packed", method)
+    ordinary = make_recipe(tree, teacher__model=str(rounded))
+    recipe = make_recipe(tree, teacher__model=str(folder), cache__path=str(tmp_path / "four"))
+    assert captured(ordinary, 1) == [0]
+    assert captured(recipe, 1) == [0]
+    assert ce_of(recipe) == pytest.approx(ce_of(ordinary), rel=2e-3)
+    if method == "compressed-tensors":
+        found, wanted = (loaded(one, dequantize=True).state_dict() for one in (folder, rounded))
+        assert found.keys() == wanted.keys()
+        assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    else:
+        with pytest.raises(RecipeError, match=r"quantised.*cannot be made ordinary ones"):
+            loaded(folder, dequantize=True)
