@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
-from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed
+from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed, shortened
 from shared.models.quantized import require_library, what_becomes_of_it
 from shared.models.vlm import require_wide_head, split
 from shared.models.weight_files import require_whole_weights
@@ -258,6 +258,8 @@ def _describe_split(report: Report, name: str, found: SplitFound) -> None:
         told = f", {counts.sum():,} answer positions, {counts.mean():.1f} on average, {found.num_cut} answers cut"
     report.add(name, f"{len(found.split):,} examples{told}")
     report.add("  form", _form(found))
+    if found.split.unused:
+        report.add("  not used", f"columns {shortened(', '.join(found.split.unused))}")
     if found.num_outvoted:
         report.note(f"{found.num_outvoted:,} answer(s) of {name} are dropped: not what most of their row say")
     report.add("  pictures", f"all headers read, {found.num_decoded:,} of {len(found.split):,} decoded")

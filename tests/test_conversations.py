@@ -303,6 +303,19 @@ def test_what_is_no_conversation_is_refused_with_its_row(
         (message("user", "What?") | {"images": ["0.png"]}, "'images'"),
         (message("user", [{"text": "What?", "image": "0.png"}]), "both a text and a picture"),
         (message("user", [{"type": "text", "text": "What?", "image": "0.png"}]), "both a text and a picture"),
+        (
+            message("user", [{"type": "image", "image_path": "0.png"}, text("q")]),
+            "its picture in 'image_path'",
+        ),
+        (
+            message("user", [{"type": "image", "source": {"data": "aGk="}}, text("q")]),
+            "its picture in 'source'",
+        ),
+        (
+            message("user", [{"type": "image", "image": "0.png", "url": "1.png"}]),
+            "a picture in image and url",
+        ),
+        (message("user", [{"type": "image_url", "image_url": {"url": ""}}]), r"missing \(an empty text\)"),
     ],
 )
 def test_no_picture_is_lost_on_the_way(tmp_path: Path, user_turn: dict[str, Any], message: str) -> None:
@@ -418,6 +431,30 @@ def test_a_picture_that_one_conversation_alone_has_elsewhere_is_not_lost(tmp_pat
     split = split_of(tmp_path, [{"messages": GOOD}, {"messages": GOOD, "scan": "0.png"}])
     assert split[0].images == ()
     with pytest.raises(DataError, match="row 1: no picture is used, but 'scan' seems to hold one"):
+        split[1]
+
+
+def test_an_empty_cell_beside_a_picture_is_none(tmp_path: Path) -> None:
+    single = {"question": QUESTION, "answer": ANSWER}
+    rows = [single | {"images": [], "image": "0.png"}, single | {"images": ["0.png"], "image": ""}]
+    split = split_of(tmp_path, [*rows, single | {"images": None, "image": ""}])
+    assert [split[n].images for n in (0, 1)] == [SINGLE.images] * 2
+    with pytest.raises(DataError, match=r"row 2: the picture is missing .*data\.text_only"):
+        split[2]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_videos_and_sounds_are_refused_and_other_columns_told(tmp_path: Path, kind: str) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": GOOD, "videos": [], "tools": "[]"},
+        {"messages": GOOD, "videos": ["1.mp4"], "tools": "[]"},
+    ]
+    split = split_of(tmp_path, rows, kind=kind)
+    assert split[0].answer == "a"
+    assert split.unused == ("tools",)
+    with pytest.raises(
+        DataError, match="row 1: it has something in 'videos'; pictures and texts alone are used"
+    ):
         split[1]
 
 

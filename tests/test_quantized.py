@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -282,7 +284,7 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # in which eight outputs lie in a number o
 
 @dataclass(frozen=True)
 class Rounded:
-    """A linear layer's weights in 16 steps: integers (in, out), and for each group the scale and what stands for 0."""
+    """A linear layer's weights in 16 steps: integers (in, out), for each group the scale, and what stands for 0."""
 
     steps_IO: torch.Tensor
     scales_GO: torch.Tensor
@@ -389,23 +391,24 @@ def in_four_bits(folder: Path, out: Path, method: str | None) -> Path:
 
 @pytest.mark.parametrize("method", FOUR_BITS)
 def test_a_teacher_in_four_bits_is_captured_as_its_rounded_weights_are(
-    tree: dict[str, Any], tmp_path: Path, teacher_folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    tree: dict[str, Any], tmp_path: Path, teacher_folder: Path, method: str
 ) -> None:
     """Where the library is installed; it is not trained, sharded or merged unless it can be made ordinary."""
-    for package in PACKAGES[method]:
-        pytest.importorskip(package)
-    monkeypatch.setattr("torch._dynamo.config.disable", True)  # which takes a minute, and changes nothing
+    missing = [package for package in PACKAGES[method] if importlib.util.find_spec(package) is None]
+    if missing:  # not imported here: forks would wait for the locks of its threads
+        pytest.skip(f"needs {' and '.join(missing)}")
     rounded = in_four_bits(teacher_folder, tmp_path / "rounded", None)
     folder = in_four_bits(teacher_folder, tmp_path / "packed", method)
     ordinary = make_recipe(tree, teacher__model=str(rounded))
     recipe = make_recipe(tree, teacher__model=str(folder), cache__path=str(tmp_path / "four"))
-    assert captured(ordinary, 1) == [0]
-    assert captured(recipe, 1) == [0]
+    with torch.compiler.set_stance("force_eager"):  # libraries compile their layers, for a minute
+        assert captured(ordinary, 1) == [0]
+        assert captured(recipe, 1) == [0]
     assert ce_of(recipe) == pytest.approx(ce_of(ordinary), rel=2e-3)
     if method == "compressed-tensors":
         found, wanted = (loaded(one, dequantize=True).state_dict() for one in (folder, rounded))
         assert found.keys() == wanted.keys()
         assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
     else:
-        with pytest.raises(RecipeError, match=r"quantised.*cannot be made ordinary ones"):
-            loaded(folder, dequantize=True)
+        (error,) = on_ranks(1, lambda _: loaded(folder, dequantize=True), errors=True)
+        assert re.search(r"quantised.*cannot be made ordinary ones", str(error))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from shared.data.pictures import looks_like_pictures
 from shared.data.texts import is_visible, require_unicode, required_text
 from shared.errors import DataError, shortened
 
@@ -45,6 +46,8 @@ _UNUSED_KEYS = (
     "thinking",
     *("image", "images", "audio", "audios", "video", "videos"),
 )
+_PICTURE_KEYS = ("image_url", "image", "url", "path", "bytes", "base64")  # of a part
+_SOURCE_KEYS = ("source", "data", "file")  # by which other formats hold a part's picture
 _MASKS = ("weight", "loss", "train")  # by which formats leave single turns out
 
 
@@ -220,25 +223,39 @@ def _part(part: Any, *, where: str) -> str | _Place:
         if not isinstance(text, str):
             found = "missing (null)" if text is None else f"a {type(text).__name__}"
             raise DataError(f"{where}: the text of a part is {found}; needed is one text")
-        if _own_picture(given) is not None:
+        if _own_picture(given, where=where) is not None:
             raise DataError(f"{where}: a part holds both a text and a picture; each needs a part of its own")
         return text
     if kind in ("image", "image_url", "input_image"):
         index = given.get("index")
-        return _Place(_own_picture(given), index if isinstance(index, int) else None)
+        return _Place(_own_picture(given, where=where), index if isinstance(index, int) else None)
     raise DataError(f"{where}: a part of type {shortened(repr(kind))}; known are text, image and image_url")
 
 
-def _own_picture(part: Mapping[str, Any]) -> Any:
+def _own_picture(part: Mapping[str, Any], *, where: str) -> Any:
     """What a part of OpenAI's or Transformers' form brings; None where it only marks the place."""
-    value = next(
-        (part[name] for name in ("image_url", "image", "url", "path", "bytes") if name in part), None
-    )
-    if value is None and "base64" in part:
-        value = f"data:image/any;base64,{part['base64']}"
+    held = [name for name in _PICTURE_KEYS if part.get(name) not in (None, "")]
+    if "bytes" in held and "path" in held:  # of a file that was read
+        held.remove("path")
+    if len(held) > 1:
+        raise DataError(f"{where}: a part has a picture in {' and '.join(held)}; one is needed")
+    if not held:
+        other = next((name for name, value in part.items() if _may_be_a_picture(name, value)), None)
+        if other is not None:
+            raise DataError(
+                f"{where}: a part seems to have its picture in {other!r}; known are {', '.join(_PICTURE_KEYS)}"
+            )
+        return None
+    value = part[held[0]]
+    if held[0] == "base64":
+        return f"data:image/any;base64,{value}"
     if isinstance(value, Mapping) and value.get("url") is not None:
         return value["url"]
     return value
+
+
+def _may_be_a_picture(name: Any, value: Any) -> bool:
+    return name not in ("type", "text", "index") and (name in _SOURCE_KEYS or looks_like_pictures(value))
 
 
 def _split_at_places(parts: Parts) -> Parts:

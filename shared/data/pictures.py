@@ -51,8 +51,8 @@ def picture_bytes(value: Any, folder: Path | None, *, where: str) -> bytes:
     """
     if isinstance(value, Mapping) and value.keys() & {"bytes", "path"}:
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if value is None:
-        raise DataError(f"{where}: the picture is missing (null)")
+    if value is None or value == "":
+        raise DataError(f"{where}: the picture is missing ({'null' if value is None else 'an empty text'})")
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):

@@ -26,6 +26,7 @@ from shared.errors import DataError, shortened
 from shared.recipes import DataConfig, Split
 
 PICTURE_COLUMNS = ("images", "image")  # beside the recipe's own
+OTHER_MEDIA = ("video", "videos", "audio", "audios")  # columns that no row may fill
 _PICTURE_NAME = re.compile("ima?ge?|pic|photo|scan|frame|file|path|url", re.IGNORECASE)
 _TEXT_COLUMNS: dict[str, tuple[str, ...]] = {
     "question_answer": ("question", "answer"),
@@ -81,6 +82,7 @@ class VqaSplit:
     forms     those that its columns allow; of several each row has its own
     columns   field of a row -> column, for those that the data set has
     pictures  columns that hold pictures, the first that is filled counts
+    unused    the other columns of the data set
     """
 
     source: str
@@ -89,6 +91,7 @@ class VqaSplit:
     forms: tuple[Form, ...]
     columns: dict[str, str]
     pictures: tuple[str, ...]
+    unused: tuple[str, ...]
     settings: DataConfig
     num_examples: int
 
@@ -141,6 +144,9 @@ class VqaSplit:
         self, form: Form, row: Mapping[str, Any], value: Mapping[str, Any], where: str
     ) -> tuple[Conversation, int]:
         """The conversation, and how many answers it leaves out."""
+        for name in OTHER_MEDIA:
+            if row.get(name):
+                raise DataError(f"{where}: it has something in {name!r}; pictures and texts alone are used")
         held = self._held(row, where)
         pictures, num_outvoted = listed_pictures(held), 0
         if form != "question_answer":
@@ -171,9 +177,11 @@ class VqaSplit:
         return row[filled[0]] if filled else None
 
     def _filled(self, row: Mapping[str, Any]) -> list[str]:
-        """Picture columns that hold something, but for numbers where another one does."""
-        filled = [name for name in self.pictures if row.get(name) is not None]
-        return [name for name in filled if not isinstance(row[name], int | float)] or filled
+        """Picture columns that hold something, but for numbers and empty lists where another one holds more."""
+        filled = [name for name in self.pictures if row.get(name) not in (None, "")]
+        return [
+            name for name in filled if row[name] != [] and not isinstance(row[name], int | float)
+        ] or filled
 
     def _images(self, pictures: Sequence[Any], row: Mapping[str, Any], index: int) -> tuple[bytes, ...]:
         where, folder, several = self.where(index), self.rows.folder_of(index), len(pictures) > 1
@@ -233,9 +241,12 @@ def open_split(data: DataConfig, split: Split) -> VqaSplit:
     columns, pictures = _columns(data, rows, forms)
     if not pictures:
         _require_no_picture(data, rows, {*columns.values()})
-    rows = rows.select(sorted({*columns.values(), *pictures}))
+    media = {name for name in OTHER_MEDIA if name in rows.columns}
+    used = {*columns.values(), *pictures, *media}
+    unused = tuple(name for name in rows.columns if name not in used)
+    rows = rows.select(sorted(used))
     number = min(len(rows), data.limit or len(rows))
-    return VqaSplit(data.source, name, rows, forms, columns, pictures, data, number)
+    return VqaSplit(data.source, name, rows, forms, columns, pictures, unused, data, number)
 
 
 def _forms(data: DataConfig, rows: Rows) -> tuple[Form, ...]:
@@ -280,6 +291,10 @@ def _columns(data: DataConfig, rows: Rows, forms: tuple[Form, ...]) -> tuple[dic
             hint = ". Set it to null where rows are of text alone" if name == "image" else ""
             problems.append(f"{error}{hint}")
     if problems:
+        if forms == ("question_answer",) and not {names["question"], names["answer"]}.intersection(
+            rows.columns
+        ):
+            problems.append("Or name a column of conversations as data.columns.messages or .conversations")
         raise DataError("\n".join(problems))
     return columns, tuple(dict.fromkeys(pictures))
 
