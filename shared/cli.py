@@ -54,7 +54,16 @@ OF_DISKS = {
 # And with a place that the user named.
 OF_FILES = OF_DISKS | {
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
-    *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ETXTBSY, errno.ENOTCONN),
+    *(
+        errno.ENOTEMPTY,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENXIO,
+        errno.ENODEV,
+        errno.EBUSY,
+        errno.ETXTBSY,
+        errno.ENOTCONN,
+    ),
     *(errno.EMFILE, errno.ENFILE),
 }
 # As gloo says that another process of the job is gone.

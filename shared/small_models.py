@@ -275,6 +275,12 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         os.rename(folder, out)
+    except OSError as error:
+        if not out.exists():
+            raise
+        raise RecipeError(
+            f"{out}: another process has made it meanwhile. Run the same command again"
+        ) from error
     finally:
         shutil.rmtree(scratch)
 

@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -149,6 +150,27 @@ def test_a_folder_is_reused_or_refused(tmp_path: Path) -> None:
     parquet(out, "test").unlink()
     with pytest.raises(DataError, match="exists"):
         write_dataset(out, pictures=SMALL, size=64)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_another_process_draws_at_the_same_time(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, sizes = tmp_path / "data", {"train": 1, "validation": 1, "test": 1}
+    write_split = dataset._write_split
+
+    def beside_another(*arguments: Any) -> None:
+        monkeypatch.setattr(dataset, "_write_split", write_split)
+        assert write_dataset(out, pictures=sizes, seed=seed, size=64)
+        write_split(*arguments)
+
+    monkeypatch.setattr(dataset, "_write_split", beside_another)
+    if seed == 0:
+        assert not write_dataset(out, pictures=sizes, seed=0, size=64)
+    else:
+        with pytest.raises(OSError, match="not empty"):
+            write_dataset(out, pictures=sizes, seed=0, size=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_foreign_files_are_not_overwritten(tmp_path: Path) -> None:

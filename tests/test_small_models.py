@@ -155,6 +155,22 @@ def test_a_failure_in_the_middle_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_process_makes_it_at_the_same_time(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Qwen2VLImageProcessorPil.save_pretrained
+
+    def beside_another(*args: Any, **kwargs: Any) -> Any:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").touch()
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(Qwen2VLImageProcessorPil, "save_pretrained", beside_another)
+    with pytest.raises(RecipeError, match="another process has made it meanwhile"):
+        make_small_model(tmp_path / "model", tokenizer=tokenizer_folder, seed=1, **SIZES)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_folder_that_is_there_and_odd_sizes_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(RecipeError, match="is there already"):

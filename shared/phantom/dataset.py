@@ -65,6 +65,10 @@ def write_dataset(out: str | Path, *, pictures: Mapping[str, int], seed: int = 0
             _write_split(unfinished / file_name(split), split, pictures[split], seed, size)
         (unfinished / "README.md").write_text(_card(pictures, seed, size), encoding="utf-8")
         os.rename(unfinished, out)
+    except OSError:
+        if not _holds(out, pictures, seed, size):
+            raise
+        return False  # another process has drawn it meanwhile
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return True
