@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shared.errors import RecipeError
 from shared.recipes import Recipe, dump_recipe, load_recipe, recipe_text, yaml12
 from shared.recipes.files import recipe_names, validate_tree
+from shared.recipes.policies import Threshold
 from shared.recipes.reference import reference
 from shared.recipes.schema import sections_in
 from stage1_teacher.__main__ import commands as teacher_commands
@@ -155,6 +156,18 @@ def test_another_policy_replaces_the_whole_policy() -> None:
     recipe = load_recipe("phantom", overrides=["cache.policy={kind: top_k, k: 8}"])
     assert recipe.cache is not None
     assert recipe.cache.policy.kind == "top_k"
+
+
+def test_a_policy_without_a_kind_is_of_the_kind_that_it_is_by_default(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    models = "teacher: {model: large}\nstudent: {model: small}\n"
+    rest = "data: {source: data}\ncache: {path: cache}\noptimization: {max_steps: 1}\nrun: {name: run}\n"
+    file.write_text(models + rest)
+    recipe = load_recipe(file, overrides=("cache.policy.tau=0.0625",))
+    assert recipe.cache is not None
+    assert recipe.cache.policy == Threshold(tau=0.0625)
+    with pytest.raises(RecipeError, match=r"cache\.policy.*k: unknown key"):
+        load_recipe(file, overrides=("cache.policy.k=3",))
 
 
 def test_extends_in_a_circle_is_an_error(tmp_path: Path) -> None:

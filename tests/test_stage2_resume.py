@@ -32,6 +32,7 @@ from shared.finished import run_is_finished
 from shared.recipes import Recipe, recipe_text
 from shared.runtime import World, distributed
 from shared.stopping import INTERRUPTED_STATUS
+from stage2_student.runs.identity import ORDER, require_same
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.train import train
 from stage2_student.training.export import export_checkpoint
@@ -410,3 +411,10 @@ def test_what_may_change_may_change(unbroken: Recipe, tree: dict[str, Any]) -> N
     assert other.run.path == stopped.run.path
     assert run_alone(other, resume=True) == 0
     assert step_records(other)[-1]["step"] == 19
+
+
+def test_a_run_whose_examples_came_in_another_order_says_which_release_goes_on_with_it() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"(?s)1 thing\(s\) differ.*Finish the run with the release that began it"
+    ):
+        require_same({"step": 1}, {"step": 1, ORDER: "another"}, where="run x")

@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from shared.errors import NotAFileError, RecipeError, shortened
 from shared.recipes import yaml12
-from shared.recipes.schema import fields_of, sections_in, shut_out, takes_a_list
+from shared.recipes.schema import default_tag, fields_of, sections_in, shut_out, takes_a_list
 from shared.regular_files import read_regular
 
 RECIPE_FOLDER = Path(__file__).parent
@@ -132,7 +132,7 @@ def _branch(override: str) -> dict[str, Any]:
 
 
 def _with_lists(tree: Any, models: Sequence[type[BaseModel]]) -> Any:
-    """The tree with a list of one where a value stands for a list."""
+    """The tree with a list of one where a value stands for a list, and the default's kind where a union has none."""
     if not isinstance(tree, dict):
         return tree
     found = {}
@@ -141,6 +141,8 @@ def _with_lists(tree: Any, models: Sequence[type[BaseModel]]) -> Any:
         inner = [part for field in fields for part in sections_in(field)]
         if value is not None and not isinstance(value, list) and any(map(takes_a_list, fields)):
             value = [value]
+        if isinstance(value, dict):
+            value = default_tag(fields) | value
         parts = value if isinstance(value, list) else [value]
         parts = [_with_lists(part, inner) for part in parts] if inner else parts
         found[key] = parts if isinstance(value, list) else parts[0]

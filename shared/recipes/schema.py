@@ -47,6 +47,15 @@ def sections_in(field: FieldInfo) -> Iterator[type[BaseModel]]:
         pending.extend(get_args(kind))
 
 
+def default_tag(fields: Iterable[FieldInfo]) -> dict[str, str]:
+    """What says of which kind of a union a field's default is: ``{"kind": "threshold"}``; else nothing."""
+    return {
+        field.discriminator: getattr(field.default, field.discriminator)
+        for field in fields
+        if isinstance(field.discriminator, str) and isinstance(field.default, BaseModel)
+    }
+
+
 def takes_a_list(field: FieldInfo) -> bool:
     """Whether any number of values may stand there."""
     return any(

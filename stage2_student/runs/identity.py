@@ -65,6 +65,7 @@ def run_identity(recipe: Recipe, *, contents: dict[str, str | None]) -> dict[str
 OF_DATA = {"data.train", "data.validation"}
 # A cache gets a new manifest when rows are added to it: whoever compares the rows compares its teacher and targets.
 CACHE = "cache.manifest"
+ORDER = "order"  # of the steps' examples: the release's own
 ACCEPT = "--accept-data-change"
 # Settings that make something else of the same rows: who changes one has not mended a row.
 OF_ROWS = (
@@ -110,6 +111,11 @@ def require_same(
         return
     lines = [*(settings if OF_DATA & set(differing) else ()), *_both_sides(found, now)]
     remedy = "Give these back, or another run.name. What may change: " + ", ".join(MAY_CHANGE)
+    if set(differing) == {ORDER}:
+        remedy = (
+            "This release takes the examples in another order. Finish the run with the release that began it (see "
+            "its environment.json), or choose another run.name"
+        )
     if of_data:
         remedy = (
             f"Give the settings back, or another run.name; {ACCEPT} is for rows that were mended, left out or added"

@@ -17,11 +17,11 @@ from shared.runtime import World
 from shared.same_teacher import ANOTHER_TEACHER, compare_teacher
 from shared.survey import inputs_identity, open_processor_of, require_same_rendering
 from stage2_student.runs.checkpoint import Checkpoint
-from stage2_student.runs.identity import run_identity
+from stage2_student.runs.identity import ORDER, run_identity
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.data_change import keep_rows
 from stage2_student.training.feed import MicrobatchSource
-from stage2_student.training.order import ORDER
+from stage2_student.training.order import ORDER_OF_EXAMPLES
 from stage2_student.training.student import KL_TEMPERATURE
 from stage2_student.training.survey import Survey, survey_once
 
@@ -76,7 +76,7 @@ class Inputs:
     def identity(self, recipe: Recipe) -> dict[str, Any]:
         """What a checkpoint says it was trained on: by content, so that folders may move."""
         contents = {
-            "order": ORDER,
+            ORDER: ORDER_OF_EXAMPLES,
             "data.train": self.train.fingerprint,
             "data.validation": None if self.validation is None else self.validation.fingerprint,
             "tokenizer": self.processor.tokenizer_fingerprint,

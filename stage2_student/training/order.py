@@ -23,7 +23,7 @@ from shared.recipes import OptimizationConfig, Recipe
 
 DEFAULT_MICROBATCH_TOKENS = 4096
 MAX_COUNTED = 200
-ORDER = "Feistel network, 24 rounds"  # a run whose steps come in another order cannot go on
+ORDER_OF_EXAMPLES = "Feistel network, 24 rounds"  # a run whose steps come in another order cannot go on
 
 
 @dataclass(frozen=True)
