@@ -98,6 +98,7 @@ def evaluate(
     as_json: bool,
 ) -> int:
     """Let a trained student answer questions, beside its teacher and itself before training."""
+    from shared.preflight import require_writable
     from shared.runtime import distributed
     from stage2_student.evaluation import evaluate as evaluation
     from stage2_student.evaluation.evaluated import Evaluated
@@ -117,6 +118,9 @@ def evaluate(
         if shuffle_pictures and out is None:  # never taken for what the student answers to its own pictures
             out = subject.run / "evaluation" / f"{SHUFFLED}{asked}.parquet"
     saved = out
+    place = out.parent if out is not None else None if subject.run is None else subject.run / "evaluation"
+    if place is not None:  # not only when the answers are there
+        require_writable(place, what="predictions, into")
     with distributed(collective_timeout_s=subject.recipe.parallel.collective_timeout_s) as world:
         for one in evaluation.evaluate(
             subject.recipe,

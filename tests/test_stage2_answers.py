@@ -328,3 +328,11 @@ def test_two_ranks_answer_as_one(run: Path, tree: dict[str, Any]) -> None:
     alone = on_ranks(1, lambda world: answers_of(recipe, source, world, split="train"))
     shared = on_ranks(2, lambda world: answers_of(recipe, source, world, split="train"))
     assert shared == [alone[0], alone[0]]
+
+
+def test_where_answers_cannot_be_saved_nothing_is_asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stage2_student.evaluation.evaluate.answers_of", None)
+    with pytest.raises(RecipeError, match=r"predictions, into /proc/no: nothing can be written there"):
+        CliRunner().invoke(
+            commands, ["evaluate", str(run), "--out", "/proc/no/x.parquet"], catch_exceptions=False
+        )

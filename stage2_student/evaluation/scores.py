@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from shared.errors import CheckpointError
 from shared.recipes import Split
-from shared.regular_files import refuse_irregular
+from shared.regular_files import naming, refuse_irregular
 from shared.vouched import DIGEST, digest_of, vouched
 from stage2_student.evaluation.evaluated import STUDENT, Evaluated
 from stage2_student.runs.files import write_json
@@ -135,8 +135,9 @@ def _write(lines: list[dict[str, Any]], scores: list[dict[str, Any]], path: Path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     table = pa.Table.from_pylist(lines, metadata={DIGEST: _digest(lines)})
-    pq.write_table(table, partial, write_page_checksum=True)
-    partial.replace(path)
+    with naming(path):
+        pq.write_table(table, partial, write_page_checksum=True)
+        partial.replace(path)
     write_json(path.with_suffix(".json"), [vouched(one) for one in scores])
 
 
