@@ -123,6 +123,8 @@ def test_unknown_key_inside_a_policy_names_the_policys_keys(tmp_path: Path) -> N
         ("loss.temperature=101", "loss.temperature: input should be less than or equal to 100"),
         ("student.lora={target_modules: []}", "student.lora.target_modules"),
         ("optimization.num_epochs=1e308", "optimization.num_epochs: input should be less than or equal to"),
+        ("run.num_workers=100000000", "run.num_workers: input should be less than or equal to 1024"),
+        ("cache.num_workers=1025", "cache.num_workers: input should be less than or equal to 1024"),
         ("loss", "needs the form section.key=value"),
         ("loss.=1", "needs the form section.key=value"),
         ("loss.kd_ratio=[", "the value is not YAML"),

@@ -35,6 +35,7 @@ def _iso_date(text: str) -> str:
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+NumWorkers = Annotated[int, Field(ge=0, le=1024)]  # each takes a process and some hundred MiB
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # an int64: larger ones overflow, or are another one's alias
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -152,7 +153,7 @@ class CacheConfig(Section):
     chunk_size: PositiveInt | Literal["auto"] = "auto"
     """Answer positions that pass the teacher's head together. `auto`: 512 on a CPU, up to 2048 as a GPU's memory
     allows."""
-    num_workers: NonNegativeInt = 2
+    num_workers: NumWorkers = 2
     """Processes that decode pictures, for each rank."""
 
     @model_validator(mode="after")
@@ -329,7 +330,7 @@ class RunConfig(Section):
     """The newest ones are kept; the best one is kept beside these."""
     async_checkpoints: bool = True
     """Written behind training, from a copy in host memory."""
-    num_workers: NonNegativeInt = 2
+    num_workers: NumWorkers = 2
     """Processes that read rows and decode pictures, for each rank."""
     export: bool = True
     """Write a Hugging Face folder after the last step."""
