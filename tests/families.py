@@ -648,8 +648,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def make_family(name: str, folder: Path) -> Path:
-    """Makes the folder of a family's small model with random weights, and returns it."""
+def make_family(name: str, folder: Path, **text: Any) -> Path:
+    """Makes the folder of a family's small model with random weights, and returns it.
+
+    text  settings of the text model in place of the family's
+    """
     family = FAMILIES[name]
     folder.mkdir(parents=True)
     tokenizer = _tokenizer(family)
@@ -658,7 +661,7 @@ def make_family(name: str, folder: Path) -> Path:
     size = -(-(len(tokenizer) + 1) // 8) * 8
     settings = family.config(size, tokenizer.convert_tokens_to_ids)
     eos = tokenizer.convert_tokens_to_ids(family.end_of_turn)
-    settings["text_config"] |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
+    settings["text_config"] |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos} | text
     config = AutoConfig.for_model(**settings, dtype="float32")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

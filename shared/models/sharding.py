@@ -53,10 +53,12 @@ def _require_same_tensors(model: nn.Module, source: nn.Module | None) -> None:
 
 
 def _scatter(whole: Tensor, own: Tensor) -> None:
+    """A DTensor's mesh need not hold the first rank: each rank gets the whole tensor, and takes its own part."""
+    dist.broadcast(whole, src=0)
     if isinstance(own, DTensor):
-        own.to_local().copy_(distribute_tensor(whole, own.device_mesh, own.placements).to_local())
+        mine = distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
+        own.to_local().copy_(mine.to_local())
     else:
-        dist.broadcast(whole, src=0)
         own.copy_(whole)
 
 
