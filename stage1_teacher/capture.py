@@ -40,7 +40,7 @@ from shared.library_output import keep_library_output
 from shared.model_check import check_model, two_examples
 from shared.models.quantized import explained_where_it_cannot_run, what_becomes_of_it
 from shared.models.vlm import load_config
-from shared.recipes import CacheConfig, Recipe, dump_recipe
+from shared.recipes import CacheConfig, Recipe, TeacherConfig, dump_recipe
 from shared.runtime import World, environment
 from shared.same_teacher import teacher_content, teacher_stamp
 from shared.sparse import position_seeds
@@ -51,7 +51,7 @@ from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.lockstep import Lockstep
 from stage1_teacher.capturing.progress import Tally, require_space
 from stage1_teacher.capturing.shards import CapturedBatch, ShardAssembler
-from stage1_teacher.capturing.teacher import Teacher, load_teacher
+from stage1_teacher.capturing.teacher import Teacher, load_teacher, require_ranks
 from stage1_teacher.capturing.windows import EncodedWindow, WindowSource, claimed, encoded_windows, lengths_of
 
 MAX_PENDING_BATCHES = 4  # on their way to disk
@@ -74,6 +74,7 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
     """
     if recipe.teacher is None or recipe.cache is None:
         raise RecipeError(f"recipe of run {recipe.run.name}: a capture needs a teacher and a cache section")
+    require_ranks(recipe.teacher, world.size)
     processor = open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
     data = world.by_main(lambda: survey(recipe, processor))
     if world.by_main(lambda: nothing_to_do(recipe, processor, data)):
@@ -88,12 +89,11 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
             f"teacher {recipe.teacher.model} is run over {len(data.all_keys())} examples; cache {recipe.cache.path}"
         )
         config = load_config(recipe.teacher.model, recipe.teacher.revision)
-        if (
-            told := what_becomes_of_it(config, dequantize=recipe.teacher.shard and world.size > 1)
-        ) is not None:
+        is_shared = world.size > 1 and (recipe.teacher.shard or recipe.teacher.ranks_per_copy > 1)
+        if (told := what_becomes_of_it(config, dequantize=is_shared)) is not None:
             tqdm.write(f"note: teacher {recipe.teacher.model}: {told}")
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
-    if teacher.is_sharded:
+    if teacher.is_shared:
         check_teacher(recipe, processor, teacher)
     else:
         world.by_main(lambda: check_teacher(recipe, processor, teacher))
@@ -113,8 +113,9 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
                 **teacher_stamp(recipe.teacher),
                 "recipe": dump_recipe(recipe),
             }
+            shared = {"tensor": recipe.teacher.tensor, "expert": recipe.teacher.expert}
             # Before the commit: killed after it, the next start would find nothing to do, and nothing to log.
-            writer.log("captured", seconds=round(elapsed_s, 3), ranks=world.size, **facts)
+            writer.log("captured", seconds=round(elapsed_s, 3), ranks=world.size, **shared, **facts)
             manifest = writer.commit(assignment.plan, settle_s=SETTLE_S if world.size > 1 else 0.0)
             tqdm.write(summary(recipe.cache, manifest, totals, elapsed_s))
     return 0
@@ -139,7 +140,7 @@ def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData
 
 
 def check_teacher(recipe: Recipe, processor: ExampleProcessor, teacher: Teacher) -> None:
-    """Of a sharded teacher called by all ranks.
+    """Of a teacher that ranks share called by all of them.
 
     Raises   RecipeError  when the teacher does not compute what is taken for granted, or cannot run here
     """
@@ -147,6 +148,13 @@ def check_teacher(recipe: Recipe, processor: ExampleProcessor, teacher: Teacher)
     examples = two_examples(WindowSource(open_rows(recipe), processor).usable())
     with explained_where_it_cannot_run(recipe.teacher.model, teacher.model):
         check_model(teacher.model, processor, examples, device=teacher.device)
+
+
+def parallel_facts(teacher: TeacherConfig) -> dict[str, str]:
+    """For the manifest: sums over other numbers of ranks round differently."""
+    sizes = {"tensor": teacher.tensor, "expert": teacher.expert}
+    shared = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return {"parallel": shared} if shared else {}
 
 
 def remove_committed_plan(location: str) -> None:
@@ -186,7 +194,7 @@ def open_cache(
             data.numbered_keys(),
             examples_per_shard=cache.examples_per_shard,
             skipped=data.unreadable(),
-            facts=teacher_content(recipe.teacher),
+            facts=teacher_content(recipe.teacher) | parallel_facts(recipe.teacher),
         )
         opened.append(writer)
         found = len(plan.units) - len(pending)
@@ -210,16 +218,37 @@ def capture_units(
     stop: StopRequest,
 ) -> dict[str, int]:
     """Captures units as long as there are any; returns counts of all ranks."""
+    store = PrefixStore("capture", _get_default_store())
+    tally = Tally(store, sum(map(len, assignment.pending)), show=world.is_main)
+    teacher = teacher.led(world)
+    if teacher.is_follower:
+        teacher.follow()
+    else:
+        lead(recipe, processor, teacher, writer, assignment, store, tally, stop)
+    tally.add_teacher(teacher.stopwatch.seconds())
+    world.barrier()
+    return tally.close()
+
+
+def lead(
+    recipe: Recipe,
+    processor: ExampleProcessor,
+    teacher: Teacher,
+    writer: CacheWriter,
+    assignment: Assignment,
+    store: dist.Store,
+    tally: Tally,
+    stop: StopRequest,
+) -> None:
+    """Captures the units that this rank claims, with the ranks that share its copy of the teacher."""
     assert recipe.cache is not None
     cache, units = recipe.cache, assignment.pending
-    store = PrefixStore("capture", _get_default_store())
-    tally = Tally(store, sum(map(len, units)), show=world.is_main)
 
     def on_shard(unit: Unit) -> None:
         require_space(cache.path, unit, num_units_left=len(units) - tally.add_unit())
 
     assembler = ShardAssembler(writer, units, on_rows=tally.add, on_shard=on_shard)
-    runner = BatchRunner(cache.batch_tokens, may_shrink=not teacher.is_sharded)
+    runner = BatchRunner(cache.batch_tokens, may_shrink=not teacher.is_shared)
     refusals = Refusals(store, num_known=len(assignment.plan.skipped), allowed=recipe.data.max_dropped)
     mine = claimed(units, lambda: store.add("claimed", 1) - 1)
     source = WindowSource(open_rows(recipe), processor)
@@ -236,9 +265,7 @@ def capture_units(
             if stop.received:
                 break
         lockstep.finish()
-    tally.add_teacher(teacher.stopwatch.seconds())
-    world.barrier()
-    return tally.close()
+    teacher.dismiss_followers()
 
 
 def captured_batches(

@@ -14,6 +14,7 @@ from shared.capture.planning import CaptureData, identity_of
 from shared.data.processing import ExampleProcessor
 from shared.errors import RecipeError
 from shared.models.chunks import chunk_positions
+from shared.models.plans import plan_of
 from shared.models.sharding import blocks
 from shared.models.vlm import empty_vlm, load_config, split
 from shared.places import is_local
@@ -37,6 +38,7 @@ from shared.recipes import Recipe
 from shared.recipes.policies import Random, Threshold, TopK, TopP
 from shared.runtime import default_device
 from shared.survey import captured_splits
+from stage1_teacher.capturing.teacher import require_ranks
 
 GIB = 2**30
 FP32_BYTES = 4
@@ -145,7 +147,8 @@ def _describe_teacher(report: Report, recipe: Recipe, *, num_ranks: int) -> PreT
         return None
     dtype = getattr(torch, teacher.dtype)
     config = load_config(teacher.model, teacher.revision)
-    describe_quantization(report, teacher.model, config, dequantize=teacher.shard)
+    in_copies = teacher.ranks_per_copy > 1
+    describe_quantization(report, teacher.model, config, dequantize=teacher.shard or in_copies)
     model = empty_vlm(
         config,
         dtype=dtype,
@@ -154,8 +157,20 @@ def _describe_teacher(report: Report, recipe: Recipe, *, num_ranks: int) -> PreT
     total = sum(p.numel() for p in model.parameters())
     report.add("parameters", f"{total:,} of the teacher, all frozen")
     describe_shape(report, model)
-    in_blocks = sum(p.numel() for block in blocks(model) for p in block.parameters())
-    held = total - in_blocks + in_blocks / num_ranks if teacher.shard else total
+    held = float(total)
+    if teacher.shard:
+        in_blocks = sum(p.numel() for block in blocks(model) for p in block.parameters())
+        held = total - in_blocks + in_blocks / num_ranks
+    elif in_copies:
+        with report.collecting():
+            require_ranks(teacher, num_ranks)
+            plan = plan_of(model, tensor=teacher.tensor, expert=teacher.expert, section="teacher")
+            num_split = plan.num_split(model)
+            held = total - num_split + num_split / teacher.ranks_per_copy
+            report.add(
+                "copies",
+                f"{num_ranks // teacher.ranks_per_copy}, each shared by {teacher.ranks_per_copy} ranks",
+            )
     weights = held * dtype.itemsize / GIB
     width = split(model)[1].weight_VD.shape[0]
     chunk = chunk_positions(recipe.cache.chunk_size, width, default_device())

@@ -248,7 +248,7 @@ class Sample:
             return min(live_s, capture_s), capture_s  # a capture does all that and more: longer is noise
 
         lengths = [len(one.input_ids) for one in self.encoded]
-        runner = BatchRunner(self.cache.batch_tokens, may_shrink=not teacher.is_sharded)
+        runner = BatchRunner(self.cache.batch_tokens, may_shrink=not teacher.is_shared)
         live(teacher, processor.collate(self.encoded[:1]).to(teacher.device), chunk)
         number = len(self.encoded)
         done = by_examples(runner.run(lengths, forward), total=number, desc="timing the teacher")

@@ -97,8 +97,9 @@ def test_a_question_of_20000_words_is_named_by_the_capture(tree: dict[str, Any],
         on_ranks(1, limited, new=True)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2], ids=["whole", "shared"])
 def test_a_teacher_that_gives_no_numbers_names_the_row(
-    tree: dict[str, Any], tmp_path: Path, teacher_folder: Path
+    tree: dict[str, Any], tmp_path: Path, teacher_folder: Path, num_ranks: int
 ) -> None:
     """Its embedding of one token is NaN, and one row has it; then all rows have."""
     broken = shutil.copytree(teacher_folder, tmp_path / "broken")
@@ -108,14 +109,14 @@ def test_a_teacher_that_gives_no_numbers_names_the_row(
     tensors[name][token] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     change_row(tmp_path / "data", 9, question="#")
-    recipe = make_recipe(tree, teacher__model=str(broken))
+    recipe = make_recipe(tree, teacher__model=str(broken), teacher__tensor=num_ranks)
     with pytest.raises(DataError, match=r"1 row\(s\) is no distribution") as refused:
-        on_ranks(1, lambda world: capture(recipe, world, StopRequest()))
+        on_ranks(num_ranks, lambda world: capture(recipe, world, StopRequest()))
     assert re.findall(r"split train, row (\d+)", str(refused.value)) == ["9"]
     for row in range(9):
         change_row(tmp_path / "data", row, question="#")
     with pytest.raises(RecipeError, match="it gives NaN or infinity for the first examples"):
-        on_ranks(1, lambda world: capture(recipe, world, StopRequest()))
+        on_ranks(num_ranks, lambda world: capture(recipe, world, StopRequest()))
 
 
 def test_a_full_disk_at_export_is_one_message_and_loses_nothing(tree: dict[str, Any]) -> None:

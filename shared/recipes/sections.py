@@ -132,6 +132,29 @@ class TeacherConfig(Section):
     """As Transformers names it, such as `sdpa`; null: Transformers chooses."""
     shard: bool = False
     """FSDP2 over all ranks, for a teacher too large for one GPU; ranks then step together."""
+    tensor: PositiveInt = 1
+    """Ranks that share each layer of a copy of the teacher (tensor parallel); they work on the same batches."""
+    expert: PositiveInt = 1
+    """Ranks that share the experts of each layer (expert parallel); the same ranks as those of `tensor`."""
+
+    @property
+    def ranks_per_copy(self) -> int:
+        """Ranks that hold one copy of the teacher together and work on the same batches."""
+        return max(self.tensor, self.expert)
+
+    @model_validator(mode="after")
+    def _one_way_to_share(self) -> Self:
+        if self.shard and self.ranks_per_copy > 1:
+            raise ValueError(
+                "shard beside tensor or expert: FSDP2 shards the teacher over all ranks, which share no batches. "
+                "Choose one"
+            )
+        if 1 < self.tensor != self.expert > 1:
+            raise ValueError(
+                f"tensor {self.tensor} and expert {self.expert}: the same ranks share layers and experts. Make them "
+                "equal, or leave one out"
+            )
+        return self
 
 
 class CacheConfig(Section):

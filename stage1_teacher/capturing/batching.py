@@ -65,7 +65,7 @@ class BatchRunner:
         if not self.may_shrink:
             raise TrainingError(
                 f"a batch of {longest * len(too_large)} tokens does not fit into the device's memory, and a teacher "
-                "that is sharded over ranks cannot try a smaller one. Lower cache.batch_tokens"
+                "that ranks share cannot try a smaller one. Lower cache.batch_tokens"
             ) from error
         if len(too_large) == 1:
             name = f"{names[too_large[0]]}: " if names else ""

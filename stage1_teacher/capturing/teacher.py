@@ -9,17 +9,20 @@ Legend: N answer positions of the batch, n positions of a chunk, D hidden size, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from shared.capture.targets import sparse_targets
 from shared.data.collation import Batch
+from shared.errors import RecipeError
 from shared.models.chunks import Chunk, chunk_positions
+from shared.models.plans import apply_plan, plan_of
 from shared.models.sharding import blocks, fill
 from shared.models.vlm import (
     Head,
@@ -36,6 +39,7 @@ from shared.recipes import TeacherConfig
 from shared.recipes.policies import Policy
 from shared.runtime import World
 from shared.sparse import SparseTargets
+from stage1_teacher.capturing.copies import Followers
 from stage1_teacher.capturing.stopwatch import Stopwatch
 
 
@@ -45,6 +49,8 @@ class Teacher:
 
     num_token_ids        ids the tokenizer knows; the head may be wider, and its padding ids carry no mass
     is_sharded           over all ranks, which must then call ``hidden`` the same number of times
+    copy_group           ranks that share this copy (tensor or expert parallel), which must call all methods alike
+    followers            those ranks, where the first of them asks the others; see ``led`` and ``follow``
     weights_fingerprint  of the whole model; on the first rank alone
     stopwatch            runs with body, head and log-softmax: what a live teacher would cost too
     """
@@ -56,7 +62,37 @@ class Teacher:
     device: torch.device
     stopwatch: Stopwatch
     is_sharded: bool = False
+    copy_group: dist.ProcessGroup | None = None
+    followers: Followers | None = None
     weights_fingerprint: str | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other ranks take part in each forward."""
+        return self.is_sharded or self.copy_group is not None
+
+    def led(self, world: World) -> Teacher:
+        """Of a copy that ranks share: the first of them alone calls, the others ``follow``.  Called by all ranks."""
+        if self.copy_group is None:
+            return self
+        return replace(self, followers=Followers.of(self.copy_group, world))
+
+    @property
+    def is_follower(self) -> bool:
+        return self.followers is not None and not self.followers.is_leader
+
+    def follow(self) -> None:
+        """Computes what the leader of this copy asks for, until it is done."""
+        assert self.followers is not None
+        for name, tensors in self.followers.asked():
+            if name == "hidden":
+                self._hidden(tensors, tensors.pop("position_index"))
+            else:
+                self._logprobs(tensors["hidden_nD"])
+
+    def dismiss_followers(self) -> None:
+        if self.followers is not None:
+            self.followers.dismiss()
 
     def chunk_positions(self, setting: Chunk) -> int:
         """Answer positions that pass the head together."""
@@ -119,13 +155,25 @@ class Teacher:
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, D) that predict the batch's answer tokens."""
-        with self.stopwatch.running():
-            inputs = in_dtype_of(self.head, batch.inputs)
-            return last_hidden_states(self.body, inputs).flatten(0, 1)[batch.position_index]
+        inputs = in_dtype_of(self.head, batch.inputs)
+        if self.followers is not None:
+            self.followers.ask("hidden", inputs | {"position_index": batch.position_index})
+        return self._hidden(inputs, batch.position_index)
 
     @torch.inference_mode()
     def logprobs(self, hidden_nD: Tensor) -> Tensor:
         """Natural log-probabilities (n, V) fp32 at temperature 1."""
+        if self.followers is not None:
+            self.followers.ask("logprobs", {"hidden_nD": hidden_nD})
+        return self._logprobs(hidden_nD)
+
+    @torch.inference_mode()
+    def _hidden(self, inputs: dict[str, Tensor], position_index: Tensor) -> Tensor:
+        with self.stopwatch.running():
+            return last_hidden_states(self.body, inputs).flatten(0, 1)[position_index]
+
+    @torch.inference_mode()
+    def _logprobs(self, hidden_nD: Tensor) -> Tensor:
         with self.stopwatch.running():
             return self.head.logits(hidden_nD)[:, : self.num_token_ids].float().log_softmax(-1)
 
@@ -133,20 +181,36 @@ class Teacher:
 def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> Teacher:
     """The teacher with its weights on the device; called by all ranks.
 
-    With ``config.shard`` the first rank alone reads the weights, and each block is sharded over all ranks
-    (FSDP2); embeddings, norms and head stay whole on every rank.
+    With ``config.shard`` each block is sharded over all ranks (FSDP2); embeddings, norms and head stay whole on
+    every rank.  With ``config.tensor`` or ``config.expert`` so many ranks share each copy.  Of both the first rank
+    alone reads the weights.
 
-    Raises   RecipeError  when it cannot be opened, or split into body and head, or has fewer ids than the tokenizer
+    Raises   RecipeError  when it cannot be opened, or split into body and head, or has fewer ids than the tokenizer,
+                          or cannot be shared by so many ranks
     """
-    sharded = config.shard and world.size > 1
-    source = _whole(config, world, dequantize=sharded) if world.is_main or not sharded else None
+    require_ranks(config, world.size)
+    is_sharded, in_copies = config.shard and world.size > 1, config.ranks_per_copy > 1
+    is_whole = not is_sharded and not in_copies
+    source = _whole(config, world, dequantize=not is_whole) if world.is_main or is_whole else None
     fingerprint = weight_fingerprint(source) if source is not None and world.is_main else None
-    if sharded:
-        model = _sharded(config, source, world)
-    else:
+    mesh = None
+    if is_whole:
         assert source is not None
         model = source
         nn.Module.to(model, world.device)
+    else:
+        model = empty_vlm(
+            load_config(config.model, config.revision),
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+        )
+        if in_copies:
+            mesh = _split(model, config, world)
+        else:
+            _shard(model, world)
+        model.to_empty(device=world.device)
+        model.tie_weights()  # which to_empty has undone
+        fill(model, source, world)
     require_wide_head(model, num_token_ids, what=f"teacher {config.model}")
     body, head = split(model)
     return Teacher(
@@ -156,9 +220,20 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> 
         num_token_ids,
         world.device,
         Stopwatch(world.device),
-        sharded,
-        fingerprint,
+        is_sharded=is_sharded,
+        copy_group=None if mesh is None else mesh.get_group(),
+        weights_fingerprint=fingerprint,
     )
+
+
+def require_ranks(config: TeacherConfig, num_ranks: int) -> None:
+    """Raises   RecipeError  when so many ranks cannot be copies of the teacher"""
+    if num_ranks % config.ranks_per_copy:
+        setting = "tensor" if config.tensor > 1 else "expert"
+        raise RecipeError(
+            f"teacher.{setting} {config.ranks_per_copy}: {num_ranks} process(es) found, a multiple of "
+            f"{config.ranks_per_copy} is needed: so many share each copy of the teacher. Start as many (NPROC)"
+        )
 
 
 def _whole(config: TeacherConfig, world: World, *, dequantize: bool) -> PreTrainedModel:
@@ -172,16 +247,15 @@ def _whole(config: TeacherConfig, world: World, *, dequantize: bool) -> PreTrain
     )
 
 
-def _sharded(config: TeacherConfig, source: PreTrainedModel | None, world: World) -> PreTrainedModel:
-    model = empty_vlm(
-        load_config(config.model, config.revision),
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attn_implementation,
-    )
+def _shard(model: PreTrainedModel, world: World) -> None:
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    model.to_empty(device=world.device)
-    model.tie_weights()  # which to_empty has undone
-    fill(model, source, world)
-    return model
+
+
+def _split(model: PreTrainedModel, config: TeacherConfig, world: World) -> DeviceMesh:
+    """Splits the empty model over the ranks of a copy, which are neighbours: the axis of these."""
+    shape = (world.size // config.ranks_per_copy, config.ranks_per_copy)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("copies", "ranks"))["ranks"]
+    apply_plan(model, plan_of(model, tensor=config.tensor, expert=config.expert, section="teacher"), mesh)
+    return mesh

@@ -216,7 +216,7 @@ def hidden_states(
     encoded: Sequence[Encoded], processor: ExampleProcessor, teacher: Teacher, *, max_tokens: int
 ) -> tuple[Tensor, int]:
     """(N, D) of all answer positions, in the order of the examples, in host memory; examples of the largest batch."""
-    runner = BatchRunner(max_tokens, may_shrink=not teacher.is_sharded)
+    runner = BatchRunner(max_tokens, may_shrink=not teacher.is_shared)
     found: dict[int, Tensor] = {}
     largest = 0
 
