@@ -74,7 +74,7 @@ def recipe(recipe: str, overrides: tuple[str, ...]) -> int:
 @recipe_arguments
 @click.option("--examples", default=64, show_default=True, type=click.IntRange(min=1), help="Sample size.")
 @click.option(
-    "--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Devices to project for."
+    "--nproc", type=click.IntRange(min=1), help="Devices to project for; by default those of one teacher."
 )
 @click.option(
     "--students", default=1, show_default=True, type=click.IntRange(min=1), help="Students to train."
@@ -94,7 +94,7 @@ def estimate(
     recipe: str,
     overrides: tuple[str, ...],
     examples: int,
-    nproc: int,
+    nproc: int | None,
     students: int,
     epochs: float | None,
     taus: tuple[float, ...],

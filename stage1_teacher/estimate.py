@@ -34,7 +34,7 @@ from shared.split_check import count_positions
 from shared.survey import open_processor_of
 from stage1_teacher.capturing.batching import BatchRunner
 from stage1_teacher.capturing.shards import CapturedBatch
-from stage1_teacher.capturing.teacher import Teacher, load_teacher
+from stage1_teacher.capturing.teacher import Teacher, load_teacher, require_ranks
 
 TAUS = (1 / 16, 1 / 64, 1 / 256, 1 / 512, 1 / 1024)
 NO_WEIGHTS = "0" * 64  # the fingerprint in the sample's own shards, which nobody keeps
@@ -97,17 +97,20 @@ def estimate(
     world: World,
     *,
     num_examples: int = 64,
-    num_ranks: int = 1,
+    num_ranks: int | None = None,
     num_students: int = 1,
     num_epochs: float | None = None,
     taus: Sequence[float] = TAUS,
 ) -> Estimate:
-    """Runs the teacher over a sample, on this process's device.
+    """Runs the teacher over a sample, on this process's device, or on those of the ranks that share a copy.
 
+    num_ranks  to project for; None: as many as one copy of the teacher takes
     Raises   TeachonceError  of the kind that fits, as a capture would
     """
     if recipe.teacher is None or recipe.cache is None:
         raise RecipeError(f"recipe of run {recipe.run.name}: an estimate needs a teacher and a cache section")
+    num_ranks = num_ranks or recipe.teacher.ranks_per_copy
+    require_ranks(recipe.teacher, num_ranks)
     processor = open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
     data = survey(recipe, processor)
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
@@ -140,6 +143,7 @@ def estimate(
             capture_workers=recipe.cache.num_workers,
             student_workers=recipe.run.num_workers,
             num_ranks=num_ranks,
+            ranks_per_copy=recipe.teacher.ranks_per_copy,
         ),
     )
 
@@ -171,9 +175,17 @@ def count_all(recipe: Recipe, data: CaptureData, processor: ExampleProcessor) ->
 
 
 def teacher_costs(
-    times: Times, totals: Totals, *, capture_workers: int, student_workers: int, num_ranks: int
+    times: Times,
+    totals: Totals,
+    *,
+    capture_workers: int,
+    student_workers: int,
+    num_ranks: int,
+    ranks_per_copy: int = 1,
 ) -> TeacherCosts:
     """A capture is as fast as the slower of a rank's device and its workers; without workers it does both in turn.
+
+    Ranks that share a copy of the teacher work on the same examples.
 
     Reading the cache is the part of the student's workers, or of its own process where it has none.
     """
@@ -181,9 +193,10 @@ def teacher_costs(
         example_s = max(times.capture, times.pictures / capture_workers)
     else:
         example_s = times.capture + times.pictures
+    num_copies = num_ranks // ranks_per_copy
     return TeacherCosts(
-        capture_s=totals.examples * example_s / num_ranks,
-        live_epoch_s=totals.training_examples * times.live / num_ranks,
+        capture_s=totals.examples * example_s / num_copies,
+        live_epoch_s=totals.training_examples * times.live / num_copies,
         cached_epoch_s=totals.training_examples * times.reading / max(1, student_workers) / num_ranks,
     )
 

@@ -108,6 +108,8 @@ def test_unknown_key_inside_a_policy_names_the_policys_keys(tmp_path: Path) -> N
         ("loss.tail=ghost", "loss.tail is for top_k and top_p caches"),
         ("cache=null", "loss.kd_ratio above 0 needs a cache section"),
         ("teacher=null", "a cache section needs a teacher section"),
+        ("teacher={model: m, shard: true, tensor: 2}", "shard beside tensor or expert"),
+        ("teacher={model: m, expert: 4, tensor: 2}", "tensor 2 and expert 4: the same ranks"),
         ("parallel.pipeline=2", "pipeline parallelism is not supported"),
         ("optimization={max_steps: 5, num_epochs: 1}", "optimization: give either max_steps or num_epochs"),
         ("optimization.num_epochs=null", "optimization: give either max_steps or num_epochs"),

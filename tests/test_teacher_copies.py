@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 from stage1_teacher.capturing.teacher import Teacher
 from stage1_teacher.check import check_recipe
+from stage1_teacher.estimate import estimate
+from stage1_teacher.inspection.audit import audit
 
 WAIT = {"collective_timeout_s": 60}
 RecipeOf = Callable[..., Recipe]
@@ -101,16 +104,39 @@ def test_two_copies_write_the_bytes_of_one(recipe_of: RecipeOf, tmp_path: Path, 
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param({"expert": 2}, id="experts"),
-        pytest.param({"expert": 2, "tensor": 2}, id="both", marks=pytest.mark.slow),
+        pytest.param({"expert": 2}, id="experts", marks=pytest.mark.slow),
+        pytest.param({"expert": 2, "tensor": 2}, id="both"),
     ],
 )
 def test_two_ranks_that_share_experts(recipe_of: RecipeOf, tmp_path: Path, sizes: dict[str, int]) -> None:
-    model = str(make_family("qwen3_5_moe", tmp_path / "moe", num_key_value_heads=2))
+    """And 511 ids of the vocabulary, which two cannot share evenly."""
+    model = str(make_family("qwen3_5_moe", tmp_path / "moe", num_key_value_heads=2, vocab_size=511))
     settings = {"teacher__model": model, "student__model": model}
     whole = captured(recipe_of("whole", **settings), 1)
     sizes = {f"teacher__{name}": size for name, size in sizes.items()}
     assert_same_targets(whole, captured(recipe_of("shared", **settings, **sizes), 2))
+
+
+def test_an_estimate_counts_copies(recipe_of: RecipeOf) -> None:
+    recipe = recipe_of("cache", teacher__tensor=2)
+    run = partial(estimate, recipe, num_examples=4, taus=())
+    found = on_ranks(2, lambda world: run(world=world), **WAIT)[0]
+    assert found.num_ranks == 2
+    assert found.costs.capture_s >= 16 * found.times.capture
+    with pytest.raises(RecipeError, match=r"teacher.tensor 2: 3 process\(es\) found"):
+        on_ranks(1, lambda world: run(world=world, num_ranks=3))
+
+
+def test_a_check_counts_copies(recipe_of: RecipeOf) -> None:
+    report = check_recipe(recipe_of("cache", teacher__tensor=2), num_ranks=4)
+    assert report.problems == []
+    assert dict(report.facts)["copies"] == "2, each shared by 2 ranks"
+
+
+def test_an_audit_by_all_ranks_of_a_copy(recipe_of: RecipeOf, shared: CacheReader) -> None:
+    recipe = recipe_of("cache", teacher__tensor=2)
+    found = on_ranks(2, lambda world: audit(recipe, shared, world, num_examples=4), **WAIT)[0]
+    assert found.num_examples == 4
 
 
 def test_a_rank_alone_is_no_copy(recipe_of: RecipeOf) -> None:

@@ -32,10 +32,8 @@ from transformers import PreTrainedModel
 
 from shared.errors import RecipeError
 
-NEEDED = (
-    5,
-    23,
-)  # of Transformers: earlier ones take plans in another form, and have no experts' plan that trains
+# Of Transformers: earlier ones take plans in another form, and have no experts' plan that trains.
+NEEDED = (5, 23)
 GATHERED = "colwise_gather_output"
 SUMMED = "replicated_with_grad_allreduce"
 DENSE = {
@@ -53,11 +51,11 @@ CROSS = {
     "layers.*.cross_attn.v_proj": "colwise",
     "layers.*.cross_attn.o_proj": "rowwise",
 }
-MISSING = {
-    "qwen3_vl_text": DENSE,
-    "mllama_text_model": DENSE | CROSS,
-}  # text models that have none of their own
+# By the kind of text model: those without a plan of their own, and modules whose output the family adds to in place.
+MISSING = {"qwen3_vl_text": DENSE, "mllama_text_model": DENSE | CROSS}
+WRITTEN_OVER = {"llama4_text": "shared_expert"}
 IN_HEADS = ("q_proj", "k_proj", "v_proj", "o_proj")
+HEAD_NORMS = ("q_norm", "k_norm")  # not in every plan, though each rank norms its own heads alone
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads")
 SPLIT_DIM = {"colwise": -2, "packed_colwise": -2, "rowwise": -1, "packed_rowwise": -1, "grouped_gemm": 0}
 
@@ -68,12 +66,14 @@ class Plan:
 
     summed     modules that are whole on each rank but see its heads alone: their gradients are summed
     attention  modules whose heads are split
+    copied     modules whose output is written over, which autograd forbids of what Transformers' styles return
     """
 
     tensor: Mapping[str, str] = field(default_factory=dict)
     expert: Mapping[str, str] = field(default_factory=dict)
     summed: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
 
     def num_split(self, model: PreTrainedModel) -> int:
         """How many of the model's parameters are split; the others are whole on each rank."""
@@ -90,38 +90,25 @@ def plan_of(model: PreTrainedModel, *, tensor: int, expert: int, section: str) -
     """
     if tensor == expert == 1:
         return Plan()
-    if 1 < tensor != expert > 1:
-        raise RecipeError(
-            f"{section}.tensor {tensor} and {section}.expert {expert}: where both are more than one they are the "
-            "same ranks, so they must be equal"
-        )
-    installed = version("transformers")
-    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < NEEDED:
-        raise RecipeError(
-            f"{section}.{'tensor' if tensor > 1 else 'expert'}: transformers {installed} found, "
-            f"{'.'.join(map(str, NEEDED))} or later is needed. Upgrade it, or leave the setting out"
-        )
+    _require_settings(tensor, expert, section)
     experts = _expert_styles(model, expert, section) if expert > 1 else {}
-    inside = tuple(f"{name}." for name in experts)
     styles = _tensor_styles(model, tensor, section) if tensor > 1 else {}
-    styles = {
-        name: style
-        for name, style in styles.items()
-        if name not in experts and not name.startswith(inside or " ")
-    }
-    modules = dict(model.named_modules())
-    attention = tuple(dict.fromkeys(name.rpartition(".")[0] for name in styles if name.endswith(".q_proj")))
-    summed = [name for name, style in styles.items() if style == SUMMED and name in modules]
-    summed += [
-        f"{name}.{norm}"
-        for name in attention
-        for norm in ("q_norm", "k_norm")
-        if f"{name}.{norm}" not in styles and any(True for _ in _parameters(modules[name], norm))
-    ]
-    styles = {name: style for name, style in styles.items() if style != SUMMED}
+    styles = {name: style for name, style in styles.items() if name not in experts}
     _require_even(model, styles, tensor, f"{section}.tensor")
     _require_even(model, experts, expert, f"{section}.expert")
-    return Plan(_before_tying(model, styles), experts, tuple(summed), attention)
+    modules = dict(model.named_modules())
+    attention = [name.rpartition(".")[0] for name in styles if name.endswith(".q_proj")]
+    summed = [name for name, style in styles.items() if style == SUMMED and name in modules]
+    summed += [f"{name}.{norm}" for name in attention for norm in HEAD_NORMS]
+    written = WRITTEN_OVER.get(model.get_decoder().config.model_type)
+    tied = _tied_head(model)
+    return Plan(
+        {name: style for name, style in styles.items() if style != SUMMED and name != f"{tied}.weight"},
+        experts,
+        summed=tuple(name for name in dict.fromkeys(summed) if _has_parameters(modules.get(name))),
+        attention=tuple(attention),
+        copied=tuple(name for name in modules if name.rpartition(".")[2] == written),
+    )
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh) -> None:
@@ -145,8 +132,24 @@ def apply_plan(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh) -> None:
         _sum_gradients(modules[name], mesh.get_group())
     for name in plan.attention:
         _count_own_heads(modules[name], mesh.size())
+    for name in plan.copied:
+        modules[name].register_forward_hook(lambda module, args, output: output.clone())
     if tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+
+def _require_settings(tensor: int, expert: int, section: str) -> None:
+    if 1 < tensor != expert > 1:
+        raise RecipeError(
+            f"{section}.tensor {tensor} and {section}.expert {expert}: where both are more than one they are the "
+            "same ranks, so they must be equal"
+        )
+    installed = version("transformers")
+    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < NEEDED:
+        raise RecipeError(
+            f"{section}.{'tensor' if tensor > 1 else 'expert'}: transformers {installed} found, "
+            f"{'.'.join(map(str, NEEDED))} or later is needed. Upgrade it, or leave the setting out"
+        )
 
 
 def _tensor_styles(model: PreTrainedModel, size: int, section: str) -> dict[str, str]:
@@ -221,12 +224,6 @@ def _generic(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def _before_tying(model: PreTrainedModel, styles: dict[str, str]) -> dict[str, str]:
-    """Without the weight of a tied head, which is the embedding's."""
-    head = _tied_head(model)
-    return {name: style for name, style in styles.items() if head is None or name != f"{head}.weight"}
-
-
 def _tied_head(model: PreTrainedModel) -> str | None:
     head = model.get_output_embeddings()
     return _name_of(model, head) if head.weight is model.get_input_embeddings().weight else None
@@ -236,9 +233,8 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def _parameters(module: nn.Module, child: str) -> Iterator[nn.Parameter]:
-    found = getattr(module, child, None)
-    return iter(()) if found is None else found.parameters()
+def _has_parameters(module: nn.Module | None) -> bool:
+    return module is not None and any(True for _ in module.parameters())
 
 
 def _require_even(model: PreTrainedModel, styles: Mapping[str, str], size: int, setting: str) -> None:

@@ -232,7 +232,8 @@ def require_ranks(config: TeacherConfig, num_ranks: int) -> None:
         setting = "tensor" if config.tensor > 1 else "expert"
         raise RecipeError(
             f"teacher.{setting} {config.ranks_per_copy}: {num_ranks} process(es) found, a multiple of "
-            f"{config.ranks_per_copy} is needed: so many share each copy of the teacher. Start as many (NPROC)"
+            f"{config.ranks_per_copy} is needed: so many share each copy of the teacher. Start as many "
+            "(NPROC, torchrun --nproc-per-node)"
         )
 
 
