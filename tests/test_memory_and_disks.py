@@ -19,6 +19,7 @@ from stage2_runs import make_recipe, on_ranks, run_alone
 from transformers import AutoTokenizer
 
 from shared.errors import DataError, FileError, RecipeError, TrainingError
+from shared.models.plans import has_plans
 from shared.recipes import Recipe
 from shared.runtime import World
 from shared.stopping import StopRequest
@@ -97,7 +98,7 @@ def test_a_question_of_20000_words_is_named_by_the_capture(tree: dict[str, Any],
         on_ranks(1, limited, new=True)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2], ids=["whole", "shared"])
+@pytest.mark.parametrize("num_ranks", [1, 2] if has_plans() else [1])
 def test_a_teacher_that_gives_no_numbers_names_the_row(
     tree: dict[str, Any], tmp_path: Path, teacher_folder: Path, num_ranks: int
 ) -> None:

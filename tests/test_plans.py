@@ -24,11 +24,13 @@ from shared.data.processing import open_processor
 from shared.data.rows import Example
 from shared.errors import RecipeError
 from shared.kd_loss import fused_ce_kd
-from shared.models.plans import Plan, apply_plan, plan_of
+from shared.models.plans import Plan, apply_plan, has_plans, plan_of
 from shared.models.sharding import fill
 from shared.models.vlm import empty_vlm, last_hidden_states, load_config, load_vlm, split
 from shared.recipes import DataConfig
 from shared.runtime import World
+
+pytestmark = pytest.mark.skipif(not has_plans(), reason="needs a newer transformers")
 
 NEED_TORCHVISION = {"llama4", "mistral3", "pixtral"}  # without it they get text alone
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None

@@ -20,6 +20,7 @@ from shared.cache import CacheReader
 from shared.cache.log import log_records
 from shared.cache.storage import open_folder
 from shared.errors import RecipeError
+from shared.models.plans import has_plans
 from shared.recipes import Recipe, dump_recipe
 from shared.runtime import World
 from shared.stopping import StopRequest
@@ -28,6 +29,8 @@ from stage1_teacher.capturing.teacher import Teacher
 from stage1_teacher.check import check_recipe
 from stage1_teacher.estimate import estimate
 from stage1_teacher.inspection.audit import audit
+
+pytestmark = pytest.mark.skipif(not has_plans(), reason="needs a newer transformers")
 
 WAIT = {"collective_timeout_s": 60}
 RecipeOf = Callable[..., Recipe]
@@ -159,14 +162,14 @@ def test_a_rank_that_dies_ends_the_others_and_the_next_start_goes_on(
 
     def dies_at_the_sixth(world: World) -> int:
         calls = itertools.count(1)
-        logprobs = Teacher._logprobs
+        logits = Teacher._logits
 
         def counted(teacher: Teacher, hidden_nD: torch.Tensor) -> torch.Tensor:
             if world.rank == dying and next(calls) == 6:
                 os._exit(1)
-            return logprobs(teacher, hidden_nD)
+            return logits(teacher, hidden_nD)
 
-        monkeypatch.setattr(Teacher, "_logprobs", counted)
+        monkeypatch.setattr(Teacher, "_logits", counted)
         return capture(recipe, world, StopRequest())
 
     found = on_ranks(2, dies_at_the_sixth, errors=True, **WAIT)

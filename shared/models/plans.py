@@ -138,16 +138,20 @@ def apply_plan(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh) -> None:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
 
+def has_plans() -> bool:
+    """Whether the installed Transformers is new enough."""
+    return tuple(int(part) for part in re.findall(r"\d+", version("transformers"))[:2]) >= NEEDED
+
+
 def _require_settings(tensor: int, expert: int, section: str) -> None:
     if 1 < tensor != expert > 1:
         raise RecipeError(
             f"{section}.tensor {tensor} and {section}.expert {expert}: where both are more than one they are the "
             "same ranks, so they must be equal"
         )
-    installed = version("transformers")
-    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < NEEDED:
+    if not has_plans():
         raise RecipeError(
-            f"{section}.{'tensor' if tensor > 1 else 'expert'}: transformers {installed} found, "
+            f"{section}.{'tensor' if tensor > 1 else 'expert'}: transformers {version('transformers')} found, "
             f"{'.'.join(map(str, NEEDED))} or later is needed. Upgrade it, or leave the setting out"
         )
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from shared.capture.targets import sparse_targets
@@ -85,10 +86,11 @@ class Teacher:
         """Computes what the leader of this copy asks for, until it is done."""
         assert self.followers is not None
         for name, tensors in self.followers.asked():
-            if name == "hidden":
-                self._hidden(tensors, tensors.pop("position_index"))
-            else:
-                self._logprobs(tensors["hidden_nD"])
+            with self.stopwatch.running():
+                if name == "hidden":
+                    self._hidden(tensors, tensors.pop("position_index"))
+                else:
+                    self._logits(tensors["hidden_nD"])
 
     def dismiss_followers(self) -> None:
         if self.followers is not None:
@@ -158,24 +160,25 @@ class Teacher:
         inputs = in_dtype_of(self.head, batch.inputs)
         if self.followers is not None:
             self.followers.ask("hidden", inputs | {"position_index": batch.position_index})
-        return self._hidden(inputs, batch.position_index)
+        with self.stopwatch.running():
+            return self._hidden(inputs, batch.position_index)
 
     @torch.inference_mode()
     def logprobs(self, hidden_nD: Tensor) -> Tensor:
         """Natural log-probabilities (n, V) fp32 at temperature 1."""
-        if self.followers is not None:
-            self.followers.ask("logprobs", {"hidden_nD": hidden_nD})
-        return self._logprobs(hidden_nD)
+        if self.followers is not None and isinstance(self.head.weight_VD, DTensor):
+            self.followers.ask("logits", {"hidden_nD": hidden_nD})
+        with self.stopwatch.running():
+            return self._logits(hidden_nD)[:, : self.num_token_ids].float().log_softmax(-1)
 
     @torch.inference_mode()
     def _hidden(self, inputs: dict[str, Tensor], position_index: Tensor) -> Tensor:
-        with self.stopwatch.running():
-            return last_hidden_states(self.body, inputs).flatten(0, 1)[position_index]
+        return last_hidden_states(self.body, inputs).flatten(0, 1)[position_index]
 
     @torch.inference_mode()
-    def _logprobs(self, hidden_nD: Tensor) -> Tensor:
-        with self.stopwatch.running():
-            return self.head.logits(hidden_nD)[:, : self.num_token_ids].float().log_softmax(-1)
+    def _logits(self, hidden_nD: Tensor) -> Tensor:
+        """Of all ids of the head, on each rank: those of a split head are gathered."""
+        return self.head.logits(hidden_nD)
 
 
 def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> Teacher:
