@@ -666,13 +666,13 @@ def make_family(name: str, folder: Path, **text: Any) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = AutoModelForImageTextToText.from_config(config)
-        _stir(model)
+        stir(model)
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     return folder
 
 
-def _stir(model: torch.nn.Module) -> None:
+def stir(model: torch.nn.Module) -> None:
     """Parameters that begin as zeros or ones hide faults: gates, norms and tables get values of their own."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -10,8 +10,8 @@ Hidden states are whole on every rank, as are the vision tower and the connector
 split by rows of the vocabulary, evenly or not: its weight is a DTensor, and to call it gathers the logits of all
 ids.  With an expert plan each rank holds some of a layer's experts.
 
-The plans are Transformers' own, completed where they are missing or wrong.  A wrong one need not show in a loss:
-gradients of every family are compared with those of one process.
+The plans are Transformers' own, completed where they are missing or wrong.  A wrong one need not show in a loss: what
+is not known to have the gradients of one process is refused.
 """
 
 from __future__ import annotations
@@ -50,6 +50,41 @@ CROSS = {
     "layers.*.cross_attn.k_proj": "colwise",
     "layers.*.cross_attn.v_proj": "colwise",
     "layers.*.cross_attn.o_proj": "rowwise",
+}
+# Kinds of text models whose gradients are those of one process, with these plans (tests/test_plans.py): a wrong plan
+# need not show in anything else.
+TENSOR = {
+    "aria_text",
+    "cohere2",
+    "deepseek_v3",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gemma4_text",
+    "glm4v_moe_text",
+    "glm4v_text",
+    "llama",
+    "llama4_text",
+    "mistral",
+    "mllama_text_model",
+    "paddleocr_vl_text",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_vl_moe_text",
+    "qwen3_vl_text",
+}
+EXPERT = {
+    "aria_text",
+    "deepseek_v3",
+    "gemma4_text",
+    "glm4v_moe_text",
+    "qwen3_5_moe_text",
+    "qwen3_vl_moe_text",
 }
 # By the kind of text model: those without a plan of their own, and modules whose output the family adds to in place.
 MISSING = {"qwen3_vl_text": DENSE, "mllama_text_model": DENSE | CROSS}
@@ -166,10 +201,10 @@ def _tensor_styles(model: PreTrainedModel, size: int, section: str) -> dict[str,
     prefix = _name_of(model, decoder) + "."
     rules = {rule: style for rule, style in (model.tp_plan or {}).items() if rule.startswith(prefix)}
     kind = decoder.config.model_type
-    if not any(style == "colwise" for style in rules.values()):
-        if kind not in MISSING:
-            raise _no_plan(model, f"{section}.tensor {size}", "tensor")
+    if kind in MISSING:
         rules = {f"{prefix}{rule}": style for rule, style in MISSING[kind].items()}
+    if kind not in TENSOR or "colwise" not in rules.values():
+        raise _no_plan(model, f"{section}.tensor {size}", "tensor")
     rules[_name_of(model, model.get_input_embeddings())] = "embedding_rowwise"
     rules[_name_of(model, model.get_output_embeddings())] = GATHERED
     styles = _expanded(model, rules)
@@ -197,16 +232,16 @@ def _expert_styles(model: PreTrainedModel, size: int, section: str) -> dict[str,
         if rule.startswith(prefix) and (rule in dispatched or rule.rpartition(".")[0] in dispatched)
     }
     styles = _expanded(model, rules)
-    if "grouped_gemm" not in styles.values():
+    if model.get_decoder().config.model_type not in EXPERT or "grouped_gemm" not in styles.values():
         raise _no_plan(model, f"{section}.expert {size}", "expert")
     return styles
 
 
 def _no_plan(model: PreTrainedModel, setting: str, kind: str) -> RecipeError:
     return RecipeError(
-        f"{setting}: there is no plan of {kind} parallelism for {type(model).__name__} with the text model "
-        f"{model.get_decoder().config.model_type!r}; docs/models.md has the families with one. Leave the setting "
-        "out; FSDP2 shards every family"
+        f"{setting}: no plan of {kind} parallelism for {type(model).__name__} with the text model "
+        f"{model.get_decoder().config.model_type!r} is known to be right; docs/models.md has those that are. Leave "
+        "the setting out; FSDP2 shards every family"
     )
 
 
@@ -243,19 +278,7 @@ def _has_parameters(module: nn.Module | None) -> bool:
 
 def _require_even(model: PreTrainedModel, styles: Mapping[str, str], size: int, setting: str) -> None:
     """Raises   RecipeError  naming the first tensor that cannot be shared, and the numbers of ranks that could"""
-    modules, counts = dict(model.named_modules()), {}
-    for name, parameter in model.named_parameters():
-        style = styles.get(name)
-        if style in SPLIT_DIM and parameter.ndim > -SPLIT_DIM[style] - 1:
-            owner, _, leaf = name.rpartition(".")
-            length = parameter.shape[SPLIT_DIM[style] if parameter.ndim > 1 else 0]
-            above, _, projection = owner.rpartition(".")
-            unit, what = 1, "experts" if style == "grouped_gemm" else "rows or columns"
-            if projection in IN_HEADS and leaf in ("weight", "bias"):
-                unit, what = getattr(modules[above], "head_dim", 1), "heads"
-            elif style.startswith("packed"):
-                unit = 2
-            counts[name] = (length // unit, what)
+    counts = _counts(model, styles)
     odd = next((name for name, (count, _) in counts.items() if count % size), None)
     if odd is not None:
         shared = math.gcd(*(count for count, _ in counts.values()))
@@ -264,6 +287,23 @@ def _require_even(model: PreTrainedModel, styles: Mapping[str, str], size: int, 
             f"{setting} {size}: {odd} has {counts[odd][0]} {counts[odd][1]}, which {size} ranks cannot share evenly. "
             f"Choose one of {', '.join(possible)}"
         )
+
+
+def _counts(model: PreTrainedModel, styles: Mapping[str, str]) -> dict[str, tuple[int, str]]:
+    """Of each weight that is split, how many parts there are to be shared, and of what."""
+    modules, counts = dict(model.named_modules()), {}
+    for name, parameter in model.named_parameters():
+        style = styles.get(name)
+        if style not in SPLIT_DIM or parameter.ndim < 2:
+            continue
+        above, _, projection = name.rpartition(".")[0].rpartition(".")
+        unit, what = 1, "experts" if style == "grouped_gemm" else "rows or columns"
+        if projection in IN_HEADS:
+            unit, what = getattr(modules[above], "head_dim", 1), "heads"
+        elif style.startswith("packed"):
+            unit = 2
+        counts[name] = (parameter.shape[SPLIT_DIM[style]] // unit, what)
+    return counts
 
 
 def _count_own_heads(attention: nn.Module, size: int) -> None:
