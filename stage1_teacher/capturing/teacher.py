@@ -194,23 +194,20 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> 
     require_ranks(config, world.size)
     is_sharded, in_copies = config.shard and world.size > 1, config.ranks_per_copy > 1
     is_whole = not is_sharded and not in_copies
-    source = _whole(config, world, dequantize=not is_whole) if world.is_main or is_whole else None
-    fingerprint = weight_fingerprint(source) if source is not None and world.is_main else None
-    mesh = None
-    if is_whole:
-        assert source is not None
-        model = source
-        nn.Module.to(model, world.device)
-    else:
+    if not is_whole:  # before weights are read, which takes long: what cannot be split is refused now
         model = empty_vlm(
             load_config(config.model, config.revision),
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
         )
-        if in_copies:
-            mesh = _split(model, config, world)
-        else:
-            _shard(model, world)
+        mesh = _split(model, config, world) if in_copies else _shard(model, world)
+    source = _whole(config, world, dequantize=not is_whole) if world.is_main or is_whole else None
+    fingerprint = weight_fingerprint(source) if source is not None and world.is_main else None
+    if is_whole:
+        assert source is not None
+        model = source
+        nn.Module.to(model, world.device)
+    else:
         model.to_empty(device=world.device)
         model.tie_weights()  # which to_empty has undone
         fill(model, source, world)
@@ -224,7 +221,7 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> 
         world.device,
         Stopwatch(world.device),
         is_sharded=is_sharded,
-        copy_group=None if mesh is None else mesh.get_group(),
+        copy_group=mesh.get_group() if in_copies else None,
         weights_fingerprint=fingerprint,
     )
 
@@ -251,10 +248,12 @@ def _whole(config: TeacherConfig, world: World, *, dequantize: bool) -> PreTrain
     )
 
 
-def _shard(model: PreTrainedModel, world: World) -> None:
+def _shard(model: PreTrainedModel, world: World) -> DeviceMesh:
+    """Shards the blocks of the empty model over all ranks."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    return mesh
 
 
 def _split(model: PreTrainedModel, config: TeacherConfig, world: World) -> DeviceMesh:
