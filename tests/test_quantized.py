@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 from shared.cache import CacheReader
 from shared.errors import RecipeError
+from shared.models.plans import has_plans
 from shared.models.quantized import PACKAGES
 from shared.models.sharding import fill
 from shared.models.vlm import empty_vlm, load_config, load_vlm
@@ -138,16 +139,18 @@ def test_a_quantised_teacher_answers_beside_its_student(
     assert [one["model"] for one in json.loads(done.stdout)] == ["student", "teacher", "untrained"]
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_a_quantised_teacher_is_captured_alike_whole_and_sharded(
-    tree: dict[str, Any], tmp_path: Path, fp8_teacher: Path, shard: bool
+@pytest.mark.parametrize(
+    "shared",
+    [{}, {"teacher__shard": True}, *([{"teacher__tensor": 2}] if has_plans() else [])],
+    ids=lambda shared: next(iter(shared), "whole"),
+)
+def test_a_quantised_teacher_is_captured_alike_whole_and_shared(
+    tree: dict[str, Any], tmp_path: Path, fp8_teacher: Path, shared: dict[str, Any]
 ) -> None:
     ordinary = make_recipe(tree)
-    recipe = make_recipe(
-        tree, teacher__model=str(fp8_teacher), teacher__shard=shard, cache__path=str(tmp_path / "fp8")
-    )
+    recipe = make_recipe(tree, teacher__model=str(fp8_teacher), cache__path=str(tmp_path / "fp8"), **shared)
     assert captured(ordinary, 1) == [0]
-    assert captured(recipe, 2 if shard else 1) == [0] * (2 if shard else 1)
+    assert captured(recipe, 2 if shared else 1) == [0] * (2 if shared else 1)
     assert ce_of(recipe) == pytest.approx(ce_of(ordinary), rel=0.02)
 
 
