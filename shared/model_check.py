@@ -3,7 +3,8 @@
     check_model(model, processor, [first, second], device=device)
 
 Four forwards of one to three examples: body and head make the model's own logits; no hidden state depends on a
-token behind it; examples in one batch do not depend on each other.
+token behind it; examples in one batch do not depend on each other.  Two more where examples are packed: they do not
+depend on each other there either.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shared.data.collation import IGNORE_INDEX, Batch, Encoded
+from shared.data.collation import IGNORE_INDEX, Batch, Encoded, packed
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
 from shared.errors import DataError, RecipeError, TeachonceError, TrainingError, shortened
@@ -69,15 +70,24 @@ def two_examples(encoded: Iterable[Encoded]) -> list[Encoded]:
 
 @torch.no_grad()
 def check_model(
-    model: PreTrainedModel, processor: ExampleProcessor, examples: Sequence[Encoded], *, device: torch.device
+    model: PreTrainedModel,
+    processor: ExampleProcessor,
+    examples: Sequence[Encoded],
+    *,
+    device: torch.device,
+    packing: bool = False,
 ) -> None:
     """Called with the model in evaluation mode; of a sharded one by all ranks, with the same two examples.
+
+    packing  also that it keeps examples apart that are packed into one row
 
     Raises   RecipeError    saying what was compared, and how far it was off; or that the model cannot be run
              TrainingError  when memory does not suffice for them
     """
     try:
         _check_model(model, processor, examples, device=device)
+        if packing:
+            _check_packing(model, processor, examples, device=device)
     except TeachonceError:
         raise
     except Exception as error:
@@ -111,7 +121,7 @@ def _check_model(
         together_BSD[0, :place],
         together_BSD[1, :place],
         "when the last token of its answer is another one, the hidden states before it",
-        "It reads answers before it predicts them, so that its losses would mean nothing",
+        "It reads answers before it predicts them, so that its losses would mean nothing; it cannot be used",
     )
     for row, states_SD, batch in ((0, alone_SD, alone), (2, other_SD, other)):
         _compare(
@@ -120,7 +130,7 @@ def _check_model(
             states_SD[batch.position_index],
             together_BSD[row, batch.position_index],
             "when other examples are in its batch, with pictures of other sizes, an example's hidden states",
-            "Its results would depend on how examples fall into batches",
+            "Its results would depend on how examples fall into batches; it cannot be used",
         )
 
 
@@ -132,6 +142,36 @@ def _cannot_run(model: PreTrainedModel, error: Exception) -> RecipeError:
         f"model class {type(model).__name__}: it cannot be run on the first examples ({type(error).__name__}: "
         f"{said}). Settings in config.json, or of the processor, may not fit its weights: fetch its files again"
     )
+
+
+def _check_packing(
+    model: PreTrainedModel, processor: ExampleProcessor, examples: Sequence[Encoded], *, device: torch.device
+) -> None:
+    """Each example between others is what it is alone, and what it is between yet others."""
+    first, second = examples
+    changed = _with_another_answer(first, processor)
+
+    def states_of(*encoded: Encoded) -> list[Tensor]:
+        states_SD = _states(model, packed(encoded).to(device))[0]
+        return list(states_SD.split([len(one.input_ids) for one in encoded]))
+
+    alone = {id(one): _states(model, processor.collate([one]).to(device))[0] for one in examples}
+    row, other_row = (second, first, second), (second, changed, second)
+    try:
+        in_row, in_other_row = states_of(*row), states_of(*other_row)
+    except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise RecipeError(
+            f"model class {type(model).__name__}: it cannot be fed examples that are packed into one row "
+            f"({shortened(str(error))}). Set optimization.packing to false"
+        ) from error
+    remedy = "It does not keep them apart, so that answers would leak. Set optimization.packing to false"
+    for one, states_SD in zip(row, in_row, strict=True):
+        what = "when other examples are packed into its row, an example's hidden states"
+        _compare(model, TOGETHER, alone[id(one)], states_SD, what, remedy)
+    what = "when another answer is packed in front of it, an example's hidden states"
+    _compare(model, CAUSAL, in_row[-1], in_other_row[-1], what, remedy)
 
 
 def _sizes(one: Encoded) -> list[object]:
@@ -151,6 +191,14 @@ def _with_another_last_token(
     ids = first.input_ids.clone()
     ids[place] = next((token for token in usual if token != ids[place]), int(ids[0]))
     return replace(first, input_ids=ids), place
+
+
+def _with_another_answer(one: Encoded, processor: ExampleProcessor) -> Encoded:
+    """The example with other tokens wherever there is a label."""
+    ids, labelled = one.input_ids.clone(), one.labels != IGNORE_INDEX
+    ids[labelled] = ids[labelled].roll(1)
+    ids[labelled & (ids == one.input_ids)] = processor.end_of_turn
+    return replace(one, input_ids=ids)
 
 
 def _states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -199,7 +247,7 @@ def _compare(
     if not difference.item() <= allowed:
         raise RecipeError(
             f"model class {type(model).__name__}: {what} change by {difference.item():.2g} of their size, where "
-            f"{allowed:g} is rounding. {why}; it cannot be used"
+            f"{allowed:g} is rounding. {why}"
         )
 
 

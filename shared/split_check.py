@@ -34,6 +34,7 @@ class SplitFound:
     keys       of the usable ones, in order; empty without a processor, as all that follows
     positions  (n,) int64, answer tokens and the end of the turn
     lengths    (n,) int64, tokens of the whole example; exact for the longest
+    pixels     (n,) int64, about so many that a vision tower sees of its pictures
     doubtful   pictures that are used, and show next to nothing
     """
 
@@ -50,6 +51,7 @@ class SplitFound:
     num_outvoted: int = 0
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     num_cut: int = 0
 
     def count(self, example: Example) -> None:
@@ -115,7 +117,7 @@ def look_at(data: DataConfig, name: Split, processor: ExampleProcessor | None) -
         found.positions = np.array([one.num_positions for one in counted], np.int64)
         found.num_cut = sum(one.num_cut for one in counted)
         found.lengths = np.array([one.num_tokens for one in counted], np.int64) + num_picture_tokens
-        _measure(found, processor)
+        _measure(found, processor, np.array(num_picture_tokens, np.int64))
     return found
 
 
@@ -124,16 +126,21 @@ def count_positions(split: VqaSplit, rows: Sequence[int] | np.ndarray, processor
     return sum(processor.count(split[int(row)]).num_positions for row in rows)
 
 
-def _measure(found: SplitFound, processor: ExampleProcessor) -> None:
-    """Counts the longest examples in full, and adds what that shows of the template's tokens to the others."""
+def _measure(found: SplitFound, processor: ExampleProcessor, picture_tokens: np.ndarray) -> None:
+    """Counts the longest examples in full, and takes what that shows of template and pictures for the others."""
     template = None
+    found.pixels = np.zeros_like(found.lengths)
     for place in np.argsort(found.lengths, kind="stable")[::-1][:NUM_MEASURED].tolist():
         try:
-            exact = len(processor.encode(found.split[found.rows[place]]).input_ids)
+            one = processor.encode(found.split[found.rows[place]])
         except DataError as error:
             if str(error) not in found.reasons:
                 found.reasons.append(str(error))
             continue
+        exact = len(one.input_ids)
+        if not found.pixels.any() and picture_tokens[place]:
+            shown = picture_tokens * (processor.pixels(one) / picture_tokens[place])
+            found.pixels = np.rint(shown).astype(np.int64)
         if template is None:
             template = exact - int(found.lengths[place])
             found.lengths += template

@@ -25,6 +25,8 @@ from shared.errors import CacheFormatError, CacheMismatchError, DataError, Teach
 from shared.progress import progress
 from shared.recipes import DataConfig, Recipe, Split
 
+NUM_MEASURED = 4  # rows that are tried for the tokens of a template
+
 
 @dataclass(frozen=True, eq=False)
 class Keyed:
@@ -32,6 +34,7 @@ class Keyed:
 
     rows        (n,) int64, rows of the split; ``keys`` are theirs, in order
     lengths     (n,) int64, about so many tokens, the picture's among them: a measure to put like with like
+    pixels      (n,) int64, about so many that a vision tower sees of its pictures
     unreadable  (row, reason) of each row that has no usable picture, question or answer
     num_outvoted  answers that are not used, of rows that hold lists of them
     has_pictures  whether any of the rows has one
@@ -41,6 +44,7 @@ class Keyed:
     rows: np.ndarray
     keys: tuple[bytes, ...]
     lengths: np.ndarray
+    pixels: np.ndarray
     unreadable: tuple[tuple[int, str], ...]
     num_outvoted: int = 0
     has_pictures: bool = True
@@ -67,6 +71,7 @@ def survey_keys(
     rows: list[int] = []
     keys: list[bytes] = []
     lengths: list[int] = []
+    picture_tokens: list[int] = []
     unreadable: list[tuple[int, str]] = []
     num_outvoted = 0
     has_pictures = False
@@ -85,15 +90,52 @@ def survey_keys(
         num_outvoted += example.num_outvoted
         keys.append(processor.key(example))
         lengths.append(processor.approximate_length(example))
+        picture_tokens.append(processor.picture_tokens(example))
+    measured = measure(split, rows, lengths, picture_tokens, processor)
     return Keyed(
         split=split,
         rows=np.array(rows, np.int64),
         keys=tuple(keys),
-        lengths=np.array(lengths, np.int64),
+        lengths=np.array(lengths, np.int64) + measured.template_tokens,
+        pixels=measured.pixels(picture_tokens),
         unreadable=tuple(unreadable),
         num_outvoted=num_outvoted,
         has_pictures=has_pictures,
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What texts and headers of pictures do not tell, as an encoded example has it.
+
+    template_tokens   beside those of the texts and pictures
+    pixels_per_token  that a vision tower sees for each token of a picture; 0.0 without pictures
+    """
+
+    template_tokens: int = 0
+    pixels_per_token: float = 0.0
+
+    def pixels(self, picture_tokens: Sequence[int]) -> np.ndarray:
+        return np.rint(np.array(picture_tokens) * self.pixels_per_token).astype(np.int64)
+
+
+def measure(
+    split: VqaSplit,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    picture_tokens: Sequence[int],
+    processor: ExampleProcessor,
+) -> Measured:
+    """Of the first usable row with a picture, or else of the first one; ``lengths`` are without the template's."""
+    with_pictures = [place for place, tokens in enumerate(picture_tokens) if tokens]
+    for place in [*with_pictures[:NUM_MEASURED], *range(len(rows))][: 2 * NUM_MEASURED]:
+        try:
+            one = processor.encode(split[rows[place]])
+        except DataError:  # whoever needs the row says what is wrong with it
+            continue
+        template_tokens = max(0, len(one.input_ids) - lengths[place])
+        return Measured(template_tokens, processor.pixels(one) / max(1, picture_tokens[place]))
+    return Measured()
 
 
 def inputs_identity(processor: ExampleProcessor, data: DataConfig) -> InputsIdentity:

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
+from shared.dealing import Work
 from shared.errors import RecipeError
+from shared.models.packing import require_packing
 from shared.models.vlm import load_config
 from shared.places import is_local
 from shared.preflight import (
@@ -38,6 +40,7 @@ from stage2_student.training.freezing import parameters_of_parts
 from stage2_student.training.inputs import open_cache
 from stage2_student.training.notes import notes_on
 from stage2_student.training.order import step_costs, step_shape, total_steps
+from stage2_student.training.picture_costs import tokens_per_pixel
 from stage2_student.training.student import choose_trained, empty_model
 
 
@@ -63,7 +66,7 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
         what = f"{recipe.data.source}, split {name}"
         describe_unusable(report, [found], recipe.data, what=what, also=skipped.get(name, []))
     with report.collecting():
-        _describe_steps(report, recipe, num_ranks, looked, skipped)
+        _describe_steps(report, recipe, model, num_ranks, looked, skipped)
     if model is not None:
         tokens = max((found.longest for found in looked), default=0) or TOKENS_WITHOUT_DATA
         memory = estimate_memory(model, recipe, num_ranks=num_ranks, tokens_per_example=tokens)
@@ -97,6 +100,9 @@ def _describe_student(
 
 def _describe_model(report: Report, recipe: Recipe, model: PreTrainedModel) -> None:
     report.add("student", f"{recipe.student.model} ({type(model).__name__})")
+    with report.collecting():
+        if recipe.optimization.packing:
+            require_packing(model)
     choose_trained(model, recipe.student, seed=recipe.run.seed)
     total, trained = count_parameters(model), count_parameters(model, trained_only=True)
     report.add("parameters", f"{total:,}: {trained:,} trained, {total - trained:,} frozen")
@@ -147,6 +153,7 @@ def _describe_cache(
 def _describe_steps(
     report: Report,
     recipe: Recipe,
+    model: PreTrainedModel | None,
     num_ranks: int,
     looked: list[SplitFound],
     skipped: dict[str, list[str]],
@@ -160,11 +167,14 @@ def _describe_steps(
     num_examples = sum(found.num_usable - len(skipped.get(found.split.name, [])) for found in train)
     if num_examples:
         shape = step_shape(recipe, num_examples)
-        lengths = np.concatenate([found.lengths for found in train])[:num_examples]
+        lengths, pixels = (
+            np.concatenate([getattr(found, name) for found in train])[:num_examples]
+            for name in ("lengths", "pixels")
+        )
         if len(lengths) == num_examples:
-            report.add(
-                "step", f"{config.global_batch_size} examples: {step_costs(shape, lengths, num_ranks)}"
-            )
+            pictures = np.rint(pixels * (0.0 if model is None else tokens_per_pixel(model)))
+            work = Work.of(lengths, pictures, packed=config.packing)
+            report.add("step", f"{config.global_batch_size} examples: {step_costs(shape, work, num_ranks)}")
         report.add("steps", f"{total_steps(recipe, shape):,}, {shape.num_steps_per_epoch:,} an epoch")
     elif config.max_steps is not None:
         report.add("steps", f"{config.max_steps:,}")

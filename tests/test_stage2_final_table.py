@@ -177,6 +177,6 @@ def test_no_case_keeps_a_picture_of_its_own(surveyed: Survey) -> None:
 
 
 def test_one_case_alone_cannot_be_shuffled(surveyed: Survey) -> None:
-    alone = replace(surveyed, rows=np.array([0]), lengths=surveyed.lengths[:1])
+    alone = replace(surveyed, rows=np.array([0]), lengths=surveyed.lengths[:1], pixels=surveyed.pixels[:1])
     with pytest.raises(DataError, match="all 1 questions are about one case"):
         with_other_pictures(alone)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.dealing import Limits
+from shared.dealing import Limits, Work
 from stage2_student.training.order import (
     StepShape,
     dealt,
@@ -47,7 +47,10 @@ def test_steps_cut_epochs_into_batches_with_a_short_last_one(
 
 def test_examples_are_dealt_by_their_own_numbers() -> None:
     lengths = np.array([5, 90, 7, 80, 6])
-    assert dealt([4, 1, 3], lengths, num_ranks=2, limits=Limits(examples=1)) == [((1,), (3,)), ((4,), ())]
+    assert dealt([4, 1, 3], Work.of(lengths), num_ranks=2, limits=Limits(examples=1)) == [
+        ((1,), (3,)),
+        ((4,), ()),
+    ]
 
 
 @given(num_examples=SIZES, microbatch=st.integers(1, 5), num_ranks=st.integers(1, 5))
@@ -56,9 +59,9 @@ def test_all_ranks_together_forward_the_examples_of_each_step_once(
     num_examples: int, microbatch: int, num_ranks: int
 ) -> None:
     shape = StepShape(num_examples, microbatch * num_ranks * 2, Limits(examples=microbatch), seed=3)
-    lengths = np.arange(num_examples)
+    work = Work.of(np.arange(num_examples))
     ranks = [
-        list(training_slots(shape, lengths, steps=range(4), rank=rank, num_ranks=num_ranks))
+        list(training_slots(shape, work, steps=range(4), rank=rank, num_ranks=num_ranks))
         for rank in range(num_ranks)
     ]
     for step in range(4):
@@ -70,8 +73,8 @@ def test_all_ranks_together_forward_the_examples_of_each_step_once(
 
 
 def test_a_pass_takes_every_example_once_however_many_ranks() -> None:
-    lengths = np.array([3, 1, 2, 5, 4])
-    ranks = [pass_slots(lengths, limits=Limits(examples=2), rank=rank, num_ranks=6) for rank in range(6)]
+    work = Work.of([3, 1, 2, 5, 4])
+    ranks = [pass_slots(work, limits=Limits(examples=2), rank=rank, num_ranks=6) for rank in range(6)]
     assert [len(slots) for slots in ranks] == [1] * 6
     assert sorted(e for slots in ranks for slot in slots if slot.counts for e in slot.examples) == [
         0,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any, Literal, Self
 
 import torch
@@ -110,6 +111,27 @@ def collated(
     )
 
 
+def packed(encoded: Sequence[Encoded]) -> Batch:
+    """Joins the examples in one row, one behind the other, for models that keep them apart (``models.packing``).
+
+    Shapes   S is the sum of their lengths and the first axis of ``input_ids`` 1; ``position_ids`` (1, S) int64
+             begin from 0 in each example, and there is no ``attention_mask``
+    """
+    lengths = [len(one.input_ids) for one in encoded]
+    starts = [0, *accumulate(lengths[:-1])]
+    counts = torch.tensor([0, *(one.num_positions for one in encoded)])
+    positions = {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
+    return Batch(
+        inputs=_in_one_row(encoded) | positions | _joined(encoded),
+        position_index=torch.cat(
+            [start + _predicting(one) for start, one in zip(starts, encoded, strict=True)]
+        ),
+        labels=torch.cat([one.answer_ids for one in encoded]),
+        example_offsets=counts.cumsum(0),
+        keys=[one.key for one in encoded],
+    )
+
+
 def _predicting(one: Encoded) -> Tensor:
     """The shift rule: the label at t belongs to the hidden state at t - 1."""
     return (one.labels != IGNORE_INDEX).nonzero()[:, 0] - 1
@@ -141,6 +163,20 @@ def _padded(encoded: Sequence[Encoded], starts: list[int], length: int, pad_id: 
             if value is not None:
                 padded[name][row, start : start + len(value)] = _grown(value, trailing)
     return padded
+
+
+def _in_one_row(encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+    """What there is for each token, (1, S, ...); zeros for an example that has it not."""
+    joined = {}
+    for name, values in _by_name([{"input_ids": one.input_ids} | one.per_token for one in encoded]).items():
+        found = [value for value in values if value is not None]
+        trailing = _largest(name, [value.shape[1:] for value in found])
+        parts = [
+            found[0].new_zeros(len(one.input_ids), *trailing) if value is None else _grown(value, trailing)
+            for one, value in zip(encoded, values, strict=True)
+        ]
+        joined[name] = torch.cat(parts)[None]
+    return joined
 
 
 def _joined(encoded: Sequence[Encoded]) -> dict[str, Tensor]:

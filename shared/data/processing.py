@@ -48,6 +48,7 @@ from shared.runtime import is_out_of_memory
 KEY_BYTES = 16
 CONVERSATION = b"teachonce conversation 1"  # in keys, of what a conversation is made of
 BLANK_SIZE = (32, 32)  # pixels, before the image processor makes of it what its model takes
+NUM_COLOURS = 3
 SIZE_STEP = 64  # pixels: sizes are rounded up to it where tokens of a picture have to be counted
 
 
@@ -179,6 +180,12 @@ class ExampleProcessor:
             return sum(count(image_sizes=[(height, width) for width, height in sizes])["num_image_tokens"])
         except Exception:  # of many types; whoever decodes the picture says what is wrong with it
             return 0
+
+    def pixels(self, one: Encoded) -> int:
+        """That a tower sees of an example's pictures, resized and cut as they are."""
+        images = [value for value in one.per_picture.values() if value.is_floating_point()]
+        repeats = getattr(self._processor.image_processor, "temporal_patch_size", 1)
+        return max((value.numel() for value in images), default=0) // NUM_COLOURS // repeats
 
     def _counted_tokens(self, size: tuple[int, int]) -> int:
         """Of a blank picture of about that size, in pixels, where the processor does not tell; counted once."""

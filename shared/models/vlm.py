@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from shared.errors import RecipeError, shortened
 from shared.models.adapters import base_of, is_adapter, lineage, merged
 from shared.models.cross_attention import keep_rows_apart
+from shared.models.packing import packed_arguments
 from shared.models.quantized import (
     dequantized,
     method_of,
@@ -206,8 +207,8 @@ def require_wide_head(model: PreTrainedModel, num_token_ids: int, *, what: str) 
 
 
 def last_hidden_states(body: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Hidden states (B, S, D) that the head takes."""
-    return body(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    """Hidden states (B, S, D) that the head takes; of packed examples (1, S, D)."""
+    return body(**packed_arguments(body, inputs), use_cache=False, return_dict=True).last_hidden_state
 
 
 def in_dtype_of(head: Head, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -218,5 +219,6 @@ def in_dtype_of(head: Head, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def hidden_and_router_logits(body: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As ``last_hidden_states``; and of each layer with experts (B * S, experts)."""
-    outputs = body(**inputs, use_cache=False, return_dict=True, output_router_logits=True)
+    arguments = packed_arguments(body, inputs)
+    outputs = body(**arguments, use_cache=False, return_dict=True, output_router_logits=True)
     return outputs.last_hidden_state, outputs.router_logits

@@ -285,6 +285,9 @@ class OptimizationConfig(Section):
     null: 4096, or no limit where `microbatch_size` is given."""
     microbatch_size: PositiveInt | None = None
     """Examples that a rank forwards at once, at most; null: no limit."""
+    packing: bool = False
+    """Examples that a rank forwards at once follow each other in one row, without padding. Only for models that are
+    known to keep them apart; a check at the start proves it."""
     max_steps: PositiveInt | None = None
     """Length in steps."""
     num_epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from shared.dealing import Limits, deal
+from shared.dealing import Limits, Work, deal
 from shared.errors import TrainingError
 from shared.runtime import is_out_of_memory
 
@@ -20,7 +20,8 @@ def batches_of_like_length(lengths: Sequence[int], *, max_tokens: int) -> list[l
 
     Longest first; a sequence longer than the budget is a batch of its own.
     """
-    return [list(batch) for (batch,) in deal(lengths, num_ranks=1, limits=Limits(tokens=max_tokens))]
+    rounds = deal(Work.of(lengths), num_ranks=1, limits=Limits(tokens=max_tokens))
+    return [list(batch) for (batch,) in rounds]
 
 
 @dataclass

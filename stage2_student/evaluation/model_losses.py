@@ -76,14 +76,14 @@ def _validated(
     found = survey_once(recipe.data, split, processor, cache, world).spread(num_examples)
     if shuffle_pictures:
         found = with_other_pictures(found)
+    microbatches = found.microbatches(processor, cache, num_ranks=world.size)
+    student = build_student(_plain(recipe, source), world, num_token_ids=processor.num_token_ids)
     slots = pass_slots(
-        found.lengths,
+        found.work(student.tokens_per_pixel, packed=False),
         limits=limits_of(recipe.optimization),
         rank=world.rank,
         num_ranks=world.size,
     )
-    microbatches = found.microbatches(processor, cache, num_ranks=world.size)
-    student = build_student(_plain(recipe, source), world, num_token_ids=processor.num_token_ids)
     losses = validate(student, microbatches, slots, world, num_workers=recipe.run.num_workers).losses
     del student
     world.release_memory()
@@ -108,4 +108,6 @@ def _plain(recipe: Recipe, source: ModelSource) -> Recipe:
     loss = recipe.loss.model_copy(
         update={"kd_ratio": 0.0}
     )  # neither CE nor KL at temperature 1 depends on it
-    return recipe.model_copy(update={"student": student, "loss": loss, "parallel": ParallelConfig()})
+    padded = recipe.optimization.model_copy(update={"packing": False})  # not every model can do without
+    parts = {"student": student, "loss": loss, "optimization": padded, "parallel": ParallelConfig()}
+    return recipe.model_copy(update=parts)

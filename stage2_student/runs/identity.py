@@ -28,7 +28,7 @@ MAY_CHANGE = (
     ),
     *("student.attn_implementation", "student.activation_checkpointing"),
     *("student.lora.merge", "student.compile", "student.compile_backend", "loss.chunk_size", "parallel"),
-    *("optimization.microbatch_size", "optimization.microbatch_tokens"),
+    *("optimization.microbatch_size", "optimization.microbatch_tokens", "optimization.packing"),
     *("optimization.max_steps", "optimization.num_epochs"),
     *("optimization.max_skipped_steps", "run.name", "run.root", "run.validate_every", "run.checkpoint_every"),
     *(

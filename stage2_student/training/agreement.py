@@ -29,7 +29,7 @@ class Step:
     num_tokens: int
     padding: float  # 0 to 1: the share of forwarded tokens that is padding
     waiting: (
-        float  # 0 to 1: the share of all ranks' work that is waiting for the slowest of each round, by tokens
+        float  # 0 to 1: the share of all ranks' work that is waiting for the slowest of each round, by cost
     )
     stop: bool  # whether any rank has been asked to stop
     save: bool  # whether a checkpoint is due by the clock of any rank that looks at one
@@ -61,28 +61,29 @@ def in_agreement(
         except TeachonceError as caught:
             error = caught
         asked = stop is not None and stop.received
-        forwarded = torch.tensor([m.num_forwarded for m in microbatches], dtype=torch.int64)
+        costs = torch.tensor([m.cost for m in microbatches], dtype=torch.int64)
         own = [sum(m.num_positions for m in microbatches), sum(m.num_tokens for m in microbatches), asked]
-        own += [int(forwarded.sum())]
+        own += [sum(m.num_forwarded for m in microbatches), int(costs.sum())]
         refused = [reason for m in microbatches for reason in m.refused]
         sums = torch.tensor([*own, is_save_due(), len(refused), error is not None], dtype=torch.int64)
         dist.all_reduce(sums)
-        num_positions, num_tokens, num_asked, num_forwarded, num_due, num_refused, num_failed = sums.tolist()
+        num_positions, num_tokens, num_asked, num_forwarded, cost, *others = sums.tolist()
+        num_due, num_refused, num_failed = others
         if num_failed:
             _raise_everywhere(error, world)
         if num_refused:
             everywhere: list[list[str]] = [[]] * world.size
             dist.all_gather_object(everywhere, refused)
             on_refused(sorted(reason for one in everywhere for reason in one))
-        dist.all_reduce(forwarded, dist.ReduceOp.MAX)  # of each round, now that all have as many
-        slowest = int(forwarded.sum()) * world.size
+        dist.all_reduce(costs, dist.ReduceOp.MAX)  # of each round, now that all have as many
+        slowest = int(costs.sum()) * world.size
         yield Step(
             microbatches,
             wait_s,
             num_positions,
             num_tokens,
             padding=1 - num_tokens / max(1, num_forwarded),
-            waiting=1 - num_forwarded / max(1, slowest),
+            waiting=1 - cost / max(1, slowest),
             stop=num_asked > 0,
             save=num_due > 0,
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shared.cache import CacheReader, Row
-from shared.data.collation import Encoded, places_of
+from shared.data.collation import Encoded, packed, places_of
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
@@ -46,7 +46,7 @@ class Microbatch:
     labels: Tensor  # (N,) int64
     targets: SparseTargets | None
     num_tokens: int  # without padding, of rows that count
-    num_rows: int = 0  # so many of the first rows count
+    num_rows: int = 0  # so many of the first examples count
     lengths: tuple[int, ...] = ()
     kinds: tuple[str, ...] = ()
     places: tuple[int, ...] = ()
@@ -62,6 +62,11 @@ class Microbatch:
     def num_forwarded(self) -> int:
         """Tokens, padding counted; 0 for an example that is forwarded for company alone."""
         return self.inputs["input_ids"].numel() if self.slot.counts else 0
+
+    @property
+    def cost(self) -> int:
+        """The same, and what the pictures cost the tower, in tokens."""
+        return self.num_forwarded + self.slot.picture_cost
 
     def to(self, device: torch.device) -> Microbatch:
         return replace(
@@ -89,6 +94,7 @@ class MicrobatchSource(Dataset):
     cache          None for labels alone
     needs_picture  other ranks' microbatches may have pictures: one without gets a blank one, in a row that counts
                    for nothing
+    packing        examples follow each other in one row, instead of rows of their own
     may_drop       rows that cannot be used are left out of their microbatch, which says why; else one is an error
     """
 
@@ -100,6 +106,7 @@ class MicrobatchSource(Dataset):
         cache: CacheReader | None,
         *,
         needs_picture: bool = False,
+        packing: bool = False,
         may_drop: bool = False,
     ) -> None:
         self.split = split
@@ -107,6 +114,7 @@ class MicrobatchSource(Dataset):
         self.processor = processor
         self.cache = cache
         self.needs_picture = needs_picture
+        self.packing = packing
         self.may_drop = may_drop
 
     def __getitem__(self, slot: Slot) -> Microbatch | TeachonceError:
@@ -149,7 +157,7 @@ class MicrobatchSource(Dataset):
         if not slot.counts:
             encoded = [one.without_labels() for one in encoded]
         fed = [*encoded, *self._blank(encoded)]
-        batch = self.processor.collate(fed)
+        batch = packed(fed) if self.packing else self.processor.collate(fed)
         targets, teacher_ce = None, 0.0
         if self.cache is not None:
             cached = self._cached(self.cache, encoded, rows) if slot.counts else []

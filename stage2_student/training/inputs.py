@@ -41,6 +41,7 @@ class Inputs:
     cache: CacheReader | None
     validation_cache: CacheReader | None
     num_ranks: int = 1
+    packing: bool = False
     may_drop: bool = False
 
     def record(self) -> dict[str, Any]:
@@ -71,7 +72,13 @@ class Inputs:
         return self._microbatches(self.validation, self.validation_cache)
 
     def _microbatches(self, survey: Survey, cache: CacheReader | None) -> MicrobatchSource:
-        return survey.microbatches(self.processor, cache, num_ranks=self.num_ranks, may_drop=self.may_drop)
+        return survey.microbatches(
+            self.processor,
+            cache,
+            num_ranks=self.num_ranks,
+            packing=self.packing,
+            may_drop=self.may_drop,
+        )
 
     def identity(self, recipe: Recipe) -> dict[str, Any]:
         """What a checkpoint says it was trained on: by content, so that folders may move."""
@@ -106,8 +113,16 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
         for notice in (*notices, train.notice(), validation.notice() if validation else None):
             if notice:
                 tqdm.write(f"note: {notice}")
-    may_drop = recipe.data.max_dropped > 0
-    return Inputs(processor, train, validation, cache, validation_cache, world.size, may_drop)
+    return Inputs(
+        processor,
+        train,
+        validation,
+        cache,
+        validation_cache,
+        num_ranks=world.size,
+        packing=recipe.optimization.packing,
+        may_drop=recipe.data.max_dropped > 0,
+    )
 
 
 def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader | None, tuple[str, ...]]:

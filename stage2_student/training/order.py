@@ -3,7 +3,7 @@
     order    = epoch_order(seed=42, epoch=0, num_examples=480)
     shape    = StepShape(num_examples=480, global_batch_size=16, limits=Limits(tokens=4096), seed=42)
     examples = step_examples(7, shape)
-    rounds   = dealt(examples, lengths, num_ranks=2, limits=shape.limits)   # rounds[round][rank]
+    rounds   = dealt(examples, work, num_ranks=2, limits=shape.limits)      # rounds[round][rank]
 
 The examples of a step do not depend on the number of ranks, so a run that goes on with more or fewer ranks
 sees the same steps.  An epoch that the global batch does not divide ends with a short step: no example is
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.dealing import Deal, Limits, deal, padding_share, waiting_share
+from shared.dealing import Deal, Limits, Work, deal, padding_share, waiting_share
 from shared.permutation import Permutation, stream
 from shared.recipes import OptimizationConfig, Recipe
 
@@ -32,11 +32,14 @@ class Slot:
 
     A rank with nothing left in a round still takes part in the collectives: it forwards an example whose
     labels do not count (``counts`` is False).
+
+    picture_cost  of its examples, in tokens; 0 where they do not count
     """
 
     step: int
     examples: tuple[int, ...]
     counts: bool = True
+    picture_cost: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,39 +76,38 @@ def step_examples(step: int, shape: StepShape) -> np.ndarray:
     return order[np.arange(begin, min(begin + shape.global_batch_size, shape.num_examples))]
 
 
-def dealt(
-    examples: Sequence[int] | np.ndarray, lengths: np.ndarray, *, num_ranks: int, limits: Limits
-) -> Deal:
-    """``shared.dealing.deal`` of some of the examples, by their own numbers.
-
-    lengths  (num_examples,): any measure of an example's size
-    """
+def dealt(examples: Sequence[int] | np.ndarray, work: Work, *, num_ranks: int, limits: Limits) -> Deal:
+    """``shared.dealing.deal`` of some of the examples, by their own numbers; ``work`` is of all of them."""
     chosen = np.asarray(examples)
-    rounds = deal(lengths[chosen], num_ranks=num_ranks, limits=limits)
+    rounds = deal(work.chosen(chosen), num_ranks=num_ranks, limits=limits)
     return [tuple(tuple(chosen[list(places)].tolist()) for places in ranks) for ranks in rounds]
 
 
 def training_slots(
-    shape: StepShape, lengths: np.ndarray, *, steps: range, rank: int, num_ranks: int
+    shape: StepShape, work: Work, *, steps: range, rank: int, num_ranks: int
 ) -> Iterator[list[Slot]]:
     """What one rank forwards, one list for each step in turn."""
     for step in steps:
         examples = step_examples(step, shape)
-        yield _slots_of(step, examples, lengths, shape.limits, rank, num_ranks)
+        yield _slots_of(step, examples, work, shape.limits, rank, num_ranks)
 
 
-def pass_slots(lengths: np.ndarray, *, limits: Limits, rank: int, num_ranks: int) -> list[Slot]:
+def pass_slots(work: Work, *, limits: Limits, rank: int, num_ranks: int) -> list[Slot]:
     """What one rank forwards in one pass over a whole split, as in validation."""
-    return _slots_of(0, np.arange(len(lengths)), lengths, limits, rank, num_ranks)
+    return _slots_of(0, np.arange(len(work)), work, limits, rank, num_ranks)
 
 
 def _slots_of(
-    step: int, examples: np.ndarray, lengths: np.ndarray, limits: Limits, rank: int, num_ranks: int
+    step: int, examples: np.ndarray, work: Work, limits: Limits, rank: int, num_ranks: int
 ) -> list[Slot]:
-    rounds = dealt(examples, lengths, num_ranks=num_ranks, limits=limits)
-    shortest = int(min(examples, key=lambda example: lengths[example]))
+    rounds = dealt(examples, work, num_ranks=num_ranks, limits=limits)
+    own = work.chosen(examples)
+    cheapest = int(examples[(own.lengths + own.pictures).argmin()])
+    for_company = Slot(step, (cheapest,), counts=False)
     mine = [batches[rank] for batches in rounds]
-    return [Slot(step, batch) if batch else Slot(step, (shortest,), counts=False) for batch in mine]
+    return [
+        Slot(step, batch, picture_cost=work.picture_cost(batch)) if batch else for_company for batch in mine
+    ]
 
 
 def step_shape(recipe: Recipe, num_examples: int) -> StepShape:
@@ -119,7 +121,7 @@ def step_shape(recipe: Recipe, num_examples: int) -> StepShape:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Of some steps together, by the examples' lengths.
+    """Of some steps together, by the examples' lengths and pictures.
 
     padding  0 to 1: the share of forwarded tokens that is padding
     waiting  0 to 1: the share of the ranks' time in which they wait for the slowest of a round
@@ -137,15 +139,15 @@ class StepCosts:
         )
 
 
-def step_costs(shape: StepShape, lengths: np.ndarray, num_ranks: int) -> StepCosts:
+def step_costs(shape: StepShape, work: Work, num_ranks: int) -> StepCosts:
     """Of the first steps of an epoch, at most ``MAX_COUNTED``."""
     num_steps = min(shape.num_steps_per_epoch, MAX_COUNTED)
     rounds = [
         one
         for step in range(num_steps)
-        for one in dealt(step_examples(step, shape), lengths, num_ranks=num_ranks, limits=shape.limits)
+        for one in dealt(step_examples(step, shape), work, num_ranks=num_ranks, limits=shape.limits)
     ]
-    padding, waiting = padding_share(rounds, lengths), waiting_share(rounds, lengths)
+    padding, waiting = padding_share(rounds, work), waiting_share(rounds, work)
     return StepCosts(num_ranks, len(rounds) / num_steps, padding, waiting)
 
 

@@ -36,6 +36,7 @@ from shared.errors import RecipeError
 from shared.kd_loss import LossSums, ce_kd_by_position, fused_ce_kd
 from shared.model_check import check_model
 from shared.models.chunks import chunk_positions
+from shared.models.packing import examples_of, is_packed, require_packing
 from shared.models.quantized import without_quantization
 from shared.models.router import RouterLoss, require_same_router_loss
 from shared.models.sharding import blocks, fill
@@ -54,6 +55,7 @@ from shared.runtime import World
 from shared.sparse import SparseTargets
 from stage2_student.training.freezing import find_parts, freeze
 from stage2_student.training.lora import add_adapters
+from stage2_student.training.picture_costs import tokens_per_pixel
 from stage2_student.training.reliability import student_reliability
 
 KL_TEMPERATURE = 1.0  # of the KL that is reported, whatever the loss's own, so that students can be compared
@@ -88,7 +90,8 @@ class Measured(NamedTuple):
 class StudentWithLoss(nn.Module):
     """A vision-language model whose forward returns losses instead of logits.
 
-    num_token_ids  ids the tokenizer knows; the head may be wider, and the teacher has no mass beyond them
+    num_token_ids     ids the tokenizer knows; the head may be wider, and the teacher has no mass beyond them
+    tokens_per_pixel  what a pixel costs the tower, in tokens of the language model
     """
 
     def __init__(self, model: PreTrainedModel, loss: LossConfig, *, num_token_ids: int) -> None:
@@ -96,6 +99,7 @@ class StudentWithLoss(nn.Module):
         self.model = model
         self.loss = loss
         self.num_token_ids = num_token_ids
+        self.tokens_per_pixel = tokens_per_pixel(model)
         self.router = RouterLoss.of(model)
 
     def forward(
@@ -107,7 +111,7 @@ class StudentWithLoss(nn.Module):
         num_rows: int | None = None,
     ) -> Forwarded:
         """Shapes   position_index (N,) int64 into the flattened (B * S) hidden states; labels (N,) int64
-        num_rows  the first rows, whose tokens count for the router; None: all
+        num_rows  the first examples, whose tokens count for the router; None: all
         Returns  sums over the N positions, fp32 nats; with N = 0 zeros that still have a graph
         """
         hidden_ND, router = self._hidden(inputs, position_index, num_rows)
@@ -151,9 +155,7 @@ class StudentWithLoss(nn.Module):
             hidden = last_hidden_states(body, inputs)
         else:
             hidden, router_logits = hidden_and_router_logits(body, inputs)
-            counted = inputs["attention_mask"].clone()
-            counted[len(counted) if num_rows is None else num_rows :] = 0
-            router = self.router.weighted(router_logits, counted)
+            router = self.router.weighted(router_logits, counted_tokens(inputs, num_rows))
         return hidden.flatten(0, 1).index_select(0, position_index), router
 
     def _losses(self, hidden_ND: Tensor, labels: Tensor, targets: SparseTargets | None) -> LossSums:
@@ -178,12 +180,19 @@ class StudentWithLoss(nn.Module):
         }
         return inputs | ({"tail": self.loss.tail} if self.loss.tail else {})
 
-    def check(self, processor: ExampleProcessor, examples: Sequence[Encoded], device: torch.device) -> None:
+    def check(
+        self,
+        processor: ExampleProcessor,
+        examples: Sequence[Encoded],
+        device: torch.device,
+        *,
+        packing: bool = False,
+    ) -> None:
         """``check_model`` of the sharded model; called by all ranks, with the same examples.
 
         Raises   RecipeError  when it does not compute what is taken for granted, or its router's loss is not ours
         """
-        check_model(self.model, processor, examples, device=device)
+        check_model(self.model, processor, examples, device=device, packing=packing)
         if self.router is not None:
             self._check_router(self.router, processor.collate(examples[:1]).to(device).inputs)
 
@@ -197,6 +206,17 @@ class StudentWithLoss(nn.Module):
         require_same_router_loss(self.model, ours, own.aux_loss)
 
 
+def counted_tokens(inputs: dict[str, Tensor], num_examples: int | None) -> Tensor:
+    """(B, S) int64: 1 for the tokens of the first examples, of all where there is no number; padding has 0."""
+    if is_packed(inputs):
+        examples_S = examples_of(inputs["position_ids"])
+        end = examples_S[-1] + 1 if num_examples is None else num_examples
+        return (examples_S < end)[None].long()
+    counted = inputs["attention_mask"].clone()
+    counted[len(counted) if num_examples is None else num_examples :] = 0
+    return counted
+
+
 def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> StudentWithLoss:
     """The student, sharded over all ranks, with its weights; the first rank alone reads them.
 
@@ -205,6 +225,8 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
     """
     skeleton = meta_model(recipe.student)
     require_wide_head(skeleton, num_token_ids, what=f"student {recipe.student.model}")
+    if recipe.optimization.packing:
+        require_packing(skeleton)
     choose_trained(skeleton, recipe.student, seed=recipe.run.seed)
     if recipe.student.activation_checkpointing:
         # The public switch has changed its name, and makes embeddings that nobody trains require gradients.

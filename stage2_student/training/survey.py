@@ -13,6 +13,7 @@ import numpy as np
 from shared.cache import CacheReader
 from shared.data.processing import KEY_BYTES, ExampleProcessor
 from shared.data.rows import VqaSplit
+from shared.dealing import Work
 from shared.errors import DataError, listed
 from shared.recipes import DataConfig, Split
 from shared.runtime import World
@@ -28,6 +29,7 @@ class Survey:
 
     rows         (num_examples,) int64, rows of the split
     lengths      (num_examples,) int64, about so many tokens, the picture's among them
+    pixels       (num_examples,) int64, about so many that a vision tower sees of its pictures
     fingerprint  hex, over the keys in order
     dropped      a reason for each row that was left out
     has_pictures whether any has one
@@ -37,6 +39,7 @@ class Survey:
     split: VqaSplit
     rows: np.ndarray
     lengths: np.ndarray
+    pixels: np.ndarray
     fingerprint: str
     dropped: tuple[str, ...]
     has_pictures: bool = True
@@ -73,6 +76,7 @@ class Survey:
         cache: CacheReader | None,
         *,
         num_ranks: int,
+        packing: bool = False,
         may_drop: bool = False,
     ) -> MicrobatchSource:
         """What makes the microbatches of these examples; all ranks' have pictures, or none has."""
@@ -82,6 +86,7 @@ class Survey:
             processor,
             cache,
             needs_picture=num_ranks > 1 and self.has_pictures,
+            packing=packing,
             may_drop=may_drop,
         )
 
@@ -90,7 +95,12 @@ class Survey:
         if number is None or number >= self.num_examples:
             return self
         chosen = np.arange(number) * self.num_examples // number
-        return replace(self, rows=self.rows[chosen], lengths=self.lengths[chosen])
+        parts = {name: getattr(self, name)[chosen] for name in ("rows", "lengths", "pixels")}
+        return replace(self, **parts)
+
+    def work(self, tokens_per_pixel: float, *, packed: bool) -> Work:
+        """What the examples ask of the ranks; a pixel costs the tower as much as that many tokens."""
+        return Work.of(self.lengths, np.rint(self.pixels * tokens_per_pixel), packed=packed)
 
 
 def survey(
@@ -122,6 +132,7 @@ def survey(
         split=keyed.split,
         rows=keyed.rows[usable],
         lengths=keyed.lengths[usable],
+        pixels=keyed.pixels[usable],
         fingerprint=keys_fingerprint(wanted),
         dropped=tuple(dropped),
         has_pictures=keyed.has_pictures,

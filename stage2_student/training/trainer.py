@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from shared.dealing import Work
 from shared.errors import (
     CacheFormatError,
     CacheMismatchError,
@@ -87,7 +88,8 @@ class Trainer:
         """
         examples = two_examples(self.inputs.training_source().usable())  # on every rank the same
         self.student.eval()
-        self.student.check(self.inputs.processor, examples, self.world.device)
+        packing = self.recipe.optimization.packing
+        self.student.check(self.inputs.processor, examples, self.world.device, packing=packing)
         self.student.train()
         reshard(self.student)
 
@@ -184,7 +186,7 @@ class Trainer:
             self.inputs.training_source(),
             training_slots(
                 self.shape,
-                self.inputs.train.lengths,
+                self._work(self.inputs.train),
                 steps=range(self.step, self.num_steps),
                 rank=self.world.rank,
                 num_ranks=self.world.size,
@@ -195,6 +197,9 @@ class Trainer:
         for step in fed:
             self.folder.checkpoints.raise_failure()
             yield step
+
+    def _work(self, survey: Survey) -> Work:
+        return survey.work(self.student.tokens_per_pixel, packed=self.recipe.optimization.packing)
 
     def _one_step(self, step: Step, bar: tqdm) -> None:
         config = self.recipe.optimization
@@ -304,7 +309,7 @@ class Trainer:
     def _measure(self) -> Validation:
         assert self.inputs.validation is not None
         slots = pass_slots(
-            self.inputs.validation.lengths,
+            self._work(self.inputs.validation),
             limits=self.shape.limits,
             rank=self.world.rank,
             num_ranks=self.world.size,

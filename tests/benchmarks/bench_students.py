@@ -167,7 +167,8 @@ def save_held_out(recipe: Recipe, name: str, world: World) -> None:
 
 def held_out(inputs: Inputs) -> Iterable[Microbatch]:
     assert inputs.validation is not None
-    slots = pass_slots(inputs.validation.lengths, limits=Limits(examples=8), rank=0, num_ranks=1)
+    work = inputs.validation.work(0.0, packed=False)
+    slots = pass_slots(work, limits=Limits(examples=8), rank=0, num_ranks=1)
     source = inputs.validation_source()
     source.cache = None  # whole distributions are compared here
     return (
@@ -237,8 +238,8 @@ class Training:
         optimizer = make_optimizer(student, recipe.optimization)
         shape = step_shape(recipe, self.inputs.train.num_examples)
         num_steps = total_steps(recipe, shape)
-        lengths = self.inputs.train.lengths
-        slots = training_slots(shape, lengths, steps=range(num_steps), rank=0, num_ranks=1)
+        work = self.inputs.train.work(0.0, packed=False)
+        slots = training_slots(shape, work, steps=range(num_steps), rank=0, num_ranks=1)
         fed = feed(self.inputs.training_source(), slots, num_workers=0, pin_memory=False)
         for step, (microbatches, _) in enumerate(fed):
             set_learning_rate(optimizer, learning_rate(recipe.optimization, step=step, num_steps=num_steps))

@@ -82,7 +82,9 @@ def prepare(folder: Path) -> None:
 
 def some_steps(recipe: Recipe, inputs: Inputs, *, num_steps: int, num_workers: int = 0) -> Any:
     shape = step_shape(recipe, inputs.train.num_examples)
-    slots = training_slots(shape, inputs.train.lengths, steps=range(num_steps), rank=0, num_ranks=1)
+    slots = training_slots(
+        shape, inputs.train.work(0.0, packed=False), steps=range(num_steps), rank=0, num_ranks=1
+    )
     return feed(inputs.training_source(), slots, num_workers=num_workers, pin_memory=False)
 
 
