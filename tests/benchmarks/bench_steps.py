@@ -1,32 +1,56 @@
-"""How evenly a step's examples are dealt to ranks: counts on the lengths of real examples, nothing is trained.
+"""How evenly a step's examples are dealt to ranks: counted on the lengths of real examples, and timed on two ranks.
 
-    python -m tests.benchmarks.bench_steps [--source ../shared/medpix-vqa]
+    python -m tests.benchmarks.bench_steps [--source ../shared/medpix-vqa] [--speed [--steps 24]]
 
 The critical path is the costliest microbatch of each round, summed over the rounds of an epoch's steps, in tokens
 with padding; the bound below it is what no dealing can beat: the longest example, or all tokens shared out evenly.
 Lengths are the survey's: text at four characters a token, pictures as Qwen's processor counts them.
+
+``--speed`` trains a small Qwen3-VL on two ranks.  The ways of dealing take turns, step by step, over the same
+examples; each step's time is compared with that of the first way.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from shared.data.images import size_of
 from shared.data.rows import open_split
-from shared.dealing import Deal, Limits, critical_path, deal, padding_share
-from shared.recipes import DataConfig
+from shared.dealing import Deal, Limits, Work, critical_path, deal, padding_share
+from shared.recipes import DataConfig, Recipe
+from shared.recipes.files import validate_tree
+from shared.runtime import World, distributed
+from shared.small_models import make_small_model, train_tokenizer
 from stage1_teacher.capturing.windows import WINDOW
+from stage2_student.training.feed import Microbatch
+from stage2_student.training.inputs import Inputs, open_inputs
+from stage2_student.training.optim import make_optimizer
+from stage2_student.training.order import Slot, step_examples, step_shape
+from stage2_student.training.step import train_step
+from stage2_student.training.student import StudentWithLoss, build_student
 
 SOURCE = "../shared/medpix-vqa"
 PIXELS_PER_TOKEN = 32 * 32  # patches of 16 x 16, four of them merged
 TEMPLATE_TOKENS = 30
 CHARACTERS_PER_TOKEN = 4  # of English prose, roughly
 BUDGET = 4096
+NUM_RANKS = 2
 
 
 def lengths_of(source: str) -> np.ndarray:
@@ -49,6 +73,10 @@ def by_number(lengths: np.ndarray, num_ranks: int, size: int) -> Deal:
     return [tuple(batches[begin : begin + num_ranks]) for begin in range(0, len(batches), num_ranks)]
 
 
+def balanced(lengths: np.ndarray, num_ranks: int, *, packed: bool) -> Deal:
+    return deal(Work.of(lengths, packed=packed), num_ranks=num_ranks, limits=Limits(tokens=BUDGET))
+
+
 def steps(lengths: np.ndarray, batch: int) -> Iterator[np.ndarray]:
     order = np.random.default_rng(0).permutation(len(lengths))
     return (lengths[order[begin : begin + batch]] for begin in range(0, len(order), batch))
@@ -56,36 +84,169 @@ def steps(lengths: np.ndarray, batch: int) -> Iterator[np.ndarray]:
 
 def table(lengths: np.ndarray) -> None:
     print(f"critical path / bound, and rounds of a step; budget {BUDGET} tokens")
-    print(f"{'batch':>6}{'ranks':>6}{'by 1':>14}{'by 2':>14}{'by 4':>14}{'dealt':>14}")
+    print(f"{'batch':>6}{'ranks':>6}{'by 1':>14}{'by 2':>14}{'by 4':>14}{'dealt':>14}{'packed':>14}")
     for batch, num_ranks in itertools.product((16, 64, 256), (1, 2, 8, 64)):
         parts = list(steps(lengths, batch))
         bound = sum(max(int(one.max()), one.sum() / num_ranks) for one in parts)
         deals = {str(size): [by_number(one, num_ranks, size) for one in parts] for size in (1, 2, 4)}
-        deals["dealt"] = [deal(one, num_ranks=num_ranks, limits=Limits(tokens=BUDGET)) for one in parts]
+        deals["dealt"] = [balanced(one, num_ranks, packed=False) for one in parts]
+        deals["packed"] = [balanced(one, num_ranks, packed=True) for one in parts]
         cells = []
-        for found in deals.values():
-            path = sum(critical_path(rounds, one) for rounds, one in zip(found, parts, strict=True))
+        for name, found in deals.items():
+            works = [Work.of(one, packed=name == "packed") for one in parts]
+            path = sum(critical_path(rounds, work) for rounds, work in zip(found, works, strict=True))
             cells.append(f"{path / bound:.2f} ({np.mean([len(rounds) for rounds in found]):.1f})")
         print(f"{batch:>6}{num_ranks:>6}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 def capture_padding(lengths: np.ndarray) -> None:
-    windows = [lengths[begin : begin + WINDOW] for begin in range(0, len(lengths), WINDOW)]
+    windows = [Work.of(lengths[begin : begin + WINDOW]) for begin in range(0, len(lengths), WINDOW)]
     shares = []
     for one in windows:
         rounds = deal(one, num_ranks=1, limits=Limits(tokens=16384))
-        shares.append((padding_share(rounds, one), int(one.sum())))
+        shares.append((padding_share(rounds, one), int(one.lengths.sum())))
     mean = sum(share * tokens for share, tokens in shares) / sum(tokens for _, tokens in shares)
     print(f"capture, windows of {WINDOW}, batch_tokens 16384: {mean:.1%} of the tokens are padding")
+
+
+# Ways of dealing a step's examples, by their lengths, and whether they are packed; the first is what others are
+# compared with.
+WAYS: dict[str, tuple[Callable[[np.ndarray], Deal], bool]] = {
+    "four in each microbatch": (lambda lengths: by_number(lengths, NUM_RANKS, 4), False),
+    "two in each microbatch": (lambda lengths: by_number(lengths, NUM_RANKS, 2), False),
+    "balanced, 4,096 tokens": (lambda lengths: balanced(lengths, NUM_RANKS, packed=False), False),
+    "balanced and packed": (lambda lengths: balanced(lengths, NUM_RANKS, packed=True), True),
+}
+
+
+def make_student(folder: Path, source: str) -> Path:
+    """A Qwen3-VL with random weights: the folder of a small Qwen3.5, its model exchanged."""
+    texts = (
+        text for one in open_split(DataConfig(source=source), "train") for text in (one.question, one.answer)
+    )
+    tokenizer = train_tokenizer(texts, folder / "tokenizer", vocab_size=2048)
+    sizes = {"hidden_size": 384, "num_layers": 2, "vision_hidden_size": 96, "vision_depth": 2, "seed": 1}
+    student = make_small_model(folder / "student", tokenizer=tokenizer, **sizes)
+    config = json.loads((student / "config.json").read_text())
+    text = config["text_config"] | {"model_type": "qwen3_vl_text", "head_dim": 32}
+    text["rope_parameters"] = text["rope_parameters"] | {"mrope_section": [8, 4, 4]}
+    vision = config["vision_config"] | {"model_type": "qwen3_vl", "deepstack_visual_indexes": [0]}
+    config |= {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision}
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config)).save_pretrained(student)
+    return student
+
+
+def make_recipe(folder: Path, source: str, num_steps: int) -> Recipe:
+    tree = {
+        "data": {"source": source, "max_pixels": 512 * 512, "splits": {"train": "train", "validation": None}},
+        "student": {"model": str(folder / "student"), "compute_dtype": "float32"},
+        "loss": {"kd_ratio": 0.0},
+        "optimization": {"global_batch_size": 16, "max_steps": num_steps},
+        "run": {"name": "bench", "root": str(folder)},
+    }
+    return validate_tree(Recipe, tree, origin="recipe of the benchmark")
+
+
+def times_of(recipe: Recipe, world: World) -> list[dict[str, tuple[float, int]]]:
+    """Of each step, by the way of dealing: seconds until the last rank is done, and tokens of all ranks."""
+    inputs = open_inputs(recipe, world)
+    student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
+    optimizer = make_optimizer(student, recipe.optimization)
+    assert recipe.optimization.max_steps is not None
+    found = []
+    for step in range(-1, recipe.optimization.max_steps):  # the first one is for warming up
+        names = list(WAYS)[step % len(WAYS) :] + list(WAYS)[: step % len(WAYS)]
+        timed = {
+            name: time_of(name, max(0, step), recipe, inputs, student, optimizer, world) for name in names
+        }
+        found += [timed] if step >= 0 else []
+    return found
+
+
+def time_of(
+    name: str,
+    step: int,
+    recipe: Recipe,
+    inputs: Inputs,
+    student: StudentWithLoss,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+) -> tuple[float, int]:
+    dealt, is_packed = WAYS[name]
+    examples = step_examples(step, step_shape(recipe, inputs.train.num_examples))
+    source = inputs.training_source()
+    source.packing = is_packed
+    microbatches: list[Microbatch] = []
+    for ranks in dealt(inputs.train.lengths[examples]):
+        chosen = examples[list(ranks[world.rank] or ranks[0][-1:])]
+        slot = Slot(step, tuple(chosen.tolist()), counts=bool(ranks[world.rank]))
+        microbatches.append(source.microbatch(slot, inputs.train.rows[chosen].tolist()))
+    counts = torch.tensor([[m.num_positions, m.num_tokens] for m in microbatches]).sum(dim=0)
+    dist.all_reduce(counts)
+    num_positions, num_tokens = counts.tolist()
+    world.barrier()
+    begin = time.perf_counter()
+    options = {"num_positions": num_positions, "num_tokens": num_tokens, "max_grad_norm": 1.0}
+    train_step(student, optimizer, microbatches, world, **options)
+    dist.all_reduce(counts)
+    return time.perf_counter() - begin, num_tokens
+
+
+def speed(source: str, num_steps: int) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make_student(folder, source)
+        found = on_two_ranks(make_recipe(folder, source, num_steps))
+    first = next(iter(WAYS))
+    print(
+        f"\n{NUM_RANKS} ranks, {num_steps} steps of 16 examples, medians; ratios to the first line, step by step"
+    )
+    print(f"{'':28}{'tokens/s':>10}{'ratio':>8}{'  quartiles':>16}")
+    for name in WAYS:
+        rates = statistics.median(tokens / seconds for seconds, tokens in (one[name] for one in found))
+        low, middle, high = statistics.quantiles([one[first][0] / one[name][0] for one in found], n=4)
+        print(f"{name:28}{rates:>10.0f}{middle:>8.2f}{f'{low:.2f} to {high:.2f}':>16}")
+
+
+def on_two_ranks(recipe: Recipe) -> list[dict[str, tuple[float, int]]]:
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [context.Process(target=_rank, args=(rank, port, recipe, results)) for rank in range(NUM_RANKS)]
+    for process in ranks:
+        process.start()
+    found = results.get()
+    for process in ranks:
+        process.join()
+    return found
+
+
+def _rank(rank: int, port: int, recipe: Recipe, results: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with distributed(device="cpu") as world:
+        found = times_of(recipe, world)
+        if world.is_main:
+            results.put(found)
+        world.release_memory()
+        world.barrier()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default=SOURCE)
-    lengths = lengths_of(parser.parse_args().source)
+    parser.add_argument("--speed", action="store_true", help="train on two ranks, too; needs the source")
+    parser.add_argument("--steps", type=int, default=24)
+    arguments = parser.parse_args()
+    lengths = lengths_of(arguments.source)
     print(f"{len(lengths)} examples of {lengths.mean():.0f} tokens, {lengths.min()} to {lengths.max()}")
     table(lengths)
     capture_padding(lengths)
+    if arguments.speed:
+        speed(arguments.source, arguments.steps)
 
 
 if __name__ == "__main__":
