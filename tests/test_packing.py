@@ -27,12 +27,12 @@ from shared.model_check import check_model, two_examples
 from shared.models import packing
 from shared.models.packing import require_packing
 from shared.models.vlm import in_dtype_of, last_hidden_states, load_vlm, split
-from shared.recipes import DataConfig, Recipe
+from shared.recipes import DataConfig, LossConfig, Recipe
 from shared.runtime import distributed
 from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 from stage2_student.check import check_recipe
-from stage2_student.training.student import counted_tokens
+from stage2_student.training.student import StudentWithLoss, counted_tokens
 
 CPU = torch.device("cpu")
 LINEAR = {"qwen3_5", "qwen3_5_moe"}
@@ -370,3 +370,22 @@ def test_a_run_proves_it_at_its_start(
     recipe = make_recipe(tree, **settings, optimization__packing=True)
     with pytest.raises(RecipeError, match=r"packed into.*Set optimization\.packing to false"):
         run_ranks(recipe, 2)
+
+
+def test_a_router_counts_the_same_tokens_in_either_form(folder_of: Callable[[str], Path]) -> None:
+    """Its loss, and the others; the last example is one for company, as a blank picture is."""
+    folder = folder_of("qwen3_vl_moe")
+    model, processor = opened(folder), processor_of(folder)
+    text = model.config.get_text_config()
+    text.output_router_logits, text.router_aux_loss_coef = True, 0.1
+    student = StudentWithLoss(model, LossConfig(kd_ratio=0.0), num_token_ids=processor.num_token_ids)
+    *rows, last = encoded_rows(processor)
+    fed = [*rows, last.without_labels()]
+    padded, alone = (
+        student(batch.inputs, batch.position_index, batch.labels, None, len(rows))
+        for batch in (processor.collate(fed), packed(fed))
+    )
+    assert padded.router is not None
+    assert alone.router is not None
+    assert alone.router.item() == pytest.approx(padded.router.item(), rel=1e-5)
+    assert alone.losses.loss.item() == pytest.approx(padded.losses.loss.item(), rel=1e-5)
