@@ -12,6 +12,7 @@ import errno
 import io
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ KINDS = {
 
 
 HOLES_MATTER_BYTES = 1 << 20
+OUTPUT = 1  # the file descriptor of standard output
 
 
 def open_regular(path: str | Path, *, max_bytes: int | None = None) -> io.BufferedReader:
@@ -69,17 +71,30 @@ def naming(path: str | Path) -> Iterator[None]:
 def write_output(path: Path, data: bytes) -> None:
     """A file that the user has named, at once or not at all; a pipe or a device, as ``/dev/stdout``, is written to.
 
-    Its folder is made where it is missing.
+    Its folder is made where it is missing.  A link stays, and what it leads to is written.
     """
     with naming(path):
-        if path.exists() and not path.is_file():
+        if _is_our_output(path):
+            sys.stdout.flush()
+            with open(OUTPUT, "wb", closefd=False) as stream:
+                stream.write(data)
+        elif path.exists() and not path.is_file():
             with open(path, "wb") as stream:
                 stream.write(data)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        else:
+            whole = path.resolve()
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            partial = whole.with_name(whole.name + ".partial")
+            partial.write_bytes(data)
+            os.replace(partial, whole)
+
+
+def _is_our_output(path: Path) -> bool:
+    """Whether it is what this process prints to, by whatever name: to open a file anew would begin at its start."""
+    try:
+        return os.path.samestat(os.fstat(OUTPUT), path.stat())
+    except OSError:
+        return False
 
 
 def refuse_irregular(path: str | Path) -> None:

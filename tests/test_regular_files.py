@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,16 +160,34 @@ def test_whether_a_run_is_finished(tmp_path: Path, name: str) -> None:
 
 
 def test_an_output_is_replaced_at_once_and_a_pipe_or_a_device_is_written_to(tmp_path: Path) -> None:
-    """To take the place of /dev/stdout would take it away from everybody."""
     write_output(tmp_path / "new" / "page.html", b"one")
     write_output(tmp_path / "new" / "page.html", b"two")
     assert [path.read_bytes() for path in (tmp_path / "new").iterdir()] == [b"two"]
-    link = tmp_path / "null"
-    link.symlink_to("/dev/null")
-    write_output(link, b"three")
-    assert link.is_symlink()
+    for name, target in (("null", Path("/dev/null")), ("link", tmp_path / "new" / "page.html")):
+        link = tmp_path / name
+        link.symlink_to(target)
+        write_output(link, b"three")
+        assert link.is_symlink()
+    assert (tmp_path / "new" / "page.html").read_bytes() == b"three"
     with pytest.raises(OSError, match=r"page\.html"):
         write_output(tmp_path / "new" / "page.html" / "x", b"four")
+
+
+def test_standard_output_stays_where_it_is_also_where_it_is_a_file(tmp_path: Path) -> None:
+    """To take the place of /dev/stdout would take it away from everybody."""
+    code = """
+import pathlib
+from shared.regular_files import write_output
+print("before")
+write_output(pathlib.Path("stdout"), b"told\\n")
+print("after")
+"""
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with open(tmp_path / "file", "wb") as file:
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=file, check=True)
+    assert (tmp_path / "file").read_text() == "before\ntold\nafter\n"
+    assert (tmp_path / "stdout").is_symlink()
 
 
 def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
