@@ -23,6 +23,7 @@ from shared.data.collation import IGNORE_INDEX, Batch, Encoded, packed
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
 from shared.errors import DataError, RecipeError, TeachonceError, TrainingError, shortened
+from shared.models.quantized import method_of
 from shared.models.vlm import in_dtype_of, last_hidden_states, split
 from shared.runtime import is_out_of_memory
 
@@ -138,6 +139,11 @@ def _cannot_run(model: PreTrainedModel, error: Exception) -> RecipeError:
     """For an error inside a library, whose traceback goes into the log: its settings are a stranger's."""
     logging.getLogger(__name__).error("the check of the model", exc_info=error)
     said = shortened((str(error).strip() or "nothing more is said").splitlines()[0])
+    if (method := method_of(model.config)) is not None:
+        return RecipeError(
+            f"model {model.name_or_path}: its weights are quantised ({method}), and their library cannot run them on "
+            f"{model.device.type}: {said}. Give the folder of the model before it was quantised"
+        )
     return RecipeError(
         f"model class {type(model).__name__}: it cannot be run on the first examples ({type(error).__name__}: "
         f"{said}). Settings in config.json, or of the processor, may not fit its weights: fetch its files again"

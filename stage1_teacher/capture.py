@@ -38,7 +38,7 @@ from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed
 from shared.library_output import keep_library_output
 from shared.model_check import check_model, two_examples
-from shared.models.quantized import explained_where_it_cannot_run, what_becomes_of_it
+from shared.models.quantized import what_becomes_of_it
 from shared.models.vlm import load_config
 from shared.recipes import CacheConfig, Recipe, TeacherConfig, dump_recipe
 from shared.runtime import World, environment
@@ -146,8 +146,7 @@ def check_teacher(recipe: Recipe, processor: ExampleProcessor, teacher: Teacher)
     """
     assert recipe.teacher is not None
     examples = two_examples(WindowSource(open_rows(recipe), processor).usable())
-    with explained_where_it_cannot_run(recipe.teacher.model, teacher.model):
-        check_model(teacher.model, processor, examples, device=teacher.device)
+    check_model(teacher.model, processor, examples, device=teacher.device)
 
 
 def parallel_facts(teacher: TeacherConfig) -> dict[str, str]:

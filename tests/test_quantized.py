@@ -191,6 +191,7 @@ def test_weights_without_their_scales_are_never_shared(fp8_student: Path) -> Non
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", "bitsandbytes"),
         ({"load_in_8bit": True}, "bitsandbytes", "bitsandbytes"),
         ({"quant_method": "compressed-tensors"}, "compressed_tensors", "compressed-tensors"),
+        ({"quant_method": "vptq"}, "vptq", "vptq"),  # of which Transformers alone knows what it needs
     ],
 )
 def test_a_missing_package_is_named(
@@ -216,11 +217,30 @@ def test_a_missing_package_is_named(
     assert len(problems) == 2
     for problem in problems:
         assert "its weights are quantised" in problem
-        assert named in problem.partition("which needs")[2]
+        assert named in problem.partition("quantised")[2]
+        assert "pip install" in problem
     with pytest.raises(RecipeError, match=named):
         run_alone(as_student)
     with pytest.raises(RecipeError, match=named):
         captured(as_teacher, 1)
+
+
+def test_weights_that_nothing_can_read_are_refused(
+    tree: dict[str, Any], tmp_path: Path, fp8_teacher: Path
+) -> None:
+    """Transformers warns of a method that it does not know, and takes the weights without their scales."""
+    folder = shutil.copytree(fp8_teacher, tmp_path / "unknown")
+    say_quantized(folder, {"quant_method": "modelopt"})
+    recipe = make_recipe(tree, teacher__model=str(folder), student__model=str(folder))
+    refused = r"quantised \(modelopt\), which this version of Transformers does not know"
+    for problems in (
+        check_teacher(recipe, num_ranks=1).problems,
+        check_student(recipe, num_ranks=1).problems,
+    ):
+        assert [one for one in problems if re.search(refused, one)]
+    for dequantize in (False, True):
+        with pytest.raises(RecipeError, match=refused):
+            loaded(folder, dequantize=dequantize)
 
 
 @pytest.mark.parametrize("stage", ["student", "teacher"])

@@ -14,16 +14,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer, AutoQuantizationConfig
 
-from shared.errors import RecipeError, TeachonceError, shortened
+from shared.errors import RecipeError, shortened
 
 KEY = "quantization_config"
 # Import name -> what pip calls it.
@@ -42,14 +40,19 @@ ORDINARY = (torch.float32, torch.bfloat16, torch.float16)
 
 def method_of(config: PretrainedConfig) -> str | None:
     """As Transformers names it; None of a model that is not quantised."""
-    found = getattr(config, KEY, None) or getattr(config.get_text_config(), KEY, None)
-    if found is None:
+    settings = _settings(config)
+    if not settings:
         return None
-    settings = found if isinstance(found, dict) else found.to_dict()
     method = settings.get("quant_method")
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"  # as older folders have it
     return str(getattr(method, "value", method))
+
+
+def _settings(config: PretrainedConfig) -> dict[str, Any]:
+    """Empty of a model that is not quantised."""
+    found = getattr(config, KEY, None) or getattr(config.get_text_config(), KEY, None) or {}
+    return found if isinstance(found, dict) else found.to_dict()
 
 
 def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
@@ -64,14 +67,42 @@ def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def require_library(name: str, config: PretrainedConfig) -> None:
-    """Raises   RecipeError  when the package that reads the model's weights is not installed"""
+    """Raises   RecipeError  when the package that reads the model's weights is not installed, or nothing knows them
+
+    Transformers passes over a method that it does not know, scales and all.
+    """
     method = method_of(config)
+    if (
+        method is not None
+        and f"{method}_4bit" not in AUTO_QUANTIZER_MAPPING
+        and method not in AUTO_QUANTIZER_MAPPING
+    ):
+        raise RecipeError(
+            f"model {name}: its weights are quantised ({shortened(method)}), which this version of Transformers does "
+            "not know. Give the folder of the model before it was quantised"
+        )
     missing = [pip for package, pip in PACKAGES.get(method or "", {}).items() if not _is_installed(package)]
     if missing:
         raise RecipeError(
             f"model {name}: its weights are quantised ({method}), which needs {' and '.join(missing)}. Run "
             f"`pip install {' '.join(missing)}`, or give the folder of the model before it was quantised"
         )
+    if method is not None and method not in PACKAGES:
+        _require_environment(name, config, method)
+
+
+def _require_environment(name: str, config: PretrainedConfig, method: str) -> None:
+    """As Transformers itself asks for packages; whatever else it finds is said where the model is loaded."""
+    try:
+        AutoHfQuantizer.from_config(_settings(config), pre_quantized=True).validate_environment(
+            device_map=None
+        )
+    except ImportError as error:
+        raise RecipeError(
+            f"model {name}: its weights are quantised ({method}), and a package is missing: {shortened(str(error))}"
+        ) from error
+    except Exception:  # each library has its own, as where there is no GPU
+        return
 
 
 def what_becomes_of_it(config: PretrainedConfig, *, dequantize: bool) -> str | None:
@@ -120,24 +151,6 @@ def dequantized(
     model.config = without_quantization(model.config)
     nn.Module.to(model, dtype)
     return model
-
-
-@contextmanager
-def explained_where_it_cannot_run(name: str, model: PreTrainedModel) -> Iterator[None]:
-    """Raises   RecipeError  in place of what a quantised model's library says where it has no kernel for it"""
-    try:
-        yield
-    except (TeachonceError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        method = method_of(model.config)
-        if method is None:
-            raise
-        raise RecipeError(
-            f"model {name}: its weights are quantised ({method}), and their library cannot run them on "
-            f"{model.device.type}: {shortened(str(error) or type(error).__name__)}. Give the folder of the model "
-            "before it was quantised"
-        ) from error
 
 
 def first_difference(model: nn.Module, ordinary: nn.Module) -> str | None:
