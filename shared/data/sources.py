@@ -3,9 +3,9 @@
     rows = open_rows("work/phantom/data", split="validation")
     rows.columns, len(rows), rows[17]["question"]
 
-A source is, in this order: a folder that ``datasets.save_to_disk`` wrote; a file, or a folder of files, of
-one kind (Parquet before Arrow before JSONL before JSON); else a name on the Hugging Face Hub.  Files are read where
-they lie; compressed JSONL and lists of objects from a local copy.
+A source is, in this order: a folder that ``datasets.save_to_disk`` wrote; a file, or a folder of files, each split
+of one kind (Parquet before Arrow before JSONL before JSON); else a name on the Hugging Face Hub.  Files are read
+where they lie; compressed JSONL and lists of objects from a local copy.
 
 A file belongs to the split that its name says, as it stands (``train2017.jsonl``) or without shard numbers
 (``train-00000-of-00002.parquet``), or else the innermost folder that is called so
@@ -163,13 +163,16 @@ def choose(wanted: str, found: Iterable[str], *, what: str) -> None:
 
 
 def _open_files(path: Path, split: str, splits: set[str]) -> Rows:
-    files = _data_files(path)
-    names = {file: _split_names(file, path) for file in files}
-    members = [file for file in files if next((n for n in names[file] if n in splits), None) == split]
+    kinds = _data_files(path)
+    found = ([file for file in files if _belongs(file, path, split, splits)] for files in kinds)
+    members = next((files for files in found if files), [])
     if not members:
+        stems = [_stem(file) for files in kinds for file in files]
         choose(
-            split, [_SHARD_NUMBERS.sub("", _stem(file)) for file in files], what=f"data.source {path}: split"
+            split, [_SHARD_NUMBERS.sub("", stem) or stem for stem in stems], what=f"data.source {path}: split"
         )
+    for file in members:
+        refuse_irregular(file)
     _require_all_parts(members)
     _require_one_config(path, members)
     if members[0].name.endswith(JSON_SUFFIXES):
@@ -222,13 +225,12 @@ def _stem(file: Path) -> str:
     return re.sub(r"\.jsonl\.(gz|zst)$", "", file.name) if file.suffix in (".gz", ".zst") else file.stem
 
 
-def _data_files(path: Path) -> list[Path]:
+def _data_files(path: Path) -> list[list[Path]]:
+    """Those of each kind that is there, the preferred one first."""
     visible = sorted(_files_below(path)) if path.is_dir() else [path]
-    for suffixes in _KINDS:
-        if files := [file for file in visible if file.name.endswith(suffixes)]:
-            for file in files:
-                refuse_irregular(file)
-            return files
+    kinds = [[file for file in visible if file.name.endswith(suffixes)] for suffixes in _KINDS]
+    if any(kinds):
+        return [files for files in kinds if files]
     needed = ", ".join(f"*{suffix}" for suffixes in _KINDS for suffix in suffixes)
     raise DataError(f"data.source {path}: no data file; needed {needed}")
 
@@ -265,6 +267,10 @@ def _files_below(source: Path) -> Iterator[Path]:
 def _identity(folder: Path) -> tuple[int, int]:
     found = folder.stat()
     return found.st_dev, found.st_ino
+
+
+def _belongs(file: Path, source: Path, split: str, splits: set[str]) -> bool:
+    return next((name for name in _split_names(file, source) if name in splits), None) == split
 
 
 def _split_names(file: Path, source: Path) -> list[str]:
