@@ -59,12 +59,12 @@ def _train(
     recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest, *, accept_data_change: bool
 ) -> int:
     require_trackers(recipe.run)
-    recipe = folder.with_its_date(recipe)
+    recipe = folder.as_it_began(recipe)
     inputs = open_inputs(recipe, world)
-    recipe = recipe.of_day(inputs.processor.date)
+    recipe = recipe.of_day(inputs.processor.date).of_window(inputs.window)
     if stop.agreed(world):
         return stopped("nothing new is done; what was saved before is kept.", world)
-    plan = Plan.of(recipe, num_examples=inputs.train.num_examples)
+    plan = Plan.of(recipe, num_examples=inputs.train.num_examples, layout=inputs.layout)
     before = plan_so_far(folder, num_examples=inputs.train.num_examples)
     checkpoint = folder.newest(
         inputs.identity(recipe),

@@ -16,7 +16,7 @@ STAGES = {"stage1_teacher", "stage2_student"}
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
     {"arrow_messages", "dealing", "errors", "library_output", "permutation", "threads", "vouched"},
-    {"regular_files"},
+    {"regular_files", "shard_order"},
     {"recipes", "runtime", "progress"},
     {"stopping"},
     {"cli"},

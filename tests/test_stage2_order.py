@@ -23,7 +23,7 @@ SIZES = st.integers(1, 60)
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = [
-        epoch_order(seed=seed, epoch=epoch, num_examples=100)[np.arange(100)].tolist()
+        epoch_order(StepShape(100, 4, Limits(examples=1), seed=seed), epoch)[np.arange(100)].tolist()
         for seed, epoch in ((1, 0), (1, 1), (2, 0))
     ]
     assert [sorted(order) for order in orders] == [list(range(100))] * 3

@@ -172,6 +172,15 @@ class CacheReader:
             example = f", example {rows[0].key.hex()}" if rows else ""
             raise CacheFormatError(f"{self._folder.where}{example}: {error}") from error
 
+    def shards(self, keys: Sequence[bytes], *, names: Sequence[str] = ()) -> npt.NDArray[np.int64]:
+        """(len(keys),), the number of each key's shard, from the index alone.  Raises as :meth:`read` does."""
+        return self.index.locate(self._find(keys, names))[0]
+
+    @property
+    def staging_bytes(self) -> int | None:
+        """How much of a remote cache may lie on this machine at a time; None of a local one."""
+        return None if isinstance(self._folder, LocalFolder) else self._staging.max_bytes
+
     def keys(self) -> Iterator[bytes]:
         """All keys in stored order, which reads each shard once."""
         for keys, _ in self.index.shard_columns():

@@ -178,6 +178,9 @@ class CacheConfig(Section):
     allows."""
     num_workers: NumWorkers = 2
     """Processes that decode pictures, for each rank."""
+    shuffle_window: NonNegativeInt | Literal["auto"] = "auto"
+    """Shards whose examples a student mixes at a time, so that it needs no others meanwhile. 0: the order of an epoch
+    does not look at shards. `auto`: 0, but for a remote cache that is larger than the staging folder."""
 
     @model_validator(mode="after")
     def _temperatures_differ(self) -> Self:
@@ -488,6 +491,12 @@ class Recipe(Section):
         if date is None:
             return self
         return self.model_copy(update={"data": self.data.model_copy(update={"date": date})})
+
+    def of_window(self, shards: int) -> Recipe:
+        """The same, its cache read so many shards at a time."""
+        if self.cache is None:
+            return self
+        return self.model_copy(update={"cache": self.cache.model_copy(update={"shuffle_window": shards})})
 
     @property
     def distils(self) -> bool:

@@ -113,8 +113,8 @@ def require_same(
     remedy = "Give these back, or another run.name. What may change: " + ", ".join(MAY_CHANGE)
     if set(differing) == {ORDER}:
         remedy = (
-            "This release takes the examples in another order. Finish the run with the release that began it (see "
-            "its environment.json), or choose another run.name"
+            "The examples would come in another order. Give cache.shuffle_window back if that differs; else finish "
+            "the run with the release that began it (see its environment.json), or choose another run.name"
         )
     if of_data:
         remedy = (

@@ -105,11 +105,17 @@ class RunFolder:
             path / "checkpoints", keep=keep_checkpoints, in_background=async_checkpoints
         )
 
-    def with_its_date(self, recipe: Recipe) -> Recipe:
-        """A run goes on with the day that its prompts began with."""
-        if recipe.data.date is not None or not self.recipe.exists():
+    def as_it_began(self, recipe: Recipe) -> Recipe:
+        """A run goes on with the day of its prompts, and with the window of its order, that it began with."""
+        if not self.recipe.exists():
             return recipe
-        return recipe.of_day(load_recipe(self.recipe).data.date)
+        began = load_recipe(self.recipe)
+        if recipe.data.date is None:
+            recipe = recipe.of_day(began.data.date)
+        windows = [None if one.cache is None else one.cache.shuffle_window for one in (recipe, began)]
+        if windows[0] == "auto" and isinstance(windows[1], int):
+            recipe = recipe.of_window(windows[1])
+        return recipe
 
     @contextmanager
     def taken(self, world: World, *, resume: bool) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import Recipe
 from shared.runtime import World
 from shared.same_teacher import ANOTHER_TEACHER, compare_teacher
+from shared.shard_order import ShardLayout, window_of
 from shared.survey import inputs_identity, open_processor_of, require_same_rendering
 from stage2_student.runs.checkpoint import Checkpoint
 from stage2_student.runs.identity import ORDER, run_identity
@@ -33,6 +35,7 @@ class Inputs:
     validation        None where the data have no such split
     cache             what training needs; None for labels alone
     validation_cache  what validation measures KL by: the same, or for labels alone one that happens to be there
+    window            shards of the cache whose examples are mixed; 0: the order does not look at shards
     """
 
     processor: ExampleProcessor
@@ -43,6 +46,14 @@ class Inputs:
     num_ranks: int = 1
     packing: bool = False
     may_drop: bool = False
+    window: int = 0
+
+    @cached_property
+    def layout(self) -> ShardLayout | None:
+        """Where the examples lie, if their order follows the cache's shards."""
+        if not self.window or self.cache is None:
+            return None
+        return ShardLayout.of(self.cache.shards([key.tobytes() for key in self.train.keys]))
 
     def record(self) -> dict[str, Any]:
         """The first line of metrics.jsonl."""
@@ -83,7 +94,7 @@ class Inputs:
     def identity(self, recipe: Recipe) -> dict[str, Any]:
         """What a checkpoint says it was trained on: by content, so that folders may move."""
         contents = {
-            ORDER: ORDER_OF_EXAMPLES,
+            ORDER: self._order(),
             "data.train": self.train.fingerprint,
             "data.validation": None if self.validation is None else self.validation.fingerprint,
             "tokenizer": self.processor.tokenizer_fingerprint,
@@ -93,6 +104,11 @@ class Inputs:
             "cache.manifest": None if self.cache is None else self.cache.manifest.sha256,
         }
         return run_identity(recipe, contents=contents)
+
+    def _order(self) -> str:
+        if self.layout is None:
+            return ORDER_OF_EXAMPLES
+        return f"{ORDER_OF_EXAMPLES}, windows of {self.window} shards, layout {self.layout.fingerprint}"
 
 
 def open_inputs(recipe: Recipe, world: World) -> Inputs:
@@ -109,6 +125,12 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     validation = None
     if recipe.data.splits.validation is not None:
         validation = survey_once(recipe.data, "validation", processor, cache, world)
+    window = shuffle_window(recipe, cache)
+    if window and cache is not None:
+        notices += (
+            f"the examples of {window} of the cache's {len(cache.manifest.shards)} shards are mixed at a time "
+            "(cache.shuffle_window)",
+        )
     if world.is_main:
         for notice in (*notices, train.notice(), validation.notice() if validation else None):
             if notice:
@@ -122,7 +144,19 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
         num_ranks=world.size,
         packing=recipe.optimization.packing,
         may_drop=recipe.data.max_dropped > 0,
+        window=window,
     )
+
+
+def shuffle_window(recipe: Recipe, cache: CacheReader | None) -> int:
+    """The recipe's, or what the staging folder of this machine asks for; 0 without a cache."""
+    if recipe.cache is None or cache is None:
+        return 0
+    if recipe.cache.shuffle_window != "auto":
+        return recipe.cache.shuffle_window
+    if cache.staging_bytes is None:
+        return 0
+    return window_of([shard.bytes for shard in cache.manifest.shards], staging_bytes=cache.staging_bytes)
 
 
 def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader | None, tuple[str, ...]]:

@@ -1,6 +1,5 @@
 """Which examples a step holds, and which of them a rank forwards together: pure functions.
 
-    order    = epoch_order(seed=42, epoch=0, num_examples=480)
     shape    = StepShape(num_examples=480, global_batch_size=16, limits=Limits(tokens=4096), seed=42)
     examples = step_examples(7, shape)
     rounds   = dealt(examples, work, num_ranks=2, limits=shape.limits)      # rounds[round][rank]
@@ -14,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from shared.dealing import Deal, Limits, Work, deal, padding_share, waiting_share
 from shared.permutation import Permutation, stream
 from shared.recipes import OptimizationConfig, Recipe
+from shared.shard_order import ShardLayout, ShardOrder
 
 DEFAULT_MICROBATCH_TOKENS = 4096
 MAX_COUNTED = 200
@@ -46,32 +47,40 @@ class Slot:
 class StepShape:
     """The numbers that decide what a step holds, and how much of it a rank forwards at once.
 
-    ``limits`` are the latter: of the four they may change when a run goes on.
+    ``limits`` are the latter: of all of these they alone may change when a run goes on.
+
+    layout, window  where examples lie, and how many shards' examples are mixed; None: the order follows no shards
     """
 
     num_examples: int
     global_batch_size: int
     limits: Limits
     seed: int
+    layout: ShardLayout | None = None
+    window: int = 0
 
     @property
     def num_steps_per_epoch(self) -> int:
         return -(-self.num_examples // self.global_batch_size)
 
 
-def epoch_order(*, seed: int, epoch: int, num_examples: int) -> Permutation:
+@lru_cache(maxsize=2)
+def epoch_order(shape: StepShape, epoch: int) -> Permutation | ShardOrder:
     """Of all examples, one place at a time.
 
     Ours rather than NumPy's: a shuffle of theirs may change with a version, and a run resumed after an
     upgrade must go on in the same order.
     """
-    return Permutation(num_examples, key=stream(seed, epoch))
+    key = stream(shape.seed, epoch)
+    if shape.layout is None:
+        return Permutation(shape.num_examples, key=key)
+    return ShardOrder(shape.layout, window=shape.window, key=key)
 
 
 def step_examples(step: int, shape: StepShape) -> np.ndarray:
     """(n,) int64: the examples of that step, counted from 0 over all epochs; n is smaller in a last step."""
     epoch, step_in_epoch = divmod(step, shape.num_steps_per_epoch)
-    order = epoch_order(seed=shape.seed, epoch=epoch, num_examples=shape.num_examples)
+    order = epoch_order(shape, epoch)
     begin = step_in_epoch * shape.global_batch_size
     return order[np.arange(begin, min(begin + shape.global_batch_size, shape.num_examples))]
 
@@ -110,12 +119,17 @@ def _slots_of(
     ]
 
 
-def step_shape(recipe: Recipe, num_examples: int) -> StepShape:
+def step_shape(recipe: Recipe, num_examples: int, layout: ShardLayout | None = None) -> StepShape:
+    """layout  where examples lie, if their order follows the shards of the recipe's cache"""
+    window = 0 if layout is None or recipe.cache is None else recipe.cache.shuffle_window
+    assert window != "auto"  # chosen when the cache was opened
     return StepShape(
         num_examples=num_examples,
         global_batch_size=recipe.optimization.global_batch_size,
         limits=limits_of(recipe.optimization),
         seed=recipe.run.seed,
+        layout=layout,
+        window=window,
     )
 
 

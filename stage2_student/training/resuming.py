@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shared.errors import RecipeError
 from shared.recipes import Recipe, load_recipe
+from shared.shard_order import ShardLayout
 from stage2_student.runs.checkpoint import Checkpoint
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.optim import learning_rate
@@ -22,8 +23,8 @@ class Plan:
     num_steps: int
 
     @classmethod
-    def of(cls, recipe: Recipe, *, num_examples: int) -> Plan:
-        shape = step_shape(recipe, num_examples)
+    def of(cls, recipe: Recipe, *, num_examples: int, layout: ShardLayout | None = None) -> Plan:
+        shape = step_shape(recipe, num_examples, layout)
         return cls(recipe, shape, total_steps(recipe, shape))
 
     def epochs(self, steps: int) -> float:
