@@ -260,6 +260,8 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("case", [*CASES, *OTHER_CASES])
 def test_two_ranks_have_the_gradients_of_one_process(case: str, differences: dict[str, Any]) -> None:
     found = differences[case]
+    if "later is needed to split each expert" in str(found):
+        pytest.skip("needs a newer torch")
     assert isinstance(found, dict), found
     assert found["loss"] < 1e-5, found
     assert found["off"] < 1e-3, found  # where a sum is missing, half of it
@@ -322,18 +324,26 @@ def test_other_text_models_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
         plan_of(model, section="parallel", **TENSOR_2)
 
 
-def test_older_transformers_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_packages_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = empty("llava", tmp_path / "llava", num_key_value_heads=2)
-    monkeypatch.setattr("shared.models.plans.version", lambda package: "5.17.0")
+    versions = {"transformers": "5.17.0", "torch": "2.11.0+cu130"}
+    monkeypatch.setattr(plans, "version", versions.__getitem__)
     with pytest.raises(
         RecipeError, match=r"teacher.tensor: transformers 5.17.0 found, 5.23 or later is needed"
     ):
         plan_of(model, section="teacher", **TENSOR_2)
     assert plan_of(model, section="teacher", tensor=1, expert=1) == Plan()
+    versions["transformers"] = "5.23.0"
+    assert plan_of(model, section="teacher", **TENSOR_2).tensor
+    experts = empty("qwen3_5_moe", tmp_path / "moe", num_key_value_heads=2)
+    with pytest.raises(RecipeError, match=r"torch 2.11.0\+cu130 found, 2.13 or later .*: teacher.expert 2$"):
+        plan_of(experts, section="teacher", **TENSOR_2)
+    assert plan_of(experts, section="teacher", **BOTH_2).expert
 
 
-def test_towers_and_connector_stay_whole(tmp_path: Path) -> None:
+def test_towers_and_connector_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama 4 and Gemma 4 have plans for their towers, too."""
+    monkeypatch.setattr(plans, "NEEDED_FOR_PACKED", (0, 0))
     for family in ("llama4", "gemma4"):
         model = empty(family, tmp_path / family, **text_of(family))
         plan = plan_of(model, section="teacher", **TENSOR_2)

@@ -34,6 +34,8 @@ from shared.errors import RecipeError
 
 # Of Transformers: earlier ones take plans in another form, and have no experts' plan that trains.
 NEEDED = (5, 23)
+# Of torch, for experts whose rows are split in two parts at once: before, nothing could put them together again.
+NEEDED_FOR_PACKED = (2, 13)
 GATHERED = "colwise_gather_output"
 SUMMED = "replicated_with_grad_allreduce"
 DENSE = {
@@ -129,6 +131,8 @@ def plan_of(model: PreTrainedModel, *, tensor: int, expert: int, section: str) -
     experts = _expert_styles(model, expert, section) if expert > 1 else {}
     styles = _tensor_styles(model, tensor, section) if tensor > 1 else {}
     styles = {name: style for name, style in styles.items() if name not in experts}
+    if any(style.startswith("packed") for style in styles.values()):
+        _require_packed(tensor, section)
     _require_even(model, styles, tensor, f"{section}.tensor")
     _require_even(model, experts, expert, f"{section}.expert")
     modules = dict(model.named_modules())
@@ -175,7 +179,19 @@ def apply_plan(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh) -> None:
 
 def has_plans() -> bool:
     """Whether the installed Transformers is new enough."""
-    return tuple(int(part) for part in re.findall(r"\d+", version("transformers"))[:2]) >= NEEDED
+    return _installed("transformers") >= NEEDED
+
+
+def _installed(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version(package))[:2])
+
+
+def _require_packed(size: int, section: str) -> None:
+    if _installed("torch") < NEEDED_FOR_PACKED:
+        raise RecipeError(
+            f"{section}.tensor {size}: torch {version('torch')} found, {'.'.join(map(str, NEEDED_FOR_PACKED))} or "
+            f"later is needed to split each expert. Upgrade it, or share whole experts: {section}.expert {size}"
+        )
 
 
 def _require_settings(tensor: int, expert: int, section: str) -> None:
