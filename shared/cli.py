@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from shared.errors import TeachonceError, TrainingError, shortened
+from shared.errors import TeachonceError, TrainingError, is_out_of_memory, shortened
 from shared.library_output import LibraryOutput, quiet_libraries
 from shared.stopping import leave_status
 from shared.threads import set_threads
@@ -134,19 +134,11 @@ def _status(group: click.Command, output: LibraryOutput) -> int:
         tell_once("aborted", error)
         return 128 + signal.SIGINT
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             return _our_own_mistake(error, output)
         tell_once(f"error: {OUT_OF_MEMORY} ({shortened(str(error).strip() or type(error).__name__)})", error)
         return TrainingError.exit_status
     return status if isinstance(status, int) else 0
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """As ``shared.runtime`` has it, where torch is loaded; what happens at a known place is told there."""
-    return isinstance(error, MemoryError) or (
-        "torch" in sys.modules
-        and (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error))
-    )
 
 
 def _of_a_file(error: OSError) -> str | None:

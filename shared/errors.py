@@ -14,6 +14,8 @@ from collections.abc import Sequence
 _ADDRESS = re.compile(
     r" at 0x[0-9a-fA-F]+(?=>)"
 )  # of an object, as Python shows it: <_io.BytesIO object at 0x7f...>
+# As torch says it: of the host, of a driver, of a library of kernels.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 MAX_TEXT, MAX_LINES = 200, 10  # of what a message quotes
 
 
@@ -83,6 +85,12 @@ class NotAFileError(TeachonceError):
     """In a file's place there is a named pipe, a device, a socket or a folder."""
 
     exit_status = os.EX_IOERR
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a device or of the host, which torch tells in different types and words."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def shortened(text: str) -> str:

@@ -22,10 +22,9 @@ from transformers import PreTrainedModel
 from shared.data.collation import IGNORE_INDEX, Batch, Encoded, packed
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
-from shared.errors import DataError, RecipeError, TeachonceError, TrainingError, shortened
+from shared.errors import DataError, RecipeError, TeachonceError, TrainingError, is_out_of_memory, shortened
 from shared.models.quantized import method_of
 from shared.models.vlm import in_dtype_of, last_hidden_states, split
-from shared.runtime import is_out_of_memory
 
 NUM_COMPARED = (
     64  # logits of at most so many positions exist, unless the last label stands further from the end

@@ -252,11 +252,6 @@ def lost_peer(text: str) -> TrainingError | None:
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of a device or of the host, which torch tells in different types."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def environment() -> dict[str, str | None]:
     """Versions, commit and machine kind, to be written beside every output."""
     names = ["transformers", "datasets", "pyarrow", "zstandard", "pillow", "teachonce"]

@@ -41,9 +41,8 @@ from shared.data.processors import chat_template, load_processor
 from shared.data.prompts import PROMPT_VERSION, Answered, ChatPrompt, Prompt
 from shared.data.rows import Example
 from shared.data.templates import is_single
-from shared.errors import DataError, shortened
+from shared.errors import DataError, is_out_of_memory, shortened
 from shared.recipes import DataConfig
-from shared.runtime import is_out_of_memory
 
 KEY_BYTES = 16
 CONVERSATION = b"teachonce conversation 1"  # in keys, of what a conversation is made of

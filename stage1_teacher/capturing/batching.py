@@ -9,8 +9,7 @@ from typing import TypeVar
 import torch
 
 from shared.dealing import Limits, Work, deal
-from shared.errors import TrainingError
-from shared.runtime import is_out_of_memory
+from shared.errors import TrainingError, is_out_of_memory
 
 Result = TypeVar("Result")
 

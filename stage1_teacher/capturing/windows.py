@@ -18,9 +18,8 @@ from shared.capture.units import Refused
 from shared.data.collation import Encoded
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
-from shared.errors import DataError, TeachonceError, TrainingError
+from shared.errors import DataError, TeachonceError, TrainingError, is_out_of_memory
 from shared.model_check import usable
-from shared.runtime import is_out_of_memory
 
 WINDOW = 64  # examples; at most so many decoded pictures are held by each worker
 

@@ -25,9 +25,15 @@ from shared.data.collation import Encoded, packed, places_of
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
-from shared.errors import CacheMismatchError, DataError, TeachonceError, TrainingError, listed
+from shared.errors import (
+    CacheMismatchError,
+    DataError,
+    TeachonceError,
+    TrainingError,
+    is_out_of_memory,
+    listed,
+)
 from shared.model_check import usable
-from shared.runtime import is_out_of_memory
 from shared.sparse import SparseTargets
 from stage2_student.training.order import Slot
 
