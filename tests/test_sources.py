@@ -139,13 +139,14 @@ def test_a_list_that_is_called_lines_is_told_how_to_be_read(tmp_path: Path) -> N
 
 
 def test_splits_may_be_of_different_kinds(tmp_path: Path) -> None:
-    row = {"question": "q", "answer": "a"}
-    (tmp_path / "train.jsonl").write_text(json.dumps(row))
-    (tmp_path / "validation.json").write_text(json.dumps([row, row]))
-    data = DataConfig(source=str(tmp_path), text_only=True)
+    row, folder = {"question": "q", "answer": "a"}, tmp_path / "data"  # copies lie beside it
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps(row))
+    (folder / "validation.json").write_text(json.dumps([row, row]))
+    data = DataConfig(source=str(folder), text_only=True)
     assert (len(open_split(data, "train")), len(open_split(data, "validation"))) == (1, 2)
     other = data.model_copy(update={"splits": data.splits.model_copy(update={"train": "0001"})})
-    (tmp_path / "0002.jsonl").write_text(json.dumps(row))
+    (folder / "0002.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match="split '0001' is not there; found 0002, train, validation"):
         open_split(other, "train")
 
