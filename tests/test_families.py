@@ -413,7 +413,7 @@ def test_training_learns_and_the_export_is_what_was_trained(
     export = found.recipe.run.path / "export"
     model = plain(export)
     assert sum(losses(model, export, rows(12)[8:])) == pytest.approx(last_validation(found.recipe), rel=1e-4)
-    assert_the_students_logits(model, found.recipe)
+    assert_the_students_logits([model], found.recipe)
 
 
 def all_shapes(processor: ExampleProcessor) -> list[Example]:
@@ -422,14 +422,15 @@ def all_shapes(processor: ExampleProcessor) -> list[Example]:
     return [*rows(3), of_text(1), *([] if is_prefix_lm else [conversation()])]
 
 
-def assert_the_students_logits(model: Any, recipe: Recipe, *, atol: float = 1e-5) -> None:
-    """A plain model's logits, at every label, are those of the student that was trained: of its body and its head."""
+def assert_the_students_logits(models: Sequence[Any], recipe: Recipe, *, atol: float = 1e-5) -> None:
+    """Plain models' logits, at every label, are those of the student that was trained: of its body and its head."""
     processor = open_processor(recipe.student.model, recipe.data)
     batches = [processor.collate([processor.encode(one)]) for one in all_shapes(processor)]
     for batch, ours_NV in zip(batches, students_logits(recipe, batches), strict=True):
-        with torch.no_grad():
-            own_SV = model(**in_dtype_of(split(model)[1], batch.inputs)).logits[0]
-        torch.testing.assert_close(own_SV[batch.position_index], ours_NV, rtol=1e-5, atol=atol)
+        for model in models:
+            with torch.no_grad():
+                own_SV = model(**in_dtype_of(split(model)[1], batch.inputs)).logits[0]
+            torch.testing.assert_close(own_SV[batch.position_index], ours_NV, rtol=1e-5, atol=atol)
 
 
 @torch.no_grad()
@@ -491,14 +492,15 @@ def test_adapters(family: str, trained: Callable[[str], Trained]) -> None:
     adapter, merged = recipe.run.path / "export", recipe.run.path / "merged"
     folder = RunFolder(recipe.run.path)
     export_checkpoint(folder, choose_checkpoint(folder), merged, merge=True)
-    for model, place in (
-        (PeftModel.from_pretrained(plain(found.folder), adapter), adapter),
-        (load_vlm(str(adapter), revision=None, dtype=torch.float32, attn_implementation=None), adapter),
-        (plain(merged), merged),
-    ):
+    models = [
+        PeftModel.from_pretrained(plain(found.folder), adapter),
+        load_vlm(str(adapter), revision=None, dtype=torch.float32, attn_implementation=None),
+        plain(merged),
+    ]
+    for model, place in zip(models, (adapter, adapter, merged), strict=True):
         own = losses(model.eval(), place, rows(12)[8:])
         assert sum(own) == pytest.approx(last_validation(recipe), rel=1e-4)
-        assert_the_students_logits(model, recipe, atol=1e-4)
+    assert_the_students_logits(models, recipe, atol=1e-4)
 
 
 @pytest.mark.slow
