@@ -22,14 +22,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -62,31 +62,65 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among its peers."""
+    """This process's place among its peers.
+
+    tensor  so many neighbouring ranks hold the parts of one copy of the model: they read the same rows, and are one
+            data rank together
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
+    tensor: int = 1
+    _groups: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
+    def with_tensor(self, tensor: int) -> World:
+        """The same place, where so many ranks read the same rows; they divide the number of ranks."""
+        assert self.size % tensor == 0
+        return replace(self, tensor=tensor)
+
+    @property
+    def data_rank(self) -> int:
+        """Which rows this rank reads: ranks of one data rank read the same."""
+        return self.rank // self.tensor
+
+    @property
+    def tensor_rank(self) -> int:
+        """Which one of its data rank's."""
+        return self.rank % self.tensor
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.size // self.tensor
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """The sum over data ranks, in place and on all ranks; ranks of one data rank bring the same values."""
+        if self.tensor_rank:
+            values.zero_()  # what the first of them says counts
+        dist.all_reduce(values)
+        return values
+
+    @property
     def background_group(self) -> dist.ProcessGroup:
         """For collectives of a background thread, which must not mix with the main one's; it waits for disks.
 
         Made at its first use, which must be the same moment of the program on all ranks.
         """
-        return self._group_without_limit()
+        return self._group_without_limit("background")
 
-    @cached_property
+    @property
     def _waiting_group(self) -> dist.ProcessGroup:
-        return self._group_without_limit()
+        return self._group_without_limit("waiting")
 
-    def _group_without_limit(self) -> dist.ProcessGroup:
+    def _group_without_limit(self, name: str) -> dist.ProcessGroup:
         """Its collectives wait for ever; its making does not, as a rank may die before the others have reached it."""
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.collective_timeout_s))
-        dist.distributed_c10d._set_pg_timeout(NO_LIMIT, group)
-        return group
+        if name not in self._groups:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.collective_timeout_s))
+            dist.distributed_c10d._set_pg_timeout(NO_LIMIT, group)
+            self._groups[name] = group
+        return self._groups[name]
 
     @property
     def is_main(self) -> bool:
@@ -148,8 +182,7 @@ class World:
 
     def forget_groups(self) -> None:
         """Lets groups end where their threads are: a forked process that collects one waits for these for ever."""
-        for name in ("background_group", "_waiting_group"):
-            self.__dict__.pop(name, None)
+        self._groups.clear()
 
     def release_memory(self) -> None:
         """Gives back what nothing holds any more; sharded modules lie in circles, which only this finds."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
 from shared.dealing import Work
-from shared.errors import RecipeError
+from shared.models.meshes import require_sizes
 from shared.models.packing import require_packing
 from shared.models.vlm import load_config
 from shared.places import is_local
@@ -41,7 +41,7 @@ from stage2_student.training.inputs import open_cache
 from stage2_student.training.notes import notes_on
 from stage2_student.training.order import step_costs, step_shape, total_steps
 from stage2_student.training.picture_costs import tokens_per_pixel
-from stage2_student.training.student import choose_trained, empty_model
+from stage2_student.training.student import choose_trained, empty_model, plan_of_student
 
 
 def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
@@ -101,6 +101,8 @@ def _describe_student(
 def _describe_model(report: Report, recipe: Recipe, model: PreTrainedModel) -> None:
     report.add("student", f"{recipe.student.model} ({type(model).__name__})")
     with report.collecting():
+        plan_of_student(model, recipe.parallel)
+    with report.collecting():
         if recipe.optimization.packing:
             require_packing(model)
     choose_trained(model, recipe.student, seed=recipe.run.seed)
@@ -159,10 +161,8 @@ def _describe_steps(
     skipped: dict[str, list[str]],
 ) -> None:
     config = recipe.optimization
-    if num_ranks % recipe.parallel.dp_replicate:
-        raise RecipeError(
-            f"parallel.dp_replicate {recipe.parallel.dp_replicate} does not divide {num_ranks} ranks"
-        )
+    parallel = recipe.parallel
+    require_sizes(num_ranks, replicate=parallel.dp_replicate, tensor=parallel.tensor, expert=parallel.expert)
     train = [found for found in looked if found.split.name == recipe.data.splits.train]
     num_examples = sum(found.num_usable - len(skipped.get(found.split.name, [])) for found in train)
     if num_examples:
@@ -174,7 +174,8 @@ def _describe_steps(
         if len(lengths) == num_examples:
             pictures = np.rint(pixels * (0.0 if model is None else tokens_per_pixel(model)))
             work = Work.of(lengths, pictures, packed=config.packing)
-            report.add("step", f"{config.global_batch_size} examples: {step_costs(shape, work, num_ranks)}")
+            costs = step_costs(shape, work, num_ranks // parallel.tensor)
+            report.add("step", f"{config.global_batch_size} examples: {costs}")
         report.add("steps", f"{total_steps(recipe, shape):,}, {shape.num_steps_per_epoch:,} an epoch")
     elif config.max_steps is not None:
         report.add("steps", f"{config.max_steps:,}")

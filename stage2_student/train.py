@@ -13,6 +13,7 @@ import click
 from tqdm import tqdm
 
 from shared.finished import run_is_finished
+from shared.models.meshes import require_sizes
 from shared.recipes import Recipe
 from shared.runtime import World
 from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on, stop_on_signals
@@ -59,8 +60,11 @@ def _train(
     recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest, *, accept_data_change: bool
 ) -> int:
     require_trackers(recipe.run)
+    parallel = recipe.parallel
+    require_sizes(world.size, replicate=parallel.dp_replicate, tensor=parallel.tensor, expert=parallel.expert)
+    trainers = world.with_tensor(parallel.tensor)
     recipe = folder.as_it_began(recipe)
-    inputs = open_inputs(recipe, world)
+    inputs = open_inputs(recipe, trainers)
     recipe = recipe.of_day(inputs.processor.date).of_window(inputs.window)
     if stop.agreed(world):
         return stopped("nothing new is done; what was saved before is kept.", world)
@@ -99,7 +103,7 @@ def _train(
     with open_trackers(
         recipe, folder.path, world, step=checkpoint.facts.step if checkpoint else -1
     ) as trackers:
-        trainer = Trainer(recipe, inputs, plan.shape, plan.num_steps, folder, world, trackers)
+        trainer = Trainer(recipe, inputs, plan.shape, plan.num_steps, folder, trainers, trackers)
         for note in notes_at_start(trainer.student.model, recipe) if world.is_main else ():
             tqdm.write(f"note: {note}")
         trainer.restore(checkpoint)

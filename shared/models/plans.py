@@ -112,6 +112,11 @@ class Plan:
     attention: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
 
+    def dispatched(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The modules whose experts lie on several ranks."""
+        modules = dict(model.named_modules())
+        return [modules[name] for name in self.expert if name in modules]
+
     def num_split(self, model: PreTrainedModel) -> int:
         """How many of the model's parameters are split; the others are whole on each rank."""
         names = self.tensor.keys() | self.expert.keys()
@@ -150,10 +155,14 @@ def plan_of(model: PreTrainedModel, *, tensor: int, expert: int, section: str) -
     )
 
 
-def apply_plan(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh) -> None:
+def apply_plan(
+    model: PreTrainedModel, plan: Plan, mesh: DeviceMesh, *, experts: DeviceMesh | None = None
+) -> None:
     """Splits the empty model over one axis of a mesh, whose ranks must all get the same batches.
 
     Parameters become DTensors of that axis; tied weights stay tied.
+
+    experts  another axis for them, whose ranks may get other batches
     """
     if not plan.tensor and not plan.expert:
         return
@@ -166,7 +175,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan, mesh: DeviceMesh) -> None:
     if plan.tensor:
         apply_tensor_parallelism(model, mesh, dict(plan.tensor))
     if plan.expert:
-        apply_expert_parallelism(model, mesh, mesh, dict(plan.expert))
+        apply_expert_parallelism(model, experts or mesh, mesh, dict(plan.expert))
     for name in plan.summed:
         _sum_gradients(modules[name], mesh.get_group())
     for name in plan.attention:

@@ -320,8 +320,14 @@ class ParallelConfig(Section):
 
     dp_replicate: PositiveInt = 1
     """Hybrid sharding: so many groups of ranks hold a whole copy each."""
+    tensor: PositiveInt = 1
+    """Tensor parallel: so many ranks share the work of each layer and the head, on the same rows."""
+    expert: PositiveInt = 1
+    """Expert parallel: so many ranks share the experts of each layer. With `tensor`, the same ranks."""
     pipeline: PositiveInt = 1
     """Only 1: pipeline parallelism is not supported."""
+    context: PositiveInt = 1
+    """Only 1: context parallelism is not supported."""
     reshard_after_forward: bool = True
     """Free gathered parameters after the forward pass: less memory, more communication."""
     cpu_offload: bool = False
@@ -331,13 +337,32 @@ class ParallelConfig(Section):
     What the first rank does alone (reading data and weights, an export) has no limit."""
 
     @model_validator(mode="after")
-    def _no_pipeline(self) -> Self:
+    def _what_there_is(self) -> Self:
+        problems = []
         if self.pipeline != 1:
-            raise ValueError(
+            problems.append(
                 "pipeline parallelism is not supported: the loss needs the hidden states and the head on one "
-                "rank. Set pipeline to 1; FSDP2 shards the student over all ranks"
+                "rank. Set pipeline to 1; FSDP2 shards the student over all ranks, and tensor splits its layers"
             )
+        if self.context != 1:
+            problems.append(
+                "context parallelism is not supported: it splits long sequences, and examples are a question and "
+                "an answer of a few hundred tokens. Set context to 1; optimization.microbatch_tokens bounds what a "
+                "rank forwards at once, tensor splits the work on one example"
+            )
+        if 1 < self.tensor != self.expert > 1:
+            problems.append(
+                f"tensor is {self.tensor}, expert {self.expert}: where both are more than 1 they are the same ranks. "
+                "Give both the same number, or leave one out"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def is_split(self) -> bool:
+        """Whether layers are split among ranks, and not only where their parameters lie."""
+        return self.tensor > 1 or self.expert > 1
 
 
 class RunConfig(Section):
@@ -482,9 +507,25 @@ class Recipe(Section):
                 problems.append(
                     f"loss.tail is for top_k and top_p caches; {self.cache.policy.kind} targets have no tail"
                 )
+        if self.parallel.is_split:
+            problems += self._problems_of_a_split()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _problems_of_a_split(self) -> list[str]:
+        problems = []
+        if self.student.compile:
+            problems.append(
+                "student.compile beside parallel.tensor or parallel.expert: layers that are split among ranks are "
+                "not compiled. Leave one of them out"
+            )
+        if self.student.lora is not None and self.student.lora.target_parameters is not None:
+            problems.append(
+                "student.lora.target_parameters beside parallel.tensor or parallel.expert: adapters of split "
+                "parameters are not supported, those of linear layers are. Leave one of them out"
+            )
+        return problems
 
     def of_day(self, date: str | None) -> Recipe:
         """The same, its prompts written for that day; None: as it is."""

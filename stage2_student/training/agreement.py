@@ -2,18 +2,21 @@
 
 A rank that meets an error alone would leave the others waiting in a collective for ever.  So each rank says
 how it fares before a step, and an error of one is raised by all.
+
+Ranks that hold the parts of one copy of the model read the same rows, each for itself; their counts count once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from shared.errors import TeachonceError
+from shared.errors import TeachonceError, TrainingError
 from shared.runtime import World
 from shared.stopping import StopRequest
 from stage2_student.training.feed import Microbatch
@@ -49,6 +52,7 @@ def in_agreement(
     on_refused   is told why rows of any rank were left out; it may raise, on all ranks alike
 
     Raises   TeachonceError  the error that one rank's feed met, on all ranks
+             TrainingError   when ranks of one data rank have read different rows
     """
     while True:
         error: TeachonceError | None = None
@@ -62,21 +66,27 @@ def in_agreement(
             error = caught
         asked = stop is not None and stop.received
         costs = torch.tensor([m.cost for m in microbatches], dtype=torch.int64)
-        own = [sum(m.num_positions for m in microbatches), sum(m.num_tokens for m in microbatches), asked]
-        own += [sum(m.num_forwarded for m in microbatches), int(costs.sum())]
+        counts = [sum(m.num_positions for m in microbatches), sum(m.num_tokens for m in microbatches)]
+        counts += [sum(m.num_forwarded for m in microbatches), int(costs.sum())]
         refused = [reason for m in microbatches for reason in m.refused]
-        sums = torch.tensor([*own, is_save_due(), len(refused), error is not None], dtype=torch.int64)
+        told = [asked, is_save_due(), len(refused), error is not None, _signature(microbatches, world)]
+        sums = torch.tensor([*(0 if world.tensor_rank else n for n in counts), *told], dtype=torch.int64)
         dist.all_reduce(sums)
-        num_positions, num_tokens, num_asked, num_forwarded, cost, *others = sums.tolist()
-        num_due, num_refused, num_failed = others
+        num_positions, num_tokens, num_forwarded, cost, num_asked, *others = sums.tolist()
+        num_due, num_refused, num_failed, odd = others
         if num_failed:
             _raise_everywhere(error, world)
+        if odd:
+            raise TrainingError(
+                "ranks that hold the parts of one copy of the model have read different rows: one of them could not "
+                "read a row, or found another one. Make the data the same for all processes; --resume then goes on"
+            )
         if num_refused:
             everywhere: list[list[str]] = [[]] * world.size
             dist.all_gather_object(everywhere, refused)
-            on_refused(sorted(reason for one in everywhere for reason in one))
+            on_refused(sorted(reason for one in everywhere[:: world.tensor] for reason in one))
         dist.all_reduce(costs, dist.ReduceOp.MAX)  # of each round, now that all have as many
-        slowest = int(costs.sum()) * world.size
+        slowest = int(costs.sum()) * world.num_data_ranks
         yield Step(
             microbatches,
             wait_s,
@@ -87,6 +97,15 @@ def in_agreement(
             stop=num_asked > 0,
             save=num_due > 0,
         )
+
+
+def _signature(microbatches: Sequence[Microbatch], world: World) -> int:
+    """Adds up to zero over ranks of one data rank that have read the same rows."""
+    if world.tensor == 1:
+        return 0
+    read = [(m.slot.examples, m.lengths, m.num_tokens, m.num_forwarded) for m in microbatches]
+    signature = zlib.crc32(repr(read).encode())
+    return -signature if world.tensor_rank else signature * (world.tensor - 1)
 
 
 def _raise_everywhere(error: TeachonceError | None, world: World) -> NoReturn:

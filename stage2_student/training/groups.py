@@ -2,7 +2,7 @@
 
 groups = Groups()
 groups.add(microbatch, measured.ce_N, measured.kl_N)
-groups.of_all_ranks().to_json()      # {"by_place": {"names": [1, 2, ...], "ce": [...], ...}, "by_kind": {...}}
+groups.of_all_ranks(world).to_json()      # {"by_place": {"names": [1, 2, ...], "ce": [...], ...}, "by_kind": {...}}
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shared.runtime import World
 from stage2_student.training.feed import Microbatch
 
 MAX_PLACES = 64  # of an answer; what comes later is counted by kind alone
@@ -52,12 +53,12 @@ class Groups:
             if kind and length:
                 self.by_kind[kind] += own_L3.sum(0)
 
-    def of_all_ranks(self) -> Groups:
+    def of_all_ranks(self, world: World) -> Groups:
         """Called by all ranks."""
-        gathered: list[Any] = [None] * dist.get_world_size()
+        gathered: list[Any] = [None] * world.size
         dist.all_gather_object(gathered, (self.by_place, dict(self.by_kind), self.has_kl))
         total = Groups()
-        for by_place, by_kind, has_kl in gathered:
+        for by_place, by_kind, has_kl in gathered[:: world.tensor]:
             total.by_place += by_place
             for kind, sums in by_kind.items():
                 total.by_kind[kind] += sums

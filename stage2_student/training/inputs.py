@@ -141,7 +141,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
         validation,
         cache,
         validation_cache,
-        num_ranks=world.size,
+        num_ranks=world.num_data_ranks,
         packing=recipe.optimization.packing,
         may_drop=recipe.data.max_dropped > 0,
         window=window,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shared.errors import RecipeError
+from shared.models.plans import Plan
 from shared.recipes import LoraConfig
 from stage2_student.training.freezing import find_parts
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+SPLIT_FACTORS = {"colwise": "lora_B", "packed_colwise": "lora_B", "rowwise": "lora_A"}  # by a layer's style
 PREFIX = (
     "base_model.model."  # of names in an adapter's file: peft's wrapper around the model, which is not here
 )
@@ -52,6 +55,31 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
         parameter.requires_grad_(".lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)  # peft makes them fp32 beside bf16 weights
+
+
+def beside_adapters(plan: Plan, model: PreTrainedModel) -> Plan:
+    """The plan of the model before it had adapters, which have taken their layers' names.
+
+    Of an adapter's factors, the one at the side on which its layer is split is split in the same way.
+    """
+    if not hasattr(model, "peft_config"):
+        return plan
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    styles: dict[str, str] = {}
+    for name, style in plan.tensor.items():
+        owner, _, leaf = name.rpartition(".")
+        if name in adapted:
+            styles[f"{name}.base_layer"] = style
+            if style in SPLIT_FACTORS:
+                factor = f"{name}.{SPLIT_FACTORS[style]}.default"
+                styles |= {f"{factor}.weight": style, factor: style}
+        elif owner in adapted:
+            styles[f"{owner}.base_layer.{leaf}"] = style
+        else:
+            styles[name] = style
+    return replace(plan, tensor=styles)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -7,9 +7,12 @@ The learning rate is a pure function of the step, so a schedule has no state to 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from shared.recipes import OptimizationConfig
 
@@ -17,17 +20,22 @@ from shared.recipes import OptimizationConfig
 def make_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.AdamW:
     """AdamW in its fused form; frozen parameters are not known to it."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[Any, float], list[nn.Parameter]] = {}
+    for parameter in trainable:  # the fused form takes those of one mesh together
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((mesh_of(parameter), decay), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": some, "weight_decay": decay} for (_, decay), some in groups.items()],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
+
+
+def mesh_of(parameter: nn.Parameter) -> DeviceMesh | None:
+    """The ranks that hold its parts; None where it is whole."""
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None
 
 
 def learning_rate(config: OptimizationConfig, *, step: int, num_steps: int) -> float:

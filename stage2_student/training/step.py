@@ -7,8 +7,11 @@ cut into ranks and microbatches therefore changes its gradient by rounding only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,7 @@ from shared.kd_loss import LossSums
 from shared.models.router import RouterLoss
 from shared.runtime import World
 from stage2_student.training.feed import Microbatch
+from stage2_student.training.optim import mesh_of
 from stage2_student.training.student import Forwarded, StudentWithLoss
 
 
@@ -55,13 +59,12 @@ class Sums:
         if router is not None:
             self.router += router.detach().double()
 
-    def means(self, router: RouterLoss | None, *, num_tokens: int) -> Losses:
+    def means(self, router: RouterLoss | None, world: World, *, num_tokens: int) -> Losses:
         """Of all ranks, which call it together; ``num_tokens`` is that of all."""
         total = torch.cat(
             [self.losses, self.router[None]]
         ).cpu()  # the step's one wait for the device but the norm's
-        dist.all_reduce(total)
-        loss, ce, kd, teacher_entropy, count, routed = total.tolist()
+        loss, ce, kd, teacher_entropy, count, routed = world.sum_over_data(total).tolist()
         num_positions = round(count)
         scale = 1 / max(1, num_positions)
         means = Losses(loss * scale, ce * scale, kd * scale, teacher_entropy * scale, num_positions)
@@ -88,7 +91,29 @@ def train_step(
     num_tokens: int,
     max_grad_norm: float | None,
 ) -> StepResult:
-    """Called by all ranks with the same number of microbatches; the two numbers are of all ranks.
+    """Called by all ranks with the same number of microbatches; the two numbers are of all ranks."""
+    sums = accumulate(student, microbatches, world, num_positions=num_positions, num_tokens=num_tokens)
+    reduced = sums.means(student.router, world, num_tokens=num_tokens)
+    grad_norm = clip_gradients(student, world, max_grad_norm)
+    # The norm is of all ranks' gradients and the losses are summed over ranks, so all of them decide alike.
+    updated = bool(torch.isfinite(grad_norm)) and all(
+        map(torch.isfinite, torch.tensor([reduced.ce, reduced.kd, reduced.router or 0.0]))
+    )
+    if updated:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(reduced, grad_norm.item(), updated)
+
+
+def accumulate(
+    student: StudentWithLoss,
+    microbatches: Sequence[Microbatch],
+    world: World,
+    *,
+    num_positions: int,
+    num_tokens: int,
+) -> Sums:
+    """Gradients of a step's loss, and the sums it is made of.
 
     Gradients are kept on each rank until the last microbatch, and reduced once.
     """
@@ -103,16 +128,7 @@ def train_step(
             loss = loss + student.router.coefficient * router / max(1, num_tokens)
         loss.backward()
         sums.add(losses, router)
-    reduced = sums.means(student.router, num_tokens=num_tokens)
-    grad_norm = _clip(student, max_grad_norm)
-    # The norm is of all ranks' gradients and the losses are summed over ranks, so all of them decide alike.
-    updated = bool(torch.isfinite(grad_norm)) and all(
-        map(torch.isfinite, torch.tensor([reduced.ce, reduced.kd, reduced.router or 0.0]))
-    )
-    if updated:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(reduced, grad_norm.item(), updated)
+    return sums
 
 
 def forward(student: nn.Module, microbatch: Microbatch, world: World) -> Forwarded:
@@ -120,18 +136,45 @@ def forward(student: nn.Module, microbatch: Microbatch, world: World) -> Forward
     return student(one.inputs, one.position_index, one.labels, one.targets, one.num_rows)
 
 
-def seed_step(seed: int, *, step: int, rank: int) -> None:
+def seed_step(seed: int, *, step: int, data_rank: int) -> None:
     """Makes what is random in a step (dropout) a function of it, so that no stream's state need be saved."""
-    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed} {step} {data_rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _clip(student: nn.Module, max_grad_norm: float | None) -> Tensor:
-    """The global norm of all gradients, () fp32, before they are scaled down to ``max_grad_norm``."""
+def clip_gradients(student: nn.Module, world: World, max_grad_norm: float | None) -> Tensor:
+    """The global norm of all gradients, () fp32, before they are scaled down to ``max_grad_norm``.
+
+    Gradients lie on several meshes, and some are whole on several ranks: each rank adds up its own parts, each
+    divided by the number of ranks that have the same one.
+    """
     trained = [parameter for parameter in student.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    square = torch.zeros((), dtype=torch.float64, device=world.device)
+    for num_copies, some in _grouped(trained, lambda p: _num_copies(p.grad, world)).items():
+        norm = torch.nn.utils.get_total_norm([_own_part(p.grad) for p in some])
+        square += norm.to(square) ** 2 / num_copies
+    dist.all_reduce(square)
+    norm = square.sqrt().float()
     if max_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
+        for some in _grouped(trained, mesh_of).values():  # torch scales those of one mesh together
+            torch.nn.utils.clip_grads_with_norm_(some, max_grad_norm, norm)
     return norm
+
+
+def _grouped(parameters: Iterable[nn.Parameter], key: Callable[[Any], Any]) -> dict[Any, list[nn.Parameter]]:
+    groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        groups[key(parameter)].append(parameter)
+    return groups
+
+
+def _own_part(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _num_copies(tensor: Any, world: World) -> int:
+    """How many ranks have the same part of it as this one."""
+    if not isinstance(tensor, DTensor):
+        return world.size
+    axes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return world.size // math.prod(size for placement, size in axes if not placement.is_replicate())

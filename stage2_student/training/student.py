@@ -11,14 +11,14 @@ belongs to the root.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo as dynamo
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
@@ -36,7 +37,9 @@ from shared.errors import RecipeError
 from shared.kd_loss import LossSums, ce_kd_by_position, fused_ce_kd
 from shared.model_check import check_model
 from shared.models.chunks import chunk_positions
+from shared.models.meshes import make_meshes
 from shared.models.packing import examples_of, is_packed, require_packing
+from shared.models.plans import Plan, apply_plan, plan_of
 from shared.models.quantized import without_quantization
 from shared.models.router import RouterLoss, require_same_router_loss
 from shared.models.sharding import blocks, fill
@@ -54,7 +57,7 @@ from shared.recipes import LossConfig, ParallelConfig, Recipe, StudentConfig
 from shared.runtime import World
 from shared.sparse import SparseTargets
 from stage2_student.training.freezing import find_parts, freeze
-from stage2_student.training.lora import add_adapters
+from stage2_student.training.lora import add_adapters, beside_adapters
 from stage2_student.training.picture_costs import tokens_per_pixel
 from stage2_student.training.reliability import student_reliability
 
@@ -227,6 +230,7 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
     require_wide_head(skeleton, num_token_ids, what=f"student {recipe.student.model}")
     if recipe.optimization.packing:
         require_packing(skeleton)
+    plan = plan_of_student(skeleton, recipe.parallel)
     choose_trained(skeleton, recipe.student, seed=recipe.run.seed)
     if recipe.student.activation_checkpointing:
         # The public switch has changed its name, and makes embeddings that nobody trains require gradients.
@@ -234,7 +238,7 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
     student = StudentWithLoss(skeleton, recipe.loss, num_token_ids=num_token_ids)
     if recipe.student.compile:
         compile_layers(skeleton, backend=recipe.student.compile_backend)
-    shard(student, recipe.student, recipe.parallel, world)
+    shard(student, recipe.student, recipe.parallel, world, beside_adapters(plan, skeleton))
     student.to_empty(device="cpu" if recipe.parallel.cpu_offload else world.device)
     source = None
     if world.is_main:
@@ -247,6 +251,25 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
         module.unshard()  # parameter that the backward of a microbatch before the last could look at
         module.reshard()
     return student.train()
+
+
+def plan_of_student(model: PreTrainedModel, parallel: ParallelConfig) -> Plan:
+    """How its layers are split among ranks; ``model`` may be on the meta device, and has no adapters yet.
+
+    Tensor parallel divides a layer's experts, and does not cut through them: of a cut through gate and up at once no
+    checkpoint could tell which rows a rank has.
+
+    Raises   RecipeError  when they cannot be split
+    """
+    plan = plan_of(model, tensor=parallel.tensor, expert=parallel.expert, section="parallel")
+    if not any(style.startswith("packed") for style in plan.tensor.values()):
+        return plan
+    try:
+        return plan_of(model, tensor=parallel.tensor, expert=parallel.tensor, section="parallel")
+    except RecipeError as error:
+        raise RecipeError(
+            f"parallel.tensor {parallel.tensor}: the same ranks would divide the experts of each layer. {error}"
+        ) from error
 
 
 def choose_trained(model: PreTrainedModel, config: StudentConfig, *, seed: int) -> None:
@@ -308,14 +331,20 @@ def full_model(config: StudentConfig, *, seed: int) -> PreTrainedModel:
         return AutoModelForImageTextToText.from_config(without_quantization(model_config), dtype=dtype)
 
 
-def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelConfig, world: World) -> None:
-    """Applies FSDP2 from the blocks up to the root.
+def shard(
+    student: StudentWithLoss, config: StudentConfig, parallel: ParallelConfig, world: World, plan: Plan
+) -> None:
+    """Splits layers by the plan, then applies FSDP2 from the blocks up to the root.
 
     Gradients are summed over ranks and not divided: the loss is already divided by the step's global number
     of positions.  Both settings must be made on every module: on the root alone, gradients are silently
     wrong.
     """
-    mesh = data_parallel_mesh(parallel, world)
+    meshes = make_meshes(
+        world, replicate=parallel.dp_replicate, tensor=parallel.tensor, expert=parallel.expert
+    )
+    if meshes.tensor is not None:
+        apply_plan(student.model, plan, meshes.tensor, experts=meshes.expert)
     compute, master = getattr(torch, config.compute_dtype), getattr(torch, config.param_dtype)
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute != master else None,
@@ -325,15 +354,15 @@ def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelCon
     offload = OffloadPolicy()
     if parallel.cpu_offload:  # pinned for copies to a GPU; without one the same path, which copies nothing
         offload = CPUOffloadPolicy(pin_memory=world.device.type != "cpu")
+    sharded = partial(
+        fully_shard, mp_policy=policy, offload_policy=offload, shard_placement_fn=_cut_evenly(meshes.data)
+    )
+    if meshes.expert_data is not None:
+        for experts in plan.dispatched(student.model):
+            sharded(experts, mesh=meshes.expert_data, reshard_after_forward=parallel.reshard_after_forward)
     for block in blocks(student.model):
-        fully_shard(
-            block,
-            mesh=mesh,
-            mp_policy=policy,
-            offload_policy=offload,
-            reshard_after_forward=parallel.reshard_after_forward,
-        )
-    fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+        sharded(block, mesh=meshes.data, reshard_after_forward=parallel.reshard_after_forward)
+    sharded(student, mesh=meshes.data, reshard_after_forward=False)
     for method in ("check", "measure"):
         register_fsdp_forward_method(student, method)
     for module in fsdp_modules(student):
@@ -341,19 +370,30 @@ def shard(student: StudentWithLoss, config: StudentConfig, parallel: ParallelCon
         module.set_force_sum_reduction_for_comms(True)
 
 
-def data_parallel_mesh(parallel: ParallelConfig, world: World) -> DeviceMesh:
-    """All ranks in one axis, or (replicas, shards) for hybrid sharding.
+def _cut_evenly(data: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
+    """Which dimension of a parameter FSDP cuts: the first; the second of one whose first the plan has cut unevenly.
 
-    Raises   RecipeError  when ``parallel.dp_replicate`` does not divide the number of ranks.
+    An uneven cut of an uneven cut has pieces that a checkpoint would put in other places.
+
+    Raises   RecipeError  when the second cannot be cut evenly either
     """
-    if world.size % parallel.dp_replicate:
-        raise RecipeError(
-            f"parallel.dp_replicate {parallel.dp_replicate} does not divide the number of ranks, {world.size}"
-        )
-    if parallel.dp_replicate == 1:
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    shape = (parallel.dp_replicate, world.size // parallel.dp_replicate)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    num_shards = data.size(data.ndim - 1)
+
+    def dimension(parameter: nn.Parameter) -> Shard | None:
+        if not isinstance(parameter, DTensor) or Shard(0) not in parameter.placements:
+            return None
+        shape, over = tuple(parameter.shape), parameter.device_mesh.size()
+        if shape[0] % over == 0:
+            return None
+        if len(shape) < 2 or shape[1] % num_shards:
+            raise RecipeError(
+                f"parallel.tensor {over}: a parameter of shape {shape}, as a head of {shape[0]:,} ids has, cannot be "
+                f"split over {over} ranks and sharded over {num_shards} more. Choose numbers that divide one of its "
+                "dimensions"
+            )
+        return Shard(1)
+
+    return dimension
 
 
 def fsdp_modules(student: nn.Module) -> Iterable[FSDPModule]:

@@ -188,8 +188,8 @@ class Trainer:
                 self.shape,
                 self._work(self.inputs.train),
                 steps=range(self.step, self.num_steps),
-                rank=self.world.rank,
-                num_ranks=self.world.size,
+                rank=self.world.data_rank,
+                num_ranks=self.world.num_data_ranks,
             ),
             num_workers=self.recipe.run.num_workers,
             pin_memory=self.world.device.type == "cuda",
@@ -206,7 +206,7 @@ class Trainer:
         begin = time.perf_counter()
         rate = learning_rate(config, step=self.step, num_steps=self.num_steps)
         set_learning_rate(self.optimizer, rate)
-        seed_step(self.recipe.run.seed, step=self.step, rank=self.world.rank)
+        seed_step(self.recipe.run.seed, step=self.step, data_rank=self.world.data_rank)
         with self.inputs.training_source().naming_rows(step.microbatches):
             result = train_step(
                 self.student,
@@ -311,8 +311,8 @@ class Trainer:
         slots = pass_slots(
             self._work(self.inputs.validation),
             limits=self.shape.limits,
-            rank=self.world.rank,
-            num_ranks=self.world.size,
+            rank=self.world.data_rank,
+            num_ranks=self.world.num_data_ranks,
         )
         return validate(
             self.student,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shared.progress import progress
@@ -86,20 +85,18 @@ def validate(
             teacher_3B += teacher_reliability(one.targets, one.labels)
     student.train()
     reshard(student)
-    means, cache = sums.means(student.router, num_tokens=num_tokens), source.cache
+    means, cache = sums.means(student.router, world, num_tokens=num_tokens), source.cache
     teacher = torch.tensor([kl_sum.item(), teacher_ce_sum], dtype=torch.float64)
-    dist.all_reduce(teacher)
-    kl_mean, teacher_ce = (teacher / max(1, means.num_positions)).tolist()
+    kl_mean, teacher_ce = (world.sum_over_data(teacher) / max(1, means.num_positions)).tolist()
     has_kl = cache is not None and KL_TEMPERATURE in cache.temperatures
     losses_of_all = replace(
         means, kl=kl_mean if has_kl else None, teacher_ce=None if cache is None else teacher_ce
     )
-    own, teachers = _reliability(own_3B), _reliability(teacher_3B)
-    return Validation(losses_of_all, groups.of_all_ranks(), own, None if cache is None else teachers)
+    own, teachers = _reliability(own_3B, world), _reliability(teacher_3B, world)
+    return Validation(losses_of_all, groups.of_all_ranks(world), own, None if cache is None else teachers)
 
 
-def _reliability(sums_3B: Tensor) -> Reliability:
+def _reliability(sums_3B: Tensor, world: World) -> Reliability:
     """Of all ranks."""
-    total_3B = sums_3B.cpu()
-    dist.all_reduce(total_3B)
+    total_3B = world.sum_over_data(sums_3B.cpu())
     return Reliability(*(tuple(row) for row in total_3B.tolist()))

@@ -243,7 +243,7 @@ class Training:
         fed = feed(self.inputs.training_source(), slots, num_workers=0, pin_memory=False)
         for step, (microbatches, _) in enumerate(fed):
             set_learning_rate(optimizer, learning_rate(recipe.optimization, step=step, num_steps=num_steps))
-            seed_step(recipe.run.seed, step=step, rank=0)
+            seed_step(recipe.run.seed, step=step, data_rank=0)
             begin = time.process_time()
             taught = [self.teach(one) for one in microbatches]
             count = sum(one.num_positions for one in taught)

@@ -1,0 +1,315 @@
+"""A student whose layers are split among ranks trains as one on a single rank does, to rounding."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stage2_runs import (
+    make_recipe,
+    on_ranks,
+    run_alone,
+    run_ranks,
+    state_of,
+    step_records,
+    validation_records,
+)
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+from shared.errors import RecipeError, TrainingError
+from shared.recipes import Recipe
+from shared.runtime import World
+from stage2_student.check import check_recipe
+from stage2_student.training.agreement import in_agreement
+from stage2_student.training.feed import Microbatch
+from stage2_student.training.inputs import Inputs, open_inputs
+from stage2_student.training.optim import make_optimizer
+from stage2_student.training.order import Slot, step_shape, training_slots
+from stage2_student.training.step import accumulate, clip_gradients, train_step
+from stage2_student.training.student import build_student
+
+EXPERTS = {
+    "model_type": "qwen3_5_moe",
+    "tie": False,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 32,
+}
+STUDENTS: dict[str, dict[str, Any]] = {
+    # 193 and 192 rows on two ranks; of 193, FSDP would leave the fourth of four ranks without any.
+    "tied": {"tie": True, "vocab_size": 385},
+    "untied": {"tie": False},
+    "experts": EXPERTS,
+    "router": EXPERTS | {"output_router_logits": True, "router_aux_loss_coef": 0.05},
+}
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory: pytest.TempPathFactory, student_folder: Path) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: str(_made(root / name, student_folder, **settings)) for name, settings in STUDENTS.items()}
+
+
+def _made(folder: Path, like: Path, *, model_type: str = "qwen3_5", tie: bool, **text: Any) -> Path:
+    """The small student with other settings, and random weights."""
+    shutil.copytree(like, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    plain = AutoConfig.from_pretrained(like).to_dict()
+    own = {"model_type": f"{model_type}_text", "initializer_range": 0.1, "tie_word_embeddings": tie}
+    config = AutoConfig.for_model(
+        model_type,
+        text_config=plain["text_config"] | own | text,
+        vision_config=plain["vision_config"] | {"model_type": model_type},
+        tie_word_embeddings=tie,
+        **{key: value for key, value in plain.items() if key.endswith("_token_id")},
+    )
+    torch.manual_seed(7)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.generation_config = GenerationConfig.from_pretrained(like)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tree(
+    tmp_path_factory: pytest.TempPathFactory, distillation_tree: dict[str, Any], students: dict[str, str]
+) -> dict[str, Any]:
+    """Steps of 4, 4 and 1 of 9 examples, one microbatch each."""
+    steps = {"max_steps": 3, "microbatch_size": 1, "learning_rate": 1e-3, "schedule": "constant"}
+    return {
+        **distillation_tree,
+        "data": distillation_tree["data"] | {"limit": 9},
+        "student": distillation_tree["student"] | {"model": students["tied"]},
+        "loss": {"chunk_size": 16},
+        "optimization": distillation_tree["optimization"] | steps,
+        "run": {
+            "name": "one",
+            "root": str(tmp_path_factory.mktemp("runs")),
+            "num_workers": 0,
+            "export": False,
+        },
+    }
+
+
+def opened(recipe: Recipe, world: World) -> tuple[Inputs, World]:
+    world = world.with_tensor(recipe.parallel.tensor)
+    return open_inputs(recipe, world), world
+
+
+def microbatches_of(recipe: Recipe, inputs: Inputs, world: World) -> list[Microbatch]:
+    """Of this rank, of the first step."""
+    shape, source = step_shape(recipe, inputs.train.num_examples), inputs.training_source()
+    place = {"rank": world.data_rank, "num_ranks": world.num_data_ranks}
+    (slots,) = training_slots(shape, inputs.train.lengths, steps=range(1), **place)
+    found = [source[slot] for slot in slots]
+    assert all(isinstance(one, Microbatch) for one in found)
+    return found  # type: ignore[return-value]
+
+
+def counts_of(microbatches: Sequence[Microbatch], world: World) -> dict[str, int]:
+    own = [sum(m.num_positions for m in microbatches), sum(m.num_tokens for m in microbatches)]
+    num_positions, num_tokens = world.sum_over_data(torch.tensor(own)).tolist()
+    return {"num_positions": num_positions, "num_tokens": num_tokens}
+
+
+def first_steps(recipes: Sequence[Recipe], world: World) -> list[tuple[float, float, dict[str, Tensor]]]:
+    """Loss, norm of the gradient, and the gradient of every parameter, of each recipe's first step."""
+    return [_first_step(recipe, world) for recipe in recipes]
+
+
+def _first_step(recipe: Recipe, world: World) -> tuple[float, float, dict[str, Tensor]]:
+    inputs, world = opened(recipe, world)
+    student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
+    microbatches = microbatches_of(recipe, inputs, world)
+    counts = counts_of(microbatches, world)
+    sums = accumulate(student, microbatches, world, **counts)
+    loss = sums.means(student.router, world, num_tokens=counts["num_tokens"]).loss
+    norm = clip_gradients(student, world, None).item()
+    trained = [(name, p) for name, p in student.model.named_parameters() if p.grad is not None]
+    grads = {name: parameter.grad.full_tensor() for name, parameter in trained}
+    del student
+    world.release_memory()
+    return loss, norm, grads if world.is_main else {}
+
+
+# Of each number of ranks: student, settings.
+SPLITS: dict[int, list[tuple[str, dict[str, Any]]]] = {
+    2: [
+        ("tied", {"parallel__tensor": 2}),
+        ("untied", {"parallel__tensor": 2, "student__activation_checkpointing": True}),
+        ("untied", {"parallel__tensor": 2, "loss__kd_ratio": 1.0, "loss__temperature": 2.0}),
+        ("router", {"parallel__tensor": 2}),
+        ("experts", {"parallel__expert": 2}),
+    ],
+    4: [
+        ("tied", {"parallel__tensor": 2, "parallel__cpu_offload": True}),
+        ("untied", {"parallel__tensor": 2, "parallel__dp_replicate": 2}),
+        ("experts", {"parallel__tensor": 2, "parallel__expert": 2}),
+        ("experts", {"parallel__expert": 2, "parallel__dp_replicate": 2}),
+        ("experts", {"parallel__expert": 4, "student__activation_checkpointing": True}),
+    ],
+}
+
+
+def test_losses_and_gradients_are_those_of_one_rank(tree: dict[str, Any], students: dict[str, str]) -> None:
+    def recipes_of(num_ranks: int, *, split: bool) -> Iterator[Recipe]:
+        for name, settings in SPLITS[num_ranks]:
+            kept = {key: value for key, value in settings.items() if split or not key.startswith("parallel")}
+            yield make_recipe(tree, **kept, student__model=students[name])
+
+    for num_ranks, cases in SPLITS.items():
+        (alone,) = on_ranks(1, partial(first_steps, list(recipes_of(num_ranks, split=False))))
+        every = on_ranks(num_ranks, partial(first_steps, list(recipes_of(num_ranks, split=True))))
+        for index, case in enumerate(cases):
+            loss, norm, grads = alone[index]
+            assert {own[index][:2] for own in every} == {every[0][index][:2]}  # ranks agree to the last bit
+            own_loss, own_norm, own_grads = every[0][index]
+            assert own_loss == pytest.approx(loss, rel=1e-6), case
+            assert own_norm == pytest.approx(norm, rel=1e-5), case
+            assert own_grads.keys() == grads.keys()
+            off = {name: (own_grads[name] - grads[name]).norm() / grads[name].norm() for name in grads}
+            assert {name: share.item() for name, share in off.items() if share > 3e-4} == {}, case
+
+
+def assert_same_losses(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.pop("event") == other.pop("event")
+        assert mine == pytest.approx(other, rel=1e-4)
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tied", pytest.param("experts", marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_other_ranks(tree: dict[str, Any], students: dict[str, str], name: str) -> None:
+    """Four data ranks, then two of two each, and back; what is saved is what one rank has."""
+    settings: dict[str, Any] = {"student__model": students[name]}
+    one = make_recipe(tree, **settings, run__name=f"{name}-one")
+    run_alone(one)
+    split = {"parallel__tensor": 2} if name == "tied" else {"parallel__tensor": 2, "parallel__expert": 2}
+    many: list[dict[str, Any]] = [{}, split, {}] if name == "tied" else [split, {"parallel__expert": 2}, {}]
+    for num_steps, layout in enumerate(many, start=1):
+        settings["optimization__max_steps"] = num_steps
+        recipe = make_recipe(tree, **settings, **layout, run__name=f"{name}-many")
+        assert run_ranks(recipe, 4, resume=num_steps > 1) == [0] * 4
+    assert_same_losses(step_records(recipe), step_records(one))
+    assert_same_losses(validation_records(recipe)[-1:], validation_records(one)[-1:])
+    ours, theirs = state_of(recipe, 3), state_of(one, 3)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if key.startswith("model."):
+            torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-3, msg=key)
+
+
+def test_adapters_are_split_with_their_layers(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Three steps, as one factor has no gradient in the first; the export is that of the checkpoint."""
+    lora = {"student__lora": {"rank": 4}, "optimization__learning_rate": 1e-2, "run__root": str(tmp_path)}
+    one = make_recipe(tree, **lora)
+    run_alone(one)
+    many = make_recipe(tree, **lora, run__name="many", run__export=True, parallel__tensor=2)
+    assert run_ranks(many, 2) == [0, 0]
+    assert_same_losses(step_records(many), step_records(one))
+    assert_same_losses(validation_records(many), validation_records(one))
+    ours, theirs = state_of(many, 3), state_of(one, 3)
+    adapters = [key for key in theirs if key.startswith("model.") and ".lora_" in key]
+    assert len(adapters) > 20
+    for key in adapters:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-2, atol=1e-3, msg=key)
+    exported = load_file(many.run.path / "export" / "adapter_model.safetensors")
+    for name, tensor in exported.items():
+        key = name.removeprefix("base_model.").replace(".weight", ".default.weight")
+        assert torch.equal(tensor, ours[key])
+
+
+def test_a_number_that_is_not_finite_on_one_rank_is_left_out_by_all(tree: dict[str, Any]) -> None:
+    recipe = make_recipe(tree, parallel__tensor=2)
+
+    def poisoned_step(world: World) -> tuple[bool, bool]:
+        inputs, world = opened(recipe, world)
+        student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
+        microbatches = microbatches_of(recipe, inputs, world)
+        counts = counts_of(microbatches, world)
+        norm = student.model.model.language_model.layers[1].self_attn.q_norm.weight
+        if world.rank == 1:  # seen by the heads of this rank alone
+            norm.detach().to_local()[0] = torch.inf
+        optimizer = make_optimizer(student, recipe.optimization)
+        before = [p.to_local().clone() for p in student.parameters()]
+        result = train_step(student, optimizer, microbatches, world, **counts, max_grad_norm=1.0)
+        kept = zip(before, student.parameters(), strict=True)
+        return result.updated, all(torch.equal(old, p.to_local()) for old, p in kept)
+
+    assert on_ranks(2, poisoned_step) == [(False, True), (False, True)]
+
+
+def test_ranks_of_one_copy_must_have_read_the_same_rows(tree: dict[str, Any]) -> None:
+    recipe = make_recipe(tree, parallel__tensor=2)
+
+    def read(world: World) -> list[int]:
+        inputs, world = opened(recipe, world)
+        source = inputs.training_source()
+        steps = [source[Slot(0, (0,))], source[Slot(1, (1 + world.rank,))]]
+        return [step.num_positions for step in in_agreement((([one], 0.0) for one in steps), world)]
+
+    first, other = on_ranks(2, read, errors=True)
+    assert isinstance(first, TrainingError)
+    assert str(first) == str(other)
+    assert "have read different rows" in str(first)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"parallel__pipeline": 2}, "pipeline parallelism is not supported.* Set pipeline to 1"),
+    (
+        {"parallel__context": 2},
+        "context parallelism is not supported.*a few hundred tokens. Set context to 1",
+    ),
+    ({"parallel__tensor": 2, "parallel__expert": 4}, "tensor is 2, expert 4.* the same number"),
+    ({"parallel__tensor": 2, "student__compile": True}, "student.compile beside parallel.tensor"),
+    (
+        {"parallel__expert": 2, "student__lora": {"target_parameters": ["experts.down_proj"]}},
+        "student.lora.target_parameters beside parallel.tensor",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), REFUSED)
+def test_what_does_not_go_together_is_refused(
+    tree: dict[str, Any], settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(RecipeError, match=told):
+        make_recipe(tree, **settings)
+
+
+UNFIT: list[tuple[str, int, dict[str, Any], str]] = [
+    ("tied", 3, {"parallel__tensor": 2}, "parallel.tensor 2 does not divide 3 ranks"),
+    (
+        "tied",
+        6,
+        {"parallel__tensor": 2, "parallel__dp_replicate": 2},
+        "parallel.dp_replicate 2 times parallel.tensor 2 does not divide 6 ranks",
+    ),
+    ("experts", 3, {"parallel__expert": 2}, "parallel.expert 2 does not divide 3 ranks"),
+    ("tied", 4, {"parallel__tensor": 4}, "parallel.tensor 4: .* has 2 heads"),
+    ("tied", 2, {"parallel__expert": 2}, "there is no plan of expert parallelism"),
+    ("experts", 8, {"parallel__expert": 8}, "parallel.expert 8: .* has 4 experts"),
+]
+
+
+@pytest.mark.parametrize(("name", "num_ranks", "settings", "told"), UNFIT)
+def test_sizes_that_do_not_fit_are_told_before_a_run(
+    tree: dict[str, Any],
+    students: dict[str, str],
+    name: str,
+    num_ranks: int,
+    settings: dict[str, Any],
+    told: str,
+) -> None:
+    report = check_recipe(make_recipe(tree, **settings, student__model=students[name]), num_ranks=num_ranks)
+    assert len(report.problems) == 1, report.problems
+    assert re.search(told, report.problems[0])
