@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from parallel_steps import FirstStep, counts_of, differences, first_step, microbatches_of, opened
 from safetensors.torch import load_file
 from stage2_runs import (
     make_recipe,
@@ -21,19 +20,15 @@ from stage2_runs import (
     step_records,
     validation_records,
 )
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from shared.errors import RecipeError, TrainingError
-from shared.recipes import Recipe
 from shared.runtime import World
 from stage2_student.check import check_recipe
 from stage2_student.training.agreement import in_agreement
-from stage2_student.training.feed import Microbatch
-from stage2_student.training.inputs import Inputs, open_inputs
 from stage2_student.training.optim import make_optimizer
-from stage2_student.training.order import Slot, step_shape, training_slots
-from stage2_student.training.step import accumulate, clip_gradients, train_step
+from stage2_student.training.order import Slot
+from stage2_student.training.step import train_step
 from stage2_student.training.student import build_student
 
 EXPERTS = {
@@ -99,47 +94,6 @@ def tree(
     }
 
 
-def opened(recipe: Recipe, world: World) -> tuple[Inputs, World]:
-    world = world.with_tensor(recipe.parallel.tensor)
-    return open_inputs(recipe, world), world
-
-
-def microbatches_of(recipe: Recipe, inputs: Inputs, world: World) -> list[Microbatch]:
-    """Of this rank, of the first step."""
-    shape, source = step_shape(recipe, inputs.train.num_examples), inputs.training_source()
-    place = {"rank": world.data_rank, "num_ranks": world.num_data_ranks}
-    (slots,) = training_slots(shape, inputs.train.lengths, steps=range(1), **place)
-    found = [source[slot] for slot in slots]
-    assert all(isinstance(one, Microbatch) for one in found)
-    return found  # type: ignore[return-value]
-
-
-def counts_of(microbatches: Sequence[Microbatch], world: World) -> dict[str, int]:
-    own = [sum(m.num_positions for m in microbatches), sum(m.num_tokens for m in microbatches)]
-    num_positions, num_tokens = world.sum_over_data(torch.tensor(own)).tolist()
-    return {"num_positions": num_positions, "num_tokens": num_tokens}
-
-
-def first_steps(recipes: Sequence[Recipe], world: World) -> list[tuple[float, float, dict[str, Tensor]]]:
-    """Loss, norm of the gradient, and the gradient of every parameter, of each recipe's first step."""
-    return [_first_step(recipe, world) for recipe in recipes]
-
-
-def _first_step(recipe: Recipe, world: World) -> tuple[float, float, dict[str, Tensor]]:
-    inputs, world = opened(recipe, world)
-    student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
-    microbatches = microbatches_of(recipe, inputs, world)
-    counts = counts_of(microbatches, world)
-    sums = accumulate(student, microbatches, world, **counts)
-    loss = sums.means(student.router, world, num_tokens=counts["num_tokens"]).loss
-    norm = clip_gradients(student, world, None).item()
-    trained = [(name, p) for name, p in student.model.named_parameters() if p.grad is not None]
-    grads = {name: parameter.grad.full_tensor() for name, parameter in trained}
-    del student
-    world.release_memory()
-    return loss, norm, grads if world.is_main else {}
-
-
 # Of each number of ranks: student, settings.
 SPLITS: dict[int, list[tuple[str, dict[str, Any]]]] = {
     2: [
@@ -160,23 +114,33 @@ SPLITS: dict[int, list[tuple[str, dict[str, Any]]]] = {
 
 
 def test_losses_and_gradients_are_those_of_one_rank(tree: dict[str, Any], students: dict[str, str]) -> None:
-    def recipes_of(num_ranks: int, *, split: bool) -> Iterator[Recipe]:
-        for name, settings in SPLITS[num_ranks]:
-            kept = {key: value for key, value in settings.items() if split or not key.startswith("parallel")}
-            yield make_recipe(tree, **kept, student__model=students[name])
-
     for num_ranks, cases in SPLITS.items():
-        (alone,) = on_ranks(1, partial(first_steps, list(recipes_of(num_ranks, split=False))))
-        every = on_ranks(num_ranks, partial(first_steps, list(recipes_of(num_ranks, split=True))))
+        expected = _first_steps(tree, students, cases, num_ranks=1)[0]
+        every = _first_steps(tree, students, cases, num_ranks=num_ranks)
         for index, case in enumerate(cases):
-            loss, norm, grads = alone[index]
-            assert {own[index][:2] for own in every} == {every[0][index][:2]}  # ranks agree to the last bit
-            own_loss, own_norm, own_grads = every[0][index]
-            assert own_loss == pytest.approx(loss, rel=1e-6), case
-            assert own_norm == pytest.approx(norm, rel=1e-5), case
-            assert own_grads.keys() == grads.keys()
-            off = {name: (own_grads[name] - grads[name]).norm() / grads[name].norm() for name in grads}
-            assert {name: share.item() for name, share in off.items() if share > 3e-4} == {}, case
+            one, own = expected[index], every[0][index]
+            assert {found[index][:2] for found in every} == {own[:2]}  # ranks agree to the last bit
+            assert own.loss == pytest.approx(one.loss, rel=1e-6), case
+            assert own.norm == pytest.approx(one.norm, rel=1e-5), case
+            off = differences(own, one)
+            assert {name: share for name, share in off.items() if share > 3e-4} == {}, case
+
+
+def _first_steps(
+    tree: dict[str, Any],
+    students: dict[str, str],
+    cases: list[tuple[str, dict[str, Any]]],
+    *,
+    num_ranks: int,
+) -> list[list[FirstStep]]:
+    """Of each rank; one rank has no parallel settings."""
+
+    def settings_of(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+        kept = {k: v for k, v in settings.items() if num_ranks > 1 or not k.startswith("parallel")}
+        return kept | {"student__model": students[name]}
+
+    recipes = [make_recipe(tree, **settings_of(*case)) for case in cases]
+    return on_ranks(num_ranks, lambda world: [first_step(recipe, world) for recipe in recipes])
 
 
 def assert_same_losses(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
