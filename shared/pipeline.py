@@ -137,6 +137,7 @@ def make_student(
     if not stage_arguments and is_finished(plan):  # its results are shown, and nothing is needed for that
         show = [sys.executable, "-m", "stage2_student", "run", recipe, *_as_options(overrides)]
         return subprocess.run(show, check=False).returncode
+    plan.parallel.require_ranks(nproc)  # before a capture that takes hours
     status = make_inputs(recipe, plan, overrides)
     if not status and plan.distils and not covers(plan):
         status = make_cache(recipe, overrides, nproc=nproc)

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
 from shared.dealing import Work
-from shared.models.meshes import require_sizes
 from shared.models.packing import require_packing
+from shared.models.plans import Plan
 from shared.models.vlm import load_config
 from shared.places import is_local
 from shared.preflight import (
@@ -38,6 +38,7 @@ from shared.survey import not_in_the_cache
 from stage2_student.estimate import count_parameters, estimate_memory
 from stage2_student.training.freezing import parameters_of_parts
 from stage2_student.training.inputs import open_cache
+from stage2_student.training.lora import beside_adapters
 from stage2_student.training.notes import notes_on
 from stage2_student.training.order import step_costs, step_shape, total_steps
 from stage2_student.training.picture_costs import tokens_per_pixel
@@ -50,7 +51,7 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
     report.add("run", f"{recipe.run.path}" + (" (exists)" if recipe.run.path.exists() else ""))
     with report.collecting():
         require_writable(recipe.run.path, what="run.root")
-    model, processor = _describe_student(report, recipe)
+    model, processor, plan = _describe_student(report, recipe)
     require_head(report, model, processor, what=f"student {recipe.student.model}")
     wanted: list[Split] = ["train", "validation"] if recipe.data.splits.validation else ["train"]
     looked = describe_data(report, recipe, wanted, processor)
@@ -69,7 +70,7 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
         _describe_steps(report, recipe, model, num_ranks, looked, skipped)
     if model is not None:
         tokens = max((found.longest for found in looked), default=0) or TOKENS_WITHOUT_DATA
-        memory = estimate_memory(model, recipe, num_ranks=num_ranks, tokens_per_example=tokens)
+        memory = estimate_memory(model, recipe, num_ranks=num_ranks, tokens_per_example=tokens, plan=plan)
         parts = ", ".join(f"{name} {value:.2f}" for name, value in vars(memory).items())
         report.add("memory per device", f"about {memory.total:.2f} GiB on {num_ranks} rank(s): {parts}")
     return report
@@ -77,31 +78,33 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
 
 def _describe_student(
     report: Report, recipe: Recipe
-) -> tuple[PreTrainedModel | None, ExampleProcessor | None]:
-    """The student's shape and its processor, where they are on this machine."""
+) -> tuple[PreTrainedModel | None, ExampleProcessor | None, Plan]:
+    """The student's shape, its processor, where they are on this machine, and how its layers are split."""
     student = recipe.student
     if is_made_later(recipe, student.model):
         report.add("student", f"{student.model} is not there yet: `make train-student` makes it")
-        return None, None
+        return None, None, Plan()
     require_model(report, student.model, student.revision, weights=student.init == "pretrained")
     model = processor = None
+    plan = Plan()
     if would_be_fetched(student.model, student.revision):
         report.add("student", f"{student.model} is not on this machine: not looked at")
     else:
         with report.collecting():
             config = load_config(student.model, student.revision)
             model = empty_model(config, student)
+            with report.collecting():
+                plan = plan_of_student(model, recipe.parallel)
             _describe_model(report, recipe, model)
+            plan = beside_adapters(plan, model)
             describe_quantization(report, student.model, config, dequantize=True)
     with report.collecting():
         processor = describe_tokenizer(report, recipe, student.model, revision=student.revision)
-    return model, processor
+    return model, processor, plan
 
 
 def _describe_model(report: Report, recipe: Recipe, model: PreTrainedModel) -> None:
     report.add("student", f"{recipe.student.model} ({type(model).__name__})")
-    with report.collecting():
-        plan_of_student(model, recipe.parallel)
     with report.collecting():
         if recipe.optimization.packing:
             require_packing(model)
@@ -161,8 +164,7 @@ def _describe_steps(
     skipped: dict[str, list[str]],
 ) -> None:
     config = recipe.optimization
-    parallel = recipe.parallel
-    require_sizes(num_ranks, replicate=parallel.dp_replicate, tensor=parallel.tensor, expert=parallel.expert)
+    recipe.parallel.require_ranks(num_ranks)
     train = [found for found in looked if found.split.name == recipe.data.splits.train]
     num_examples = sum(found.num_usable - len(skipped.get(found.split.name, [])) for found in train)
     if num_examples:
@@ -174,7 +176,7 @@ def _describe_steps(
         if len(lengths) == num_examples:
             pictures = np.rint(pixels * (0.0 if model is None else tokens_per_pixel(model)))
             work = Work.of(lengths, pictures, packed=config.packing)
-            costs = step_costs(shape, work, num_ranks // parallel.tensor)
+            costs = step_costs(shape, work, num_ranks // recipe.parallel.tensor)
             report.add("step", f"{config.global_batch_size} examples: {costs}")
         report.add("steps", f"{total_steps(recipe, shape):,}, {shape.num_steps_per_epoch:,} an epoch")
     elif config.max_steps is not None:

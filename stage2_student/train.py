@@ -13,7 +13,6 @@ import click
 from tqdm import tqdm
 
 from shared.finished import run_is_finished
-from shared.models.meshes import require_sizes
 from shared.recipes import Recipe
 from shared.runtime import World
 from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on, stop_on_signals
@@ -60,9 +59,8 @@ def _train(
     recipe: Recipe, folder: RunFolder, world: World, stop: StopRequest, *, accept_data_change: bool
 ) -> int:
     require_trackers(recipe.run)
-    parallel = recipe.parallel
-    require_sizes(world.size, replicate=parallel.dp_replicate, tensor=parallel.tensor, expert=parallel.expert)
-    trainers = world.with_tensor(parallel.tensor)
+    recipe.parallel.require_ranks(world.size)
+    trainers = world.with_tensor(recipe.parallel.tensor)
     recipe = folder.as_it_began(recipe)
     inputs = open_inputs(recipe, trainers)
     recipe = recipe.of_day(inputs.processor.date).of_window(inputs.window)

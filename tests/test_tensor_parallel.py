@@ -25,11 +25,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from shared.errors import RecipeError, TrainingError
 from shared.runtime import World
 from stage2_student.check import check_recipe
+from stage2_student.estimate import MemoryEstimate, estimate_memory
 from stage2_student.training.agreement import in_agreement
 from stage2_student.training.optim import make_optimizer
 from stage2_student.training.order import Slot
 from stage2_student.training.step import train_step
-from stage2_student.training.student import build_student
+from stage2_student.training.student import build_student, meta_model, plan_of_student
 
 EXPERTS = {
     "model_type": "qwen3_5_moe",
@@ -277,3 +278,22 @@ def test_sizes_that_do_not_fit_are_told_before_a_run(
     report = check_recipe(make_recipe(tree, **settings, student__model=students[name]), num_ranks=num_ranks)
     assert len(report.problems) == 1, report.problems
     assert re.search(told, report.problems[0])
+
+
+def test_the_estimate_counts_what_is_split(tree: dict[str, Any], students: dict[str, str]) -> None:
+    def memory(num_ranks: int, name: str, **settings: Any) -> MemoryEstimate:
+        recipe = make_recipe(tree, **settings, student__model=students[name])
+        model = meta_model(recipe.student)
+        plan = plan_of_student(model, recipe.parallel)
+        return estimate_memory(model, recipe, num_ranks=num_ranks, tokens_per_example=100, plan=plan)
+
+    one, sharded = memory(1, "untied"), memory(2, "untied")
+    shared = memory(2, "untied", parallel__tensor=2)
+    assert sharded.weights == pytest.approx(one.weights / 2)
+    assert sharded.weights < shared.weights < one.weights  # the vision tower is whole on both
+    assert shared.gathered < one.gathered == sharded.gathered
+    assert shared.loss == pytest.approx(one.loss / 2)
+    assert shared.activations == pytest.approx(one.activations * 11 / 17)
+    experts = memory(2, "experts", parallel__expert=2)
+    assert experts.weights == pytest.approx(memory(2, "experts").weights)
+    assert experts.gathered < memory(2, "experts").gathered

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from shared.errors import RecipeError
 from shared.runtime import World
 
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
@@ -35,11 +34,8 @@ class Meshes:
 
 
 def make_meshes(world: World, *, replicate: int = 1, tensor: int = 1, expert: int = 1) -> Meshes:
-    """Called by all ranks.
-
-    Raises   RecipeError  for sizes that do not divide the number of ranks
-    """
-    require_sizes(world.size, replicate=replicate, tensor=tensor, expert=expert)
+    """Called by all ranks, whose number the sizes divide."""
+    assert world.size % (replicate * max(tensor, expert)) == 0
     num_shards = world.size // (replicate * tensor)
     if tensor == expert == 1:
         return Meshes(_mesh(world, {REPLICATE: replicate, SHARD: num_shards}, SHARD))
@@ -50,19 +46,6 @@ def make_meshes(world: World, *, replicate: int = 1, tensor: int = 1, expert: in
     axes = {REPLICATE: replicate, EXPERT_SHARD: num_shards // expert, EXPERT: expert}
     own = _mesh(world, axes, EXPERT_SHARD, EXPERT)
     return Meshes(data, root[TENSOR], own[EXPERT], own[_data_axes(own, EXPERT_SHARD)])
-
-
-def require_sizes(num_ranks: int, *, replicate: int = 1, tensor: int = 1, expert: int = 1) -> None:
-    """Raises   RecipeError  for sizes of ``parallel`` that do not divide the number of ranks"""
-    together = max(tensor, expert)
-    if num_ranks % (replicate * together) == 0:
-        return
-    sizes = {"dp_replicate": replicate, "tensor": tensor, "expert": expert if tensor == 1 else 1}
-    told = " times ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size > 1)
-    raise RecipeError(
-        f"{told} does not divide {num_ranks} ranks. Start a multiple of {replicate * together} "
-        "processes (NPROC), or choose other sizes"
-    )
 
 
 def _mesh(world: World, axes: dict[str, int], *always: str) -> DeviceMesh:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from shared.errors import RecipeError
 from shared.recipes import yaml12
 from shared.recipes.files import read_recipe_tree, validate_tree
 from shared.recipes.policies import TAIL_MODES, Policy, Threshold
@@ -363,6 +364,19 @@ class ParallelConfig(Section):
     def is_split(self) -> bool:
         """Whether layers are split among ranks, and not only where their parameters lie."""
         return self.tensor > 1 or self.expert > 1
+
+    def require_ranks(self, num_ranks: int) -> None:
+        """Raises   RecipeError  when these sizes do not divide the number of ranks"""
+        factor = self.dp_replicate * max(self.tensor, self.expert)
+        if num_ranks % factor == 0:
+            return
+        expert = self.expert if self.tensor == 1 else 1  # else the same ranks
+        sizes = {"dp_replicate": self.dp_replicate, "tensor": self.tensor, "expert": expert}
+        told = " times ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size > 1)
+        raise RecipeError(
+            f"{told} does not divide {num_ranks} ranks. Start a multiple of {factor} processes (NPROC), or choose "
+            "other sizes"
+        )
 
 
 class RunConfig(Section):
