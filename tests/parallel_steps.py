@@ -65,9 +65,13 @@ def counts_of(microbatches: Sequence[Microbatch], world: World) -> dict[str, int
 
 
 def differences(ours: FirstStep, theirs: FirstStep) -> dict[str, float]:
-    """How far each gradient is off, as a share of its size; all have the same parameters."""
+    """How far each gradient is off, as a share of its size; all have the same parameters.
+
+    Some are zero but for rounding, as a key's bias, which no softmax sees: at least a hundred-thousandth of the whole
+    gradient's size counts.
+    """
     assert ours.gradients.keys() == theirs.gradients.keys()
     return {
-        name: ((ours.gradients[name] - whole).norm() / whole.norm().clamp(min=1e-30)).item()
+        name: (ours.gradients[name] - whole).norm().item() / max(whole.norm().item(), 1e-5 * theirs.norm)
         for name, whole in theirs.gradients.items()
     }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from parallel_steps import FirstStep, counts_of, differences, first_step, microbatches_of, opened
 from safetensors.torch import load_file
 from stage2_runs import (
@@ -22,7 +24,9 @@ from stage2_runs import (
 )
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
-from shared.errors import RecipeError, TrainingError
+from shared.errors import DataError, RecipeError, TrainingError
+from shared.models.meshes import make_meshes
+from shared.models.plans import has_plans
 from shared.runtime import World
 from stage2_student.check import check_recipe
 from stage2_student.estimate import MemoryEstimate, estimate_memory
@@ -31,6 +35,8 @@ from stage2_student.training.optim import make_optimizer
 from stage2_student.training.order import Slot
 from stage2_student.training.step import train_step
 from stage2_student.training.student import build_student, meta_model, plan_of_student
+
+pytestmark = pytest.mark.skipif(not has_plans(), reason="needs a newer transformers")
 
 EXPERTS = {
     "model_type": "qwen3_5_moe",
@@ -107,9 +113,9 @@ SPLITS: dict[int, list[tuple[str, dict[str, Any]]]] = {
     4: [
         ("tied", {"parallel__tensor": 2, "parallel__cpu_offload": True}),
         ("untied", {"parallel__tensor": 2, "parallel__dp_replicate": 2}),
-        ("experts", {"parallel__tensor": 2, "parallel__expert": 2}),
+        ("experts", {"parallel__tensor": 2, "student__lora": {"rank": 4}}),
         ("experts", {"parallel__expert": 2, "parallel__dp_replicate": 2}),
-        ("experts", {"parallel__expert": 4, "student__activation_checkpointing": True}),
+        ("experts", {"parallel__expert": 4, "parallel__cpu_offload": True}),
     ],
 }
 
@@ -226,6 +232,20 @@ def test_ranks_of_one_copy_must_have_read_the_same_rows(tree: dict[str, Any]) ->
     assert isinstance(first, TrainingError)
     assert str(first) == str(other)
     assert "have read different rows" in str(first)
+
+
+def test_a_rank_that_is_late_for_those_it_shares_layers_with_ends_them() -> None:
+    def work(world: World) -> None:
+        mesh = make_meshes(world, tensor=2).tensor
+        assert mesh is not None
+        if world.rank == 1:
+            time.sleep(3)
+            raise DataError("of no interest here")
+        dist.all_reduce(torch.ones(1), group=mesh.get_group())
+
+    ended = on_ranks(2, work, collective_timeout_s=1.0, errors=True)
+    assert isinstance(ended[0], TrainingError)
+    assert "more than 1 s (parallel.collective_timeout_s)" in str(ended[0])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
