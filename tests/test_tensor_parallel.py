@@ -27,6 +27,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from shared.errors import DataError, RecipeError, TrainingError
 from shared.models.meshes import make_meshes
 from shared.models.plans import has_plans
+from shared.pipeline import make_student
+from shared.recipes import recipe_text
 from shared.runtime import World
 from stage2_student.check import check_recipe
 from stage2_student.estimate import MemoryEstimate, estimate_memory
@@ -298,6 +300,14 @@ def test_sizes_that_do_not_fit_are_told_before_a_run(
     report = check_recipe(make_recipe(tree, **settings, student__model=students[name]), num_ranks=num_ranks)
     assert len(report.problems) == 1, report.problems
     assert re.search(told, report.problems[0])
+
+
+def test_a_number_of_ranks_is_refused_before_anything_is_made(tree: dict[str, Any], tmp_path: Path) -> None:
+    recipe = make_recipe(tree, parallel__tensor=2, cache__path=str(tmp_path / "cache"))
+    (tmp_path / "mine.yaml").write_text(recipe_text(recipe))
+    with pytest.raises(RecipeError, match="does not divide 1 ranks"):
+        make_student(str(tmp_path / "mine.yaml"), [], nproc=1)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_estimate_counts_what_is_split(tree: dict[str, Any], students: dict[str, str]) -> None:
