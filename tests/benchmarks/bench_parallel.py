@@ -171,7 +171,7 @@ def table(students: list[Student], numbers: list[int], root: Path) -> None:
                 one, own_losses = expected[student.title]
                 share, name = max((share, name) for name, share in differences(step, one).items())
                 off = max(abs(a / b - 1) for a, b in zip(losses, own_losses, strict=True))
-                experts = f", {layout.expert}" if student.has_experts else ""
+                experts = f", {max(layout.tensor, layout.expert)}" if student.has_experts else ""
                 cells = [student.title, str(number), f"{layout.data} x {layout.tensor}{experts}"]
                 cells += [f"{abs(step.loss / one.loss - 1):.0e}"]
                 cells += [f"{share:.0e} `{name.rpartition('layers.')[2]}`", f"{off:.0e}"]
