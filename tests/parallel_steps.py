@@ -50,7 +50,11 @@ def microbatches_of(recipe: Recipe, inputs: Inputs, world: World) -> list[Microb
     """Of this rank, of the first step."""
     shape, source = step_shape(recipe, inputs.train.num_examples), inputs.training_source()
     (slots,) = training_slots(
-        shape, inputs.train.lengths, steps=range(1), rank=world.data_rank, num_ranks=world.num_data_ranks
+        shape,
+        inputs.train.work(0.0, packed=inputs.packing),
+        steps=range(1),
+        rank=world.data_rank,
+        num_ranks=world.num_data_ranks,
     )
     found = [source[slot] for slot in slots]
     assert all(isinstance(one, Microbatch) for one in found)
