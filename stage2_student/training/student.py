@@ -41,7 +41,7 @@ from shared.models.meshes import make_meshes
 from shared.models.packing import examples_of, is_packed, require_packing
 from shared.models.plans import Plan, apply_plan, plan_of
 from shared.models.quantized import without_quantization
-from shared.models.router import RouterLoss, require_same_router_loss
+from shared.models.router import RouterLoss, num_experts, require_same_router_loss
 from shared.models.sharding import blocks, fill
 from shared.models.vlm import (
     empty_vlm,
@@ -261,9 +261,8 @@ def plan_of_student(model: PreTrainedModel, parallel: ParallelConfig) -> Plan:
 
     Raises   RecipeError  when they cannot be split
     """
-    plan = plan_of(model, tensor=parallel.tensor, expert=parallel.expert, section="parallel")
-    if not any(style.startswith("packed") for style in plan.tensor.values()):
-        return plan
+    if parallel.tensor == 1 or not num_experts(model):
+        return plan_of(model, tensor=parallel.tensor, expert=parallel.expert, section="parallel")
     try:
         return plan_of(model, tensor=parallel.tensor, expert=parallel.tensor, section="parallel")
     except RecipeError as error:
