@@ -48,14 +48,14 @@ class ShardLayout:
         return hashlib.sha256(self.examples.tobytes() + self.starts.tobytes()).hexdigest()[:16]
 
 
-def window_of(shard_bytes: Sequence[int], *, staging_bytes: int) -> int:
-    """How many shards to mix where so much may lie on the disk at a time; 0: all of them fit.
+def window_of(shard_bytes: Sequence[int], *, room: int) -> int:
+    """How many shards to mix where so many bytes of them may lie on the disk at a time; 0: all of them fit.
 
     Two windows lie there together, when readers are at the end of one and others at the beginning of the next.
     """
-    if sum(shard_bytes) <= staging_bytes:
+    if sum(shard_bytes) <= room:
         return 0
-    return max(1, int(WINDOW_SHARE * staging_bytes) // max(shard_bytes))
+    return max(1, int(WINDOW_SHARE * room) // max(shard_bytes))
 
 
 class ShardOrder:

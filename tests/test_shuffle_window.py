@@ -43,8 +43,9 @@ def recipe(
     }
     recipe = make_recipe(tree)
     assert capture_here(recipe) == 8
-    largest = max(shard.bytes for shard in CacheReader(CACHE).manifest.shards)
-    monkeypatch.setenv("TEACHONCE_STAGING_BYTES", str(5 * largest))
+    manifest = CacheReader(CACHE).manifest
+    room = 5 * max(shard.bytes for shard in manifest.shards) + manifest.index.bytes
+    monkeypatch.setenv("TEACHONCE_STAGING_BYTES", str(room))
     yield recipe
     fsspec.filesystem("memory").rm("/window", recursive=True)
 
@@ -119,4 +120,4 @@ def test_a_local_cache_has_no_window_unless_one_is_given(recipe: Recipe, tmp_pat
     [([10] * 10, 100, 0), ([10] * 10, 99, 3), ([10] * 10, 20, 1), ([10] * 9 + [40], 100, 1)],
 )
 def test_two_windows_fit_into_the_staging_folder(sizes: list[int], room: int, window: int) -> None:
-    assert window_of(sizes, staging_bytes=room) == window
+    assert window_of(sizes, room=room) == window

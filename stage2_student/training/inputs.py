@@ -156,7 +156,8 @@ def shuffle_window(recipe: Recipe, cache: CacheReader | None) -> int:
         return recipe.cache.shuffle_window
     if cache.staging_bytes is None:
         return 0
-    return window_of([shard.bytes for shard in cache.manifest.shards], staging_bytes=cache.staging_bytes)
+    room = cache.staging_bytes - cache.manifest.index.bytes  # the index lies there too
+    return window_of([shard.bytes for shard in cache.manifest.shards], room=room)
 
 
 def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader | None, tuple[str, ...]]:

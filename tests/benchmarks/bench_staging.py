@@ -87,8 +87,8 @@ def main() -> None:
         location = f"s3://{BUCKET}/cache"
         manifest = CacheReader(str(local)).manifest
         sizes = [shard.bytes for shard in manifest.shards]
-        room = chosen.room * max(sizes) + manifest.index.bytes
-        window = window_of(sizes, staging_bytes=room)
+        room = chosen.room * max(sizes)
+        window = window_of(sizes, room=room)
         layout = ShardLayout.of(CacheReader(str(local)).shards(keys))
         print(
             f"{len(sizes):,} shards of {EXAMPLES_PER_SHARD} examples, room for {chosen.room}: windows of {window}"
@@ -100,13 +100,18 @@ def main() -> None:
         for name, (order, number) in orders.items():
             begin = time.perf_counter()
             with tempfile.TemporaryDirectory() as staged:
-                fetched = fetches(location, Staging(staged, max_bytes=room), order, keys, num_examples=number)
+                fetched = fetches(
+                    location,
+                    Staging(staged, max_bytes=room + manifest.index.bytes),
+                    order,
+                    keys,
+                    num_examples=number,
+                )
             total, seconds = fetched.total(), time.perf_counter() - begin
             rate = total / number * EXAMPLES_PER_SHARD
             each = f"; each shard at most {max(fetched.values())} times" if number == num_examples else ""
-            print(
-                f"{name}: {total:,} fetches for {number:,} examples, {rate:.2f} a shard and epoch{each}; {seconds:.0f} s"
-            )
+            read = f"{total:,} fetches for {number:,} examples"
+            print(f"{name}: {read}, {rate:.2f} a shard and epoch{each}; {seconds:.0f} s")
 
 
 if __name__ == "__main__":
