@@ -216,8 +216,8 @@ class RunFolder:
         if damaged or missing > 0:
             tqdm.write(
                 f"note: {self.metrics.path}: {len(damaged)} damaged line(s) are left out, records of "
-                f"{max(missing, 0)} step(s) are missing; the run's curves and times will lack them, and its table what "
-                "they say of the student before training"
+                f"{max(missing, 0)} step(s) are missing; the run's curves and times will lack them, and its table "
+                "what they say of the student before training"
             )
 
     def write_hashes(self) -> None:
