@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from shared.recipes import Recipe, baseline_of, recipe_text
+from shared.recipes import Recipe, baseline_of, load_recipe, recipe_text
 from shared.regular_files import read_regular
 
 
@@ -21,13 +21,14 @@ def has_results(folder: Path) -> bool:
 def run_is_finished(recipe: Recipe) -> bool:
     """Whether the folder of the recipe's run holds the results, and the export, of this very recipe.
 
-    The run writes its recipe when it begins, and its results last.
+    The run writes its recipe when it begins, with what it chose by itself, and its results last.
     """
     folder = recipe.run.path
     if not has_results(folder) or (recipe.run.export and not (folder / "export").exists()):
         return False
     try:
-        return read_regular(folder / "recipe.yaml").decode() == recipe_text(recipe)
+        text = read_regular(folder / "recipe.yaml").decode()
+        return recipe_text(recipe.as_it_began(load_recipe(folder / "recipe.yaml"))) == text
     except (OSError, ValueError):
         return False
 

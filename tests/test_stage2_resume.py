@@ -29,7 +29,7 @@ from stage2_runs import (
 
 from shared.errors import CheckpointError, DataError, RecipeError
 from shared.finished import run_is_finished
-from shared.recipes import Recipe, recipe_text
+from shared.recipes import Recipe, load_recipe, recipe_text
 from shared.runtime import World, distributed
 from shared.stopping import INTERRUPTED_STATUS
 from stage2_student.runs.identity import ORDER, require_same
@@ -102,6 +102,24 @@ def test_the_same_recipe_again_shows_its_results_and_touches_nothing(
     assert f"run {unbroken.run.path} is finished" in said
     assert f"{NUM_STEPS} steps" in said
     assert before == {path: path.stat().st_mtime_ns for path in unbroken.run.path.rglob("*")}
+
+
+def test_what_a_run_chose_by_itself_makes_no_other_recipe(tmp_path: Path) -> None:
+    """The day of its prompts, and the window of its order, are written into its recipe when it begins."""
+    given = ("run.export=false", f"run.root={tmp_path}", "run.name=run")
+    recipe = load_recipe("phantom", overrides=given)
+    recipe.run.path.mkdir()
+    (recipe.run.path / "results.json").write_text("{}")
+    for chosen in (
+        recipe,
+        recipe.of_window(0),
+        recipe.of_window(3),
+        recipe.of_day("2026-01-31").of_window(0),
+    ):
+        (recipe.run.path / "recipe.yaml").write_text(recipe_text(chosen))
+        assert run_is_finished(recipe)
+    for other in ("cache.shuffle_window=2", "data.date=2026-02-01", "run.seed=1"):
+        assert not run_is_finished(load_recipe("phantom", overrides=(*given, other)))
 
 
 def test_a_run_that_goes_on_is_not_finished(unbroken: Recipe, tree: dict[str, Any]) -> None:

@@ -553,6 +553,14 @@ class Recipe(Section):
             return self
         return self.model_copy(update={"cache": self.cache.model_copy(update={"shuffle_window": shards})})
 
+    def as_it_began(self, began: Recipe) -> Recipe:
+        """With the day of its prompts and the window of its order that a run chose at its beginning, unless given."""
+        recipe = self.of_day(began.data.date) if self.data.date is None else self
+        if self.cache is None or began.cache is None or self.cache.shuffle_window != "auto":
+            return recipe
+        chosen = began.cache.shuffle_window
+        return recipe if chosen == "auto" else recipe.of_window(chosen)
+
     @property
     def distils(self) -> bool:
         """Whether stage two needs the cache."""

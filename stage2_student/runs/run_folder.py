@@ -109,13 +109,7 @@ class RunFolder:
         """A run goes on with the day of its prompts, and with the window of its order, that it began with."""
         if not self.recipe.exists():
             return recipe
-        began = load_recipe(self.recipe)
-        if recipe.data.date is None:
-            recipe = recipe.of_day(began.data.date)
-        windows = [None if one.cache is None else one.cache.shuffle_window for one in (recipe, began)]
-        if windows[0] == "auto" and isinstance(windows[1], int):
-            recipe = recipe.of_window(windows[1])
-        return recipe
+        return recipe.as_it_began(load_recipe(self.recipe))
 
     @contextmanager
     def taken(self, world: World, *, resume: bool) -> Iterator[None]:
