@@ -50,6 +50,19 @@ def test_a_damaged_line_of_the_log_is_refused_by_its_number(tmp_path: Path) -> N
         folder.read_metrics()
 
 
+@pytest.mark.parametrize("event", ["step", "validation"])
+@pytest.mark.parametrize("value", [{}, [1.0], "0.5"])
+def test_a_line_whose_figures_are_none_is_no_record(tmp_path: Path, event: str, value: object) -> None:
+    """It vouches for itself, as a stranger's may; tables and curves would add these up."""
+    folder = RunFolder(tmp_path)
+    record = {"event": event, "step": 1, "loss": 1.0, "kl": None}
+    record |= {"step_s": 1.0, "data_wait": 0.0, "num_positions": 3, "peak_memory_gib": 0.5}
+    folder.metrics.append(record)
+    for name in ("loss", "kl", "step_s", "tokens_per_s"):
+        folder.metrics.append(record | {"step": 2, name: value})
+    assert [one["step"] for one in folder.read_metrics().records] == [1]
+
+
 def test_a_line_that_a_kill_has_cut_is_no_damage(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.metrics.append({"event": "validation", "step": 0})

@@ -39,6 +39,9 @@ from stage2_student.runs.identity import require_same
 
 LOCK_NAME = "train.lock"
 SHUFFLED = "shuffled-pictures-"  # begins the names of answers to them, among the evaluations
+IN_STEPS = ("step_s", "data_wait", "num_positions", "peak_memory_gib")
+# Groups are looked at where they are drawn.
+NO_FIGURES = ("event", "digest", "by_place", "by_kind", "reliability", "teacher_reliability")
 IN_RESULTS = (
     *("run", "step", "before", "after", "answers", "cache", "times_s"),
     *("positions_per_s", "data_wait", "export"),
@@ -288,10 +291,15 @@ class RunFolder:
 
 
 def _is_record(record: dict[str, Any]) -> bool:
-    """Whether a line of the log is one of ours: it has a step and, of a training step, what is summed."""
+    """Whether a line of the log is one of ours: a step, and of training and validation numbers alone."""
     if type(record.get("step")) is not int or not isinstance(record.get("event"), str):
         return False
-    return record["event"] != "step" or are_numbers(record, "step_s", "data_wait", "num_positions")
+    if record["event"] not in ("step", "validation"):
+        return True
+    figures = [value for name, value in record.items() if name not in NO_FIGURES]
+    if not all(value is None or isinstance(value, int | float) for value in figures):
+        return False
+    return record["event"] != "step" or are_numbers(record, *IN_STEPS)
 
 
 def _read_object(path: Path, *, advice: str) -> dict[str, Any]:
