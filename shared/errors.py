@@ -14,10 +14,10 @@ from collections.abc import Sequence
 _ADDRESS = re.compile(
     r" at 0x[0-9a-fA-F]+(?=>)"
 )  # of an object, as Python shows it: <_io.BytesIO object at 0x7f...>
-# As torch says it: of the host, of a driver, of libraries of kernels (oneDNN the last one).
+# As torch says it: of the host, of a driver, of libraries of kernels (oneDNN); of a thread's stack; of C++ at large.
 OUT_OF_MEMORY = (
     *("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
-    "could not create a primitive",
+    *("could not create a primitive", "could not execute a primitive", "can't start new thread", "bad_alloc"),
 )
 MAX_TEXT, MAX_LINES = 200, 10  # of what a message quotes
 

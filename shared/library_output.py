@@ -18,10 +18,11 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 NATIVE = 2  # the file descriptor of standard error
 FORMAT = "%(asctime)s %(name)s %(levelname)s: %(message)s"
@@ -75,6 +76,13 @@ class LibraryOutput:
             self._screen, "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors
         )
         os.dup2(self._file.fileno(), NATIVE)
+        sys.unraisablehook = self._unraisable
+
+    def _unraisable(self, found: Any) -> None:
+        """Of an object that could not be put away, which nobody can catch: often a half-made one, after its error."""
+        with contextlib.suppress(Exception):
+            told = "".join(traceback.format_exception_only(found.exc_value))
+            self.write(f"{found.err_msg or 'Exception ignored in'}: {found.object!r}\n{told}")
 
     def keep(self, path: Path) -> None:
         """From here on into this file, and what was collected before, too.  All ranks of a machine may share it."""

@@ -20,6 +20,10 @@ from shared import cli
 from shared.errors import DataError
 from shared.library_output import keep_library_output, quiet_libraries
 
+class HalfMade:
+    def __del__(self):
+        raise AttributeError("no attribute 'workers'")
+
 @click.command()
 def command():
     library = logging.getLogger("library")
@@ -34,6 +38,7 @@ def command():
     if "KEEP" in os.environ:
         keep_library_output(Path(os.environ["KEEP"]))
     library.error("breaks")
+    HalfMade()
     os.write(2, b"native, later\\n")
     click.echo("our result")
     click.echo("our note", err=True)
@@ -48,6 +53,7 @@ LIBRARIES = (
     "of a child",
     "breaks",
     "native, later",
+    "no attribute 'workers'",
 )
 
 
