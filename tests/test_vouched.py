@@ -146,6 +146,21 @@ def test_every_bit_of_a_file_of_predictions_counts(tmp_path: Path) -> None:
         read_predictions(path)
 
 
+def test_the_log_of_a_finished_run_must_reach_its_last_validation(
+    tmp_path: Path, distillation_tree: dict[str, Any]
+) -> None:
+    path = written_run(make_recipe(distillation_tree, run__name="cut", run__root=str(tmp_path)))
+    folder = RunFolder(path)
+    names = ("run", "before", "answers", "cache", "times_s", "positions_per_s", "data_wait", "export")
+    results = dict.fromkeys(names) | {"step": 2, "after": {"loss": 1.0}}
+    folder.results.write_text(json.dumps(vouched(results)))
+    folder.metrics.append({"event": "validation", "step": 0, "loss": 2.0})
+    with pytest.raises(CheckpointError, match=r"ends at step 0, and results\.json says 2; the log was cut"):
+        read_run(path)
+    folder.metrics.append({"event": "validation", "step": 2, "loss": 1.0})
+    assert read_run(path).last_validation["step"] == 2
+
+
 def test_the_log_of_a_run_must_reach_its_newest_checkpoint(
     tmp_path: Path, distillation_tree: dict[str, Any]
 ) -> None:

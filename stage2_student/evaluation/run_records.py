@@ -120,7 +120,7 @@ def read_run(path: Path) -> RunRecord:
     metrics = _with_kl(folder.read_metrics(), temperature=settings["loss.temperature"])
     steps = metrics.steps
     results = folder.read_results()
-    _require_whole_log(folder, steps, results)
+    _require_whole_log(folder, metrics, results)
     last = metrics.validations[-1] if metrics.validations else {}
     split: Split = "train" if settings.get("data.splits.validation") is None else "validation"
     answered = read_all(folder.evaluation, split)
@@ -144,11 +144,13 @@ def read_run(path: Path) -> RunRecord:
     )
 
 
-def _require_whole_log(
-    folder: RunFolder, steps: Sequence[dict[str, Any]], results: dict[str, Any] | None
-) -> None:
-    """Raises   CheckpointError  when the log ends before the last step of a finished run, or its newest checkpoint"""
-    logged = steps[-1]["step"] if steps else 0
+def _require_whole_log(folder: RunFolder, metrics: Metrics, results: dict[str, Any] | None) -> None:
+    """Raises   CheckpointError  when the log ends before the last step or validation of a finished run, or its newest
+    checkpoint
+    """
+    logged = metrics.steps[-1]["step"] if metrics.steps else 0
+    if results is not None and results.get("after") is not None:  # of the last step's validation
+        logged = min(logged, metrics.validations[-1]["step"] if metrics.validations else 0)
     newest = folder.checkpoints.latest()
     known = {
         folder.results.name: 0 if results is None else results["step"],
