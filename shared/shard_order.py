@@ -67,12 +67,12 @@ class ShardOrder:
 
     def __init__(self, layout: ShardLayout, *, window: int, key: int) -> None:
         shards = Permutation(layout.num_shards, key=stream(key, 0))[np.arange(layout.num_shards)]
-        self._layout, self._window, self._key = layout, window, key
-        self._starts = layout.starts[shards]  # in the order in which they come
-        self._ends = np.cumsum(np.diff(layout.starts)[shards])
-        self._window_ends = self._ends[
-            np.minimum(np.arange(window, len(shards) + window, window), len(shards)) - 1
-        ]
+        sizes = np.diff(layout.starts)[shards]  # in the order in which they come
+        self._layout, self._key = layout, key
+        self._starts, self._ends = layout.starts[shards], np.cumsum(sizes)
+        self._begins = self._ends - sizes
+        last = np.minimum(np.arange(window, len(shards) + window, window), len(shards)) - 1
+        self._window_ends = self._ends[last]
 
     def __len__(self) -> int:
         return len(self._layout.examples)
@@ -97,8 +97,4 @@ class ShardOrder:
         mixed = Permutation(int(self._window_ends[window]) - begin, key=stream(self._key, 1, window))
         places = begin + mixed[places - begin]
         shards = np.searchsorted(self._ends, places, side="right")
-        before_end = (
-            self._ends[shards] - places
-        )  # so many examples of its shard are left, this one among them
-        sizes = np.diff(self._ends, prepend=0)[shards]
-        return self._layout.examples[self._starts[shards] + sizes - before_end]
+        return self._layout.examples[self._starts[shards] + places - self._begins[shards]]

@@ -125,7 +125,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     validation = None
     if recipe.data.splits.validation is not None:
         validation = survey_once(recipe.data, "validation", processor, cache, world)
-    window = shuffle_window(recipe, cache)
+    window = world.by_main(lambda: shuffle_window(recipe, cache))  # machines may have other staging folders
     if window and cache is not None:
         notices += (
             f"the examples of {window} of the cache's {len(cache.manifest.shards)} shards are mixed at a time "
