@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datasets
 import hypothesis
 import pytest
+import torch
 import torch.distributed as dist
 from samples import ANSWERS, PLAIN_CHAT, QUESTIONS, make_examples, write_vqa_folder
 from tokenizers import AddedToken
@@ -39,6 +40,18 @@ from shared.small_models import make_small_model, train_tokenizer
 # How long an example takes says more about what else the machine does than about the code.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The tests run as on a machine without a GPU, unless those that need one are asked for (``-m gpu``).
+
+    Autograd counts the devices at its first backward pass, and starts a thread for each; a process with such threads
+    cannot fork ranks that run backward.  Counted now there are none.  Later there may be one that does not exist: a
+    CUDA build feigns it for fake tensors.
+    """
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        torch.ones((), requires_grad=True).backward()
 
 
 def _named_alike(init: Callable[..., None]) -> Callable[..., None]:

@@ -29,7 +29,7 @@ from shared.kd_loss import fused_ce_kd
 from shared.models import plans
 from shared.models.plans import Plan, apply_plan, has_plans, plan_of
 from shared.models.sharding import fill
-from shared.models.vlm import empty_vlm, last_hidden_states, load_config, load_vlm, split
+from shared.models.vlm import empty_vlm, in_dtype_of, last_hidden_states, load_config, load_vlm, split
 from shared.recipes import DataConfig
 from shared.runtime import World
 
@@ -162,8 +162,9 @@ def batch_of(folder: Path) -> Batch:
 def loss_and_gradients(model: PreTrainedModel, batch: Batch) -> tuple[float, dict[str, Tensor]]:
     """Of two microbatches of the same rows, whose gradients add up."""
     body, head = split(model)
+    inputs = in_dtype_of(head, batch.inputs)
     for _ in range(2):
-        hidden_ND = last_hidden_states(body, batch.inputs).flatten(0, 1)[batch.position_index]
+        hidden_ND = last_hidden_states(body, inputs).flatten(0, 1)[batch.position_index]
         sums = fused_ce_kd(
             hidden_ND * head.scale,
             head.weight_VD,
