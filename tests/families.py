@@ -8,13 +8,17 @@ chat template in the family's manner.
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from samples import ANSWERS, QUESTIONS
 from tokenizers import (
     AddedToken,
@@ -77,7 +81,6 @@ class Family:
     eos: str | None = None
     adds_bos: bool = False
     is_sentencepiece: bool = False
-    needs_torchvision: bool = False
 
     @property
     def tokens(self) -> list[str]:
@@ -643,9 +646,32 @@ FAMILIES: dict[str, Family] = {
         special=LLAMA4_TOKENS,
         bos="<|begin_of_text|>",
         adds_bos=True,
-        needs_torchvision=True,
     ),
 }
+
+
+IS_OLD = Version(transformers.__version__) < Version("5.23")
+HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
+# These have no processor, or no image processor, without it.
+NEED_TORCHVISION = {"llama4", "mistral3", "pixtral"} | (
+    {"gemma4", "idefics3", "smolvlm"} if IS_OLD else set()
+)
+MISSING = {} if HAS_TORCHVISION else dict.fromkeys(NEED_TORCHVISION, "needs torchvision")
+REFUSED = {"paligemma": "that version of Transformers leaves out its soft cap"} if IS_OLD else {}
+
+
+def of_families(names: Iterable[str], *, without: Mapping[str, str] = MISSING) -> pytest.MarkDecorator:
+    """A test of each of these families as its ``family``.
+
+    without  families that are skipped, and why
+    """
+    return pytest.mark.parametrize(
+        "family",
+        [
+            pytest.param(name, marks=[pytest.mark.skip(reason=without[name])] if name in without else [])
+            for name in names
+        ],
+    )
 
 
 def make_family(name: str, folder: Path, **text: Any) -> Path:

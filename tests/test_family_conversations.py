@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from families import FAMILIES, make_family
+from families import FAMILIES, make_family, of_families
 from test_conversation_prompts import example_of, messages_of, said, user
 
 from shared.data.collation import Encoded
@@ -23,7 +22,6 @@ from shared.errors import DataError
 from shared.models.vlm import in_dtype_of, last_hidden_states, load_vlm, split
 from shared.recipes import DataConfig
 
-HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 SHAPES: dict[str, tuple[Turn, ...]] = {
     "turns": (user(None, "Which plane?"), said("axial"), user("And the modality?"), said("CT")),
     "text": (user("What is CT?"), said("X-rays.")),
@@ -31,7 +29,6 @@ SHAPES: dict[str, tuple[Turn, ...]] = {
     "later": (user(None, "This?"), said("axial"), user(None, "And this?"), said("axial")),
     "system": (Turn("system", ("Be brief.",)), user(None, "Which plane?"), said("axial")),
 }
-NEED_TORCHVISION = {"llama4", "mistral3", "pixtral"}
 REFUSALS = {  # of families that were trained on one question about pictures
     ("paligemma", "turns"): "refuses a conversation of user, assistant, user",
     ("paligemma", "later"): "refuses a conversation of user, assistant, user",
@@ -64,12 +61,10 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families(FAMILIES)
 def test_conversations_have_the_processor_s_own_tokens(
     folder_of: Callable[[str], Path], family: str, shape: str
 ) -> None:
-    if family in NEED_TORCHVISION and not HAS_TORCHVISION:
-        pytest.skip("needs torchvision")
     folder, example = folder_of(family), example_of(*SHAPES[shape])
     processor = open_processor(str(folder), DataConfig(source="x"))
     plain = load_processor(str(folder))
@@ -101,12 +96,10 @@ def test_conversations_have_the_processor_s_own_tokens(
     assert torch.equal(marked.input_ids[: len(prompt)], prompt)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families(FAMILIES)
 def test_a_marker_in_one_turn_leaves_the_others_as_they_are(
     folder_of: Callable[[str], Path], family: str
 ) -> None:
-    if family in NEED_TORCHVISION and not HAS_TORCHVISION:
-        pytest.skip("needs torchvision")
     if (family, "turns") in REFUSALS:
         pytest.skip("knows no conversations")
     folder = folder_of(family)
@@ -131,12 +124,10 @@ def test_a_marker_in_one_turn_leaves_the_others_as_they_are(
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families(FAMILIES)
 def test_rows_of_all_shapes_share_a_batch(
     folder_of: Callable[[str], Path], family: str, side: Literal["right", "left"]
 ) -> None:
-    if family in NEED_TORCHVISION and not HAS_TORCHVISION:
-        pytest.skip("needs torchvision")
     folder = folder_of(family)
     processor = open_processor(str(folder), DataConfig(source="x"))
     body, head = split(load_vlm(str(folder), revision=None, dtype=torch.float32, attn_implementation=None))

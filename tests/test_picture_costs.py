@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import make_family
+from families import make_family, of_families
 from stage2_runs import make_recipe, records, run_alone, run_ranks
 
 from shared.data.collation import Encoded
@@ -29,7 +29,7 @@ def seen_by_the_tower(one: Encoded) -> int:
     return one.per_picture["pixel_values"].numel() // 3
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm", "llava_next", "gemma3", "gemma4", "internvl"])
+@of_families(["qwen3_vl", "smolvlm", "llava_next", "gemma3", "gemma4", "internvl"])
 def test_the_pixels_that_a_tower_sees_are_known_from_a_picture_s_header(
     family: str, tmp_path: Path, vqa_folder: Path
 ) -> None:

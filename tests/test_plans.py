@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import traceback
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from documents import ROOT
-from families import FAMILIES, make_family, stir
+from families import FAMILIES, MISSING, make_family, stir
 from samples import ANSWERS, QUESTIONS, encoded_picture
 from stage2_runs import on_ranks
 from torch import Tensor
@@ -35,8 +34,6 @@ from shared.runtime import World
 
 pytestmark = pytest.mark.skipif(not has_plans(), reason="needs a newer transformers")
 
-NEED_TORCHVISION = {"llama4", "mistral3", "pixtral"}  # without it they get text alone
-HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 MODELS = ROOT / "docs" / "models.md"
 TEXT: dict[str, dict[str, Any]] = {
     "gemma4": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},  # as its large models
@@ -141,8 +138,8 @@ def batch_of_text() -> Batch:
 
 
 def batch_of(folder: Path) -> Batch:
-    """Pictures of two sizes, and answers of different lengths."""
-    if folder.name.split()[0] in NEED_TORCHVISION and not HAS_TORCHVISION:
+    """Pictures of two sizes, and answers of different lengths; text where the family's pictures need torchvision."""
+    if folder.name.split()[0] in MISSING:
         return batch_of_text()
     processor = open_processor(str(folder), DataConfig(source="unused", max_answer_tokens=64))
     rows = [
