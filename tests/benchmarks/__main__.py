@@ -1,6 +1,6 @@
-"""All benchmarks, one after the other: ``make bench``, and ``make bench-gpu`` for those that need a GPU.
+"""All benchmarks that need no GPU, one after the other: ``make bench``.  ``bench_gpu`` is a command of its own.
 
-    python -m tests.benchmarks [--gpu] [--only NAME ...]
+    python -m tests.benchmarks [--only NAME ...]
 
 Every figure is a ratio measured side by side in one run, or a count.  What was found is in docs/benchmarks.md.
 """
@@ -14,20 +14,18 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-GPU_SUFFIX = "_gpu"
+OF_THEIR_OWN = {"gpu", "steady"}  # they need a GPU, or hours
 
 
-def names(*, gpu: bool) -> list[str]:
-    found = sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
-    return [name for name in found if name.endswith(GPU_SUFFIX) == gpu]
+def names() -> list[str]:
+    return sorted({path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")} - OF_THEIR_OWN)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", action="store_true", help="those that need an NVIDIA GPU")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of them")
     arguments = parser.parse_args()
-    known = names(gpu=arguments.gpu)
+    known = names()
     for name in arguments.only or known:
         if name not in known:
             parser.error(f"no benchmark {name!r}; there are: {', '.join(known)}")

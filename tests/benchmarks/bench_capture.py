@@ -12,6 +12,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,29 +69,42 @@ def make_recipe(folder: Path, *, hidden_size: int, num_layers: int) -> Recipe:
     return validate_tree(Recipe, tree, origin="benchmark")
 
 
-def timed(function: Callable[[], object]) -> float:
+def timed(function: Callable[[], object], device: torch.device) -> float:
     begin = time.perf_counter()
     function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
-def bare(teacher: Teacher, batches: list[list[Encoded]], collate: Callable) -> None:
+def bare(teacher: Teacher, batches: list[list[Encoded]], collate: Callable, chunk_size: int) -> None:
     with torch.inference_mode():
         for batch in batches:
-            hidden_ND = teacher.hidden(collate(batch))
-            for start in range(0, len(hidden_ND), 512):
-                teacher.head.logits(hidden_ND[start : start + 512])
+            hidden_ND = teacher.hidden(collate(batch).to(teacher.device, non_blocking=True))
+            for hidden_nD in hidden_ND.split(chunk_size):
+                teacher.head.logits(hidden_nD)
 
 
-def measure(folder: Path, *, hidden_size: int, num_layers: int) -> tuple[list[float], int, int]:
-    """Ratios of capture to bare forward, one a round; positions; parameters."""
-    recipe = make_recipe(folder, hidden_size=hidden_size, num_layers=num_layers)
+@dataclass(frozen=True)
+class Found:
+    """Of each round: capture by bare forward pass, its seconds, the share of them outside the teacher's own work."""
+
+    ratios: list[float]
+    seconds: list[float]
+    outside: list[float]
+    num_positions: int
+    num_tokens: int
+    num_parameters: int
+
+
+def measure(recipe: Recipe, folder: Path, *, device: torch.device, rounds: int = ROUNDS) -> Found:
+    """Captures the training split into ``folder``, and runs the teacher alone on the same batches, taking turns."""
     assert recipe.teacher is not None
     assert recipe.cache is not None
     cache = recipe.cache
     processor = open_processor(recipe.teacher.model, recipe.data)
-    ratios = []
-    with distributed(device="cpu") as world:
+    ratios, seconds, outside = [], [], []
+    with distributed(device=device.type) as world:
         teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
         data = survey(recipe, processor)
         identity = identity_of(recipe, processor, data, weights_fingerprint="0")
@@ -108,15 +123,24 @@ def measure(folder: Path, *, hidden_size: int, num_layers: int) -> tuple[list[fl
                         background.put(capture_batch(batch, unit_id, processor, teacher, cache, names=[]))
                 writer.commit(plan)
 
-        bare(teacher, batches, processor.collate)
-        for round_index in range(ROUNDS):
-            base_s = timed(lambda: bare(teacher, batches, processor.collate))
-            path = folder / f"cache{round_index}"
-            ratios.append(timed(lambda path=path: captured(path)) / base_s)  # type: ignore[misc]
-    return (
+        forward = partial(
+            bare, teacher, batches, processor.collate, teacher.chunk_positions(cache.chunk_size)
+        )
+        forward()
+        for round_index in range(rounds):
+            base_s = timed(forward, device)
+            at_work_s = -teacher.stopwatch.seconds()
+            seconds.append(timed(partial(captured, folder / f"cache{round_index}"), device))
+            at_work_s += teacher.stopwatch.seconds()
+            ratios.append(seconds[-1] / base_s)
+            outside.append(1 - at_work_s / seconds[-1])
+    return Found(
         ratios,
-        sum(one.num_positions for one in encoded),
-        sum(p.numel() for p in teacher.model.parameters()),
+        seconds,
+        outside,
+        num_positions=sum(one.num_positions for one in encoded),
+        num_tokens=sum(len(one.input_ids) for one in encoded),
+        num_parameters=sum(p.numel() for p in teacher.model.parameters()),
     )
 
 
@@ -125,12 +149,11 @@ def main() -> None:
     print("capture / bare forward pass, median of rounds (range)")
     for hidden_size, num_layers in [(192, 8), (512, 12)]:
         with tempfile.TemporaryDirectory() as scratch:
-            ratios, positions, parameters = measure(
-                Path(scratch), hidden_size=hidden_size, num_layers=num_layers
-            )
+            recipe = make_recipe(Path(scratch), hidden_size=hidden_size, num_layers=num_layers)
+            found = measure(recipe, Path(scratch), device=torch.device("cpu"))
         print(
-            f"  {parameters / 1e6:6.1f} M parameters, {positions} positions: {statistics.median(ratios):.3f} "
-            f"({min(ratios):.3f} to {max(ratios):.3f})",
+            f"  {found.num_parameters / 1e6:6.1f} M parameters, {found.num_positions} positions: "
+            f"{statistics.median(found.ratios):.3f} ({min(found.ratios):.3f} to {max(found.ratios):.3f})",
             flush=True,
         )
 

@@ -1,0 +1,202 @@
+"""Everything that needs a GPU, in one command: ``make bench-gpu``.
+
+    python -m tests.benchmarks.bench_gpu [--out bench-gpu] [--minutes 25] [--only PART ...] [--tiny]
+
+The parts run one after the other, the most important first, each in a process of its own.  The figures of each are
+written to ``bench-gpu.json`` when it is done; the same command goes on with the parts that are missing.  No part
+begins when the minutes are over.  ``--tiny`` runs all of them on a CPU, with small shapes, to see that they work;
+their figures say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks import gpu_loss, gpu_models
+from tests.benchmarks.gpu_figures import Figure
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "liger-kernel")
+
+Part = Callable[[Path, torch.device, bool], Iterator[Figure]]
+
+
+def run_tests(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
+    """The tests that need a GPU; on a CPU they are skipped."""
+    report = root / "tests.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+    ]
+    status = subprocess.run(command, cwd=ROOT).returncode
+    counts = dict(
+        part.split("=")
+        for part in report.read_text().split("<testsuite ")[1].split(">")[0].replace('"', "").split()
+        if "=" in part
+    )
+    failed = int(counts["failures"]) + int(counts["errors"])
+    yield Figure("GPU tests, failed", failed + (status not in (0, 1)), "", 0)
+    yield Figure("GPU tests, passed", int(counts["tests"]) - failed - int(counts["skipped"]), "")
+
+
+def student_without_fla(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
+    """The student's step with the linear attention of Transformers."""
+    if device.type == "cuda" and importlib.util.find_spec(gpu_models.MODULE_OF_FLA) is None:
+        print("  left out: flash-linear-attention is not installed, so the step above is already without it")
+        return
+    sys.modules[gpu_models.MODULE_OF_FLA] = None  # type: ignore[assignment]
+    yield from gpu_models.student(root, device, tiny=tiny)
+
+
+def of_shapes(shapes: list[gpu_loss.Shape]) -> Part:
+    return lambda root, device, tiny: gpu_loss.sweep(shapes, device, tiny=tiny)
+
+
+PARTS: dict[str, Part] = {
+    "loss": of_shapes(gpu_loss.FIRST),
+    "tests": run_tests,
+    "student": lambda root, device, tiny: gpu_models.student(root, device, tiny=tiny),
+    "capture": lambda root, device, tiny: gpu_models.teacher(root, device, tiny=tiny),
+    "peers": lambda root, device, tiny: gpu_loss.compare(device, tiny=tiny),
+    "chunks": of_shapes(gpu_loss.CHUNKS),
+    "positions": of_shapes(gpu_loss.POSITIONS),
+    "vocabularies": of_shapes(gpu_loss.OTHER_VOCABULARIES),
+    "student_without_fla": student_without_fla,
+}
+
+
+def machine(*, tiny: bool) -> dict[str, Any]:
+    """What the figures depend on.  Figures of another machine are not added to."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    found: dict[str, Any] = {"device": "CPU, tiny shapes" if tiny else torch.cuda.get_device_name()}
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return found | {"python": platform.python_version(), "packages": versions, "commit": commit or None}
+
+
+def load(path: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """What was measured before, on the same machine by the same code; else nothing."""
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found["machine"] == here:
+            return found
+        path.replace(path.with_suffix(".old.json"))
+    return {"machine": here, "parts": {}}
+
+
+def save(path: Path, found: dict[str, Any]) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(new, path)
+
+
+def measure(name: str, out: Path, *, tiny: bool) -> None:
+    """One part, in this process; its figures go to a file."""
+    device = torch.device("cpu" if tiny else "cuda")
+    begin = time.monotonic()
+    figures = []
+    for figure in PARTS[name](out, device, tiny):
+        shown = replace(figure, goal=None) if tiny else figure
+        print(shown, flush=True)
+        figures.append(asdict(shown))
+    save(
+        out / f"{name}.json",
+        {"date": time.strftime("%Y-%m-%d"), "seconds": time.monotonic() - begin, "figures": figures},
+    )
+
+
+def in_own_process(name: str, out: Path, *, tiny: bool) -> dict[str, Any] | None:
+    """The part's figures; None where it failed, which its own output has explained."""
+    path = out / f"{name}.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tests.benchmarks.bench_gpu", "--part", name, "--out", str(out)]
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if tiny else {})
+    subprocess.run(command + ["--tiny"] * tiny, cwd=ROOT, env=environment)
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    path.unlink()
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """All figures, as docs/benchmarks.md has them."""
+    here = found["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in here["packages"].items() if version)
+    lines = [
+        f"{here['device']}; Python {here['python']}, {versions}; commit {(here['commit'] or 'unknown')[:12]}",
+        "",
+    ]
+    lines += ["| what | measured | to reach |", "|---|---|---|"]
+    for name in PARTS:
+        if name in found["parts"]:
+            lines += [str(Figure(**figure)) for figure in found["parts"][name]["figures"]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "work" / "bench-gpu", help="a folder that is kept")
+    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, with small shapes")
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    out = chosen.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if chosen.part:
+        measure(chosen.part, out, tiny=chosen.tiny)
+        return
+    if not chosen.tiny and not torch.cuda.is_available():
+        raise SystemExit("bench_gpu: no NVIDIA GPU here. See that it works on a CPU with --tiny")
+    begin, path = time.monotonic(), out / "bench-gpu.json"
+    found = load(path, machine(tiny=chosen.tiny))
+    failed = []
+    for name in chosen.only:
+        if name in found["parts"]:
+            continue
+        if time.monotonic() - begin > 60 * chosen.minutes:
+            print(f"{chosen.minutes:g} minutes are over. The same command goes on with {name}")
+            break
+        print(f"\n=== {name}", flush=True)
+        figures = in_own_process(name, out, tiny=chosen.tiny)
+        if figures is None:
+            failed.append(name)
+            continue
+        found["parts"][name] = figures
+        save(path, found)
+    print(f"\n{table(found)}\n\n{path}")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The benchmark of a GPU, on a CPU with tiny shapes: it must work on the day that it meets a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from tests.benchmarks import bench_gpu, full_shapes, gpu_loss
+from tests.benchmarks.bench_gpu import PARTS, main, measure
+from tests.benchmarks.gpu_figures import Figure
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sweep one shape is enough here."""
+    monkeypatch.setitem(PARTS, "loss", bench_gpu.of_shapes(gpu_loss.FIRST[:1]))
+
+
+@pytest.mark.parametrize("part", ["loss", "student", "capture", "peers"])
+def test_a_part_of_it_writes_its_figures(part: str, tmp_path: Path) -> None:
+    measure(part, tmp_path, tiny=True)
+    found = json.loads((tmp_path / f"{part}.json").read_text())
+    assert found["figures"]
+    assert all(figure["value"] >= 0 and figure["goal"] is None for figure in found["figures"])
+
+
+def test_it_goes_on_where_it_was_and_tells_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+    broken = {"student"}
+
+    def in_own_process(name: str, out: Path, *, tiny: bool) -> dict[str, object] | None:
+        ran.append(name)
+        figures = [{"name": f"time of {name}", "value": 2.0, "unit": "ms", "goal": 1.0}]
+        return None if name in broken else {"date": "2026-01-01", "seconds": 1.0, "figures": figures}
+
+    monkeypatch.setattr(bench_gpu, "in_own_process", in_own_process)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--tiny", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="failed: student"):
+        main()
+    assert ran == list(PARTS)
+    assert "| time of loss | 2 ms | 1 ms **missed** |" in capsys.readouterr().out
+
+    broken.clear()
+    main()
+    assert ran[len(PARTS) :] == ["student"]
+    assert list(json.loads((tmp_path / "bench-gpu.json").read_text())["parts"])[-1] == "student"
+
+    path = tmp_path / "bench-gpu.json"
+    path.write_text(path.read_text().replace("tiny shapes", "another"))
+    main()
+    assert ran[len(PARTS) + 1 :] == list(PARTS)  # of another machine: all again
+    assert path.with_suffix(".old.json").exists()
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"no NVIDIA GPU here.*--tiny"):
+        main()
+
+
+def test_no_part_begins_when_the_minutes_are_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--tiny", "--minutes", "-1", "--out", str(tmp_path)])
+    main()
+    assert "minutes are over. The same command goes on with loss" in capsys.readouterr().out
+
+
+def test_the_full_shapes_are_those_of_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model itself is not made: 9 GB."""
+    folder = full_shapes.make_tokenizer(tmp_path / "tokenizer", num_ids=full_shapes.NUM_IDS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == full_shapes.NUM_IDS
+    words = " ".join(full_shapes.WORDS)
+    assert tokenizer.decode(tokenizer(words).input_ids) == words
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(full_shapes.config_of("4B", folder))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    assert num_parameters == pytest.approx(4.5e9, rel=0.05)
+    assert model.get_input_embeddings().weight.shape == (gpu_loss.QWEN, 2560)
+    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+
+def test_a_figure_beyond_its_goal_is_marked() -> None:
+    assert str(Figure("time", 1.5, "ms", 1.0)) == "| time | 1.5 ms | 1 ms **missed** |"
+    assert str(Figure("time", float("nan"), "ms", 1.0)).endswith("**missed** |")
+    assert str(Figure("ratio", 1.0, "", 1.0)) == "| ratio | 1 | 1 |"
