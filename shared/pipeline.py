@@ -92,6 +92,18 @@ def train_student(
     )
 
 
+@main.command("torchrun", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def torchrun_command(arguments: tuple[str, ...]) -> int:
+    """Run torchrun with ARGUMENTS; end with its processes' own status, which is 75 when they were stopped."""
+    from torch.distributed.run import get_args_parser
+
+    nproc = str(get_args_parser().parse_args(list(arguments)).nproc_per_node)
+    if nproc.isdecimal():
+        share_cores(os.environ, int(nproc))
+    return run_torchrun(arguments)
+
+
 def typed(
     verb: str, recipe: str, overrides: Sequence[str], nproc: int, stage_arguments: Sequence[str]
 ) -> str:

@@ -8,7 +8,7 @@ A world of one also has a process group, so that there is one code path for any 
 Ranks wait for each other in two ways.  In a collective all take part at nearly the same time, and one that is late
 by ``collective_timeout_s`` is taken to hang: the job ends.  What one rank does alone (a survey of the data, reading
 weights, an export) may take hours: before the next collective the others wait for it in ``World.barrier``, which has
-no limit but notices a rank that dies.
+no limit but notices a rank that dies.  A capture needs no collectives once it is planned: its ranks ``part``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 import torch
@@ -75,6 +76,7 @@ class World:
     collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
     tensor: int = 1
     _groups: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
+    _has_parted: Event = field(default_factory=Event, repr=False, compare=False)
 
     def with_tensor(self, tensor: int) -> World:
         """The same place, where so many ranks read the same rows; they divide the number of ranks."""
@@ -180,6 +182,19 @@ class World:
             here = store.add(name, 0)
         return bool(here >= self.size)
 
+    def part(self, *, keeps_group: bool = False) -> None:
+        """From here on no rank waits for all others, and the loss of one does not end the others; called by all.
+
+        keeps_group  some ranks go on together, in groups of their own; else nothing joins them any more
+        """
+        if self.size == 1 or self._has_parted.is_set():
+            return
+        self.barrier()
+        self.forget_groups()
+        self._has_parted.set()
+        if not keeps_group:
+            dist.destroy_process_group()
+
     def forget_groups(self) -> None:
         """Lets groups end where their threads are: a forked process that collects one waits for these for ever."""
         self._groups.clear()
@@ -227,10 +242,12 @@ def distributed(
             yield world
             # Sharded modules must be gone before the group is, or one interpreter exit in six aborts.
             gc.collect()
-            world.barrier()
+            if not world._has_parted.is_set():
+                world.barrier()
         finally:
             world.forget_groups()
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _join(device: torch.device, limit: timedelta) -> None:

@@ -30,9 +30,8 @@ INTERRUPTED_STATUS = (
 )
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GO_ON = "TEACHONCE_GO_ON"  # what the user typed, where that is not this process's own command line
-STATUS_FILE = (
-    "TEACHONCE_STATUS_FILE"  # where the first rank leaves its exit status, of which torchrun says nothing
-)
+# Where a machine's first rank leaves its exit status, of which torchrun says nothing.
+STATUS_FILE = "TEACHONCE_STATUS_FILE"
 
 
 @dataclass
@@ -79,8 +78,8 @@ def restored_handlers() -> Iterator[None]:
 
 
 def leave_status(status: int) -> None:
-    """For who has started this process by torchrun; the first rank's counts."""
-    if STATUS_FILE in os.environ and os.environ.get("RANK") == "0":
+    """For who has started this process by torchrun; that of this machine's first rank counts."""
+    if STATUS_FILE in os.environ and os.environ.get("LOCAL_RANK") == "0":
         with suppress(OSError):  # without it the launcher knows the signal
             Path(os.environ[STATUS_FILE]).write_text(str(status), encoding="ascii")
 

@@ -2,30 +2,28 @@
 
     capture(recipe, world, stop)       called by all ranks; returns an exit status
 
-The first rank reads the data, plans and commits; every rank claims units from the job's store, so that a slow
-one does not hold the others up.  A unit's shard depends on the unit alone.  Whatever ends the process, the
-next start finds the shards that are finished and does the rest.
+The first rank reads the data and plans.  Then the ranks part: each copy of the teacher claims units in the cache's
+folder, as do the ranks of other jobs that capture the same there.  Who is lost costs what it had in hand; who comes
+late finds the plan.  Whoever sees the last shard commits.  A unit's shard depends on the unit alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
-from torch.distributed import PrefixStore
-from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
-from shared.cache import CacheReader, CacheWriter, Identity, Manifest, Plan, Unit
-from shared.cache.layout import LIBRARY_LOG_NAME, PLAN_NAME, shard_names
+from shared.cache import CacheReader, CacheWriter, Claims, Identity, Manifest, Plan, Unit
+from shared.cache.claimant import remove_claims, remove_claims_of_the_dead
+from shared.cache.layout import CLAIMS, LIBRARY_LOG_NAME, PLAN_NAME, shard_names
 from shared.cache.plan import MAX_PLAN_BYTES
 from shared.cache.storage import open_folder
-from shared.capture.opening import open_planned
+from shared.capture.opening import created_by_versions, open_planned
 from shared.capture.planning import (
     CaptureData,
     identity_of,
@@ -49,11 +47,12 @@ from shared.survey import broken_shards, open_processor_of
 from stage1_teacher.capturing.batching import BatchRunner
 from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.lockstep import Lockstep
-from stage1_teacher.capturing.progress import Tally, require_space
+from stage1_teacher.capturing.progress import Tally, require_space, totals_of
 from stage1_teacher.capturing.shards import CapturedBatch, ShardAssembler
 from stage1_teacher.capturing.teacher import Teacher, load_teacher, require_ranks
-from stage1_teacher.capturing.windows import EncodedWindow, WindowSource, claimed, encoded_windows, lengths_of
+from stage1_teacher.capturing.windows import EncodedWindow, WindowSource, encoded_windows, lengths_of
 
+Value = TypeVar("Value")
 MAX_PENDING_BATCHES = 4  # on their way to disk
 SETTLE_S = 60.0  # how long shards of other machines may take to show on a network file system
 
@@ -65,6 +64,7 @@ class Assignment:
     identity: Identity
     plan: Plan
     pending: list[Unit]
+    created_by: dict[str, str]
 
 
 def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
@@ -97,28 +97,15 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         check_teacher(recipe, processor, teacher)
     else:
         world.by_main(lambda: check_teacher(recipe, processor, teacher))
-    begin = time.monotonic()
     writer, assignment = open_cache(recipe, processor, data, teacher, world)
     if "://" not in recipe.cache.path:
         keep_library_output(Path(recipe.cache.path) / LIBRARY_LOG_NAME)
-    with writer:
-        totals = capture_units(recipe, processor, teacher, writer, assignment, world, stop)
-        if stop.agreed(world):
-            return stopped(recipe.cache, writer, assignment, world)
-        if world.is_main:
-            elapsed_s = time.monotonic() - begin
-            facts = {
-                **totals,
-                **environment(),
-                **teacher_stamp(recipe.teacher),
-                "recipe": dump_recipe(recipe),
-            }
-            shared = {"tensor": recipe.teacher.tensor, "expert": recipe.teacher.expert}
-            # Before the commit: killed after it, the next start would find nothing to do, and nothing to log.
-            writer.log("captured", seconds=round(elapsed_s, 3), ranks=world.size, **shared, **facts)
-            manifest = writer.commit(assignment.plan, settle_s=SETTLE_S if world.size > 1 else 0.0)
-            tqdm.write(summary(recipe.cache, manifest, totals, elapsed_s))
-    return 0
+    teacher = teacher.led(world)
+    if not teacher.is_sharded:
+        world.part(keeps_group=teacher.is_shared)
+    if teacher.is_follower:
+        return teacher.follow()
+    return Lead(recipe, processor, teacher, writer, assignment, world, stop).run()
 
 
 def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData) -> bool:
@@ -157,21 +144,24 @@ def parallel_facts(teacher: TeacherConfig) -> dict[str, str]:
 
 
 def remove_committed_plan(location: str) -> None:
-    """Removes the plan that a capture killed right after its commit has left: it adds to an older manifest.
+    """Removes plan and claims that a capture killed right after its commit has left: they add to an older manifest.
 
     Another capture's plan, which adds to this one, stays.
     """
     folder, identity = open_folder(location), CacheReader(location).manifest.identity
-    if folder.size(PLAN_NAME) is None:
+    if folder.size(PLAN_NAME) is None and not folder.names(CLAIMS):
         return
     # A cache at work, or one that may not be written, is no worse for it.
     with (
         contextlib.suppress(TeachonceError, OSError),
-        CacheWriter.open(location, identity, created_by={}) as writer,
+        CacheWriter.open(location, identity, created_by={}, for_a_moment=True) as writer,
     ):
-        plan = Plan.decode(folder.read(PLAN_NAME, max_bytes=MAX_PLAN_BYTES), where=folder.where)
-        if writer.manifest is not None and plan.base != writer.manifest.sha256:
-            folder.remove(PLAN_NAME)
+        if folder.size(PLAN_NAME) is not None:
+            plan = Plan.decode(folder.read(PLAN_NAME, max_bytes=MAX_PLAN_BYTES), where=folder.where)
+            if writer.manifest is not None and plan.base != writer.manifest.sha256:
+                folder.remove(PLAN_NAME)
+        if folder.size(PLAN_NAME) is None:
+            remove_claims_of_the_dead(folder)
 
 
 def open_cache(
@@ -186,6 +176,7 @@ def open_cache(
         assert teacher.weights_fingerprint is not None
         identity = identity_of(recipe, processor, data, weights_fingerprint=teacher.weights_fingerprint)
         assert recipe.teacher is not None
+        facts = teacher_content(recipe.teacher) | parallel_facts(recipe.teacher)
         writer, plan, pending = open_planned(
             cache.path,
             identity,
@@ -193,7 +184,9 @@ def open_cache(
             data.numbered_keys(),
             examples_per_shard=cache.examples_per_shard,
             skipped=data.unreadable(),
-            facts=teacher_content(recipe.teacher) | parallel_facts(recipe.teacher),
+            facts=facts,
+            with_others=True,
+            timeout_s=cache.claim_timeout_s,
         )
         opened.append(writer)
         found = len(plan.units) - len(pending)
@@ -201,70 +194,119 @@ def open_cache(
             tqdm.write(
                 f"cache {cache.path}: {found} of {len(plan.units)} units are finished, going on with the rest"
             )
-        return Assignment(identity, plan, pending)
+        return Assignment(identity, plan, pending, created_by_versions() | facts)
 
     assignment = world.by_main(plan)
-    return opened[0] if opened else CacheWriter.join(cache.path, assignment.identity), assignment
+    joined = CacheWriter.join(cache.path, assignment.identity, created_by=assignment.created_by)
+    return opened[0] if opened else joined, assignment
 
 
-def capture_units(
-    recipe: Recipe,
-    processor: ExampleProcessor,
-    teacher: Teacher,
-    writer: CacheWriter,
-    assignment: Assignment,
-    world: World,
-    stop: StopRequest,
-) -> dict[str, int]:
-    """Captures units as long as there are any; returns counts of all ranks."""
-    store = PrefixStore("capture", _get_default_store())
-    tally = Tally(store, sum(map(len, assignment.pending)), show=world.is_main)
-    teacher = teacher.led(world)
-    if teacher.is_follower:
-        teacher.follow()
-    else:
-        lead(recipe, processor, teacher, writer, assignment, store, tally, stop)
-    tally.add_teacher(teacher.stopwatch.seconds())
-    world.barrier()
-    return tally.close()
+class Lead:
+    """What the first rank of a copy of the teacher does, or each rank of one that is sharded over all."""
 
+    def __init__(
+        self,
+        recipe: Recipe,
+        processor: ExampleProcessor,
+        teacher: Teacher,
+        writer: CacheWriter,
+        assignment: Assignment,
+        world: World,
+        stop: StopRequest,
+    ) -> None:
+        assert recipe.cache is not None
+        assert recipe.teacher is not None
+        self.recipe, self.config, self.cache = recipe, recipe.teacher, recipe.cache
+        self.processor, self.teacher, self.writer = processor, teacher, writer
+        self.assignment, self.world, self.stop = assignment, world, stop
+        self.source = WindowSource(open_rows(recipe), processor)
+        self.runner = BatchRunner(self.cache.batch_tokens, may_shrink=not teacher.is_shared)
 
-def lead(
-    recipe: Recipe,
-    processor: ExampleProcessor,
-    teacher: Teacher,
-    writer: CacheWriter,
-    assignment: Assignment,
-    store: dist.Store,
-    tally: Tally,
-    stop: StopRequest,
-) -> None:
-    """Captures the units that this rank claims, with the ranks that share its copy of the teacher."""
-    assert recipe.cache is not None
-    cache, units = recipe.cache, assignment.pending
+    def run(self) -> int:
+        """Captures as long as there is something to capture, and commits if no other does; returns the exit status."""
+        pending, timeout_s = self.assignment.pending, self.cache.claim_timeout_s
+        patience_s = self.recipe.parallel.collective_timeout_s
+        with Claims(self.writer.folder, pending, timeout_s=timeout_s, patience_s=patience_s) as claims:
+            ranks = self.config.ranks_per_copy if self.teacher.copy_group is not None else 1
+            tally = Tally(claims, sum(map(len, pending)), show=self.world.is_main, ranks=ranks)
+            with contextlib.closing(tally):
+                while True:
+                    self.capture_claimed(claims, tally)
+                    tally.rest(self.teacher.seconds())
+                    if self.teacher.is_sharded:
+                        self.stop.received = self.stop.agreed(self.world)
+                    if not self.by_one(lambda: claims.wait(self.is_stopped)):
+                        break
+                    claims.claimant.note(idle=False)
+            status = self.by_one(lambda: self.end(claims))
+        self.teacher.dismiss_followers(status)
+        return status
 
-    def on_shard(unit: Unit) -> None:
-        require_space(cache.path, unit, num_units_left=len(units) - tally.add_unit())
+    def is_stopped(self) -> bool:
+        return self.stop.received
 
-    assembler = ShardAssembler(writer, units, on_rows=tally.add, on_shard=on_shard)
-    runner = BatchRunner(cache.batch_tokens, may_shrink=not teacher.is_shared)
-    refusals = Refusals(store, num_known=len(assignment.plan.skipped), allowed=recipe.data.max_dropped)
-    mine = claimed(units, lambda: store.add("claimed", 1) - 1)
-    source = WindowSource(open_rows(recipe), processor)
-    lockstep = Lockstep(lambda: idle_forward(source, teacher), is_needed=teacher.is_sharded)
-    with BackgroundWriter(assembler.take, max_pending=MAX_PENDING_BATCHES) as background:
-        for window in encoded_windows(source, mine, num_workers=cache.num_workers):
-            for refused in window.refused:
-                refusals.count(refused.reason)
-                background.put((window.unit_id, refused))
-            for batch in captured_batches(window, processor, teacher, runner, cache, lockstep):
-                background.put(batch)
-                if stop.received:
+    def by_one(self, work: Callable[[], Value]) -> Value:
+        """Of a sharded teacher all ranks go on, wait or end together, as the first one says."""
+        return self.world.by_main(work) if self.teacher.is_sharded else work()
+
+    def capture_claimed(self, claims: Claims, tally: Tally) -> None:
+        """Captures units while one is free."""
+
+        def on_shard(unit: Unit) -> None:
+            claims.finish(unit)
+            require_space(self.cache.path, unit, num_units_left=claims.num_left)
+
+        assembler = ShardAssembler(self.writer, self.assignment.pending, on_rows=tally.add, on_shard=on_shard)
+        refusals = Refusals(
+            claims, num_known=len(self.assignment.plan.skipped), allowed=self.recipe.data.max_dropped
+        )
+        lockstep = Lockstep(
+            lambda: idle_forward(self.source, self.teacher), is_needed=self.teacher.is_sharded
+        )
+        with BackgroundWriter(assembler.take, max_pending=MAX_PENDING_BATCHES) as background:
+            units = iter(claims.next, None)
+            for window in encoded_windows(self.source, units, num_workers=self.cache.num_workers):
+                for refused in window.refused:
+                    refusals.count(refused.reason)
+                    background.put((window.unit_id, refused))
+                for batch in captured_batches(
+                    window, self.processor, self.teacher, self.runner, self.cache, lockstep
+                ):
+                    claims.claimant.check()
+                    background.put(batch)
+                    if self.stop.received:
+                        break
+                if self.stop.received:
                     break
-            if stop.received:
-                break
-        lockstep.finish()
-    teacher.dismiss_followers()
+            lockstep.finish()
+
+    def end(self, claims: Claims) -> int:
+        """The exit status, when there is nothing left to capture or a stop was asked for."""
+        if claims.is_complete and claims.is_to_commit(self.is_stopped):
+            self.commit(claims)
+        elif not claims.is_complete or self.writer.folder.size(PLAN_NAME) is not None:
+            return stopped(self.cache, self.writer, self.assignment, self.world)
+        elif self.world.is_main:
+            tqdm.write(f"cache {self.cache.path} is complete; another process has committed it")
+        return 0
+
+    def commit(self, claims: Claims) -> None:
+        told = claims.told()
+        totals, elapsed_s = totals_of(told), max(facts.get("seconds", 0.0) for facts in told)
+        facts = {
+            **totals,
+            "tensor": self.config.tensor,
+            "expert": self.config.expert,
+            **environment(),
+            **teacher_stamp(self.config),
+            "recipe": dump_recipe(self.recipe),
+        }
+        with self.writer.locked():
+            # Before the commit: killed after it, the next start would find nothing to do, and nothing to log.
+            self.writer.log("captured", seconds=elapsed_s, **facts)
+            manifest = self.writer.commit(self.assignment.plan, settle_s=SETTLE_S)
+        remove_claims(self.writer.folder)
+        tqdm.write(summary(self.cache, manifest, totals, elapsed_s))
 
 
 def captured_batches(
@@ -344,15 +386,18 @@ def capture_batch(
 
 @dataclass
 class Refusals:
-    """Examples left out, over all ranks, against the number that may be."""
+    """Examples left out, over all that capture, against the number that may be."""
 
-    store: dist.Store
+    claims: Claims
     num_known: int
     allowed: int
+    num_found: int = 0
 
     def count(self, reason: str) -> None:
         """Raises   DataError  when one more than allowed is left out"""
-        number = self.num_known + self.store.add("refused", 1)
+        self.num_found += 1
+        self.claims.claimant.tell(refused=self.num_found)
+        number = self.num_known + sum(int(facts.get("refused", 0)) for facts in self.claims.told_so_far())
         if number > self.allowed:
             raise DataError(f"{reason}. That makes {number} left out, data.max_dropped allows {self.allowed}")
 
@@ -360,7 +405,8 @@ class Refusals:
 def stopped(cache: CacheConfig, writer: CacheWriter, assignment: Assignment, world: World) -> int:
     """Says how to go on; returns the status of an interrupted capture."""
     if world.is_main:
-        writer.log("interrupted")
+        with writer.locked():
+            writer.log("interrupted")
         units = assignment.plan.units
         published = {name.rpartition("/")[2].partition("-")[0] for name in shard_names(writer.folder)}
         num_finished = sum(unit.unit_id in published for unit in units)

@@ -3,7 +3,7 @@
 Writing (stage one).  ``location`` is a path or any fsspec URL; the first process opens, the others join::
 
     CacheWriter.open(location, identity: Identity, *, created_by: Mapping[str, str]) -> CacheWriter
-    CacheWriter.join(location, identity) -> CacheWriter
+    CacheWriter.join(location, identity, *, created_by=None) -> CacheWriter
     writer.manifest                 the committed Manifest that grows, or None
     writer.stored_plan()            -> Plan | None    an interrupted capture's, or the opening process's, plan
     writer.plan(rows: Iterable[(key, row number)], *, examples_per_shard, skipped=()) -> Plan
@@ -11,7 +11,9 @@ Writing (stage one).  ``location`` is a path or any fsspec URL; the first proces
     plan.skipped, plan.duplicates, plan.num_examples
     writer.is_finished(unit)        -> bool           reads and hashes the shard
     with writer.unit(unit) as shard: shard.add(Row(...)); shard.skip(key, row="train[17]", reason="...")
-    writer.log(event, **facts)      a line of log.jsonl; by the opening process only
+    with Claims(folder, units, timeout_s=...) as claims: ...      who does which unit; see shared.cache.claims
+    with writer.locked(): ...       for log and commit, where the writer has joined
+    writer.log(event, **facts)      a line of log.jsonl; by one process at a time
     writer.commit(plan, *, settle_s=0.0) -> Manifest
     writer.close()                  or use the writer as a context manager
 
@@ -50,6 +52,7 @@ Errors: ``CacheFormatError`` (damaged, incomplete, another version, no space), `
 another capture is at work), ``CacheMismatchError`` (a sound cache of something else).
 """
 
+from shared.cache.claims import Claims
 from shared.cache.identity import (
     Comparison,
     DataSource,
@@ -71,6 +74,7 @@ __all__ = [
     "CacheBusyError",
     "CacheReader",
     "CacheWriter",
+    "Claims",
     "Comparison",
     "DataSource",
     "Identity",

@@ -4,7 +4,8 @@ manifest.json               makes the folder a cache; written last
 index-<sha256>.arrow        the sorted table of keys
 shards/<unit>-<sha256>.arrow
 plan.arrow                  while a capture is under way
-capture.lock                while a process captures
+claims/                     while a capture is under way: who does what
+capture.lock                while a process has the folder to itself
 log.jsonl                   times, speeds, hosts; read by people only
 capture.log                 what libraries said while it was captured
 """
@@ -22,9 +23,12 @@ LOG_NAME = "log.jsonl"
 LIBRARY_LOG_NAME = "capture.log"
 INDEX_PREFIX = "index-"
 SHARDS = "shards/"
+CLAIMS = "claims/"
 # Only what is named like this is ever removed: other programs have folders called "shards", too.
 INDEX_NAME = re.compile(r"index-[0-9a-f]{16}\.arrow")
 SHARD_NAME = re.compile(r"shards/[0-9a-f]{16}-[0-9a-f]{64}\.arrow")
+CLAIM_NAME = re.compile(r"claims/([0-9a-f]{16}|commit)\.([0-9]{1,6})")
+CLAIMANT_NAME = re.compile(r"claims/[A-Za-z0-9_.-]+\.json")
 
 
 def index_name(sha256: str) -> str:
@@ -45,6 +49,16 @@ def unit_in(name: str) -> str:
 def sha256_in(name: str) -> str:
     """The hash in a shard's name."""
     return name.removesuffix(".arrow").rpartition("-")[2]
+
+
+def claim_name(task: str, generation: int) -> str:
+    """What a claim is called: by its task, a unit's id or ``commit``, and by how often it was taken over."""
+    return f"{CLAIMS}{task}.{generation}"
+
+
+def claimant_file(name: str) -> str:
+    """The file of one process that takes part in a capture."""
+    return f"{CLAIMS}{name}.json"
 
 
 def index_names(folder: Folder) -> list[str]:

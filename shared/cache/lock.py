@@ -1,9 +1,11 @@
-"""One capture at a time in a cache folder.
+"""One process at a time that plans, commits or merges in a cache folder.
 
 A POSIX record lock on a file: the kernel gives it back when its owner dies, however it dies, so there is
 nothing to expire; data-loader workers do not inherit it (``flock`` would live on in them); and NFS passes it
 on to its server.  Where a file system cannot lock at all, captures go on without: two at once waste work but
 cannot damage a cache, because every file appears whole under a name made of its content.
+
+Processes that capture together hold it for moments, to plan and to commit, and say so in it: for those others wait.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +22,8 @@ from shared.cache.layout import LOCK_NAME
 from shared.cache.storage import explain_write_errors
 from shared.errors import CacheFormatError
 
+POLL_S = 0.1
+FOR_A_MOMENT = " for a moment"
 CANNOT_LOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 _held_here: set[Path] = set()
@@ -26,6 +31,8 @@ _held_here: set[Path] = set()
 
 class CacheBusyError(CacheFormatError):
     """Another capture writes to this cache."""
+
+    is_for_a_moment = False
 
 
 class CaptureLock:
@@ -38,15 +45,21 @@ class CaptureLock:
         self._owner = os.getpid()
 
     @classmethod
-    def in_folder(cls, folder: Path) -> Self:
-        """Makes the folder if it is new, and acquires its lock."""
+    def in_folder(cls, folder: Path, *, for_a_moment: bool = False) -> Self:
+        """Makes the folder if it is new, and acquires its lock, when no other process holds it for a moment."""
         with explain_write_errors(f"cache {folder}", LOCK_NAME):
             folder.mkdir(parents=True, exist_ok=True)
             lock = cls(folder)
-            lock.acquire()
-        return lock
+            while True:
+                try:
+                    lock.acquire(for_a_moment=for_a_moment)
+                    return lock
+                except CacheBusyError as busy:
+                    if not busy.is_for_a_moment:
+                        raise
+                time.sleep(POLL_S)
 
-    def acquire(self) -> None:
+    def acquire(self, *, for_a_moment: bool = False) -> None:
         """Raises   CacheBusyError  at once when another process, or another lock of this one, holds it."""
         if self.path.resolve() in _held_here:  # a record lock does not exclude its own process
             raise self._busy("this very process")
@@ -63,7 +76,8 @@ class CaptureLock:
                 os.close(descriptor)
         _held_here.add(self.path.resolve())
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        owner = f"process {os.getpid()} on {socket.gethostname()}{FOR_A_MOMENT * for_a_moment}\n"
+        os.pwrite(self._descriptor, owner.encode(), 0)
 
     def close(self) -> None:
         """Removes the file and gives the lock back; in a forked child it does nothing."""
@@ -85,9 +99,11 @@ class CaptureLock:
             self.works = False
 
     def _busy(self, owner: str) -> CacheBusyError:
-        return CacheBusyError(
+        busy = CacheBusyError(
             f"cache {self.path.parent}: {owner} is writing to it. Wait until it has ended, or stop it."
         )
+        busy.is_for_a_moment = owner.endswith(FOR_A_MOMENT)
+        return busy
 
     def _is_current(self, descriptor: int) -> bool:
         try:

@@ -46,6 +46,13 @@ class Folder(Protocol):
     def publish(self, name: str, data: bytes | pa.Buffer) -> None:
         """Writes a file, whole or not at all, in the place of an older one of that name."""
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes a small new file; False where one of that name is there.
+
+        Not synced: a power cut may take it, or leave it empty.  A remote storage without conditional writes may let
+        two succeed.
+        """
+
     def remove(self, name: str) -> None:
         """Removes a file; one that is not there is no error."""
 
@@ -106,6 +113,18 @@ class LocalFolder:
                 temporary.unlink(missing_ok=True)
                 raise
             sync_folder(target.parent)
+
+    def create(self, name: str, data: bytes) -> bool:
+        target = self.path / name
+        with explain_write_errors(self.where, name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                return False
+            with open(descriptor, "wb") as stream:
+                stream.write(data)
+        return True
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
@@ -186,6 +205,24 @@ class RemoteFolder:
             filesystem.invalidate_cache()
             if int(filesystem.size(path)) != len(data):
                 raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
+
+    def create(self, name: str, data: bytes) -> bool:
+        with explain_write_errors(self.where, name), explain_remote_errors(self.where, name):
+            filesystem, root = self.connect()
+            path = f"{root}/{name}"
+            filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+            filesystem.invalidate_cache()
+            if filesystem.exists(path):
+                return False
+            try:
+                filesystem.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:  # as S3 says that another process was the first
+                if "PreconditionFailed" in str(error) or "ConditionalRequestConflict" in str(error):
+                    return False
+                raise
+        return True
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), explain_remote_errors(self.where, name):

@@ -10,15 +10,16 @@
 
 A unit is in memory until its ``with`` block ends without an exception; then its shard appears under a name
 made of the unit's id and of its own hash.  So there is nothing to repair after a crash: a shard that is
-there is whole, or its name convicts it.  Processes beside the first one ``join``, and claim units from each
-other by means of their own; should two do the same unit, one of the shards is dropped at the commit.
+there is whole, or its name convicts it.  Processes beside the first one ``join``, and share the units by ``Claims``;
+should two do the same unit, one of the shards is dropped at the commit.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from shared.cache.format import sha256_hex
 from shared.cache.identity import Identity
 from shared.cache.index import KeyIndex, load_index
 from shared.cache.layout import (
+    CLAIMS,
     LOG_NAME,
     MANIFEST_NAME,
     PLAN_NAME,
@@ -61,15 +63,23 @@ class CacheWriter:
         )
 
     @classmethod
-    def open(cls, location: str, identity: Identity, *, created_by: Mapping[str, str]) -> Self:
-        """Opens the cache for the one process that plans and commits; the folder may be new.
+    def open(
+        cls, location: str, identity: Identity, *, created_by: Mapping[str, str], for_a_moment: bool = False
+    ) -> Self:
+        """Opens the cache for a process that plans, or commits; the folder may be new.
+
+        for_a_moment  until a near :meth:`close`, for which others wait
 
         Raises   CacheBusyError      when another capture is at work there (local folders)
                  CacheMismatchError  when what is there was captured otherwise: every difference, both sides
                  CacheFormatError    when the folder holds other things, or an index is lost together with shards
         """
         folder = open_folder(location)
-        lock = CaptureLock.in_folder(folder.path) if isinstance(folder, LocalFolder) else None
+        lock = (
+            CaptureLock.in_folder(folder.path, for_a_moment=for_a_moment)
+            if isinstance(folder, LocalFolder)
+            else None
+        )
         try:
             writer = cls(folder, identity, created_by)
             writer._lock = lock
@@ -83,9 +93,9 @@ class CacheWriter:
         return writer
 
     @classmethod
-    def join(cls, location: str, identity: Identity) -> Self:
+    def join(cls, location: str, identity: Identity, *, created_by: Mapping[str, str] | None = None) -> Self:
         """Opens the cache for one more process, which writes units of the plan that is stored there."""
-        return cls(open_folder(location), identity, {})
+        return cls(open_folder(location), identity, created_by or {})
 
     def __enter__(self) -> Self:
         return self
@@ -98,6 +108,16 @@ class CacheWriter:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder is this process's alone for a moment: for the commit, where others take part."""
+        if self._lock is None and isinstance(self.folder, LocalFolder):
+            self._lock = CaptureLock.in_folder(self.folder.path, for_a_moment=True)
+        try:
+            yield
+        finally:
+            self.close()
 
     def stored_plan(self) -> Plan | None:
         """The plan in the folder, if it is for this very identity, data included, and this manifest."""
@@ -246,7 +266,8 @@ class CacheWriter:
         Those outlive their commit, so that a reader of the old cache can go on.
         """
         if isinstance(self.folder, LocalFolder):
-            self.folder.remove_temporaries(alive_too=self._lock is not None and self._lock.works)
+            alone = self._lock is not None and self._lock.works and not self.folder.names(CLAIMS)
+            self.folder.remove_temporaries(alive_too=alone)
         current = None if self.manifest is None else self.manifest.index.name
         for name in index_names(self.folder):
             if name != current:

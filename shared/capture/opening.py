@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from shared.cache import CacheReader, CacheWriter, Identity, Plan, SkippedRow, Unit
+from shared.cache import CacheBusyError, CacheReader, CacheWriter, Identity, Plan, SkippedRow, Unit
+from shared.cache.claimant import somebody_at_work
 from shared.runtime import environment
 from shared.survey import broken_shards
 
@@ -18,20 +19,34 @@ def open_planned(
     examples_per_shard: int,
     skipped: Sequence[SkippedRow] = (),
     facts: Mapping[str, str] | None = None,
+    with_others: bool = False,
+    timeout_s: float = 180.0,
 ) -> tuple[CacheWriter, Plan, list[Unit]]:
-    """The writer of the one process that plans and commits, its plan, and the units without a whole shard.
+    """A writer, its plan, and the units without a whole shard.
 
     keys           all that the cache is to hold
     numbered_keys  the same with the caller's row numbers; looked at only where a plan must be made
     facts          for the manifest's ``created_by``, beside the versions
-    Raises   as ``CacheWriter.open``
+    with_others    other processes may capture what this one does, by claims; the folder is locked for the planning
+                   alone.  False: it is this process's own until the writer is closed
+    timeout_s      after which a silent process is taken to be dead
+    Raises   as ``CacheWriter.open``, and CacheBusyError  while others capture something else into the folder
     """
-    writer = CacheWriter.open(location, identity, created_by=_versions() | dict(facts or {}))
+    created_by = created_by_versions() | dict(facts or {})
+    writer = CacheWriter.open(location, identity, created_by=created_by, for_a_moment=with_others)
     try:
+        plan = writer.stored_plan() if with_others else None
+        if plan is None and (owner := somebody_at_work(writer.folder, timeout_s=timeout_s)) is not None:
+            raise CacheBusyError(
+                f"{writer.folder.where}: {owner} captures into it, by another plan. Wait until it has ended, or "
+                "stop it."
+            )
         _discard_broken_shards(location, writer, keys)
         plan = writer.stored_plan() or writer.plan(
             numbered_keys, examples_per_shard=examples_per_shard, skipped=skipped
         )
+        if with_others:
+            writer.close()
         return writer, plan, [unit for unit in plan.units if not writer.is_finished(unit)]
     except BaseException:
         writer.close()
@@ -45,6 +60,7 @@ def _discard_broken_shards(location: str, writer: CacheWriter, keys: Sequence[by
             writer.folder.remove(name)
 
 
-def _versions() -> dict[str, str]:
+def created_by_versions() -> dict[str, str]:
+    """For the manifest's ``created_by``."""
     facts = environment()
     return {name: str(facts[name]) for name in ("teachonce", "torch", "transformers")}

@@ -179,6 +179,9 @@ class CacheConfig(Section):
     allows."""
     num_workers: NumWorkers = 2
     """Processes that decode pictures, for each rank."""
+    claim_timeout_s: Annotated[float, Field(ge=1, le=1e6)] = 180
+    """Seconds after which a process that captures and is silent is taken to be dead: others capture its units. Longer
+    than the network file system takes to show a change."""
     shuffle_window: NonNegativeInt | Literal["auto"] = "auto"
     """Shards whose examples a student mixes at a time, so that it needs no others meanwhile. 0: the order of an epoch
     does not look at shards. `auto`: 0, but for a remote cache that is larger than the staging folder."""

@@ -3,7 +3,7 @@
     followers.ask("hidden", tensors)          # the leader, before its own part
     for name, tensors in followers.asked():   # the others, until the leader dismisses them
         ...
-    followers.dismiss()
+    followers.dismiss(0)
 
 The leader alone reads examples, draws targets and writes; so a unit does not depend on how many ranks share a copy in
 any other way than by rounding.
@@ -23,6 +23,7 @@ from torch import Tensor
 from shared.runtime import NO_LIMIT, World
 
 POLL_S = 0.001
+DISMISSED = "dismissed"
 Header = tuple[str, list[tuple[str, torch.Size, torch.dtype]]]
 
 
@@ -55,14 +56,20 @@ class Followers:
         for tensor in tensors.values():
             dist.broadcast(tensor.contiguous(), group=self.group, group_src=0)
 
-    def dismiss(self) -> None:
-        """There is nothing more to be asked."""
-        self._send(None)
+    def dismiss(self, status: int) -> None:
+        """There is nothing more to be asked; all ranks of the copy end with this status."""
+        self.ask(DISMISSED, {"status": torch.tensor([status], device=self.device)})
+
+    def sum(self, value: float) -> float:
+        """Over the ranks of the copy, on the leader, which has asked the others to call it too."""
+        total = torch.tensor(value, dtype=torch.float64)
+        self._wait_for(dist.reduce(total, group=self.waiting, group_dst=0, async_op=True))
+        return float(total)
 
     def asked(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """What the leader asks, one after the other, until it dismisses."""
-        while (header := self._receive()) is not None:
-            name, kinds = header
+        """What the leader asks, one after the other; the last is to end."""
+        while True:
+            name, kinds = self._receive()
             tensors = {
                 key: torch.empty(shape, dtype=dtype, device=self.device) for key, shape, dtype in kinds
             }
@@ -70,22 +77,24 @@ class Followers:
                 dist.broadcast(tensor, group=self.group, group_src=0)
             yield name, tensors
 
-    def _send(self, header: Header | None) -> None:
+    def _send(self, header: Header) -> None:
         content = torch.frombuffer(bytearray(pickle.dumps(header)), dtype=torch.uint8)
-        self._wait_for(torch.tensor([len(content)]))
-        self._wait_for(content)
+        self._broadcast(torch.tensor([len(content)]))
+        self._broadcast(content)
 
-    def _receive(self) -> Header | None:
+    def _receive(self) -> Header:
         length = torch.zeros(1, dtype=torch.int64)
-        self._wait_for(length)
+        self._broadcast(length)
         content = torch.empty(int(length), dtype=torch.uint8)
-        self._wait_for(content)
-        header: Header | None = pickle.loads(content.numpy().tobytes())
+        self._broadcast(content)
+        header: Header = pickle.loads(content.numpy().tobytes())
         return header
 
-    def _wait_for(self, tensor: Tensor) -> None:
-        """A broadcast; a wait inside torch would not let a second signal end the process."""
-        sent = dist.broadcast(tensor, group=self.waiting, group_src=0, async_op=True)
+    def _broadcast(self, tensor: Tensor) -> None:
+        self._wait_for(dist.broadcast(tensor, group=self.waiting, group_src=0, async_op=True))
+
+    def _wait_for(self, sent: dist.Work) -> None:
+        """A wait inside torch would not let a second signal end the process."""
         while not sent.is_completed():
             time.sleep(POLL_S)
         sent.wait()

@@ -7,28 +7,32 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from torch.distributed import Store
 from tqdm import tqdm
 
-from shared.cache import Row, Unit
+from shared.cache import Claims, Row, Unit
 from shared.errors import CacheFormatError
 from shared.progress import progress
 
 COUNTERS = ("examples", "positions", "entries", "bytes")
-TEACHER_MS = "teacher_ms"  # of all ranks together
+TEACHER_MS = "teacher_ms"
 
 
 @dataclass
 class Tally:
-    """Counts of this run in the job's store: every rank adds, the first one shows.
+    """Counts of this rank's copy of the teacher, told to the other claimants; the first rank shows how far all are.
 
-    Called from the writer thread and from the main one; the store is not shared between threads elsewhere.
+    Called from the writer thread and from the main one.
+
+    ranks  that share the copy
     """
 
-    store: Store
+    claims: Claims
     num_examples: int
     show: bool
+    ranks: int = 1
+    _counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
     _bar: tqdm = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _begin_s: float = field(default_factory=time.monotonic)
@@ -46,41 +50,47 @@ class Tally:
             sum(len(row.payload) for row in rows),
         )
         with self._lock:
-            for name, count in zip(COUNTERS, counts, strict=True):
-                self.store.add(name, count)
+            self._counts = {
+                name: self._counts[name] + count for name, count in zip(COUNTERS, counts, strict=True)
+            }
+            self.claims.claimant.note(**self._counts, ranks=self.ranks, seconds=self._elapsed_s())
             if self.show:
                 self._refresh()
 
-    def add_teacher(self, seconds: float) -> None:
-        """What of this rank's time was the teacher's own."""
-        self.store.add(TEACHER_MS, round(1e3 * seconds))
+    def rest(self, teacher_s: float) -> None:
+        """Tells all there is to tell: there is nothing to be done at this moment.
 
-    def add_unit(self) -> int:
-        """Counts a published unit; returns how many all ranks have published."""
-        return self.store.add("units", 1)
-
-    def totals(self) -> dict[str, int]:
-        return {name: self.store.add(name, 0) for name in (*COUNTERS, TEACHER_MS)}
-
-    def close(self) -> dict[str, int]:
-        """Ends the bar; returns the totals of all ranks."""
+        teacher_s  what of this copy's time was the teacher's own, of all its ranks
+        """
         with self._lock:
-            totals = self.totals()
+            told = {**self._counts, TEACHER_MS: round(1e3 * teacher_s), "ranks": self.ranks}
+            self.claims.claimant.tell(**told, seconds=self._elapsed_s(), idle=True)
             if self.show:
                 self._refresh()
-            self._bar.close()
-        return totals
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _elapsed_s(self) -> float:
+        return round(time.monotonic() - self._begin_s, 3)
 
     def _refresh(self) -> None:
-        totals = self.totals()
-        positions = max(totals["positions"], 1)
-        elapsed_s = max(time.monotonic() - self._begin_s, 1e-9)
+        """Of the others only examples are known here; the rest is taken to be like ours."""
+        counts, positions = self._counts, max(self._counts["positions"], 1)
+        num_done = counts["examples"] + self.claims.num_examples_of_others
+        per_s = num_done * counts["positions"] / max(counts["examples"], 1) / max(self._elapsed_s(), 1e-3)
         self._bar.set_postfix_str(
-            f"{totals['positions'] / elapsed_s:.0f} pos/s, {totals['entries'] / positions:.1f} entries/pos, "
-            f"{totals['bytes'] / positions:.1f} B/pos",
+            f"{per_s:.0f} pos/s, {counts['entries'] / positions:.1f} entries/pos, "
+            f"{counts['bytes'] / positions:.1f} B/pos",
             refresh=False,
         )
-        self._bar.update(totals["examples"] - self._bar.n)
+        self._bar.update(max(num_done - self._bar.n, 0))
+
+
+def totals_of(told: list[dict[str, Any]]) -> dict[str, int]:
+    """Sums over what claimants have told; what has another form counts nothing."""
+    names = (*COUNTERS, TEACHER_MS, "ranks")
+    return {name: sum(value for facts in told if isinstance(value := facts.get(name), int)) for name in names}
 
 
 def require_space(location: str, unit: Unit, *, num_units_left: int) -> None:

@@ -40,7 +40,7 @@ from shared.recipes import TeacherConfig
 from shared.recipes.policies import Policy
 from shared.runtime import World
 from shared.sparse import SparseTargets
-from stage1_teacher.capturing.copies import Followers
+from stage1_teacher.capturing.copies import DISMISSED, Followers
 from stage1_teacher.capturing.stopwatch import Stopwatch
 
 
@@ -82,19 +82,32 @@ class Teacher:
     def is_follower(self) -> bool:
         return self.followers is not None and not self.followers.is_leader
 
-    def follow(self) -> None:
-        """Computes what the leader of this copy asks for, until it is done."""
+    def follow(self) -> int:
+        """Computes what the leader of this copy asks for, until it is done; returns the status that it says."""
         assert self.followers is not None
         for name, tensors in self.followers.asked():
+            if name == DISMISSED:
+                return int(tensors["status"])
+            if name == "seconds":
+                self.followers.sum(self.stopwatch.seconds())
+                continue
             with self.stopwatch.running():
                 if name == "hidden":
                     self._hidden(tensors, tensors.pop("position_index"))
                 else:
                     self._logits(tensors["hidden_nD"])
+        raise AssertionError("a leader always dismisses")
 
-    def dismiss_followers(self) -> None:
+    def dismiss_followers(self, status: int) -> None:
         if self.followers is not None:
-            self.followers.dismiss()
+            self.followers.dismiss(status)
+
+    def seconds(self) -> float:
+        """Of the teacher's own work, over the ranks of this copy; waits for the devices."""
+        if self.followers is None:
+            return self.stopwatch.seconds()
+        self.followers.ask("seconds", {})
+        return self.followers.sum(self.stopwatch.seconds())
 
     def chunk_positions(self, setting: Chunk) -> int:
         """Answer positions that pass the head together."""

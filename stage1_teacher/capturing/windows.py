@@ -7,7 +7,7 @@ which other units its process has seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch.utils.data import DataLoader, Dataset
@@ -103,12 +103,6 @@ def windows_of(units: Iterable[Unit]) -> Iterator[Window]:
         for start in range(0, len(unit), WINDOW):
             part = slice(start, start + WINDOW)
             yield Window(unit.unit_id, unit.keys[part], tuple(map(int, unit.rows[part])))
-
-
-def claimed(units: list[Unit], claim: Callable[[], int]) -> Iterator[Unit]:
-    """Units that this rank has claimed from the job's counter, as long as there are any."""
-    while (place := claim()) < len(units):
-        yield units[place]
 
 
 def lengths_of(encoded: list[Encoded]) -> list[int]:

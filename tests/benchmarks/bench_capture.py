@@ -17,9 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from shared.cache import CacheWriter
+from shared.cache import CacheWriter, Claims
 from shared.capture.planning import identity_of, survey
 from shared.data.collation import Encoded
 from shared.data.processing import open_processor
@@ -115,12 +114,13 @@ def measure(recipe: Recipe, folder: Path, *, device: torch.device, rounds: int =
         def captured(path: Path) -> None:
             with CacheWriter.open(str(path), identity, created_by={}) as writer:
                 plan = writer.plan(data.numbered_keys(), examples_per_shard=cache.examples_per_shard)
-                tally = Tally(dist.HashStore(), len(encoded), show=False)
-                assembler = ShardAssembler(writer, plan.units, on_rows=tally.add, on_shard=lambda unit: None)
-                unit_id = plan.units[0].unit_id
-                with BackgroundWriter[CapturedBatch](assembler.take, max_pending=4) as background:
-                    for batch in batches:
-                        background.put(capture_batch(batch, unit_id, processor, teacher, cache, names=[]))
+                with Claims(writer.folder, plan.units, timeout_s=cache.claim_timeout_s) as claims:
+                    tally = Tally(claims, len(encoded), show=False)
+                    assembler = ShardAssembler(writer, plan.units, on_rows=tally.add, on_shard=claims.finish)
+                    unit_id = plan.units[0].unit_id
+                    with BackgroundWriter[CapturedBatch](assembler.take, max_pending=4) as background:
+                        for batch in batches:
+                            background.put(capture_batch(batch, unit_id, processor, teacher, cache, names=[]))
                 writer.commit(plan)
 
         forward = partial(

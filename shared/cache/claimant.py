@@ -1,0 +1,229 @@
+"""A process that captures, as the others see it: a file that changes as long as it lives.
+
+    with Claimant(folder, timeout_s=180) as me:
+        me.note(examples=12)          # goes out with the next beat; ``tell`` does not wait for it
+        me.check()                    # now and then: while nobody calls it, the process is taken to hang
+
+Clocks of machines differ, so no time is compared with another machine's: whoever looks on measures by its own clock
+for how long a file has not changed.  A process of the same machine is looked up instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from shared.cache.layout import CLAIM_NAME, CLAIMANT_NAME, CLAIMS, claimant_file
+from shared.cache.storage import Folder, LocalFolder, is_temporary
+from shared.errors import TeachonceError
+
+BEATS = 12  # in the time after which a silent process is taken to be dead
+MAX_BEAT_S = 15.0
+MAX_BYTES = 1 << 16
+
+
+class Claimant:
+    """This process's file, written again and again by a thread until :meth:`close`.
+
+    timeout_s  after which the others take its silence for its end
+    patience_s  for how long it may do without :meth:`check`; beyond that it hangs, and the thread falls silent
+    """
+
+    def __init__(self, folder: Folder, *, timeout_s: float, patience_s: float = 600.0) -> None:
+        host = re.sub(r"[^A-Za-z0-9-]", "", socket.gethostname())[:40] or "host"
+        self.name = f"{host}.{os.getpid()}.{secrets.token_hex(4)}"
+        self._folder, self._timeout_s, self._patience_s = folder, timeout_s, patience_s
+        self._facts: dict[str, Any] = {}
+        self._num_beats = 0
+        self._writing = threading.Lock()
+        self._ended = threading.Event()
+        self._checked = self._written = time.monotonic()
+        self._error: BaseException | None = None
+        self.tell()
+        self._thread = threading.Thread(target=self._beat, name="claimant", daemon=True)
+        self._thread.start()
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts for others to read, at the next beat."""
+        self._facts |= facts
+
+    def tell(self, **facts: Any) -> None:
+        """Adds facts for others to read, now."""
+        with self._writing:
+            self._facts |= facts
+            self._num_beats += 1
+            content = {"beat": self._num_beats, "host": socket.gethostname(), **this_process(), **self._facts}
+            self._folder.publish(claimant_file(self.name), json.dumps(content).encode())
+            self._written = time.monotonic()
+
+    def check(self) -> None:
+        """Says that this process goes on.
+
+        Raises   the thread's error, where it could not write for so long that the others take over
+        """
+        self._checked = time.monotonic()
+        if self._error is not None and self._checked - self._written > self._timeout_s:
+            raise self._error
+
+    def close(self) -> None:
+        """Removes the file: this process takes no part any more."""
+        self._ended.set()
+        self._thread.join()
+        self._folder.remove(claimant_file(self.name))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(min(self._timeout_s / BEATS, MAX_BEAT_S)):
+            if time.monotonic() - self._checked > self._patience_s:
+                continue
+            try:
+                self.tell()
+                self._error = None
+            except (TeachonceError, OSError) as error:  # a storage may answer again
+                self._error = error
+            except BaseException as error:  # raised by ``check`` when the others have noticed the silence
+                self._error = error
+                return
+
+
+class Onlooker:
+    """Which claimants are dead, as far as can be told from here."""
+
+    def __init__(
+        self, folder: Folder, *, timeout_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._folder, self._timeout_s, self._clock = folder, timeout_s, clock
+        self._seen: dict[str, tuple[bytes, float]] = {}
+
+    def is_dead(self, name: str) -> bool:
+        """Whether the file is gone, or its process, or it has not changed for too long since it was first looked at.
+
+        name  of the file
+        """
+        try:
+            content = self._folder.read(name, max_bytes=MAX_BYTES)
+        except FileNotFoundError:
+            return True
+        return is_gone(_facts_in(content)) or self.is_silent(name, content)
+
+    def is_silent(self, name: str, content: bytes) -> bool:
+        now = self._clock()
+        before, since = self._seen.get(name, (None, now))
+        if content != before:
+            self._seen[name] = (content, now)
+            return False
+        return now - since >= self._timeout_s
+
+
+def claimant_files(folder: Folder) -> list[str]:
+    return [name for name in folder.names(CLAIMS) if CLAIMANT_NAME.fullmatch(name)]
+
+
+def facts_of(folder: Folder, name: str) -> dict[str, Any]:
+    """What a claimant's file says; nothing where it is gone, or no such file."""
+    try:
+        return _facts_in(folder.read(name, max_bytes=MAX_BYTES))
+    except FileNotFoundError:
+        return {}
+
+
+def somebody_at_work(folder: Folder, *, timeout_s: float) -> str | None:
+    """A living claimant, as people name it; what dead ones have left is removed where there is none.
+
+    Waits until it is clear, for ``timeout_s`` at most: claimants of other machines are dead when they are silent.
+    """
+    onlooker = Onlooker(folder, timeout_s=timeout_s)
+    first = {name: facts_of(folder, name) for name in claimant_files(folder)}
+    while left := [name for name in claimant_files(folder) if not onlooker.is_dead(name)]:
+        for name in left:
+            facts = facts_of(folder, name)
+            if is_here(facts) or facts != first.get(name):
+                return f"process {facts.get('pid')} on {facts.get('host')}"
+        time.sleep(min(1.0, timeout_s / BEATS))
+    remove_claims(folder)
+    return None
+
+
+def remove_claims_of_the_dead(folder: Folder) -> None:
+    """Removes what is left in a cache where nobody captures; nothing where somebody may."""
+    files = claimant_files(folder)
+    if all(is_gone(facts_of(folder, name)) for name in files):
+        remove_claims(folder)
+
+
+def remove_claims(folder: Folder) -> None:
+    """Removes all claims and claimants' files, and their folder."""
+    for name in folder.names(CLAIMS):
+        if CLAIM_NAME.fullmatch(name) or CLAIMANT_NAME.fullmatch(name) or is_temporary(name):
+            folder.remove(name)
+    remove_empty_claims(folder)
+
+
+def remove_empty_claims(folder: Folder) -> None:
+    if isinstance(folder, LocalFolder):
+        with suppress(OSError):  # others are there
+            os.rmdir(folder.path / CLAIMS)
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from all others, on its machine and elsewhere."""
+    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def is_here(facts: dict[str, Any]) -> bool:
+    """Whether the process that wrote them runs on this machine."""
+    return _is_of_here(facts) and _started(facts["pid"]) == facts.get("started") is not None
+
+
+def is_gone(facts: dict[str, Any]) -> bool:
+    """Whether the process that wrote them ran on this machine, and no longer does."""
+    return _is_of_here(facts) and _started(facts["pid"]) != facts.get("started")
+
+
+def _facts_in(content: bytes) -> dict[str, Any]:
+    try:
+        facts = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _is_of_here(facts: dict[str, Any]) -> bool:
+    return facts.get("machine") == _machine() != "" and isinstance(facts.get("pid"), int)
+
+
+def _machine() -> str:
+    """This boot of this machine, and the space of its process numbers, which a container has of its own."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in ticks of the kernel; None for one that has ended, though its parent has not looked."""
+    try:
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]

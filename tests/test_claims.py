@@ -1,0 +1,418 @@
+"""Units shared out among processes that come late, leave, die, fall silent or hang: each captured, none lost."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_row
+
+from shared.cache import CacheWriter, Claims, Plan, Unit
+from shared.cache.claimant import Claimant, Onlooker, claimant_files, remove_claims, somebody_at_work
+from shared.cache.layout import CLAIMS, PLAN_NAME, claim_name, claimant_file
+from shared.cache.storage import Folder, LocalFolder, open_folder
+from shared.errors import CacheFormatError
+
+IDENTITY = make_identity()
+FORK = multiprocessing.get_context("fork")
+SHORT_S = 0.6
+LONG_S = 600.0
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> tuple[CacheWriter, Plan]:
+    """Thirty units of one example."""
+    return plan_of(str(tmp_path / "cache"), 30)
+
+
+def plan_of(location: str, num_units: int) -> tuple[CacheWriter, Plan]:
+    with CacheWriter.open(location, IDENTITY, created_by=VERSIONS) as writer:
+        return writer, writer.plan(keys_and_rows(range(num_units)), examples_per_shard=1)
+
+
+def publish(writer: CacheWriter, unit: Unit) -> None:
+    with writer.unit(unit) as shard:
+        for number in unit.rows:
+            shard.add(make_row(int(number)))
+
+
+def capture_all(writer: CacheWriter, claims: Claims) -> list[Unit]:
+    """What there is to be claimed until all is finished."""
+    done = []
+    while True:
+        while (unit := claims.next()) is not None:
+            publish(writer, unit)
+            claims.finish(unit)
+            done.append(unit)
+        if not claims.wait(never):
+            return done
+
+
+def in_process(work: Callable[[], object]) -> int:
+    """The exit code of a process that does it."""
+    process = FORK.Process(target=work)
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def claim_and_die(writer: CacheWriter, plan: Plan, num_units: int) -> None:
+    """By SIGKILL, with the last units in hand, claimed in batches."""
+
+    def work() -> None:
+        claims = Claims(writer.folder, plan.units, timeout_s=LONG_S)
+        for number in range(num_units):
+            unit = claims.next()
+            assert unit is not None
+            if number < num_units - 1:
+                publish(writer, unit)
+                claims.finish(unit)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_process(work) == -signal.SIGKILL
+
+
+def claimed_units(folder: Folder) -> list[str]:
+    return [name for name in folder.names(CLAIMS) if not name.endswith(".json")]
+
+
+def foreign_claimant(folder: Folder, name: str, *, beat: int = 1) -> None:
+    """As a process of another machine has it."""
+    facts = {"beat": beat, "host": "other", "machine": "another boot", "pid": 1, "started": "1"}
+    folder.publish(claimant_file(name), json.dumps(facts).encode())
+
+
+def test_several_share_the_units_and_no_unit_is_done_twice(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    done: dict[int, list[Unit]] = {}
+
+    def work(number: int) -> None:
+        own = CacheWriter.join(str(writer.folder.path), IDENTITY)  # type: ignore[attr-defined]
+        with Claims(own.folder, plan.units, timeout_s=LONG_S) as claims:
+            done[number] = capture_all(own, claims)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counts = Counter(unit.unit_id for some in done.values() for unit in some)
+    assert counts == Counter(unit.unit_id for unit in plan.units)
+    assert all(done.values())
+    assert writer.folder.names(CLAIMS) == []
+
+
+def test_alone_the_units_come_in_order_and_the_folder_is_looked_at_once_for_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, plan = plan_of(str(tmp_path / "cache"), 100)
+    looks = []
+    names = LocalFolder.names
+    monkeypatch.setattr(
+        LocalFolder, "names", lambda folder, prefix: [looks.append(prefix), names(folder, prefix)][1]
+    )
+    with Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims:
+        assert capture_all(writer, claims) == list(plan.units)
+    assert looks.count(CLAIMS) <= 100 / 5
+
+
+def test_one_that_comes_late_finds_what_is_left(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    with Claims(writer.folder, plan.units, timeout_s=LONG_S) as first:
+        for _ in range(3):
+            unit = first.next()
+            assert unit is not None
+            publish(writer, unit)
+            first.finish(unit)
+        with Claims(writer.folder, plan.units, timeout_s=LONG_S) as late:
+            late.next()
+            assert late.num_left == 27
+            assert late.num_examples_of_others == 3
+        capture_all(writer, first)
+    assert first.is_complete
+
+
+def test_units_of_a_killed_process_are_claimed_again_at_once(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    claim_and_die(writer, plan, 8)
+    lost = claimed_units(writer.folder)
+    assert len(lost) > 1  # the one in hand, and those claimed ahead
+    with Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims:
+        done = capture_all(writer, claims)
+    assert len(done) == 30 - 7
+    assert {unit.unit_id for unit in done[-len(lost) :]} == {
+        name.removeprefix(CLAIMS).partition(".")[0] for name in lost
+    }
+    assert claimed_units(writer.folder) == []
+
+
+def test_those_of_a_machine_that_is_silent_are_claimed_again_in_time(
+    planned: tuple[CacheWriter, Plan],
+) -> None:
+    writer, plan = planned
+    foreign_claimant(writer.folder, "other")
+    for unit in plan.units[:2]:
+        writer.folder.create(claim_name(unit.unit_id, 0), b"other")
+    with Claims(writer.folder, plan.units, timeout_s=SHORT_S) as claims:
+        begin = time.monotonic()
+        done = capture_all(writer, claims)
+        assert time.monotonic() - begin >= SHORT_S
+    assert set(done[:28]) == set(plan.units[2:])
+    assert len(done) == 30
+
+
+def test_those_of_a_machine_that_is_heard_are_waited_for(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    (unit,) = plan.units[:1]
+    foreign_claimant(writer.folder, "other")
+    writer.folder.create(claim_name(unit.unit_id, 0), b"other")
+
+    def at_work() -> None:
+        for beat in range(2, 12):
+            time.sleep(SHORT_S / 4)
+            foreign_claimant(writer.folder, "other", beat=beat)
+        publish(writer, unit)
+        writer.folder.remove(claim_name(unit.unit_id, 0))
+
+    thread = threading.Thread(target=at_work)
+    thread.start()
+    with Claims(writer.folder, plan.units, timeout_s=SHORT_S) as claims:
+        done = capture_all(writer, claims)
+    thread.join()
+    assert len(done) == 29
+    assert unit not in done
+
+
+def test_a_claim_that_a_crash_left_empty_is_taken_in_time(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    writer.folder.create(claim_name(plan.units[4].unit_id, 0), b"")
+    with Claims(writer.folder, plan.units, timeout_s=SHORT_S) as claims:
+        assert len(capture_all(writer, claims)) == 30
+
+
+def test_one_that_leaves_gives_back_what_it_has_in_hand(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    with Claims(writer.folder, plan.units, timeout_s=LONG_S) as leaving:
+        for _ in range(4):
+            leaving.next()
+        assert len(claimed_units(writer.folder)) >= 4
+    assert writer.folder.names(CLAIMS) == []
+    with Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims:
+        assert len(capture_all(writer, claims)) == 30
+
+
+def test_of_several_that_find_a_dead_ones_unit_one_takes_it(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    (unit,) = plan.units[:1]
+    for other in plan.units[1:]:
+        publish(writer, other)
+    writer.folder.create(claim_name(unit.unit_id, 0), b"gone")  # a claimant without a file has left
+    both = [Claims(writer.folder, plan.units, timeout_s=LONG_S) for _ in range(2)]
+    assert [claims.next() is unit for claims in both] == [True, False]
+    both[0].close()
+    assert both[1].next() is unit
+    both[1].close()
+
+
+def test_one_alone_commits_and_the_others_wait_for_it(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    first, second = (Claims(writer.folder, plan.units, timeout_s=LONG_S) for _ in range(2))
+    capture_all(writer, first)
+    assert not second.wait(never)
+    assert first.is_to_commit(never)
+    found: list[bool] = []
+    waiting = threading.Thread(target=lambda: found.append(second.is_to_commit(never)))
+    waiting.start()
+    time.sleep(0.3)
+    assert not found
+    with writer.locked():
+        writer.commit(plan)
+    remove_claims(writer.folder)
+    waiting.join()
+    assert found == [False]
+    for claims in (first, second):
+        claims.close()
+    assert not (Path(writer.folder.path) / CLAIMS).exists()  # type: ignore[attr-defined]
+
+
+def test_where_the_one_that_commits_dies_another_does(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+
+    def work() -> None:
+        claims = Claims(writer.folder, plan.units, timeout_s=LONG_S)
+        capture_all(writer, claims)
+        assert claims.is_to_commit(never)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_process(work) == -signal.SIGKILL
+    with Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims:
+        assert capture_all(writer, claims) == []
+        assert claims.is_to_commit(never)
+
+
+def test_a_stop_ends_all_waits(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    with Claims(writer.folder, plan.units, timeout_s=LONG_S) as others:
+        while others.next() is not None:
+            pass
+        with Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims:
+            assert not claims.wait(lambda: True)
+            assert not claims.is_complete
+            assert not claims.is_to_commit(lambda: True)
+
+
+def test_what_all_have_told_is_there_when_they_rest(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    with (
+        Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims,
+        Claimant(writer.folder, timeout_s=LONG_S) as other,
+    ):
+        claims.claimant.tell(examples=3, idle=True)
+        threading.Timer(0.4, lambda: other.tell(examples=4, idle=True)).start()
+        assert sorted(facts["examples"] for facts in claims.told()) == [3, 4]
+
+
+# --- claimants --------------------------------------------------------------------------------------------
+
+
+def test_a_claimant_is_heard_as_long_as_it_lives(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    onlooker = Onlooker(folder, timeout_s=SHORT_S)
+    with Claimant(folder, timeout_s=SHORT_S) as one:
+        name = claimant_file(one.name)
+        for _ in range(6):
+            assert not onlooker.is_dead(name)
+            time.sleep(SHORT_S / 4)
+    assert onlooker.is_dead(name)
+
+
+def test_one_that_hangs_falls_silent(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    with Claimant(folder, timeout_s=SHORT_S, patience_s=0.2) as one:
+        time.sleep(0.5)
+        before = folder.read(claimant_file(one.name))
+        time.sleep(0.3)
+        assert folder.read(claimant_file(one.name)) == before
+        one.check()
+        time.sleep(0.2)
+        assert folder.read(claimant_file(one.name)) != before
+
+
+@pytest.mark.parametrize("error", [CacheFormatError("the storage does not answer"), ZeroDivisionError()])
+def test_a_thread_that_cannot_write_ends_the_capture_when_others_take_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    with Claimant(open_folder(tmp_path), timeout_s=0.3) as one, monkeypatch.context() as patch:
+        patch.setattr(LocalFolder, "publish", fails)
+        time.sleep(0.1)
+        one.check()  # it may answer again
+        time.sleep(0.4)
+        with pytest.raises(type(error)):
+            one.check()
+
+
+def test_who_is_at_work_is_named_and_the_dead_are_not(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    folder = writer.folder
+    with Claimant(folder, timeout_s=LONG_S):
+        assert str(os.getpid()) in str(somebody_at_work(folder, timeout_s=LONG_S))
+    claim_and_die(writer, plan, 2)
+    foreign_claimant(folder, "other")
+    begin = time.monotonic()
+    assert somebody_at_work(folder, timeout_s=SHORT_S) is None
+    assert time.monotonic() - begin >= SHORT_S
+    assert folder.names(CLAIMS) == []
+    foreign_claimant(folder, "other")
+    threading.Timer(0.2, lambda: foreign_claimant(folder, "other", beat=2)).start()
+    assert somebody_at_work(folder, timeout_s=LONG_S) == "process 1 on other"
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b'{"pid": "x", "machine": 3}', b"[" * 5000])
+def test_a_damaged_file_of_a_claimant_is_no_living_one(tmp_path: Path, content: bytes) -> None:
+    folder = open_folder(tmp_path)
+    folder.publish(claimant_file("x"), content)
+    assert somebody_at_work(folder, timeout_s=0.3) is None
+    assert claimant_files(folder) == []
+
+
+# --- storages ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def anywhere(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    name = f"claims-{time.time_ns()}"
+    if request.param == "local":
+        yield str(tmp_path / "cache")
+    elif request.param == "memory":
+        yield f"memory://{name}/cache"
+        fsspec.filesystem("memory").rm(f"/{name}", recursive=True)
+    else:
+        settings = {
+            "AWS_ENDPOINT_URL": request.getfixturevalue("s3_server"),
+            "AWS_ACCESS_KEY_ID": "k",
+            "AWS_SECRET_ACCESS_KEY": "s",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        for variable, value in settings.items():
+            monkeypatch.setenv(variable, value)
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
+        yield f"s3://{name}/cache"
+
+
+def test_a_file_is_created_once(anywhere: str) -> None:
+    folders = [open_folder(anywhere) for _ in range(2)]
+    assert folders[0].create("claims/a.0", b"one")
+    assert not folders[1].create("claims/a.0", b"two")
+    assert folders[1].read("claims/a.0") == b"one"
+    folders[1].remove("claims/a.0")
+    assert folders[1].create("claims/a.0", b"two")
+
+
+def test_two_share_a_cache_wherever_it_lies(anywhere: str, tmp_path: Path) -> None:
+    _, plan = plan_of(anywhere, 8)
+    statuses: list[Any] = []
+
+    def work() -> None:
+        writer = CacheWriter.join(anywhere, IDENTITY, created_by=VERSIONS)
+        with Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims:
+            capture_all(writer, claims)
+            if claims.is_to_commit(never):
+                with writer.locked():
+                    writer.commit(plan)
+                remove_claims(writer.folder)
+                statuses.append("committed")
+            else:
+                statuses.append("seen")
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(statuses) == ["committed", "seen"]
+    folder = open_folder(anywhere)
+    assert folder.size(PLAN_NAME) is None
+    assert folder.names(CLAIMS) == []
+    capture(tmp_path / "alone", range(8), examples_per_shard=1)
+    alone = files_of(tmp_path / "alone")
+    assert {name: folder.read(name) for name in alone} == alone
