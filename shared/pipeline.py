@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shared.cli import load_recipe, recipe_arguments, run
+from shared.errors import TrainingError, shortened
 from shared.library_output import quiet_libraries
 from shared.stopping import (
     GO_ON,
@@ -283,6 +284,7 @@ def run_torchrun(arguments: Sequence[str]) -> int:
     """The first bad exit status of torchrun's processes, which tell their errors themselves; its own table is not."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
 
@@ -309,6 +311,14 @@ def run_torchrun(arguments: Sequence[str]) -> int:
         status = status_left_in(status_file)
         # What was stopped at its very end is whole, but nothing may follow it.
         return 128 + error.sigval if status is None else status or INTERRUPTED_STATUS
+    except RendezvousError as error:  # torchrun has stopped its processes, in order
+        click.echo(
+            f"error: this machine has lost the rendezvous of its job ({shortened(str(error))}): the machine that "
+            "keeps it has ended, or cannot be reached. What is finished is kept: start again",
+            err=True,
+        )
+        status = status_left_in(status_file)
+        return TrainingError.exit_status if status is None else status
     finally:
         shutil.rmtree(status_file.parent)
     return 0

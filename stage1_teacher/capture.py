@@ -223,7 +223,7 @@ class Lead:
         self.runner = BatchRunner(self.cache.batch_tokens, may_shrink=not teacher.is_shared)
 
     def run(self) -> int:
-        """Captures as long as there is something to capture, and commits if no other does; returns the exit status."""
+        """Captures while there is something to capture, and commits if no other does; returns the exit status."""
         pending, timeout_s = self.assignment.pending, self.cache.claim_timeout_s
         patience_s = self.recipe.parallel.collective_timeout_s
         with Claims(self.writer.folder, pending, timeout_s=timeout_s, patience_s=patience_s) as claims:

@@ -101,7 +101,7 @@ def descendants(pid: int) -> list[int]:
 
 def agents(job: subprocess.Popen[str]) -> list[int]:
     """The processes of torchrun on a job's nodes, oldest first."""
-    return sorted(pid for pid in descendants(job.pid) if "shared.pipeline" in _command_line(pid))
+    return sorted(pid for pid in descendants(job.pid) if _command_line(pid)[1:3] == ["-m", "shared.pipeline"])
 
 
 def kill_machine(agent: int) -> None:

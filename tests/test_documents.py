@@ -7,12 +7,10 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
@@ -24,9 +22,8 @@ from samples import encoded_picture
 from shared.cache import CacheReader
 from shared.data.rows import open_split
 from shared.phantom.dataset import write_dataset
-from shared.recipes import dump_recipe, load_recipe
+from shared.recipes import load_recipe
 from stage1_teacher.__main__ import commands as teacher_commands
-from stage1_teacher.inspection.tools import recipe_of_cache
 from stage2_student.__main__ import commands as student_commands
 
 GROUPS = {"teacher-cache": teacher_commands, "train-student": student_commands}
@@ -121,16 +118,6 @@ def everything_installed() -> str:
     return subprocess.run(
         ["make", "-s", ask, "stamp"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-
-
-def small_run(cache: Path, student: Path) -> dict[str, Any]:
-    """A recipe for a student of a cache that is there."""
-    recipe = recipe_of_cache(CacheReader(cache))
-    tree = dump_recipe(recipe)
-    tree["student"] = {"model": str(student), "compute_dtype": "float32"}
-    tree["optimization"] = {"global_batch_size": 4, "max_steps": 2}
-    tree["run"] = {"name": "slurm", "root": "runs", "num_workers": 0}
-    return tree
 
 
 def bring_own(bench: Workbench, recipe: str, large: Path, small: Path) -> None:
@@ -242,21 +229,6 @@ def test_conversations_from_their_files_to_evaluated_students(
         assert (manifest.totals.examples, manifest.totals.skipped) == (3, 0)
         scores = json.loads((Path("runs") / name / "evaluation" / "validation.json").read_text())
         assert scores
-
-
-@pytest.mark.slow
-def test_slurms_script(bench: Workbench, teacher_cache: Path, student_folder: Path) -> None:
-    """With its two programs played, one machine of one process, and a student without a teacher."""
-    Path("mine.yaml").write_text(yaml.safe_dump(small_run(teacher_cache, student_folder)))
-    (script,) = (one for one in blocks(ROOT / "docs" / "scaling.md", "sh") if "#SBATCH" in one.text)
-    played = 'scontrol() { echo 127.0.0.1; }; srun() { "$@"; }; SLURM_NNODES=1 SLURM_JOB_ID=7 SLURM_JOB_NODELIST=x\n'
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    text = script.text.replace("--nproc-per-node=8", "--nproc-per-node=1").replace("29500", str(port))
-    done = subprocess.run(["bash", "-euc", played + text], timeout=TIMEOUT_S, check=False)
-    assert done.returncode == 0
-    assert Path("runs/slurm/results.json").exists()
 
 
 # --- what is mentioned in passing ------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A process that captures, as the others see it: a file that changes as long as it lives.
 
     with Claimant(folder, timeout_s=180) as me:
-        me.note(examples=12)          # goes out with the next beat; ``tell`` does not wait for it
+        me.note(examples=12)          # goes out soon; ``tell`` does not wait
         me.check()                    # now and then: while nobody calls it, the process is taken to hang
 
 Clocks of machines differ, so no time is compared with another machine's: whoever looks on measures by its own clock
@@ -29,6 +29,7 @@ from shared.errors import TeachonceError
 
 BEATS = 12  # in the time after which a silent process is taken to be dead
 MAX_BEAT_S = 15.0
+FRESH_S = 5.0  # facts wait for so long at most
 MAX_BYTES = 1 << 16
 
 
@@ -54,8 +55,11 @@ class Claimant:
         self._thread.start()
 
     def note(self, **facts: Any) -> None:
-        """Adds facts for others to read, at the next beat."""
+        """Adds facts for others to read, soon."""
         self._facts |= facts
+        if time.monotonic() - self._written > FRESH_S:
+            with suppress(TeachonceError, OSError):  # ``check`` raises what lasts
+                self.tell()
 
     def tell(self, **facts: Any) -> None:
         """Adds facts for others to read, now."""

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.bench_claims            # the tables of docs/scaling.md
 
-Every rank has claims of its own on one folder in memory, which counts what it is asked for.  Time is simulated: a unit
-takes 1 / speed, and a look into the folder, a claim and a shard take what is stated below.
+Every rank has claims of its own on one folder in memory, which counts what it is asked for.  Time is simulated: a
+unit takes a time by the rank's speed, a look into the folder and a claim what is stated below.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def main() -> None:
         )
     lost = capture(16 * NUM_RANKS, speeds, num_lost=RANKS_OF_A_MACHINE)
     print(
-        f"\na machine of {RANKS_OF_A_MACHINE} ranks is lost at half time, 16 units a rank: {lost.num_again} units begun "
-        f"again, {lost.extra:+.1%}"
+        f"\na machine of {RANKS_OF_A_MACHINE} ranks is lost at half time, 16 units a rank: {lost.num_again} units "
+        f"begun again, {lost.extra:+.1%}"
     )
 
 

@@ -1,0 +1,157 @@
+"""Captures by several ranks and several jobs: who comes late, leaves or dies, and what it costs the others."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stage2_runs import on_ranks
+from test_capture import files, run, spoiled, with_values
+from test_capture import tree as tree  # the fixture
+
+from shared.cache import CacheBusyError, CacheReader
+from shared.cache.claimant import Claimant
+from shared.cache.layout import CLAIMS
+from shared.cache.log import log_records
+from shared.cache.storage import open_folder
+from shared.capture.loop import capture as own_capture
+from shared.data.processing import ExampleProcessor
+from shared.errors import DataError
+from shared.recipes import Recipe
+from shared.recipes.files import validate_tree
+from shared.runtime import World
+from shared.stopping import INTERRUPTED_STATUS, StopRequest
+from stage1_teacher.capture import capture
+from stage1_teacher.capturing.teacher import Teacher
+
+FORK = multiprocessing.get_context("fork")
+WAIT = {"collective_timeout_s": 60}
+
+
+@pytest.fixture
+def whole(tree: dict[str, Any], tmp_path: Path) -> dict[str, bytes]:
+    """The files of the cache of one process."""
+    assert run(with_values(tree, "cache", path=str(tmp_path / "whole"))) == 0
+    return files(tmp_path / "whole")
+
+
+def at_forward(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
+    """Acts at that forward of this process, of the capture itself."""
+    calls, hidden = itertools.count(1), Teacher.hidden
+
+    def counted(teacher: Teacher, *arguments: Any) -> torch.Tensor:
+        if next(calls) == number:
+            act()
+        return hidden(teacher, *arguments)
+
+    monkeypatch.setattr(Teacher, "hidden", counted)
+
+
+def captured_examples(tree: dict[str, Any]) -> list[int]:
+    records = log_records(open_folder(tree["cache"]["path"]))
+    return [record["examples"] for record in records if record["event"] == "captured"]
+
+
+def job(tree: dict[str, Any]) -> Any:
+    """A capture by a process of its own, started."""
+    process = FORK.Process(target=lambda: os._exit(run(tree)))
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_rank_costs_its_units_in_hand_and_nothing_else(
+    tree: dict[str, Any],
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: int,
+) -> None:
+    """Also the first one, which has planned."""
+    recipe = validate_tree(Recipe, tree, origin="recipe test")
+
+    def work(world: World) -> int:
+        if world.rank == lost:
+            at_forward(monkeypatch, 3, lambda: os._exit(1))
+        return capture(recipe, world, StopRequest())
+
+    found = on_ranks(2, work, errors=True, **WAIT)
+    assert found[1 - lost] == 0
+    assert found[lost] != 0
+    assert files(Path(tree["cache"]["path"])) == whole
+    (num_examples,) = captured_examples(tree)
+    assert num_examples <= 16 + 2  # of the one unit that was in hand
+
+
+def test_jobs_without_a_rendezvous_share_a_cache(tree: dict[str, Any], whole: dict[str, bytes]) -> None:
+    jobs = [job(tree) for _ in range(3)]
+    for one in jobs:
+        one.join(timeout=120)
+    assert [one.exitcode for one in jobs] == [0, 0, 0]
+    assert files(Path(tree["cache"]["path"])) == whole
+    assert sum(captured_examples(tree)) == 16
+
+
+def test_one_rank_that_is_stopped_leaves_the_rest_to_the_others(
+    tree: dict[str, Any], whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = validate_tree(Recipe, tree, origin="recipe test")
+
+    def work(world: World) -> int:
+        stop = StopRequest()
+        if world.rank == 1:
+            at_forward(monkeypatch, 2, lambda: setattr(stop, "received", True))
+        return capture(recipe, world, stop)
+
+    assert on_ranks(2, work, **WAIT) == [0, INTERRUPTED_STATUS]
+    assert files(Path(tree["cache"]["path"])) == whole
+
+
+def test_a_job_with_another_plan_is_refused_while_somebody_captures(
+    tree: dict[str, Any], whole: dict[str, bytes], processor: ExampleProcessor, tmp_path: Path
+) -> None:
+    fingerprint = CacheReader(str(tmp_path / "whole")).manifest.identity.teacher.weights_fingerprint
+    assert run(tree, StopRequest(received=True)) == INTERRUPTED_STATUS
+    folder = open_folder(tree["cache"]["path"])
+    recipe = validate_tree(Recipe, tree, origin="recipe test")
+    with Claimant(folder, timeout_s=60) as other:
+        with pytest.raises(CacheBusyError, match=f"process {os.getpid()} on .* by another plan"):
+            run(with_values(tree, "data", limit=4))
+        with pytest.raises(CacheBusyError), own_capture(recipe, processor, weights_fingerprint=fingerprint):
+            pass
+        other.tell(idle=True)
+        assert run(tree) == 0  # the same plan: it takes part
+    assert files(Path(tree["cache"]["path"])) == whole
+    assert run(with_values(tree, "data", limit=4)) == 0
+
+
+def test_what_a_process_of_another_machine_has_left_is_waited_for_and_then_done(
+    tree: dict[str, Any], whole: dict[str, bytes]
+) -> None:
+    assert run(tree, StopRequest(received=True)) == INTERRUPTED_STATUS
+    folder = open_folder(tree["cache"]["path"])
+    folder.publish(f"{CLAIMS}far.json", b'{"machine": "another", "pid": 1, "host": "far", "idle": true}')
+    assert folder.create(f"{CLAIMS}commit.0", b"far")
+    begin = time.monotonic()
+    assert run(with_values(tree, "cache", claim_timeout_s=2)) == 0
+    assert time.monotonic() - begin > 2
+    assert files(Path(tree["cache"]["path"])) == whole
+
+
+def test_rows_left_out_are_counted_over_all_that_capture(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree = with_values(spoiled(tree, tmp_path / "spoiled"), "data", max_dropped=1)
+    tree["data"]["source"] = str(tmp_path / "spoiled")
+    assert run(tree, StopRequest(received=True)) == INTERRUPTED_STATUS
+    with Claimant(open_folder(tree["cache"]["path"]), timeout_s=60) as other:
+        other.tell(refused=1, idle=True)
+        with pytest.raises(DataError, match=r"That makes 2 left out, data.max_dropped allows 1"):
+            run(tree)
+        other.tell(refused=0, idle=True)
+        assert run(tree) == 0
+    assert CacheReader(tree["cache"]["path"]).manifest.totals.skipped == 1
