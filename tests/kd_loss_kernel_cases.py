@@ -48,14 +48,18 @@ def assert_kernel_agrees(
     *,
     with_weights: bool = True,
     with_grad: bool = True,
+    padding: int = 0,
 ) -> None:
+    """padding  elements after each row, which mean nothing and may hold anything"""
     generator = torch.Generator().manual_seed(1)
     logits = (4 * torch.randn(num_rows, num_ids, generator=generator)).to(DEVICE, dtype)
     labels = torch.randint(num_ids, (num_rows,), generator=generator).to(DEVICE)
     weights = torch.rand(num_rows, generator=generator).to(DEVICE) if with_weights else None
-    got_logits, want_logits = logits.clone(), logits.float().clone()
+    buffer = torch.full((num_rows, num_ids + padding), torch.nan, dtype=dtype, device=DEVICE)
+    got_logits, want_logits = buffer[:, :num_ids], logits.float().clone()
+    got_logits.copy_(logits)
     arguments = (labels, weights, teacher, FIRST, settings)
-    got = triton_kernel.chunk_loss_(got_logits, *arguments, with_grad=with_grad)
+    got = triton_kernel.chunk_loss_(got_logits, *arguments, with_grad=with_grad, row_width=num_ids + padding)
     want = chunk.chunk_loss_torch_(want_logits, *arguments, with_grad=with_grad)
     for value, other in zip(got, want, strict=True):
         torch.testing.assert_close(value, other, rtol=2e-5, atol=5e-5)
@@ -73,6 +77,14 @@ def assert_kernel_agrees(
 def test_shapes(num_rows: int, num_ids: int, temperature: float, dtype: torch.dtype) -> None:
     teacher = teacher_of(num_rows, num_ids, Threshold(tau=0.05), temperature, "ghost")
     assert_kernel_agrees(num_rows, num_ids, dtype, teacher, LossSettings(0.4, temperature, num_ids))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("num_ids", "padding"), [(3, 13), (17, 15), (8193, 15), (8191, 1)])
+def test_rows_with_padding(num_ids: int, padding: int, temperature: float) -> None:
+    teacher = teacher_of(3, num_ids, TopK(k=1), temperature, "uniform")
+    settings = LossSettings(0.4, temperature, num_ids - num_ids // 9, softcap=5.0)
+    assert_kernel_agrees(3, num_ids, torch.bfloat16, teacher, settings, padding=padding)
 
 
 @pytest.mark.parametrize("policy", [Random(draws=300), TopK(k=130), TopK(k=1)])

@@ -34,14 +34,30 @@ def test_cases_on_the_gpu() -> None:
 
 
 COMPILE = """
+import re, subprocess, sys, tempfile
+from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from shared.kd_loss.triton_kernel import _chunk_kernel as kernel
 
 FLAGS = ["HAS_WEIGHTS", "HAS_TEACHER", "HAS_SPREAD", "HAS_SOFTCAP", "IS_SOFTENED", "WITH_GRAD"]
-TYPES = {"labels_ptr": "*i64", "num_ids": "i32", "num_vocab_ids": "i32", "row_stride": "i32",
-         "kd_ratio": "fp32", "temperature": "fp32", "softcap": "fp32"}
+TYPES = {"labels_ptr": "*i64", "first": "i32", "num_ids": "i32", "row_width": "i32", "num_vocab_ids": "i32",
+         "row_stride": "i32", "kd_ratio": "fp32", "temperature": "fp32", "softcap": "fp32"}
+ALIGNED = ("logits_ptr", "row_stride", "row_width")  # num_ids need not be: a row is padded in memory
+ASSEMBLERS = sorted(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*"))
+
+def assembled(ptx, capability):
+    for assembler in ASSEMBLERS:
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            Path(file.name).write_text(ptx)
+            target = re.search(r"\\.target (sm_\\w+)", ptx)[1]
+            command = [assembler, "-v", "--gpu-name", target, file.name, "-o", "/dev/null"]
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout + done.stderr
+    raise AssertionError(done.stderr)
+
 for logits in ("*bf16", "*fp32"):
     for on in ([1, 1, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]):
         constants = dict(zip(FLAGS, map(bool, on))) | {"BLOCK": 8192, "ENTRY_BLOCK": 128}
@@ -49,13 +65,25 @@ for logits in ("*bf16", "*fp32"):
         types = TYPES | {"logits_ptr": logits, "offsets_ptr": entries, "ids_ptr": entries}
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
-        source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()})
+        constants = {(names.index(n),): v for n, v in constants.items()}
+        divided = {(names.index(n),): [["tt.divisibility", 16]] for n in ALIGNED}
+        source = ASTSource(kernel, signature, constants, divided)
         for capability in (80, 90):
-            triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 16})
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 16})
+            ptx = compiled.asm["ptx"]
+            told = assembled(ptx, capability)
+            registers = int(re.search(r"Used (\\d+) registers", told)[1])
+            spilled = re.findall(r"([1-9]\\d*) bytes spill", told)
+            print(capability, logits, on, registers, "registers", spilled, "spilled")
+            assert not spilled, told
+            assert registers <= 128, told
+            passes = 1 + on[-1]  # each goes over the row in pieces of 16 bytes
+            assert len(re.findall(r"ld\\.global\\.v4", ptx)) >= 2 * passes, ptx
+            assert len(re.findall(r"st\\.global\\.v4", ptx)) >= 2 * on[-1], ptx
 """
 
 
 @pytest.mark.slow
 def test_compiles_without_a_gpu(tmp_path: Path) -> None:
-    """For Ampere and Hopper, with the most and the fewest options."""
+    """For Ampere and Hopper, with the most and the fewest options: no spills, and a row goes 16 bytes at a time."""
     run(["-c", COMPILE], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

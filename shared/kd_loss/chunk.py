@@ -22,6 +22,13 @@ from shared.kd_loss.tile import LossSettings, tile_loss_
 from shared.kd_loss.vocab_parallel import VocabShard
 
 TILE_BYTES = 2**21
+PADDED_TO = 16  # elements: what the kernel reads and writes at once, in any dtype
+
+
+def logits_buffer(num_rows: int, num_ids: int, like: Tensor) -> Tensor:
+    """Memory (num_rows, W) for a chunk's logits, ``num_ids`` first; W is larger where that makes a GPU faster."""
+    width = num_ids if like.device.type != "cuda" else -(-num_ids // PADDED_TO) * PADDED_TO
+    return like.new_empty(num_rows, width)
 
 
 def chunk_loss_(
@@ -33,10 +40,12 @@ def chunk_loss_(
     settings: LossSettings,
     *,
     with_grad: bool,
+    row_width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """CE and KD of a chunk; its logits are consumed: overwritten by their gradient if ``with_grad``.
 
-    Shapes   logits_CV (C, V) contiguous, any float dtype; labels_C (C,) int64 inside the vocabulary;
+    row_width  of a ``logits_buffer`` that they are part of; what lies beyond V is overwritten, too
+    Shapes   logits_CV (C, V), rows contiguous, any float dtype; labels_C (C,) int64 inside the vocabulary;
              weights_C (C,) of the gradient's rows, None for one
              the chunk's positions are ``first`` to ``first + C`` of the teacher's
     Returns  ce_C, kd_C (C,) nats, fp32 (fp64 for fp64 logits); KD times T squared; both without weights
@@ -45,9 +54,8 @@ def chunk_loss_(
     if logits_CV.device.type == "cuda" and fits_kernel(logits_CV.dtype, teacher, settings):
         kernel = _kernel()
         if kernel is not None:
-            return kernel.chunk_loss_(
-                logits_CV, labels_C, weights_C, teacher, first, settings, with_grad=with_grad
-            )
+            arguments = (logits_CV, labels_C, weights_C, teacher, first, settings)
+            return kernel.chunk_loss_(*arguments, with_grad=with_grad, row_width=row_width)
     return chunk_loss_torch_(logits_CV, labels_C, weights_C, teacher, first, settings, with_grad=with_grad)
 
 
@@ -84,7 +92,7 @@ def chunk_loss_torch_(
     for start in range(0, num_rows, tile):
         stop = min(start + tile, num_rows)
         part_RV = logits_CV[start:stop]
-        tile_RV = part_RV.to(dtype)
+        tile_RV = part_RV.to(dtype).contiguous()
         ce_C[start:stop], kd_C[start:stop] = tile_loss_(
             tile_RV,
             labels_C[start:stop],
@@ -93,7 +101,7 @@ def chunk_loss_torch_(
             settings,
             with_grad=with_grad,
         )
-        if with_grad and tile_RV.dtype != part_RV.dtype:
+        if with_grad and tile_RV is not part_RV:
             part_RV.copy_(tile_RV)
     return ce_C, kd_C
 

@@ -7,7 +7,7 @@ does not grow with N beyond the hidden states' own gradient.
     sums = fused_ce_kd(hidden_ND, head.weight, labels_N, targets, kd_ratio=0.5)
     (sums.loss / global_num_positions).backward()
 
-N positions, C positions of a chunk, D hidden, V vocabulary of the head, E entries.
+N positions, C positions of a chunk, D hidden, V vocabulary of the head, W its width in memory, E entries.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shared.errors import RecipeError
-from shared.kd_loss.chunk import chunk_loss_
+from shared.kd_loss.chunk import chunk_loss_, logits_buffer
 from shared.kd_loss.divergences import FORWARD_KL, Divergence
 from shared.kd_loss.gradients import add_product_, scaled
 from shared.kd_loss.positions import Positions, counted_positions, with_checked_ids
@@ -300,11 +300,11 @@ def _values_and_grads(
     grad_hidden_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if needs[0] else None
     grad_weight_VD = torch.zeros(weight_VD.shape, dtype=dtype, device=weight_VD.device) if needs[1] else None
     grad_bias_V = torch.zeros(num_ids, dtype=dtype, device=weight_VD.device) if needs[2] else None
-    buffer_CV = hidden_ND.new_empty(min(work.chunk_size, num_positions), num_ids)
+    buffer_CW = logits_buffer(min(work.chunk_size, num_positions), num_ids, like=hidden_ND)
     values_3N = hidden_ND.new_zeros(3, num_positions, dtype=dtype)
     for start in range(0, num_positions, work.chunk_size):
         chunk = slice(start, min(start + work.chunk_size, num_positions))
-        hidden_CD, logits_CV = hidden_ND[chunk], buffer_CV[: chunk.stop - start]
+        hidden_CD, logits_CV = hidden_ND[chunk], buffer_CW[: chunk.stop - start, :num_ids]
         weights_N = work.positions.weights_N
         if weights_N is not None:  # zero times NaN is NaN: what does not count is taken out, not only scaled
             hidden_CD = torch.where(weights_N[chunk, None] != 0, hidden_CD, 0)
@@ -320,6 +320,7 @@ def _values_and_grads(
             first,
             work.settings,
             with_grad=any(needs),
+            row_width=buffer_CW.shape[1],
         )
         if teacher is not None:
             values_3N[2, chunk] = teacher.rows.entropy_N[first : first + len(hidden_CD)]

@@ -1,9 +1,12 @@
 """The work on a chunk's logits as one Triton kernel: normaliser, CE, KD, gradient in place.
 
 One program takes one row: a pass over the row for the normalisers, a look at label and entries, a pass that
-writes the gradient over the logits, and the entries' own gradients on top.  The second pass finds most of the
-row in the L2 cache.  Entries are written last and whole, in fp32 from the logits they had before, so that a
-bf16 row rounds each element once.
+writes the gradient over the logits, and the entries' own gradients on top.  Entries are written last and whole, in
+fp32 from the logits they had before, so that a bf16 row rounds each element once.
+
+At Qwen's vocabulary a row takes half a megabyte, and a GPU has hundreds of rows in hand, more than its L2 cache
+holds: count on three passes over memory, two to read and one to write.  They go 16 bytes at a time where the rows'
+stride and their width in memory are multiples of 16 elements (``chunk.logits_buffer``).
 
 The loss is that of ``tile.py`` where the teacher is linear (see ``chunk.fits_kernel``).
 """
@@ -35,6 +38,7 @@ def chunk_loss_(
     settings: LossSettings,
     *,
     with_grad: bool,
+    row_width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``chunk.chunk_loss_`` for a linear teacher; never makes the host wait."""
     num_rows, num_ids = logits_CV.shape
@@ -48,16 +52,18 @@ def chunk_loss_(
         logits_CV,
         labels_C,
         unused if weights_C is None else weights_C,
-        unused if teacher is None else teacher.offsets[first:],
+        unused if teacher is None else teacher.offsets,
         unused if rows is None else rows.ids_E,
         unused if rows is None else rows.mass_E,
         unused if rows is None else torch.empty_like(rows.mass_E),
-        unused if rows is None else rows.total_N[first:],
-        unused if rows is None else rows.constant_N[first:],
-        unused if rows is None or rows.spread_N is None else rows.spread_N[first:],
+        unused if rows is None else rows.total_N,
+        unused if rows is None else rows.constant_N,
+        unused if rows is None or rows.spread_N is None else rows.spread_N,
         ce_C,
         kd_C,
+        first,
         num_ids,
+        num_ids if row_width is None else row_width,
         settings.num_vocab_ids,
         logits_CV.stride(0),
         float(settings.kd_ratio),
@@ -85,7 +91,8 @@ def _capped(logits, softcap, HAS_SOFTCAP: tl.constexpr):  # type: ignore[no-unty
     return logits
 
 
-@triton.jit
+# A chunk may begin at any position: nothing is compiled anew where 16 does not divide it.
+@triton.jit(do_not_specialize=["first"])
 def _chunk_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     labels_ptr,
@@ -99,7 +106,9 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
     spread_ptr,
     ce_ptr,
     kd_ptr,
+    first,
     num_ids,
+    row_width,
     num_vocab_ids,
     row_stride,
     kd_ratio,
@@ -123,7 +132,7 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
     normalizer, soft_normalizer, logit_sum = 0.0, 0.0, 0.0
     for start in range(0, num_ids, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        logits = tl.load(logits_ptr + columns, mask=columns < num_ids, other=-float("inf"))
+        logits = tl.load(logits_ptr + columns, mask=columns < row_width, other=-float("inf"))
         logits = _capped(logits, softcap, HAS_SOFTCAP)
         logits = tl.where(columns < num_ids, logits, -float("inf"))
         block_largest = tl.maximum(largest, tl.max(logits, 0))
@@ -150,14 +159,15 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
         ce_scale *= tl.load(weights_ptr + row)
     first_entry, last_entry, total, spread = 0, 0, 0.0, 0.0
     if HAS_TEACHER:
-        first_entry, last_entry = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
-        total = tl.load(total_ptr + row)
+        position = first + row
+        first_entry, last_entry = tl.load(offsets_ptr + position), tl.load(offsets_ptr + position + 1)
+        total = tl.load(total_ptr + position)
         kd_scale = kd_ratio * temperature
         if HAS_WEIGHTS:
             kd_scale *= tl.load(weights_ptr + row)
         if HAS_SPREAD:
-            spread = tl.load(spread_ptr + row)
-        value = tl.load(constant_ptr + row)
+            spread = tl.load(spread_ptr + position)
+        value = tl.load(constant_ptr + position)
         for start in range(first_entry, last_entry, ENTRY_BLOCK):
             entries = start + tl.arange(0, ENTRY_BLOCK)
             mask = entries < last_entry
@@ -178,7 +188,7 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
         # Pass 2: the gradient, with the entries' mass still missing.
         for start in range(0, num_ids, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            mask = columns < num_ids
+            mask = columns < row_width
             raw = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
             gradient = _gradient(
                 raw, columns == label, largest, log_sum, soft_log_sum, ce_scale, kd_scale, total, temperature,
