@@ -249,11 +249,11 @@ def broken_shards(
     hashed  local files are hashed, as a reader does before their first use and only then: what is sound here
             is not hashed again there.  A remote file would have to be fetched: its size has to do
     """
-    shards: Sequence[ShardInfo] = reader.manifest.shards
+    shards = reader.manifest.shards
     if keys is not None:
         found = reader.index.find(keys)
         holding, _ = reader.index.locate(found[found >= 0])
-        shards = [shards[place] for place in np.unique(holding).tolist()]
+        shards = shards.take(np.unique(holding))
     folder, verified = open_folder(reader.location), VerifiedFiles() if hashed else None
     return [shard.name for shard in shards if not _is_whole(folder, shard, verified)]
 

@@ -202,11 +202,15 @@ def report(cache: str, out: Path, recipe: str | None, overrides: tuple[str, ...]
 
 @commands.command("verify")
 @click.argument("cache", type=PLACE)
-def verify(cache: str) -> int:
-    """Read every byte of CACHE and list every fault."""
+@click.option(
+    "--sample", type=click.IntRange(min=1), help="Read so many shards, drawn at random; by default all."
+)
+@click.option("--seed", default=0, show_default=True, type=SEEDS, help="Of the sample.")
+def verify(cache: str, sample: int | None, seed: int) -> int:
+    """Read every byte of CACHE, or of a sample of its shards, and list every fault."""
     from stage1_teacher.inspection.tools import show_verification
 
-    return show_verification(cache)
+    return show_verification(cache, sample=sample, seed=seed)
 
 
 @commands.command("export")

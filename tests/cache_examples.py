@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from shared import codec
 from shared.cache import (
+    CacheReader,
     CacheWriter,
     DataSource,
     Identity,
@@ -21,6 +23,10 @@ from shared.cache import (
     TargetsIdentity,
     TeacherIdentity,
 )
+from shared.cache.format import sha256_hex
+from shared.cache.index import KeyIndex
+from shared.cache.layout import index_name
+from shared.cache.manifest import content_hash
 from shared.recipes.policies import Policy, Threshold
 from shared.sparse import SparseTargets, position_seeds, sparsify
 
@@ -116,3 +122,26 @@ def files_of(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "log.jsonl"
     }
+
+
+def as_version_1(cache: Path) -> Manifest:
+    """Makes a committed cache of at most one segment what version 1 would have written."""
+    manifest = CacheReader(str(cache)).manifest
+    shards = [shard.model_dump(mode="json") for shard in manifest.shards]
+    columns = [
+        (view.keys.copy(), view.num_positions)
+        for view in map(CacheReader(str(cache)).shard, range(len(shards)))
+    ]
+    encoded = KeyIndex.from_shards(columns).encode()
+    digest = sha256_hex(encoded)
+    index = {"name": index_name(digest), "sha256": digest, "bytes": encoded.size}
+    for file in manifest.files:
+        (cache / file.name).unlink()
+    (cache / index["name"]).write_bytes(encoded)
+    tree = json.loads((cache / "manifest.json").read_text())
+    del tree["segments"]
+    tree |= {"format_version": 1, "index": index, "shards": shards}
+    tree["totals"]["bytes"] = sum(shard["bytes"] for shard in shards) + encoded.size
+    tree["sha256"] = content_hash(tree)
+    (cache / "manifest.json").write_text(json.dumps(tree, sort_keys=True, indent=1) + "\n")
+    return CacheReader(str(cache)).manifest

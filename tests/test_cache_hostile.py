@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,18 +16,19 @@ import pyarrow as pa
 import pytest
 import torch
 import zstandard
-from cache_examples import capture, make_key
+from cache_examples import as_version_1, capture, make_key
 
 from shared.cache import CacheReader
 from shared.cache.index import open_index
 from shared.cache.shard import open_shard
+from shared.cache.shard_list import open_list
 from shared.cache.verify import verify
 from shared.codec import decode, encode
 from shared.codec.dictionary import DICTIONARY
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
-from tests.torture.mutations import forge, forge_shard, mutate
+from tests.torture.mutations import forge, forge_list, forge_shard, forge_table, mutate
 
 NUMBERS = range(8)
 
@@ -63,16 +65,69 @@ def assert_refused(cache: Path, match: str) -> None:
     ],
 )
 def test_numbers_that_no_shard_has(cache: Path, numbers: dict[str, int], message: str) -> None:
+    forge_list(cache, lambda columns: columns.update({name: [n] * 2 for name, n in numbers.items()}))
+    assert_refused(cache, message)
+    as_version_1(capture_anew(cache))
     forge(cache, lambda tree: [shard.update(numbers) for shard in tree["shards"]])
     assert_refused(cache, message)
 
 
+def capture_anew(cache: Path) -> Path:
+    shutil.rmtree(cache)
+    capture(cache, NUMBERS)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda columns: columns.update({name: values[:1] for name, values in columns.items()}),
+            "1 shards with 5",
+        ),
+        (lambda columns: columns["examples"].reverse(), "not those of the index|in the manifest"),
+        (lambda columns: columns["examples"].__setitem__(0, 4), "2 shards with 7 examples found, 2 with 8"),
+        (lambda columns: columns["unit"].reverse(), "is missing"),
+        (lambda columns: columns["positions"].__setitem__(0, 1 << 60), "less than 9007199254740992"),
+    ],
+)
+def test_a_list_that_says_something_else(cache: Path, change: Callable[[dict], object], message: str) -> None:
+    forge_list(cache, change)
+    assert_refused(cache, message)
+
+
+def test_a_list_that_is_another_table(cache: Path) -> None:
+    forge_table(cache, "list", index_of(cache).read_bytes())
+    assert_refused(cache, "its columns are not those of a list of shards")
+    forge_table(capture_anew(cache), "index", list_of(cache).read_bytes())
+    assert_refused(cache, "its columns are not those of an index")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree["segments"].append(tree["segments"][0]), r"segments: of \[2, 2\] shards"),
+        (lambda tree: tree["segments"][0].update(list=None), "segments: each needs a list"),
+        (lambda tree: tree["segments"][0].update(shards=3), "2 shards with 8 examples found, 3 with 8"),
+        (lambda tree: tree["segments"][0].update(shards=(1 << 53) - 1), "shards found, at most"),
+        (lambda tree: tree.update(segments=[]), "8 examples in its totals"),
+    ],
+)
+def test_segments_that_no_capture_writes(cache: Path, change: Callable[[dict], object], message: str) -> None:
+    forge(cache, change)
+    assert_refused(cache, message)
+
+
 def test_an_index_too_small_for_its_examples(cache: Path) -> None:
+    forge(cache, lambda tree: tree["segments"][0]["index"].update(bytes=8 * 16 - 1))
+    assert_refused(cache, "an index of 127 bytes")
+    as_version_1(capture_anew(cache))
     forge(cache, lambda tree: tree["index"].update(bytes=8 * 16 - 1))
     assert_refused(cache, "an index of 127 bytes")
 
 
 def test_problems_of_a_manifest_are_capped(cache: Path) -> None:
+    as_version_1(cache)
     forge(cache, lambda tree: tree.update(shards=[{"name": "x"}] * 500))
     with pytest.raises(CacheFormatError, match=r"and 2990 more\.") as caught:
         read_all(cache)
@@ -85,14 +140,18 @@ def test_a_deep_manifest(cache: Path) -> None:
 
 
 def shard_of(cache: Path) -> Path:
-    return cache / json.loads((cache / "manifest.json").read_text())["shards"][0]["name"]
+    return cache / CacheReader(str(cache)).manifest.shards[0].name
 
 
 def index_of(cache: Path) -> Path:
-    return cache / json.loads((cache / "manifest.json").read_text())["index"]["name"]
+    return cache / json.loads((cache / "manifest.json").read_text())["segments"][0]["index"]["name"]
 
 
-@pytest.mark.parametrize("which", [shard_of, index_of, lambda cache: cache / "manifest.json"])
+def list_of(cache: Path) -> Path:
+    return cache / json.loads((cache / "manifest.json").read_text())["segments"][0]["list"]["name"]
+
+
+@pytest.mark.parametrize("which", [shard_of, index_of, list_of, lambda cache: cache / "manifest.json"])
 def test_what_is_no_regular_file(cache: Path, which: Callable[[Path], Path]) -> None:
     """A pipe would block, a folder is none, a device never ends."""
     path = which(cache)
@@ -107,7 +166,7 @@ def test_what_is_no_regular_file(cache: Path, which: Callable[[Path], Path]) -> 
     assert_refused(cache, "is a folder, not a file")
 
 
-@pytest.mark.parametrize("which", [shard_of, index_of, lambda cache: cache / "manifest.json"])
+@pytest.mark.parametrize("which", [shard_of, index_of, list_of, lambda cache: cache / "manifest.json"])
 def test_files_of_holes(cache: Path, which: Callable[[Path], Path]) -> None:
     path = which(cache)
     for size in (1 << 42, 1 << 25):
@@ -182,7 +241,7 @@ def test_a_row_of_more_entries_than_it_says(cache: Path) -> None:
 
 
 def test_entries_that_manifest_and_shard_tell_otherwise(cache: Path) -> None:
-    forge(cache, lambda tree: tree["shards"][0].update(entries=tree["shards"][0]["entries"] - 1))
+    forge_list(cache, lambda columns: columns["entries"].__setitem__(0, columns["entries"][0] - 1))
     assert_refused(cache, "entries.* in the manifest")
 
 
@@ -285,7 +344,10 @@ def survives(action: Callable[[], object]) -> None:
         action()
 
 
-def test_mutated_manifests_end_in_one_error(cache: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_mutated_manifests_end_in_one_error(cache: Path, version: int) -> None:
+    if version == 1:
+        as_version_1(cache)
     generator, path = random.Random(0), cache / "manifest.json"
     sound = json.loads(path.read_text())
     for _ in range(200):
@@ -297,13 +359,14 @@ def test_mutated_manifests_end_in_one_error(cache: Path) -> None:
 
 def test_every_bit_of_arrows_own_structures(cache: Path) -> None:
     """Names that are no UTF-8, buffers of odd lengths, columns twice: Arrow takes them, or fails in its own ways."""
-    for path in (shard_of(cache), index_of(cache)):
+    sizes = CacheReader(str(cache)).manifest.shards.column("examples")
+    for path in (shard_of(cache), index_of(cache), list_of(cache)):
         sound = path.read_bytes()
-        sizes = [shard["examples"] for shard in json.loads((cache / "manifest.json").read_text())["shards"]]
         for place in range(0, len(sound), 3):
             data = sound[:place] + bytes([sound[place] ^ 1 << place % 8]) + sound[place + 1 :]
             survives(lambda: open_shard(data, where="shard"))  # noqa: B023
             survives(lambda: open_index(data, shard_sizes=sizes, where="index"))  # noqa: B023
+            survives(lambda: list(open_list(data, where="list")))  # noqa: B023
 
 
 def test_mutated_shards_end_in_one_error(cache: Path) -> None:

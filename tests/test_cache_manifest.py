@@ -50,13 +50,15 @@ def test_what_is_written_is_what_is_read(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "version 2 found, this program reads up to 1. Upgrade teachonce"),
+        ({"format_version": 3}, "version 3 found, this program reads up to 2. Upgrade teachonce"),
         ({"format_version": 0}, "is no version number"),
         ({"format_version": "1"}, "is no version number"),
         ({"format_version": True}, "is no version number"),
         ({"format": "parquet"}, "'parquet' found, 'teachonce-cache' needed"),
         ({"colour": "red"}, "colour"),
-        ({"shards": [{"name": "../../etc/passwd"}]}, "shards.0.name"),
+        ({"shards": []}, "shards: Extra inputs"),
+        ({"segments": [{"list": {"name": "../../etc/passwd"}}]}, "segments.0.list.name"),
+        ({"segments": []}, "7 examples in its totals"),
         ({"totals": {"examples": -1}}, "totals.examples"),
         ({"identity": {"policy": None}}, "identity.policy"),
         ({"skipped": [{"row": "r", "reason": "x", "key": "zz"}]}, "skipped.0.key"),
@@ -210,9 +212,10 @@ def test_the_digest_covers_what_rows_depend_on(change: dict, same: bool) -> None
 
 def test_an_index_that_disagrees_with_the_manifest_is_refused(cache: Path, tmp_path_factory) -> None:
     other = tmp_path_factory.mktemp("other")
-    larger = capture(other, range(9))
-    (cache / larger.index.name).write_bytes((other / larger.index.name).read_bytes())
-    edit(cache, index=larger.index.model_dump())
+    larger, own = capture(other, range(9)), CacheReader(str(cache)).manifest
+    index = larger.segments[0].index
+    (cache / index.name).write_bytes((other / index.name).read_bytes())
+    edit(cache, segments=[own.segments[0].model_dump(mode="json") | {"index": index.model_dump()}])
     with pytest.raises(CacheFormatError, match="9 keys found, 7 examples"):
         CacheReader(str(cache))
 

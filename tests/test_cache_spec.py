@@ -25,7 +25,7 @@ def canonical(value: Any) -> bytes:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = json.loads((folder / "manifest.json").read_bytes())
-    assert (manifest["format"], manifest["format_version"]) == ("teachonce-cache", 1)
+    assert (manifest["format"], manifest["format_version"]) == ("teachonce-cache", 2)
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
     assert hashlib.sha256(canonical(rest)).hexdigest() == manifest["sha256"]
     return manifest
@@ -42,24 +42,63 @@ def read_arrow(folder: Path, entry: dict[str, Any]) -> tuple[pa.RecordBatch, dic
     return stream.get_batch(0), json.loads(metadata)
 
 
-def read_index(folder: Path, manifest: dict[str, Any]) -> dict[bytes, tuple[int, int, int]]:
-    batch, metadata = read_arrow(folder, manifest["index"])
-    assert metadata == {"format": "teachonce-cache", "format_version": 1, "index": True}
-    assert [(field.name, str(field.type)) for field in batch.schema] == [
-        ("key", "fixed_size_binary[16]"),
-        ("place", "uint32"),
-        ("num_positions", "uint8"),
-    ]
-    keys, places, counts = (column.to_pylist() for column in batch.columns)
-    assert keys == sorted(set(keys))
-    assert len(keys) == manifest["totals"]["examples"]
-    found = {}
-    for key, place, count in zip(keys, places, counts, strict=True):
-        shard, row = 0, place
-        while row >= manifest["shards"][shard]["examples"]:
-            row -= manifest["shards"][shard]["examples"]
-            shard += 1
-        found[key] = (shard, row, count)
+def segment_sizes(num_shards: int) -> list[int]:
+    sizes = []
+    while num_shards >= 64:
+        sizes.append(min(2 ** (num_shards.bit_length() - 1), 65536))
+        num_shards -= sizes[-1]
+    return [*sizes, num_shards] if num_shards else sizes
+
+
+def read_lists(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shards of all segments, in order, as version 1 wrote them into the manifest."""
+    shards = []
+    for segment in manifest["segments"]:
+        batch, metadata = read_arrow(folder, segment["list"])
+        assert metadata == {"format": "teachonce-cache", "format_version": 2, "list": True}
+        assert [(field.name, str(field.type), field.nullable) for field in batch.schema] == [
+            ("unit", "fixed_size_binary[8]", False),
+            ("sha256", "fixed_size_binary[32]", False),
+            *((name, "uint64", False) for name in ("bytes", "examples", "positions", "entries", "truncated")),
+        ]
+        assert len(batch) == segment["shards"]
+        assert sum(batch.column("examples").to_pylist()) == segment["examples"]
+        for row in batch.to_pylist():
+            unit, sha256 = row.pop("unit").hex(), row.pop("sha256").hex()
+            shards.append({"name": f"shards/{unit}-{sha256}.arrow", "sha256": sha256, **row})
+    assert [segment["shards"] for segment in manifest["segments"]] == segment_sizes(len(shards))
+    files = [segment[kind]["bytes"] for segment in manifest["segments"] for kind in ("list", "index")]
+    assert sum(shard["bytes"] for shard in shards) + sum(files) == manifest["totals"]["bytes"]
+    for name in ("examples", "positions", "entries", "truncated"):
+        assert sum(shard[name] for shard in shards) == manifest["totals"][name]
+    return shards
+
+
+def read_index(
+    folder: Path, manifest: dict[str, Any], shards: list[dict[str, Any]]
+) -> dict[bytes, tuple[int, int, int]]:
+    found: dict[bytes, tuple[int, int, int]] = {}
+    first = 0
+    for segment in manifest["segments"]:
+        batch, metadata = read_arrow(folder, segment["index"])
+        assert metadata == {"format": "teachonce-cache", "format_version": 1, "index": True}
+        assert [(field.name, str(field.type)) for field in batch.schema] == [
+            ("key", "fixed_size_binary[16]"),
+            ("place", "uint32"),
+            ("num_positions", "uint8"),
+        ]
+        keys, places, counts = (column.to_pylist() for column in batch.columns)
+        assert keys == sorted(set(keys))
+        assert len(keys) == segment["examples"]
+        for key, place, count in zip(keys, places, counts, strict=True):
+            shard, row = first, place
+            while row >= shards[shard]["examples"]:
+                row -= shards[shard]["examples"]
+                shard += 1
+            assert key not in found
+            found[key] = (shard, row, count)
+        first += segment["shards"]
+    assert len(found) == manifest["totals"]["examples"]
     return found
 
 
@@ -71,8 +110,7 @@ def content_identity(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"format_version": 1, **identity}
 
 
-def read_shard(folder: Path, manifest: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    entry = manifest["shards"][number]
+def read_shard(folder: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> list[dict[str, Any]]:
     batch, metadata = read_arrow(folder, entry)
     identity = content_identity(manifest)
     assert metadata["identity"] == identity
@@ -130,8 +168,9 @@ def test_a_reader_made_from_the_text_reads_a_cache(tmp_path: Path, policy, tempe
     identity = make_identity(policy=policy, temperatures=temperatures)
     capture(tmp_path, range(23), identity=identity)
     manifest = read_manifest(tmp_path)
-    index = read_index(tmp_path, manifest)
-    shards = [read_shard(tmp_path, manifest, number) for number in range(len(manifest["shards"]))]
+    entries = read_lists(tmp_path, manifest)
+    index = read_index(tmp_path, manifest, entries)
+    shards = [read_shard(tmp_path, manifest, entry) for entry in entries]
     assert manifest["totals"]["positions"] == sum(row["num_positions"] for rows in shards for row in rows)
     for number in range(23):
         shard, place, num_positions = index[make_key(number)]
@@ -145,3 +184,15 @@ def test_a_reader_made_from_the_text_reads_a_cache(tmp_path: Path, policy, tempe
         assert found["ce_sum"] == row.ce_sum
         assert np.array_equal(found["entropy_sums"], row.entropy_sums)
         read_entries(found, identity.targets, targets)
+
+
+def test_a_reader_made_from_the_text_reads_segments(tmp_path: Path) -> None:
+    for number in (70, 200):
+        capture(tmp_path, range(number), examples_per_shard=1)
+    manifest = read_manifest(tmp_path)
+    assert [segment["shards"] for segment in manifest["segments"]] == [128, 64, 8]
+    entries = read_lists(tmp_path, manifest)
+    index = read_index(tmp_path, manifest, entries)
+    for number in (0, 127, 128, 199):
+        shard, place, _ = index[make_key(number)]
+        assert read_shard(tmp_path, manifest, entries[shard])[place]["key"] == make_key(number)

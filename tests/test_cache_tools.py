@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,9 +31,13 @@ from PIL import Image
 from shared import codec
 from shared.cache import CacheReader, CacheWriter, DataSource, Row, SkippedRow
 from shared.cache.export import export
+from shared.cache.format import sha256_hex
 from shared.cache.inspect import inspect
+from shared.cache.layout import list_name
 from shared.cache.manifest import Manifest
 from shared.cache.merge import merge
+from shared.cache.segments import FileInfo
+from shared.cache.shard_list import ShardList
 from shared.cache.storage import temporary_name
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError
@@ -134,21 +139,26 @@ def test_every_fault_is_listed_not_only_the_first(tmp_path: Path) -> None:
     gone.unlink()
     (tmp_path / "shards" / "0123456789abcdef-00.arrow").write_bytes(b"?")
     (tmp_path / "notes.txt").write_text("?")
-    (tmp_path / manifest.index.name).write_bytes(b"?")
+    (tmp_path / manifest.segments[0].index.name).write_bytes(b"?")
     faults = verify(str(tmp_path)).faults
     assert len(faults) == 6
     for number, name in enumerate((flipped.name, cut.name, gone.name)):
         assert any(f"shard {number:05d}" in fault and name in fault for fault in faults)
-    for name in ("notes.txt", "0123456789abcdef-00.arrow", manifest.index.name):
+    for name in ("notes.txt", "0123456789abcdef-00.arrow", manifest.segments[0].index.name):
         assert any(name in fault for fault in faults)
 
 
 def rewrite_manifest(path: Path, **changes) -> None:
     manifest = CacheReader(str(path)).manifest
+    shards = ShardList.of(changes.get("shards", manifest.shards))
+    data = shards.encode()
+    file = FileInfo(name=list_name(sha256_hex(data)), sha256=sha256_hex(data), bytes=data.size)
+    (path / file.name).write_bytes(data)
+    segment = manifest.segments[0].model_copy(update={"list": file, "examples": shards.total("examples")})
     built = Manifest.build(
         identity=changes.get("identity", manifest.identity),
-        index=manifest.index,
-        shards=changes.get("shards", manifest.shards),
+        segments=[segment],
+        shards=shards,
         skipped=manifest.skipped,
         duplicates=0,
         created_by=manifest.created_by,
@@ -226,7 +236,7 @@ def test_merging_the_same_cache_twice_changes_nothing_but_counts(tmp_path: Path)
     a, out = str(tmp_path / "a"), str(tmp_path / "out")
     manifest = capture(a, range(12))
     merged = merge([a, a], out, created_by=VERSIONS)
-    assert (merged.shards, merged.index, merged.totals.duplicates) == (manifest.shards, manifest.index, 12)
+    assert (merged.segments, merged.totals.duplicates) == (manifest.segments, 12)
 
 
 def test_an_interrupted_merge_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,12 +412,12 @@ def test_a_capture_by_command_mends_index_and_plan_as_its_errors_say(
 
     assert run("capture", str(recipe))[0] == 0
     before = files_of(cache)
-    index = cache / CacheReader(str(cache)).manifest.index.name
-    for damage in (None, b"damaged"):
-        index.unlink() if damage is None else index.write_bytes(damage)
+    files = [cache / file.name for file in CacheReader(str(cache)).manifest.files]
+    for path, damage in itertools.product(files, (None, b"damaged")):
+        path.unlink() if damage is None else path.write_bytes(damage)
         status, output = run("verify", str(cache))
         assert status != 0
-        assert "Run teacher-cache again: it makes the index again from the shards" in output
+        assert "Run teacher-cache again: it makes the file again from the shards" in output
         assert run("capture", str(recipe))[0] == 0
         assert files_of(cache) == before
     # a plan stands beside shards alone while a first capture is under way

@@ -274,19 +274,20 @@ def test_a_lost_shard_is_captured_again_in_its_old_place(tmp_path: Path) -> None
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.parametrize("kind", ["index", "list"])
 @pytest.mark.parametrize("damage", [None, b"", b"ARROW1"])
 @pytest.mark.parametrize("numbers", [range(23), range(30)])
-def test_a_lost_or_damaged_index_is_made_again_from_the_shards(
-    tmp_path: Path, damage: bytes | None, numbers: range
+def test_a_lost_or_damaged_index_or_list_is_made_again_from_the_shards(
+    tmp_path: Path, kind: str, damage: bytes | None, numbers: range
 ) -> None:
     manifest = capture(tmp_path / "c", range(23))
     capture(tmp_path / "whole", range(23))
     if len(numbers) > 23:
         capture(tmp_path / "whole", numbers)
-    index = tmp_path / "c" / manifest.index.name
-    index.unlink() if damage is None else index.write_bytes(damage)
+    path = tmp_path / "c" / getattr(manifest.segments[0], kind).name
+    path.unlink() if damage is None else path.write_bytes(damage)
     assert "Run teacher-cache again" in verify(str(tmp_path / "c")).faults[0]
-    with pytest.raises(CacheFormatError, match=r"index-.* [Rr]un teacher-cache again"):
+    with pytest.raises(CacheFormatError, match=rf"{kind}-.* [Rr]un teacher-cache again"):
         CacheReader(str(tmp_path / "c"))
     capture(tmp_path / "c", numbers)
     assert files_of(tmp_path / "c") == files_of(tmp_path / "whole")
@@ -295,7 +296,7 @@ def test_a_lost_or_damaged_index_is_made_again_from_the_shards(
 def test_an_index_and_a_shard_lost_together_are_mended_as_the_error_says(tmp_path: Path) -> None:
     manifest = capture(tmp_path, range(23))
     before = files_of(tmp_path)
-    (tmp_path / manifest.index.name).unlink()
+    (tmp_path / manifest.segments[0].index.name).unlink()
     (tmp_path / manifest.shards[1].name).unlink()
     (tmp_path / manifest.shards[2].name).write_bytes(b"damaged")
     with pytest.raises(CacheFormatError, match=r"shard 00001 .*Delete manifest\.json and run teacher-cache"):
@@ -304,6 +305,19 @@ def test_an_index_and_a_shard_lost_together_are_mended_as_the_error_says(tmp_pat
     with open_writer(tmp_path) as writer:
         plan = writer.plan(keys_and_rows(range(23)), examples_per_shard=5)
         assert [writer.is_finished(unit) for unit in plan.units] == [True, False, False, True, True]
+    capture(tmp_path, range(23))
+    assert files_of(tmp_path) == before
+
+
+def test_a_list_and_an_index_lost_together_are_mended_as_the_error_says(tmp_path: Path) -> None:
+    manifest = capture(tmp_path, range(23))
+    before = files_of(tmp_path)
+    for file in manifest.files:
+        (tmp_path / file.name).unlink()
+    assert len(verify(str(tmp_path)).faults) == 1
+    with pytest.raises(CacheFormatError, match=r"list-.*Delete manifest\.json and run teacher-cache"):
+        open_writer(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     capture(tmp_path, range(23))
     assert files_of(tmp_path) == before
 

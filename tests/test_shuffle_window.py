@@ -44,7 +44,7 @@ def recipe(
     recipe = make_recipe(tree)
     assert capture_here(recipe) == 8
     manifest = CacheReader(CACHE).manifest
-    room = 5 * max(shard.bytes for shard in manifest.shards) + manifest.index.bytes
+    room = 5 * max(shard.bytes for shard in manifest.shards) + sum(file.bytes for file in manifest.files)
     monkeypatch.setenv("TEACHONCE_STAGING_BYTES", str(room))
     yield recipe
     fsspec.filesystem("memory").rm("/window", recursive=True)

@@ -1,108 +1,173 @@
-"""From old shards and captured units to a manifest and its index."""
+"""From old shards and captured units to the files of a manifest: its segments' lists and indices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from shared.cache.format import sha256_hex
 from shared.cache.identity import Identity
-from shared.cache.index import KeyIndex, ShardColumns
-from shared.cache.layout import MANIFEST_NAME, index_name, sha256_in
-from shared.cache.manifest import IndexInfo, Manifest, ShardInfo, SkippedRow
-from shared.cache.plan import Plan, Unit
-from shared.cache.shard import ShardView, open_shard
-from shared.cache.storage import Folder
+from shared.cache.index import CacheIndex, KeyIndex, ShardColumns, open_index, split_keys
+from shared.cache.layout import index_name, list_name, sha256_in
+from shared.cache.manifest import Manifest, SkippedRow
+from shared.cache.plan import Plan
+from shared.cache.segments import FileInfo, Segment, spans
+from shared.cache.shard import ShardView
+from shared.cache.shard_list import ShardInfo, ShardList
 from shared.errors import CacheFormatError
 
+MAX_PLACES = 1 << 32  # of one segment: places in its index are 32 bits wide
+Publish = Callable[[str, pa.Buffer], None]
 
-def assemble(
-    plan: Plan,
-    base: Manifest | None,
-    base_index: KeyIndex,
-    *,
-    names: Mapping[str, str],
-    open_view: Callable[[str], ShardView],
-    created_by: Mapping[str, str],
-    where: str,
-) -> tuple[Manifest, pa.Buffer]:
-    """The manifest of the old shards and the plan's units, old ones first, and the bytes of its index.
 
-    ``names``: unit id -> the name of its shard
-    Raises   CacheFormatError  when two shards hold the same example
+@dataclass(frozen=True, eq=False)
+class NewShard:
+    """A shard that no manifest names yet, and what the index must know of it."""
+
+    info: ShardInfo
+    columns: ShardColumns
+    skipped: tuple[SkippedRow, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, view: ShardView) -> Self:
+        """Nothing of the view is held: a process may map some thousand files at a time."""
+        skipped = tuple(SkippedRow(**row) for row in view.metadata["skipped"])
+        columns = view.keys.copy(), view.num_positions.astype(np.uint32)
+        return cls(shard_info(name, view), columns, skipped)
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a cache is to hold: old shards and new ones, in order.
+
+    Shapes   order (S,) int64: the place of an old shard in ``base``, or ``~number`` of one of ``new``
     """
-    shards: list[ShardInfo] = []
-    columns: list[ShardColumns] = []
-    skipped: list[SkippedRow] = []
-    old_columns = base_index.shard_columns()
-    for old_place, source in _sources(plan, base):
-        if isinstance(source, ShardInfo):
-            shards.append(source)
-            columns.append(old_columns[old_place])
-            continue
-        name = names[source.unit_id]
-        view = open_view(name)
-        shards.append(shard_info(name, view))
-        columns.append((view.keys, view.num_positions))
-        skipped += [SkippedRow(**row) for row in view.metadata["skipped"]]
-    index = KeyIndex.from_shards(columns)
-    info, encoded = encode_index(index, where=where)
-    manifest = Manifest.build(
-        identity=grown_identity(base, plan.identity),
-        index=info,
-        shards=shards,
-        skipped=[*_older_skips(base, plan.identity), *plan.skipped, *skipped],
-        duplicates=plan.duplicates,
-        created_by=created_by,
-    )
-    return manifest, encoded
+
+    base: Manifest | None
+    base_index: CacheIndex
+    order: npt.NDArray[np.int64]
+    new: Sequence[NewShard]
+
+    @classmethod
+    def of_plan(
+        cls, plan: Plan, base: Manifest | None, base_index: CacheIndex, new: Sequence[NewShard]
+    ) -> Self:
+        """The old shards, repaired ones in their places, lost ones left out; then the others of the plan.
+
+        ``new``  the shard of each unit of the plan
+        """
+        num_old = 0 if base is None else base.num_shards
+        order = np.arange(num_old)
+        slots = [-1 if unit.slot is None else unit.slot for unit in plan.units]
+        added = [~number for number, slot in enumerate(slots) if slot < 0]
+        is_lost = np.zeros(num_old, dtype=bool)
+        is_lost[list(plan.lost)] = True
+        for number, slot in enumerate(slots):
+            if slot >= 0:
+                order[slot], is_lost[slot] = ~number, False
+        return cls(base, base_index, np.append(order[~is_lost], np.array(added, np.int64)), new)
+
+    @classmethod
+    def of_new(cls, new: Sequence[NewShard]) -> Self:
+        return cls(None, CacheIndex.of([]), ~np.arange(len(new)), new)
+
+    @cached_property
+    def shards(self) -> ShardList:
+        """All of them."""
+        old = ShardList.of([]) if self.base is None else self.base.shards
+        both = ShardList.joined([old, ShardList.of(one.info for one in self.new)])
+        return both.take(np.where(self.order < 0, len(old) + ~self.order, self.order))
+
+    def write_segments(self, publish: Publish, *, where: str) -> list[Segment]:
+        """Publishes the lists and indices that the old manifest does not have; returns all segments.
+
+        Raises   CacheFormatError  when two shards hold the same example
+        """
+        old_columns = _Columns(self.base_index)
+        segments, parts, is_new = [], [], []
+        kept = {} if self.base is None else _kept(self.base)
+        for span in spans(len(self.shards)):
+            order = self.order[span.start : span.stop]
+            old = kept.get(span)
+            if old is not None and np.array_equal(order, np.arange(span.start, span.stop)):
+                segment, part = old[0], self.base_index.parts[old[1]]
+            else:
+                columns = [self.new[~one].columns if one < 0 else old_columns[one] for one in order.tolist()]
+                shards = self.shards[span.start : span.stop]
+                segment, part = write_segment(shards, columns, publish, where=where)
+            segments.append(segment)
+            parts.append(part)
+            is_new.append(segment is not (old and old[0]))
+        _require_different(parts, is_new, where=where)
+        return segments
 
 
-def rebuild_index(folder: Folder, manifest: Manifest) -> pa.Buffer:
-    """The bytes of the index that a manifest names, from its shards, whose hashes are checked.
+class _Columns:
+    """Of old shards by their places, from an index; the part in hand is turned round once."""
 
-    Raises   CacheFormatError  when a shard is missing or damaged as well, or the bytes come out otherwise
+    def __init__(self, index: CacheIndex) -> None:
+        self._index, self._part = index, -1
+        self._columns: list[ShardColumns] = []
+
+    def __getitem__(self, place: int) -> ShardColumns:
+        part = int(np.searchsorted(self._index.first_shards, place, side="right")) - 1
+        if part != self._part:
+            self._part, self._columns = part, self._index.parts[part].shard_columns()
+        return self._columns[place - int(self._index.first_shards[part])]
+
+
+def _kept(base: Manifest) -> dict[range, tuple[Segment, int]]:
+    """The segments that may be named again, by their places, and their numbers."""
+    cut = zip(spans(base.num_shards), base.segments, strict=False)
+    is_listed = base.format_version > 1
+    return {span: (segment, number) for number, (span, segment) in enumerate(cut)} if is_listed else {}
+
+
+def write_segment(
+    shards: ShardList, columns: Sequence[ShardColumns], publish: Publish, *, where: str
+) -> tuple[Segment, KeyIndex]:
+    """Publishes the list and the index of shards that follow one another.
+
+    Raises   CacheFormatError  when they hold more examples than an index has places for
     """
-    remedy = f"Delete {MANIFEST_NAME} and run teacher-cache again: it keeps the whole shards that its new plan has."
-    columns: list[ShardColumns] = []
-    for place, shard in enumerate(manifest.shards):
-        where = f"{folder.where}, shard {place:05d} ({shard.name})"
-        try:
-            data = folder.read(shard.name)
-        except FileNotFoundError:
-            data = b""
-        if sha256_hex(data) != shard.sha256:
-            raise CacheFormatError(
-                f"{where}: is missing or damaged, and so is the index, which alone knows its keys. {remedy}"
-            )
-        view = open_shard(data, where=where)
-        columns.append((view.keys, view.num_positions))
-    info, encoded = encode_index(KeyIndex.from_shards(columns), where=folder.where)
-    if info != manifest.index:  # another release of Arrow may spell the same table otherwise
+    num_examples = shards.total("examples")
+    if num_examples > MAX_PLACES:
         raise CacheFormatError(
-            f"{folder.where}, {manifest.index.name}: is missing or damaged, and made again from the shards "
-            f"it has sha256 {info.sha256[:12]}, not that of the manifest ({manifest.index.sha256[:12]}). {remedy}"
+            f"{where}: {num_examples} examples in {len(shards)} shards found, at most {MAX_PLACES} possible. Set "
+            "cache.examples_per_shard lower, or capture into several caches."
         )
-    return encoded
+    index = KeyIndex.from_shards(columns)
+    files = []
+    for data, name_of in ((shards.encode(), list_name), (index.encode(), index_name)):
+        digest = sha256_hex(data)
+        files.append(FileInfo(name=name_of(digest), sha256=digest, bytes=data.size))
+        publish(files[-1].name, data)
+    segment = Segment(shards=len(shards), examples=num_examples, list=files[0], index=files[1])
+    return segment, open_index(data, shard_sizes=shards.column("examples"), where=where)
 
 
-def encode_index(index: KeyIndex, *, where: str) -> tuple[IndexInfo, pa.Buffer]:
-    """The entry and the bytes of an index file.  Raises CacheFormatError when a key occurs twice."""
-    twice = index.duplicates()
+def _require_different(parts: Sequence[KeyIndex], is_new: Sequence[bool], *, where: str) -> None:
+    """Raises   CacheFormatError  when an example lies in two shards, one of them in a segment that is new"""
+    twice: list[bytes] = []
+    for number, part in enumerate(parts):
+        if is_new[number]:
+            others = CacheIndex.of(one for place, one in enumerate(parts) if place != number)
+            twice += [*part.duplicates(), *split_keys(part.keys[others.find_array(part.keys) >= 0])]
     if twice:
         raise CacheFormatError(
-            f"{where}: example {twice[0].hex()} lies in two shards ({len(twice)} such examples). Capture the "
+            f"{where}: example {twice[0].hex()} lies in two shards ({len(set(twice))} such examples). Capture the "
             "cache again in an empty folder."
         )
-    encoded = index.encode()
-    digest = sha256_hex(encoded)
-    return IndexInfo(name=index_name(digest), sha256=digest, bytes=encoded.size), encoded
 
 
 def shard_info(name: str, view: ShardView) -> ShardInfo:
-    """A shard's entry in the manifest."""
+    """A shard's entry in the list."""
     return ShardInfo(
         name=name,
         sha256=sha256_in(name),
@@ -123,20 +188,7 @@ def grown_identity(base: Manifest | None, identity: Identity) -> Identity:
     return identity.model_copy(update={"data": (*kept, *identity.data)})
 
 
-def _older_skips(base: Manifest | None, identity: Identity) -> Sequence[SkippedRow]:
+def older_skips(base: Manifest | None, identity: Identity) -> Sequence[SkippedRow]:
     """Skipped rows of the old manifest, unless this capture speaks for all the data again."""
     speaks_for_all = len(grown_identity(base, identity).data) == len(identity.data)
     return () if base is None or speaks_for_all else base.skipped
-
-
-def _sources(plan: Plan, base: Manifest | None) -> Iterator[tuple[int, ShardInfo | Unit]]:
-    """The shards in their new order, with the old place of old ones and -1 for others."""
-    repairs = {unit.slot: unit for unit in plan.units if unit.slot is not None}
-    for place, shard in enumerate(() if base is None else base.shards):
-        if place in repairs:
-            yield -1, repairs[place]
-        elif place not in plan.lost:
-            yield place, shard
-    for unit in plan.units:
-        if unit.slot is None:
-            yield -1, unit

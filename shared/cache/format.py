@@ -20,10 +20,14 @@ from shared.errors import CacheFormatError, NotAFileError
 from shared.regular_files import open_regular
 
 FORMAT = "teachonce-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; every file names the first version that had its layout
+MANIFEST_VERSION = LIST_VERSION = 2
+ROWS_VERSION = (
+    1  # of shards, index and plan; a part of the content identity, so that rows stay what they were
+)
 KEY_BYTES = 16
 METADATA_KEY = b"teachonce"
-MAX_MANIFEST_BYTES = 64 << 20  # 180,000 shards; as Python objects it takes some twenty times as much
+MAX_MANIFEST_BYTES = 64 << 20  # in version 1, 180,000 shards; as Python objects some twenty times as much
 MAX_FILE_BYTES = 1 << 37  # an index of 2**32 examples
 MAX_SHARD_BYTES = 1 << 33  # its columns have 32-bit offsets
 KEY_DTYPE = np.dtype(f"S{KEY_BYTES}")
@@ -58,16 +62,11 @@ def check_version(format_name: object, version: object, *, where: str) -> None:
             f"{where}: format version {version} found, this program reads up to {FORMAT_VERSION}. "
             "Upgrade teachonce, or capture the cache again."
         )
-    if version < FORMAT_VERSION:
-        raise CacheFormatError(
-            f"{where}: format version {version} found, this program reads {FORMAT_VERSION}. "
-            "Capture the cache again, or read it with the release that wrote it."
-        )
 
 
-def make_metadata(values: Mapping[str, Any]) -> dict[bytes, bytes]:
+def make_metadata(values: Mapping[str, Any], *, version: int = ROWS_VERSION) -> dict[bytes, bytes]:
     """The metadata of a schema: the values, with format and version, as canonical JSON."""
-    stored = {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
+    stored = {"format": FORMAT, "format_version": version, **values}
     return {METADATA_KEY: canonical_json(stored).encode()}
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from shared.cache.format import FORMAT_VERSION, canonical_json
+from shared.cache.format import ROWS_VERSION, canonical_json
 from shared.errors import CacheMismatchError
 from shared.recipes.policies import Policy
 from shared.sparse import sampling_version
@@ -144,7 +144,7 @@ class Identity(Record):
         stored = self.model_dump(
             mode="json", exclude={"data": True, "prompt": True, "teacher": {"name", "revision"}}
         )
-        return {"format_version": FORMAT_VERSION, **stored}
+        return {"format_version": ROWS_VERSION, **stored}
 
     def digest(self) -> str:
         """Hex digest of :meth:`content`: equal for captures whose rows may lie in one cache."""

@@ -1,16 +1,17 @@
-"""The index: every key of a cache in order, with the place of its example.
+"""The index: every key of a cache, with the place of its example.
 
-A sorted table of some 22 bytes an example, mapped and searched where it lies, so that a cache of a million
-examples opens without touching a shard.  The number of positions is in it too: a step's global count of
-labels is known before any row is read.
+A sorted table for each segment, of some 22 bytes an example, mapped and searched where it lies, so that a cache
+of a million examples opens without touching a shard.  The number of positions is in it too: a step's global
+count of labels is known before any row is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +27,13 @@ from shared.cache.format import (
     make_metadata,
     narrowest,
     read_metadata,
-    sha256_hex,
 )
 from shared.cache.manifest import Manifest
+from shared.cache.segments import REMEDY, FileInfo, read_file
 from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
 
 PLACES = pa.uint32()
-REMEDY = "Run teacher-cache again: it makes the index again from the shards."
 ShardColumns = tuple[
     npt.NDArray[np.bytes_], npt.NDArray[np.integer]
 ]  # keys and num_positions, in stored order
@@ -41,7 +41,7 @@ ShardColumns = tuple[
 
 @dataclass(frozen=True, eq=False)
 class KeyIndex:
-    """The table's columns, (R,) each, and where the shards begin in the order of capture.
+    """One segment's: the table's columns, (R,) each, and where the shards begin in the order of capture.
 
     Shapes   keys S16, sorted as unsigned bytes; places uint32: an example's number in that order;
              num_positions unsigned; starts (S + 1,) int64: the places of shard s are starts[s]:starts[s + 1]
@@ -83,7 +83,10 @@ class KeyIndex:
 
     def find(self, keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
         """(len(keys),) positions in this table, -1 for those that are not in it."""
-        wanted = as_key_array(keys)
+        return self.find_array(as_key_array(keys))
+
+    def find_array(self, wanted: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:
+        """The same of keys (n,) S16."""
         if not len(self):
             return np.full(len(wanted), -1, dtype=np.int64)
         place = np.searchsorted(self.keys, wanted)
@@ -105,6 +108,95 @@ class KeyIndex:
         return sink.getvalue()
 
 
+@dataclass(frozen=True, eq=False)
+class CacheIndex:
+    """A whole cache's: the segments' indices one after the other.
+
+    Shapes   first_rows, first_shards (P + 1,) int64: of the P parts, and behind the last
+    """
+
+    parts: tuple[KeyIndex, ...]
+    first_rows: npt.NDArray[np.int64]
+    first_shards: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, parts: Iterable[KeyIndex]) -> Self:
+        held = tuple(parts)
+        rows, shards = [len(part) for part in held], [len(part.starts) - 1 for part in held]
+        return cls(held, _bounds(rows), _bounds(shards))
+
+    @classmethod
+    def open(cls, manifest: Manifest, read: Callable[[FileInfo], pa.Buffer], *, where: str) -> Self:
+        """``read`` gives a file's bytes, their hash checked.  Raises CacheFormatError for damaged ones."""
+        sizes, first, parts = manifest.shards.column("examples"), 0, []
+        for segment in manifest.segments:
+            held, file = sizes[first : first + segment.shards], segment.index
+            parts.append(open_index(read(file), shard_sizes=held, where=f"{where}, {file.name}"))
+            first += segment.shards
+        return cls.of(parts)
+
+    def __len__(self) -> int:
+        return int(self.first_rows[-1])
+
+    @property
+    def keys(self) -> npt.NDArray[np.bytes_]:
+        """(R,) S16, all of them, in ascending order within a segment."""
+        return np.concatenate([np.empty(0, KEY_DTYPE), *(part.keys for part in self.parts)])
+
+    @property
+    def num_positions(self) -> npt.NDArray[np.int64]:
+        """(R,) of all examples, in the order of ``keys``."""
+        return np.concatenate([np.empty(0, np.int64), *(part.num_positions for part in self.parts)])
+
+    def find(self, keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
+        """(len(keys),) positions in ``keys``, -1 for those that are not in it."""
+        return self.find_array(as_key_array(keys))
+
+    def find_array(self, wanted: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:
+        """The same of keys (n,) S16."""
+        found = np.full(len(wanted), -1, dtype=np.int64)
+        missing = np.arange(len(wanted))
+        for part, first in zip(self.parts, self.first_rows.tolist(), strict=False):
+            places = part.find_array(wanted[missing])
+            is_here = places >= 0
+            found[missing[is_here]] = first + places[is_here]
+            missing = missing[~is_here]
+        return found
+
+    def lengths(self, found: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The number of positions of examples that :meth:`find` found."""
+        lengths = np.empty(len(found), dtype=np.int64)
+        for part, rows, here in self._by_part(found):
+            lengths[here] = self.parts[part].num_positions[rows]
+        return lengths
+
+    def locate(self, found: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The shard and the row of examples that :meth:`find` found."""
+        shards, numbers = np.empty((2, len(found)), dtype=np.int64)
+        for part, rows, here in self._by_part(found):
+            in_part, numbers[here] = self.parts[part].locate(rows)
+            shards[here] = self.first_shards[part] + in_part
+        return shards, numbers
+
+    def shard_columns(self) -> Iterator[ShardColumns]:
+        """Keys and numbers of positions of each shard, in stored order."""
+        for part in self.parts:
+            yield from part.shard_columns()
+
+    def _by_part(
+        self, found: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
+        """Each part that holds some of the rows: its number, the rows in it, and which of ``found`` they are."""
+        part_of = np.searchsorted(self.first_rows, found, side="right") - 1
+        for part in np.unique(part_of).tolist():
+            here = part_of == part
+            yield part, found[here] - self.first_rows[part], here
+
+
+def _bounds(sizes: Sequence[int] | npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    return np.append(0, np.cumsum(sizes, dtype=np.int64)).astype(np.int64)
+
+
 def _schema(num_positions: pa.DataType) -> pa.Schema:
     return pa.schema(
         [
@@ -116,7 +208,9 @@ def _schema(num_positions: pa.DataType) -> pa.Schema:
     )
 
 
-def open_index(source: Path | bytes | pa.Buffer, *, shard_sizes: Sequence[int], where: str) -> KeyIndex:
+def open_index(
+    source: Path | bytes | pa.Buffer, *, shard_sizes: Sequence[int] | npt.NDArray[np.uint64], where: str
+) -> KeyIndex:
     """Maps an index file, or looks into the bytes of one; ``shard_sizes``: the examples of each shard.
 
     Raises   CacheFormatError  when it is not an index of this format, or has not that many rows
@@ -131,31 +225,21 @@ def open_index(source: Path | bytes | pa.Buffer, *, shard_sizes: Sequence[int], 
         batch.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CacheFormatError(f"{where}: cannot be read as an Arrow file ({error}).") from error
-    if len(batch) != sum(shard_sizes):  # before NumPy adds them up, whose sum could run over
-        raise CacheFormatError(
-            f"{where}: {len(batch)} keys found, {sum(shard_sizes)} examples in the manifest."
-        )
-    starts = np.append(0, np.cumsum(shard_sizes, dtype=np.int64))
+    starts = _bounds(shard_sizes)
+    if len(batch) != starts[-1]:
+        raise CacheFormatError(f"{where}: {len(batch)} keys found, {starts[-1]} examples in the manifest.")
     places = batch.column("place").to_numpy()
     if places.max(initial=0) >= max(len(batch), 1):
         raise CacheFormatError(f"{where}: place {places.max()} found, with {len(batch)} examples. {REMEDY}")
     return KeyIndex(keys_of(batch), places, batch.column("num_positions").to_numpy(), starts)
 
 
-def load_index(folder: Folder, manifest: Manifest) -> KeyIndex:
-    """The index that a manifest names, its hash checked."""
-    info = manifest.index
-    where = f"{folder.where}, {info.name}"
-    try:
-        data = folder.read(info.name, max_bytes=info.bytes)
-    except FileNotFoundError as error:
-        raise CacheFormatError(f"{where}: is missing. {REMEDY}") from error
-    if sha256_hex(data) != info.sha256:
-        raise CacheFormatError(
-            f"{where}: sha256 {sha256_hex(data)[:12]} differs from the manifest ({info.sha256[:12]}). "
-            f"{REMEDY}"
-        )
-    return open_index(data, shard_sizes=[shard.examples for shard in manifest.shards], where=where)
+def load_index(folder: Folder, manifest: Manifest) -> CacheIndex:
+    """The index that a manifest names, its hashes checked; local files are mapped.
+
+    Raises   CacheFormatError  when a list or an index is missing or damaged
+    """
+    return CacheIndex.open(manifest, lambda file: read_file(folder, file), where=folder.where)
 
 
 def split_keys(keys: npt.NDArray[np.bytes_]) -> list[bytes]:

@@ -1,7 +1,8 @@
 """The files of a cache's folder and their names.
 
 manifest.json               makes the folder a cache; written last
-index-<sha256>.arrow        the sorted table of keys
+list-<sha256>.arrow         shards of one segment
+index-<sha256>.arrow        their keys, sorted
 shards/<unit>-<sha256>.arrow
 plan.arrow                  while a capture is under way
 claims/                     while a capture is under way: who does what
@@ -22,10 +23,11 @@ LOCK_NAME = "capture.lock"
 LOG_NAME = "log.jsonl"
 LIBRARY_LOG_NAME = "capture.log"
 INDEX_PREFIX = "index-"
+LIST_PREFIX = "list-"
 SHARDS = "shards/"
 CLAIMS = "claims/"
 # Only what is named like this is ever removed: other programs have folders called "shards", too.
-INDEX_NAME = re.compile(r"index-[0-9a-f]{16}\.arrow")
+TABLE_NAME = re.compile(r"(index|list)-[0-9a-f]{16}\.arrow")
 SHARD_NAME = re.compile(r"shards/[0-9a-f]{16}-[0-9a-f]{64}\.arrow")
 CLAIM_NAME = re.compile(r"claims/([0-9a-f]{16}|commit)\.([0-9]{1,6})")
 CLAIMANT_NAME = re.compile(r"claims/[A-Za-z0-9_.-]+\.json")
@@ -34,6 +36,11 @@ CLAIMANT_NAME = re.compile(r"claims/[A-Za-z0-9_.-]+\.json")
 def index_name(sha256: str) -> str:
     """What an index is called: indices of an old and a new manifest lie side by side for a while."""
     return f"{INDEX_PREFIX}{sha256[:16]}.arrow"
+
+
+def list_name(sha256: str) -> str:
+    """What a list of shards is called."""
+    return f"{LIST_PREFIX}{sha256[:16]}.arrow"
 
 
 def shard_name(unit_id: str, sha256: str) -> str:
@@ -61,9 +68,10 @@ def claimant_file(name: str) -> str:
     return f"{CLAIMS}{name}.json"
 
 
-def index_names(folder: Folder) -> list[str]:
-    """The indices that lie in a folder, whether a manifest names them or not."""
-    return [name for name in folder.names(INDEX_PREFIX) if INDEX_NAME.fullmatch(name)]
+def table_names(folder: Folder) -> list[str]:
+    """The lists and indices that lie in a folder, whether a manifest names them or not."""
+    names = [*folder.names(INDEX_PREFIX), *folder.names(LIST_PREFIX)]
+    return [name for name in names if TABLE_NAME.fullmatch(name)]
 
 
 def shard_names(folder: Folder) -> list[str]:
@@ -74,6 +82,6 @@ def shard_names(folder: Folder) -> list[str]:
 def foreign_names(folder: Folder) -> list[str]:
     """Files that no cache has, hidden ones left out."""
     known = {MANIFEST_NAME, PLAN_NAME, LOCK_NAME, LOG_NAME, LIBRARY_LOG_NAME}
-    known |= {*index_names(folder), *shard_names(folder)}
+    known |= {*table_names(folder), *shard_names(folder)}
     names = [*folder.names(""), *folder.names(SHARDS)]
     return [name for name in names if name not in known and not name.removeprefix(SHARDS).startswith(".")]

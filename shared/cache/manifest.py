@@ -2,74 +2,43 @@
 
 ``manifest.json`` holds no times and no hosts, so that the same rows captured in one go or in ten give the
 same bytes.  Its own hash, over its canonical JSON, is stored in it: an edited or cut manifest is refused,
-and a student's checkpoint names the cache by it.
+and a student's checkpoint names the cache by it.  It names the lists of shards and the indices by their
+hashes, so it has a few kilobytes however many shards there are.
+
+Version 1 listed the shards itself, and had one index.  It is read as a manifest of one segment without a list.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+import pyarrow as pa
+from pydantic import Field, PrivateAttr, ValidationError
 
 from shared.cache.format import (
     FORMAT,
-    FORMAT_VERSION,
     KEY_BYTES,
-    MAX_FILE_BYTES,
+    MANIFEST_VERSION,
     MAX_MANIFEST_BYTES,
-    MAX_SHARD_BYTES,
     canonical_json,
     check_version,
     first_line,
 )
 from shared.cache.identity import Identity, Record
 from shared.cache.layout import MANIFEST_NAME
+from shared.cache.segments import FileInfo, Segment, open_shards, read_file, segment_sizes
+from shared.cache.shard_list import Count, Sha256, ShardInfo, ShardList
 from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
 
-MAX_ROW_ENTRIES = 1 << 24  # of one example, as payloads have it
 MAX_TOLD = 10  # problems of one manifest
-Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # what every JSON reader keeps exact
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+MAX_SHARDS = 1 << 32  # of one cache: no loop over segments is planned by a number that nobody has
 Key = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * KEY_BYTES}}}$")]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
-
-
-class ShardInfo(Record):
-    """One shard file: what it is called, what it must hash to, what it holds."""
-
-    name: FileName  # relative to the cache, with "/"
-    sha256: Sha256
-    bytes: Count
-    examples: Count
-    positions: Count
-    entries: Count
-    truncated: Count  # examples whose answer was cut to max_answer_tokens
-
-    @model_validator(mode="after")
-    def _fits_its_bytes(self) -> Self:
-        """No work is planned by numbers that the file cannot hold: a key, and a byte a position, at least."""
-        if self.bytes > MAX_SHARD_BYTES:
-            raise ValueError(f"{self.bytes} bytes found, a shard has at most {MAX_SHARD_BYTES}")
-        if KEY_BYTES * self.examples + self.positions > self.bytes or self.truncated > self.examples:
-            raise ValueError(
-                f"{self.examples} examples ({self.truncated} truncated) and {self.positions} positions do not "
-                f"fit into {self.bytes} bytes"
-            )
-        if self.entries > MAX_ROW_ENTRIES * self.examples:
-            raise ValueError(f"{self.entries} entries found, more than {self.examples} examples can have")
-        return self
-
-
-class IndexInfo(Record):
-    """The sorted table of keys."""
-
-    name: FileName
-    sha256: Sha256
-    bytes: Count
 
 
 class SkippedRow(Record):
@@ -86,73 +55,146 @@ class Totals(Record):
     examples: Count
     positions: Count
     entries: Count
-    bytes: Count  # shards and index
+    bytes: Count  # shards, lists and indices
     truncated: Count
     skipped: Count
     duplicates: Count
 
 
-class Manifest(Record):
-    """A committed cache."""
+class _Facts(Record):
+    """What both versions say in the same words."""
 
-    format: str = FORMAT
-    format_version: int = FORMAT_VERSION
+    format: str
+    format_version: int
     identity: Identity
-    index: IndexInfo
-    shards: tuple[ShardInfo, ...]
     skipped: tuple[SkippedRow, ...]
     totals: Totals
     created_by: dict[str, str]  # package versions
     sha256: Sha256
 
-    @model_validator(mode="after")
-    def _index_fits_its_bytes(self) -> Self:
-        examples = sum(shard.examples for shard in self.shards)
-        if self.index.bytes > MAX_FILE_BYTES or KEY_BYTES * examples > self.index.bytes:
-            raise ValueError(
-                f"an index of {self.index.bytes} bytes found, with {examples} examples in the shards"
-            )
+
+class _FirstVersion(_Facts):
+    """``manifest.json`` as version 1 had it."""
+
+    index: FileInfo
+    shards: tuple[ShardInfo, ...]
+
+
+class Manifest(_Facts):
+    """A committed cache."""
+
+    format: str = FORMAT
+    format_version: int = MANIFEST_VERSION
+    segments: tuple[Segment, ...]
+    _shards: ShardList | None = PrivateAttr(default=None)
+    _read: Callable[[FileInfo], pa.Buffer] | None = PrivateAttr(default=None)
+
+    @property
+    def shards(self) -> ShardList:
+        """All shards in order; the list files are opened when somebody asks.
+
+        Raises   CacheFormatError  when one is missing or damaged
+        """
+        if self._shards is None:
+            assert self._read is not None
+            self._shards = open_shards(self.segments, self._read)
+        return self._shards
+
+    @property
+    def num_shards(self) -> int:
+        return sum(segment.shards for segment in self.segments)
+
+    @property
+    def first_places(self) -> list[int]:
+        """The number of each segment's first shard."""
+        return list(accumulate((segment.shards for segment in self.segments), initial=0))[:-1]
+
+    @property
+    def files(self) -> tuple[FileInfo, ...]:
+        """Lists and indices."""
+        return tuple(file for segment in self.segments for file in segment.files())
+
+    def with_shards(self, shards: ShardList) -> Self:
+        """The same, its lists opened."""
+        self._shards = shards
         return self
+
+    def says(
+        self,
+        shards: ShardList,
+        *,
+        identity: Identity,
+        skipped: Sequence[SkippedRow],
+        duplicates: int,
+        created_by: Mapping[str, str],
+    ) -> bool:
+        """Whether it would be no news; versions alone are none.
+
+        What ``created_by`` says of the teacher's files is no version: a student compares it.
+        """
+        facts = [
+            {name: value for name, value in one.items() if name.startswith("teacher_")}
+            for one in (created_by, self.created_by)
+        ]
+        told = (self.identity, self.skipped, self.totals.duplicates, facts[1])
+        return told == (identity, tuple(skipped), duplicates, facts[0]) and self.shards == shards
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Manifest) and self.sha256 == other.sha256
+
+    __hash__ = None  # type: ignore[assignment]
 
     @classmethod
     def build(
         cls,
         *,
         identity: Identity,
-        index: IndexInfo,
-        shards: Sequence[ShardInfo],
+        segments: Sequence[Segment],
+        shards: ShardList,
         skipped: Sequence[SkippedRow],
         duplicates: int,
         created_by: Mapping[str, str],
     ) -> Manifest:
         """The manifest of these shards, with its totals and its hash."""
         totals = Totals(
-            examples=sum(shard.examples for shard in shards),
-            positions=sum(shard.positions for shard in shards),
-            entries=sum(shard.entries for shard in shards),
-            bytes=sum(shard.bytes for shard in shards) + index.bytes,
-            truncated=sum(shard.truncated for shard in shards),
+            examples=shards.total("examples"),
+            positions=shards.total("positions"),
+            entries=shards.total("entries"),
+            bytes=shards.total("bytes") + sum(file.bytes for one in segments for file in one.files()),
+            truncated=shards.total("truncated"),
             skipped=len(skipped),
             duplicates=duplicates,
         )
         unsigned = cls(
             identity=identity,
-            index=index,
-            shards=tuple(shards),
+            segments=tuple(segments),
             skipped=tuple(skipped),
             totals=totals,
             created_by=dict(created_by),
             sha256="0" * 64,
         )
-        return unsigned.model_copy(update={"sha256": content_hash(unsigned.model_dump(mode="json"))})
+        signed = unsigned.model_copy(update={"sha256": content_hash(unsigned._tree())})
+        return signed.with_shards(shards)
+
+    def _tree(self) -> dict[str, Any]:
+        """What is stored."""
+        tree = self.model_dump(mode="json")
+        if self.format_version == 1:
+            (segment,) = tree.pop("segments")
+            tree |= {
+                "index": segment["index"],
+                "shards": [one.model_dump(mode="json") for one in self.shards],
+            }
+        return tree
 
     def dumps(self) -> bytes:
         """The bytes of ``manifest.json``."""
-        data = (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+        data = (json.dumps(self._tree(), sort_keys=True, indent=1) + "\n").encode()
         if len(data) > MAX_MANIFEST_BYTES:
             raise CacheFormatError(
-                f"{MANIFEST_NAME}: {len(data)} bytes needed, at most {MAX_MANIFEST_BYTES} are read. Set "
-                "cache.examples_per_shard higher, or capture into several caches."
+                f"{MANIFEST_NAME}: {len(data)} bytes needed, at most {MAX_MANIFEST_BYTES} are read; "
+                f"{len(self.skipped)} rows left out are listed in it. Lower data.max_dropped, or take such rows out "
+                "of the data."
             )
         return data
 
@@ -181,7 +223,11 @@ class Manifest(Record):
                 "capture the cache again."
             )
         try:
-            return cls.model_validate_json(data)
+            if tree["format_version"] == 1:
+                return cls._of_first_version(_FirstVersion.model_validate_json(data))
+            manifest = cls.model_validate_json(data)
+            manifest._require_segments()
+            return manifest
         except ValidationError as error:
             errors = error.errors(include_url=False, include_context=False, include_input=False)
             problems = "; ".join(
@@ -189,6 +235,33 @@ class Manifest(Record):
             )
             problems += f"; and {len(errors) - MAX_TOLD} more" if len(errors) > MAX_TOLD else ""
             raise CacheFormatError(f"{where}, {MANIFEST_NAME}: {problems}.") from error
+        except ValueError as error:
+            raise CacheFormatError(f"{where}, {MANIFEST_NAME}: {error}.") from error
+
+    @classmethod
+    def _of_first_version(cls, stored: _FirstVersion) -> Manifest:
+        """One segment, whose list is in the manifest.  Raises ValueError where they do not fit together."""
+        shards = ShardList.of(stored.shards)
+        segment = Segment(
+            shards=len(shards), examples=shards.total("examples"), list=None, index=stored.index
+        )
+        facts = {name: getattr(stored, name) for name in _Facts.model_fields}
+        return cls(**facts, segments=(segment,)).with_shards(shards)
+
+    def _require_segments(self) -> None:
+        """Raises   ValueError  unless the segments are those of their number of shards, each with a list"""
+        if self.num_shards > MAX_SHARDS:
+            raise ValueError(f"segments: {self.num_shards} shards found, at most {MAX_SHARDS} possible")
+        sizes, wanted = [segment.shards for segment in self.segments], segment_sizes(self.num_shards)
+        if sizes != wanted:
+            raise ValueError(f"segments: of {sizes[:9]} shards found, of {wanted[:9]} needed")
+        num_examples = sum(segment.examples for segment in self.segments)
+        if num_examples != self.totals.examples:
+            raise ValueError(
+                f"segments: of {num_examples} examples found, {self.totals.examples} examples in its totals"
+            )
+        if any(segment.list is None for segment in self.segments):
+            raise ValueError("segments: each needs a list")
 
 
 def _refuse_constant(name: str) -> None:
@@ -202,7 +275,7 @@ def content_hash(tree: Mapping[str, Any]) -> str:
 
 
 def load_manifest(folder: Folder) -> Manifest | None:
-    """The manifest of a folder, checked; None where it has none."""
+    """The manifest of a folder, checked; None where it has none.  Its lists are read when they are asked for."""
     try:
         data = folder.read(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
@@ -210,4 +283,6 @@ def load_manifest(folder: Folder) -> Manifest | None:
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise CacheFormatError(f"{folder.where}, {MANIFEST_NAME}: cannot be read ({reason}).") from error
-    return Manifest.loads(data, where=folder.where)
+    manifest = Manifest.loads(data, where=folder.where)
+    manifest._read = partial(read_file, folder)
+    return manifest

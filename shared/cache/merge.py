@@ -12,16 +12,16 @@ from contextlib import closing, nullcontext
 import numpy as np
 import numpy.typing as npt
 
-from shared.cache.commit import encode_index, shard_info
+from shared.cache.commit import Contents, NewShard
 from shared.cache.format import sha256_hex
 from shared.cache.identity import DataSource, Identity
-from shared.cache.index import KeyIndex, ShardColumns, split_keys
+from shared.cache.index import KeyIndex, split_keys
 from shared.cache.layout import MANIFEST_NAME, PLAN_NAME, foreign_names, shard_name
 from shared.cache.lock import CaptureLock
-from shared.cache.manifest import Manifest, ShardInfo, SkippedRow
+from shared.cache.manifest import Manifest, SkippedRow
 from shared.cache.plan import make_unit
 from shared.cache.reader import CacheReader
-from shared.cache.shard import ShardView, encode_shard, open_shard
+from shared.cache.shard import encode_shard, open_shard
 from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.errors import CacheFormatError
 
@@ -54,28 +54,24 @@ def merge(sources: Sequence[str], out: str, *, created_by: Mapping[str, str]) ->
 
 def _merge(readers: Sequence[CacheReader], folder: Folder, created_by: Mapping[str, str]) -> Manifest:
     identity = _joined_identity(readers)
-    shards: list[ShardInfo] = []
-    columns: list[ShardColumns] = []
+    new: list[NewShard] = []
     for reader in readers:
-        index = KeyIndex.from_shards(columns)
+        index = KeyIndex.from_shards([one.columns for one in new])
         for place, (keys, _) in enumerate(reader.index.shard_columns()):
-            rows = np.flatnonzero(index.find(split_keys(keys)) < 0)
+            rows = np.flatnonzero(index.find_array(keys) < 0)
             if len(rows):
-                info, view = _copy_shard(reader, place, rows, identity, folder)
-                columns.append((view.keys, view.num_positions))
-                shards.append(info)
-    index = KeyIndex.from_shards(columns)
-    index_info, encoded = encode_index(index, where=folder.where)
+                new.append(_copy_shard(reader, place, rows, identity, folder))
+    contents = Contents.of_new(new)
+    index = KeyIndex.from_shards([one.columns for one in new])
     totals = [reader.manifest.totals for reader in readers]
     manifest = Manifest.build(
         identity=identity,
-        index=index_info,
-        shards=shards,
+        segments=contents.write_segments(folder.publish, where=folder.where),
+        shards=contents.shards,
         skipped=_joined_skips(readers, index),
         duplicates=sum(total.duplicates + total.examples for total in totals) - len(index),
         created_by={**_teacher_facts(readers), **created_by},
     )
-    folder.publish(index_info.name, encoded)
     folder.publish(MANIFEST_NAME, manifest.dumps())
     return manifest
 
@@ -84,7 +80,9 @@ def _merged(readers: Sequence[CacheReader], out: str) -> Manifest | None:
     """The manifest of ``out`` where it holds just what these caches hold, as after a merge of them."""
     there = CacheReader(out)
     keys = np.unique(np.concatenate([reader.index.keys for reader in readers]))
-    is_same = there.manifest.identity == _joined_identity(readers) and np.array_equal(there.index.keys, keys)
+    is_same = there.manifest.identity == _joined_identity(readers) and np.array_equal(
+        np.sort(there.index.keys), keys
+    )
     return there.manifest if is_same else None
 
 
@@ -99,12 +97,12 @@ def _require_alike(readers: Sequence[CacheReader]) -> None:
 
 def _copy_shard(
     reader: CacheReader, place: int, rows: npt.NDArray[np.int64], identity: Identity, folder: Folder
-) -> tuple[ShardInfo, ShardView]:
+) -> NewShard:
     view = reader.shard(place)
     if len(rows) == len(view):
-        info = reader.manifest.shards[place]
-        folder.publish(info.name, reader.shard_bytes(place))
-        return info, view
+        name = reader.manifest.shards[place].name
+        folder.publish(name, reader.shard_bytes(place))
+        return NewShard.of(name, view)
     unit = make_unit(identity.digest(), split_keys(view.keys[rows]), rows)
     data = encode_shard(
         [view.row(row) for row in rows.tolist()],
@@ -113,8 +111,7 @@ def _copy_shard(
     )
     name = shard_name(unit.unit_id, sha256_hex(data))
     folder.publish(name, data)
-    view = open_shard(data, where=f"{folder.where}, {name}")
-    return shard_info(name, view), view
+    return NewShard.of(name, open_shard(data, where=f"{folder.where}, {name}"))
 
 
 def _joined_identity(readers: Sequence[CacheReader]) -> Identity:

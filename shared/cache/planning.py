@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from shared.cache.format import canonical_json
-from shared.cache.index import KeyIndex, as_key_array, split_keys
+from shared.cache.index import CacheIndex, as_key_array, split_keys
 from shared.cache.plan import Unit, make_unit
 
 
@@ -45,7 +45,7 @@ def cut_units(
     wanted: Wanted,
     *,
     identity_digest: str,
-    committed: KeyIndex,
+    committed: CacheIndex,
     lost: Sequence[int],
     kept: Sequence[Unit],
     examples_per_shard: int,
@@ -58,19 +58,31 @@ def cut_units(
 
     Returns   repairs, then kept units, then the rest, ``examples_per_shard`` at a time in the order wanted
     """
-    shards = [split_keys(keys) for keys, _ in committed.shard_columns()]
-    candidates: list[tuple[Sequence[bytes], int | None]] = [(shards[place], place) for place in lost]
+    keys = list(wanted.rows)
+    found = committed.find(keys)
+    shards, _ = committed.locate(found[found >= 0])
+    is_held = np.zeros(len(keys), dtype=bool)
+    is_held[found >= 0] = ~np.isin(shards, lost)
+    planned = {key for key, held in zip(keys, is_held.tolist(), strict=True) if held}
+    candidates: list[tuple[Sequence[bytes], int | None]] = list(_lost_keys(committed, lost))
     candidates += [(unit.keys, None) for unit in kept if unit.slot is None]
-    planned = {key for place, keys in enumerate(shards) if place not in set(lost) for key in keys}
     units = []
-    for keys, slot in candidates:
-        if all(key in wanted.rows for key in keys) and planned.isdisjoint(keys):
-            units.append(_unit(identity_digest, keys, wanted.rows, slot))
-            planned.update(keys)
-    rest = [key for key in wanted.rows if key not in planned]
+    for ours, slot in candidates:
+        if all(key in wanted.rows for key in ours) and planned.isdisjoint(ours):
+            units.append(_unit(identity_digest, ours, wanted.rows, slot))
+            planned.update(ours)
+    rest = [key for key in keys if key not in planned]
     for start in range(0, len(rest), examples_per_shard):
         units.append(_unit(identity_digest, rest[start : start + examples_per_shard], wanted.rows, None))
     return units
+
+
+def _lost_keys(committed: CacheIndex, lost: Sequence[int]) -> Iterator[tuple[Sequence[bytes], int]]:
+    """The keys of each lost shard, in its order, and its place."""
+    wanted = set(lost)
+    for place, (keys, _) in enumerate(committed.shard_columns() if wanted else ()):
+        if place in wanted:
+            yield split_keys(keys), place
 
 
 def _unit(identity_digest: str, keys: Sequence[bytes], rows: Mapping[bytes, int], slot: int | None) -> Unit:

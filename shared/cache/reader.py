@@ -24,9 +24,10 @@ import torch
 from shared import codec
 from shared.cache.format import as_buffer
 from shared.cache.identity import InputsIdentity
-from shared.cache.index import KeyIndex, open_index, split_keys
+from shared.cache.index import CacheIndex, split_keys
 from shared.cache.layout import MANIFEST_NAME
 from shared.cache.manifest import Manifest, load_manifest
+from shared.cache.segments import FileInfo, open_shards
 from shared.cache.shard import Row, ShardView, open_shard
 from shared.cache.staging import Staging
 from shared.cache.storage import Folder, LocalFolder, RemoteFolder, open_folder
@@ -38,6 +39,7 @@ from shared.sparse import SparseTargets
 
 MAX_OPEN_SHARDS = 512  # each holds a file descriptor; processes often may have 1,024
 MAX_MAPPED_BYTES = 256 << 20  # what streaming adds to the memory of a process, at most
+OPENINGS = 10  # while others commit to the cache one after another
 FETCHES = 100  # of one remote file, before a copy that is gone or changed each time is given up
 
 
@@ -51,32 +53,26 @@ class CacheReader:
 
     def __init__(self, location: str, *, staging: Staging | None = None) -> None:
         folder = open_folder(location)
-        manifest = load_manifest(folder)
-        if manifest is None:
-            near = (
-                f" Or {hint}"
-                if isinstance(folder, LocalFolder) and (hint := did_you_mean(folder.path))
-                else ""
-            )
-            raise CacheFormatError(
-                f"{folder.where}: no {MANIFEST_NAME}; there is no cache, or its capture did not end. Run "
-                f"teacher-cache.{near}"
-            )
         self.location = location
-        self.manifest = manifest
+        self.manifest = _committed(folder)
+        for _ in range(OPENINGS):
+            try:
+                self._open(folder, staging or Staging(), VerifiedFiles())
+                return
+            except CacheFormatError:
+                newer = _committed(folder)
+                if newer == self.manifest:
+                    raise
+                self.manifest = newer  # a capture committed meanwhile, and the next one cleared away
         self._open(folder, staging or Staging(), VerifiedFiles())
 
     def _open(self, folder: Folder, staging: Staging, verified: VerifiedFiles) -> None:
         self._folder, self._staging, self._verified = folder, staging, verified
         self._shards: OrderedDict[int, ShardView] = OrderedDict()
         self._mapped_bytes = 0
-        index = self.manifest.index
-        where = f"{folder.where}, {index.name}"
-        self.index: KeyIndex = open_index(
-            self._map(index.name, index.sha256, index.bytes, where=where),
-            shard_sizes=[shard.examples for shard in self.manifest.shards],
-            where=where,
-        )
+        if self.manifest.format_version > 1:
+            self.manifest = self.manifest.with_shards(open_shards(self.manifest.segments, self._map_table))
+        self.index = CacheIndex.open(self.manifest, self._map_table, where=folder.where)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -112,7 +108,7 @@ class CacheReader:
 
     def num_positions(self, keys: Sequence[bytes], *, names: Sequence[str] = ()) -> npt.NDArray[np.int64]:
         """(len(keys),) int64, from the index alone.  Raises CacheMismatchError as :meth:`read` does."""
-        return self.index.num_positions[self._find(keys, names)].astype(np.int64)
+        return self.index.lengths(self._find(keys, names))
 
     def read(
         self, keys: Sequence[bytes], *, names: Sequence[str] = ()
@@ -132,7 +128,7 @@ class CacheReader:
         found = self._find(keys, names)
         shards, numbers = self.index.locate(found)
         rows = [self.shard(s).row(r) for s, r in zip(shards.tolist(), numbers.tolist(), strict=True)]
-        for key, length, row in zip(keys, self.index.num_positions[found].tolist(), rows, strict=True):
+        for key, length, row in zip(keys, self.index.lengths(found).tolist(), rows, strict=True):
             if row.num_positions != length:
                 raise CacheFormatError(
                     f"{self._folder.where}, example {key.hex()}: {row.num_positions} answer tokens found, {length} "
@@ -242,6 +238,10 @@ class CacheReader:
         ):
             self._mapped_bytes -= self._shards.popitem(last=False)[1].num_bytes
 
+    def _map_table(self, file: FileInfo) -> pa.Buffer:
+        """A list or an index."""
+        return self._map(file.name, file.sha256, file.bytes, where=f"{self._folder.where}, {file.name}")
+
     def _map(self, name: str, sha256: str, num_bytes: int, *, where: str) -> pa.Buffer:
         if isinstance(self._folder, LocalFolder):
             try:
@@ -287,3 +287,15 @@ class CacheReader:
                 "prompt: run teacher-cache with this recipe to capture what is missing."
             )
         return found
+
+
+def _committed(folder: Folder) -> Manifest:
+    """Raises   CacheFormatError  where there is no manifest"""
+    manifest = load_manifest(folder)
+    if manifest is not None:
+        return manifest
+    near = f" Or {hint}" if isinstance(folder, LocalFolder) and (hint := did_you_mean(folder.path)) else ""
+    raise CacheFormatError(
+        f"{folder.where}: no {MANIFEST_NAME}; there is no cache, or its capture did not end. Run "
+        f"teacher-cache.{near}"
+    )

@@ -1,4 +1,4 @@
-"""``verify``: every byte of a cache read, and every fault listed.
+"""``verify``: every byte of a cache read, and every fault listed; or every byte of some shards, drawn at random.
 
 Hashes first; then what hashes cannot see, because it was wrong when it was written: structure, ranges,
 sums, and the agreement of payloads, summaries, index and manifest.
@@ -6,8 +6,10 @@ sums, and the agreement of payloads, summaries, index and manifest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,39 +17,60 @@ import torch
 
 from shared import codec
 from shared.cache.format import MAX_SHARD_BYTES, sha256_hex
-from shared.cache.index import KeyIndex, ShardColumns, load_index
+from shared.cache.index import CacheIndex, KeyIndex, open_index
 from shared.cache.layout import (
     MANIFEST_NAME,
     PLAN_NAME,
     SHARDS,
     foreign_names,
-    index_names,
     shard_names,
+    table_names,
     unit_in,
 )
-from shared.cache.manifest import Manifest, ShardInfo, load_manifest
+from shared.cache.manifest import Manifest, load_manifest
+from shared.cache.segments import open_segment_list, read_file
 from shared.cache.shard import ShardView, open_shard
+from shared.cache.shard_list import ShardInfo, ShardList
 from shared.cache.storage import TEMPORARY_PREFIX, Folder, is_temporary, open_folder
 from shared.errors import CacheFormatError
+from shared.permutation import Permutation, stream
 from shared.recipes.policies import Random, Threshold
 from shared.sparse import SparseTargets
 
 TOLERANCE_NATS = 1e-3  # a position: the teacher computes in fp32
 FP16_SLACK = 0.01  # of a position's weights together: their logs are fp16
 ROWS_DECODED_TOGETHER = 256
+MAX_TOLD = 10  # missing shards by name
 
 
 @dataclass(frozen=True)
 class Verification:
-    """``faults`` make a cache unfit for use; ``notes`` are leavings that do no harm."""
+    """``faults`` make a cache unfit for use; ``notes`` are leavings that do no harm.
+
+    num_shards, num_bytes  of the whole cache; bytes of shards alone
+    num_checked            shards whose every byte was read
+    checked_bytes          of those
+    """
 
     faults: tuple[str, ...]
     notes: tuple[str, ...]
+    num_shards: int = 0
+    num_bytes: int = 0
+    num_checked: int = 0
+    checked_bytes: int = 0
 
 
-def verify(location: str, *, on_shard: Callable[[ShardInfo], None] | None = None) -> Verification:
+def verify(
+    location: str,
+    *,
+    sample: int | None = None,
+    seed: int = 0,
+    on_shard: Callable[[ShardInfo], None] | None = None,
+) -> Verification:
     """Checks a whole cache; ``on_shard`` is called after each shard.
 
+    ``sample``  so many shards, drawn without replacement by ``seed``; None: all.  Manifest, lists and indices
+                are checked as a whole, and that every shard is there
     Raises   CacheFormatError  only where there is no manifest to check anything against
     """
     folder = open_folder(location)
@@ -56,35 +79,98 @@ def verify(location: str, *, on_shard: Callable[[ShardInfo], None] | None = None
         raise CacheFormatError(
             f"{folder.where}: no {MANIFEST_NAME}; there is no cache, or its capture did not end."
         )
+    tables, faults = _open_tables(folder, manifest)
+    chosen = _chosen(manifest.num_shards, sample, seed)
+    num_bytes = checked_bytes = num_checked = 0
+    for table in tables:
+        for place in chosen[bisect_left(chosen, table.places.start) : bisect_left(chosen, table.places.stop)]:
+            info = table.shards[place - table.places.start]
+            where = f"{folder.where}, shard {place:05d} ({info.name})"
+            faults += [f"{where}: {fault}" for fault in _shard_faults(folder, manifest, info, place, table)]
+            num_checked, checked_bytes = num_checked + 1, checked_bytes + info.bytes
+            if on_shard is not None:
+                on_shard(info)
+        num_bytes += table.shards.total("bytes")
+    names = [name for table in tables for name in table.shards.names()]
+    there = shard_names(folder)
+    if len(chosen) < manifest.num_shards:
+        faults += _missing_faults(folder, names, there)
+    is_known = len(names) == manifest.num_shards
+    if is_known:
+        faults += _total_faults(manifest)
+    unknown, notes = _other_files(folder, manifest, set(there) - set(names) if is_known else ())
+    return Verification(
+        tuple(faults + unknown),
+        tuple(notes),
+        num_shards=manifest.num_shards,
+        num_bytes=num_bytes,
+        num_checked=num_checked,
+        checked_bytes=checked_bytes,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """What a segment says of its shards, whose places in the cache these are; no index where it is damaged."""
+
+    places: range
+    shards: ShardList
+    index: KeyIndex | None
+
+
+def _open_tables(folder: Folder, manifest: Manifest) -> tuple[list[_Tables], list[str]]:
+    """Those of the segments whose list is whole, and all faults of lists and indices."""
+    tables: list[_Tables] = []
     faults: list[str] = []
-    try:
-        index = load_index(folder, manifest)
-        columns = index.shard_columns()
-        faults += _index_faults(index)
-    except CacheFormatError as error:
-        columns = None
-        faults.append(str(error))
-    for place, info in enumerate(manifest.shards):
-        where = f"{folder.where}, shard {place:05d} ({info.name})"
-        faults += [f"{where}: {fault}" for fault in _shard_faults(folder, manifest, place, columns)]
-        if on_shard is not None:
-            on_shard(info)
-    faults += _total_faults(manifest)
-    unknown, notes = _other_files(folder, manifest)
-    return Verification(tuple(faults + unknown), tuple(notes))
+    read = partial(read_file, folder)
+    for segment, first in zip(manifest.segments, manifest.first_places, strict=True):
+        try:
+            shards = manifest.shards if segment.list is None else open_segment_list(segment, read)
+        except CacheFormatError as error:
+            faults.append(str(error))
+            continue
+        try:
+            where = f"{folder.where}, {segment.index.name}"
+            data, sizes = read(segment.index), shards.column("examples")
+            index = open_index(data, shard_sizes=sizes, where=where)
+            faults += _index_faults(index, [one.index for one in tables if one.index is not None])
+        except CacheFormatError as error:
+            faults.append(str(error))
+            index = None
+        tables.append(_Tables(range(first, first + segment.shards), shards, index))
+    return tables, faults
 
 
-def _index_faults(index: KeyIndex) -> Iterator[str]:
+def _chosen(num_shards: int, sample: int | None, seed: int) -> list[int]:
+    """Places of the shards that are read, in ascending order."""
+    if sample is None or sample >= num_shards:
+        return list(range(num_shards))
+    drawn = Permutation(num_shards, key=stream(seed, 0))[np.arange(sample)]
+    return sorted(drawn.tolist())
+
+
+def _missing_faults(folder: Folder, names: Sequence[str], there: Sequence[str]) -> Iterator[str]:
+    """Shards that are not there, of which a sample may have none."""
+    found = set(there)
+    missing = [name for name in names if name not in found]
+    for name in missing[:MAX_TOLD]:
+        yield f"{folder.where}, {name}: is missing"
+    if len(missing) > MAX_TOLD:
+        yield f"{folder.where}: {len(missing) - MAX_TOLD} more shards are missing"
+
+
+def _index_faults(index: KeyIndex, others: Sequence[KeyIndex]) -> Iterator[str]:
     if (index.keys[1:] <= index.keys[:-1]).any():
         yield "index: its keys are not in strictly ascending order; a key may be missed or lie in two shards"
     if not np.array_equal(np.sort(index.places), np.arange(len(index))):
         yield "index: its places are not the numbers of the examples, each once"
+    if (CacheIndex.of(others).find_array(index.keys) >= 0).any():
+        yield "index: a key lies in two segments"
 
 
 def _shard_faults(
-    folder: Folder, manifest: Manifest, place: int, columns: Sequence[ShardColumns] | None
+    folder: Folder, manifest: Manifest, info: ShardInfo, place: int, tables: _Tables
 ) -> Iterator[str]:
-    info = manifest.shards[place]
     try:
         data = folder.read(info.name, max_bytes=MAX_SHARD_BYTES)
     except CacheFormatError as error:
@@ -106,10 +192,20 @@ def _shard_faults(
     yield from _header_faults(view, manifest, info)
     yield from _row_faults(view, manifest)
     yield from _payload_faults(view, manifest)
-    if columns is not None:
-        keys, num_positions = columns[place]
-        if not (np.array_equal(view.keys, keys) and np.array_equal(view.num_positions, num_positions)):
-            yield "its keys or numbers of positions are not those of the index"
+    if tables.index is not None and not _is_in_index(view, place - tables.places.start, tables.index):
+        yield "its keys or numbers of positions are not those of the index"
+
+
+def _is_in_index(view: ShardView, place: int, index: KeyIndex) -> bool:
+    found = index.find_array(view.keys)
+    if (found < 0).any():
+        return False
+    shards, rows = index.locate(found)
+    return bool(
+        (shards == place).all()
+        and np.array_equal(rows, np.arange(len(view)))
+        and np.array_equal(index.num_positions[found], view.num_positions)
+    )
 
 
 def _header_faults(view: ShardView, manifest: Manifest, info: ShardInfo) -> Iterator[str]:
@@ -223,24 +319,23 @@ def _mass_bounds(targets: SparseTargets) -> tuple[float, float]:
 def _total_faults(manifest: Manifest) -> Iterator[str]:
     totals = manifest.totals
     for name in ("examples", "positions", "entries", "truncated"):
-        found = sum(getattr(info, name) for info in manifest.shards)
+        found = manifest.shards.total(name)
         if found != getattr(totals, name):
             yield f"{MANIFEST_NAME}: {getattr(totals, name)} {name} in its totals, {found} in its shards"
     if len(manifest.skipped) != totals.skipped:
         yield f"{MANIFEST_NAME}: {totals.skipped} skipped rows in its totals, {len(manifest.skipped)} listed"
 
 
-def _other_files(folder: Folder, manifest: Manifest) -> tuple[list[str], list[str]]:
-    """Faults and notes about files that the manifest does not name."""
-    named = {shard.name for shard in manifest.shards}
-    strays = [name for name in shard_names(folder) if name not in named]
-    indices = [name for name in index_names(folder) if name != manifest.index.name]
+def _other_files(folder: Folder, manifest: Manifest, strays: Collection[str]) -> tuple[list[str], list[str]]:
+    """Faults and notes about files that the manifest does not name; ``strays``: shards that no list names."""
+    current = {file.name for file in manifest.files}
+    tables = [name for name in table_names(folder) if name not in current]
     growing = folder.size(PLAN_NAME) is not None
     temporary = folder.names(SHARDS + TEMPORARY_PREFIX) + folder.names(TEMPORARY_PREFIX)
     half_written = [name for name in temporary if is_temporary(name)]
-    unknown = foreign_names(folder) + ([] if growing else strays)
+    unknown = foreign_names(folder) + ([] if growing else sorted(strays))
     notes = [f"{PLAN_NAME} is there: a capture goes on, or was interrupted"] if growing else []
-    notes += [f"{name} is left over; the next capture removes it" for name in half_written + indices]
+    notes += [f"{name} is left over; the next capture removes it" for name in half_written + tables]
     faults = [f"{folder.where}: {name} is not in the manifest" for name in unknown]
     return faults, [f"{folder.where}: {note}" for note in notes]
 

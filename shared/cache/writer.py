@@ -21,31 +21,37 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Self
 
-from shared.cache.commit import assemble, rebuild_index
-from shared.cache.format import sha256_hex
+import pyarrow as pa
+
+from shared.cache.commit import Contents, NewShard, grown_identity, older_skips
+from shared.cache.format import as_buffer, sha256_hex
 from shared.cache.identity import Identity
-from shared.cache.index import KeyIndex, load_index
+from shared.cache.index import CacheIndex
 from shared.cache.layout import (
     CLAIMS,
     LOG_NAME,
     MANIFEST_NAME,
     PLAN_NAME,
     foreign_names,
-    index_names,
     sha256_in,
     shard_names,
+    table_names,
     unit_in,
 )
 from shared.cache.lock import CaptureLock
 from shared.cache.log import read_log
 from shared.cache.manifest import Manifest, SkippedRow, load_manifest
+from shared.cache.mending import mend_tables
 from shared.cache.plan import MAX_PLAN_BYTES, Plan, Unit
 from shared.cache.planning import Wanted, cut_units
-from shared.cache.shard import ShardView, view_shard
+from shared.cache.segments import FileInfo, open_shards, read_file
+from shared.cache.shard import view_shard
 from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.cache.unit import UnitWriter
+from shared.cache.verified import VerifiedFiles
 from shared.errors import CacheFormatError
 
 
@@ -58,6 +64,8 @@ class CacheWriter:
         self.manifest = load_manifest(folder)  # the committed cache that grows, None where there is none
         self._created_by = dict(created_by)
         self._lock: CaptureLock | None = None
+        self._verified = VerifiedFiles()
+        self._index: CacheIndex | None = None
         self._found: dict[str, list[str]] | None = (
             None  # unit id -> shards, at the first look and by our hand
         )
@@ -72,7 +80,8 @@ class CacheWriter:
 
         Raises   CacheBusyError      when another capture is at work there (local folders)
                  CacheMismatchError  when what is there was captured otherwise: every difference, both sides
-                 CacheFormatError    when the folder holds other things, or an index is lost together with shards
+                 CacheFormatError    when the folder holds other things, or lists and indices are lost together with
+                                     shards
         """
         folder = open_folder(location)
         lock = (
@@ -84,7 +93,7 @@ class CacheWriter:
             writer = cls(folder, identity, created_by)
             writer._lock = lock
             writer._check_what_is_there()
-            writer._repair_index()
+            writer._mend_tables()
             writer._sweep()
         except BaseException:
             if lock is not None:
@@ -192,28 +201,40 @@ class CacheWriter:
         self.folder.publish(LOG_NAME, read_log(self.folder) + line.encode() + b"\n")
 
     def commit(self, plan: Plan, *, settle_s: float = 0.0) -> Manifest:
-        """Writes index and manifest: from here on the folder is a cache of all that was planned.
+        """Writes lists, indices and manifest: from here on the folder is a cache of all that was planned.
+
+        Segments that did not change are named as they are: what is written depends on what is new.
 
         ``settle_s``: how long to wait for the shards of other machines to show up on a network file system.
         Raises   CacheFormatError  when units are missing; the finished ones stay
         """
         if plan.base != self._base or not set(self._missing_shards()) <= set(plan.lost):
-            raise CacheFormatError(
-                f"{self.folder.where}: changed since it was planned; run the same command again."
+            raise self._has_changed()
+        names = self._shard_names(plan, settle_s=settle_s)
+        new = [self._new_shard(names[unit.unit_id]) for unit in plan.units]
+        contents = Contents.of_plan(plan, self.manifest, self._base_index(), new)
+        skipped = [row for shard in new for row in shard.skipped]
+        identity = grown_identity(self.manifest, self.identity)
+        skipped = [*older_skips(self.manifest, self.identity), *plan.skipped, *skipped]
+        created_by = {**(self.manifest.created_by if self.manifest else {}), **self._created_by}
+        if self.manifest is None or not self.manifest.says(
+            contents.shards,
+            identity=identity,
+            skipped=skipped,
+            duplicates=plan.duplicates,
+            created_by=created_by,
+        ):
+            manifest = Manifest.build(
+                identity=identity,
+                segments=contents.write_segments(self.folder.publish, where=self.folder.where),
+                shards=contents.shards,
+                skipped=skipped,
+                duplicates=plan.duplicates,
+                created_by=created_by,
             )
-        manifest, index = assemble(
-            plan,
-            self.manifest,
-            self._base_index(),
-            names=self._shard_names(plan, settle_s=settle_s),
-            open_view=self._open_shard,
-            created_by={**(self.manifest.created_by if self.manifest else {}), **self._created_by},
-            where=self.folder.where,
-        )
-        if self.manifest is None or not _same_but_for_versions(manifest, self.manifest):
-            self.folder.publish(manifest.index.name, index)
+            self._require_files(manifest)
             self.folder.publish(MANIFEST_NAME, manifest.dumps())
-            self.manifest = manifest
+            self.manifest, self._index = manifest, None
         self.folder.remove(PLAN_NAME)
         self._discard_shards(plan.units, keep=set())
         return self.manifest
@@ -222,8 +243,25 @@ class CacheWriter:
     def _base(self) -> str | None:
         return None if self.manifest is None else self.manifest.sha256
 
-    def _base_index(self) -> KeyIndex:
-        return KeyIndex.from_shards([]) if self.manifest is None else load_index(self.folder, self.manifest)
+    def _base_index(self) -> CacheIndex:
+        if self._index is None:
+            self._index = (
+                CacheIndex.of([])
+                if self.manifest is None
+                else CacheIndex.open(self.manifest, self._read_table, where=self.folder.where)
+            )
+        return self._index
+
+    def _read_table(self, file: FileInfo) -> pa.Buffer:
+        """A list or an index; a local one is mapped, and hashed once a day."""
+        if not isinstance(self.folder, LocalFolder):
+            return read_file(self.folder, file)
+        path, where = self.folder.path / file.name, f"{self.folder.where}, {file.name}"
+        try:
+            self._verified.require(path, file.sha256, where=where)
+            return as_buffer(path)
+        except FileNotFoundError as error:
+            raise CacheFormatError(f"{where}: is missing") from error
 
     def _read_plan(self) -> Plan | None:
         try:
@@ -250,35 +288,49 @@ class CacheWriter:
                     "Name an empty folder."
                 )
 
-    def _repair_index(self) -> None:
-        """Makes a lost or damaged index again, without which nothing says what the cache already holds."""
+    def _mend_tables(self) -> None:
+        """Makes lost or damaged lists and indices again, without which nothing says what the cache already holds."""
         if self.manifest is None:
             return
         try:
-            load_index(self.folder, self.manifest)
-        except CacheFormatError as error:
-            self.folder.publish(self.manifest.index.name, rebuild_index(self.folder, self.manifest))
-            self.log("index made again", reason=str(error))
+            if self.manifest.format_version > 1:
+                self.manifest.with_shards(open_shards(self.manifest.segments, self._read_table))
+            self._base_index()
+        except CacheFormatError:
+            faults = mend_tables(self.folder, self.manifest, partial(read_file, self.folder))
+            self.manifest = load_manifest(self.folder)
+            for fault in faults:
+                self.log("index made again", reason=fault)
 
     def _sweep(self) -> None:
-        """Removes what killed processes left half-written, and indices of older manifests.
+        """Removes what killed processes left half-written, and lists and indices of older manifests.
 
         Those outlive their commit, so that a reader of the old cache can go on.
         """
         if isinstance(self.folder, LocalFolder):
             alone = self._lock is not None and self._lock.works and not self.folder.names(CLAIMS)
             self.folder.remove_temporaries(alive_too=alone)
-        current = None if self.manifest is None else self.manifest.index.name
-        for name in index_names(self.folder):
-            if name != current:
+        current = set() if self.manifest is None else {file.name for file in self.manifest.files}
+        for name in table_names(self.folder):
+            if name not in current:
                 self.folder.remove(name)
+
+    def _require_files(self, manifest: Manifest) -> None:
+        """What the manifest names must be there: where nothing locks, another capture may have cleared it away."""
+        if any(self.folder.size(file.name) != file.bytes for file in manifest.files):
+            raise self._has_changed()
+
+    def _has_changed(self) -> CacheFormatError:
+        return CacheFormatError(
+            f"{self.folder.where}: changed since it was planned; run the same command again."
+        )
 
     def _missing_shards(self) -> list[int]:
         """Places in the manifest of shards whose files are gone."""
         if self.manifest is None:
             return []
         there = set(shard_names(self.folder))
-        return [place for place, shard in enumerate(self.manifest.shards) if shard.name not in there]
+        return [place for place, name in enumerate(self.manifest.shards.names()) if name not in there]
 
     def _lost_shards(self, old: Plan | None) -> tuple[int, ...]:
         """The missing shards, and those that an interrupted plan already began to replace."""
@@ -291,7 +343,7 @@ class CacheWriter:
         """
         alone = self._lock is not None and self._lock.works
         ours = {unit.unit_id for unit in units}
-        committed = set() if self.manifest is None else {shard.name for shard in self.manifest.shards}
+        committed = set() if self.manifest is None else set(self.manifest.shards.names())
         stray = [
             name
             for name in shard_names(self.folder)
@@ -316,19 +368,9 @@ class CacheWriter:
                 )
             time.sleep(min(1.0, settle_s / 10))
 
-    def _open_shard(self, name: str) -> ShardView:
-        return view_shard(self.folder, name, where=f"{self.folder.where}, {name}")
+    def _new_shard(self, name: str) -> NewShard:
+        return NewShard.of(name, view_shard(self.folder, name, where=f"{self.folder.where}, {name}"))
 
     def _note(self, name: str) -> None:
         if self._found is not None:
             self._found.setdefault(unit_in(name), []).append(name)
-
-
-def _same_but_for_versions(one: Manifest, other: Manifest) -> bool:
-    """What ``created_by`` says of the teacher's files is no version: a student compares it."""
-    ignored = {"created_by", "sha256"}
-    facts = [
-        {name: value for name, value in manifest.created_by.items() if name.startswith("teacher_")}
-        for manifest in (one, other)
-    ]
-    return facts[0] == facts[1] and one.model_dump(exclude=ignored) == other.model_dump(exclude=ignored)

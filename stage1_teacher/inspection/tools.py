@@ -17,7 +17,7 @@ from shared.cache.layout import LOG_NAME
 from shared.cache.manifest import load_manifest
 from shared.cache.merge import merge
 from shared.cache.storage import open_folder
-from shared.cache.verify import verify
+from shared.cache.verify import Verification, verify
 from shared.errors import CacheFormatError, RecipeError
 from shared.progress import progress
 from shared.recipes import Recipe, load_recipe
@@ -41,18 +41,30 @@ def show_inspection(location: str, *, as_json: bool, plots: Path | None = None) 
     return 0
 
 
-def show_verification(location: str) -> int:
-    """Every fault of a cache; the status is that of a damaged cache if there is one."""
+def show_verification(location: str, *, sample: int | None = None, seed: int = 0) -> int:
+    """Every fault of a cache, or of some of its shards; the status is that of a damaged cache if there is one."""
     manifest = load_manifest(open_folder(location))
-    shards = () if manifest is None else manifest.shards
-    with progress(total=len(shards), desc="verify", unit="shard", leave=False) as bar:
-        found = verify(location, on_shard=lambda _: _advance(bar))
+    num_shards = 0 if manifest is None else manifest.num_shards
+    total = num_shards if sample is None else min(sample, num_shards)
+    with progress(total=total, desc="verify", unit="shard", leave=False) as bar:
+        found = verify(location, sample=sample, seed=seed, on_shard=lambda _: _advance(bar))
     for note in found.notes:
         click.echo(f"note: {note}")
     for fault in found.faults:
         click.echo(f"fault: {fault}", err=True)
-    click.echo(f"{location}: {len(found.faults)} fault(s) in {len(shards)} shard(s)")
+    click.echo(f"{location}: {len(found.faults)} fault(s) in {_extent(found, sample, seed)}")
     return CacheFormatError.exit_status if found.faults else 0
+
+
+def _extent(found: Verification, sample: int | None, seed: int) -> str:
+    """How much of a cache was read."""
+    if sample is None or sample >= found.num_shards:
+        return f"{found.num_shards} shard(s)"
+    share = found.checked_bytes / max(found.num_bytes, 1)
+    return (
+        f"{found.num_checked} of {found.num_shards} shards, drawn with seed {seed}: {share:.3%} of their bytes. "
+        "The others were not read; manifest, lists and indices were"
+    )
 
 
 def show_audit(

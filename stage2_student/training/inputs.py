@@ -156,8 +156,9 @@ def shuffle_window(recipe: Recipe, cache: CacheReader | None) -> int:
         return recipe.cache.shuffle_window
     if cache.staging_bytes is None:
         return 0
-    room = cache.staging_bytes - cache.manifest.index.bytes  # the index lies there too
-    return window_of([shard.bytes for shard in cache.manifest.shards], room=room)
+    tables = sum(file.bytes for file in cache.manifest.files)  # lists and indices lie there too
+    sizes = cache.manifest.shards.column("bytes").tolist()
+    return window_of(sizes, room=cache.staging_bytes - tables)
 
 
 def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader | None, tuple[str, ...]]:

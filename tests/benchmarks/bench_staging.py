@@ -68,7 +68,8 @@ def fetches(
         for first in range(0, num_examples, READ_TOGETHER):
             places = np.arange(first, min(first + READ_TOGETHER, num_examples))
             reader.rows([keys[example] for example in order[places]])
-    fetched.pop(reader.manifest.index.name, None)
+    for file in reader.manifest.files:
+        fetched.pop(file.name, None)
     return fetched
 
 
@@ -102,7 +103,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as staged:
                 fetched = fetches(
                     location,
-                    Staging(staged, max_bytes=room + manifest.index.bytes),
+                    Staging(staged, max_bytes=room + sum(file.bytes for file in manifest.files)),
                     order,
                     keys,
                     num_examples=number,

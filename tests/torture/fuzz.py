@@ -29,7 +29,7 @@ from tests.torture.cases import Outcome, Result
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 12.0  # of one case
-TARGETS = ("decode", "manifest", "shard", "index", "plan", "yaml")
+TARGETS = ("decode", "manifest", "shard", "index", "list", "plan", "yaml")
 LEAST_S = 20.0  # to import and instrument
 MEMORY_MIB = 4096
 
@@ -113,13 +113,15 @@ def target_of(name: str, cache: Path) -> tuple[Callable[[bytes], None], list[byt
     from shared.cache.manifest import Manifest, content_hash
     from shared.cache.plan import Plan
     from shared.cache.shard import open_shard
+    from shared.cache.shard_list import open_list
     from shared.errors import TeachonceError
     from shared.recipes import yaml12
 
     manifest = (cache / "manifest.json").read_bytes()
     shards = [path.read_bytes() for path in sorted((cache / "shards").iterdir())[:2]]
     (index,) = (path.read_bytes() for path in cache.glob("index-*.arrow"))
-    sizes = [shard["examples"] for shard in json.loads(manifest)["shards"]]
+    (listed,) = (path.read_bytes() for path in cache.glob("list-*.arrow"))
+    sizes = open_list(listed, where="list").column("examples")
 
     def signed(data: bytes) -> bytes:
         """With the hash that a manifest of these fields has, where it is one."""
@@ -139,6 +141,7 @@ def target_of(name: str, cache: Path) -> tuple[Callable[[bytes], None], list[byt
         "manifest": (lambda data: Manifest.loads(signed(data), where="cache"), [manifest]),
         "shard": (read_shard, shards),
         "index": (lambda data: open_index(data, shard_sizes=sizes, where="index"), [index]),
+        "list": (lambda data: list(open_list(data, where="list")), [listed]),
         "plan": (
             lambda data: Plan.decode(data + hashlib.sha256(data).digest(), where="plan"),
             [_plan(cache)],

@@ -191,8 +191,10 @@ def _must_end(things: Materials, cache: Path, **data: int) -> None:
 
 
 def _without_index(cache: Path) -> dict[str, bytes]:
-    """An index of an older manifest may lie beside the newer one."""
-    return {name: data for name, data in cache_files(cache).items() if not name.startswith("index-")}
+    """A list and an index of an older manifest may lie beside the newer ones."""
+    return {
+        name: data for name, data in cache_files(cache).items() if not name.startswith(("index-", "list-"))
+    }
 
 
 def _train(num_ranks: int, **changes: object) -> Callable[[Materials, Path], Job]:

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from shared.cache.format import sha256_hex
-from shared.cache.layout import shard_name, unit_in
+from shared.cache.layout import shard_name
 from shared.cache.manifest import content_hash
+from shared.cache.shard_list import SCHEMA
 
 OTHERS: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 2**31, 2**53, 2**70, 10**400, 1e308, float("nan"), float("inf")),
@@ -56,17 +59,38 @@ def forge(cache: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(tree))
 
 
-def forge_shard(cache: Path, data: bytes) -> None:
-    """Another first shard, which the manifest vouches for."""
+def forge_list(cache: Path, change: Callable[[dict[str, list[Any]]], object]) -> None:
+    """A changed list of the first shards, as a dictionary of its columns, which the manifest vouches for."""
+    file = json.loads((cache / "manifest.json").read_text())["segments"][0]["list"]
+    columns = pa.ipc.open_file((cache / file["name"]).read_bytes()).read_all().to_pydict()
+    change(columns)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SCHEMA) as stream:
+        stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+    forge_table(cache, "list", sink.getvalue().to_pybytes())
+
+
+def forge_table(cache: Path, kind: str, data: bytes) -> None:
+    """Another first ``list`` or ``index``, which the manifest vouches for."""
 
     def change(tree: dict[str, Any]) -> None:
-        shard = tree["shards"][0]
         digest = sha256_hex(data)
-        name = shard_name(unit_in(shard["name"]), digest)
+        name = f"{kind}-{digest[:16]}.arrow"
         (cache / name).write_bytes(data)
-        shard.update(name=name, sha256=digest, bytes=len(data))
+        tree["segments"][0][kind] = {"name": name, "sha256": digest, "bytes": len(data)}
 
     forge(cache, change)
+
+
+def forge_shard(cache: Path, data: bytes) -> None:
+    """Another first shard, which the list vouches for, and the manifest for the list."""
+
+    def change(columns: dict[str, list[Any]]) -> None:
+        digest = sha256_hex(data)
+        (cache / shard_name(columns["unit"][0].hex(), digest)).write_bytes(data)
+        columns["sha256"][0], columns["bytes"][0] = bytes.fromhex(digest), len(data)
+
+    forge_list(cache, change)
 
 
 def with_digest(tree: Any, *, name: str) -> Any:
