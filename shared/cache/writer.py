@@ -66,6 +66,7 @@ class CacheWriter:
         self._lock: CaptureLock | None = None
         self._verified = VerifiedFiles()
         self._index: CacheIndex | None = None
+        self._committed: list[str] | None = None
         self._found: dict[str, list[str]] | None = (
             None  # unit id -> shards, at the first look and by our hand
         )
@@ -133,7 +134,7 @@ class CacheWriter:
         plan = self._read_plan()
         if plan is None or plan.identity != self.identity or plan.base != self._base:
             return None
-        return plan if set(self._missing_shards()) <= set(plan.lost) else None
+        return plan if set(self._missing_shards(shard_names(self.folder))) <= set(plan.lost) else None
 
     def plan(
         self,
@@ -149,15 +150,15 @@ class CacheWriter:
         removed, which the log notes.  A committed cache's lost shards are planned again, into their old
         places.
         """
-        wanted, old = Wanted.of(rows), self._read_plan()
-        lost = self._lost_shards(old)
+        wanted, old, there = Wanted.of(rows), self._read_plan(), shard_names(self.folder)
+        lost = self._lost_shards(old, there)
         digest = self.identity.digest()
         request = wanted.request(digest, base=self._base, lost=lost, examples_per_shard=examples_per_shard)
         if old is not None and old.request == request:
             units = old.units
         else:
-            finished = {unit_in(name) for name in shard_names(self.folder)}
-            kept = [unit for unit in old.units if unit.unit_id in finished] if old is not None else []
+            finished = set() if old is None else {unit_in(name) for name in there}
+            kept = [] if old is None else [unit for unit in old.units if unit.unit_id in finished]
             cut = cut_units(
                 wanted,
                 identity_digest=digest,
@@ -169,7 +170,10 @@ class CacheWriter:
             units = tuple(cut)
         plan = Plan(self.identity, units, tuple(skipped), wanted.duplicates, self._base, request, lost)
         self.folder.publish(PLAN_NAME, plan.encode())
-        self._discard_shards([] if old is None else old.units, keep={unit.unit_id for unit in units})
+        replaced = () if old is None else old.units
+        ours = {unit.unit_id for unit in units}
+        self._discard_shards(there, replaced, keep=ours)
+        self._look([name for name in there if unit_in(name) in ours])
         return plan
 
     def is_finished(self, unit: Unit) -> bool:
@@ -177,17 +181,14 @@ class CacheWriter:
 
         Looks into the folder once: of what other processes finish later it knows nothing.
         """
-        if self._found is None:
-            self._found = {}
-            for name in shard_names(self.folder):
-                self._note(name)
-        for name in list(self._found.get(unit.unit_id, ())):
+        found = self._look(shard_names(self.folder)) if self._found is None else self._found
+        for name in list(found.get(unit.unit_id, ())):
             try:
                 if sha256_hex(self.folder.read(name)) == sha256_in(name):
                     return True
             except FileNotFoundError:
                 pass
-            self._found[unit.unit_id].remove(name)
+            found[unit.unit_id].remove(name)
             self.folder.remove(name)
         return False
 
@@ -208,9 +209,9 @@ class CacheWriter:
         ``settle_s``: how long to wait for the shards of other machines to show up on a network file system.
         Raises   CacheFormatError  when units are missing; the finished ones stay
         """
-        if plan.base != self._base or not set(self._missing_shards()) <= set(plan.lost):
+        there, names = self._shards_of_units(plan, settle_s=settle_s)
+        if plan.base != self._base or not set(self._missing_shards(there)) <= set(plan.lost):
             raise self._has_changed()
-        names = self._shard_names(plan, settle_s=settle_s)
         new = [self._new_shard(names[unit.unit_id]) for unit in plan.units]
         contents = Contents.of_plan(plan, self.manifest, self._base_index(), new)
         skipped = [row for shard in new for row in shard.skipped]
@@ -234,9 +235,9 @@ class CacheWriter:
             )
             self._require_files(manifest)
             self.folder.publish(MANIFEST_NAME, manifest.dumps())
-            self.manifest, self._index = manifest, None
+            self.manifest, self._index, self._committed = manifest, None, None
         self.folder.remove(PLAN_NAME)
-        self._discard_shards(plan.units, keep=set())
+        self._discard_shards(there, plan.units, keep=set())
         return self.manifest
 
     @property
@@ -299,6 +300,7 @@ class CacheWriter:
         except CacheFormatError:
             faults = mend_tables(self.folder, self.manifest, partial(read_file, self.folder))
             self.manifest = load_manifest(self.folder)
+            self._committed = None
             for fault in faults:
                 self.log("index made again", reason=fault)
 
@@ -325,51 +327,62 @@ class CacheWriter:
             f"{self.folder.where}: changed since it was planned; run the same command again."
         )
 
-    def _missing_shards(self) -> list[int]:
-        """Places in the manifest of shards whose files are gone."""
-        if self.manifest is None:
-            return []
-        there = set(shard_names(self.folder))
-        return [place for place, name in enumerate(self.manifest.shards.names()) if name not in there]
+    def _committed_names(self) -> list[str]:
+        """The shards that the manifest has, in order."""
+        if self._committed is None:
+            self._committed = [] if self.manifest is None else self.manifest.shards.names()
+        return self._committed
 
-    def _lost_shards(self, old: Plan | None) -> tuple[int, ...]:
+    def _missing_shards(self, there: Sequence[str]) -> list[int]:
+        """Places in the manifest of shards whose files are gone; ``there``: the shards that lie in the folder."""
+        found = set(there)
+        return [place for place, name in enumerate(self._committed_names()) if name not in found]
+
+    def _lost_shards(self, old: Plan | None, there: Sequence[str]) -> tuple[int, ...]:
         """The missing shards, and those that an interrupted plan already began to replace."""
         begun = old.lost if old is not None and old.base == self._base else ()
-        return tuple(sorted({*self._missing_shards(), *begun}))
+        return tuple(sorted({*self._missing_shards(there), *begun}))
 
-    def _discard_shards(self, units: Sequence[Unit], *, keep: set[str]) -> None:
+    def _discard_shards(self, there: Sequence[str], units: Sequence[Unit], *, keep: set[str]) -> None:
         """Removes shards that are in no manifest: all of them, or those of ``units`` where nothing says that
         we are alone.
         """
         alone = self._lock is not None and self._lock.works
         ours = {unit.unit_id for unit in units}
-        committed = set() if self.manifest is None else set(self.manifest.shards.names())
         stray = [
             name
-            for name in shard_names(self.folder)
-            if name not in committed and unit_in(name) not in keep and (alone or unit_in(name) in ours)
+            for name in sorted(set(there).difference(self._committed_names()))
+            if unit_in(name) not in keep and (alone or unit_in(name) in ours)
         ]
         for name in stray:
             self.folder.remove(name)
         if stray:
             self.log("discarded", shards=stray)
 
-    def _shard_names(self, plan: Plan, *, settle_s: float) -> dict[str, str]:
+    def _shards_of_units(self, plan: Plan, *, settle_s: float) -> tuple[list[str], dict[str, str]]:
+        """The shards that lie in the folder, and by unit id that of each of the plan's."""
         deadline = time.monotonic() + settle_s
+        ours = {unit.unit_id for unit in plan.units}
         while True:
-            names = {unit_in(name): name for name in reversed(shard_names(self.folder))}
-            missing = [unit for unit in plan.units if unit.unit_id not in names]
-            if not missing:
-                return names
+            there = shard_names(self.folder)
+            names = {unit: name for name in reversed(there) if (unit := unit_in(name)) in ours}
+            if len(names) == len(ours):
+                return there, names
             if time.monotonic() >= deadline:
                 raise CacheFormatError(
-                    f"{self.folder.where}: {len(missing)} of {len(plan.units)} units are not captured yet; "
+                    f"{self.folder.where}: {len(ours) - len(names)} of {len(plan.units)} units are not captured yet; "
                     "run the same command again."
                 )
             time.sleep(min(1.0, settle_s / 10))
 
     def _new_shard(self, name: str) -> NewShard:
         return NewShard.of(name, view_shard(self.folder, name, where=f"{self.folder.where}, {name}"))
+
+    def _look(self, there: Sequence[str]) -> dict[str, list[str]]:
+        self._found = {}
+        for name in there:
+            self._note(name)
+        return self._found
 
     def _note(self, name: str) -> None:
         if self._found is not None:
