@@ -35,7 +35,11 @@ VERSIONS = {"teachonce": "0.1"}
 
 
 def make_identity(
-    *, policy: Policy | None = None, temperatures: tuple[float, ...] = (1.0,), **changes
+    *,
+    policy: Policy | None = None,
+    temperatures: tuple[float, ...] = (1.0,),
+    label_log_prob: bool = False,
+    **changes,
 ) -> Identity:
     inputs = {
         "tokenizer_fingerprint": "t0",
@@ -50,7 +54,12 @@ def make_identity(
     return Identity(
         teacher=TeacherIdentity(**teacher),
         inputs=InputsIdentity(**inputs),
-        targets=TargetsIdentity(policy=policy or Threshold(tau=1 / 16), temperatures=temperatures, seed=0),
+        targets=TargetsIdentity(
+            policy=policy or Threshold(tau=1 / 16),
+            temperatures=temperatures,
+            seed=0,
+            label_log_prob=label_log_prob,
+        ),
         data=changes.pop("data", (DataSource(name="drawn", split="train", fingerprint="d0", rows=1),)),
     )
 
@@ -83,6 +92,7 @@ def make_example(number: int, identity: Identity | None = None) -> tuple[Row, Sp
         entropy_sums=targets.entropy.sum(0).double().numpy(),
         payload=codec.encode(targets),
         truncated=number % 11 == 0,
+        label_log_prob=logprobs.gather(1, answer[:, None]).squeeze(1).half().numpy(),
     )
     return row, targets
 

@@ -30,7 +30,7 @@ def export(
 ) -> int:
     """Writes all rows to a new folder, which appears when it is complete; returns their number.
 
-    Columns  key (hex), answer_ids, ce_sum, entropy_sums, truncated;
+    Columns  key (hex), answer_ids, ce_sum, entropy_sums, truncated; label_log_prob where the cache has it;
              ids, logprobs and weights (temperature 1) or weights_T for the other temperatures, a list a
              position
     Raises   CacheFormatError  when the folder is there already, or the cache is damaged
@@ -71,6 +71,7 @@ def weights_column(temperature: float) -> str:
 def _schema(manifest: Manifest) -> pa.Schema:
     """The columns; the metadata say which cache they come from."""
     temperatures = manifest.identity.targets.temperatures
+    has_log_probs = manifest.identity.targets.label_log_prob
     source = {"cache": manifest.sha256, "identity": manifest.identity.model_dump(mode="json")}
     floats = pa.list_(pa.list_(pa.float32()))
     return pa.schema(
@@ -83,6 +84,7 @@ def _schema(manifest: Manifest) -> pa.Schema:
             ("ids", pa.list_(pa.list_(pa.int32()))),
             ("logprobs", floats),
             *((weights_column(temperature), floats) for temperature in temperatures),
+            *([("label_log_prob", pa.list_(pa.float32()))] if has_log_probs else []),
         ],
         metadata=make_metadata(source),
     )
@@ -109,6 +111,9 @@ def _batch(reader: CacheReader, place: int, numbers: range) -> pa.RecordBatch:
         nested(targets.logprobs.float().numpy()),
         *(nested(targets.weights(temperature).numpy()) for temperature in reader.temperatures),
     ]
+    if reader.has_label_log_prob:
+        log_probs = pa.array(reader.label_log_probs(rows).numpy())
+        columns.append(pa.ListArray.from_arrays(pa.array(by_row, pa.int32()), log_probs))
     return pa.RecordBatch.from_arrays(columns, schema=_schema(reader.manifest))
 
 

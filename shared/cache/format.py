@@ -21,7 +21,7 @@ from shared.regular_files import open_regular
 
 FORMAT = "teachonce-cache"
 FORMAT_VERSION = 2  # the newest that is read; every file names the first version that had its layout
-MANIFEST_VERSION = LIST_VERSION = 2
+MANIFEST_VERSION = LIST_VERSION = LOG_PROBS_VERSION = 2
 ROWS_VERSION = (
     1  # of shards, index and plan; a part of the content identity, so that rows stay what they were
 )

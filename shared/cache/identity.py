@@ -84,19 +84,31 @@ class TargetsIdentity(Record):
         tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)
     ]
     seed: int
+    label_log_prob: bool = False  # of each position, as a column; False is not written down, as it was before
     sampling: Literal[1, 2] = 1  # of shared.sparse.sampling_version; 1 is not written down, as it was before
 
     @classmethod
-    def of_capture(cls, policy: Policy, *, temperatures: tuple[float, ...], seed: int) -> Self:
+    def of_capture(
+        cls, policy: Policy, *, temperatures: tuple[float, ...], seed: int, label_log_prob: bool = False
+    ) -> Self:
         """What is captured now: drawn as ``sparsify`` draws."""
-        sampling = sampling_version(policy, temperatures)
-        return cls(policy=policy, temperatures=temperatures, seed=seed, sampling=sampling)
+        return cls(
+            policy=policy,
+            temperatures=temperatures,
+            seed=seed,
+            label_log_prob=label_log_prob,
+            sampling=sampling_version(policy, temperatures),
+        )
 
     @model_serializer(mode="wrap")
-    def _without_the_first_version(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_older_caches_do_not_have(
+        self, serialize: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
         stored: dict[str, Any] = serialize(self)
         if stored.get("sampling") == 1:
             del stored["sampling"]
+        if stored.get("label_log_prob") is False:
+            del stored["label_log_prob"]
         return stored
 
 
@@ -173,12 +185,13 @@ class Identity(Record):
         policy: Policy | None = None,
         seed: int | None = None,
         temperatures: Sequence[float] | None = None,
+        label_log_prob: bool = False,
     ) -> Comparison:
         """Whether a student with these inputs may train on this cache.
 
         A student may see its pictures at another resolution than its teacher did, so a differing image
         processor is a notice.  ``policy``, ``seed`` and ``temperatures``: those that the recipe names, None
-        where it names none; the cache may hold more temperatures than those.
+        where it names none; the cache may hold more temperatures than those, and log-probs of labels nobody needs.
         """
         refusals = _differences("inputs", self.inputs, inputs, skip={"image_processor_fingerprint"})
         captured = self.targets.temperatures
@@ -191,6 +204,8 @@ class Identity(Record):
             refusals.append(_both_sides("targets.seed", _plain(self.targets.seed), _plain(seed)))
         if temperatures is not None and not set(temperatures) <= set(captured):
             refusals.append(_both_sides("targets.temperatures", _plain(captured), _plain(list(temperatures))))
+        if label_log_prob and not self.targets.label_log_prob:
+            refusals.append(_both_sides("targets.label_log_prob", "false", "true"))
         others = set(InputsIdentity.model_fields) - {"image_processor_fingerprint"}
         return Comparison(tuple(refusals), tuple(_differences("inputs", self.inputs, inputs, skip=others)))
 

@@ -96,6 +96,11 @@ class CacheReader:
     def temperatures(self) -> tuple[float, ...]:
         return self.manifest.identity.targets.temperatures
 
+    @property
+    def has_label_log_prob(self) -> bool:
+        """Whether rows carry the teacher's log-prob of each written token."""
+        return self.manifest.identity.targets.label_log_prob
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -151,6 +156,19 @@ class CacheReader:
         means = (sums / np.maximum(lengths, 1)[:, None]).astype(np.float32)
         return replace(targets, entropy=torch.from_numpy(np.repeat(means, lengths, axis=0)))
 
+    def label_log_probs(self, rows: Sequence[Row]) -> torch.Tensor:
+        """The teacher's log-prob of each written token at temperature 1, (N,) fp32, one row after the other.
+
+        Raises   CacheMismatchError  when the cache was captured without them
+        """
+        if not self.has_label_log_prob:
+            raise CacheMismatchError(
+                f"{self._folder.where}: holds no log-probs of the written tokens. Capture a cache with "
+                "cache.label_log_prob: true."
+            )
+        found = [row.label_log_prob for row in rows if row.label_log_prob is not None]
+        return torch.from_numpy(np.concatenate([np.empty(0, np.float16), *found]).astype(np.float32))
+
     def _decode(self, rows: Sequence[Row]) -> SparseTargets:
         vocab_size = self.manifest.identity.inputs.vocab_size
         try:
@@ -197,11 +215,13 @@ class CacheReader:
     def _require_counts(self, view: ShardView, number: int) -> None:
         """What is decoded later is bounded by what manifest and index say."""
         info = self.manifest.shards[number]
-        found = (len(view), view.entropy_sums.shape[1], int(view.num_entries.sum()))
-        told = (info.examples, len(self.temperatures), info.entries)
+        has_log_probs = view.label_log_probs is not None
+        found = (len(view), view.entropy_sums.shape[1], int(view.num_entries.sum()), has_log_probs)
+        told = (info.examples, len(self.temperatures), info.entries, self.has_label_log_prob)
         if found != told:
             raise CacheFormatError(
-                f"{self._where(number)}: (rows, temperatures, entries) {found} found, {told} in the manifest. Run "
+                f"{self._where(number)}: (rows, temperatures, entries, label_log_prob) {found} found, {told} in the "
+                "manifest. Run "
                 "teacher-cache verify, and capture the cache again."
             )
 
@@ -221,10 +241,16 @@ class CacheReader:
         policy: Policy | None = None,
         seed: int | None = None,
         temperatures: Sequence[float] | None = None,
+        label_log_prob: bool = False,
     ) -> tuple[str, ...]:
         """Raises CacheMismatchError with all that keeps a student away; returns notices of the rest."""
         comparison = self.manifest.identity.compare_student(
-            inputs, temperature=temperature, policy=policy, seed=seed, temperatures=temperatures
+            inputs,
+            temperature=temperature,
+            policy=policy,
+            seed=seed,
+            temperatures=temperatures,
+            label_log_prob=label_log_prob,
         )
         comparison.require(
             where=self._folder.where,

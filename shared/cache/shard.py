@@ -22,6 +22,8 @@ import pyarrow as pa
 from shared.cache.arrow_file import open_uncompressed
 from shared.cache.format import (
     KEY_BYTES,
+    LOG_PROBS_VERSION,
+    ROWS_VERSION,
     as_buffer,
     first_line,
     keys_of,
@@ -32,13 +34,17 @@ from shared.cache.format import (
 from shared.cache.storage import Folder, LocalFolder
 from shared.errors import CacheFormatError
 
+LOG_PROBS = pa.list_(pa.field("item", pa.float16(), nullable=False))
+OPTIONAL = {"label_log_prob"}
+
 
 @dataclass(frozen=True, eq=False)
 class Row:
     """What the cache holds of one example.
 
     Shapes   key 16 bytes; answer_ids (n,) int32, n positions; entropy_sums (T,) float64, one for each
-             captured temperature; payload: the entries, as ``shared.codec.encode`` wrote them
+             captured temperature; payload: the entries, as ``shared.codec.encode`` wrote them;
+             label_log_prob (n,) fp16, natural logs at temperature 1, of caches that keep them
     Units    ce_sum and entropy_sums in nats, summed over the row's positions; a shard holds them as float32
     """
 
@@ -49,6 +55,7 @@ class Row:
     entropy_sums: npt.NDArray[np.float64]
     payload: bytes
     truncated: bool = False
+    label_log_prob: npt.NDArray[np.float16] | None = None
 
     @property
     def num_positions(self) -> int:
@@ -61,6 +68,7 @@ def _schema(
     token_index: pa.DataType,
     num_positions: pa.DataType,
     num_entries: pa.DataType,
+    label_log_prob: bool,
     metadata: Mapping[str, Any],
 ) -> pa.Schema:
     """The columns of a shard: three of them have integers as narrow as its rows allow."""
@@ -75,18 +83,28 @@ def _schema(
         "entropy_sums": pa.list_(pa.field("item", pa.float32(), nullable=False), num_temperatures),
         "payload": pa.binary(),
     }
+    if label_log_prob:
+        columns["label_log_prob"] = LOG_PROBS
     fields = [pa.field(name, kind, nullable=False) for name, kind in columns.items()]
-    return pa.schema(fields, metadata=make_metadata(metadata))
+    version = LOG_PROBS_VERSION if label_log_prob else ROWS_VERSION
+    return pa.schema(fields, metadata=make_metadata(metadata, version=version))
 
 
-def encode_shard(rows: Sequence[Row], *, num_temperatures: int, metadata: Mapping[str, Any]) -> pa.Buffer:
+def encode_shard(
+    rows: Sequence[Row],
+    *,
+    num_temperatures: int,
+    metadata: Mapping[str, Any],
+    label_log_prob: bool = False,
+) -> pa.Buffer:
     """The bytes of the shard that holds these rows, in this order.
 
+    ``label_log_prob``: with those of the rows, which else are left out
     Raises   ValueError  when a row contradicts itself: that is the caller's mistake, not the user's
     Holds    equal rows and metadata give equal bytes
     """
     for row in rows:
-        _check_row(row, num_temperatures)
+        _check_row(row, num_temperatures, label_log_prob=label_log_prob)
     lengths = np.array([row.num_positions for row in rows], dtype=np.int64)
     entries = np.array([row.num_entries for row in rows], dtype=np.int64)
     answers = [np.asarray(row.answer_ids, dtype=np.int32) for row in rows]
@@ -96,6 +114,7 @@ def encode_shard(rows: Sequence[Row], *, num_temperatures: int, metadata: Mappin
         token_index=narrowest(len(distinct) - 1),
         num_positions=narrowest(int(lengths.max(initial=0))),
         num_entries=narrowest(int(entries.max(initial=0))),
+        label_log_prob=label_log_prob,
         metadata=metadata,
     )
     kinds = {field.name: field.type for field in shard_schema}
@@ -114,19 +133,26 @@ def encode_shard(rows: Sequence[Row], *, num_temperatures: int, metadata: Mappin
         pa.FixedSizeListArray.from_arrays(sums, type=kinds["entropy_sums"]),
         pa.array([row.payload for row in rows], kinds["payload"]),
     ]
+    if label_log_prob:
+        values = [row.label_log_prob for row in rows if row.label_log_prob is not None]
+        joined = pa.array(np.concatenate([np.empty(0, np.float16), *values]))
+        columns.append(pa.ListArray.from_arrays(offsets, joined, type=LOG_PROBS))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, shard_schema) as stream:
         stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=shard_schema))
     return sink.getvalue()
 
 
-def _check_row(row: Row, num_temperatures: int) -> None:
+def _check_row(row: Row, num_temperatures: int, *, label_log_prob: bool) -> None:
     if len(row.key) != KEY_BYTES:
         raise ValueError(f"a key has {KEY_BYTES} bytes, this one {len(row.key)}")
     if np.shape(row.entropy_sums) != (num_temperatures,):
         raise ValueError(f"entropy_sums {np.shape(row.entropy_sums)} found, ({num_temperatures},) needed")
     if not (np.isfinite(row.ce_sum) and np.isfinite(row.entropy_sums).all()):
         raise ValueError(f"row {row.key.hex()}: a sum is not finite")
+    given = None if row.label_log_prob is None else row.label_log_prob.shape
+    if label_log_prob and given != (row.num_positions,):
+        raise ValueError(f"row {row.key.hex()}: label_log_prob {given} found, ({row.num_positions},) needed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +173,7 @@ class ShardView:
     answer_dictionary: npt.NDArray[np.int32]
     payload_offsets: npt.NDArray[np.int32]
     payloads: memoryview
+    label_log_probs: npt.NDArray[np.float16] | None  # (N,) of all positions, where the cache keeps them
     num_bytes: int
     metadata: Mapping[str, Any]
 
@@ -163,6 +190,7 @@ class ShardView:
         return bytes(self.payloads[self.payload_offsets[row] : self.payload_offsets[row + 1]])
 
     def row(self, row: int) -> Row:
+        span = slice(self.answer_offsets[row], self.answer_offsets[row + 1])
         return Row(
             key=self.key(row),
             answer_ids=self.answer_ids(row),
@@ -171,6 +199,7 @@ class ShardView:
             entropy_sums=self.entropy_sums[row].astype(np.float64),
             payload=self.payload(row),
             truncated=bool(self.truncated[row]),
+            label_log_prob=None if self.label_log_probs is None else self.label_log_probs[span].copy(),
         )
 
     def key(self, row: int) -> bytes:
@@ -227,20 +256,37 @@ def _view(batch: pa.RecordBatch, metadata: Mapping[str, Any], *, num_bytes: int,
         answer_dictionary=tokens.dictionary.to_numpy(),
         payload_offsets=np.frombuffer(payload.buffers()[1] or bytes(4), np.int32, count=size + 1),
         payloads=memoryview(payload.buffers()[2] or b""),
+        label_log_probs=_label_log_probs(batch, answers, where=where),
         num_bytes=num_bytes,
         metadata=metadata,
     )
+
+
+def _label_log_probs(
+    batch: pa.RecordBatch, answers: pa.ListArray, *, where: str
+) -> npt.NDArray[np.float16] | None:
+    """Of all positions, None where there is no such column; a row has as many as answer ids."""
+    if "label_log_prob" not in batch.schema.names:
+        return None
+    found = batch.column("label_log_prob")
+    if not found.offsets.equals(answers.offsets) or found.values.null_count:
+        raise CacheFormatError(f"{where}: column 'label_log_prob' has other positions than 'answer_ids'.")
+    return found.values.to_numpy()
 
 
 @lru_cache(maxsize=256)
 def _column_fault(kinds: tuple[tuple[str, str], ...]) -> str | None:
     """What is wrong with columns of these names and types; integers may be of any width."""
     narrow = pa.uint8()
-    wanted = _schema(1, token_index=narrow, num_positions=narrow, num_entries=narrow, metadata={})
+    wanted = _schema(
+        1, token_index=narrow, num_positions=narrow, num_entries=narrow, label_log_prob=True, metadata={}
+    )
     found = dict(kinds)
     if len(found) != len(kinds):
         return "two columns of one name found"
     for field in wanted:
+        if field.name in OPTIONAL and field.name not in found:
+            continue
         kind = found.get(field.name)
         if kind is None or _loosely(kind) != _loosely(str(field.type)):
             return f"column {field.name!r} is {kind}, {field.type} needed"

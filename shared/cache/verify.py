@@ -39,6 +39,7 @@ from shared.sparse import SparseTargets
 
 TOLERANCE_NATS = 1e-3  # a position: the teacher computes in fp32
 FP16_SLACK = 0.01  # of a position's weights together: their logs are fp16
+FP16_ROUNDING = 2.0**-11  # of a number, at most
 ROWS_DECODED_TOGETHER = 256
 MAX_TOLD = 10  # missing shards by name
 
@@ -211,6 +212,9 @@ def _is_in_index(view: ShardView, place: int, index: KeyIndex) -> bool:
 def _header_faults(view: ShardView, manifest: Manifest, info: ShardInfo) -> Iterator[str]:
     if view.metadata.get("identity") != manifest.identity.content():
         yield "its metadata name another identity than the manifest"
+    told = manifest.identity.targets.label_log_prob
+    if (view.label_log_probs is not None) != told:
+        yield f"has {'no ' if told else 'a '}column label_log_prob, other than the manifest says"
     if view.metadata.get("unit") != unit_in(info.name):
         yield f"its metadata name unit {view.metadata.get('unit')}, its file name another"
     counts = {
@@ -245,6 +249,25 @@ def _row_faults(view: ShardView, manifest: Manifest) -> Iterator[str]:
     for fault, wrong in checks.items():
         if wrong.any():
             yield _of_rows(view, fault, np.flatnonzero(wrong))
+    yield from _label_faults(view)
+
+
+def _label_faults(view: ShardView) -> Iterator[str]:
+    """Log-probs of labels are the cross-entropy's summands, each rounded to fp16."""
+    if view.label_log_probs is None:
+        return
+    values = view.label_log_probs.astype(np.float64)
+    is_wrong = ~(np.isfinite(values) & (values <= 0))
+    sums, wrong = (
+        np.diff(np.append(0.0, np.cumsum(each))[view.answer_offsets])
+        for each in (np.where(is_wrong, 0.0, values), is_wrong)
+    )
+    if is_wrong.any():
+        yield _of_rows(view, "a label_log_prob is above 0 or not finite", np.flatnonzero(wrong))
+    slack = np.abs(view.ce_sums) * FP16_ROUNDING + TOLERANCE_NATS * np.diff(view.answer_offsets)
+    differs = (wrong == 0) & ~(np.abs(sums + view.ce_sums) <= slack)
+    if differs.any():
+        yield _of_rows(view, "label_log_prob does not sum to -ce_sum", np.flatnonzero(differs))
 
 
 def _payload_faults(view: ShardView, manifest: Manifest) -> Iterator[str]:

@@ -208,6 +208,7 @@ def capture_examples(
     policy: Policy | None = None,
     temperatures: tuple[float, ...] = (1.0,),
     seed: int = 0,
+    label_log_prob: bool = False,
     examples_per_shard: int = 512,
     max_dropped: int = 0,
 ) -> Iterator[Capture[Example]]:
@@ -218,10 +219,13 @@ def capture_examples(
     keys      16 bytes each, ``examples[number].key`` of every number: a digest of all that the teacher sees
               of the example, answer included.  Equal keys are captured once
     policy    ``Threshold()`` by default
+    label_log_prob  also the teacher's log-prob of each answer token, which a row then carries
     Raises   CacheMismatchError  when the cache that is there was captured otherwise
              CacheFormatError    at the end of the block, when examples are still missing
     """
-    targets = TargetsIdentity.of_capture(policy or Threshold(), temperatures=temperatures, seed=seed)
+    targets = TargetsIdentity.of_capture(
+        policy or Threshold(), temperatures=temperatures, seed=seed, label_log_prob=label_log_prob
+    )
     source = DataSource(name="examples", split="all", fingerprint=keys_fingerprint(keys), rows=len(keys))
     begin = time.monotonic()
     writer, plan, pending = open_planned(

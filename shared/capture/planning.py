@@ -112,7 +112,12 @@ def identity_of(
             dtype=teacher.dtype,
         ),
         inputs=inputs_identity(processor, recipe.data),
-        targets=TargetsIdentity.of_capture(cache.policy, temperatures=cache.temperatures, seed=cache.seed),
+        targets=TargetsIdentity.of_capture(
+            cache.policy,
+            temperatures=cache.temperatures,
+            seed=cache.seed,
+            label_log_prob=cache.label_log_prob,
+        ),
         data=data.sources(),
         prompt=prompt_identity(processor, recipe.data),
     )

@@ -18,6 +18,8 @@ from shared.codec import encode_many
 from shared.recipes.policies import Policy
 from shared.sparse import SparseTargets, sparsify
 
+LOWEST_FP16 = -65504.0
+
 
 class AnsweredExample(Protocol):
     """What a cache must know of an example; ``shared.data.processing.Encoded`` is one.
@@ -62,12 +64,14 @@ def sparse_targets(
 
 
 def rows_of(examples: Sequence[AnsweredExample], targets: SparseTargets, ce_N: Tensor) -> list[Row]:
-    """The cache's row of each example.
+    """The cache's row of each example, with the log-probs of its labels, which not every cache keeps.
 
     Shapes   targets and ce_N (N,), on the CPU: the examples' positions one after the other
     """
     offsets = [0, *np.cumsum([len(one.answer_ids) for one in examples]).tolist()]
     payloads = encode_many(targets, offsets)
+    # In fp16 a log-prob of -20 is 0.008 off at most.  Adding zero makes one zero of two.
+    label_log_prob_N = (-ce_N.float()).clamp(LOWEST_FP16, 0.0).half().numpy() + np.float16(0)
     ce_N = ce_N.double()
     return [
         Row(
@@ -78,6 +82,7 @@ def rows_of(examples: Sequence[AnsweredExample], targets: SparseTargets, ce_N: T
             entropy_sums=targets.entropy[start:stop].double().sum(0).numpy(),
             payload=payload,
             truncated=one.truncated,
+            label_log_prob=label_log_prob_N[start:stop],
         )
         for one, payload, (start, stop) in zip(examples, payloads, pairwise(offsets), strict=True)
     ]

@@ -170,6 +170,9 @@ class CacheConfig(Section):
     """Temperatures that a student may use."""
     seed: Seed = 0
     """Of the draws. It belongs to the cache's identity."""
+    label_log_prob: bool = False
+    """Also the teacher's log-prob of the written token, two bytes a position, for losses that need it. It belongs to
+    the cache's identity."""
     examples_per_shard: PositiveInt = 512
     """Examples in one file."""
     batch_tokens: PositiveInt = 16384

@@ -164,7 +164,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
     lines = [
         f"cache      {summary['location']}, {summary['sha256'][:12]}",
         f"teacher    {teacher['name']}, {teacher['dtype']}, weights {teacher['weights_fingerprint'][:12]}",
-        f"targets    {_plain(targets['policy'])}; seed {targets['seed']}",
+        f"targets    {_plain(targets['policy'])}; seed {targets['seed']}{_also(targets)}",
         f"at         temperature {_plain(targets['temperatures'])}",
         *(f"data       {part['name']}, {part['split']}: {part['rows']} rows" for part in identity["data"]),
         f"holds      {totals['examples']} examples, {totals['positions']} positions, {totals['entries']} entries",
@@ -188,6 +188,11 @@ def _lines(summary: dict[str, Any]) -> list[str]:
             f"  teacher's cross-entropy   {sample['cross_entropy']:.4f} nats",
         ]
     return lines
+
+
+def _also(targets: dict[str, Any]) -> str:
+    """What is kept beside the entries."""
+    return "; log-probs of the labels" if targets.get("label_log_prob") else ""
 
 
 def _plain(value: Any) -> str:

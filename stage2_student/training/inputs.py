@@ -187,6 +187,7 @@ def open_targets(
         policy=recipe.cache.policy,
         seed=recipe.cache.seed,
         temperatures=recipe.cache.temperatures,
+        label_log_prob=recipe.cache.label_log_prob,
     )
     require_same_rendering(reader, processor, recipe.data)
     return reader, notices
