@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import pickle
+import resource
+import shutil
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +19,13 @@ import pytest
 from cache_examples import as_version_1, capture, files_of, make_identity, make_key, make_row
 from click.testing import CliRunner
 
-from shared.cache import CacheReader
-from shared.cache.commit import Contents, NewShard, write_segment
+from shared.cache import CacheReader, shard_list
+from shared.cache.commit import Contents, NewShard, require_places, write_segment
 from shared.cache.export import export
 from shared.cache.inspect import inspect
+from shared.cache.manifest import Manifest
 from shared.cache.merge import merge
-from shared.cache.segments import FEWEST, MOST, segment_sizes, spans
+from shared.cache.segments import FEWEST, MOST, FileInfo, Segment, segment_sizes, spans
 from shared.cache.shard_list import ShardInfo, ShardList, open_list
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError
@@ -95,7 +101,7 @@ def test_a_list_behaves_like_the_shards_that_it_is_made_of(tmp_path: Path) -> No
 
 
 def test_many_small_commits_give_the_cache_of_one(tmp_path: Path) -> None:
-    for number in (*range(1, 131, 16), 130):
+    for number in (1, 40, 70, 127, 129, 130):
         capture(tmp_path / "grown", range(number), examples_per_shard=1)
     manifest = capture(tmp_path / "whole", range(130), examples_per_shard=1)
     assert [segment.shards for segment in manifest.segments] == [128, 2]
@@ -145,6 +151,93 @@ def test_one_of_many_lists_lost_hides_no_other_fault(tmp_path: Path) -> None:
     assert len(faults) == 2
     assert "list-" in faults[0]
     assert "shard 00129" in faults[1]
+
+
+def test_150_000_shards_of_512_rows_have_a_manifest_of_a_few_kilobytes() -> None:
+    """Version 1 refused them: 64 MiB of JSON."""
+    shards = listed(64).take(np.arange(150_000) % 64)
+    file = FileInfo(name="index-0123456789abcdef.arrow", sha256="0" * 64, bytes=1 << 30)
+    segments = [
+        Segment(
+            shards=len(span), examples=shards[span.start : span.stop].total("examples"), list=file, index=file
+        )
+        for span in spans(150_000)
+    ]
+    facts = {"skipped": (), "duplicates": 0, "created_by": {}}
+    manifest = Manifest.build(identity=make_identity(), segments=segments, shards=shards, **facts)
+    data = manifest.dumps()
+    assert len(data) < 8000
+    assert Manifest.loads(data, where="cache").num_shards == 150_000
+    assert len(shards.encode()) < 81 * 150_000
+
+
+def test_entries_that_nobody_asks_for_become_no_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture(tmp_path, range(130), examples_per_shard=1)
+    made: list[ShardInfo] = []
+    info_of = shard_list._info
+    monkeypatch.setattr(shard_list, "_info", lambda row: made.append(info_of(row)) or made[-1])
+    reader = pickle.loads(pickle.dumps(CacheReader(str(tmp_path))))
+    reader.num_positions([make_key(number) for number in range(130)])
+    assert (len(reader.manifest.shards), made) == (130, [])
+    reader.read([make_key(number) for number in (3, 70, 129)])
+    assert len({info.name for info in made}) == 3
+    assert capture(tmp_path, range(131), examples_per_shard=1).num_shards == 131
+    assert len({info.name for info in made}) == 3  # nor does a commit look at the old ones
+
+
+def test_a_commit_of_more_shards_than_a_process_may_open(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, before[1]))
+    try:
+        assert capture(tmp_path, range(150), examples_per_shard=1).num_shards == 150
+        assert verify(str(tmp_path)).faults == ()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def grow_and_die(path: Path, die_at: int) -> None:
+    """Killed around the ``die_at``-th fsync or rename."""
+    counter = itertools.count()
+
+    def killing(function: Callable[..., object]) -> Callable[..., object]:
+        def called(*args: object) -> object:
+            if next(counter) == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        return called
+
+    os.fsync, os.replace = killing(os.fsync), killing(os.replace)
+    capture(path, range(66), examples_per_shard=1)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_commit_that_joins_segments_killed_at_any_moment(tmp_path: Path, version: int) -> None:
+    """63 shards become 66: the list and the index of 64, those of two, then the manifest."""
+    base, whole = tmp_path / "base", tmp_path / "whole"
+    capture(base, range(63), examples_per_shard=1)
+    if version == 1:
+        as_version_1(base)
+    shutil.copytree(base, whole)
+    for _ in range(2):
+        capture(whole, range(66), examples_per_shard=1)
+    outcomes = []
+    for die_at in (*range(12, 28, 2), 99):
+        torn = tmp_path / f"torn-{die_at}"
+        shutil.copytree(base, torn)
+        process = FORK.Process(target=grow_and_die, args=(torn, die_at))
+        process.start()
+        process.join()
+        outcomes.append((process.exitcode == -signal.SIGKILL, len(CacheReader(str(torn)))))
+        assert verify(str(torn)).faults == ()
+        for _ in range(2):
+            capture(torn, range(66), examples_per_shard=1)
+        assert files_of(torn) == files_of(whole)
+    assert outcomes[0] == (True, 63)
+    assert (True, 66) in outcomes
+    assert outcomes[-1] == (False, 66)
 
 
 # version 1
@@ -346,6 +439,9 @@ def test_an_example_in_two_shards_is_refused_in_whichever_segment(twin: int) -> 
 
 
 def test_more_examples_than_an_index_has_places_for_are_refused() -> None:
+    require_places([1 << 26] * 64, where="cache")
+    with pytest.raises(CacheFormatError, match="4294967297 examples in 64 shards"):
+        require_places([1 << 26] * 63 + [(1 << 26) + 1], where="cache")
     shards = ShardList.of(
         info.model_copy(update={"examples": 1 << 29, "bytes": 1 << 33}) for info in listed(9)
     )

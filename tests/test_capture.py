@@ -21,6 +21,7 @@ from shared.cache import CacheReader
 from shared.cache.index import split_keys
 from shared.cache.layout import PLAN_NAME
 from shared.cache.storage import LocalFolder
+from shared.cache.verify import verify
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, DataError
@@ -102,6 +103,22 @@ def test_the_cache_holds_the_teachers_distributions(
         entropy = -(logprobs.exp() * logprobs).sum()
         assert row.ce_sum == pytest.approx(ce.item(), abs=1e-3)
         assert row.entropy_sums[0] == pytest.approx(entropy.item(), abs=1e-3)
+
+
+def test_the_cache_holds_the_teachers_log_probs_of_the_labels(
+    tree: dict[str, Any], teacher_folder: Path, processor: ExampleProcessor, tmp_path: Path
+) -> None:
+    asked = with_values(tree, "cache", label_log_prob=True)
+    assert run(asked) == 0
+    reader = CacheReader(str(tmp_path / "cache"))
+    assert verify(str(tmp_path / "cache")).faults == ()
+    split = open_split(validate_tree(Recipe, tree, origin="r").data, "train")
+    for key, logprobs, answer in live_logprobs(teacher_folder, processor, split):
+        found = reader.label_log_probs(reader.rows([key]))
+        torch.testing.assert_close(found, logprobs.gather(1, answer[:, None])[:, 0], atol=1e-3, rtol=2e-3)
+    assert run(asked) == 0  # nothing to capture
+    with pytest.raises(CacheMismatchError, match="label_log_prob: true in the cache, false asked for"):
+        run(tree)
 
 
 def test_a_head_wider_than_the_tokenizer_stores_no_padding_ids(

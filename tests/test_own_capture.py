@@ -163,6 +163,17 @@ def test_logits_wider_than_the_tokenizer_have_no_mass_there(
     assert torch.allclose(targets.entropy[:, 0], entropy, atol=1e-4)
 
 
+def test_log_probs_of_labels_where_they_are_asked_for(tmp_path: Path, processor: ExampleProcessor) -> None:
+    examples, logits = [Text(0), Text(1)], torch.randn(6, processor.num_token_ids)
+    with texts(tmp_path, processor, examples, label_log_prob=True) as cache:
+        for batch in cache.batches(8):
+            cache.add(batch, logits)
+    reader = CacheReader(str(tmp_path / "texts"))
+    found = reader.label_log_probs(reader.rows([one.key for one in examples]))
+    labels = torch.cat([one.answer_ids for one in examples])
+    assert torch.allclose(found, logits.log_softmax(-1).gather(1, labels[:, None])[:, 0], atol=4e-3)
+
+
 def test_an_example_that_cannot_be_used_is_counted(tmp_path: Path, processor: ExampleProcessor) -> None:
     examples, logits = SomeUnusable([Text(0), Text(1), Text(2)]), torch.randn(6, processor.num_token_ids)
     with (

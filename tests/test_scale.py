@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests.benchmarks.scale import (
-    PLACES,
     SCALES,
     Inputs,
     Scale,
@@ -38,8 +37,9 @@ def test_by_hand() -> None:
     assert scale.capture_hours(inputs, 10) == pytest.approx(100 / 3600)
     assert scale.read_bytes_per_s(inputs) == pytest.approx(20 / 1.2)
     assert scale.claims_per_s(inputs, 600) == pytest.approx(2.0)
-    assert [one.num_caches for one in SCALES] == [1, 1, 3]
-    assert Scale("", PLACES, "", 1, 1).num_caches == 1
+    assert [one.num_segments for one in SCALES] == [1, 5, 6]
+    assert scale.manifest_bytes(inputs) == sum(inputs.manifest_bytes)
+    assert scale.list_bytes(inputs) == 320
 
 
 def test_nobody_is_faster_than_all_ranks_to_the_end() -> None:

@@ -1,4 +1,6 @@
-"""The teacher cache: a folder of Arrow shards and a manifest written last.  See docs/cache-format.md.
+"""The teacher cache: a folder of Arrow shards, lists and indices of them, and a manifest written last.
+
+docs/cache-format.md is its specification.
 
 Writing (stage one).  ``location`` is a path or any fsspec URL; the first process opens, the others join::
 
@@ -17,7 +19,8 @@ Writing (stage one).  ``location`` is a path or any fsspec URL; the first proces
     writer.commit(plan, *, settle_s=0.0) -> Manifest
     writer.close()                  or use the writer as a context manager
 
-    Row(key, answer_ids (n,) int32, num_entries, ce_sum, entropy_sums (T,) float64, payload, truncated=False)
+    Row(key, answer_ids (n,) int32, num_entries, ce_sum, entropy_sums (T,) float64, payload, truncated=False,
+        label_log_prob=None or (n,) fp16)
                                     the sums are stored as float32
     Identity(teacher=TeacherIdentity(name, revision, weights_fingerprint, dtype),
              inputs=InputsIdentity(tokenizer_fingerprint, template_fingerprint, image_processor_fingerprint,
@@ -30,20 +33,22 @@ Reading (stage two)::
 
     CacheReader(location, *, staging: Staging | None = None)      picklable; one thread each
     reader.manifest                .sha256 names the cache; .identity, .shards, .skipped, .totals, .created_by
+    reader.manifest.shards          a sequence whose entries are made when asked for; .column("bytes"), .names()
     reader.policy, reader.temperatures, len(reader), key in reader
     reader.contains(keys)           -> (n,) bool
     reader.num_positions(keys, *, names=()) -> (n,) int64, from the index alone
     reader.read(keys, *, names=())  -> (list of (n,) int32 tensors, SparseTargets)
     reader.rows(keys, *, names=())  -> list[Row]      with ce_sum and entropy_sums; targets not decoded
     reader.targets(rows)            -> SparseTargets  of such rows
+    reader.has_label_log_prob, reader.label_log_probs(rows) -> (N,) fp32
     reader.keys()                   all keys in stored order
-    reader.require_student(inputs: InputsIdentity, *, temperature, policy=None, seed=None, temperatures=None)
-                                                            -> notices
+    reader.require_student(inputs: InputsIdentity, *, temperature, policy=None, seed=None, temperatures=None,
+                            label_log_prob=False)           -> notices
     Staging(folder=None, *, max_bytes=None)   local copies of a remote cache; TEACHONCE_STAGING[_BYTES]
 
 Tools, each in the module of its name::
 
-    verify(location, *, on_shard=None) -> Verification(faults, notes)          tuples of sentences
+    verify(location, *, sample=None, seed=0, on_shard=None) -> Verification(faults, notes, ...)
     merge(sources, out, *, created_by) -> Manifest
     export(reader, out, *, on_shard=None) -> number of rows                    a folder of Parquet files
     inspect(reader, *, sampled_rows=2048) -> dict of plain JSON types

@@ -136,20 +136,27 @@ def write_segment(
 
     Raises   CacheFormatError  when they hold more examples than an index has places for
     """
-    num_examples = shards.total("examples")
-    if num_examples > MAX_PLACES:
-        raise CacheFormatError(
-            f"{where}: {num_examples} examples in {len(shards)} shards found, at most {MAX_PLACES} possible. Set "
-            "cache.examples_per_shard lower, or capture into several caches."
-        )
+    require_places(shards.column("examples"), where=where)
     index = KeyIndex.from_shards(columns)
     files = []
     for data, name_of in ((shards.encode(), list_name), (index.encode(), index_name)):
         digest = sha256_hex(data)
         files.append(FileInfo(name=name_of(digest), sha256=digest, bytes=data.size))
         publish(files[-1].name, data)
-    segment = Segment(shards=len(shards), examples=num_examples, list=files[0], index=files[1])
+    segment = Segment(shards=len(shards), examples=len(index), list=files[0], index=files[1])
     return segment, open_index(data, shard_sizes=shards.column("examples"), where=where)
+
+
+def require_places(shard_sizes: Sequence[int] | npt.NDArray[np.uint64], *, where: str) -> None:
+    """Raises   CacheFormatError  when shards of so many examples make a segment whose index has no place for all"""
+    sizes = np.asarray(shard_sizes, dtype=np.int64)
+    for span in spans(len(sizes)):
+        num_examples = int(sizes[span.start : span.stop].sum())
+        if num_examples > MAX_PLACES:
+            raise CacheFormatError(
+                f"{where}: {num_examples} examples in {len(span)} shards found, at most {MAX_PLACES} possible. Set "
+                "cache.examples_per_shard lower, or capture into several caches."
+            )
 
 
 def _require_different(parts: Sequence[KeyIndex], is_new: Sequence[bool], *, where: str) -> None:

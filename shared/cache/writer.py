@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from shared.cache.commit import Contents, NewShard, grown_identity, older_skips
+from shared.cache.commit import Contents, NewShard, grown_identity, older_skips, require_places
 from shared.cache.format import as_buffer, sha256_hex
 from shared.cache.identity import Identity
 from shared.cache.index import CacheIndex
@@ -168,6 +168,8 @@ class CacheWriter:
                 examples_per_shard=examples_per_shard,
             )
             units = tuple(cut)
+        held = [] if self.manifest is None else self.manifest.shards.column("examples").tolist()
+        require_places([*held, *map(len, units)], where=self.folder.where)
         plan = Plan(self.identity, units, tuple(skipped), wanted.duplicates, self._base, request, lost)
         self.folder.publish(PLAN_NAME, plan.encode())
         replaced = () if old is None else old.units

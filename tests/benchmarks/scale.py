@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shared.cache.segments import segment_sizes
+
 GB = 1e9
-PLACES = 2**32  # examples of one cache: places in its index are 32 bits wide
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Inputs:
     positions           of an answer: MedPix-VQA has some 2 million in 20,500 rows
     prompt_tokens       assumed: 60 of text, 256 of a picture of 512 x 512
     index_bytes         an example; measured, docs/cache-format.md
-    manifest_bytes      a shard; measured on the cache of `phantom`
+    list_bytes          a shard; docs/cache-format.md
+    manifest_bytes      without segments, and of each segment; measured on a cache of two splits
     teacher, student    parameters that a token passes
     flops               of a GPU: 40 % (assumed) of an H100's 989e12 dense bf16 (its data sheet)
     picture_bytes       assumed; MedPix-VQA's PNG files are of that order
@@ -32,7 +34,8 @@ class Inputs:
     positions: int = 100
     prompt_tokens: int = 316
     index_bytes: int = 22
-    manifest_bytes: int = 272
+    list_bytes: int = 80
+    manifest_bytes: tuple[int, int] = (1700, 410)
     teacher: float = 9e9
     student: float = 4e9
     flops: float = 0.4 * 989e12
@@ -71,8 +74,8 @@ class Scale:
         return -(-self.num_examples // self.examples_per_shard)
 
     @property
-    def num_caches(self) -> int:
-        return -(-self.num_examples // PLACES)
+    def num_segments(self) -> int:
+        return len(segment_sizes(self.num_shards))
 
     def cache_bytes(self, inputs: Inputs) -> float:
         return self.num_examples * inputs.positions * self.bytes_per_position
@@ -83,8 +86,12 @@ class Scale:
     def index_bytes(self, inputs: Inputs) -> int:
         return self.num_examples * inputs.index_bytes
 
+    def list_bytes(self, inputs: Inputs) -> int:
+        return self.num_shards * inputs.list_bytes
+
     def manifest_bytes(self, inputs: Inputs) -> int:
-        return self.num_shards * inputs.manifest_bytes
+        fixed, segment = inputs.manifest_bytes
+        return fixed + segment * self.num_segments
 
     def capture_hours(self, inputs: Inputs, num_gpus: int) -> float:
         return self.num_examples * inputs.capture_s / num_gpus / 3600
@@ -111,9 +118,10 @@ def table(inputs: Inputs) -> list[str]:
         ("tau, bytes a position", [f"{s.tau}, {s.bytes_per_position:g}" for s in SCALES]),
         ("`examples_per_shard`", [f"{s.examples_per_shard:,}" for s in SCALES]),
         ("shards, each of", [f"{s.num_shards:,}, {size(s.shard_bytes(inputs))}" for s in SCALES]),
-        ("caches (32-bit places)", [f"{s.num_caches}" for s in SCALES]),
+        ("segments", [f"{s.num_segments}" for s in SCALES]),
         ("bytes in all", [size(s.cache_bytes(inputs)) for s in SCALES]),
-        ("index, mapped by every reader", [size(s.index_bytes(inputs)) for s in SCALES]),
+        ("indices, mapped by every reader", [size(s.index_bytes(inputs)) for s in SCALES]),
+        ("lists, mapped too", [size(s.list_bytes(inputs)) for s in SCALES]),
         ("manifest", [size(s.manifest_bytes(inputs)) for s in SCALES]),
         ("capture on 8 GPUs", [duration(s.capture_hours(inputs, 8)) for s in SCALES]),
         ("capture on 1,024 GPUs", [duration(s.capture_hours(inputs, 1024)) for s in SCALES]),
