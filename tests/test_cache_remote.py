@@ -109,6 +109,28 @@ def check_life_of_a_cache(url: str, tmp_path: Path) -> None:
     assert export(reader, tmp_path / "parquet") == 27
 
 
+def test_segments_and_a_sample_in_memory(memory: str, staging: Path) -> None:
+    url, filesystem = "memory://bucket/segments", fsspec.filesystem("memory")
+    for number in (60, 70, 71):
+        capture(url, range(number), examples_per_shard=1)
+    manifest = CacheReader(url).manifest
+    assert [segment.shards for segment in manifest.segments] == [64, 7]
+    assert len(filesystem.glob(f"{url}/list-*")) == 3  # one is of the commit before
+    found = verify(url, sample=3, seed=1)
+    assert (found.faults, found.num_checked, found.num_shards) == ((), 3, 71)
+    capture(url, range(71), examples_per_shard=1)
+    assert len(filesystem.glob(f"{url}/list-*")) == 2
+    assert verify(url).notes == ()
+    numbers = (0, 63, 64, 70)
+    rows = CacheReader(url).rows([make_key(number) for number in numbers])
+    assert [row.payload for row in rows] == [make_row(number).payload for number in numbers]
+    filesystem.rm_file(f"{url}/{manifest.files[0].name}")
+    assert CacheReader(url).manifest == manifest  # from the copy
+    assert "is missing" in verify(url).faults[0]
+    capture(url, range(71), examples_per_shard=1)
+    assert verify(url).faults == ()
+
+
 def test_a_cache_in_memory(staging: Path, tmp_path: Path) -> None:
     check_life_of_a_cache("memory://elsewhere/caches/drawn", tmp_path)
 
