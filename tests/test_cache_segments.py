@@ -22,10 +22,11 @@ from click.testing import CliRunner
 from shared.cache import CacheReader, shard_list
 from shared.cache.commit import Contents, NewShard, require_places, write_segment
 from shared.cache.export import export
-from shared.cache.index import split_keys
+from shared.cache.index import CacheIndex, split_keys
 from shared.cache.inspect import inspect
 from shared.cache.manifest import Manifest
 from shared.cache.merge import merge
+from shared.cache.plan import Plan, make_unit
 from shared.cache.segments import FEWEST, MOST, FileInfo, Segment, segment_sizes, spans
 from shared.cache.shard import view_shard
 from shared.cache.shard_list import ShardInfo, ShardList, open_list
@@ -195,6 +196,16 @@ def test_entries_that_nobody_asks_for_become_no_objects(large: Path, monkeypatch
     assert len({info.name for info in made}) == 3
     assert capture(large, range(131), examples_per_shard=1).num_shards == 131
     assert len({info.name for info in made}) == 3  # nor does a commit look at the old ones
+
+
+def test_a_plan_of_shards_that_the_manifest_does_not_have(tmp_path: Path) -> None:
+    manifest = capture(tmp_path, range(10))
+    for plan in (
+        Plan(make_identity(), (), lost=(2,)),
+        Plan(make_identity(), (make_unit("00", [], np.empty(0, np.int64), slot=7),)),
+    ):
+        with pytest.raises(CacheFormatError, match=r"plan\.arrow: shard \d found, the manifest has 2"):
+            Contents.of_plan(plan, manifest, CacheIndex.of([]), [])
 
 
 def test_a_commit_holds_no_shard_open(tmp_path: Path) -> None:

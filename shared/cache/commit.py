@@ -14,9 +14,9 @@ import pyarrow as pa
 from shared.cache.format import sha256_hex
 from shared.cache.identity import Identity
 from shared.cache.index import CacheIndex, KeyIndex, ShardColumns, open_index, split_keys
-from shared.cache.layout import index_name, list_name, sha256_in
+from shared.cache.layout import PLAN_NAME, index_name, list_name, sha256_in
 from shared.cache.manifest import Manifest, SkippedRow
-from shared.cache.plan import Plan
+from shared.cache.plan import REMEDY, Plan
 from shared.cache.segments import FileInfo, Segment, spans
 from shared.cache.shard import ShardView
 from shared.cache.shard_list import ShardInfo, ShardList
@@ -61,10 +61,16 @@ class Contents:
         """The old shards, repaired ones in their places, lost ones left out; then the others of the plan.
 
         ``new``  the shard of each unit of the plan
+        Raises   CacheFormatError  when the plan speaks of shards that the old manifest does not have
         """
         num_old = 0 if base is None else base.num_shards
         order = np.arange(num_old)
         slots = [-1 if unit.slot is None else unit.slot for unit in plan.units]
+        if max([*plan.lost, *slots], default=-1) >= num_old:
+            raise CacheFormatError(
+                f"{PLAN_NAME}: shard {max([*plan.lost, *slots])} found, the manifest has {num_old}; the file is "
+                f"damaged. {REMEDY}"
+            )
         added = [~number for number, slot in enumerate(slots) if slot < 0]
         is_lost = np.zeros(num_old, dtype=bool)
         is_lost[list(plan.lost)] = True
@@ -90,22 +96,33 @@ class Contents:
         Raises   CacheFormatError  when two shards hold the same example
         """
         old_columns = _Columns(self.base_index)
-        segments, parts, is_new = [], [], []
-        kept = {} if self.base is None else _kept(self.base)
-        for span in spans(len(self.shards)):
+        segments: list[Segment] = []
+        parts: list[KeyIndex] = []
+        written: list[int] = []
+        for number, span in enumerate(spans(len(self.shards))):
             order = self.order[span.start : span.stop]
-            old = kept.get(span)
-            if old is not None and np.array_equal(order, np.arange(span.start, span.stop)):
-                segment, part = old[0], self.base_index.parts[old[1]]
+            if self._stays(number, span):
+                assert self.base is not None
+                segment, part = self.base.segments[number], self.base_index.parts[number]
             else:
                 columns = [self.new[~one].columns if one < 0 else old_columns[one] for one in order.tolist()]
                 shards = self.shards[span.start : span.stop]
                 segment, part = write_segment(shards, columns, publish, where=where)
+                written.append(number)
             segments.append(segment)
             parts.append(part)
-            is_new.append(segment is not (old and old[0]))
-        _require_different(parts, is_new, where=where)
+        _require_different(parts, written, where=where)
         return segments
+
+    def _stays(self, number: int, span: range) -> bool:
+        """Whether a segment is what the old manifest has under this number.  Version 1 has no lists to stay."""
+        if self.base is None or self.base.format_version == 1 or number >= len(self.base.segments):
+            return False
+        is_same_span = (self.base.first_places[number], self.base.segments[number].shards) == (
+            span.start,
+            len(span),
+        )
+        return is_same_span and np.array_equal(self.order[span.start : span.stop], np.array(span))
 
 
 class _Columns:
@@ -120,13 +137,6 @@ class _Columns:
         if part != self._part:
             self._part, self._columns = part, self._index.parts[part].shard_columns()
         return self._columns[place - int(self._index.first_shards[part])]
-
-
-def _kept(base: Manifest) -> dict[range, tuple[Segment, int]]:
-    """The segments that may be named again, by their places, and their numbers."""
-    cut = zip(spans(base.num_shards), base.segments, strict=False)
-    is_listed = base.format_version > 1
-    return {span: (segment, number) for number, (span, segment) in enumerate(cut)} if is_listed else {}
 
 
 def write_segment(
@@ -159,13 +169,13 @@ def require_places(shard_sizes: Sequence[int] | npt.NDArray[np.uint64], *, where
             )
 
 
-def _require_different(parts: Sequence[KeyIndex], is_new: Sequence[bool], *, where: str) -> None:
-    """Raises   CacheFormatError  when an example lies in two shards, one of them in a segment that is new"""
+def _require_different(parts: Sequence[KeyIndex], written: Sequence[int], *, where: str) -> None:
+    """Raises   CacheFormatError  when an example lies in two shards, one of them in a segment that was written"""
     twice: list[bytes] = []
-    for number, part in enumerate(parts):
-        if is_new[number]:
-            others = CacheIndex.of(one for place, one in enumerate(parts) if place != number)
-            twice += [*part.duplicates(), *split_keys(part.keys[others.find_array(part.keys) >= 0])]
+    for number in written:
+        keys = parts[number].keys
+        others = CacheIndex.of([*parts[:number], *parts[number + 1 :]])
+        twice += [*parts[number].duplicates(), *split_keys(keys[others.find_array(keys) >= 0])]
     if twice:
         raise CacheFormatError(
             f"{where}: example {twice[0].hex()} lies in two shards ({len(set(twice))} such examples). Capture the "
