@@ -26,7 +26,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,9 +36,10 @@ from shared.cache.layout import (
     CLAIMANT_NAME,
     CLAIMS,
     PLAN_NAME,
+    SHARD_NAME,
+    SHARDS,
     claim_name,
     claimant_file,
-    shard_names,
     unit_in,
 )
 from shared.cache.plan import Unit
@@ -187,16 +188,21 @@ class Claims:
                 num_claimants += 1
         self._num_claimants = max(num_claimants, 1)
         with self._lock:
-            for name in shard_names(self.folder):
-                task = unit_in(name)
-                if task not in self._mine and (unit := self._left.pop(task, None)) is not None:
-                    self.num_examples_of_others += len(unit)
+            for task in self._with_shards(self._left):
+                if task not in self._mine:
+                    self.num_examples_of_others += len(self._left.pop(task))
         return taken
+
+    def _with_shards(self, tasks: Container[str]) -> list[str]:
+        """Those of the units that have a shard; names of others, which may be many, are only glanced at."""
+        names = [name for name in self.folder.names(SHARDS) if unit_in(name) in tasks]
+        return list({unit_in(name) for name in names if SHARD_NAME.fullmatch(name)})
 
     def _drop_finished(self) -> None:
         """Of what was just claimed: a claim may have gone, with its shard there, after we had looked."""
-        there = {unit_in(name) for name in shard_names(self.folder)} if self._claimed else set()
-        for unit in [unit for unit in self._claimed if unit.unit_id in there]:
+        claimed = {unit.unit_id: unit for unit in self._claimed}
+        for task in self._with_shards(claimed) if claimed else ():
+            unit = claimed[task]
             self._claimed.remove(unit)
             self.num_examples_of_others += len(unit)
             self.finish(unit)
