@@ -49,6 +49,9 @@ class Image:
     user: str = "root"
     left_out: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True)
+
     def take(self, step: Step) -> None:
         """Raises   CalledProcessError  when a command of it fails"""
         take = {
@@ -119,7 +122,6 @@ def is_sent(source: str) -> bool:
 
 def main(words: Sequence[str]) -> None:
     image = Image(Path(words[0]).resolve(), dict(word.split("=", 1) for word in words[1:]))
-    image.folder.mkdir(parents=True)
     for step in steps():
         print(f"==> {step.name} {step.text}", flush=True)
         image.take(step)
