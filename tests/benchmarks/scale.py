@@ -97,7 +97,7 @@ class Scale:
         return self.num_examples * inputs.capture_s / num_gpus / 3600
 
     def claims_per_s(self, inputs: Inputs, num_gpus: int) -> float:
-        """Units that all ranks together claim from the job's store."""
+        """Units that all ranks together claim."""
         return num_gpus / (self.examples_per_shard * inputs.capture_s)
 
     def read_bytes_per_s(self, inputs: Inputs) -> float:
