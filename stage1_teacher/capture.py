@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from shared.batching import BatchRunner
 from shared.cache import CacheReader, CacheWriter, Claims, Identity, Manifest, Plan, Unit
 from shared.cache.claimant import remove_claims, remove_claims_of_the_dead
 from shared.cache.layout import CLAIMS, LIBRARY_LOG_NAME, PLAN_NAME, shard_names
@@ -44,7 +45,6 @@ from shared.same_teacher import teacher_content, teacher_stamp
 from shared.sparse import position_seeds
 from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on
 from shared.survey import broken_shards, open_processor_of
-from stage1_teacher.capturing.batching import BatchRunner
 from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.lockstep import Lockstep
 from stage1_teacher.capturing.progress import Tally, require_space, totals_of

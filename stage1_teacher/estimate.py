@@ -19,6 +19,7 @@ from typing import Any
 import click
 import torch
 
+from shared.batching import BatchRunner
 from shared.cache import CacheReader, CacheWriter, Identity, Row
 from shared.capture.planning import CaptureData, NumberedRows, identity_of, survey
 from shared.data.collation import Batch, Encoded
@@ -32,7 +33,6 @@ from shared.runtime import World
 from shared.sparse import position_seeds
 from shared.split_check import count_positions
 from shared.survey import open_processor_of
-from stage1_teacher.capturing.batching import BatchRunner
 from stage1_teacher.capturing.shards import CapturedBatch
 from stage1_teacher.capturing.teacher import Teacher, load_teacher, require_ranks
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.batching import BatchRunner, batches_of_like_length
 from shared.errors import TrainingError
-from stage1_teacher.capturing.batching import BatchRunner, batches_of_like_length
 
 lengths_lists = st.lists(st.integers(1, 300), max_size=60)
 

@@ -16,17 +16,18 @@ STAGES = {"stage1_teacher", "stage2_student"}
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
     {"arrow_messages", "dealing", "errors", "library_output", "permutation", "threads", "vouched"},
-    {"regular_files", "shard_order"},
+    {"batching", "regular_files", "shard_order"},
     {"recipes", "runtime", "progress"},
     {"stopping"},
     {"cli"},
     {"sparse", "phantom", "places", "finished"},
     {"models"},
     {"codec", "data"},
-    {"reports", "kd_loss", "cache"},
+    {"answering", "reports", "kd_loss", "cache"},
     {"survey", "small_models", "same_teacher", "split_check", "model_check"},
     {"preflight"},
     {"pipeline", "capture"},
+    {"writing"},
 ]
 # The rooms of a stage, in the same order; its commands and its story stand above them all.
 ROOMS = {

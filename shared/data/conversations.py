@@ -46,6 +46,7 @@ _UNUSED_KEYS = (
     "thinking",
     *("image", "images", "audio", "audios", "video", "videos"),
 )
+_OF_ROWS = ("answer_ids", "answer_end")  # which are the last answer's, and stand beside the turns
 _PICTURE_KEYS = ("image_url", "image", "url", "path", "bytes", "base64")  # of a part
 _SOURCE_KEYS = ("source", "data", "file")  # by which other formats hold a part's picture
 _MASKS = ("weight", "loss", "train")  # by which formats leave single turns out
@@ -192,6 +193,11 @@ def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
         if turn.get(name) is not None and not turn[name]:
             raise DataError(
                 f"{where}: its {name} is {turn[name]}; single turns cannot be left out. See data.train_on"
+            )
+    for name in _OF_ROWS:
+        if turn.get(name) is not None:
+            raise DataError(
+                f"{where}: it has {name!r}. A row may say that of its last answer alone, in a column beside the turns"
             )
     if content is None:
         raise DataError(f"{where}: the content is missing (null)")

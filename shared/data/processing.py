@@ -5,9 +5,9 @@
     hidden = model(**batch.inputs).last_hidden_state                    # (B, S, D)
     predicting = hidden.flatten(0, 1)[batch.position_index]             # (N, D), one row for each label
 
-Prompt and pictures are never cut.  Labels are the answer's tokens and the end of the turn, nothing else; an
-answer longer than ``max_answer_tokens`` keeps that many tokens, has no end of turn, and is marked
-``truncated``.  Pictures always go through the PIL image processor, so that results do not depend on whether
+Prompt and pictures are never cut.  Labels are the answer's tokens, or the ids that its row has, and the end of the
+turn, nothing else; an answer longer than ``max_answer_tokens`` keeps that many tokens, has no end of turn, and is
+marked ``truncated``.  Pictures always go through the PIL image processor, so that results do not depend on whether
 torchvision is installed.
 
 Legend: B examples, S padded length, N labels of the batch, D hidden size.
@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shared.data.answer_ids import WrittenIds
 from shared.data.collation import IGNORE_INDEX, Batch, Encoded, collated
 from shared.data.conversations import question_answer
 from shared.data.fingerprints import (
@@ -46,8 +47,11 @@ from shared.recipes import DataConfig
 
 KEY_BYTES = 16
 CONVERSATION = b"teachonce conversation 1"  # in keys, of what a conversation is made of
+WRITTEN = b"teachonce written answer 1"  # in keys, of an answer that ids say, or that has no end
 BLANK_SIZE = (32, 32)  # pixels, before the image processor makes of it what its model takes
 NUM_COLOURS = 3
+PLACEHOLDERS = ("image_token", "boi_token")  # of a processor, of which a template writes one
+OTHER_PLACEHOLDERS = ("eoi_token", "video_token", "audio_token")
 SIZE_STEP = 64  # pixels: sizes are rounded up to it where tokens of a picture have to be counted
 
 
@@ -84,15 +88,20 @@ class ExampleProcessor:
         self._tokens_of_size: dict[tuple[int, int], int] = {}
         self._train_on = train_on
         template = chat_template(processor)
-        named = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
         self._prompt = ChatPrompt(
             processor.tokenizer,
             template,
             system_prompt=system_prompt,
             date=None if date is None else Date.fromisoformat(date),
-            placeholders=[token for token in named if isinstance(token, str)],
+            placeholders=_tokens(processor, PLACEHOLDERS),
         )
         self.tokenizer = processor.tokenizer
+        self.written = WrittenIds(
+            processor.tokenizer,
+            end_of_turn=self._prompt.end_of_turn,
+            placeholders=_tokens(processor, (*PLACEHOLDERS, *OTHER_PLACEHOLDERS)),
+            spelled=self._prompt.spelled,
+        )
         self.tokenizer_fingerprint = tokenizer_fingerprint(processor.tokenizer)
         self.template_fingerprint = template_fingerprint(template)
         self.image_processor_fingerprint = image_processor_fingerprint(
@@ -145,12 +154,21 @@ class ExampleProcessor:
         return state.digest()
 
     def _identifying(self, example: Example) -> Iterator[bytes]:
-        """One question about one picture as it always was; other conversations by turns, each with its parts."""
+        """One question about one picture as it always was; other conversations by turns, each with its parts.
+
+        Ids take the place of the text that they say.
+        """
+        answer = example.turns[-1].parts[0] if example.answer_ids is None else ""
+        if example.answer_ids is not None or not example.answer_end:
+            yield WRITTEN
+            yield json.dumps([example.answer_ids, example.answer_end], separators=(",", ":")).encode()
         if is_single(example.turns):
-            texts = (self.prompt_fingerprint, example.turns[0].parts[1], example.turns[1].parts[0])
+            texts = (self.prompt_fingerprint, example.turns[0].parts[1], answer)
             yield from (example.images[0], *(str(text).encode() for text in texts))
             return
         turns = [[turn.role, list(turn.parts)] for turn in example.turns]
+        if example.answer_ids is not None:
+            turns[-1][1] = []
         num_answers = sum(turn.role == "assistant" for turn in example.turns)
         learned = self._train_on if num_answers > 1 else "last"
         yield from (CONVERSATION, self.prompt_fingerprint.encode(), learned.encode())
@@ -158,13 +176,20 @@ class ExampleProcessor:
         yield from example.images
 
     def require_usable(self, example: Example) -> None:
-        """Raises   DataError  naming the row, when the chat template refuses its conversation"""
+        """Raises   DataError  naming the row, when the chat template refuses its conversation, or for wrong ids"""
         self._prompt.template.follow(example.turns, where=_where(example))
+        self._require_ids(example)
+
+    def _require_ids(self, example: Example) -> None:
+        if example.answer_ids is not None:
+            self.written.require(example.answer_ids, example.answer, where=_where(example))
 
     def approximate_length(self, example: Example) -> int:
         """About how many tokens an example has, without the template's, to put like with like: nothing is decoded."""
-        texts = " ".join(part for turn in example.turns for part in turn.parts if part is not None)
+        turns = example.turns if example.answer_ids is None else example.turns[:-1]
+        texts = " ".join(part for turn in turns for part in turn.parts if part is not None)
         num_tokens = len(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        num_tokens += len(example.answer_ids or ())
         return num_tokens + self.picture_tokens(example)
 
     def picture_tokens(self, example: Example) -> int:
@@ -219,10 +244,14 @@ class ExampleProcessor:
 
     def _last_answer(self, example: Example, prompt: Prompt) -> tuple[list[int], bool]:
         """Its labels, and whether it has more tokens than are learned."""
-        answer = self._prompt.answer_ids(prompt, example.turns[-1].parts[0] or "")
+        if example.answer_ids is None:
+            answer = self._prompt.answer_ids(prompt, example.turns[-1].parts[0] or "")
+        else:
+            self._require_ids(example)
+            answer = list(example.answer_ids)
         if len(answer) > self._max_answer_tokens:
             return answer[: self._max_answer_tokens], True
-        return [*answer, self.end_of_turn], False
+        return [*answer, *([self.end_of_turn] if example.answer_end else [])], False
 
     def encode_prompt(self, example: Example) -> Encoded:
         """The conversation up to its last answer, without labels, to generate that from."""
@@ -341,6 +370,12 @@ def _where(example: Example, picture: int | None = None) -> str:
     case = f" (case {example.case})" if example.case else ""
     several = f", picture {picture}" if picture is not None and len(example.images) > 1 else ""
     return f"{example.where or f'row {example.index}'}{case}{several}"
+
+
+def _tokens(processor: Any, names: Sequence[str]) -> list[str]:
+    """Those that the processor has under these names."""
+    found = (getattr(processor, name, None) for name in names)
+    return [token for token in found if isinstance(token, str)]
 
 
 def open_processor(model: str, data: DataConfig, *, revision: str | None = None) -> ExampleProcessor:

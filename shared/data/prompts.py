@@ -118,7 +118,8 @@ class ChatPrompt:
             )
         self._tokenizer = tokenizer
         self._bare = _without_added_tokens(tokenizer)
-        self._added_ids = set(tokenizer.added_tokens_decoder) - {_unknown_id(tokenizer)}
+        self.spelled = _unknown_id(tokenizer)
+        self._added_ids = set(tokenizer.added_tokens_decoder) - {self.spelled}
         self.template = Template(
             tokenizer, template, system_prompt=system_prompt, date=date, placeholders=placeholders
         )

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from shared.data.answer_ids import given_ids
 from shared.data.conversations import FORMS, READERS, Conversation, Form, Turn, majority, question_answer
 from shared.data.pictures import listed_pictures, looks_like_pictures, picture_bytes
 from shared.data.sources import Rows, choose, open_rows
@@ -26,6 +27,7 @@ from shared.errors import DataError, shortened
 from shared.recipes import DataConfig, Split
 
 PICTURE_COLUMNS = ("images", "image")  # beside the recipe's own
+OPTIONAL = ("kind", "case", "answer_ids", "answer_end", "written_by")
 OTHER_MEDIA = ("video", "videos", "audio", "audios")  # columns that no row may fill
 _PICTURE_NAME = re.compile("ima?ge?|pic|photo|scan|frame|file|path|url", re.IGNORECASE)
 _TEXT_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -40,6 +42,9 @@ class Example:
     """One row: encoded picture files, the conversation about them, where it comes from.
 
     turns        end with an assistant's; their pictures' places take ``images`` in order
+    answer_ids   of the last answer, as its writer's tokenizer has them; None: as a tokenizer cuts its text
+    answer_end   whether the last answer is whole; an answer that was cut is learned without the end of its turn
+    written_by   which model wrote the last answer, and how, as its set says; "" where none did
     num_outvoted answers of the row that are not used, where it holds a list of them
     """
 
@@ -50,6 +55,9 @@ class Example:
     index: int = 0  # the row in its split
     where: str = field(default="", compare=False)  # how messages name it
     form: Form = field(default="question_answer", compare=False)
+    answer_ids: tuple[int, ...] | None = None
+    answer_end: bool = True
+    written_by: str = field(default="", compare=False)
     num_outvoted: int = field(default=0, compare=False)
 
     @classmethod
@@ -110,6 +118,7 @@ class VqaSplit:
         value = {field: row.get(column) for field, column in self.columns.items()}
         form = self._form_of(value, where)
         read, num_outvoted = self._read(form, row, value, where)
+        ids, is_whole = given_ids(value, where=where, is_listed=self.settings.answers == "majority")
         return Example(
             images=self._images(read.pictures, row, index),
             turns=read.turns,
@@ -118,6 +127,9 @@ class VqaSplit:
             index=index,
             where=where,
             form=form,
+            answer_ids=ids,
+            answer_end=is_whole,
+            written_by=_label(value.get("written_by"), "written_by", where),
             num_outvoted=num_outvoted,
         )
 
@@ -271,13 +283,13 @@ def _forms(data: DataConfig, rows: Rows) -> tuple[Form, ...]:
 def _columns(data: DataConfig, rows: Rows, forms: tuple[Form, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
     """The column of each field of the forms, and the columns of pictures.
 
-    MedPix's ``mode`` and ``case_id`` may be missing unless others are asked for; so may pictures in conversations.
+    Columns of ``OPTIONAL`` fields may be missing unless others are asked for; so may pictures in conversations.
     """
     names, asked = data.columns.model_dump(), _named(data)
     columns = {name: names[name] for form in forms for name in _TEXT_COLUMNS[form]}
     columns |= {
         name: names[name]
-        for name in ("kind", "case")
+        for name in OPTIONAL
         if names[name] is not None and (name in asked or names[name] in rows.columns)
     }
     pictures = [name for name in (names["image"], *PICTURE_COLUMNS) if name in rows.columns]

@@ -66,6 +66,12 @@ class ColumnsConfig(Section):
     """Column that says where a question comes from; results are reported by it."""
     case: str | None = "case_id"
     """Column that names the case or patient; it is kept with the predictions."""
+    answer_ids: str | None = "answer_ids"
+    """Column of the last answer's token ids, where a model wrote it; null: texts alone count."""
+    answer_end: str | None = "answer_end"
+    """Column that says whether the last answer is whole; false: it was cut, and no end of the turn is learned."""
+    written_by: str | None = "written_by"
+    """Column that says which model wrote the last answer; the cache's manifest keeps it."""
 
 
 class SplitsConfig(Section):

@@ -20,6 +20,7 @@ import click
 import torch
 from torch import Tensor
 
+from shared.batching import BatchRunner
 from shared.cache import CacheReader
 from shared.capture.planning import NumberedRows, open_rows
 from shared.data.collation import Encoded
@@ -29,7 +30,6 @@ from shared.progress import by_examples, progress
 from shared.recipes import Recipe
 from shared.runtime import World
 from shared.survey import inputs_identity, open_processor_of
-from stage1_teacher.capturing.batching import BatchRunner
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
 from stage1_teacher.inspection.comparison import AtTemperature, Comparison
 from stage1_teacher.inspection.head_gradient import BATCHES, Measured

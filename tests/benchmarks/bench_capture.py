@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from shared.batching import batches_of_like_length
 from shared.cache import CacheWriter, Claims
 from shared.capture.planning import identity_of, survey
 from shared.data.collation import Encoded
@@ -29,7 +30,6 @@ from shared.recipes.files import validate_tree
 from shared.runtime import distributed
 from shared.small_models import make_small_model, train_tokenizer
 from stage1_teacher.capture import capture_batch
-from stage1_teacher.capturing.batching import batches_of_like_length
 from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.progress import Tally
 from stage1_teacher.capturing.shards import CapturedBatch, ShardAssembler

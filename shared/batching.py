@@ -12,6 +12,7 @@ from shared.dealing import Limits, Work, deal
 from shared.errors import TrainingError, is_out_of_memory
 
 Result = TypeVar("Result")
+Unit = TypeVar("Unit")
 
 
 def batches_of_like_length(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
@@ -29,10 +30,14 @@ class BatchRunner:
 
     max_tokens  the budget, which only shrinks
     may_shrink  False where other ranks take part in each forward, so that none may be tried again
+    setting     the recipe's key for the budget, named where it is too large
+    remedy      what helps where a single sequence does not fit
     """
 
     max_tokens: int
     may_shrink: bool = True
+    setting: str = "cache.batch_tokens"
+    remedy: str = "shorten answers (data.max_answer_tokens), lower cache.chunk_size, or shard the teacher"
 
     def run(
         self, lengths: Sequence[int], forward: Callable[[list[int]], Result], *, names: Sequence[str] = ()
@@ -65,16 +70,21 @@ class BatchRunner:
         if not self.may_shrink:
             raise TrainingError(
                 f"a batch of {longest * len(too_large)} tokens does not fit into the device's memory, and a teacher "
-                "that ranks share cannot try a smaller one. Lower cache.batch_tokens"
+                f"that ranks share cannot try a smaller one. Lower {self.setting}"
             ) from error
         if len(too_large) == 1:
             name = f"{names[too_large[0]]}: " if names else ""
             raise TrainingError(
                 f"{name}one sequence of {longest} tokens does not fit into the device's memory. Make pictures "
-                "smaller (data.max_pixels), shorten answers (data.max_answer_tokens), lower cache.chunk_size, or "
-                "shard the teacher (teacher.shard)"
+                f"smaller (data.max_pixels), {self.remedy}"
             ) from error
         self.max_tokens = min(self.max_tokens, longest * (len(too_large) // 2))
         rest = [index for batch in batches for index in batch]
         again = batches_of_like_length([lengths[index] for index in rest], max_tokens=self.max_tokens)
         return [[rest[place] for place in batch] for batch in again][::-1]
+
+
+def claimed(units: Sequence[Unit], claim: Callable[[], int]) -> Iterator[Unit]:
+    """Units that this rank has claimed from the job's counter, as long as there are any."""
+    while (place := claim()) < len(units):
+        yield units[place]
