@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from shared import answering
+from shared.answering import forget_settings
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import Example, VqaSplit
 from shared.errors import TeachonceError
-from shared.models.vlm import in_dtype_of, load_vlm, split
+from shared.models.vlm import load_vlm
 from shared.progress import progress
 from shared.recipes import Recipe, Split
 from shared.runtime import World
@@ -143,9 +145,7 @@ def _answers(
         attn_implementation=source.attn_implementation,
         device=world.device,
     )
-    model.generation_config = (
-        GenerationConfig()
-    )  # a folder's own may ask for penalties: models are to be compared
+    forget_settings(model)  # models are to be compared
     nn.Module.to(model, world.device)  # past the model's own, which refuses some quantised ones
     found = []
     begins = range(0, len(rows), config.batch_size)
@@ -164,30 +164,15 @@ class Generated(NamedTuple):
     is_cut: bool
 
 
-@torch.inference_mode()
 def answer(
     model: PreTrainedModel, processor: ExampleProcessor, examples: Sequence[Example], *, max_new_tokens: int
 ) -> list[Generated]:
     """Greedy answers, up to the end of the turn, which is not part of them."""
-    batch = processor.collate([processor.encode_prompt(one) for one in examples], padding_side="left")
-    batch = batch.to(model.device)
-    ids = model.generate(  # type: ignore[operator]
-        **in_dtype_of(split(model)[1], batch.inputs),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=processor.end_of_turn,
-        pad_token_id=processor.end_of_turn,
-    )
-    new = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
-    # Cut before decoding: a tokenizer need not call the end of a turn special.
-    answers = [
-        row[: row.index(processor.end_of_turn)] if processor.end_of_turn in row else row for row in new
-    ]
-    texts = processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    prompts = [processor.encode_prompt(one) for one in examples]
+    answered = answering.answer(model, processor, prompts, max_new_tokens=max_new_tokens)
+    texts = processor.tokenizer.batch_decode([one.ids for one in answered], skip_special_tokens=True)
     return [
-        Generated(text.strip(), is_cut=processor.end_of_turn not in row)
-        for text, row in zip(texts, new, strict=True)
+        Generated(text.strip(), is_cut=not one.is_whole) for text, one in zip(texts, answered, strict=True)
     ]
 
 
