@@ -7,6 +7,7 @@ pipeline asks whether the cache holds them all.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from shared.errors import CacheFormatError, CacheMismatchError, DataError, Teach
 from shared.progress import progress
 from shared.recipes import DataConfig, Recipe, Split
 
+MAX_WRITERS, MAX_WRITER = 100, 2000  # named in a manifest; characters of one
 NUM_MEASURED = 4  # rows that are tried for the tokens of a template
 
 
@@ -38,6 +40,7 @@ class Keyed:
     unreadable  (row, reason) of each row that has no usable picture, question or answer
     num_outvoted  answers that are not used, of rows that hold lists of them
     has_pictures  whether any of the rows has one
+    written_by  the models that wrote answers of the rows, as these say
     """
 
     split: VqaSplit
@@ -48,6 +51,7 @@ class Keyed:
     unreadable: tuple[tuple[int, str], ...]
     num_outvoted: int = 0
     has_pictures: bool = True
+    written_by: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -75,6 +79,7 @@ def survey_keys(
     unreadable: list[tuple[int, str]] = []
     num_outvoted = 0
     has_pictures = False
+    writers: Counter[str] = Counter()
     for row in progress(range(len(split)), desc=f"reading {name}", unit="row", disable=not show, leave=False):
         try:
             example = split[row]
@@ -86,6 +91,7 @@ def survey_keys(
             unreadable.append((row, str(error)))
             continue
         has_pictures = has_pictures or bool(example.images)
+        writers[example.written_by] += 1
         rows.append(row)
         num_outvoted += example.num_outvoted
         keys.append(processor.key(example))
@@ -101,7 +107,16 @@ def survey_keys(
         unreadable=tuple(unreadable),
         num_outvoted=num_outvoted,
         has_pictures=has_pictures,
+        written_by=told_writers(writers),
     )
+
+
+def told_writers(writers: Counter[str]) -> tuple[str, ...]:
+    """Who wrote answers, in order; of more than ``MAX_WRITERS`` those of most rows, and how many others there are."""
+    named = Counter({name[:MAX_WRITER]: number for name, number in writers.items() if name})
+    most = sorted(name for name, _ in named.most_common(MAX_WRITERS))
+    num_others = len(named) - len(most)
+    return (*most, *([f"and {num_others:,} others"] if num_others else []))
 
 
 @dataclass(frozen=True)

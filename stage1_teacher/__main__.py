@@ -48,6 +48,22 @@ def capture(recipe: str, overrides: tuple[str, ...]) -> int:
         return run_capture(loaded, world, stop)
 
 
+@commands.command("write")
+@recipe_arguments
+@click.option("--out", type=FOLDER, help="Folder of the answers; write.path by default.")
+def write(recipe: str, overrides: tuple[str, ...], out: Path | None) -> int:
+    """Let the teacher of RECIPE answer the prompts of its data: a data set that `capture` takes."""
+    from shared.runtime import distributed
+    from stage1_teacher.write import write as run_write
+
+    loaded = load_recipe(recipe, overrides=overrides)
+    with (
+        stop_on_signals() as stop,
+        distributed(collective_timeout_s=loaded.parallel.collective_timeout_s) as world,
+    ):
+        return run_write(loaded, world, stop, out=out)
+
+
 @commands.command("check")
 @recipe_arguments
 @click.option(

@@ -32,6 +32,7 @@ from shared.capture.planning import (
     open_rows,
     survey,
 )
+from shared.capture.windows import EncodedWindow, WindowSource, encoded_windows, lengths_of
 from shared.data.collation import Batch, Encoded
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed
@@ -50,7 +51,6 @@ from stage1_teacher.capturing.lockstep import Lockstep
 from stage1_teacher.capturing.progress import Tally, require_space, totals_of
 from stage1_teacher.capturing.shards import CapturedBatch, ShardAssembler
 from stage1_teacher.capturing.teacher import Teacher, load_teacher, require_ranks
-from stage1_teacher.capturing.windows import EncodedWindow, WindowSource, encoded_windows, lengths_of
 
 Value = TypeVar("Value")
 MAX_PENDING_BATCHES = 4  # on their way to disk

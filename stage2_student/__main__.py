@@ -241,6 +241,43 @@ def export(run_folder: Path, step: int | None, best: bool, merge: bool | None, o
     return 0
 
 
+@commands.command("write")
+@click.argument("run_folder", type=PATH)
+@click.option("--step", type=click.IntRange(min=0), help="Of the checkpoint; the newest by default.")
+@click.option("--best", is_flag=True, help="The checkpoint with the lowest validation loss.")
+@click.option("--recipe", help="Whose data and `write` section to take; the run's own by default.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe."
+)
+@click.option("--out", type=FOLDER, help="Folder of the answers; RUN_FOLDER/written/step-N by default.")
+def write(
+    run_folder: Path,
+    step: int | None,
+    best: bool,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+) -> int:
+    """Let a checkpoint of RUN_FOLDER answer the prompts of its data: a data set that a teacher captures."""
+    from shared.runtime import distributed
+    from shared.stopping import stop_on_signals
+    from stage2_student.runs.run_folder import RunFolder
+    from stage2_student.training.export import choose_checkpoint
+    from stage2_student.write import write as run_write
+
+    if best and step is not None:
+        raise click.UsageError("--step and --best choose a checkpoint each; give one of them")
+    folder = RunFolder(run_folder)
+    checkpoint = choose_checkpoint(folder, step=step, best=best)
+    folder.require_as_written()
+    loaded = load_recipe(recipe or str(folder.recipe), overrides=overrides)
+    with (
+        stop_on_signals() as stop,
+        distributed(collective_timeout_s=loaded.parallel.collective_timeout_s) as world,
+    ):
+        return run_write(folder, loaded, checkpoint, world, stop, out=out)
+
+
 @commands.command("push")
 @click.argument("what", metavar="RUN|EXPORT", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="OWNER/NAME")

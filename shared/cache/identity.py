@@ -113,12 +113,23 @@ class TargetsIdentity(Record):
 
 
 class DataSource(Record):
-    """A split whose rows were captured; ``rows`` counts all of them, with skipped and equal ones."""
+    """A split whose rows were captured; ``rows`` counts all of them, with skipped and equal ones.
+
+    ``written_by`` are the models that wrote answers in it, as its rows say.
+    """
 
     name: str
     split: str
     fingerprint: str
     rows: Annotated[int, Field(ge=0)]
+    written_by: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_nobody(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        stored: dict[str, Any] = serialize(self)
+        if not self.written_by:
+            stored.pop("written_by", None)
+        return stored
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.cache import CacheReader, DataSource, Identity, SkippedRow, TargetsIdentity, TeacherIdentity
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit, open_split
 from shared.errors import DataError, RecipeError, listed
-from shared.recipes import Recipe
+from shared.recipes import Recipe, Split
 from shared.same_teacher import compare_teacher
 from shared.survey import Keyed, captured_splits, inputs_identity, prompt_identity, survey_keys
 
@@ -68,6 +69,7 @@ class CaptureData:
                 split=part.split.name,
                 fingerprint=part.fingerprint,
                 rows=len(part.split),
+                written_by=part.written_by,
             )
             for part in self.keyed
         )
@@ -78,12 +80,15 @@ def open_rows(recipe: Recipe) -> NumberedRows:
     return NumberedRows(tuple(open_split(recipe.data, name) for name in captured_splits(recipe)))
 
 
-def survey(recipe: Recipe, processor: ExampleProcessor) -> CaptureData:
+def survey(
+    recipe: Recipe, processor: ExampleProcessor, *, splits: Sequence[Split] | None = None
+) -> CaptureData:
     """Reads and hashes every row.
 
+    splits   by default those that the cache is to hold
     Raises   DataError  when more rows are unreadable than ``data.max_dropped`` allows
     """
-    splits = captured_splits(recipe)
+    splits = captured_splits(recipe) if splits is None else splits
     data = CaptureData(tuple(survey_keys(recipe.data, name, processor, show=True) for name in splits))
     unreadable = data.unreadable()
     if len(unreadable) > recipe.data.max_dropped:

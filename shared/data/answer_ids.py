@@ -1,6 +1,6 @@
 """Answers that a model wrote: the token ids beside their text, and whether the model ended them.
 
-    ids, is_whole = given_ids({"answer_ids": [17, 4, 92], "answer_end": False}, where="train, row 17", ...)
+    ids, is_whole = given_ids({"answer_ids": [17, 4, 92], "answer_end": False}, where="train, row 17")
     rules = WrittenIds(tokenizer, end_of_turn=2, placeholders=["<|image_pad|>"])
     rules.require(ids, text, where="train, row 17")
 
@@ -21,14 +21,12 @@ from shared.errors import DataError, shortened
 ANOTHER_TOKENIZER = "They may be another tokenizer's: set data.columns.answer_ids to null to learn the text"
 
 
-def given_ids(
-    value: Mapping[str, Any], *, where: str, is_listed: bool
-) -> tuple[tuple[int, ...] | None, bool]:
+def given_ids(value: Mapping[str, Any], *, where: str) -> tuple[tuple[int, ...] | None, bool]:
     """A row's ids, None where it has none, and whether its last answer is whole.
 
     value      of the row, by field
-    is_listed  whether the answer is one of a list, which ids cannot be of
-    Raises     DataError  naming the row, for what is no list of whole numbers, or no true or false
+    Raises     DataError  naming the row, for what is no list of whole numbers, or no true or false; and for ids
+                          beside a list of answers
     """
     ids, is_whole = value.get("answer_ids"), value.get("answer_end")
     if is_whole is not None and not isinstance(is_whole, bool):
@@ -38,7 +36,7 @@ def given_ids(
         )
     if ids is None:
         return None, is_whole is not False
-    if is_listed:
+    if isinstance(value.get("answer"), list | Mapping):
         raise DataError(
             f"{where}: answer_ids beside a list of answers (data.answers majority): which of them is meant is "
             "not said. Set data.columns.answer_ids to null"

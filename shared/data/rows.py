@@ -118,7 +118,7 @@ class VqaSplit:
         value = {field: row.get(column) for field, column in self.columns.items()}
         form = self._form_of(value, where)
         read, num_outvoted = self._read(form, row, value, where)
-        ids, is_whole = given_ids(value, where=where, is_listed=self.settings.answers == "majority")
+        ids, is_whole = given_ids(value, where=where)
         return Example(
             images=self._images(read.pictures, row, index),
             turns=read.turns,
@@ -169,7 +169,8 @@ class VqaSplit:
         if held is None:
             self._require_text_alone(row, where)
         answer = value["answer"]
-        if self.settings.answers == "majority":
+        is_written = isinstance(answer, str) and value.get("answer_ids") is not None
+        if self.settings.answers == "majority" and not is_written:
             answer, num_outvoted = majority(answer, where=where)
         elif isinstance(answer, list):
             raise DataError(

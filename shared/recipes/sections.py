@@ -202,6 +202,50 @@ class CacheConfig(Section):
         return self
 
 
+class WriteConfig(Section):
+    """Answers that a model writes to the prompts of splits, as a data set: `teacher-cache write`, `train-student
+    write`."""
+
+    path: Place | None = None
+    """Folder of the teacher's answers. A student's go into its run's folder."""
+    splits: Annotated[tuple[Split, ...], Field(min_length=1)] = ("train", "validation")
+    """Splits whose prompts are answered."""
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """0: the likeliest token each time; above: samples, of logits divided by it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Samples are of the likeliest tokens, so many that their probabilities sum to this."""
+    per_prompt: PositiveInt = 1
+    """Answers to each prompt."""
+    max_new_tokens: PositiveInt | None = None
+    """Longer answers are cut; null: `data.max_answer_tokens`."""
+    seed: Seed = 0
+    """Of the samples."""
+    batch_tokens: PositiveInt = 16384
+    """Tokens of a batch, answers at full length and padding counted."""
+    prompts_per_file: PositiveInt = 512
+    """Prompts whose answers are in one file."""
+    num_workers: NumWorkers = 2
+    """Processes that decode pictures, for each rank."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        problems = []
+        if 0 < self.temperature < 0.01:
+            problems.append(f"temperature {self.temperature}: 0, or at least 0.01, is needed")
+        if self.temperature == 0 and self.per_prompt > 1:
+            problems.append(
+                f"per_prompt {self.per_prompt} at temperature 0: the likeliest answer is the same each time. Set a "
+                "temperature, or per_prompt to 1"
+            )
+        if self.temperature == 0 and self.top_p < 1:
+            problems.append(f"top_p {self.top_p} at temperature 0: nothing is sampled. Leave one of them out")
+        if len(set(self.splits)) != len(self.splits):
+            problems.append("splits names a split twice")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
 class FreezeConfig(Section):
     """Parts of the student that are not trained."""
 
@@ -507,6 +551,7 @@ class Recipe(Section):
     parallel: ParallelConfig = ParallelConfig()
     run: RunConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    write: WriteConfig | None = None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -533,6 +578,11 @@ class Recipe(Section):
                 problems.append(
                     f"loss.tail is for top_k and top_p caches; {self.cache.policy.kind} targets have no tail"
                 )
+        if self.write is not None and (self.write.max_new_tokens or 0) > self.data.max_answer_tokens:
+            problems.append(
+                f"write.max_new_tokens {self.write.max_new_tokens} is above data.max_answer_tokens "
+                f"{self.data.max_answer_tokens}: what is beyond would not be learned. Lower it, or raise the other"
+            )
         if self.parallel.is_split:
             problems += self._problems_of_a_split()
         if problems:

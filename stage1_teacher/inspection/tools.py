@@ -167,6 +167,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
         f"targets    {_plain(targets['policy'])}; seed {targets['seed']}{_also(targets)}",
         f"at         temperature {_plain(targets['temperatures'])}",
         *(f"data       {part['name']}, {part['split']}: {part['rows']} rows" for part in identity["data"]),
+        *(f"written by {name}" for name in _writers(identity["data"])),
         f"holds      {totals['examples']} examples, {totals['positions']} positions, {totals['entries']} entries",
         f"size       {totals['bytes'] / 2**20:.2f} MiB in {summary['shards']} shard(s)",
     ]
@@ -201,3 +202,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
     return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _writers(data: list[dict[str, Any]]) -> list[str]:
+    """Of answers that models wrote, each once."""
+    return list(dict.fromkeys(name for part in data for name in part.get("written_by", ())))

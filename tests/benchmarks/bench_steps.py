@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from shared.capture.windows import WINDOW
 from shared.data.images import size_of
 from shared.data.rows import open_split
 from shared.dealing import Deal, Limits, Work, critical_path, deal, padding_share
@@ -38,7 +39,6 @@ from shared.recipes import DataConfig, Recipe
 from shared.recipes.files import validate_tree
 from shared.runtime import World, distributed
 from shared.small_models import make_small_model, train_tokenizer
-from stage1_teacher.capturing.windows import WINDOW
 from stage2_student.training.feed import Microbatch
 from stage2_student.training.inputs import Inputs, open_inputs
 from stage2_student.training.optim import make_optimizer

@@ -1,18 +1,19 @@
-"""Windows of a unit's examples, encoded in worker processes ahead of the teacher.
+"""Windows of a unit's examples, encoded in worker processes ahead of the model.
 
-A unit is claimed when the loader asks for its first window, so that its pictures are decoded while the teacher
+A unit is claimed when the loader asks for its first window, so that its pictures are decoded while the model
 is at work on the unit before.  Batches are made within a window: the rows of a shard then never depend on
 which other units its process has seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from shared.cache import Unit
 from shared.capture.planning import NumberedRows
 from shared.capture.units import Refused
 from shared.data.collation import Encoded
@@ -22,6 +23,19 @@ from shared.errors import DataError, TeachonceError, TrainingError, is_out_of_me
 from shared.model_check import usable
 
 WINDOW = 64  # examples; at most so many decoded pictures are held by each worker
+
+
+class Unit(Protocol):
+    """Examples that are claimed together: their keys, and the numbers of their rows over all splits."""
+
+    @property
+    def unit_id(self) -> str: ...
+
+    @property
+    def keys(self) -> Sequence[bytes]: ...
+
+    @property
+    def rows(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -42,11 +56,19 @@ class EncodedWindow:
 
 
 class WindowSource(Dataset):
-    """Encodes the examples of a window."""
+    """Encodes the examples of a window.
 
-    def __init__(self, rows: NumberedRows, processor: ExampleProcessor) -> None:
+    section  of the recipe, whose ``num_workers`` are named where memory does not suffice
+    asks     prompts without their last answers
+    """
+
+    def __init__(
+        self, rows: NumberedRows, processor: ExampleProcessor, *, section: str = "cache", asks: bool = False
+    ) -> None:
         self.rows = rows
         self.processor = processor
+        self.section = section
+        self.asks = asks
 
     def __getitem__(self, window: Window) -> EncodedWindow | TeachonceError:
         encoded: list[Encoded] = []
@@ -55,7 +77,8 @@ class WindowSource(Dataset):
         for key, number in zip(window.keys, window.numbers, strict=True):
             split, row = self.rows.find(number)
             try:
-                one = self.processor.encode(split[row])
+                example = split[row]
+                one = self.processor.encode_prompt(example) if self.asks else self.processor.encode(example)
             except DataError as error:
                 refused.append(Refused(key, self.rows.name(number), str(error)))
                 continue
@@ -66,10 +89,10 @@ class WindowSource(Dataset):
                     raise
                 return TrainingError(
                     f"{split.where(row)}: a data-loader worker has not enough memory to read it. Lower "
-                    "cache.num_workers or data.max_pixels, or take the row out"
+                    f"{self.section}.num_workers or data.max_pixels, or take the row out"
                 )
             if one.key != key:
-                return DataError(f"{split.where(row)}: changed while it was being captured; start again")
+                return DataError(f"{split.where(row)}: changed since it was first read; start again")
             encoded.append(one)
             names.append(split.where(row))
         return EncodedWindow(window.unit_id, encoded, refused, names)
@@ -87,22 +110,23 @@ def encoded_windows(
 
     Raises   TeachonceError  a row's own error, or that a worker died
     """
+    setting = f"{source.section}.num_workers"
     loader: DataLoader = DataLoader(
-        PackedDataset(source, workers_setting="cache.num_workers") if num_workers else source,
+        PackedDataset(source, workers_setting=setting) if num_workers else source,
         sampler=windows_of(units),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
         worker_init_fn=begin_worker,
     )
-    yield from loaded_items(loader, workers_setting="cache.num_workers")
+    yield from loaded_items(loader, workers_setting=setting)
 
 
 def windows_of(units: Iterable[Unit]) -> Iterator[Window]:
     for unit in units:
-        for start in range(0, len(unit), WINDOW):
+        for start in range(0, len(unit.keys), WINDOW):
             part = slice(start, start + WINDOW)
-            yield Window(unit.unit_id, unit.keys[part], tuple(map(int, unit.rows[part])))
+            yield Window(unit.unit_id, tuple(unit.keys[part]), tuple(map(int, unit.rows[part])))
 
 
 def lengths_of(encoded: list[Encoded]) -> list[int]:

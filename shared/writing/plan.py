@@ -1,0 +1,303 @@
+"""Who writes what, and how: the plan of a set, and its folder from the first batch to the last file.
+
+.plan.json                       from the beginning: what has to be the same to go on
+.partial/train-00000.jsonl       answers of a unit that is not finished
+train-00000-of-00003.parquet     a finished unit
+written.json                     last: the set is whole, and each file's SHA-256
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from shared.cache.lock import CacheBusyError, CaptureLock
+from shared.cache.storage import LocalFolder, explain_write_errors
+from shared.capture.planning import CaptureData, NumberedRows
+from shared.data.processing import ExampleProcessor
+from shared.errors import RecipeError, listed
+from shared.recipes import DataConfig, Recipe, WriteConfig
+from shared.regular_files import read_regular
+from shared.runtime import World
+from shared.vouched import digest_of, opened, vouched
+from shared.writing.tables import told_by
+
+PLAN, WRITTEN, PARTIAL, LOCK = ".plan.json", "written.json", ".partial", ".lock"
+NAMES = ("model", "revision", "run", "step")  # of a writer: for people, and not compared
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The model that answers.
+
+    weights   fingerprint of what is loaded
+    run, step of a student: the folder of its run, and the checkpoint's step
+    """
+
+    role: Literal["teacher", "student"]
+    model: str
+    revision: str | None
+    weights: str
+    dtype: str
+    run: str | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Prompts of a split whose answers are in one file.
+
+    rows  (n,) int64, numbers over all splits
+    """
+
+    split: str
+    number: int
+    total: int
+    rows: np.ndarray
+    keys: tuple[bytes, ...]
+
+    @property
+    def unit_id(self) -> str:
+        return f"{self.split}-{self.number:05d}"
+
+    @property
+    def file(self) -> str:
+        return f"{self.unit_id}-of-{self.total:05d}.parquet"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """identity  what has to be the same to go on; ``begun`` when the first process began, in UTC"""
+
+    identity: dict[str, Any]
+    begun: str
+    units: tuple[Unit, ...]
+
+    @property
+    def digest(self) -> str:
+        return digest_of({"identity": self.identity, "begun": self.begun})
+
+    @property
+    def written_by(self) -> str:
+        """Who writes, how and when: what each row says, and the manifest of a cache keeps."""
+        writer = {name: value for name, value in self.identity["writer"].items() if value is not None}
+        told = {**writer, **self.identity["how"], "when": self.begun, "teachonce": self.identity["teachonce"]}
+        return json.dumps(told, sort_keys=True)
+
+
+def identity_of(
+    config: WriteConfig, data: DataConfig, processor: ExampleProcessor, found: CaptureData, writer: Writer
+) -> dict[str, Any]:
+    """As JSON gives it back."""
+    how = {
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "per_prompt": config.per_prompt,
+        "max_new_tokens": config.max_new_tokens or data.max_answer_tokens,
+        "seed": config.seed,
+    }
+    identity = {
+        "writer": asdict(writer),
+        "how": how,
+        "data": [
+            {"split": part.split.name, "fingerprint": part.fingerprint, "prompts": len(part.keys)}
+            for part in found.keyed
+        ],
+        "image_processor": processor.image_processor_fingerprint,
+        "date": processor.date,
+        "prompts_per_file": config.prompts_per_file,
+        "teachonce": version("teachonce"),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain
+
+
+def units_of(found: CaptureData, prompts_per_file: int) -> tuple[Unit, ...]:
+    """Of each split in order; of equal rows of a split the first one is asked."""
+    rows = NumberedRows(tuple(part.split for part in found.keyed))
+    units = []
+    for index, part in enumerate(found.keyed):
+        first = dict(zip(reversed(part.keys), reversed(part.rows.tolist()), strict=True))
+        keys = sorted(first, key=first.__getitem__)
+        starts = range(0, len(keys), prompts_per_file)
+        for number, start in enumerate(starts):
+            some = tuple(keys[start : start + prompts_per_file])
+            numbers = np.array([first[key] for key in some], np.int64) + rows.first_number(index)
+            units.append(Unit(part.split.name, number, len(starts), numbers, some))
+    return tuple(units)
+
+
+class SetLock(CaptureLock):
+    """One process at a time writes a set."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.path = folder / LOCK
+
+
+@dataclass(eq=False)
+class SetFolder:
+    """Where a set is written."""
+
+    path: Path
+    files: LocalFolder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.files = LocalFolder(self.path)
+        self.files.where = f"written set {self.path}"
+
+    @contextmanager
+    def taken(self, world: World) -> Iterator[None]:
+        """Nobody else writes there meanwhile; called by all ranks, the first one holds the lock for all.
+
+        Raises   RecipeError  when another process writes there, or what is there is no written set
+        """
+        lock = SetLock(self.path)
+        try:
+            world.by_main(lambda: self._take(lock))
+            yield
+        finally:
+            lock.close()
+            if world.is_main:
+                with suppress(OSError):  # a set that could not begin leaves no empty folder
+                    self.path.rmdir()
+
+    def _take(self, lock: SetLock) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise RecipeError(
+                f"{self.path}: a file lies where the folder of answers is to be. Name another one"
+            )
+        is_new = not self.path.is_dir() or all(one.name.startswith(".") for one in self.path.iterdir())
+        if not is_new and self.stored() is None:
+            raise RecipeError(
+                f"{self.path}: something is there that is no set of written answers. Name another folder"
+            )
+        with explain_write_errors(self.files.where, LOCK):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except CacheBusyError as error:
+                raise RecipeError(
+                    f"{self.path}: another process writes answers there. Wait until it has ended, or stop it"
+                ) from error
+
+    def stored(self) -> dict[str, Any] | None:
+        """The plan that is there, or that of the whole set; None where there is none.
+
+        Raises   RecipeError  when it is damaged
+        """
+        for name in (PLAN, WRITTEN):
+            try:
+                told = opened(json.loads(read_regular(self.path / name)))
+                return {"identity": dict(told["identity"]), "begun": str(told["begun"])}
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise RecipeError(
+                    f"{self.path / name}: cannot be read ({error}). Delete {self.path} and write the answers again"
+                ) from error
+        return None
+
+    def planned(self, identity: dict[str, Any], units: tuple[Unit, ...]) -> Plan:
+        """The plan to follow: that which is there, or a new one.
+
+        Raises   RecipeError  when the answers there were written otherwise
+        """
+        stored = self.stored()
+        if stored is None:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            stored = {"identity": identity, "begun": now}
+            self.files.publish(PLAN, json.dumps(vouched(stored), indent=1).encode())
+        elif different := _differences(stored["identity"], identity):
+            raise RecipeError(
+                f"{self.path}: the answers there were written otherwise:\n{listed(different)}\n"
+                "Name another folder, or delete this one"
+            )
+        return Plan(stored["identity"], stored["begun"], units)
+
+    def told_by(self, unit: Unit, plan: Plan) -> dict[str, Any] | None:
+        """What a finished unit's file says of itself; None where there is none of this plan."""
+        with suppress(OSError, ValueError):
+            told = told_by(self.path / unit.file)
+            if told.get("plan") == plan.digest:
+                return told
+        return None
+
+    def journal(self, unit: Unit) -> Path:
+        return self.path / PARTIAL / f"{unit.unit_id}.jsonl"
+
+    def is_whole(self, plan: Plan) -> bool:
+        """Whether the set was finished, and every file is what it was; files that are not are removed."""
+        if not (self.path / WRITTEN).exists():
+            return False
+        hashes = opened(json.loads(read_regular(self.path / WRITTEN))).get("files")
+        broken = [
+            unit.file
+            for unit in plan.units
+            if not isinstance(hashes, dict) or hashes.get(unit.file) != self._hash(unit)
+        ]
+        if broken:
+            self.files.publish(
+                PLAN, json.dumps(vouched({"identity": plan.identity, "begun": plan.begun})).encode()
+            )
+            for name in (WRITTEN, *broken):
+                self.files.remove(name)
+        return not broken
+
+    def commit(self, plan: Plan, counts: Mapping[str, int], skipped: Sequence[Mapping[str, Any]]) -> None:
+        """Says that the set is whole; called once, by the first rank, when every unit is."""
+        told = {
+            "identity": plan.identity,
+            "begun": plan.begun,
+            "written_by": json.loads(plan.written_by),
+            "counts": dict(counts),
+            "skipped": list(skipped),
+            "files": {unit.file: self._hash(unit) for unit in plan.units},
+        }
+        self.files.publish(WRITTEN, json.dumps(vouched(told), indent=1).encode())
+        self.files.remove(PLAN)
+        shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+
+    def _hash(self, unit: Unit) -> str | None:
+        """SHA-256 of a unit's file; None where there is none."""
+        try:
+            with open(self.path / unit.file, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            return None
+
+
+def as_it_began(recipe: Recipe, folder: SetFolder) -> Recipe:
+    """A set that goes on asks as on the day on which it began, where the chat template prints the date."""
+    stored = folder.stored() if recipe.data.date is None and folder.path.is_dir() else None
+    return recipe if stored is None else recipe.of_day(stored["identity"].get("date"))
+
+
+def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """What is not the same, both sides; names of models and the release do not count."""
+    flat, ours = _flat(stored), _flat(asked)
+    return [
+        f"{name}: {flat.get(name)!r} there, {ours.get(name)!r} asked for"
+        for name in sorted({*flat, *ours})
+        if name.rpartition(".")[2] not in (*NAMES, "teachonce") and flat.get(name) != ours.get(name)
+    ]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, list):
+        tree = {str(number): one for number, one in enumerate(tree)}
+    if not isinstance(tree, Mapping):
+        return {prefix.removesuffix("."): tree}
+    return {
+        name: value for key, part in tree.items() for name, value in _flat(part, f"{prefix}{key}.").items()
+    }
