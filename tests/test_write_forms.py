@@ -1,4 +1,4 @@
-"""Written answers of rows of every form: the set has the columns of its prompts, and its rows are the same prompts."""
+"""Written answers of rows of every form: the set has its prompts' columns, and its rows are the same prompts."""
 
 from __future__ import annotations
 
