@@ -185,7 +185,8 @@ def test_a_reference_that_fails_on_one_rank_alone_ends_all(
     module = "stage2_student.evaluation.evaluate"
     monkeypatch.setattr(f"{module}.losses_of", losses)
     monkeypatch.setattr(f"{module}.answers_of", lambda *_, **__: [])
-    monkeypatch.setattr(f"{module}.PATIENCE_S", 1.0)
+    # Ranks of a busy machine may be late by seconds; the one that fails alone waits for the others in vain.
+    monkeypatch.setattr(f"{module}.PATIENCE_S", 1.0 if who == "one rank" else 60.0)
     monkeypatch.setattr(f"{module}.Evaluated", lambda name, *_, **__: name)
     sources: Any = {name: SimpleNamespace(model=name) for name in ("student", "teacher", "untrained")}
     begin = time.monotonic()

@@ -209,6 +209,7 @@ def test_as_many_at_once_as_there_are_gpus(
     num_gpus: int,
     at_once: int,
 ) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
     jobs = [script("import time; time.sleep(0.5)", name) for name in ("one", "two", "three")]
     run_sweep(jobs)
