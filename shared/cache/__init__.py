@@ -8,7 +8,7 @@ Writing (stage one).  ``location`` is a path or any fsspec URL; the first proces
     CacheWriter.join(location, identity, *, created_by=None) -> CacheWriter
     writer.manifest                 the committed Manifest that grows, or None
     writer.stored_plan()            -> Plan | None    an interrupted capture's, or the opening process's, plan
-    writer.plan(rows: Iterable[(key, row number)], *, examples_per_shard, skipped=()) -> Plan
+    writer.plan(Wanted.of(keys, rows) or (key, row number) pairs, *, examples_per_shard, skipped=()) -> Plan
     plan.units                      tuple[Unit]: unit_id, keys (tuple of bytes), rows (n,) int64, len()
     plan.skipped, plan.duplicates, plan.num_examples
     writer.is_finished(unit)        -> bool           reads and hashes the shard
@@ -70,6 +70,7 @@ from shared.cache.identity import (
 from shared.cache.lock import CacheBusyError
 from shared.cache.manifest import Manifest, SkippedRow
 from shared.cache.plan import Plan, Unit
+from shared.cache.planning import Wanted
 from shared.cache.reader import CacheReader
 from shared.cache.shard import Row
 from shared.cache.staging import Staging
@@ -93,4 +94,5 @@ __all__ = [
     "TargetsIdentity",
     "TeacherIdentity",
     "Unit",
+    "Wanted",
 ]

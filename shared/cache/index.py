@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ PLACES = pa.uint32()
 ShardColumns = tuple[
     npt.NDArray[np.bytes_], npt.NDArray[np.integer]
 ]  # keys and num_positions, in stored order
+Keys = Sequence[bytes] | npt.NDArray[Any]  # 16 bytes each: (n, 16) uint8 or (n,) S16
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class KeyIndex:
         twice = np.unique(self.keys[1:][self.keys[1:] == self.keys[:-1]])
         return split_keys(twice)
 
-    def find(self, keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
+    def find(self, keys: Keys) -> npt.NDArray[np.int64]:
         """(len(keys),) positions in this table, -1 for those that are not in it."""
         return self.find_array(as_key_array(keys))
 
@@ -148,7 +149,7 @@ class CacheIndex:
         """(R,) of all examples, in the order of ``keys``."""
         return np.concatenate([np.empty(0, np.int64), *(part.num_positions for part in self.parts)])
 
-    def find(self, keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
+    def find(self, keys: Keys) -> npt.NDArray[np.int64]:
         """(len(keys),) positions in ``keys``, -1 for those that are not in it."""
         return self.find_array(as_key_array(keys))
 
@@ -248,11 +249,15 @@ def split_keys(keys: npt.NDArray[np.bytes_]) -> list[bytes]:
     return [joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES)]
 
 
-def as_key_array(keys: Sequence[bytes]) -> npt.NDArray[np.bytes_]:
-    """(len(keys),) S16.
+def as_key_array(keys: Keys) -> npt.NDArray[np.bytes_]:
+    """(len(keys),) S16; of an array a view, where its memory allows.
 
     Raises   ValueError  for a key of another length
     """
+    if isinstance(keys, np.ndarray):
+        if (keys.dtype, *keys.shape[1:]) not in [(KEY_DTYPE,), (np.uint8, KEY_BYTES)]:
+            raise ValueError(f"keys have {KEY_BYTES} bytes, not {keys.shape[1:]} of {keys.dtype}")
+        return np.ascontiguousarray(keys).view(KEY_DTYPE).reshape(len(keys))
     joined = b"".join(keys)
     if len(joined) != KEY_BYTES * len(keys) or any(len(key) != KEY_BYTES for key in keys):
         raise ValueError(f"keys have {KEY_BYTES} bytes")

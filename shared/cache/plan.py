@@ -21,8 +21,16 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, Strict, TypeAdapter
 
 from shared.cache.arrow_file import open_uncompressed
-from shared.cache.format import KEY_BYTES, first_line, make_metadata, read_metadata
+from shared.cache.format import (
+    KEY_BYTES,
+    KEY_DTYPE,
+    first_line,
+    keys_of,
+    make_metadata,
+    read_metadata,
+)
 from shared.cache.identity import Identity
+from shared.cache.index import Keys, as_key_array, split_keys
 from shared.cache.manifest import SkippedRow
 from shared.errors import CacheFormatError
 
@@ -49,17 +57,23 @@ _Slots = TypeAdapter(list[NonNegativeInt | None])
 class Unit:
     """Examples that are captured together.
 
-    Shapes   rows (n,) int64: where the caller finds each example; its own numbers, given back unchanged
+    Shapes   key_array (n,) S16; rows (n,) int64: where the caller finds each example; its own numbers, given back
+             unchanged
     ``slot``: the place in the old manifest of a lost shard that this unit replaces, None for new examples
     """
 
     unit_id: str
-    keys: tuple[bytes, ...]
+    key_array: npt.NDArray[np.bytes_]
     rows: npt.NDArray[np.int64]
     slot: int | None = None
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.key_array)
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """Made for each call: a plan holds many."""
+        return tuple(split_keys(self.key_array))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +112,10 @@ class Plan:
             metadata=make_metadata(metadata),
         )
         sizes = [len(unit) for unit in self.units]
+        keys = np.concatenate([unit.key_array for unit in self.units] or [np.empty(0, KEY_DTYPE)])
         rows = np.concatenate([unit.rows for unit in self.units] or [np.empty(0, np.int64)])
         columns = [
-            pa.array([key for unit in self.units for key in unit.keys], pa.binary(KEY_BYTES)),
+            pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, pa.py_buffer(keys)]),
             pa.array(rows, pa.int64()),
             pa.array(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes), pa.int32()),
         ]
@@ -140,7 +155,11 @@ class Plan:
 
 
 def _units_of(table: pa.Table, identity: Identity, slots: Sequence[int | None]) -> tuple[Unit, ...]:
-    keys, rows = table.column("key").to_pylist(), table.column("row").to_numpy()
+    if table.column("key").null_count:
+        raise ValueError("a unit without a key")
+    batches = table.select(["key"]).to_batches()
+    keys = np.concatenate([keys_of(batch) for batch in batches] or [np.empty(0, KEY_DTYPE)])
+    rows = table.column("row").to_numpy()
     bounds = np.searchsorted(table.column("unit").to_numpy(), np.arange(len(slots) + 1))
     spans = [slice(int(start), int(stop)) for start, stop in pairwise(bounds)]
     digest = identity.digest()
@@ -150,8 +169,9 @@ def _units_of(table: pa.Table, identity: Identity, slots: Sequence[int | None]) 
 
 
 def make_unit(
-    identity_digest: str, keys: Sequence[bytes], rows: npt.NDArray[np.int64], *, slot: int | None = None
+    identity_digest: str, keys: Keys, rows: npt.NDArray[np.int64], *, slot: int | None = None
 ) -> Unit:
     """A unit and its id: 64 bits of a digest over the content identity and the keys in order."""
-    digest = hashlib.blake2b(bytes.fromhex(identity_digest) + b"".join(keys), digest_size=8)
-    return Unit(digest.hexdigest(), tuple(keys), np.asarray(rows, dtype=np.int64), slot)
+    key_array = as_key_array(keys)
+    digest = hashlib.blake2b(bytes.fromhex(identity_digest) + key_array.tobytes(), digest_size=8)
+    return Unit(digest.hexdigest(), key_array, np.asarray(rows, dtype=np.int64), slot)

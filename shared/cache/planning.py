@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from shared.cache.format import canonical_json
-from shared.cache.index import CacheIndex, as_key_array, split_keys
+from shared.cache.index import CacheIndex, Keys, as_key_array
 from shared.cache.plan import Unit, make_unit
 
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """The examples a cache shall hold, in order, equal ones once: key -> the caller's row number."""
+    """The examples a cache shall hold, in order, equal ones once.
 
-    rows: Mapping[bytes, int]
+    Shapes   keys (n,) S16; rows (n,) int64, the caller's own numbers of them
+    """
+
+    keys: npt.NDArray[np.bytes_]
+    rows: npt.NDArray[np.int64]
     duplicates: int
 
     @classmethod
-    def of(cls, pairs: Iterable[tuple[bytes, int]]) -> Wanted:
-        """From (key, row number) pairs; the first of equal keys counts."""
-        first: dict[bytes, int] = {}
-        total = 0
-        for key, row in pairs:
-            first.setdefault(key, row)
-            total += 1
-        as_key_array(list(first))  # checks their lengths
-        return cls(first, total - len(first))
+    def of(cls, keys: Keys, rows: npt.NDArray[np.int64]) -> Wanted:
+        """The first of equal keys counts."""
+        found = as_key_array(keys)
+        firsts = np.sort(np.unique(found, return_index=True)[1])
+        return cls(found[firsts], np.asarray(rows, np.int64)[firsts], len(found) - len(firsts))
+
+    @classmethod
+    def of_pairs(cls, pairs: Iterable[tuple[bytes, int]]) -> Wanted:
+        """From (key, row number) pairs."""
+        keys, rows = zip(*pairs, strict=True) if (pairs := list(pairs)) else ((), ())
+        return cls.of(keys, np.array(rows, np.int64))
+
+    @cached_property
+    def _index(self) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64]]:
+        order = np.argsort(self.keys, kind="stable")
+        return self.keys[order], order
+
+    def find(self, keys: Keys) -> npt.NDArray[np.int64]:
+        """(len(keys),) places in ``keys`` and ``rows``, -1 of those that are not wanted."""
+        asked, (ordered, order) = as_key_array(keys), self._index
+        if not len(ordered):
+            return np.full(len(asked), -1)
+        place = np.minimum(np.searchsorted(ordered, asked), len(ordered) - 1)
+        return np.where(ordered[place] == asked, order[place], -1)
 
     def request(
         self, identity_digest: str, *, base: str | None, lost: Sequence[int], examples_per_shard: int
@@ -37,7 +58,7 @@ class Wanted:
         """Hex digest of all that decides a plan's units."""
         settings = [identity_digest, base, list(lost), examples_per_shard]
         digest = hashlib.sha256(canonical_json(settings).encode())
-        digest.update(b"".join(self.rows))
+        digest.update(self.keys.tobytes())
         return digest.hexdigest()
 
 
@@ -58,32 +79,31 @@ def cut_units(
 
     Returns   repairs, then kept units, then the rest, ``examples_per_shard`` at a time in the order wanted
     """
-    keys = list(wanted.rows)
-    found = committed.find(keys)
+    found = committed.find(wanted.keys)
     shards, _ = committed.locate(found[found >= 0])
-    is_held = np.zeros(len(keys), dtype=bool)
-    is_held[found >= 0] = ~np.isin(shards, lost)
-    planned = {key for key, held in zip(keys, is_held.tolist(), strict=True) if held}
-    candidates: list[tuple[Sequence[bytes], int | None]] = list(_lost_keys(committed, lost))
-    candidates += [(unit.keys, None) for unit in kept if unit.slot is None]
+    is_planned = np.zeros(len(wanted.keys), dtype=bool)
+    is_planned[found >= 0] = ~np.isin(shards, lost)
+    candidates: list[tuple[Keys, int | None]] = list(_lost_keys(committed, lost))
+    candidates += [(unit.key_array, None) for unit in kept if unit.slot is None]
     units = []
-    for ours, slot in candidates:
-        if all(key in wanted.rows for key in ours) and planned.isdisjoint(ours):
-            units.append(_unit(identity_digest, ours, wanted.rows, slot))
-            planned.update(ours)
-    rest = [key for key in keys if key not in planned]
+    for keys, slot in candidates:
+        places = wanted.find(keys)
+        if (places >= 0).all() and not is_planned[places].any():
+            units.append(_unit(identity_digest, wanted, places, slot))
+            is_planned[places] = True
+    rest = np.flatnonzero(~is_planned)
     for start in range(0, len(rest), examples_per_shard):
-        units.append(_unit(identity_digest, rest[start : start + examples_per_shard], wanted.rows, None))
+        units.append(_unit(identity_digest, wanted, rest[start : start + examples_per_shard], None))
     return units
 
 
-def _lost_keys(committed: CacheIndex, lost: Sequence[int]) -> Iterator[tuple[Sequence[bytes], int]]:
+def _lost_keys(committed: CacheIndex, lost: Sequence[int]) -> Iterator[tuple[Keys, int]]:
     """The keys of each lost shard, in its order, and its place."""
     wanted = set(lost)
     for place, (keys, _) in enumerate(committed.shard_columns() if wanted else ()):
         if place in wanted:
-            yield split_keys(keys), place
+            yield keys, place
 
 
-def _unit(identity_digest: str, keys: Sequence[bytes], rows: Mapping[bytes, int], slot: int | None) -> Unit:
-    return make_unit(identity_digest, keys, np.array([rows[key] for key in keys], dtype=np.int64), slot=slot)
+def _unit(identity_digest: str, wanted: Wanted, places: npt.NDArray[np.int64], slot: int | None) -> Unit:
+    return make_unit(identity_digest, wanted.keys[places], wanted.rows[places], slot=slot)

@@ -24,7 +24,7 @@ import torch
 from shared import codec
 from shared.cache.format import as_buffer
 from shared.cache.identity import InputsIdentity
-from shared.cache.index import CacheIndex, split_keys
+from shared.cache.index import CacheIndex, Keys, as_key_array, split_keys
 from shared.cache.layout import MANIFEST_NAME
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.segments import FileInfo, open_shards
@@ -107,11 +107,11 @@ class CacheReader:
     def __contains__(self, key: bytes) -> bool:
         return bool(self.index.find([key])[0] >= 0)
 
-    def contains(self, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+    def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """(len(keys),) bool."""
         return self.index.find(keys) >= 0
 
-    def num_positions(self, keys: Sequence[bytes], *, names: Sequence[str] = ()) -> npt.NDArray[np.int64]:
+    def num_positions(self, keys: Keys, *, names: Sequence[str] = ()) -> npt.NDArray[np.int64]:
         """(len(keys),) int64, from the index alone.  Raises CacheMismatchError as :meth:`read` does."""
         return self.index.lengths(self._find(keys, names))
 
@@ -186,7 +186,7 @@ class CacheReader:
             example = f", example {rows[0].key.hex()}" if rows else ""
             raise CacheFormatError(f"{self._folder.where}{example}: {error}") from error
 
-    def shards(self, keys: Sequence[bytes], *, names: Sequence[str] = ()) -> npt.NDArray[np.int64]:
+    def shards(self, keys: Keys, *, names: Sequence[str] = ()) -> npt.NDArray[np.int64]:
         """(len(keys),), the number of each key's shard, from the index alone.  Raises as :meth:`read` does."""
         return self.index.locate(self._find(keys, names))[0]
 
@@ -300,15 +300,16 @@ class CacheReader:
         self._verified.require(path, sha256, where=where)
         return buffer
 
-    def _find(self, keys: Sequence[bytes], names: Sequence[str]) -> npt.NDArray[np.int64]:
+    def _find(self, keys: Keys, names: Sequence[str]) -> npt.NDArray[np.int64]:
         found = self.index.find(keys)
         missing = np.flatnonzero(found < 0)
         if len(missing):
             first = int(missing[0])
+            key = split_keys(as_key_array(keys)[first : first + 1])[0]
             name = f"{names[first]} " if names else ""
             others = f", nor are {len(missing) - 1} others" if len(missing) > 1 else ""
             raise CacheMismatchError(
-                f"{self._folder.where}: example {name}(key {keys[first].hex()}) is not in it{others} of "
+                f"{self._folder.where}: example {name}(key {key.hex()}) is not in it{others} of "
                 f"the {len(keys)} asked for. It was captured from other data, pictures, answers or another "
                 "prompt: run teacher-cache with this recipe to capture what is missing."
             )

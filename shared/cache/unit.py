@@ -58,9 +58,10 @@ class UnitWriter:
             raise ValueError(
                 f"unit {self._unit.unit_id}: {len(self._missing)} of {len(self._unit)} rows are missing"
             )
-        skipped = [self._skipped[key].model_dump() for key in self._unit.keys if key in self._skipped]
+        keys = self._unit.keys
+        skipped = [self._skipped[key].model_dump() for key in keys if key in self._skipped]
         data = encode_shard(
-            [self._rows[key] for key in self._unit.keys if key in self._rows],
+            [self._rows[key] for key in keys if key in self._rows],
             num_temperatures=len(self._identity.targets.temperatures),
             label_log_prob=self._identity.targets.label_log_prob,
             metadata={"unit": self._unit.unit_id, "identity": self._identity.content(), "skipped": skipped},

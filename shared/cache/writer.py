@@ -138,19 +138,20 @@ class CacheWriter:
 
     def plan(
         self,
-        rows: Iterable[tuple[bytes, int]],
+        wanted: Wanted | Iterable[tuple[bytes, int]],
         *,
         examples_per_shard: int,
         skipped: Sequence[SkippedRow] = (),
     ) -> Plan:
-        """Makes and stores the plan for these (key, row number) pairs, in their order.
+        """Makes and stores the plan for what is wanted, or for (key, row number) pairs, in their order.
 
         Equal keys are planned once, committed ones not at all.  Units that an interrupted capture with
         another plan has finished are kept where all their examples are still wanted; its other shards are
         removed, which the log notes.  A committed cache's lost shards are planned again, into their old
         places.
         """
-        wanted, old, there = Wanted.of(rows), self._read_plan(), shard_names(self.folder)
+        wanted = wanted if isinstance(wanted, Wanted) else Wanted.of_pairs(wanted)
+        old, there = self._read_plan(), shard_names(self.folder)
         lost = self._lost_shards(old, there)
         digest = self.identity.digest()
         request = wanted.request(digest, base=self._base, lost=lost, examples_per_shard=examples_per_shard)

@@ -124,9 +124,10 @@ def encoded_windows(
 
 def windows_of(units: Iterable[Unit]) -> Iterator[Window]:
     for unit in units:
-        for start in range(0, len(unit.keys), WINDOW):
+        keys = tuple(unit.keys)
+        for start in range(0, len(keys), WINDOW):
             part = slice(start, start + WINDOW)
-            yield Window(unit.unit_id, tuple(unit.keys[part]), tuple(map(int, unit.rows[part])))
+            yield Window(unit.unit_id, keys[part], tuple(map(int, unit.rows[part])))
 
 
 def lengths_of(encoded: list[Encoded]) -> list[int]:
