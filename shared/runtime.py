@@ -6,7 +6,7 @@
 A world of one also has a process group, so that there is one code path for any number of ranks.
 
 Ranks wait for each other in two ways.  In a collective all take part at nearly the same time, and one that is late
-by ``collective_timeout_s`` is taken to hang: the job ends.  What one rank does alone (a survey of the data, reading
+by ``collective_timeout_s`` is taken to hang: the job ends.  What one rank does alone (its part of the data, reading
 weights, an export) may take hours: before the next collective the others wait for it in ``World.barrier``, which has
 no limit but notices a rank that dies.  A capture needs no collectives once it is planned: its ranks ``part``.
 """
@@ -26,12 +26,12 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore
+from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from shared.errors import RecipeError, TeachonceError, TrainingError, shortened
@@ -40,7 +40,7 @@ from shared.library_output import quiet_libraries
 COLLECTIVE_TIMEOUT_S = 600.0
 NO_LIMIT = timedelta(days=14)  # some of gloo's waits count milliseconds in 31 bits, which end at 24 days
 POLL_S = 0.02
-_meetings = itertools.count()
+_meetings, _claims = itertools.count(), itertools.count()
 # As gloo and the store say that another process of the job is gone, and that one has not come.
 LOST_CONNECTION = (
     "Connection closed by peer",
@@ -59,6 +59,31 @@ CANNOT_LISTEN = "failed to listen"
 PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
 
 Value = TypeVar("Value")
+
+
+class Claims:
+    """Numbers that the ranks take one after another: a slow one takes fewer."""
+
+    def __init__(self, total: int, store: Store | None) -> None:
+        self._total, self._store, self._next = total, store, 0
+
+    def __iter__(self) -> Iterator[int]:
+        while (number := self._add(1) - 1) < self._total:
+            yield number
+
+    def num_taken(self) -> int:
+        """By all ranks; more than there are, once they have found none left."""
+        return self._add(0)
+
+    def give_up(self) -> None:
+        """No rank finds another number."""
+        self._add(self._total)
+
+    def _add(self, number: int) -> int:
+        if self._store is not None:
+            return int(self._store.add("next", number))
+        self._next += number
+        return self._next
 
 
 @dataclass(frozen=True)
@@ -169,6 +194,32 @@ class World:
             raise error
         return value  # type: ignore[return-value]  # None only where work returned it
 
+    def by_all(self, work: Callable[[], Value]) -> list[Value]:
+        """What ``work`` returns on each rank, on all ranks, which wait for each other however long one takes.
+
+        Raises   TeachonceError  of the first rank that has one, on all ranks
+        """
+        if self.size == 1:
+            return [work()]
+        own: tuple[Value | None, TeachonceError | None]
+        try:
+            own = (work(), None)
+        except TeachonceError as refusal:
+            own = (None, refusal.with_traceback(None))
+        self.barrier()
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, own)
+        for _, error in gathered:
+            if error is not None:
+                raise error
+        return [value for value, _ in gathered]
+
+    def claims(self, total: int) -> Claims:
+        """The numbers below ``total``, each for one rank; all ranks call this, in the same order of calls."""
+        number = next(_claims)
+        store = None if self.size == 1 else PrefixStore(f"claims/{number}", _get_default_store())
+        return Claims(total, store)
+
     def meets(self, *, within_s: float) -> bool:
         """Whether all ranks come here within that time of this one; called by all.
 
@@ -204,6 +255,11 @@ class World:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def alone() -> World:
+    """The place of a process without peers, and without a process group."""
+    return World(0, 1, 0, torch.device("cpu"))
 
 
 def default_device() -> torch.device:

@@ -30,7 +30,10 @@ class Stamp:
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
-        found = path.stat()
+        return cls.of_status(path.stat())
+
+    @classmethod
+    def of_status(cls, found: os.stat_result) -> Stamp:
         return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 

@@ -58,6 +58,7 @@ FORMATS = (
     "PCX",
     "SGI",
 )
+NO_SIZE = (0, 0)
 NEARLY_BLACK = 32  # of 255; a picture whose brightest pixels are below shows next to nothing
 
 # In a JPEG's compressed data FF is followed by 00 or by a restart; else it begins a segment.
@@ -98,6 +99,14 @@ def size_of(data: bytes) -> tuple[int, int]:
     """Width and height by the file's header alone, before EXIF turns it; raises what Pillow raises."""
     with _opened(data) as image:
         return image.size
+
+
+def size_by_header(data: bytes) -> tuple[int, int]:
+    """As ``size_of``; ``NO_SIZE`` where the header does not say."""
+    try:
+        return size_of(data)
+    except Exception:  # of many types; whoever decodes the picture says what is wrong with it
+        return NO_SIZE
 
 
 def doubt(image: Image.Image) -> str | None:

@@ -23,6 +23,7 @@ import numpy as np
 import zstandard
 
 from shared.data.copies import Stamp, kept_copy
+from shared.data.data_files import DataFile
 from shared.errors import DataError
 from shared.regular_files import open_regular
 
@@ -40,6 +41,7 @@ class JsonRows:
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = tuple(files)
+        self._stamps = tuple(map(Stamp.of, files))
         self._opened = tuple(map(_as_lines, files))
         self._columns: dict[str, None] = {}  # an ordered set
         places = (
@@ -58,6 +60,11 @@ class JsonRows:
 
     def folder_of(self, index: int) -> Path | None:
         return self._files[int(self._places[index][0])].parent
+
+    def data_files(self) -> list[DataFile]:
+        sizes = np.bincount(self._places[:, 0], minlength=len(self._files))
+        found = zip(self._files, sizes.tolist(), self._stamps, strict=True)
+        return [DataFile(file, num_rows, stamp) for file, num_rows, stamp in found]
 
     def select(self, columns: Sequence[str]) -> JsonRows:
         return self  # an object is parsed whole

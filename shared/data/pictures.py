@@ -1,6 +1,7 @@
 """The encoded pictures of a row, from whatever its cells hold: bytes, paths, ``datasets`` pictures, URLs.
 
-    pictures = [picture_bytes(one, folder, where="train, row 17") for one in listed_pictures(row["images"])]
+    pictures = [read_picture(one, folder, where="train, row 17") for one in listed_pictures(row["images"])]
+    pictures[0].data, pictures[0].file
 
 Nothing is fetched from a network.
 """
@@ -9,20 +10,39 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from shared.data.copies import Stamp
 from shared.errors import DataError, NotAFileError, shortened
-from shared.regular_files import read_regular
+from shared.regular_files import naming, open_regular
 
 MAX_PATH = 4096  # characters; a longer text is none
 MAX_DATA_URL = 64 * 2**20  # characters, of which three quarters are the picture's bytes
 _SUFFIX = re.compile(r"\.(png|jpe?g|jp2|gif|webp|avif|tiff?|bmp|ppm|tga|ico|pcx|sgi)$", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,;]*(;[^,;]*)*?;base64,", re.IGNORECASE)
 _BYTES_OR_PATH = "needed are encoded bytes, the path of a file or a data: URL"
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A file that a picture was read from, as it was then; ``path`` is what the row says, below the row's folder."""
+
+    path: str
+    stamp: Stamp
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture, and the file it lies in; None where the row itself holds it."""
+
+    data: bytes
+    file: PictureFile | None = None
 
 
 def listed_pictures(value: Any) -> list[Any]:
@@ -43,7 +63,7 @@ def looks_like_pictures(value: Any) -> bool:
     return value[:11].lower() == "data:image/" or bool(_SUFFIX.search(value[-MAX_PATH:].strip()))
 
 
-def picture_bytes(value: Any, folder: Path | None, *, where: str) -> bytes:
+def read_picture(value: Any, folder: Path | None, *, where: str) -> Picture:
     """The encoded file, from one element of a cell.
 
     folder   where relative paths start
@@ -54,11 +74,11 @@ def picture_bytes(value: Any, folder: Path | None, *, where: str) -> bytes:
     if value is None or value == "":
         raise DataError(f"{where}: the picture is missing ({'null' if value is None else 'an empty text'})")
     if isinstance(value, bytes):
-        return value
+        return Picture(value)
     if not isinstance(value, str):
         raise DataError(f"{where}: the picture is a {type(value).__name__}; {_BYTES_OR_PATH}")
     if value[:5].lower() == "data:":
-        return _decoded(value, where=where)
+        return Picture(_decoded(value, where=where))
     if value.startswith("file://"):
         value = unquote(value.removeprefix("file://"))
     if "://" in value[:MAX_PATH]:
@@ -71,12 +91,15 @@ def picture_bytes(value: Any, folder: Path | None, *, where: str) -> bytes:
             f"{where}: the picture is a text of {len(value):,} characters, {shortened(value)!r}, and no path; "
             f"{_BYTES_OR_PATH}. Decode base64 before you save it"
         )
-    return _read((folder or Path()) / value, where=where)
+    return _read(value, folder or Path(), where=where)
 
 
-def _read(path: Path, *, where: str) -> bytes:
+def _read(named: str, folder: Path, *, where: str) -> Picture:
+    path = folder / named
     try:
-        return read_regular(path)
+        with naming(path), open_regular(path) as stream:
+            stamp = Stamp.of_status(os.fstat(stream.fileno()))
+            return Picture(stream.read(), PictureFile(named, stamp))
     except NotAFileError as error:
         raise DataError(f"{where}: the picture {error}") from error
     except (OSError, ValueError) as error:

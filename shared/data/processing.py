@@ -36,7 +36,7 @@ from shared.data.fingerprints import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from shared.data.images import CONVERSION_VERSION, Background, decode_rgb, size_of
+from shared.data.images import CONVERSION_VERSION, NO_SIZE, Background, decode_rgb, size_by_header
 from shared.data.model_inputs import PREFIX_LM, answer_kinds, continued, sorted_inputs
 from shared.data.processors import chat_template, load_processor
 from shared.data.prompts import PROMPT_VERSION, Answered, ChatPrompt, Prompt
@@ -50,6 +50,7 @@ CONVERSATION = b"teachonce conversation 1"  # in keys, of what a conversation is
 WRITTEN = b"teachonce written answer 1"  # in keys, of an answer that ids say, or that has no end
 BLANK_SIZE = (32, 32)  # pixels, before the image processor makes of it what its model takes
 NUM_COLOURS = 3
+NO_TOKENS = -1
 PLACEHOLDERS = ("image_token", "boi_token")  # of a processor, of which a template writes one
 OTHER_PLACEHOLDERS = ("eoi_token", "video_token", "audio_token")
 SIZE_STEP = 64  # pixels: sizes are rounded up to it where tokens of a picture have to be counted
@@ -186,24 +187,30 @@ class ExampleProcessor:
 
     def approximate_length(self, example: Example) -> int:
         """About how many tokens an example has, without the template's, to put like with like: nothing is decoded."""
-        turns = example.turns if example.answer_ids is None else example.turns[:-1]
-        texts = " ".join(part for turn in turns for part in turn.parts if part is not None)
-        num_tokens = len(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        num_tokens += len(example.answer_ids or ())
-        return num_tokens + self.picture_tokens(example)
+        (num_text,) = self.text_tokens([text_of(example)])
+        return num_text + len(example.answer_ids or ()) + self.picture_tokens(example)
+
+    def text_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each of the texts by itself."""
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
     def picture_tokens(self, example: Example) -> int:
         """From the pictures' sizes, as their headers say; 0 where there is no such header."""
+        counts = [self.tokens_of_size(size_by_header(image)) for image in example.images]
+        return 0 if NO_TOKENS in counts else sum(counts)
+
+    def tokens_of_size(self, size: tuple[int, int]) -> int:
+        """About how many a picture of that width and height has; ``NO_TOKENS`` where that cannot be said."""
+        width, height = size
         count = getattr(self._processor, "_get_num_multimodal_tokens", None)
-        if not example.images:
-            return 0
+        if size == NO_SIZE:
+            return NO_TOKENS
         try:
-            sizes = [size_of(image) for image in example.images]
             if count is None:
-                return sum(map(self._counted_tokens, sizes))
-            return sum(count(image_sizes=[(height, width) for width, height in sizes])["num_image_tokens"])
-        except Exception:  # of many types; whoever decodes the picture says what is wrong with it
-            return 0
+                return self._counted_tokens(size)
+            return int(sum(count(image_sizes=[(height, width)])["num_image_tokens"]))
+        except Exception:  # of many types; whoever encodes the picture says what is wrong with it
+            return NO_TOKENS
 
     def pixels(self, one: Encoded) -> int:
         """That a tower sees of an example's pictures, resized and cut as they are."""
@@ -363,6 +370,12 @@ class ExampleProcessor:
             what = "the picture" if len(images) == 1 else f"the {len(images)} pictures"
             raise DataError(f"{where}: the image processor refuses {what} ({reason})") from error
         return dict(inputs)
+
+
+def text_of(example: Example) -> str:
+    """All that is said in an example, but for an answer whose ids are given: its tokens are nearly its parts'."""
+    turns = example.turns if example.answer_ids is None else example.turns[:-1]
+    return " ".join(part for turn in turns for part in turn.parts if part is not None)
 
 
 def _where(example: Example, picture: int | None = None) -> str:

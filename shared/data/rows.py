@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from shared.data.answer_ids import given_ids
 from shared.data.conversations import FORMS, READERS, Conversation, Form, Turn, majority, question_answer
-from shared.data.pictures import listed_pictures, looks_like_pictures, picture_bytes
+from shared.data.pictures import Picture, PictureFile, listed_pictures, looks_like_pictures, read_picture
 from shared.data.sources import Rows, choose, open_rows
 from shared.data.texts import require_unicode, required_text
 from shared.errors import DataError, shortened
@@ -46,6 +46,7 @@ class Example:
     answer_end   whether the last answer is whole; an answer that was cut is learned without the end of its turn
     written_by   which model wrote the last answer, and how, as its set says; "" where none did
     num_outvoted answers of the row that are not used, where it holds a list of them
+    files        those that pictures were read from, as they were then
     """
 
     images: tuple[bytes, ...]
@@ -59,6 +60,7 @@ class Example:
     answer_end: bool = True
     written_by: str = field(default="", compare=False)
     num_outvoted: int = field(default=0, compare=False)
+    files: tuple[PictureFile, ...] = field(default=(), compare=False)
 
     @classmethod
     def single(cls, image: bytes, question: str, answer: str, **rest: Any) -> Self:
@@ -119,8 +121,9 @@ class VqaSplit:
         form = self._form_of(value, where)
         read, num_outvoted = self._read(form, row, value, where)
         ids, is_whole = given_ids(value, where=where)
+        pictures = self._pictures(read.pictures, row, index)
         return Example(
-            images=self._images(read.pictures, row, index),
+            images=tuple(picture.data for picture in pictures),
             turns=read.turns,
             kind=_label(value.get("kind"), "kind", where),
             case=_label(value.get("case"), "case", where),
@@ -131,6 +134,7 @@ class VqaSplit:
             answer_end=is_whole,
             written_by=_label(value.get("written_by"), "written_by", where),
             num_outvoted=num_outvoted,
+            files=tuple(picture.file for picture in pictures if picture.file is not None),
         )
 
     def where(self, index: int) -> str:
@@ -196,13 +200,13 @@ class VqaSplit:
             name for name in filled if row[name] != [] and not isinstance(row[name], int | float)
         ] or filled
 
-    def _images(self, pictures: Sequence[Any], row: Mapping[str, Any], index: int) -> tuple[bytes, ...]:
-        where, folder, several = self.where(index), self.rows.folder_of(index), len(pictures) > 1
+    def _pictures(self, named: Sequence[Any], row: Mapping[str, Any], index: int) -> list[Picture]:
+        where, folder, several = self.where(index), self.rows.folder_of(index), len(named) > 1
         try:
-            return tuple(
-                picture_bytes(picture, folder, where=f"{where}, picture {number}" if several else where)
-                for number, picture in enumerate(pictures, start=1)
-            )
+            return [
+                read_picture(one, folder, where=f"{where}, picture {number}" if several else where)
+                for number, one in enumerate(named, start=1)
+            ]
         except DataError as error:
             filled = self._filled(row)
             if len(filled) < 2 and not (filled and isinstance(row[filled[0]], int | float)):

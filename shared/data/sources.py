@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import datasets
 
 from shared.data.classes import described_classes, named
+from shared.data.data_files import DataFile
 from shared.data.json_rows import SUFFIXES as JSON_SUFFIXES
 from shared.data.json_rows import JsonRows
 from shared.data.tables import TableRows
@@ -61,6 +62,8 @@ class Rows(Protocol):
 
     def select(self, columns: Sequence[str]) -> Rows: ...  # the others need not be read
 
+    def data_files(self) -> list[DataFile]: ...  # in the order of their rows
+
     @property
     def columns(self) -> list[str]: ...
     def __len__(self) -> int: ...
@@ -69,13 +72,20 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class DatasetRows:
-    """Rows of a memory-mapped ``datasets.Dataset``; pictures stay encoded, classes have their names."""
+    """Rows of a memory-mapped ``datasets.Dataset``; pictures stay encoded, classes have their names.
+
+    fingerprint  of the data set as it was opened, whatever columns are used of it
+    """
 
     dataset: datasets.Dataset
     folder: Path | None
+    fingerprint: str | None = None
 
     def folder_of(self, index: int) -> Path | None:
         return self.folder
+
+    def data_files(self) -> list[DataFile]:
+        return [DataFile(None, len(self), fingerprint=self.fingerprint)]
 
     @property
     def columns(self) -> list[str]:
@@ -94,7 +104,7 @@ class DatasetRows:
     def select(self, columns: Sequence[str]) -> DatasetRows:
         dataset = self.dataset.select_columns(list(columns))
         features = datasets.Features({name: _encoded(dataset.features[name]) for name in columns})
-        return DatasetRows(dataset if features == dataset.features else dataset.cast(features), self.folder)
+        return replace(self, dataset=dataset if features == dataset.features else dataset.cast(features))
 
 
 def _encoded(feature: Any) -> Any:
@@ -137,7 +147,8 @@ def open_rows(
         if path.exists():
             return _open_files(path, split, {split, *splits})
         require_hub_asked_once()
-        return DatasetRows(datasets.load_dataset(source, config, revision=revision, split=split), None)
+        found = datasets.load_dataset(source, config, revision=revision, split=split)
+        return DatasetRows(found, None, fingerprint=getattr(found, "_fingerprint", None))
     except NotAFileError as error:
         raise DataError(f"data.source {source}: {error}") from error
     except TeachonceError:

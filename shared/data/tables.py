@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from shared.arrow_messages import MALFORMED, blocks, decoded_bytes
 from shared.data.classes import described_classes, named
 from shared.data.copies import Stamp, kept_copy
+from shared.data.data_files import DataFile
 from shared.errors import DataError, FileError, TeachonceError
 
 MAX_GROUP_BYTES = 64 * 2**20  # of the columns in use, decoded
@@ -149,6 +150,9 @@ class TableRows:
 
     def folder_of(self, index: int) -> Path:
         return self.folder
+
+    def data_files(self) -> list[DataFile]:
+        return [DataFile(file.path, sum(file.block_rows), file.stamp) for file in self.files]
 
     def select(self, columns: Sequence[str]) -> TableRows:
         """The same rows with some of the columns; the others are not read.
