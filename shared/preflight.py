@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
+import numpy as np
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
 from shared.cache import CacheReader
+from shared.cache.index import as_key_array
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed, shortened
 from shared.models.quantized import require_library, what_becomes_of_it
@@ -285,11 +287,11 @@ def _form(found: SplitFound) -> str:
     return "; ".join(told)
 
 
-def _num_in_several(splits: Sequence[Sequence[bytes]]) -> int:
-    """Distinct rows that more than one split holds."""
-    seen: set[bytes] = set()
-    several: set[bytes] = set()
-    for keys in splits:
-        several |= seen & set(keys)
-        seen |= set(keys)
-    return len(several)
+def _num_in_several(splits: Sequence[np.ndarray]) -> int:
+    """Distinct rows that more than one split holds, of each split's keys."""
+    if not splits:
+        return 0
+    counts = np.unique(
+        np.concatenate([np.unique(as_key_array(keys)) for keys in splits]), return_counts=True
+    )[1]
+    return int((counts > 1).sum())

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from shared.cache.index import as_key_array
 from shared.data.images import decode_rgb, doubt, require_header
-from shared.data.processing import Counted, ExampleProcessor
+from shared.data.processing import KEY_BYTES, Counted, ExampleProcessor
 from shared.data.rows import Example, VqaSplit, open_split
 from shared.errors import DataError
 from shared.recipes import DataConfig, Split
@@ -31,7 +32,7 @@ class SplitFound:
     reasons    one for each row that cannot be used
     forms, num_pictures, num_turns  how many usable rows are of a form, have so many pictures, so many answers
     num_outvoted  answers that are not used, of rows that hold lists of them
-    keys       of the usable ones, in order; empty without a processor, as all that follows
+    keys       (n, 16) uint8, of the usable ones, in order; empty without a processor, as all that follows
     positions  (n,) int64, answer tokens and the end of the turn
     lengths    (n,) int64, tokens of the whole example; exact for the longest
     pixels     (n,) int64, about so many that a vision tower sees of its pictures
@@ -41,7 +42,7 @@ class SplitFound:
     split: VqaSplit
     reasons: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
+    keys: np.ndarray = field(default_factory=lambda: np.zeros((0, KEY_BYTES), np.uint8))
     num_usable: int = 0
     num_decoded: int = 0
     doubtful: list[str] = field(default_factory=list)
@@ -63,7 +64,7 @@ class SplitFound:
 
     @property
     def num_duplicates(self) -> int:
-        return len(self.keys) - len(set(self.keys))
+        return len(self.keys) - len(np.unique(as_key_array(self.keys)))
 
     @property
     def longest(self) -> int:
@@ -89,6 +90,7 @@ def look_at(data: DataConfig, name: Split, processor: ExampleProcessor | None) -
     num_decoded = min(MAX_DECODED, len(split))
     decoded = set((np.arange(num_decoded) * len(split) // max(num_decoded, 1)).tolist())
     counted: list[Counted] = []
+    keys = bytearray()
     num_picture_tokens: list[int] = []
     for row in range(len(split)):
         try:
@@ -111,9 +113,10 @@ def look_at(data: DataConfig, name: Split, processor: ExampleProcessor | None) -
         found.count(example)
         found.rows.append(row)
         if processor is not None:
-            found.keys.append(processor.key(example))
+            keys += processor.key(example)
             num_picture_tokens.append(processor.picture_tokens(example))
     if processor is not None and found.rows:
+        found.keys = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
         found.positions = np.array([one.num_positions for one in counted], np.int64)
         found.num_cut = sum(one.num_cut for one in counted)
         found.lengths = np.array([one.num_tokens for one in counted], np.int64) + num_picture_tokens

@@ -13,18 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from shared.cache import CacheReader, InputsIdentity, Plan, PromptIdentity
+from shared.cache.index import Keys, as_key_array
 from shared.cache.layout import PLAN_NAME
 from shared.cache.manifest import ShardInfo, load_manifest
 from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.cache.verified import VerifiedFiles
-from shared.data.images import decode_rgb
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import VqaSplit, open_split
 from shared.errors import CacheFormatError, CacheMismatchError, DataError, TeachonceError, listed
-from shared.progress import progress
 from shared.recipes import DataConfig, Recipe, Split
+from shared.surveying import (
+    Surveyors,
+    keys_of,
+    num_pictures_of,
+    picture_tokens_of,
+    reasons_of,
+    survey_rows,
+    writers_of,
+)
 
 MAX_WRITERS, MAX_WRITER = 100, 2000  # named in a manifest; characters of one
 NUM_MEASURED = 4  # rows that are tried for the tokens of a template
@@ -34,7 +43,8 @@ NUM_MEASURED = 4  # rows that are tried for the tokens of a template
 class Keyed:
     """The readable rows of a split.
 
-    rows        (n,) int64, rows of the split; ``keys`` are theirs, in order
+    rows        (n,) int64, rows of the split
+    keys        (n, 16) uint8, theirs, in order
     lengths     (n,) int64, about so many tokens, the picture's among them: a measure to put like with like
     pixels      (n,) int64, about so many that a vision tower sees of its pictures
     unreadable  (row, reason) of each row that has no usable picture, question or answer
@@ -45,7 +55,7 @@ class Keyed:
 
     split: VqaSplit
     rows: np.ndarray
-    keys: tuple[bytes, ...]
+    keys: np.ndarray
     lengths: np.ndarray
     pixels: np.ndarray
     unreadable: tuple[tuple[int, str], ...]
@@ -59,55 +69,44 @@ class Keyed:
         return keys_fingerprint(self.keys)
 
 
-def keys_fingerprint(keys: Sequence[bytes]) -> str:
-    return hashlib.blake2b(b"".join(keys), digest_size=16).hexdigest()
+def keys_fingerprint(keys: np.ndarray) -> str:
+    """Hex, over keys of 16 bytes in order, as an array of any shape."""
+    return hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()
 
 
 def survey_keys(
-    data: DataConfig, name: Split, processor: ExampleProcessor, *, show: bool = False, decode: bool = False
+    data: DataConfig,
+    name: Split,
+    processor: ExampleProcessor,
+    surveyors: Surveyors | None = None,
+    *,
+    show: bool = False,
+    decode: bool = False,
 ) -> Keyed:
-    """Reads every row of the split once.
+    """What every row of the split is; called by all ranks, which share the reading.
 
-    show    with a progress bar
-    decode  also finds pictures that cannot be decoded, where no capture has found them before
+    surveyors  None: this process alone, and nothing is kept
+    show       with a progress bar
+    decode     also finds pictures that cannot be decoded, where no capture has found them before
     """
-    split = open_split(data, name)
-    rows: list[int] = []
-    keys: list[bytes] = []
-    lengths: list[int] = []
-    picture_tokens: list[int] = []
-    unreadable: list[tuple[int, str]] = []
-    num_outvoted = 0
-    has_pictures = False
-    writers: Counter[str] = Counter()
-    for row in progress(range(len(split)), desc=f"reading {name}", unit="row", disable=not show, leave=False):
-        try:
-            example = split[row]
-            processor.require_usable(example)
-            if decode:
-                for image in example.images:
-                    decode_rgb(image, where=split.where(row))
-        except DataError as error:
-            unreadable.append((row, str(error)))
-            continue
-        has_pictures = has_pictures or bool(example.images)
-        writers[example.written_by] += 1
-        rows.append(row)
-        num_outvoted += example.num_outvoted
-        keys.append(processor.key(example))
-        lengths.append(processor.approximate_length(example))
-        picture_tokens.append(processor.picture_tokens(example))
-    measured = measure(split, rows, lengths, picture_tokens, processor)
+    surveyors = surveyors or Surveyors()
+    split = surveyors.world.by_main(lambda: open_split(data, name))
+    table = survey_rows(split, processor, surveyors, decode=decode, show=show)
+    is_usable = table.column("key").is_valid().to_numpy()
+    rows, usable = np.flatnonzero(is_usable), table.filter(pa.array(is_usable))
+    picture_tokens = picture_tokens_of(usable, processor)
+    lengths = usable.column("text_tokens").to_numpy() + picture_tokens
+    measured = surveyors.world.by_main(lambda: measure(split, rows, lengths, picture_tokens, processor))
     return Keyed(
         split=split,
-        rows=np.array(rows, np.int64),
-        keys=tuple(keys),
-        lengths=np.array(lengths, np.int64) + measured.template_tokens,
+        rows=rows,
+        keys=keys_of(usable),
+        lengths=lengths + measured.template_tokens,
         pixels=measured.pixels(picture_tokens),
-        unreadable=tuple(unreadable),
-        num_outvoted=num_outvoted,
-        has_pictures=has_pictures,
-        written_by=told_writers(writers),
+        unreadable=reasons_of(table),
+        num_outvoted=int(usable.column("outvoted").to_numpy().sum()),
+        has_pictures=num_pictures_of(usable) > 0,
+        written_by=told_writers(writers_of(usable)),
     )
 
 
@@ -130,26 +129,26 @@ class Measured:
     template_tokens: int = 0
     pixels_per_token: float = 0.0
 
-    def pixels(self, picture_tokens: Sequence[int]) -> np.ndarray:
-        return np.rint(np.array(picture_tokens) * self.pixels_per_token).astype(np.int64)
+    def pixels(self, picture_tokens: np.ndarray) -> np.ndarray:
+        return np.rint(picture_tokens * self.pixels_per_token).astype(np.int64)
 
 
 def measure(
     split: VqaSplit,
-    rows: Sequence[int],
-    lengths: Sequence[int],
-    picture_tokens: Sequence[int],
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    picture_tokens: np.ndarray,
     processor: ExampleProcessor,
 ) -> Measured:
     """Of the first usable row with a picture, or else of the first one; ``lengths`` are without the template's."""
-    with_pictures = [place for place, tokens in enumerate(picture_tokens) if tokens]
-    for place in [*with_pictures[:NUM_MEASURED], *range(len(rows))][: 2 * NUM_MEASURED]:
+    with_pictures = np.flatnonzero(picture_tokens)[:NUM_MEASURED].tolist()
+    for place in [*with_pictures, *range(min(len(rows), 2 * NUM_MEASURED))][: 2 * NUM_MEASURED]:
         try:
-            one = processor.encode(split[rows[place]])
+            one = processor.encode(split[int(rows[place])])
         except DataError:  # whoever needs the row says what is wrong with it
             continue
-        template_tokens = max(0, len(one.input_ids) - lengths[place])
-        return Measured(template_tokens, processor.pixels(one) / max(1, picture_tokens[place]))
+        template_tokens = max(0, len(one.input_ids) - int(lengths[place]))
+        return Measured(template_tokens, processor.pixels(one) / max(1, int(picture_tokens[place])))
     return Measured()
 
 
@@ -247,17 +246,22 @@ def cache_covers(recipe: Recipe) -> bool:
     except CacheFormatError:
         return False  # the capture says what is wrong with it, and mends it where it can
     processor = open_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
-    skipped = {bytes.fromhex(row.key) for row in reader.manifest.skipped if row.key}
+    surveyors = Surveyors.of_capture(recipe)
     for name in captured_splits(recipe):
-        keys = [key for key in survey_keys(recipe.data, name, processor).keys if key not in skipped]
+        keys = survey_keys(recipe.data, name, processor, surveyors).keys
+        keys = keys[~are_skipped(keys, reader)]
         if not reader.contains(keys).all() or broken_shards(reader, keys):
             return False
     return True
 
 
-def broken_shards(
-    reader: CacheReader, keys: Sequence[bytes] | None = None, *, hashed: bool = True
-) -> list[str]:
+def are_skipped(keys: np.ndarray, reader: CacheReader) -> np.ndarray:
+    """(n,) bool, which of these keys the cache's capture has left out."""
+    skipped = [bytes.fromhex(row.key) for row in reader.manifest.skipped if row.key]
+    return np.isin(as_key_array(keys), as_key_array(skipped))
+
+
+def broken_shards(reader: CacheReader, keys: Keys | None = None, *, hashed: bool = True) -> list[str]:
     """Names of the shards that are gone or not what the manifest says, of those that hold any of the keys.
 
     keys    None: of all shards

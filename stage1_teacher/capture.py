@@ -45,7 +45,7 @@ from shared.runtime import World, environment
 from shared.same_teacher import teacher_content, teacher_stamp
 from shared.sparse import position_seeds
 from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on
-from shared.survey import broken_shards, open_processor_of
+from shared.survey import are_skipped, broken_shards, open_processor_of
 from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.lockstep import Lockstep
 from stage1_teacher.capturing.progress import Tally, require_space, totals_of
@@ -76,7 +76,7 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         raise RecipeError(f"recipe of run {recipe.run.name}: a capture needs a teacher and a cache section")
     require_ranks(recipe.teacher, world.size)
     processor = open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
-    data = world.by_main(lambda: survey(recipe, processor))
+    data = survey(recipe, processor, world)
     if world.by_main(lambda: nothing_to_do(recipe, processor, data)):
         if world.is_main:
             remove_committed_plan(recipe.cache.path)
@@ -86,7 +86,7 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         if num_outvoted := sum(part.num_outvoted for part in data.keyed):
             tqdm.write(f"note: {num_outvoted:,} answer(s) are dropped: not what most of their row say")
         tqdm.write(
-            f"teacher {recipe.teacher.model} is run over {len(data.all_keys())} examples; cache {recipe.cache.path}"
+            f"teacher {recipe.teacher.model} is run over {len(data.keys)} examples; cache {recipe.cache.path}"
         )
         config = load_config(recipe.teacher.model, recipe.teacher.revision)
         is_shared = world.size > 1 and (recipe.teacher.shard or recipe.teacher.ranks_per_copy > 1)
@@ -115,8 +115,7 @@ def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData
         reader = CacheReader(recipe.cache.path)
     except (CacheFormatError, FileNotFoundError):
         return False
-    skipped = {row.key for row in reader.manifest.skipped if row.key}
-    wanted = [key for key in data.all_keys() if key.hex() not in skipped]
+    wanted = data.keys[~are_skipped(data.keys, reader)]
     covered = bool(reader.contains(wanted).all())
     if not covered or not is_same_capture(reader, recipe, processor, data):
         return False
@@ -180,8 +179,8 @@ def open_cache(
         writer, plan, pending = open_planned(
             cache.path,
             identity,
-            data.all_keys(),
-            data.numbered_keys(),
+            data.keys,
+            data.numbers,
             examples_per_shard=cache.examples_per_shard,
             skipped=data.unreadable(),
             facts=facts,

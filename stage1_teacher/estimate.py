@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 from shared.batching import BatchRunner
 from shared.cache import CacheReader, CacheWriter, Identity, Row
+from shared.cache.index import as_key_array
 from shared.capture.planning import CaptureData, NumberedRows, identity_of, survey
 from shared.data.collation import Batch, Encoded
 from shared.data.processing import ExampleProcessor
@@ -162,8 +164,8 @@ def count_all(recipe: Recipe, data: CaptureData, processor: ExampleProcessor) ->
     """Positions are counted from the answers alone; a row that is equal to another one counts in them."""
     assert recipe.cache is not None
     positions = sum(count_positions(part.split, part.rows, processor) for part in data.keyed)
-    keys = data.all_keys()
-    examples = len(set(keys))
+    keys = as_key_array(data.keys)
+    examples = len(np.unique(keys))
     return Totals(
         examples=examples,
         positions=round(positions * examples / len(keys)),
@@ -230,7 +232,8 @@ class Sample:
     ) -> Sample:
         """Raises   DataError  when none of the chosen rows can be used"""
         rows = NumberedRows(tuple(part.split for part in data.keyed))
-        numbers = list(dict(data.numbered_keys()).values())
+        firsts = np.unique(as_key_array(data.keys), return_index=True)[1]
+        numbers = data.numbers[np.sort(firsts)].tolist()
         chosen = [numbers[i * len(numbers) // num_examples] for i in range(num_examples)]
         encoded, begin = [], time.perf_counter()
         for number in progress(dict.fromkeys(chosen), desc="reading the sample", unit="ex", leave=False):

@@ -142,8 +142,8 @@ def _describe_cache(
     left_out: dict[str, list[str]] = {}
     missing = []
     for found in looked:
-        for place in np.flatnonzero(~cache.contains(found.keys)).tolist() if found.keys else []:
-            where, key = found.split.where(found.rows[place]), found.keys[place].hex()
+        for place in np.flatnonzero(~cache.contains(found.keys)).tolist():
+            where, key = found.split.where(found.rows[place]), found.keys[place].tobytes().hex()
             if key in skipped:
                 left_out.setdefault(found.split.name, []).append(f"{where}: not in the cache: {skipped[key]}")
             else:

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from shared.cache import CacheReader
-from shared.cache.index import split_keys
+from shared.cache.index import as_key_array, split_keys
 from shared.cache.layout import PLAN_NAME
 from shared.cache.storage import LocalFolder
 from shared.cache.verify import verify
@@ -364,9 +364,10 @@ def test_a_broken_shard_without_wanted_examples_is_no_work(tree: dict[str, Any],
     assert cache_covers(recipe)
 
 
-def keys_of(recipe: Recipe, name: Any) -> tuple[bytes, ...]:
+def keys_of(recipe: Recipe, name: Any) -> list[bytes]:
     assert recipe.teacher is not None
-    return survey_keys(recipe.data, name, open_processor(recipe.teacher.model, recipe.data)).keys
+    found = survey_keys(recipe.data, name, open_processor(recipe.teacher.model, recipe.data))
+    return split_keys(as_key_array(found.keys))
 
 
 def shards_of(reader: CacheReader) -> list[set[bytes]]:

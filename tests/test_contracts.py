@@ -24,6 +24,7 @@ FLOORS = [
     {"models"},
     {"codec", "data"},
     {"answering", "reports", "kd_loss", "cache"},
+    {"surveying"},
     {"survey", "small_models", "same_teacher", "split_check", "model_check"},
     {"preflight"},
     {"pipeline", "capture"},

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ from shared.cache import (
     TeacherIdentity,
     Unit,
 )
+from shared.cache.index import as_key_array
 from shared.capture.opening import open_planned
 from shared.capture.planning import NumberedRows, identity_of, survey
 from shared.capture.targets import AnsweredExample, rows_of, sparse_targets
@@ -86,9 +88,9 @@ class Capture(Generic[Example]):
                             when it changed after the keys were made
         """
         for unit in self._pending:
-            places = range(len(unit))
+            numbered = list(zip(unit.keys, unit.rows.tolist(), strict=True))
             for start in range(0, len(unit), size):
-                found = [self._encoded(unit, place) for place in places[start : start + size]]
+                found = [self._encoded(unit, key, row) for key, row in numbered[start : start + size]]
                 batch = [one for one in found if one is not None]
                 if batch:
                     yield batch
@@ -142,9 +144,8 @@ class Capture(Generic[Example]):
             self.counts = {k: v + n for (k, v), n in zip(self.counts.items(), found, strict=True)}
         self.num_missing -= len(rows)
 
-    def _encoded(self, unit: Unit, place: int) -> Example | None:
+    def _encoded(self, unit: Unit, key: bytes, number: int) -> Example | None:
         """An example, handed out; None for one that is left out."""
-        key, number = unit.keys[place], int(unit.rows[place])
         try:
             example = self._examples[number]
         except DataError as error:
@@ -185,8 +186,8 @@ def capture(
     writer, plan, pending = open_planned(
         recipe.cache.path,
         identity_of(recipe, processor, data, weights_fingerprint=weights_fingerprint),
-        data.all_keys(),
-        data.numbered_keys(),
+        data.keys,
+        data.numbers,
         examples_per_shard=recipe.cache.examples_per_shard,
         skipped=data.unreadable(),
     )
@@ -226,13 +227,15 @@ def capture_examples(
     targets = TargetsIdentity.of_capture(
         policy or Threshold(), temperatures=temperatures, seed=seed, label_log_prob=label_log_prob
     )
-    source = DataSource(name="examples", split="all", fingerprint=keys_fingerprint(keys), rows=len(keys))
+    key_array = as_key_array(keys)
+    fingerprint = keys_fingerprint(key_array)
+    source = DataSource(name="examples", split="all", fingerprint=fingerprint, rows=len(keys))
     begin = time.monotonic()
     writer, plan, pending = open_planned(
         location,
         Identity(teacher=teacher, inputs=inputs, targets=targets, data=(source,)),
-        keys,
-        zip(keys, range(len(keys)), strict=True),
+        key_array,
+        np.arange(len(keys)),
         examples_per_shard=examples_per_shard,
     )
     with writer:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from shared.cache import CacheBusyError, CacheReader, CacheWriter, Identity, Plan, SkippedRow, Unit
+import numpy as np
+import numpy.typing as npt
+
+from shared.cache import (
+    CacheBusyError,
+    CacheReader,
+    CacheWriter,
+    Identity,
+    Plan,
+    SkippedRow,
+    Unit,
+    Wanted,
+)
 from shared.cache.claimant import somebody_at_work
+from shared.cache.index import Keys
 from shared.runtime import environment
 from shared.survey import broken_shards
 
@@ -13,8 +26,8 @@ from shared.survey import broken_shards
 def open_planned(
     location: str,
     identity: Identity,
-    keys: Sequence[bytes],
-    numbered_keys: Iterable[tuple[bytes, int]],
+    keys: Keys,
+    numbers: npt.NDArray[np.int64],
     *,
     examples_per_shard: int,
     skipped: Sequence[SkippedRow] = (),
@@ -24,12 +37,11 @@ def open_planned(
 ) -> tuple[CacheWriter, Plan, list[Unit]]:
     """A writer, its plan, and the units without a whole shard.
 
-    keys           all that the cache is to hold
-    numbered_keys  the same with the caller's row numbers; looked at only where a plan must be made
-    facts          for the manifest's ``created_by``, beside the versions
-    with_others    other processes may capture what this one does, by claims; the folder is locked for the planning
-                   alone.  False: it is this process's own until the writer is closed
-    timeout_s      after which a silent process is taken to be dead
+    keys         all that the cache is to hold; ``numbers``, (n,), are the caller's own of their rows
+    facts        for the manifest's ``created_by``, beside the versions
+    with_others  other processes may capture what this one does, by claims; the folder is locked for the planning
+                 alone.  False: it is this process's own until the writer is closed
+    timeout_s    after which a silent process is taken to be dead
     Raises   as ``CacheWriter.open``, and CacheBusyError  while others capture something else into the folder
     """
     created_by = created_by_versions() | dict(facts or {})
@@ -43,7 +55,7 @@ def open_planned(
             )
         _discard_broken_shards(location, writer, keys)
         plan = writer.stored_plan() or writer.plan(
-            numbered_keys, examples_per_shard=examples_per_shard, skipped=skipped
+            Wanted.of(keys, numbers), examples_per_shard=examples_per_shard, skipped=skipped
         )
         if with_others:
             writer.close()
@@ -53,7 +65,7 @@ def open_planned(
         raise
 
 
-def _discard_broken_shards(location: str, writer: CacheWriter, keys: Sequence[bytes]) -> None:
+def _discard_broken_shards(location: str, writer: CacheWriter, keys: Keys) -> None:
     """Leaves the plan no file that its manifest convicts: what is gone is planned again."""
     if writer.manifest is not None:
         for name in broken_shards(CacheReader(location), keys):

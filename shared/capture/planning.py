@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from shared.cache import CacheReader, DataSource, Identity, SkippedRow, TargetsIdentity, TeacherIdentity
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit, open_split
 from shared.errors import DataError, RecipeError, listed
 from shared.recipes import Recipe, Split
+from shared.runtime import World
 from shared.same_teacher import compare_teacher
 from shared.survey import Keyed, captured_splits, inputs_identity, prompt_identity, survey_keys
+from shared.surveying import Surveyors
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,16 @@ class CaptureData:
 
     keyed: tuple[Keyed, ...]
 
-    def numbered_keys(self) -> list[tuple[bytes, int]]:
-        """(key, number of the row), in order."""
-        rows = NumberedRows(tuple(part.split for part in self.keyed))
-        return [
-            (key, rows.first_number(index) + int(row))
-            for index, part in enumerate(self.keyed)
-            for key, row in zip(part.keys, part.rows, strict=True)
-        ]
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """(n, 16) uint8, in order."""
+        return np.concatenate([part.keys for part in self.keyed])
 
-    def all_keys(self) -> list[bytes]:
-        return [key for part in self.keyed for key in part.keys]
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """(n,) int64, the number of each key's row, as ``NumberedRows`` counts."""
+        rows = NumberedRows(tuple(part.split for part in self.keyed))
+        return np.concatenate([rows.first_number(index) + part.rows for index, part in enumerate(self.keyed)])
 
     def unreadable(self) -> list[SkippedRow]:
         return [
@@ -81,22 +85,29 @@ def open_rows(recipe: Recipe) -> NumberedRows:
 
 
 def survey(
-    recipe: Recipe, processor: ExampleProcessor, *, splits: Sequence[Split] | None = None
+    recipe: Recipe,
+    processor: ExampleProcessor,
+    world: World | None = None,
+    *,
+    splits: Sequence[Split] | None = None,
 ) -> CaptureData:
-    """Reads and hashes every row.
+    """What every row is; called by all ranks, which share the reading, or by a process without peers.
 
     splits   by default those that the cache is to hold
     Raises   DataError  when more rows are unreadable than ``data.max_dropped`` allows
     """
+    surveyors = Surveyors.of_capture(recipe, world)
     splits = captured_splits(recipe) if splits is None else splits
-    data = CaptureData(tuple(survey_keys(recipe.data, name, processor, show=True) for name in splits))
+    data = CaptureData(
+        tuple(survey_keys(recipe.data, name, processor, surveyors, show=True) for name in splits)
+    )
     unreadable = data.unreadable()
     if len(unreadable) > recipe.data.max_dropped:
         raise DataError(
             f"{recipe.data.source}: {len(unreadable)} row(s) cannot be used, data.max_dropped allows "
             f"{recipe.data.max_dropped}:\n{listed([row.reason for row in unreadable])}"
         )
-    if not data.all_keys():
+    if not len(data.keys):
         reasons = [f"the first: {row.reason}" for row in unreadable[:1]]
         raise DataError("; ".join([f"{recipe.data.source}: no row can be used", *reasons]))
     return data

@@ -391,7 +391,7 @@ class ParallelConfig(Section):
     """Keep parameters, gradients and moments in host memory."""
     collective_timeout_s: Annotated[float, Field(ge=1, le=1e6)] = 600
     """Seconds, in either stage. A rank that keeps the others waiting for longer is taken to hang, and the job ends.
-    What the first rank does alone (reading data and weights, an export) has no limit."""
+    What a rank does alone (reading its part of the data, weights, an export) has no limit."""
 
     @model_validator(mode="after")
     def _what_there_is(self) -> Self:

@@ -107,7 +107,7 @@ def answers_of(
     Raises        TeachonceError or torch.OutOfMemoryError  on all ranks, what one of them met
     """
     processor = open_processor_of(recipe, source.model, revision=source.revision)
-    found = (found or survey_once(recipe.data, split, processor, None, world)).spread(num_examples)
+    found = (found or survey_once(recipe, split, processor, None, world)).spread(num_examples)
     if shuffle_pictures:
         found = with_other_pictures(found)
     mine = found.rows.tolist()[world.rank :: world.size]

@@ -73,7 +73,7 @@ def _validated(
         cache, _ = open_targets(recipe, processor, temperature=KL_TEMPERATURE)
         distilled = cache
         world.by_main(lambda: require_teacher(recipe, distilled))
-    found = survey_once(recipe.data, split, processor, cache, world).spread(num_examples)
+    found = survey_once(recipe, split, processor, cache, world).spread(num_examples)
     if shuffle_pictures:
         found = with_other_pictures(found)
     microbatches = found.microbatches(processor, cache, num_ranks=world.size)

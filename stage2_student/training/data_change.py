@@ -45,10 +45,7 @@ class RowKeys:
 
     @property
     def fingerprint(self) -> str:
-        return keys_fingerprint([row.tobytes() for row in self.keys])
-
-    def by_row(self) -> dict[int, bytes]:
-        return {int(row): key.tobytes() for row, key in zip(self.rows, self.keys, strict=True)}
+        return keys_fingerprint(self.keys)
 
 
 def keep_rows(folder: RunFolder, survey: Survey) -> None:
@@ -120,11 +117,12 @@ class Change:
 
     @classmethod
     def between(cls, before: RowKeys, now: RowKeys) -> Change:
-        old, new = before.by_row(), now.by_row()
-        mended = tuple(row for row in old if row in new and old[row] != new[row])
-        left_out = tuple(row for row in old if row not in new)
-        added = tuple(row for row in new if row not in old)
-        return cls(len(old), len(new), mended, left_out, added)
+        both, old, new = np.intersect1d(before.rows, now.rows, assume_unique=True, return_indices=True)
+        is_mended = (before.keys[old] != now.keys[new]).any(axis=1)
+        left_out = np.setdiff1d(before.rows, now.rows, assume_unique=True)
+        added = np.setdiff1d(now.rows, before.rows, assume_unique=True)
+        mended, gone, come = (tuple(rows.tolist()) for rows in (both[is_mended], left_out, added))
+        return cls(len(before.rows), len(now.rows), mended, gone, come)
 
     def lines(self, name: str, survey: Survey) -> Iterator[str]:
         yield f"{name}: {self.num_before} rows before, {self.num_now} now"

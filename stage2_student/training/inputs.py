@@ -53,7 +53,7 @@ class Inputs:
         """Where the examples lie, if their order follows the cache's shards."""
         if not self.window or self.cache is None:
             return None
-        return ShardLayout.of(self.cache.shards([key.tobytes() for key in self.train.keys]))
+        return ShardLayout.of(self.cache.shards(self.train.keys))
 
     def record(self) -> dict[str, Any]:
         """The first line of metrics.jsonl."""
@@ -121,10 +121,10 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     if cache is not None:
         distilled = cache
         notices += world.by_main(lambda: require_teacher(recipe, distilled))
-    train = survey_once(recipe.data, "train", processor, cache, world)
+    train = survey_once(recipe, "train", processor, cache, world)
     validation = None
     if recipe.data.splits.validation is not None:
-        validation = survey_once(recipe.data, "validation", processor, cache, world)
+        validation = survey_once(recipe, "validation", processor, cache, world)
     window = world.by_main(lambda: shuffle_window(recipe, cache))  # machines may have other staging folders
     if window and cache is not None:
         notices += (

@@ -15,9 +15,10 @@ from shared.data.processing import KEY_BYTES, ExampleProcessor
 from shared.data.rows import VqaSplit
 from shared.dealing import Work
 from shared.errors import DataError, listed
-from shared.recipes import DataConfig, Split
+from shared.recipes import DataConfig, Recipe, Split
 from shared.runtime import World
-from shared.survey import keys_fingerprint, not_in_the_cache, survey_keys
+from shared.survey import Keyed, are_skipped, keys_fingerprint, not_in_the_cache, survey_keys
+from shared.surveying import Surveyors
 from stage2_student.training.feed import MicrobatchSource
 
 MAX_REASONS_SHOWN = 10
@@ -108,43 +109,53 @@ def survey(
     name: Split,
     processor: ExampleProcessor,
     cache: CacheReader | None,
+    surveyors: Surveyors | None = None,
     *,
     show: bool = False,
 ) -> Survey:
-    """Raises   DataError           when more rows are unusable than ``data.max_dropped`` allows
-    CacheMismatchError  when the cache lacks usable rows
+    """Called by all ranks, which share the reading; ``surveyors`` None: by this process alone, and nothing is kept.
+
+    Raises   DataError           when more rows are unusable than ``data.max_dropped`` allows
+             CacheMismatchError  when the cache lacks usable rows
     """
     # Without a cache nobody has looked at the pictures yet; where all must be usable, a bad one waits for its step.
     decode = cache is None and data.max_dropped > 0
-    keyed = survey_keys(data, name, processor, show=show, decode=decode)
-    skipped = {} if cache is None else {row.key: row.reason for row in cache.manifest.skipped if row.key}
-    usable = np.array([key.hex() not in skipped for key in keyed.keys], dtype=bool)
-    dropped = [reason for _, reason in keyed.unreadable]
-    dropped += [
-        f"{keyed.split.where(int(keyed.rows[i]))}: not in the cache: {skipped[keyed.keys[i].hex()]}"
-        for i in np.flatnonzero(~usable)
-    ]
+    keyed = survey_keys(data, name, processor, surveyors, show=show, decode=decode)
+    usable, reasons = _left_out(keyed, cache)
+    dropped = [reason for _, reason in keyed.unreadable] + reasons
     _check_number(keyed.split, data, num_usable=int(usable.sum()), dropped=dropped)
-    wanted = [keyed.keys[i] for i in np.flatnonzero(usable)]
     if cache is not None:
-        _check_cache(keyed.split, keyed.rows[usable], wanted, cache, processor, data)
+        _check_cache(keyed.split, keyed.rows[usable], keyed.keys[usable], cache, processor, data)
     return Survey(
         split=keyed.split,
         rows=keyed.rows[usable],
         lengths=keyed.lengths[usable],
         pixels=keyed.pixels[usable],
-        fingerprint=keys_fingerprint(wanted),
+        fingerprint=keys_fingerprint(keyed.keys[usable]),
         dropped=tuple(dropped),
         has_pictures=keyed.has_pictures,
-        keys=np.frombuffer(b"".join(wanted), np.uint8).reshape(-1, KEY_BYTES),
+        keys=keyed.keys[usable],
     )
 
 
 def survey_once(
-    data: DataConfig, name: Split, processor: ExampleProcessor, cache: CacheReader | None, world: World
+    recipe: Recipe, name: Split, processor: ExampleProcessor, cache: CacheReader | None, world: World
 ) -> Survey:
-    """As ``survey``, by the first rank for all."""
-    return world.by_main(lambda: survey(data, name, processor, cache, show=True))
+    """As ``survey``, by all ranks of a run, which find what earlier runs and the capture have kept."""
+    return survey(recipe.data, name, processor, cache, Surveyors.of_run(recipe, world), show=True)
+
+
+def _left_out(keyed: Keyed, cache: CacheReader | None) -> tuple[np.ndarray, list[str]]:
+    """Which rows the cache has not left out, (n,) bool, and the reasons of those that it has."""
+    if cache is None:
+        return np.ones(len(keyed.keys), bool), []
+    skipped = are_skipped(keyed.keys, cache)
+    places = np.flatnonzero(skipped).tolist()
+    reasons = {row.key: row.reason for row in cache.manifest.skipped if row.key} if places else {}
+    return ~skipped, [
+        f"{keyed.split.where(int(keyed.rows[i]))}: not in the cache: {reasons[keyed.keys[i].tobytes().hex()]}"
+        for i in places
+    ]
 
 
 def _check_number(split: VqaSplit, data: DataConfig, *, num_usable: int, dropped: list[str]) -> None:
@@ -160,7 +171,7 @@ def _check_number(split: VqaSplit, data: DataConfig, *, num_usable: int, dropped
 def _check_cache(
     split: VqaSplit,
     rows: np.ndarray,
-    keys: list[bytes],
+    keys: np.ndarray,
     cache: CacheReader,
     processor: ExampleProcessor,
     data: DataConfig,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from shared.batching import batches_of_like_length
-from shared.cache import CacheWriter, Claims
+from shared.cache import CacheWriter, Claims, Wanted
 from shared.capture.planning import identity_of, survey
 from shared.data.collation import Encoded
 from shared.data.processing import open_processor
@@ -113,7 +113,7 @@ def measure(recipe: Recipe, folder: Path, *, device: torch.device, rounds: int =
 
         def captured(path: Path) -> None:
             with CacheWriter.open(str(path), identity, created_by={}) as writer:
-                plan = writer.plan(data.numbered_keys(), examples_per_shard=cache.examples_per_shard)
+                plan = writer.plan(Wanted.of(data.keys, data.numbers), examples_per_shard=cache.examples_per_shard)
                 with Claims(writer.folder, plan.units, timeout_s=cache.claim_timeout_s) as claims:
                     tally = Tally(claims, len(encoded), show=False)
                     assembler = ShardAssembler(writer, plan.units, on_rows=tally.add, on_shard=claims.finish)
