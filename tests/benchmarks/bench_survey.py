@@ -1,0 +1,226 @@
+"""The survey of all rows: by two ranks against one, and the next start, which reads what was kept.
+
+    python -m tests.benchmarks.bench_survey [--rows 16384] [--second-rows 65536]
+
+Rows are synthetic: a small PNG, question and answer, in Parquet files.  One rank and two take turns on the same rows
+in the same processes, so what else the machine does falls on both; each time nothing is kept yet.  CPU time is that
+of the busier rank: what the machine's other work takes is not in it.  For the second start, new processes open the
+data, the processor and what was kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from shared.cache import Wanted
+from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.rows import open_split
+from shared.recipes import DataConfig
+from shared.runtime import World
+from shared.small_models import make_small_model, train_tokenizer
+from shared.survey import survey_keys
+from shared.surveying import Surveyors
+from shared.surveying.kept import Kept
+from shared.surveying.parts import parts_of
+
+ROWS_OF_A_FILE = 65_536
+ROWS_OF_A_GROUP = 4_096
+NUM_REPEATS = 7
+RANKS_TIMEOUT_S = 24 * 3600
+
+
+def write_rows(folder: Path, number: int) -> DataConfig:
+    """Rows of about 300 bytes, no two alike."""
+    folder.mkdir()
+    files = [_png(size=(16 + 8 * (shade % 4), 16 + 4 * (shade % 3)), seed=shade) for shade in range(12)]
+    for first in range(0, number, ROWS_OF_A_FILE):
+        rows = range(first, min(first + ROWS_OF_A_FILE, number))
+        pictures = [{"bytes": files[row % 12] + row.to_bytes(8), "path": None} for row in rows]
+        table = {
+            "image_id": pictures,
+            "question": [
+                f"Which of the findings is in picture {row}, and where does it lie?" for row in rows
+            ],
+            "answer": [
+                f"A small mass of {row % 90} mm, in the upper part of lobe {row % 5}." for row in rows
+            ],
+        }
+        name = f"train-{first // ROWS_OF_A_FILE:05d}.parquet"
+        pq.write_table(pa.table(table), folder / name, row_group_size=ROWS_OF_A_GROUP)
+    return DataConfig(source=str(folder))
+
+
+def _png(*, size: tuple[int, int], seed: int) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 4, size, dtype=np.uint8) * 60
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_model(folder: Path) -> Path:
+    texts = [f"Which of the findings is in picture {n}? A small mass of {n} mm in lobe." for n in range(100)]
+    tokenizer = train_tokenizer(texts, folder / "tokenizer", vocab_size=512)
+    sizes = {"hidden_size": 64, "num_layers": 2, "vision_hidden_size": 32, "vision_depth": 1}
+    return make_small_model(folder / "model", tokenizer=tokenizer, seed=0, **sizes)
+
+
+@dataclass(frozen=True)
+class Spent:
+    wall_s: float
+    cpu_s: float
+
+
+def spent(work: Callable[[], Any]) -> Spent:
+    """By this process and those that it has started and waited for."""
+    wall, cpu = time.perf_counter(), _cpu_s()
+    work()
+    return Spent(time.perf_counter() - wall, _cpu_s() - cpu)
+
+
+def _cpu_s() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def take_turns(
+    data: DataConfig, processor: ExampleProcessor, folder: Path, world: World
+) -> dict[str, list[Spent | None]]:
+    """What each repeat takes of this rank; None where the first one works alone."""
+    found: dict[str, list[Spent | None]] = {"one": [], "two": [], "one, two processes": []}
+    for repeat in range(NUM_REPEATS):
+        for way in found:
+            kept_at = str(folder / f"kept-{repeat}-{way}")
+            world.barrier()
+            surveyors = Surveyors(kept_at=kept_at, num_workers=2 if "processes" in way else 0)
+            if way == "two":
+                surveyors = Surveyors(world, kept_at)
+            elif not world.is_main:
+                found[way].append(None)
+                continue
+            found[way].append(spent(functools.partial(survey_keys, data, "train", processor, surveyors)))
+    return found
+
+
+def shared_table(data: DataConfig, processor: ExampleProcessor, folder: Path, num_rows: int) -> None:
+    from stage2_runs import on_ranks
+
+    ranks = on_ranks(2, lambda world: take_turns(data, processor, folder, world))
+    turns = {
+        way: [[one for one in both if one] for both in zip(*(r[way] for r in ranks), strict=True)]
+        for way in ranks[0]
+    }
+    wall = {way: [max(one.wall_s for one in both) for both in found] for way, found in turns.items()}
+    cpu = {way: [max(one.cpu_s for one in both) for both in found] for way, found in turns.items()}
+    print(f"{num_rows:,} rows, medians of {NUM_REPEATS}")
+    print(
+        "| ranks | seconds | rows a second | times as fast | CPU seconds of the busier rank | by CPU time |"
+    )
+    print("|---|---|---|---|---|---|")
+    for way in turns:
+        seconds, of_cpu = statistics.median(wall[way]), statistics.median(cpu[way])
+        faster, by_cpu = (
+            statistics.median(a / b for a, b in zip(times["one"], times[way], strict=True))
+            for times in (wall, cpu)
+        )
+        cells = [way, f"{seconds:.2f}", f"{num_rows / seconds:,.0f}", f"{faster:.2f}", f"{of_cpu:.2f}"]
+        print(f"| {' | '.join(cells)} | {'' if 'processes' in way else f'{by_cpu:.2f}'} |")
+
+
+def second_start(folder: str, world: World) -> dict[str, float]:
+    """Of a new process: seconds of its parts, and its memory at most."""
+    root = Path(folder)
+    data, times = DataConfig(source=str(root / "data")), {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        found = work()
+        times[name] = time.perf_counter() - begin
+        return found
+
+    times["memory before, MiB"] = _peak_mib()
+    processor = timed("processor", lambda: open_processor(str(root / "model"), data))
+    world.barrier()
+    surveyors = Surveyors(world, str(root / "kept"))
+    found = timed("survey", lambda: survey_keys(data, "train", processor, surveyors))
+    times["memory, MiB"] = _peak_mib()
+    split = timed("of these, opening the data", lambda: open_split(data, "train"))
+    kept = Kept.of(str(root / "kept"), split, processor, decode=False)
+    mine = parts_of(split)[world.rank :: world.size]
+    timed("of these, reading Arrow", lambda: [kept.read(part) for part in mine])
+    timed("planning a capture's rows", lambda: Wanted.of(found.keys, found.rows))
+    return times
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def second_table(root: Path, num_rows: int) -> None:
+    from stage2_runs import on_ranks
+
+    data, kept = DataConfig(source=str(root / "data")), root / "kept"
+    if not (root / "data").exists():
+        write_rows(root / "data", num_rows)
+    processor = open_processor(str(root / "model"), data)
+    first = spent(
+        lambda: survey_keys(data, "train", processor, Surveyors(kept_at=str(kept), num_workers=2), show=True)
+    )
+    size = sum(path.stat().st_size for path in kept.rglob("*.arrow"))
+    print(
+        f"first start on {num_rows:,} rows, two processes: {first.wall_s:.0f} s ({first.cpu_s:.0f} s of CPU)"
+    )
+    print(f"what is kept: {size / 2**20:.0f} MiB")
+    for number in (1, 2):
+        begin = time.perf_counter()
+        ranks = on_ranks(number, functools.partial(second_start, str(root)), new=True)
+        print(f"second start, {number} rank(s), {time.perf_counter() - begin:.1f} s with all imports:")
+        for name in ranks[0]:
+            print(f"  {name}: {', '.join(f'{one[name]:.2f}' for one in ranks)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=16_384)
+    parser.add_argument("--second-rows", type=int, default=65_536)
+    parser.add_argument("--only", choices=["shared", "second"])
+    parser.add_argument(
+        "--folder", type=Path, help="keeps the rows and what was found of them, for another time"
+    )
+    chosen = parser.parse_args()
+    sys.path.append(str(Path(__file__).parents[1]))  # what the tests start ranks with
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import stage2_runs
+
+    stage2_runs.RANKS_TIMEOUT_S = RANKS_TIMEOUT_S
+    with tempfile.TemporaryDirectory() as temporary:
+        root = chosen.folder or Path(temporary)
+        if not (root / "model").exists():
+            root.mkdir(exist_ok=True)
+            write_model(root)
+        if chosen.only != "second":
+            with tempfile.TemporaryDirectory() as scratch:
+                data = write_rows(Path(scratch) / "data", chosen.rows)
+                shared_table(data, open_processor(str(root / "model"), data), Path(scratch), chosen.rows)
+        if chosen.only != "shared":
+            second_table(root, chosen.second_rows)
+
+
+if __name__ == "__main__":
+    main()
