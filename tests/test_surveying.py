@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from shared.cache.storage import temporary_name
 from shared.data import sources
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import Example, VqaSplit, open_split
-from shared.errors import DataError
+from shared.errors import CacheFormatError, DataError
 from shared.recipes import DataConfig
 from shared.runtime import World, alone
 from shared.survey import Keyed, survey_keys
@@ -96,6 +97,11 @@ def same(one: Keyed, other: Keyed) -> bool:
 def kept_files(mine: Surveyors) -> list[Path]:
     assert mine.kept_at is not None
     return sorted(path for path in Path(mine.kept_at).rglob("*") if path.is_file())
+
+
+def whole_files(mine: Surveyors) -> list[Path]:
+    """Without those that are being written."""
+    return [path for path in kept_files(mine) if not path.name.startswith(".")]
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -358,6 +364,34 @@ def test_another_folder_has_other_pictures(
     assert same(survey_keys(other, "train", processor, mine), survey_keys(other, "train", processor))
 
 
+def test_a_folder_above_finds_its_own(
+    data: DataConfig, processor: ExampleProcessor, mine: Surveyors, tmp_path: Path, told: Callable[[], str]
+) -> None:
+    """Relative paths of pictures would begin there, so it is another survey, and no damage."""
+    above = data.model_copy(update={"source": str(tmp_path)})
+    for one in (data, above, data, above):
+        assert same(
+            survey_keys(one, "train", processor, mine, show=True), survey_keys(one, "train", processor)
+        )
+    assert told() == ""
+
+
+def test_compressed_buffers_are_not_taken(
+    data: DataConfig, processor: ExampleProcessor, mine: Surveyors
+) -> None:
+    """A few bytes of them can take all memory."""
+    first = survey_keys(data, "train", processor, mine)
+    sink = pa.BufferOutputStream()
+    batch = decoded(kept_files(mine)[0].read_bytes())
+    with pa.ipc.new_file(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as stream:
+        stream.write_batch(batch)
+    packed = sink.getvalue().to_pybytes()
+    with pytest.raises(CacheFormatError, match="compressed"):
+        decoded(packed + hashlib.sha256(packed).digest())
+    kept_files(mine)[0].write_bytes(packed + hashlib.sha256(packed).digest())
+    assert same(survey_keys(data, "train", processor, mine), first)
+
+
 def test_pictures_that_cannot_be_decoded_are_another_survey(
     data: DataConfig, processor: ExampleProcessor, mine: Surveyors
 ) -> None:
@@ -433,13 +467,12 @@ def test_a_kill_costs_the_part_in_hand(
 
     process = FORK.Process(target=survey_slowly)
     process.start()
-    while not Path(str(mine.kept_at)).exists() or not kept_files(mine):
+    while not whole_files(mine):
         time.sleep(0.01)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    kept = [path for path in kept_files(mine) if not path.name.startswith(".")]
-    assert 0 < len(kept) < 6
+    assert 0 < len(whole_files(mine)) < 6
     found = survey_keys(data, "train", processor, mine)
     assert len(set(read_rows)) < 900
     assert same(found, survey_keys(data, "train", processor))

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from shared.cache.arrow_file import open_uncompressed
 from shared.cache.format import first_line
 from shared.cache.storage import Folder, LocalFolder, RemoteFolder, open_folder
 from shared.data.copies import Stamp
@@ -125,11 +126,12 @@ class Kept:
             "version": VERSION,
             "settings": self.settings,
             "path": _as_text(path),
-            "folder": _as_text(os.path.abspath(below or "")),
+            "folder": None if below is None else _as_text(os.path.abspath(below)),
             "content": content,
             "rows": [part.begin, part.end],
         }
-        folder = open_folder(f"{self.location}/{self.settings[:16]}/{digest(told['path'])[:16]}")
+        place = digest([told["path"], told["folder"]])
+        folder = open_folder(f"{self.location}/{self.settings[:16]}/{place[:16]}")
         folder.where = f"survey {folder.where.removeprefix('cache ')}"
         name = f"{content[:16]}-{part.begin}-{part.end}.arrow"
         return folder, name, {METADATA: json.dumps(told, sort_keys=True).encode()}
@@ -189,11 +191,11 @@ def encoded(batch: pa.RecordBatch) -> bytes:
 
 
 def decoded(data: bytes) -> pa.RecordBatch:
-    """Raises   ValueError or an error of Arrow's  when these are not the bytes of ``encoded``"""
+    """Raises   ValueError, OSError or an error of Arrow's  when these are not the bytes of ``encoded``"""
     body = memoryview(data)[:-DIGEST_BYTES]
     if hashlib.sha256(body).digest() != data[-DIGEST_BYTES:]:
         raise ValueError("its sha256 differs from the one at its end")
-    with pa.ipc.open_file(pa.py_buffer(body)) as stream:
+    with open_uncompressed(pa.py_buffer(body), where="what was kept") as stream:
         batch = stream.get_batch(0)
     if not batch.schema.equals(SCHEMA):
         raise ValueError("its columns are not those of a survey")
