@@ -40,7 +40,7 @@ from shared.library_output import quiet_libraries
 COLLECTIVE_TIMEOUT_S = 600.0
 NO_LIMIT = timedelta(days=14)  # some of gloo's waits count milliseconds in 31 bits, which end at 24 days
 POLL_S = 0.02
-_meetings, _claims = itertools.count(), itertools.count()
+_meetings, _queues = itertools.count(), itertools.count()
 # As gloo and the store say that another process of the job is gone, and that one has not come.
 LOST_CONNECTION = (
     "Connection closed by peer",
@@ -61,7 +61,7 @@ PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun te
 Value = TypeVar("Value")
 
 
-class Claims:
+class Queue:
     """Numbers that the ranks take one after another: a slow one takes fewer."""
 
     def __init__(self, total: int, store: Store | None) -> None:
@@ -214,11 +214,11 @@ class World:
                 raise error
         return [value for value, _ in gathered]
 
-    def claims(self, total: int) -> Claims:
+    def queue(self, total: int) -> Queue:
         """The numbers below ``total``, each for one rank; all ranks call this, in the same order of calls."""
-        number = next(_claims)
-        store = None if self.size == 1 else PrefixStore(f"claims/{number}", _get_default_store())
-        return Claims(total, store)
+        number = next(_queues)
+        store = None if self.size == 1 else PrefixStore(f"queue/{number}", _get_default_store())
+        return Queue(total, store)
 
     def meets(self, *, within_s: float) -> bool:
         """Whether all ranks come here within that time of this one; called by all.

@@ -583,18 +583,18 @@ def test_a_survey_lies_beside_the_cache(location: str, place: str) -> None:
     assert place_beside(location) == place
 
 
-def test_claims_are_each_taken_once() -> None:
-    claims = alone().claims(3)
-    assert list(claims) == [0, 1, 2]
-    taken = on_ranks(2, lambda world: list(world.claims(101)))
+def test_numbers_of_a_queue_are_each_taken_once() -> None:
+    queue = alone().queue(3)
+    assert list(queue) == [0, 1, 2]
+    taken = on_ranks(2, lambda world: list(world.queue(101)))
     assert sorted(taken[0] + taken[1]) == list(range(101))
 
 
-def test_what_no_rank_may_do_any_more_is_not_claimed() -> None:
-    claims = alone().claims(3)
-    numbers: Iterator[int] = iter(claims)
+def test_what_is_given_up_is_not_taken() -> None:
+    queue = alone().queue(3)
+    numbers: Iterator[int] = iter(queue)
     assert next(numbers) == 0
-    claims.give_up()
+    queue.give_up()
     assert list(numbers) == []
 
 

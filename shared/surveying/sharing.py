@@ -20,7 +20,7 @@ from shared.data.rows import VqaSplit
 from shared.errors import DataError, TeachonceError, TrainingError, is_out_of_memory
 from shared.progress import progress
 from shared.recipes import Recipe
-from shared.runtime import Claims, World, alone
+from shared.runtime import Queue, World, alone
 from shared.surveying.found import SCHEMA, look, usable_example
 from shared.surveying.kept import Kept, place_beside
 from shared.surveying.parts import Part, parts_of
@@ -90,7 +90,7 @@ def survey_rows(
         known = ()
         notes.append(f"{next(filter(None, doubts))}. All rows of the split are surveyed again")
     missing = sorted(set(range(len(parts))).difference(*known))
-    claims = world.claims(len(missing))
+    queue = world.queue(len(missing))
     is_told = show and world.is_main
     _tell(notes, is_told=is_told)
 
@@ -98,7 +98,7 @@ def survey_rows(
         """Also what was kept, without the names of pictures' files, which nobody needs any more."""
         unkept = []
         todo = [parts[number] for number in missing]
-        for one in looked(source, todo, claims, surveyors, is_shown=is_told):
+        for one in looked(source, todo, queue, surveyors, is_shown=is_told):
             kept[missing[one.number]] = one.batch
             unkept += [] if one.unkept is None else [one.unkept]
         return {number: batch.drop_columns(["files"]) for number, batch in kept.items()}, unkept
@@ -198,17 +198,17 @@ class PartSource(Dataset):
 
 
 def looked(
-    source: PartSource, parts: Sequence[Part], claims: Claims, surveyors: Surveyors, *, is_shown: bool
+    source: PartSource, parts: Sequence[Part], queue: Queue, surveyors: Surveyors, *, is_shown: bool
 ) -> Iterator[Looked]:
-    """What is found of the parts that this rank claims.
+    """What is found of the parts that this rank takes.
 
-    Raises   TeachonceError  as ``survey_rows``; no rank claims another part then
+    Raises   TeachonceError  as ``survey_rows``; no rank takes another part then
     """
     num_workers = min(surveyors.num_processes, len(parts))
     num_workers = 0 if num_workers < 2 else num_workers  # one would do what this process can do itself
     loader: DataLoader = DataLoader(
         PackedDataset(source, workers_setting=surveyors.workers_setting) if num_workers else source,
-        sampler=((number, parts[number]) for number in claims),
+        sampler=((number, parts[number]) for number in queue),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=1 if num_workers else None,
@@ -223,7 +223,7 @@ def looked(
         try:
             for item in loaded_items(loader, workers_setting=surveyors.workers_setting):
                 yield item
-                bar.update(ends[min(claims.num_taken(), len(ends)) - 1] - bar.n)
+                bar.update(ends[min(queue.num_taken(), len(ends)) - 1] - bar.n)
         except TeachonceError:
-            claims.give_up()
+            queue.give_up()
             raise

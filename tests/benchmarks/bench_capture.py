@@ -113,7 +113,9 @@ def measure(recipe: Recipe, folder: Path, *, device: torch.device, rounds: int =
 
         def captured(path: Path) -> None:
             with CacheWriter.open(str(path), identity, created_by={}) as writer:
-                plan = writer.plan(Wanted.of(data.keys, data.numbers), examples_per_shard=cache.examples_per_shard)
+                plan = writer.plan(
+                    Wanted.of(data.keys, data.numbers), examples_per_shard=cache.examples_per_shard
+                )
                 with Claims(writer.folder, plan.units, timeout_s=cache.claim_timeout_s) as claims:
                     tally = Tally(claims, len(encoded), show=False)
                     assembler = ShardAssembler(writer, plan.units, on_rows=tally.add, on_shard=claims.finish)
