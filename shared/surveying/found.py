@@ -163,10 +163,10 @@ def picture_tokens_of(table: pa.Table, processor: ExampleProcessor) -> np.ndarra
     pictures = table.column("pictures")
     flat = pictures.combine_chunks().flatten() if len(table) else pa.array([], SIZE)
     num_pictures = pc.list_value_length(pictures).to_numpy()
-    sizes = np.stack([flat.field(name).to_numpy() for name in ("width", "height")], axis=1)
-    distinct, which = np.unique(sizes, axis=0, return_inverse=True)
-    counts = np.array([processor.tokens_of_size((w, h)) for w, h in distinct.tolist()], np.int64)
-    counts = counts[which.reshape(-1)]
+    widths, heights = (flat.field(name).to_numpy().astype(np.int64) for name in ("width", "height"))
+    distinct, which = np.unique(widths << 32 | heights, return_inverse=True)  # 32 bits each
+    sizes = zip((distinct >> 32).tolist(), (distinct & 0xFFFFFFFF).tolist(), strict=True)
+    counts = np.array([processor.tokens_of_size(size) for size in sizes], np.int64)[which]
     lines = np.repeat(np.arange(len(table)), num_pictures)
     total = np.bincount(lines, np.maximum(counts, 0), len(table)).astype(np.int64)
     total[lines[counts == NO_TOKENS]] = 0

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import pyarrow as pa
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -170,10 +171,11 @@ class PartSource(Dataset):
         Such a row may have been mended without a change of the data file, and its number is another one where
         other files have changed.
         """
-        reasons = batch.column("reason").to_pylist()
-        for line, reason in enumerate(reasons):
-            if reason is None:
-                continue
+        lines = np.flatnonzero(batch.column("reason").is_valid().to_numpy(zero_copy_only=False)).tolist()
+        if not lines:
+            return batch
+        reasons: list[str | None] = [None] * batch.num_rows
+        for line in lines:
             try:
                 usable_example(self.split, self.processor, part.first + line, decode=self.decode)
                 return None
