@@ -93,7 +93,8 @@ def survey_keys(
     split = surveyors.world.by_main(lambda: open_split(data, name))
     table = survey_rows(split, processor, surveyors, decode=decode, show=show)
     is_usable = table.column("key").is_valid().to_numpy()
-    rows, usable = np.flatnonzero(is_usable), table.filter(pa.array(is_usable))
+    rows = np.flatnonzero(is_usable)
+    usable = table if len(rows) == len(table) else table.filter(pa.array(is_usable))  # which copies
     picture_tokens = picture_tokens_of(usable, processor)
     lengths = usable.column("text_tokens").to_numpy() + picture_tokens
     measured = surveyors.world.by_main(lambda: measure(split, rows, lengths, picture_tokens, processor))
