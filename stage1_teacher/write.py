@@ -46,9 +46,9 @@ def write(recipe: Recipe, world: World, stop: StopRequest, *, out: Path | None =
         recipe = world.by_main(lambda: as_it_began(recipe, folder))
         assert recipe.teacher is not None
         processor = open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
-        prompts = world.by_main(lambda: asked(recipe, processor, config))
+        prompts = asked(recipe, processor, config, world)
         if world.is_main:
-            num_prompts = len(prompts.all_keys())
+            num_prompts = len(prompts.keys)
             tqdm.write(
                 f"teacher {recipe.teacher.model} answers {num_prompts:,} prompts; answers {folder.path}"
             )

@@ -61,11 +61,11 @@ def write(
         recipe = world.by_main(lambda: as_it_began(recipe, folder))
         with _exported(run, checkpoint, folder, world) as student:
             processor = open_processor_of(recipe, str(student), revision=None)
-            prompts = world.by_main(lambda: asked(recipe, processor, config))
+            prompts = asked(recipe, processor, config, world)
             model = _opened(recipe, str(student), processor, world)
         step = checkpoint.facts.step
         if world.is_main:
-            num_prompts = len(prompts.all_keys())
+            num_prompts = len(prompts.keys)
             tqdm.write(
                 f"student {run.path}, step {step}, answers {num_prompts:,} prompts; answers {folder.path}"
             )

@@ -11,4 +11,12 @@ data.
 from shared.surveying.found import keys_of, num_pictures_of, picture_tokens_of, reasons_of, writers_of
 from shared.surveying.sharing import Surveyors, survey_rows
 
-__all__ = ["Surveyors", "keys_of", "num_pictures_of", "picture_tokens_of", "reasons_of", "survey_rows", "writers_of"]
+__all__ = [
+    "Surveyors",
+    "keys_of",
+    "num_pictures_of",
+    "picture_tokens_of",
+    "reasons_of",
+    "survey_rows",
+    "writers_of",
+]

@@ -1,6 +1,6 @@
 """Answers, unit by unit, for whichever stage has the model.
 
-    prompts = world.by_main(lambda: asked(recipe, processor, config))
+    prompts = asked(recipe, processor, config, world)
     write(recipe, config, processor, prompts, author, folder, world, stop)      # an exit status
 
 Every rank, or group of ranks with one copy of the model, claims units from the job's store.  A unit's batches are
@@ -63,8 +63,8 @@ class Assignment:
     num_refused: int
 
 
-def asked(recipe: Recipe, processor: ExampleProcessor, config: WriteConfig) -> CaptureData:
-    """The prompts of the splits that the data set has.
+def asked(recipe: Recipe, processor: ExampleProcessor, config: WriteConfig, world: World) -> CaptureData:
+    """The prompts of the splits that the data set has; called by all ranks, which share the reading.
 
     Raises   DataError    when more rows cannot be used than ``data.max_dropped`` allows
              RecipeError  when there are no such splits, or no columns for what is written
@@ -76,7 +76,7 @@ def asked(recipe: Recipe, processor: ExampleProcessor, config: WriteConfig) -> C
         raise RecipeError(f"write.splits {', '.join(config.splits)}: the recipe's data have none of them")
     if odd := [named[name] for name in splits if "/" in named[name]]:
         raise RecipeError(f"split {odd[0]!r}: its name cannot be a file's; answers are in files of that name")
-    found = survey(recipe, processor, splits=splits)
+    found = survey(recipe, processor, world, splits=splits)
     require_columns(found.keyed[0].split)
     return found
 

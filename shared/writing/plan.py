@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from shared.cache import Wanted
+from shared.cache.index import split_keys
 from shared.cache.lock import CacheBusyError, CaptureLock
 from shared.cache.storage import LocalFolder, explain_write_errors
 from shared.capture.planning import CaptureData, NumberedRows
@@ -127,13 +129,12 @@ def units_of(found: CaptureData, prompts_per_file: int) -> tuple[Unit, ...]:
     rows = NumberedRows(tuple(part.split for part in found.keyed))
     units = []
     for index, part in enumerate(found.keyed):
-        first = dict(zip(reversed(part.keys), reversed(part.rows.tolist()), strict=True))
-        keys = sorted(first, key=first.__getitem__)
-        starts = range(0, len(keys), prompts_per_file)
+        wanted = Wanted.of(part.keys, part.rows + rows.first_number(index))
+        starts = range(0, len(wanted.keys), prompts_per_file)
         for number, start in enumerate(starts):
-            some = tuple(keys[start : start + prompts_per_file])
-            numbers = np.array([first[key] for key in some], np.int64) + rows.first_number(index)
-            units.append(Unit(part.split.name, number, len(starts), numbers, some))
+            some = slice(start, start + prompts_per_file)
+            keys = tuple(split_keys(wanted.keys[some]))
+            units.append(Unit(part.split.name, number, len(starts), wanted.rows[some], keys))
     return tuple(units)
 
 
