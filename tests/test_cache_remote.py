@@ -124,6 +124,13 @@ def test_segments_and_a_sample_in_memory(memory: str, staging: Path) -> None:
     numbers = (0, 63, 64, 70)
     rows = CacheReader(url).rows([make_key(number) for number in numbers])
     assert [row.payload for row in rows] == [make_row(number).payload for number in numbers]
+    filesystem.pipe_file(f"{url}/claims/host.1.aa.json", b"{}")  # somebody is at work, perhaps at the commit
+    filesystem.pipe_file(f"{url}/list-0123456789abcdef.arrow", b"of a manifest to come")
+    capture(url, range(71), examples_per_shard=1)
+    assert len(filesystem.glob(f"{url}/list-*")) == 3
+    filesystem.rm(f"{url}/claims", recursive=True)
+    capture(url, range(71), examples_per_shard=1)
+    assert len(filesystem.glob(f"{url}/list-*")) == 2
     filesystem.rm_file(f"{url}/{manifest.files[0].name}")
     assert CacheReader(url).manifest == manifest  # from the copy
     assert "is missing" in verify(url).faults[0]

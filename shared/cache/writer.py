@@ -310,11 +310,14 @@ class CacheWriter:
     def _sweep(self) -> None:
         """Removes what killed processes left half-written, and lists and indices of older manifests.
 
-        Those outlive their commit, so that a reader of the old cache can go on.
+        Those outlive their commit, so that a reader of the old cache can go on.  Where nothing locks, and others
+        take part in a capture, one of them may be about to name what looks old.
         """
+        is_locked, is_shared = self._lock is not None and self._lock.works, bool(self.folder.names(CLAIMS))
         if isinstance(self.folder, LocalFolder):
-            alone = self._lock is not None and self._lock.works and not self.folder.names(CLAIMS)
-            self.folder.remove_temporaries(alive_too=alone)
+            self.folder.remove_temporaries(alive_too=is_locked and not is_shared)
+        if is_shared and not is_locked:
+            return
         current = set() if self.manifest is None else {file.name for file in self.manifest.files}
         for name in table_names(self.folder):
             if name not in current:
