@@ -234,6 +234,8 @@ class Lead:
                     tally.rest(self.teacher.seconds())
                     if self.teacher.is_sharded:
                         self.stop.received = self.stop.agreed(self.world)
+                    if claims.num_left and self.world.is_main and not self.stop.received:
+                        tqdm.write(f"waiting for {claims.num_left} unit(s) that other processes have in hand")
                     if not self.by_one(lambda: claims.wait(self.is_stopped)):
                         break
                     claims.claimant.note(idle=False)

@@ -16,7 +16,7 @@ from stage2_runs import on_ranks
 from test_capture import files, run, spoiled, with_values
 from test_capture import tree as tree  # the fixture
 
-from shared.cache import CacheBusyError, CacheReader
+from shared.cache import CacheBusyError, CacheReader, CacheWriter
 from shared.cache.claimant import Claimant
 from shared.cache.layout import CLAIMS
 from shared.cache.log import log_records
@@ -129,6 +129,18 @@ def test_a_job_with_another_plan_is_refused_while_somebody_captures(
         assert run(tree) == 0  # the same plan: it takes part
     assert files(Path(tree["cache"]["path"])) == whole
     assert run(with_values(tree, "data", limit=4)) == 0
+
+
+def test_one_that_joins_does_not_read_again_what_others_have_captured(
+    tree: dict[str, Any], whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tree, StopRequest(received=True)) == INTERRUPTED_STATUS
+    folder = open_folder(tree["cache"]["path"])
+    monkeypatch.setattr(CacheWriter, "is_finished", lambda *_: pytest.fail("a shard is read"))
+    with Claimant(folder, timeout_s=60) as other:
+        other.tell(idle=True)
+        assert run(tree) == 0
+    assert files(Path(tree["cache"]["path"])) == whole
 
 
 def test_what_a_process_of_another_machine_has_left_is_waited_for_and_then_done(

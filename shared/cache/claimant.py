@@ -165,10 +165,14 @@ def somebody_at_work(folder: Folder, *, timeout_s: float) -> str | None:
     return None
 
 
+def somebody_may_be_at_work(folder: Folder) -> bool:
+    """Whether there is a claimant that is not known to be dead; does not wait until it is clear."""
+    return not all(is_gone(facts_of(folder, name)) for name in claimant_files(folder))
+
+
 def remove_claims_of_the_dead(folder: Folder) -> None:
     """Removes what is left in a cache where nobody captures; nothing where somebody may."""
-    files = claimant_files(folder)
-    if all(is_gone(facts_of(folder, name)) for name in files):
+    if not somebody_may_be_at_work(folder):
         remove_claims(folder)
 
 

@@ -17,8 +17,9 @@ from shared.cache import (
     Unit,
     Wanted,
 )
-from shared.cache.claimant import somebody_at_work
+from shared.cache.claimant import somebody_at_work, somebody_may_be_at_work
 from shared.cache.index import Keys
+from shared.cache.layout import shard_names, unit_in
 from shared.runtime import environment
 from shared.survey import broken_shards
 
@@ -59,6 +60,11 @@ def open_planned(
         )
         if with_others:
             writer.close()
+        if with_others and somebody_may_be_at_work(
+            writer.folder
+        ):  # then the first one has read what lies there
+            there = {unit_in(name) for name in shard_names(writer.folder)}
+            return writer, plan, [unit for unit in plan.units if unit.unit_id not in there]
         return writer, plan, [unit for unit in plan.units if not writer.is_finished(unit)]
     except BaseException:
         writer.close()
