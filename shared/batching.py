@@ -12,7 +12,6 @@ from shared.dealing import Limits, Work, deal
 from shared.errors import TrainingError, is_out_of_memory
 
 Result = TypeVar("Result")
-Unit = TypeVar("Unit")
 
 
 def batches_of_like_length(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
@@ -82,9 +81,3 @@ class BatchRunner:
         rest = [index for batch in batches for index in batch]
         again = batches_of_like_length([lengths[index] for index in rest], max_tokens=self.max_tokens)
         return [[rest[place] for place in batch] for batch in again][::-1]
-
-
-def claimed(units: Sequence[Unit], claim: Callable[[], int]) -> Iterator[Unit]:
-    """Units that this rank has claimed from the job's counter, as long as there are any."""
-    while (place := claim()) < len(units):
-        yield units[place]

@@ -93,12 +93,12 @@ def test_any_checkpoint_and_any_folder(run: Path, tmp_path: Path) -> None:
 
 def test_a_student_of_adapters_on_two_ranks(tree: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("peft")
+    writing = {"max_new_tokens": 6, "num_workers": 0, "prompts_per_file": 4, "temperature": 1.0}
     recipe = make_recipe(
-        tree,
+        tree | {"write": writing},
         student__lora={"rank": 4},
         run__name="lora",
         run__root=str(tmp_path),
-        write={"max_new_tokens": 6, "num_workers": 0, "prompts_per_file": 4, "temperature": 1.0},
     )
     assert run_alone(recipe) == 0
     folder = RunFolder(recipe.run.path)
