@@ -264,6 +264,10 @@ def _describe_split(report: Report, name: str, found: SplitFound) -> None:
         report.add("  not used", f"columns {shortened(', '.join(found.split.unused))}")
     if found.num_outvoted:
         report.note(f"{found.num_outvoted:,} answer(s) of {name} are dropped: not what most of their row say")
+    if found.num_with_ids:
+        report.add("  token ids", f"of {found.num_with_ids:,} answers, as their writer has them")
+    if found.num_unended:
+        report.add("  not ended", f"{found.num_unended:,} answers: no end of the turn is learned")
     report.add("  pictures", f"all headers read, {found.num_decoded:,} of {len(found.split):,} decoded")
     if found.num_duplicates:
         report.note(f"{found.num_duplicates} row(s) of {name} are equal to an earlier one")

@@ -32,6 +32,7 @@ class SplitFound:
     reasons    one for each row that cannot be used
     forms, num_pictures, num_turns  how many usable rows are of a form, have so many pictures, so many answers
     num_outvoted  answers that are not used, of rows that hold lists of them
+    num_with_ids, num_unended  rows that say their answer's token ids; whose answer was cut by its writer
     keys       (n, 16) uint8, of the usable ones, in order; empty without a processor, as all that follows
     positions  (n,) int64, answer tokens and the end of the turn
     lengths    (n,) int64, tokens of the whole example; exact for the longest
@@ -50,6 +51,8 @@ class SplitFound:
     num_pictures: Counter[int] = field(default_factory=Counter)
     num_turns: Counter[int] = field(default_factory=Counter)
     num_outvoted: int = 0
+    num_with_ids: int = 0
+    num_unended: int = 0
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -61,6 +64,8 @@ class SplitFound:
         self.num_pictures[len(example.images)] += 1
         self.num_turns[sum(turn.role == "assistant" for turn in example.turns)] += 1
         self.num_outvoted += example.num_outvoted
+        self.num_with_ids += example.answer_ids is not None
+        self.num_unended += not example.answer_end
 
     @property
     def num_duplicates(self) -> int:

@@ -66,6 +66,8 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
             found.require_short(context_of(model), model=f"teacher {recipe.teacher.model}")
     with report.collecting():
         _describe_cache(report, recipe, processor)
+    with report.collecting():
+        _describe_writing(report, recipe)
     return report
 
 
@@ -128,6 +130,17 @@ def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor 
         stored.compare_capture(asked).require(
             where=f"cache {cache.location}", remedy="Capture into another folder, or delete this one."
         )
+
+
+def _describe_writing(report: Report, recipe: Recipe) -> None:
+    config = recipe.write
+    if config is None or config.path is None:
+        return
+    how = (
+        "the likeliest" if config.temperature == 0 else f"{config.per_prompt} sampled at {config.temperature}"
+    )
+    report.add("answers", f"{how} to each prompt of {', '.join(config.splits)}, into {config.path}")
+    require_writable(Path(config.path), what="write.path")
 
 
 def _policy_text(policy: Threshold | TopK | TopP | Random) -> str:

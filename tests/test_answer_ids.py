@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from samples import encoded_picture
+from stage2_runs import make_recipe
 
 from shared.data.conversations import Turn
 from shared.data.processing import ExampleProcessor, open_processor
@@ -19,6 +20,8 @@ from shared.errors import DataError
 from shared.recipes import DataConfig
 from shared.split_check import look_at
 from shared.survey import survey_keys
+from stage1_teacher.check import check_recipe as check_capture
+from stage2_student.check import check_recipe as check_run
 
 ANSWER = "MR of the brain"
 
@@ -244,3 +247,30 @@ def test_such_rows_are_counted_wherever_rows_are_looked_at(
     assert looked.num_usable == len(keyed.keys) == 1
     assert looked.reasons == [reason for _, reason in keyed.unreadable]
     assert "row 1: answer_ids holds" in looked.reasons[0]
+    assert (looked.num_with_ids, looked.num_unended) == (1, 0)
+
+
+def test_check_tells_of_them(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path, letters: tuple[int, ...]
+) -> None:
+    rows = [single(answer_ids=list(letters), answer_end=False), single()]
+    source = rows_in(tmp_path, rows).source
+    tree = {
+        "data": {"source": source, "splits": {"validation": None}, "max_answer_tokens": 64},
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"path": str(tmp_path / "cache")},
+        "student": {"model": str(student_folder)},
+        "optimization": {"max_steps": 1},
+        "run": {"name": "run", "root": str(tmp_path)},
+        "write": {"path": str(tmp_path / "set"), "temperature": 0.7, "per_prompt": 3},
+    }
+    for check in (check_capture, check_run):
+        report = check(make_recipe(tree), num_ranks=1)
+        assert report.problems == []
+        facts = dict(report.facts)
+        assert facts["  token ids"] == "of 1 answers, as their writer has them"
+        assert facts["  not ended"] == "1 answers: no end of the turn is learned"
+        told = facts.get("answers", "")
+    assert told == ""  # a student's check is not about the teacher's answers
+    facts = dict(check_capture(make_recipe(tree), num_ranks=1).facts)
+    assert facts["answers"].startswith("3 sampled at 0.7 to each prompt of train, validation, into ")
