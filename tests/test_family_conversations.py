@@ -13,6 +13,7 @@ import torch
 from families import FAMILIES, make_family, of_families
 from test_conversation_prompts import example_of, messages_of, said, user
 
+from shared.answering import Answered, Refused, answer, own_ends, sampled
 from shared.data.collation import Encoded
 from shared.data.conversations import Turn
 from shared.data.processing import open_processor
@@ -146,3 +147,58 @@ def test_rows_of_all_shapes_share_a_batch(
         torch.testing.assert_close(
             states(rows), torch.cat([states([one]) for one in rows]), rtol=1e-4, atol=1e-4
         )
+
+
+@of_families(FAMILIES)
+def test_ids_of_an_answer_are_its_labels(folder_of: Callable[[str], Path], family: str) -> None:
+    """Those of its own text give the same example; any others that say the same text are taken as they are."""
+    processor = open_processor(str(folder_of(family)), DataConfig(source="x"))
+    example = example_of(*SHAPES["two" if family != "paligemma" else "text"])
+    example = replace(example, turns=(*example.turns[:-1], said("axial, CT")))
+    plain = processor.encode(example)
+    own = tuple(plain.answer_ids.tolist()[:-1])
+    assert processor.written.text(own) == "axial, CT"
+    again = processor.encode(replace(example, answer_ids=own))
+    assert torch.equal(again.input_ids, plain.input_ids)
+    assert torch.equal(again.labels, plain.labels)
+    assert again.per_token.keys() == plain.per_token.keys()
+    assert all(torch.equal(again.per_token[name], plain.per_token[name]) for name in plain.per_token)
+    letters = [processor.tokenizer(one, add_special_tokens=False)["input_ids"] for one in "axial,"]
+    pieces = tuple(one for letter in letters for one in letter)
+    if processor.written.text(pieces) == "axial,":  # a tokenizer of sentences puts blanks before words
+        cut = replace(
+            example, turns=(*example.turns[:-1], said("axial,")), answer_ids=pieces, answer_end=False
+        )
+        assert processor.encode(cut).answer_ids.tolist() == list(pieces)
+    picture = sorted(processor.written.refused - {processor.end_of_turn})[0]
+    for wrong in (processor.end_of_turn, picture, 10**6):
+        with pytest.raises(DataError, match=f"answer_ids holds {wrong} at place {len(own)}"):
+            processor.encode(replace(example, answer_ids=(*own, wrong)))
+
+
+@of_families(FAMILIES)
+def test_answers_do_not_depend_on_their_batch(folder_of: Callable[[str], Path], family: str) -> None:
+    """Prompts of other lengths beside them, or none; and no token is written that an answer may not hold."""
+    folder = str(folder_of(family))
+    model = load_vlm(folder, revision=None, dtype=torch.float32, attn_implementation=None)
+    processor = open_processor(folder, DataConfig(source="x"))
+    examples = [
+        example_of(user(None, text), said("axial")) for text in ("Which plane?", "CT or MR, and where?")
+    ]
+    prompts = [processor.encode_prompt(one) for one in examples]
+    ends = own_ends(model, processor)
+    refused = processor.written.refused - set(ends)
+
+    def answers(rows: list[int]) -> list[Answered]:
+        noise = sampled(torch.tensor(rows) * 7919, temperature=1.0, top_p=0.95)
+        choose = [Refused(refused, num_token_ids=processor.num_token_ids), *noise]
+        some = [prompts[row] for row in rows]
+        return answer(model, processor, some, max_new_tokens=6, ends=ends, choose=choose)
+
+    together = answers([0, 1])
+    assert together == [*answers([0]), *answers([1])]
+    for example, said_ids in zip(examples, together, strict=True):
+        text = processor.written.text(said_ids.ids)
+        if processor.written.why_unusable(text) is None:
+            turns = (*example.turns[:-1], said(text))
+            processor.encode(replace(example, turns=turns, answer_ids=tuple(said_ids.ids)))
