@@ -198,6 +198,7 @@ def test_the_guides_from_top_to_bottom(
                 bench.type(line)
     assert {path.name for path in Path("runs").iterdir() if path.is_dir()} >= {
         "mine",
+        "written",
         "small",
         "tuned",
         "warm",
@@ -229,27 +230,6 @@ def test_conversations_from_their_files_to_evaluated_students(
         assert (manifest.totals.examples, manifest.totals.skipped) == (3, 0)
         scores = json.loads((Path("runs") / name / "evaluation" / "validation.json").read_text())
         assert scores
-
-
-@pytest.mark.slow
-def test_written_answers_from_the_teacher_to_a_student(
-    bench: Workbench, teacher_folder: Path, student_folder: Path
-) -> None:
-    """The guides' part on them alone."""
-    guide = blocks(ROOT / "docs" / "guides.md")
-    own = next(block for block in guide if block.language == "yaml" and not block.text.startswith("#"))
-    bring_own(bench, own.text, teacher_folder, student_folder)
-    begin = next(number for number, block in enumerate(guide) if block.text.startswith("# write.yaml"))
-    for block in guide[begin : begin + 5]:
-        if block.language == "yaml":
-            Path(block.text.split()[1]).write_text(block.text)
-        else:
-            for line in block.lines:
-                bench.type(line)
-    told = json.loads(Path("work/written/mine/written.json").read_text())
-    assert 0 < told["counts"]["answers"] <= 2 * told["counts"]["prompts"]
-    (step,) = Path("runs/written/written").iterdir()
-    assert json.loads((step / "written.json").read_text())["identity"]["writer"]["role"] == "student"
 
 
 # --- what is mentioned in passing ------------------------------------------------------------------------

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from shared.data.processing import ExampleProcessor
 from shared.data.rows import open_split
 from shared.errors import DataError, RecipeError
 from shared.models.vlm import load_vlm
-from shared.recipes import DataConfig, Recipe
+from shared.recipes import DataConfig, Recipe, dump_recipe
 from shared.runtime import distributed
 from shared.stopping import INTERRUPTED_STATUS, StopRequest
 from shared.writing import loop
@@ -27,6 +31,7 @@ from shared.writing.journal import Entry, Journal
 from stage1_teacher.capture import capture
 from stage1_teacher.write import write
 
+ROOT = Path(__file__).resolve().parent.parent
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "per_prompt": 2, "seed": 3}
 
 
@@ -216,6 +221,40 @@ def test_sigterm_ends_in_order_with_its_own_status(
     with distributed(device="cpu") as world:
         assert write(recipe, world, StopRequest()) == 0
     assert sum(rest) == 12
+
+
+@pytest.mark.slow
+def test_processes_that_are_stopped_and_killed_go_on(tree: dict[str, Any], tmp_path: Path) -> None:
+    """SIGTERM, then SIGKILL, each when something new has been written; the answers are those of one go."""
+    long = {"write__batch_tokens": 1, "write__max_new_tokens": 40}
+    _, whole = written(tree, **long, write__path=str(tmp_path / "whole"))
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(dump_recipe(make_recipe(tree, **long))))
+    journals = tmp_path / "set" / ".partial"
+    for number, expected in ((signal.SIGTERM, INTERRUPTED_STATUS), (signal.SIGKILL, -signal.SIGKILL)):
+        before = num_lines(journals)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stage1_teacher", "write", str(path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        deadline_s = time.monotonic() + 120
+        while num_lines(journals) <= before and process.poll() is None and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == expected, output
+        assert "Traceback" not in output
+        assert ("stopped: " in output) == (number == signal.SIGTERM)
+        assert num_lines(journals) > before
+    _, folder = written(tree, **long)
+    assert ids_of(folder) == ids_of(whole)
+
+
+def num_lines(journals: Path) -> int:
+    return sum(len(path.read_bytes().split()) for path in journals.glob("*.jsonl"))
 
 
 def test_a_set_that_is_whole_is_left_as_it_is(
