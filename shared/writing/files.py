@@ -97,7 +97,7 @@ def commit(folder: SetFolder, plan: Plan, prompts: CaptureData) -> dict[str, int
             )
         skipped += told["skipped"]
         counts = {name: counts.get(name, 0) + number for name, number in told["counts"].items()}
-    counts["equal"] = len(prompts.all_keys()) - counts["prompts"]
+    counts["equal"] = sum(len(part.keys) for part in prompts.keyed) - counts["prompts"]
     counts["left_out"] = len(skipped)
     folder.commit(plan, counts, skipped)
     return counts
