@@ -29,7 +29,7 @@ from shared.kd_loss.tile import LossSettings, check_temperature
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
 
 if TYPE_CHECKING:
-    from shared.sparse import SparseTargets
+    from shared.sparse import Targets
 
 # Overwrites the logits of some positions with the gradient of their KD, and returns the KD (C,).
 ChunkKd = Callable[[Tensor, int], Tensor]
@@ -75,7 +75,7 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student_logits: Tensor,
-        teacher: Tensor | SparseTargets,
+        teacher: Tensor | Targets,
         labels: Tensor,
         num_batch_labels: int | Tensor | None = None,
     ) -> Tensor:
@@ -141,7 +141,7 @@ class KDLoss(nn.Module):
         return kd_R * temperature**2
 
     def _from_targets(
-        self, student_MV: Tensor, targets: SparseTargets, index_N: Tensor, shard: VocabShard | None
+        self, student_MV: Tensor, targets: Targets, index_N: Tensor, shard: VocabShard | None
     ) -> Tensor:
         if targets.num_positions != len(index_N):
             raise ValueError(

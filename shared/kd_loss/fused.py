@@ -32,7 +32,7 @@ from shared.kd_loss.tile import LossSettings, check_temperature
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
 
 if TYPE_CHECKING:
-    from shared.sparse import SparseTargets
+    from shared.sparse import Targets
 
 
 class LossSums(NamedTuple):
@@ -73,7 +73,7 @@ def fused_ce_kd(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
-    targets: SparseTargets | None = None,
+    targets: Targets | None = None,
     *,
     kd_ratio: float,
     temperature: float = 1.0,
@@ -134,7 +134,7 @@ def ce_kd_by_position(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
-    targets: SparseTargets | None = None,
+    targets: Targets | None = None,
     *,
     temperature: float = 1.0,
     ignore_index: int = -100,
@@ -166,7 +166,7 @@ def _prepared(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
-    targets: SparseTargets | None,
+    targets: Targets | None,
     *,
     kd_ratio: float,
     temperature: float,
@@ -222,14 +222,14 @@ TeacherSource = Callable[[int, int], tuple[SparseTeacher | None, int]]
 
 
 def _teacher_source(
-    targets: SparseTargets | None, settings: LossSettings, tail: str, hidden_ND: Tensor
+    targets: Targets | None, settings: LossSettings, tail: str, hidden_ND: Tensor
 ) -> TeacherSource:
     """Unpacks entries for the loss: a chunk's on a CPU, where memory counts; else all, so as not to wait."""
     if targets is None:
         return lambda start, stop: (None, 0)
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
 
-    def unpack(part: SparseTargets) -> SparseTeacher:
+    def unpack(part: Targets) -> SparseTeacher:
         return sparse_teacher(
             part,
             temperature=settings.temperature,

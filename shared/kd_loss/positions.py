@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from shared.sparse import SparseTargets
+    from shared.sparse import Targets
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Positions:
     hidden_ND: Tensor
     labels_N: Tensor
     weights_N: Tensor | None
-    targets: SparseTargets | None
+    targets: Targets | None
     count: Tensor
 
 
@@ -36,7 +36,7 @@ def counted_positions(
     hidden_ND: Tensor,
     labels_N: Tensor,
     weights_N: Tensor | None,
-    targets: SparseTargets | None,
+    targets: Targets | None,
     ignore_index: int,
 ) -> Positions:
     """The positions that count, with a graph to ``hidden_ND`` even if there are none.
@@ -88,7 +88,7 @@ def with_checked_ids(positions: Positions, num_ids: int, num_vocab_ids: int) -> 
     )
 
 
-def with_checked_entries(targets: SparseTargets, num_vocab_ids: int) -> tuple[SparseTargets, Tensor]:
+def with_checked_entries(targets: Targets, num_vocab_ids: int) -> tuple[Targets, Tensor]:
     """The same targets, with no id outside the vocabulary, and a factor () of the loss: one, or NaN.
 
     Ids must rise within a position: of an id that came twice the gradients would be added or overwritten,
@@ -115,7 +115,7 @@ def with_checked_entries(targets: SparseTargets, num_vocab_ids: int) -> tuple[Sp
     return replace(targets, ids=targets.ids.masked_fill(is_wrong_E, 0)), factor
 
 
-def _falls(targets: SparseTargets) -> Tensor:
+def _falls(targets: Targets) -> Tensor:
     """Whether an entry's id is not above the one before it at its position: (E + 1,) bool, the last one False."""
     falls = torch.zeros(targets.num_entries + 1, dtype=torch.bool, device=targets.ids.device)
     falls[1:-1] = targets.ids[1:] <= targets.ids[:-1]

@@ -7,24 +7,25 @@ Two shapes cover all policies and tail modes (docs/loss.md, "Sparse teachers"):
 - *bucket*: a divergence between the kept entries plus one outcome for all other ids.  The tail mode
   ``ghost``, and every divergence but forward KL.  Merging outcomes makes it a lower bound of the dense one.
 
+Linear teachers of the same positions add up, each with its share, to a linear teacher.  Buckets do not.
+
 N positions, E entries of all positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shared.errors import RecipeError
 from shared.kd_loss.divergences import Divergence
-from shared.recipes.policies import TAIL_MODES
-
-if TYPE_CHECKING:
-    from shared.sparse import SparseTargets
+from shared.recipes.policies import TAIL_MODES, ghost_of_several
+from shared.sparse import MixedTargets, SparseTargets, Targets
 
 MIN_REST = 2.0**-24  # fp16 log-probabilities can sum to more than one; the rest never falls below this
 
@@ -93,7 +94,7 @@ class KdRows:
 
 
 def sparse_teacher(
-    targets: SparseTargets,
+    targets: Targets,
     *,
     temperature: float,
     divergence: Divergence,
@@ -103,11 +104,69 @@ def sparse_teacher(
 ) -> SparseTeacher:
     """Bring sparse targets into the form of the loss.
 
-    Raises   RecipeError         for an unknown tail mode, or a divergence that sampled targets cannot give
+    Raises   RecipeError         for an unknown tail mode, a divergence that sampled targets cannot give, or either of
+                                 them that several teachers cannot share
              CacheMismatchError  for a temperature that was not captured
     """
     if tail not in TAIL_MODES:
         raise RecipeError(f"tail {tail!r}: unknown; choose one of {', '.join(TAIL_MODES)}")
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "divergence": divergence,
+        "tail": tail,
+        "num_vocab_ids": num_vocab_ids,
+        "dtype": dtype,
+    }
+    if isinstance(targets, SparseTargets):
+        return _teacher_alone(targets, **settings)
+    _require_linear(targets, divergence, tail)
+    return _teachers_together(targets, [_teacher_alone(part, **settings).rows for part in targets.parts])
+
+
+def _require_linear(targets: MixedTargets, divergence: Divergence, tail: str) -> None:
+    """Only what is linear in the teacher adds up."""
+    if divergence.kind != "forward_kl":
+        raise RecipeError(
+            f"divergence {divergence.kind} of a mix of {len(targets.parts)} caches: it is not linear in the teacher, "
+            "so targets of several do not add up. Choose forward_kl"
+        )
+    cut_off = [part.policy.kind for part in targets.parts if not part.policy.is_sampled]
+    if cut_off and tail == "ghost":
+        raise RecipeError(ghost_of_several(cut_off[0]))
+
+
+def _teachers_together(targets: MixedTargets, teachers: Sequence[TeacherRows]) -> SparseTeacher:
+    """The weighted mean of their KDs, term by term: its gradient is that of their mean distribution."""
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([one * share for one, share in zip(values, targets.shares, strict=True)]).sum(0)
+
+    spread_N = None
+    if any(one.spread_N is not None for one in teachers):
+        spread_N = mean(
+            torch.zeros_like(one.total_N) if one.spread_N is None else one.spread_N for one in teachers
+        )
+    rows = TeacherRows(
+        row_E=targets.position_index,
+        ids_E=targets.ids.long(),
+        mass_E=targets.gathered([one.mass_E for one in teachers]),
+        total_N=mean(one.total_N for one in teachers),
+        constant_N=mean(one.constant_N for one in teachers),
+        entropy_N=mean(one.entropy_N for one in teachers),
+        spread_N=spread_N,
+    )
+    return SparseTeacher(rows, targets.offsets)
+
+
+def _teacher_alone(
+    targets: SparseTargets,
+    *,
+    temperature: float,
+    divergence: Divergence,
+    tail: str,
+    num_vocab_ids: int,
+    dtype: torch.dtype,
+) -> SparseTeacher:
     # Masses near one, and what they leave of it, are told apart in fp64 only.
     wide_E = targets.weights(temperature, torch.float32 if targets.policy.is_sampled else torch.float64)
     row_E, mass_E = targets.position_index, wide_E.to(dtype)

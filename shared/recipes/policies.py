@@ -18,6 +18,15 @@ from shared.recipes.schema import Section
 TAIL_MODES = ("ghost", "uniform", "renormalize", "drop")
 
 
+def ghost_of_several(kind: str) -> str:
+    """Why caches of that policy cannot be mixed with the tail mode ``ghost``."""
+    return (
+        f"tail ghost of a mix of {kind} caches: a teacher's bucket is for the tokens that it did not keep, which are "
+        "others for each teacher, so buckets do not add up. Set loss.tail to uniform, renormalize or drop, or mix "
+        "caches of a sampled policy (threshold, random)"
+    )
+
+
 class _Policy(Section):
     @property
     def is_sampled(self) -> bool:

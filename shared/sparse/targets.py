@@ -91,11 +91,7 @@ class SparseTargets:
         Source   derived in docs/targets.md
         """
         if temperature not in self.temperatures:
-            captured = ", ".join(f"{t:g}" for t in self.temperatures)
-            raise CacheMismatchError(
-                f"temperature {temperature:g} was not captured: these targets serve {captured}. "
-                "Use one of those, or capture again with it in cache.temperatures"
-            )
+            raise CacheMismatchError(captured_temperatures(temperature, self.temperatures))
         if isinstance(self.policy, Random):
             share = self.draw_counts.to(dtype) / self.policy.draws
             if len(self.temperatures) == 1:
@@ -118,12 +114,13 @@ class SparseTargets:
         return tempered_logprobs(self.logprobs.to(dtype), normalizers, self.temperatures)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """With each tensor as the function has it."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values.update({name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
         return replace(self, **values)
@@ -171,6 +168,14 @@ class SparseTargets:
             for name in ("ids", "logprobs", "log_normalizers", "entropy", "draw_counts")
         }
         return replace(first, offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)), **joined)
+
+
+def captured_temperatures(asked: float, captured: Sequence[float]) -> str:
+    """What to say of a temperature that targets do not serve."""
+    return (
+        f"temperature {asked:g} was not captured: these targets serve {', '.join(f'{t:g}' for t in captured)}. "
+        "Use one of those, or capture again with it in cache.temperatures"
+    )
 
 
 def tempered_logprobs(logprobs: Tensor, log_normalizers: Tensor, temperatures: tuple[float, ...]) -> Tensor:

@@ -55,7 +55,7 @@ from shared.models.vlm import (
 )
 from shared.recipes import LossConfig, ParallelConfig, Recipe, StudentConfig
 from shared.runtime import World
-from shared.sparse import SparseTargets
+from shared.sparse import Targets
 from stage2_student.training.freezing import find_parts, freeze
 from stage2_student.training.lora import add_adapters, beside_adapters
 from stage2_student.training.picture_costs import tokens_per_pixel
@@ -110,7 +110,7 @@ class StudentWithLoss(nn.Module):
         inputs: dict[str, Tensor],
         position_index: Tensor,
         labels: Tensor,
-        targets: SparseTargets | None,
+        targets: Targets | None,
         num_rows: int | None = None,
     ) -> Forwarded:
         """Shapes   position_index (N,) int64 into the flattened (B * S) hidden states; labels (N,) int64
@@ -125,7 +125,7 @@ class StudentWithLoss(nn.Module):
         inputs: dict[str, Tensor],
         position_index: Tensor,
         labels: Tensor,
-        targets: SparseTargets | None,
+        targets: Targets | None,
         num_rows: int | None = None,
     ) -> Measured:
         """As ``forward``, and what only validation asks for; called by all ranks."""
@@ -161,7 +161,7 @@ class StudentWithLoss(nn.Module):
             router = self.router.weighted(router_logits, counted_tokens(inputs, num_rows))
         return hidden.flatten(0, 1).index_select(0, position_index), router
 
-    def _losses(self, hidden_ND: Tensor, labels: Tensor, targets: SparseTargets | None) -> LossSums:
+    def _losses(self, hidden_ND: Tensor, labels: Tensor, targets: Targets | None) -> LossSums:
         return fused_ce_kd(
             labels_N=labels,
             targets=targets,
