@@ -152,8 +152,8 @@ def make_student(
         return subprocess.run(show, check=False).returncode
     plan.parallel.require_ranks(nproc)  # before a capture that takes hours
     status = make_inputs(recipe, plan, overrides)
-    if not status and plan.distils and not covers(plan):
-        status = make_cache(recipe, overrides, nproc=nproc)
+    if not status and plan.cache is not None and plan.distils and plan.cache.is_one and not covers(plan):
+        status = make_cache(recipe, overrides, nproc=nproc)  # of several, stage two says what is missing
     status = status or make_baseline(plan, overrides, nproc=nproc)
     if go_on is not None:
         os.environ[GO_ON] = go_on

@@ -18,7 +18,7 @@ import numpy as np
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig, PreTrainedModel
 
-from shared.cache import CacheReader
+from shared.cache import Cache, CacheMix, CacheReader
 from shared.cache.index import as_key_array
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed, shortened
@@ -27,7 +27,7 @@ from shared.models.vlm import require_wide_head, split
 from shared.models.weight_files import require_whole_weights
 from shared.places import is_local, require_no_typo
 from shared.recipes import DataConfig, Recipe, Split, load_recipe
-from shared.same_teacher import ANOTHER_TEACHER, compare_teacher
+from shared.same_teacher import require_teacher
 from shared.split_check import SplitFound, look_at
 from shared.survey import broken_shards, open_processor_of
 
@@ -230,13 +230,25 @@ def describe_unusable(
             report.refuse(DataError(f"{one.split.source}, split {one.split.name}: no row can be used"))
 
 
-def describe_cache(report: Report, recipe: Recipe, cache: CacheReader) -> None:
-    """Its size, its shards, its teacher."""
+def describe_caches(report: Report, recipe: Recipe, cache: Cache) -> None:
+    """Size and shards of each, and whether the recipe's teacher is among theirs."""
+    shares = cache.weights if isinstance(cache, CacheMix) else [None] * len(cache.parts)
+    for part, share in zip(cache.parts, shares, strict=True):
+        _describe_cache(report, part, share)
+    if len(cache.teacher_names) > 1 or isinstance(cache, CacheMix):
+        report.add("teachers", ", ".join(cache.teacher_names))
+    with report.collecting():
+        for notice in require_teacher(cache, recipe.teacher):
+            report.note(notice)
+
+
+def _describe_cache(report: Report, cache: CacheReader, share: float | None) -> None:
     totals = cache.manifest.totals
     report.add(
         "cache",
         f"{cache.location}: {totals.examples:,} examples, {totals.positions:,} positions, "
-        f"{totals.bytes / max(totals.positions, 1):.1f} bytes a position",
+        f"{totals.bytes / max(totals.positions, 1):.1f} bytes a position"
+        + ("" if share is None else f"; {share:.3g} of the targets"),
     )
     with report.collecting():
         if broken := broken_shards(cache, hashed=False):
@@ -245,12 +257,6 @@ def describe_cache(report: Report, recipe: Recipe, cache: CacheReader) -> None:
                 f"not the size in the manifest, {broken[0]} first. Run teacher-cache: only their examples are "
                 "recomputed"
             )
-    assert recipe.teacher is not None
-    with report.collecting():
-        comparison = compare_teacher(cache, recipe.teacher)
-        for notice in comparison.notices:
-            report.note(notice)
-        comparison.require(where=f"cache {cache.location}", remedy=ANOTHER_TEACHER)
 
 
 def _describe_split(report: Report, name: str, found: SplitFound) -> None:

@@ -10,11 +10,12 @@ different.  Where the files are gone, or the cache is older than this, names and
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from shared.cache import CacheReader, Comparison
+from shared.cache import Cache, CacheMix, CacheReader, Comparison
 from shared.cache.log import log_records
 from shared.cache.storage import open_folder
 from shared.models.weight_files import weight_files
@@ -24,8 +25,35 @@ ANOTHER_TEACHER = (
     "Name the cache's teacher in the recipe, or capture this one into a cache of its own (cache.path). If the "
     "weights are the same, run teacher-cache with this recipe: it compares them and writes the new name down."
 )
+NONE_OF_THEM = "Name the teacher of one of these caches in the recipe, or leave the section out."
 CONTENT = "teacher_content"  # in the manifest's ``created_by``
 STAMP = "teacher_stamp"  # in the log
+
+
+def require_teacher(cache: Cache, teacher: TeacherConfig | None) -> tuple[str, ...]:
+    """Compares the teacher that a recipe names, if it does, with those of the caches; its files may be gone.
+
+    Of several caches of many teachers one must be its own.
+
+    Returns  notices
+    Raises   CacheMismatchError  with both sides
+    """
+    if teacher is None:
+        return ()
+    found = []
+    for part in sorted(cache.parts, key=lambda one: one.manifest.identity.teacher.name != teacher.model):
+        comparison = compare_teacher(part, teacher)
+        if not comparison.refusals:
+            return comparison.notices
+        found.append((part.location, comparison))
+        if len(cache.teacher_names) == 1 and not isinstance(cache, CacheMix):
+            break  # the others are of the same
+    if len(found) == 1:
+        location, comparison = found[0]
+        comparison.require(where=f"cache {location}", remedy=ANOTHER_TEACHER)
+    refusals = tuple(f"{location}: {line}" for location, one in found for line in one.refusals)
+    Comparison(refusals).require(where=cache.where, remedy=NONE_OF_THEM)
+    return ()
 
 
 def teacher_content(teacher: TeacherConfig) -> dict[str, str]:
@@ -57,7 +85,8 @@ def compare_teacher(cache: CacheReader, teacher: TeacherConfig) -> Comparison:
     if files.stamp in _stamps(cache.location):
         found = facts[CONTENT]
     else:
-        tqdm.write(f"teacher {teacher.model}: its weights are compared with those of the cache")
+        told = f"teacher {teacher.model}: its weights are compared with those of the cache"
+        tqdm.write(told, file=sys.stderr)  # what is printed may be JSON
         found = files.content()
     if found != facts[CONTENT]:
         both = (

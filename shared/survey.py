@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from shared.cache import CacheReader, InputsIdentity, Plan, PromptIdentity
+from shared.cache import Cache, CacheReader, InputsIdentity, Plan, PromptIdentity, open_caches
 from shared.cache.index import Keys, as_key_array
 from shared.cache.layout import PLAN_NAME
 from shared.cache.manifest import ShardInfo, load_manifest
@@ -180,7 +181,8 @@ def open_processor_of(recipe: Recipe, model: str, *, revision: str | None) -> Ex
     An interrupted capture goes on with the day on which it began.
     """
     if recipe.data.date is None and recipe.cache is not None:
-        recipe = recipe.of_day(_date_of(recipe.cache.path))
+        days = (_date_of(location) for location in recipe.cache.locations)
+        recipe = recipe.of_day(next((day for day in days if day is not None), None))
     return open_processor(model, recipe.data, revision=revision)
 
 
@@ -197,34 +199,69 @@ def _date_of(location: str) -> str | None:
     return None if identity.prompt is None else identity.prompt.date
 
 
-def not_in_the_cache(
-    cache: CacheReader, processor: ExampleProcessor, data: DataConfig, *, told: str
-) -> CacheMismatchError:
-    """Examples that the cache lacks: what their prompts have otherwise than its own, where that is known.
+def require_in_the_cache(
+    cache: Cache,
+    keys: Keys,
+    processor: ExampleProcessor,
+    data: DataConfig,
+    *,
+    name_of: Callable[[int], str],
+    num_all: int | None = None,
+) -> None:
+    """Raises   CacheMismatchError  when examples are missing where they must be: how many, and which first
 
-    told   how many of how many, which first
+    name_of  what to call the example of a key, by its place
+    num_all  examples that were looked for, where these keys are some of them
     """
-    stored, own = cache.manifest.identity.prompt, prompt_identity(processor, data)
-    differing = [] if stored is None else stored.differences(own)
-    if not differing:
-        return CacheMismatchError(
-            f"cache {cache.location}: {told}. Run teacher-cache again: only what is missing is captured"
+    num_all = len(keys) if num_all is None else num_all
+    problems = [
+        _missing(
+            lacking,
+            processor,
+            data,
+            told=f"{len(places)} of {num_all} examples",
+            first=name_of(int(places[0])),
         )
-    return CacheMismatchError(
-        f"cache {cache.location}: {told}. The prompts differ from those of the cache:\n{listed(differing)}\n"
-        "Ask as the cache does (data.system_prompt, data.date, data.train_on, the student's chat template), or run "
-        "teacher-cache again"
+        for lacking, places in cache.lacking(keys)
+    ]
+    if problems:
+        raise CacheMismatchError("\n".join(problems))
+
+
+def _missing(cache: Cache, processor: ExampleProcessor, data: DataConfig, *, told: str, first: str) -> str:
+    """What the prompts have otherwise than those of the cache, where that is known and explains it."""
+    own, num_caches = prompt_identity(processor, data), len(cache.parts)
+    found = [(part.location, part.manifest.identity.prompt) for part in cache.parts]
+    differing = [[] if stored is None else stored.differences(own) for _, stored in found]
+    where = f"cache {cache.location}: {told} are not in it, {first} first"
+    remedy = "Run teacher-cache again: only what is missing is captured"
+    if num_caches > 1:
+        where = f"caches {cache.location}: {told} are in none of them, {first} first"
+        remedy = "Capture them into one of these caches, or into one of their own and add it to cache.path"
+    if not all(differing):
+        return f"{where}. {remedy}"
+    lines = [
+        line if num_caches == 1 else f"{location}: {line}"
+        for (location, _), some in zip(found, differing, strict=True)
+        for line in some
+    ]
+    return (
+        f"{where}. The prompts differ from those of the cache:\n{listed(lines)}\nAsk as the cache does "
+        "(data.system_prompt, data.date, data.train_on, the student's chat template), or run teacher-cache again"
     )
 
 
-def require_same_rendering(cache: CacheReader, processor: ExampleProcessor, data: DataConfig) -> None:
-    """Raises   CacheMismatchError  when the same settings give another prompt than the cache's; keys do not tell"""
-    stored, own = cache.manifest.identity.prompt, prompt_identity(processor, data)
-    if stored is not None and stored.contradicts(own):
-        raise CacheMismatchError(
-            f"cache {cache.location}: the same template writes another text around question and answer:\n"
-            f"{listed(stored.differences(own))}\nCompare the special tokens of both tokenizers (bos_token and others)"
-        )
+def require_same_rendering(cache: Cache, processor: ExampleProcessor, data: DataConfig) -> None:
+    """Raises   CacheMismatchError  when the same settings give another prompt than a cache's; keys do not tell"""
+    own = prompt_identity(processor, data)
+    for part in cache.parts:
+        stored = part.manifest.identity.prompt
+        if stored is not None and stored.contradicts(own):
+            raise CacheMismatchError(
+                f"cache {part.location}: the same template writes another text around question and answer:\n"
+                f"{listed(stored.differences(own))}\nCompare the special tokens of both tokenizers (bos_token and "
+                "others)"
+            )
 
 
 def captured_splits(recipe: Recipe) -> list[Split]:
@@ -239,26 +276,30 @@ def cache_covers(recipe: Recipe) -> bool:
     Opens no file of the teacher.
     """
     assert recipe.cache is not None
-    if "://" not in recipe.cache.path and not Path(recipe.cache.path).exists():
+    if not all(is_there(location) for location in recipe.cache.locations):
         return False
     try:
-        reader = CacheReader(recipe.cache.path)
+        cache = open_caches(recipe.cache)
     except CacheFormatError:
         return False  # the capture says what is wrong with it, and mends it where it can
     processor = open_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
     surveyors = Surveyors.of_capture(recipe)
     for name in captured_splits(recipe):
         keys = survey_keys(recipe.data, name, processor, surveyors).keys
-        keys = keys[~are_skipped(keys, reader)]
-        if not reader.contains(keys).all() or broken_shards(reader, keys):
+        keys = keys[~are_skipped(keys, cache)]
+        if not cache.contains(keys).all() or any(broken_shards(part, keys) for part in cache.parts):
             return False
     return True
 
 
-def are_skipped(keys: np.ndarray, reader: CacheReader) -> np.ndarray:
-    """(n,) bool, which of these keys the cache's capture has left out."""
-    skipped = [bytes.fromhex(row.key) for row in reader.manifest.skipped if row.key]
-    return np.isin(as_key_array(keys), as_key_array(skipped))
+def is_there(location: str) -> bool:
+    """Whether a cache may lie there: remote ones are not asked."""
+    return "://" in location or Path(location).exists()
+
+
+def are_skipped(keys: np.ndarray, cache: Cache) -> np.ndarray:
+    """(n,) bool, which of these keys the capture has left out."""
+    return np.isin(as_key_array(keys), as_key_array([bytes.fromhex(key) for key in cache.skipped]))
 
 
 def broken_shards(reader: CacheReader, keys: Keys | None = None, *, hashed: bool = True) -> list[str]:

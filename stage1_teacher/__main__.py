@@ -139,7 +139,7 @@ def estimate(
 
 
 @commands.command("audit")
-@click.argument("cache", type=PLACE)
+@click.argument("caches", nargs=-1, required=True, type=PLACE)
 @click.option(
     "--examples",
     type=click.IntRange(min=1),
@@ -164,7 +164,7 @@ def estimate(
 @click.option("--seed", default=0, show_default=True, type=SEEDS, help="Of the sample.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def audit(
-    cache: str,
+    caches: tuple[str, ...],
     examples: int | None,
     recipe: str | None,
     overrides: tuple[str, ...],
@@ -173,13 +173,13 @@ def audit(
     seed: int,
     as_json: bool,
 ) -> int:
-    """Run the teacher again over a sample of CACHE, and compare what it says with what is kept."""
+    """Run the teacher again over a sample of each of CACHES, and compare what it says with what is kept."""
     from shared.runtime import distributed
-    from stage1_teacher.inspection.tools import show_audit
+    from stage1_teacher.inspection.tools import show_audits
 
     with distributed() as world:
-        return show_audit(
-            cache,
+        return show_audits(
+            caches,
             world,
             recipe_name=recipe,
             overrides=overrides,
@@ -192,14 +192,14 @@ def audit(
 
 
 @commands.command("inspect")
-@click.argument("cache", type=PLACE)
+@click.argument("caches", nargs=-1, required=True, type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--plots", type=FOLDER, help="Folder for pictures of it (extra `report`).")
-def inspect(cache: str, as_json: bool, plots: Path | None) -> int:
-    """Say who taught CACHE, what it keeps and how large it is."""
+def inspect(caches: tuple[str, ...], as_json: bool, plots: Path | None) -> int:
+    """Say who taught each of CACHES, what it keeps and how large it is; of several, what they are together."""
     from stage1_teacher.inspection.tools import show_inspection
 
-    return show_inspection(cache, as_json=as_json, plots=plots)
+    return show_inspection(caches, as_json=as_json, plots=plots)
 
 
 @commands.command("report")
@@ -217,16 +217,18 @@ def report(cache: str, out: Path, recipe: str | None, overrides: tuple[str, ...]
 
 
 @commands.command("verify")
-@click.argument("cache", type=PLACE)
+@click.argument("caches", nargs=-1, required=True, type=PLACE)
 @click.option(
-    "--sample", type=click.IntRange(min=1), help="Read so many shards, drawn at random; by default all."
+    "--sample",
+    type=click.IntRange(min=1),
+    help="Read so many shards of each, drawn at random; by default all.",
 )
 @click.option("--seed", default=0, show_default=True, type=SEEDS, help="Of the sample.")
-def verify(cache: str, sample: int | None, seed: int) -> int:
-    """Read every byte of CACHE, or of a sample of its shards, and list every fault."""
-    from stage1_teacher.inspection.tools import show_verification
+def verify(caches: tuple[str, ...], sample: int | None, seed: int) -> int:
+    """Read every byte of CACHES, or of a sample of their shards, and list every fault."""
+    from stage1_teacher.inspection.tools import show_verifications
 
-    return show_verification(cache, sample=sample, seed=seed)
+    return show_verifications(caches, sample=sample, seed=seed)
 
 
 @commands.command("export")

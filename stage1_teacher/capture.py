@@ -74,20 +74,19 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
     """
     if recipe.teacher is None or recipe.cache is None:
         raise RecipeError(f"recipe of run {recipe.run.name}: a capture needs a teacher and a cache section")
+    location = recipe.cache.location  # refuses several caches, before any row is read
     require_ranks(recipe.teacher, world.size)
     processor = open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
     data = survey(recipe, processor, world)
     if world.by_main(lambda: nothing_to_do(recipe, processor, data)):
         if world.is_main:
-            remove_committed_plan(recipe.cache.path)
-            tqdm.write(f"cache {recipe.cache.path} holds all of the data; nothing to capture")
+            remove_committed_plan(location)
+            tqdm.write(f"cache {location} holds all of the data; nothing to capture")
         return 0
     if world.is_main:
         if num_outvoted := sum(part.num_outvoted for part in data.keyed):
             tqdm.write(f"note: {num_outvoted:,} answer(s) are dropped: not what most of their row say")
-        tqdm.write(
-            f"teacher {recipe.teacher.model} is run over {len(data.keys)} examples; cache {recipe.cache.path}"
-        )
+        tqdm.write(f"teacher {recipe.teacher.model} is run over {len(data.keys)} examples; cache {location}")
         config = load_config(recipe.teacher.model, recipe.teacher.revision)
         is_shared = world.size > 1 and (recipe.teacher.shard or recipe.teacher.ranks_per_copy > 1)
         if (told := what_becomes_of_it(config, dequantize=is_shared)) is not None:
@@ -98,8 +97,8 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
     else:
         world.by_main(lambda: check_teacher(recipe, processor, teacher))
     writer, assignment = open_cache(recipe, processor, data, teacher, world)
-    if "://" not in recipe.cache.path:
-        keep_library_output(Path(recipe.cache.path) / LIBRARY_LOG_NAME)
+    if "://" not in location:
+        keep_library_output(Path(location) / LIBRARY_LOG_NAME)
     teacher = teacher.led(world)
     if not teacher.is_sharded:
         world.part(keeps_group=teacher.is_shared)
@@ -112,7 +111,7 @@ def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData
     """Whether a committed cache already is what the recipe asks for; opens no weights."""
     assert recipe.cache is not None
     try:
-        reader = CacheReader(recipe.cache.path)
+        reader = CacheReader(recipe.cache.location)
     except (CacheFormatError, FileNotFoundError):
         return False
     wanted = data.keys[~are_skipped(data.keys, reader)]
@@ -121,7 +120,9 @@ def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData
         return False
     broken = broken_shards(reader, wanted)
     for name in broken:
-        tqdm.write(f"cache {recipe.cache.path}: {name} is gone or damaged; its examples are captured again")
+        tqdm.write(
+            f"cache {recipe.cache.location}: {name} is gone or damaged; its examples are captured again"
+        )
     return not broken
 
 
@@ -177,7 +178,7 @@ def open_cache(
         assert recipe.teacher is not None
         facts = teacher_content(recipe.teacher) | parallel_facts(recipe.teacher)
         writer, plan, pending = open_planned(
-            cache.path,
+            cache.location,
             identity,
             data.keys,
             data.numbers,
@@ -191,12 +192,12 @@ def open_cache(
         found = len(plan.units) - len(pending)
         if found:
             tqdm.write(
-                f"cache {cache.path}: {found} of {len(plan.units)} units are finished, going on with the rest"
+                f"cache {cache.location}: {found} of {len(plan.units)} units are finished, going on with the rest"
             )
         return Assignment(identity, plan, pending, created_by_versions() | facts)
 
     assignment = world.by_main(plan)
-    joined = CacheWriter.join(cache.path, assignment.identity, created_by=assignment.created_by)
+    joined = CacheWriter.join(cache.location, assignment.identity, created_by=assignment.created_by)
     return opened[0] if opened else joined, assignment
 
 
@@ -255,7 +256,7 @@ class Lead:
 
         def on_shard(unit: Unit) -> None:
             claims.finish(unit)
-            require_space(self.cache.path, unit, num_units_left=claims.num_left)
+            require_space(self.cache.location, unit, num_units_left=claims.num_left)
 
         assembler = ShardAssembler(self.writer, self.assignment.pending, on_rows=tally.add, on_shard=on_shard)
         refusals = Refusals(
@@ -288,7 +289,7 @@ class Lead:
         elif not claims.is_complete or self.writer.folder.size(PLAN_NAME) is not None:
             return stopped(self.cache, self.writer, self.assignment, self.world)
         elif self.world.is_main:
-            tqdm.write(f"cache {self.cache.path} is complete; another process has committed it")
+            tqdm.write(f"cache {self.cache.location} is complete; another process has committed it")
         return 0
 
     def commit(self, claims: Claims) -> None:
@@ -412,7 +413,7 @@ def stopped(cache: CacheConfig, writer: CacheWriter, assignment: Assignment, wor
         published = {name.rpartition("/")[2].partition("-")[0] for name in shard_names(writer.folder)}
         num_finished = sum(unit.unit_id in published for unit in units)
         tqdm.write(
-            f"stopped: {num_finished} of {len(units)} units of cache {cache.path} are captured and kept. "
+            f"stopped: {num_finished} of {len(units)} units of cache {cache.location} are captured and kept. "
             f"To go on: {command_to_go_on(resume=False)}"
         )
     return INTERRUPTED_STATUS
@@ -423,7 +424,7 @@ def summary(cache: CacheConfig, manifest: Manifest, totals: dict[str, int], elap
     held = manifest.totals
     positions = max(held.positions, 1)
     lines = [
-        f"cache {cache.path}: captured {totals['examples']} examples, {totals['positions']} positions in "
+        f"cache {cache.location}: captured {totals['examples']} examples, {totals['positions']} positions in "
         f"{elapsed_s:.1f} s ({totals['positions'] / max(elapsed_s, 1e-9):.0f} positions/s)",
         f"  holds {held.examples} examples, {held.positions} positions in {len(manifest.shards)} shard(s), "
         f"{held.bytes / 2**20:.2f} MiB: {held.bytes / positions:.1f} bytes and "

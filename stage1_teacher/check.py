@@ -21,7 +21,7 @@ from shared.places import is_local
 from shared.preflight import (
     Report,
     context_of,
-    describe_cache,
+    describe_caches,
     describe_data,
     describe_quantization,
     describe_shape,
@@ -111,18 +111,18 @@ def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor 
     report.add(
         "targets", f"{_policy_text(policy)}; temperatures {', '.join(map(str, recipe.cache.temperatures))}"
     )
-    if "://" not in recipe.cache.path:
+    if "://" not in recipe.cache.location:
         with report.collecting():
-            require_writable(Path(recipe.cache.path), what="cache.path")
-        if not is_local(recipe.cache.path):
-            report.add("cache", f"{recipe.cache.path} is not there yet")
+            require_writable(Path(recipe.cache.location), what="cache.path")
+        if not is_local(recipe.cache.location):
+            report.add("cache", f"{recipe.cache.location} is not there yet")
             return
-    folder = open_folder(recipe.cache.path)
+    folder = open_folder(recipe.cache.location)
     if folder.size(MANIFEST_NAME) is None:
-        report.add("cache", f"{recipe.cache.path} has no manifest yet: its capture has not ended")
+        report.add("cache", f"{recipe.cache.location} has no manifest yet: its capture has not ended")
         return
-    cache = CacheReader(recipe.cache.path)
-    describe_cache(report, recipe, cache)
+    cache = CacheReader(recipe.cache.location)
+    describe_caches(report, recipe, cache)
     if processor is not None:
         stored = cache.manifest.identity
         weights = stored.teacher.weights_fingerprint

@@ -164,7 +164,7 @@ def evaluate(
 )
 def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: int | None) -> int:
     """Train a student of RECIPE for every combination of the grid; the same command goes on with the rest."""
-    from stage2_student.evaluation.compare import legend, table
+    from stage2_student.evaluation.compare import legend, table, table_by_teacher
     from stage2_student.evaluation.run_records import read_runs
     from stage2_student.sweep import plan_jobs
     from stage2_student.sweep import sweep as run_sweep
@@ -174,7 +174,7 @@ def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: 
     finished = [job.plan.run.path for job in planned if outcome.statuses[job.name] == 0]
     if finished:
         runs = read_runs(finished)
-        click.echo("\n".join([*table(runs), *legend(runs)]))
+        click.echo("\n".join([*table(runs), *legend(runs), *table_by_teacher(runs)]))
     if outcome.status == INTERRUPTED_STATUS:
         click.echo(f"stopped. To go on: {command_to_go_on(resume=False)}")
     if outcome.failed:
@@ -189,12 +189,12 @@ def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: 
 def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) -> int:
     """Show RUNS, folders of runs, side by side, and when their cache has paid."""
     from stage2_student.evaluation.cache_uses import cache_uses
-    from stage2_student.evaluation.compare import legend, save, table
+    from stage2_student.evaluation.compare import legend, save, table, table_by_teacher
     from stage2_student.evaluation.curves import plot
     from stage2_student.evaluation.run_records import read_runs
 
     records = read_runs(runs)
-    click.echo("\n".join([*table(records), *legend(records)]))
+    click.echo("\n".join([*table(records), *legend(records), *table_by_teacher(records)]))
     for use in cache_uses(records):
         click.echo(use.line())
     if json_path is not None:

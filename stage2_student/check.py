@@ -9,18 +9,17 @@ from __future__ import annotations
 import numpy as np
 from transformers import PreTrainedModel
 
-from shared.cache import CacheReader
+from shared.cache import open_caches
 from shared.data.processing import ExampleProcessor
 from shared.dealing import Work
 from shared.models.packing import require_packing
 from shared.models.plans import Plan
 from shared.models.vlm import load_config
-from shared.places import is_local
 from shared.preflight import (
     TOKENS_WITHOUT_DATA,
     Report,
     context_of,
-    describe_cache,
+    describe_caches,
     describe_data,
     describe_quantization,
     describe_shape,
@@ -34,7 +33,7 @@ from shared.preflight import (
 )
 from shared.recipes import Recipe, Split
 from shared.split_check import SplitFound
-from shared.survey import not_in_the_cache
+from shared.survey import is_there, require_in_the_cache
 from stage2_student.estimate import count_parameters, estimate_memory
 from stage2_student.training.freezing import parameters_of_parts
 from stage2_student.training.inputs import open_cache
@@ -129,29 +128,35 @@ def _describe_cache(
         report.add("cache", "none needed: kd_ratio is 0")
         return {}
     assert recipe.cache is not None
-    if "://" not in recipe.cache.path and not is_local(recipe.cache.path):
-        report.add("cache", f"{recipe.cache.path} is not there yet: teacher-cache makes it")
+    absent = [location for location in recipe.cache.locations if not is_there(location)]
+    if absent and recipe.cache.is_one:
+        report.add("cache", f"{absent[0]} is not there yet: teacher-cache makes it")
         return {}
-    cache = CacheReader(recipe.cache.path)
-    describe_cache(report, recipe, cache)
+    cache = open_caches(recipe.cache)
+    describe_caches(report, recipe, cache)
     with report.collecting():
         _, notices = open_cache(recipe, processor)
         for notice in notices:
             report.note(notice)
-    skipped = {row.key: row.reason for row in cache.manifest.skipped if row.key}
-    left_out: dict[str, list[str]] = {}
-    missing = []
+    skipped, left_out = cache.skipped, dict[str, list[str]]()
+    missing: list[tuple[bytes, str]] = []
     for found in looked:
         for place in np.flatnonzero(~cache.contains(found.keys)).tolist():
-            where, key = found.split.where(found.rows[place]), found.keys[place].tobytes().hex()
-            if key in skipped:
-                left_out.setdefault(found.split.name, []).append(f"{where}: not in the cache: {skipped[key]}")
+            where, key = found.split.where(found.rows[place]), found.keys[place].tobytes()
+            if (reason := skipped.get(key.hex())) is not None:
+                left_out.setdefault(found.split.name, []).append(f"{where}: not in the cache: {reason}")
             else:
-                missing.append(where)
+                missing.append((key, where))
     if missing:
-        num_keys = sum(len(found.keys) for found in looked)
-        told = f"{len(missing)} of {num_keys} examples are not in it, {missing[0]} first"
-        report.refuse(not_in_the_cache(cache, processor, recipe.data, told=told))
+        with report.collecting():
+            require_in_the_cache(
+                cache,
+                [key for key, _ in missing],
+                processor,
+                recipe.data,
+                name_of=lambda place: missing[place][1],
+                num_all=sum(len(found.keys) for found in looked),
+            )
     return left_out
 
 

@@ -96,7 +96,7 @@ def _train(
             tqdm.write(f"data change: {line}")
         inputs.keep(folder, checkpoint, changes)
         save_model_files(recipe, folder)
-        write_sources(folder, recipe, inputs.cache)
+        write_sources(folder, recipe, inputs.cache, inputs.train.keys)
         folder.write_hashes()
     with open_trackers(
         recipe, folder.path, world, step=checkpoint.facts.step if checkpoint else -1

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shared.cache import CacheReader, TeacherIdentity
+    from shared.cache import CacheList, CacheMix, CacheReader, TeacherIdentity, open_caches
     from shared.capture.loop import capture, capture_examples, text_inputs
     from shared.data.collation import Encoded
     from shared.data.conversations import Turn
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from shared.models.weights import weight_fingerprint
     from shared.recipes import DataConfig, load_recipe
     from shared.recipes.policies import Random, Threshold, TopK, TopP
-    from shared.sparse import SparseTargets, position_seeds, sparsify
+    from shared.sparse import MixedTargets, SparseTargets, position_seeds, sparsify
 
     __version__: str
 
 _HOMES = {
-    "shared.cache": ("CacheReader", "TeacherIdentity"),
+    "shared.cache": ("CacheList", "CacheMix", "CacheReader", "TeacherIdentity", "open_caches"),
     "shared.capture.loop": ("capture", "capture_examples", "text_inputs"),
     "shared.data.collation": ("Encoded",),
     "shared.data.conversations": ("Turn",),
@@ -37,13 +37,17 @@ _HOMES = {
     "shared.models.weights": ("weight_fingerprint",),
     "shared.recipes": ("DataConfig", "load_recipe"),
     "shared.recipes.policies": ("Random", "Threshold", "TopK", "TopP"),
-    "shared.sparse": ("SparseTargets", "position_seeds", "sparsify"),
+    "shared.sparse": ("MixedTargets", "SparseTargets", "position_seeds", "sparsify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022  (as docs/library.md lists them)
     "CacheReader",
+    "CacheList",
+    "CacheMix",
+    "open_caches",
     "SparseTargets",
+    "MixedTargets",
     "KDLoss",
     "fused_ce_kd",
     "LossSums",

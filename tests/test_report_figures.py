@@ -250,7 +250,8 @@ def a_run(name: str, records: Sequence[dict[str, Any]] = (), **changed: Any) -> 
         "peak_memory_gib": 1.0,
         "num_epochs": 1.0,
         "reading_s": 0.0,
-        "cache": None,
+        "caches": (),
+        "is_mix": False,
         "records": tuple(records),
     }
     return RunRecord(**(values | changed))

@@ -44,6 +44,10 @@ Reading (stage two)::
     reader.keys()                   all keys in stored order
     reader.require_student(inputs: InputsIdentity, *, temperature, policy=None, seed=None, temperatures=None,
                             label_log_prob=False)           -> notices
+    reader.parts, reader.fingerprint, reader.skipped, reader.lacking(keys), reader.teachers(keys)
+    CacheList(locations, *, duplicates="refuse", teachers="one")    the same, of caches of different rows
+    CacheMix(locations, *, weights=None)    the same, of caches of the same rows; targets(rows) -> MixedTargets
+    open_caches(recipe.cache)       -> Cache          one of the three
     Staging(folder=None, *, max_bytes=None)   local copies of a remote cache; TEACHONCE_STAGING[_BYTES]
 
 Tools, each in the module of its name::
@@ -57,6 +61,8 @@ Errors: ``CacheFormatError`` (damaged, incomplete, another version, no space), `
 another capture is at work), ``CacheMismatchError`` (a sound cache of something else).
 """
 
+from shared.cache.cache_list import CacheList
+from shared.cache.cache_mix import CacheMix, MixedRow
 from shared.cache.claims import Claims
 from shared.cache.identity import (
     Comparison,
@@ -72,12 +78,16 @@ from shared.cache.manifest import Manifest, SkippedRow
 from shared.cache.plan import Plan, Unit
 from shared.cache.planning import Wanted
 from shared.cache.reader import CacheReader
+from shared.cache.several import Cache, open_caches
 from shared.cache.shard import Row
 from shared.cache.staging import Staging
 from shared.cache.writer import CacheWriter
 
 __all__ = [
+    "Cache",
     "CacheBusyError",
+    "CacheList",
+    "CacheMix",
     "CacheReader",
     "CacheWriter",
     "Claims",
@@ -86,6 +96,7 @@ __all__ = [
     "Identity",
     "InputsIdentity",
     "Manifest",
+    "MixedRow",
     "Plan",
     "PromptIdentity",
     "Row",
@@ -95,4 +106,5 @@ __all__ = [
     "TeacherIdentity",
     "Unit",
     "Wanted",
+    "open_caches",
 ]

@@ -18,6 +18,8 @@ from shared.errors import CacheMismatchError
 from shared.recipes.policies import Policy
 from shared.sparse import sampling_version
 
+ASKED = ("in the cache", "asked for")  # what the two sides of a difference are called
+
 
 class Record(BaseModel):
     """Base of everything in a manifest: immutable, strict, and an unknown field is an error."""
@@ -32,6 +34,11 @@ class TeacherIdentity(Record):
     revision: str | None
     weights_fingerprint: str
     dtype: str
+
+    @property
+    def label(self) -> str:
+        """What to call it on a screen."""
+        return self.name if self.revision is None else f"{self.name} at {self.revision}"
 
 
 class InputsIdentity(Record):
@@ -66,9 +73,9 @@ class PromptIdentity(Record):
             exclude=settings
         )
 
-    def differences(self, other: PromptIdentity) -> list[str]:
+    def differences(self, other: PromptIdentity, *, sides: tuple[str, str] = ASKED) -> list[str]:
         """One line for each, with both sides; what is written is named only where nothing else explains it."""
-        found = _differences("prompt", self, other)
+        found = _differences("prompt", self, other, sides=sides)
         if self.contradicts(other):
             return found
         return [line for line in found if not line.startswith("prompt.rendered")]
@@ -179,14 +186,46 @@ class Identity(Record):
             *_differences("teacher", self.teacher, other.teacher, skip={"name", "revision"}),
             *_differences("inputs", self.inputs, other.inputs),
             *_differences("targets", self.targets, other.targets),
+            *self._prompts_apart(other, ASKED),
         ]
-        if self.prompt is not None and other.prompt is not None:  # other days would be other examples
-            others = set(PromptIdentity.model_fields) - {"date"}
-            refusals += _differences("prompt", self.prompt, other.prompt, skip=others)
-            if self.prompt.contradicts(other.prompt):
-                refusals += self.prompt.differences(other.prompt)
         names = _differences("teacher", self.teacher, other.teacher, skip={"weights_fingerprint", "dtype"})
         return Comparison(tuple(refusals), tuple(names))
+
+    def compare_beside(
+        self, other: Identity, *, sides: tuple[str, str], many_teachers: bool, same_rows: bool
+    ) -> Comparison:
+        """Whether a student may read caches captured as these together.
+
+        sides          what the two are called, such as ``in caches/monday``
+        many_teachers  they may be of different teachers, and these may see pictures differently, as a student may
+        same_rows      their targets are added up: seeds may differ, and the other temperatures of each do not matter
+        """
+        weights, names = {"weights_fingerprint", "dtype"}, {"name", "revision"}
+        pictures = {"image_processor_fingerprint"}
+        others = set(InputsIdentity.model_fields) - pictures
+        refusals, notices = [], []
+        if many_teachers:
+            notices += _differences("inputs", self.inputs, other.inputs, skip=others, sides=sides)
+        else:
+            refusals += _differences("teacher", self.teacher, other.teacher, skip=names, sides=sides)
+            refusals += _differences("inputs", self.inputs, other.inputs, skip=others, sides=sides)
+            notices += _differences("teacher", self.teacher, other.teacher, skip=weights, sides=sides)
+        refusals += _differences("inputs", self.inputs, other.inputs, skip=pictures, sides=sides)
+        free = {"temperatures", "seed", "sampling", "label_log_prob"} if same_rows else set()
+        refusals += _differences("targets", self.targets, other.targets, skip=free, sides=sides)
+        return Comparison((*refusals, *self._prompts_apart(other, sides)), tuple(notices))
+
+    def _prompts_apart(self, other: Identity, sides: tuple[str, str]) -> list[str]:
+        """Other days would be other examples; the same settings with another text are other tokenizers."""
+        if self.prompt is None or other.prompt is None:
+            return []
+        others = set(PromptIdentity.model_fields) - {"date"}
+        found = _differences("prompt", self.prompt, other.prompt, skip=others, sides=sides)
+        return found + (
+            self.prompt.differences(other.prompt, sides=sides)
+            if self.prompt.contradicts(other.prompt)
+            else []
+        )
 
     def compare_student(
         self,
@@ -222,19 +261,24 @@ class Identity(Record):
 
 
 def _differences(
-    label: str, stored: BaseModel, other: BaseModel, *, skip: set[str] | None = None
+    label: str,
+    stored: BaseModel,
+    other: BaseModel,
+    *,
+    skip: set[str] | None = None,
+    sides: tuple[str, str] = ASKED,
 ) -> list[str]:
     names = [name for name in type(stored).model_fields if name not in (skip or set())]
     pairs = [(name, getattr(stored, name), getattr(other, name)) for name in names]
     return [
-        _both_sides(f"{label}.{name}", _plain(ours), _plain(theirs))
+        _both_sides(f"{label}.{name}", _plain(ours), _plain(theirs), sides)
         for name, ours, theirs in pairs
         if ours != theirs
     ]
 
 
-def _both_sides(label: str, stored: str, other: str) -> str:
-    return f"{label}: {stored} in the cache, {other} asked for"
+def _both_sides(label: str, stored: str, other: str, sides: tuple[str, str] = ASKED) -> str:
+    return f"{label}: {stored} {sides[0]}, {other} {sides[1]}"
 
 
 def _plain(value: Any) -> str:

@@ -51,9 +51,11 @@ class CacheReader:
              first use
     """
 
-    def __init__(self, location: str, *, staging: Staging | None = None) -> None:
+    def __init__(self, location: str, *, staging: Staging | None = None, num_together: int = 1) -> None:
+        """num_together  readers that share what this process may map at a time"""
         folder = open_folder(location)
         self.location = location
+        self._num_together = num_together
         self.manifest = _committed(folder)
         for _ in range(OPENINGS):
             try:
@@ -80,13 +82,47 @@ class CacheReader:
             "manifest": self.manifest.dumps(),
             "staging": self._staging,
             "verified": self._verified,
+            "num_together": self._num_together,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         folder = open_folder(state["location"])
-        self.location = state["location"]
+        self.location, self._num_together = state["location"], state["num_together"]
         self.manifest = Manifest.loads(state["manifest"], where=folder.where)
         self._open(folder, state["staging"], state["verified"])
+
+    @property
+    def parts(self) -> tuple[CacheReader, ...]:
+        """The caches that are read: this one.  See ``shared.cache.several``."""
+        return (self,)
+
+    @property
+    def where(self) -> str:
+        """What opens every message."""
+        return self._folder.where
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex, of what it holds."""
+        return self.manifest.sha256
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why rows are not in it, by the key in hex, of those whose key is known."""
+        return {row.key: row.reason for row in self.manifest.skipped if row.key}
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """Of all teachers whose targets it holds."""
+        return (self.manifest.identity.teacher.label,)
+
+    def teachers(self, keys: Keys) -> list[str]:
+        """Of the rows of these keys, the name of each one's teacher."""
+        return list(self.teacher_names) * len(keys)
+
+    def teachers_digest(self, keys: Keys) -> str:
+        """Whose targets these rows have: the fingerprint of their teacher's weights."""
+        return self.manifest.identity.teacher.weights_fingerprint
 
     @property
     def policy(self) -> Policy:
@@ -110,6 +146,11 @@ class CacheReader:
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """(len(keys),) bool."""
         return self.index.find(keys) >= 0
+
+    def lacking(self, keys: Keys) -> list[tuple[CacheReader, npt.NDArray[np.int64]]]:
+        """Itself and the places of the keys that are not in it; empty where there are none."""
+        places = np.flatnonzero(~self.contains(keys))
+        return [(self, places)] if len(places) else []
 
     def num_positions(self, keys: Keys, *, names: Sequence[str] = ()) -> npt.NDArray[np.int64]:
         """(len(keys),) int64, from the index alone.  Raises CacheMismatchError as :meth:`read` does."""
@@ -191,6 +232,10 @@ class CacheReader:
         return self.index.locate(self._find(keys, names))[0]
 
     @property
+    def num_shards(self) -> int:
+        return self.manifest.num_shards
+
+    @property
     def staging_bytes(self) -> int | None:
         """How much of a remote cache may lie on this machine at a time; None of a local one."""
         return None if isinstance(self._folder, LocalFolder) else self._staging.max_bytes
@@ -259,9 +304,8 @@ class CacheReader:
         return comparison.notices
 
     def _close_least_recently_used(self) -> None:
-        while len(self._shards) > 1 and (
-            len(self._shards) > MAX_OPEN_SHARDS or self._mapped_bytes > MAX_MAPPED_BYTES
-        ):
+        max_shards, max_bytes = MAX_OPEN_SHARDS // self._num_together, MAX_MAPPED_BYTES // self._num_together
+        while len(self._shards) > 1 and (len(self._shards) > max_shards or self._mapped_bytes > max_bytes):
             self._mapped_bytes -= self._shards.popitem(last=False)[1].num_bytes
 
     def _map_table(self, file: FileInfo) -> pa.Buffer:

@@ -184,7 +184,7 @@ def capture(
     rows = NumberedRows(tuple(part.split for part in data.keyed))
     begin = time.monotonic()
     writer, plan, pending = open_planned(
-        recipe.cache.path,
+        recipe.cache.location,
         identity_of(recipe, processor, data, weights_fingerprint=weights_fingerprint),
         data.keys,
         data.numbers,

@@ -8,8 +8,9 @@ The docstring under a field is its line in ``docs/recipes.md``.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.fields import FieldInfo
@@ -57,10 +58,9 @@ def default_tag(fields: Iterable[FieldInfo]) -> dict[str, str]:
 
 
 def takes_a_list(field: FieldInfo) -> bool:
-    """Whether any number of values may stand there."""
-    return any(
-        get_origin(kind) is tuple and Ellipsis in get_args(kind) for kind in _choices(field.annotation)
-    )
+    """Whether any number of values may stand there, and no single one."""
+    kinds = list(_choices(field.annotation))
+    return bool(kinds) and all(get_origin(kind) is tuple and Ellipsis in get_args(kind) for kind in kinds)
 
 
 def shut_out(models: Iterable[type[BaseModel]], keys: Iterable[str]) -> set[str]:
@@ -71,7 +71,11 @@ def shut_out(models: Iterable[type[BaseModel]], keys: Iterable[str]) -> set[str]
 
 
 def _choices(kind: Any) -> Iterator[Any]:
-    yield kind
-    if get_origin(kind) is not tuple:
+    """The types that a union is of, but null."""
+    if get_origin(kind) is Annotated:
+        yield from _choices(get_args(kind)[0])
+    elif get_origin(kind) in (Union, types.UnionType):
         for part in get_args(kind):
             yield from _choices(part)
+    elif kind is not type(None):
+        yield kind

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field, model_validator
 from shared.errors import RecipeError
 from shared.recipes import yaml12
 from shared.recipes.files import read_recipe_tree, validate_tree
-from shared.recipes.policies import TAIL_MODES, Policy, Threshold
+from shared.recipes.policies import TAIL_MODES, Policy, Threshold, ghost_of_several
 from shared.recipes.schema import Section
 
 
@@ -45,6 +45,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]  # at 1 a moment never moves, and its
 Dtype = Literal["float32", "bfloat16"]
 Split = Literal["train", "validation", "test"]
 Date = Annotated[str, AfterValidator(_iso_date)]
+WEIGHT_SLACK = 1e-6  # of the sum of a mix's weights, as people type thirds
 Place = Annotated[str, AfterValidator(expanduser)]  # a file or folder here, or a name or URL elsewhere
 
 
@@ -164,11 +165,29 @@ class TeacherConfig(Section):
         return self
 
 
-class CacheConfig(Section):
-    """Where the cache is, which targets it holds, and how it is captured."""
+class MixedCache(Section):
+    """One cache of a mix."""
 
     path: Place
     """Local folder or fsspec URL."""
+    weight: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Its share of the targets; those of a mix sum to 1. null, for all of them: equal shares."""
+
+
+class CacheConfig(Section):
+    """Where the cache is, or several of them, which targets it holds, and how it is captured."""
+
+    alternatives = (("path", "mix"),)
+
+    path: Place | Annotated[tuple[Place, ...], Field(min_length=1)] | None = None
+    """Local folder or fsspec URL. A list, for stage two: caches of different rows, captured alike."""
+    mix: Annotated[tuple[MixedCache, ...], Field(min_length=1)] | None = None
+    """Instead of `path`, for stage two: caches of the same rows by several teachers. The targets of a row are their
+    weighted sum. All must be of `policy`; their `seed` may differ."""
+    duplicates: Literal["refuse", "first"] = "refuse"
+    """A row that several caches of a list hold is an error, or is taken from the first of them."""
+    teachers: Literal["one", "many"] = "one"
+    """`many`: the caches of a list may be of different teachers, each for its own rows."""
     splits: tuple[Split, ...] = ("train", "validation")
     """Splits whose rows are captured."""
     policy: Policy = Threshold()
@@ -200,6 +219,63 @@ class CacheConfig(Section):
         if not self.temperatures or len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError("temperatures must be a list of one or more different values")
         return self
+
+    @model_validator(mode="after")
+    def _caches_differ(self) -> Self:
+        twice = sorted({one for one in self.locations if self.locations.count(one) > 1})
+        if twice:
+            raise ValueError(f"{'mix' if self.mix else 'path'} names {', '.join(twice)} more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_sum_to_one(self) -> Self:
+        given = [one.weight for one in self.mix or () if one.weight is not None]
+        if given and len(given) < len(self.mix or ()):
+            raise ValueError(
+                "mix: some of its caches have a weight and some have none. Give all of them one, or none"
+            )
+        if given and abs(sum(given) - 1) > WEIGHT_SLACK:
+            raise ValueError(
+                f"mix: the weights {', '.join(f'{one:g}' for one in given)} sum to {sum(given):g}; they must sum to 1"
+            )
+        return self
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Of all caches, in their order."""
+        if self.mix is not None:
+            return tuple(one.path for one in self.mix)
+        return (self.path,) if isinstance(self.path, str) else self.path or ()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the caches of a mix; they sum to 1 to rounding."""
+        mixed = self.mix or ()
+        return tuple(1 / len(mixed) if one.weight is None else one.weight for one in mixed)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether it names one cache, as a capture needs it."""
+        return self.mix is None and len(self.locations) == 1
+
+    @property
+    def location(self) -> str:
+        """Of the one cache.
+
+        Raises   RecipeError  where the recipe names several, or a mix: a capture writes one
+        """
+        if not self.is_one:
+            what = "cache.mix" if self.mix else "cache.path"
+            raise RecipeError(
+                f"{what} names {', '.join(self.locations)}: stage two reads these together, a capture writes one. "
+                "Name the cache to capture: --set cache.path=FOLDER"
+            )
+        return self.locations[0]
+
+    @property
+    def has_many_teachers(self) -> bool:
+        """Whether its targets may be of other teachers than the recipe's."""
+        return self.mix is not None or self.teachers == "many"
 
 
 class WriteConfig(Section):
@@ -565,7 +641,7 @@ class Recipe(Section):
                 problems.append(f"cache.splits lacks {', '.join(lacking)}, which the student needs")
             if len(set(self.cache.splits)) != len(self.cache.splits):
                 problems.append("cache.splits names a split twice")
-        if self.cache is not None and self.teacher is None:
+        if self.cache is not None and self.teacher is None and not self.cache.has_many_teachers:
             problems.append("a cache section needs a teacher section: it says whose targets the cache holds")
         if self.cache is not None:
             if self.loss.kd_ratio > 0 and self.loss.temperature not in self.cache.temperatures:
@@ -578,6 +654,8 @@ class Recipe(Section):
                 problems.append(
                     f"loss.tail is for top_k and top_p caches; {self.cache.policy.kind} targets have no tail"
                 )
+            if self.cache.mix and not self.cache.policy.is_sampled and self.loss.tail in (None, "ghost"):
+                problems.append(ghost_of_several(self.cache.policy.kind))
         if self.write is not None and (self.write.max_new_tokens or 0) > self.data.max_answer_tokens:
             problems.append(
                 f"write.max_new_tokens {self.write.max_new_tokens} is above data.max_answer_tokens "

@@ -51,13 +51,13 @@ class Surveyors:
         """Of a teacher that reads rows, also where it captures nothing."""
         if recipe.cache is None:
             return cls.of_run(recipe, world)
-        place = place_beside(recipe.cache.path)
+        place = place_beside(recipe.cache.locations[0])
         return cls(world or alone(), place, recipe.cache.num_workers, "cache.num_workers")
 
     @classmethod
     def of_run(cls, recipe: Recipe, world: World | None = None) -> Surveyors:
         """What is kept lies beside the cache, so that its capture and all of its students share it."""
-        beside = str(recipe.run.path) if recipe.cache is None else recipe.cache.path
+        beside = str(recipe.run.path) if recipe.cache is None else recipe.cache.locations[0]
         return cls(world or alone(), place_beside(beside), recipe.run.num_workers)
 
     @property

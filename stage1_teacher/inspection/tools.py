@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
-from shared.cache import CacheReader
+from shared.cache import CacheList, CacheMix, CacheReader
 from shared.cache.export import export
 from shared.cache.inspect import inspect
 from shared.cache.layout import LOG_NAME
@@ -18,7 +18,7 @@ from shared.cache.manifest import load_manifest
 from shared.cache.merge import merge
 from shared.cache.storage import open_folder
 from shared.cache.verify import Verification, verify
-from shared.errors import CacheFormatError, RecipeError
+from shared.errors import CacheFormatError, CacheMismatchError, RecipeError
 from shared.progress import progress
 from shared.recipes import Recipe, load_recipe
 from shared.recipes.files import apply_overrides, validate_tree
@@ -30,15 +30,74 @@ from stage1_teacher.inspection.plots import plot_cache
 from stage1_teacher.inspection.report import write_cache_report
 
 
-def show_inspection(location: str, *, as_json: bool, plots: Path | None = None) -> int:
-    """Who taught, what is kept, how large it is; as pictures too, if there is a folder for them."""
-    reader = CacheReader(location)
-    drawn = [] if plots is None else plot_cache(reader, plots)
-    summary = inspect(reader)
-    click.echo(json.dumps(summary, indent=1) if as_json else "\n".join(_lines(summary)))
+def show_inspection(locations: Sequence[str], *, as_json: bool, plots: Path | None = None) -> int:
+    """Who taught, what is kept, how large it is; as pictures too, if there is a folder for them.
+
+    Of several caches each, and whether a student may read them together.
+
+    Raises   RecipeError  for pictures of several caches
+    """
+    if plots is not None and len(locations) > 1:
+        raise RecipeError(f"--plots: it draws one cache, {len(locations)} are given. Inspect one at a time")
+    summaries, drawn = [], []
+    for location in locations:
+        reader = CacheReader(location)
+        drawn += [] if plots is None else plot_cache(reader, plots)
+        summaries.append(inspect(reader))
+    together = _together(locations) if len(locations) > 1 else None
+    if as_json:
+        told = summaries[0] if together is None else {"caches": summaries, "together": together}
+        click.echo(json.dumps(told, indent=1))
+    else:
+        click.echo("\n\n".join("\n".join(_lines(summary)) for summary in summaries))
+        if together is not None:
+            click.echo("\n" + "\n".join(_lines_together(together)))
     for path in drawn:
         click.echo(path, err=as_json)
     return 0
+
+
+def _together(locations: Sequence[str]) -> dict[str, Any]:
+    """What the caches come to as a list, with and without one teacher for all, and as a mix: plain JSON types."""
+    ways: dict[str, Callable[[], CacheList | CacheMix]] = {
+        "list": lambda: CacheList(locations, duplicates="first"),
+        "list_of_many_teachers": lambda: CacheList(locations, duplicates="first", teachers="many"),
+        "mix": lambda: CacheMix(locations),
+    }
+    told: dict[str, Any] = {}
+    for way, opened in ways.items():
+        try:
+            cache = opened()
+        except CacheMismatchError as error:
+            told[way] = {"refused": str(error)}
+            continue
+        told[way] = {"examples": len(cache), "teachers": list(cache.teacher_names)}
+        if isinstance(cache, CacheList):
+            told[way]["in_several"] = cache.num_in_several
+    return told
+
+
+def _lines_together(told: dict[str, Any]) -> list[str]:
+    names = {
+        "list": "cache.path, a list",
+        "list_of_many_teachers": "the same, teachers: many",
+        "mix": "cache.mix",
+    }
+    lines = []
+    for way, label in names.items():
+        found = told[way]
+        if "refused" in found:
+            lines.append(f"{label:<26} no: {found['refused']}")
+            continue
+        shared = found.get("in_several")
+        twice = f", {shared} of them in several (cache.duplicates: first)" if shared else ""
+        lines.append(f"{label:<26} {found['examples']} examples{twice}; {', '.join(found['teachers'])}")
+    return lines
+
+
+def show_verifications(locations: Sequence[str], *, sample: int | None = None, seed: int = 0) -> int:
+    """Every fault of each cache; the status is that of a damaged cache if there is one."""
+    return max([show_verification(location, sample=sample, seed=seed) for location in locations])
 
 
 def show_verification(location: str, *, sample: int | None = None, seed: int = 0) -> int:
@@ -67,8 +126,8 @@ def _extent(found: Verification, sample: int | None, seed: int) -> str:
     )
 
 
-def show_audit(
-    location: str,
+def show_audits(
+    locations: Sequence[str],
     world: World,
     *,
     recipe_name: str | None,
@@ -79,17 +138,23 @@ def show_audit(
     seed: int,
     as_json: bool,
 ) -> int:
-    """The cache against its teacher; the status is that of a damaged cache if it is further off than allowed."""
-    reader = CacheReader(location)
-    recipe = _find_recipe(reader, recipe_name, overrides)
+    """Each cache against its teacher; the status is that of a damaged cache if one is further off than allowed."""
     min_positions = 0 if max_error is None else max_error_positions
-    found = audit(recipe, reader, world, num_examples=num_examples, min_positions=min_positions, seed=seed)
-    exceeded = [] if max_error is None else found.exceeds(max_error, num_positions=max_error_positions)
+    audits, exceeded = [], []
+    for location in locations:
+        reader = CacheReader(location)
+        recipe = _find_recipe(reader, recipe_name, overrides)
+        found = audit(
+            recipe, reader, world, num_examples=num_examples, min_positions=min_positions, seed=seed
+        )
+        audits.append(found)
+        exceeded += [] if max_error is None else found.exceeds(max_error, num_positions=max_error_positions)
+        if world.is_main and not as_json:
+            show_findings(found)
     if world.is_main:
         if as_json:
-            click.echo(json.dumps(found.to_json(), indent=1))
-        else:
-            show_findings(found)
+            told = [found.to_json() for found in audits]
+            click.echo(json.dumps(told[0] if len(told) == 1 else told, indent=1))
         for message in exceeded:
             click.echo(f"error: {message}", err=True)
     return CacheFormatError.exit_status if exceeded else 0

@@ -41,15 +41,19 @@ class CacheUse:
 
 
 def cache_uses(runs: Sequence[RunRecord]) -> list[CacheUse]:
-    """One for each cache whose log tells how long its capture took.
+    """One for each cache, or list or mix of caches, whose logs tell how long their captures took.
 
     A live teacher is taken to need, for each position of an epoch, what the teacher itself needed in the capture.
     Waits for data count as the cache's in full.  Runs whose epochs are unknown are left out.
     """
     found = []
-    for cache in dict.fromkeys(run.cache for run in runs if run.cache is not None):
-        captured = captured_times(cache)
-        epochs = {run.path: run.num_epochs for run in runs if run.cache == cache and run.num_epochs}
+    for caches, is_mix in dict.fromkeys((run.caches, run.is_mix) for run in runs if run.caches):
+        captured = captured_together(caches, is_mix=is_mix)
+        epochs = {
+            run.path: run.num_epochs
+            for run in runs
+            if (run.caches, run.is_mix) == (caches, is_mix) and run.num_epochs
+        }
         trained = [run for run in runs if run.path in epochs]
         if captured is None or not trained:
             continue
@@ -61,7 +65,12 @@ def cache_uses(runs: Sequence[RunRecord]) -> list[CacheUse]:
         live_epoch_s = captured.teacher_s * statistics.fmean(epoch_positions) / captured.num_positions
         reading_s = sum(run.reading_s for run in trained) / num_epochs
         found.append(
-            CacheUse(cache, len(trained), num_epochs, TeacherCosts(captured.seconds, live_epoch_s, reading_s))
+            CacheUse(
+                ", ".join(caches),
+                len(trained),
+                num_epochs,
+                TeacherCosts(captured.seconds, live_epoch_s, reading_s),
+            )
         )
     return found
 
@@ -73,6 +82,20 @@ class CapturedTimes:
     seconds: float
     teacher_s: float
     num_positions: int
+
+
+def captured_together(locations: Sequence[str], *, is_mix: bool) -> CapturedTimes | None:
+    """Of all of them; None where one of them does not tell.  The caches of a mix hold the same positions."""
+    found = [captured_times(location) for location in locations]
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        return None
+    count = max if is_mix else sum
+    return CapturedTimes(
+        sum(one.seconds for one in known),
+        sum(one.teacher_s for one in known),
+        count(one.num_positions for one in known),
+    )
 
 
 def captured_times(location: str) -> CapturedTimes | None:

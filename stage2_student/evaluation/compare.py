@@ -91,8 +91,32 @@ def _teachers(runs: Sequence[RunRecord]) -> list[tuple[str, float | None, Scores
 
 def table(runs: Sequence[RunRecord]) -> list[str]:
     """The results in Markdown, one line a run."""
-    head, rows = results(runs)
+    return _markdown(*results(runs))
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(map(_cell, cells))} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def by_teacher(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """The head of a table, and a line for each teacher of a run that had several; none where no run had."""
+    head = ["run", "teacher", "positions", "CE", "KL", "teacher's CE"]
+    rows = []
+    for label, run in zip(labels(runs), runs, strict=True):
+        found = run.last_validation.get("by_teacher") or {}
+        nothing = [None] * len(found.get("names", ()))
+        columns = [found.get(name, nothing) for name in ("names", "positions", "ce", "kl", "teacher_ce")]
+        rows += [
+            [label, str(name), str(positions), *(_number(one, ".4f") for one in losses)]
+            for name, positions, *losses in zip(*columns, strict=True)
+        ]
+    return head, rows
+
+
+def table_by_teacher(runs: Sequence[RunRecord]) -> list[str]:
+    """The same in Markdown, after an empty line; nothing where no run had several teachers."""
+    head, rows = by_teacher(runs)
+    return ["", *_markdown(head, rows)] if rows else []
 
 
 def legend(runs: Sequence[RunRecord]) -> list[str]:
@@ -101,6 +125,11 @@ def legend(runs: Sequence[RunRecord]) -> list[str]:
         "CE and KL: nats a position over the whole validation split; KL to the teacher, at temperature 1 for all.",
         "questions: how many were asked, and of which split; right: of those with short answers; F1: of all.",
     ]
+    if any(run.is_mix for run in runs):
+        lines.append(
+            "KL of a mix of caches: the mean of the KLs to its teachers, by their weights. Where teachers differ, no "
+            "student reaches zero."
+        )
     if len({run.asked.questions for run in runs if run.asked is not None}) > 1:
         lines.append(
             "note: the runs were not asked the same questions, so their answers cannot be compared. "

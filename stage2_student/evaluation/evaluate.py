@@ -69,7 +69,7 @@ def evaluate(
     for name, source in sources.items():
         try:
             answers = answers_of(recipe, source, world, **asked)
-            ce, kl = losses_of(recipe, source, world, **asked)
+            losses = losses_of(recipe, source, world, **asked)
         except (TeachonceError, torch.OutOfMemoryError) as error:
             if name == STUDENT or not world.meets(within_s=PATIENCE_S):
                 raise
@@ -77,7 +77,15 @@ def evaluate(
                 click.echo(f"note: {name} is left out: {error}", err=True)
         else:
             world.meets(within_s=PATIENCE_S)
-            yield Evaluated(name, source.model, tuple(answers), ce, kl, step=exported_step(source.model))
+            yield Evaluated(
+                name,
+                source.model,
+                tuple(answers),
+                losses.ce,
+                losses.kl,
+                step=exported_step(source.model),
+                by_teacher=losses.by_teacher,
+            )
         world.release_memory()
 
 
@@ -103,9 +111,21 @@ def show(found: Sequence[Evaluated]) -> None:
         click.echo(f"{model.name:<22}{_cells(model.intervals())}{losses}")
         for kind in model.kinds:
             click.echo(f"  {kind:<20}{_cells(model.intervals(kind))}")
+        for line in _by_teacher(model):
+            click.echo(line)
     for model in found:
         if model.num_cut:
             click.echo(cut_answers(model.name, model.num_cut, len(model.answers)))
+
+
+def _by_teacher(model: Evaluated) -> Iterator[str]:
+    """CE and KL over the positions whose targets are of each teacher, where there are several."""
+    found = model.by_teacher
+    nothing = [None] * len(found.get("names", ()))
+    columns = [found.get(column, nothing) for column in ("names", "positions", "ce", "kl")]
+    for name, positions, *losses in zip(*columns, strict=True):
+        told = "".join(f"{'-' if one is None else f'{one:.4f}':>9}" for one in losses)
+        yield f"  {f'{positions} positions of {name}':<{20 + 22 * len(LABELS)}}{told}"
 
 
 def cut_answers(name: str, num_cut: int, num_answers: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stage2_student.evaluation.answer_metrics import Interval, mean_interval
@@ -23,7 +23,8 @@ LABELS = {
 class Evaluated:
     """One model: its answers, and its losses over the same examples where they could be computed (None where not).
 
-    step  of the run that exported it; None for a model from elsewhere
+    step        of the run that exported it; None for a model from elsewhere
+    by_teacher  of the targets, where the caches are of several: names, positions, ce, kl, teacher_ce
     """
 
     name: str
@@ -32,6 +33,7 @@ class Evaluated:
     ce: float | None = None
     kl: float | None = None
     step: int | None = None
+    by_teacher: dict[str, list[Any]] = field(default_factory=dict)
 
     def intervals(self, kind: str | None = None) -> dict[str, Interval | None]:
         """Of one kind of question, or of all."""
@@ -78,6 +80,7 @@ class Evaluated:
             "num_cut": self.num_cut,
             "ce": self.ce,
             "kl": self.kl,
+            **({"by_teacher": self.by_teacher} if self.by_teacher else {}),
             **plain(None),
             "by_kind": {kind: plain(kind) for kind in self.kinds},
         }

@@ -1,26 +1,42 @@
 """CE and KL of any model, as validation computes them for the student in training.
 
-ce, kl = losses_of(recipe, source, world, split="validation")        # nats a position
+found = losses_of(recipe, source, world, split="validation")
+found.ce, found.kl        # nats a position
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import click
 
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import FreezeConfig, ParallelConfig, Recipe, Split
 from shared.runtime import World
+from shared.same_teacher import require_teacher
 from shared.survey import open_processor_of
 from stage2_student.evaluation.answers import ModelSource
 from stage2_student.evaluation.shuffled import with_other_pictures
-from stage2_student.training.inputs import no_kl, open_targets, require_teacher
+from stage2_student.training.inputs import no_kl, open_targets
 from stage2_student.training.order import limits_of, pass_slots
-from stage2_student.training.step import Losses
 from stage2_student.training.student import KL_TEMPERATURE, build_student
 from stage2_student.training.survey import survey_once
-from stage2_student.training.validate import validate
+from stage2_student.training.validate import Validation, validate
+
+
+@dataclass(frozen=True)
+class ModelLosses:
+    """Nats a position.
+
+    kl          to the teacher at temperature 1; None where it was not measured
+    by_teacher  of the targets, where the caches are of several: names, positions, ce, kl, teacher_ce; else empty
+    """
+
+    ce: float
+    kl: float | None = None
+    by_teacher: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def losses_of(
@@ -31,7 +47,7 @@ def losses_of(
     split: Split,
     num_examples: int | None = None,
     shuffle_pictures: bool = False,
-) -> tuple[float, float | None]:
+) -> ModelLosses:
     """CE, and KL to the teacher at temperature 1 from the cache; called by all ranks.
 
     KL is None where there is no cache of this data, and what keeps the model from it is said; with shuffled
@@ -48,13 +64,14 @@ def losses_of(
     )
     if recipe.cache is not None and not shuffle_pictures:
         try:
-            losses = validated(with_kl=True)
+            found = validated(with_kl=True)
         except (CacheFormatError, CacheMismatchError, FileNotFoundError) as error:
             if world.is_main:
                 click.echo(f"note: {no_kl(error)}", err=True)
         else:
-            return losses.ce, losses.kl
-    return validated(with_kl=False).ce, None
+            by_teacher = found.groups.to_json().get("by_teacher", {})
+            return ModelLosses(found.losses.ce, found.losses.kl, by_teacher)
+    return ModelLosses(validated(with_kl=False).losses.ce)
 
 
 def _validated(
@@ -66,13 +83,13 @@ def _validated(
     num_examples: int | None,
     shuffle_pictures: bool,
     with_kl: bool,
-) -> Losses:
+) -> Validation:
     processor = open_processor_of(recipe, source.model, revision=source.revision)
     cache = None
     if with_kl:
         cache, _ = open_targets(recipe, processor, temperature=KL_TEMPERATURE)
         distilled = cache
-        world.by_main(lambda: require_teacher(recipe, distilled))
+        world.by_main(lambda: require_teacher(distilled, recipe.teacher))
     found = survey_once(recipe, split, processor, cache, world).spread(num_examples)
     if shuffle_pictures:
         found = with_other_pictures(found)
@@ -84,10 +101,10 @@ def _validated(
         rank=world.rank,
         num_ranks=world.size,
     )
-    losses = validate(student, microbatches, slots, world, num_workers=recipe.run.num_workers).losses
+    validation = validate(student, microbatches, slots, world, num_workers=recipe.run.num_workers)
     del student
     world.release_memory()
-    return losses
+    return validation
 
 
 def _plain(recipe: Recipe, source: ModelSource) -> Recipe:

@@ -16,7 +16,7 @@ from shared.reports.page import Page, Section, write_page
 from shared.reports.pieces import figure, figures, key, paragraph, table
 from shared.reports.recipe import recipe_pieces
 from stage2_student.evaluation.cache_uses import cache_uses
-from stage2_student.evaluation.compare import legend, results
+from stage2_student.evaluation.compare import by_teacher, legend, results
 from stage2_student.evaluation.curves import calibration_drawing, cost_drawings, loss_drawings
 from stage2_student.evaluation.group_curves import group_drawings
 from stage2_student.evaluation.questions import answer_sections
@@ -37,6 +37,10 @@ def write_run_report(runs: Sequence[RunRecord], path: Path) -> None:
     names = labels(runs)
     told = [paragraph(line) for line in legend(runs)]
     sections = [Section("Results", [table(head, rows, caption="At the end of training"), *told])]
+    head, rows = by_teacher(runs)
+    if rows:
+        caption = "Over the positions of the validation split whose targets are of that teacher"
+        sections.append(Section("By teacher", [table(head, rows, caption=caption)]))
     if swept := sweep_drawings(runs):
         sections.append(Section("What each setting does", [figures(list(map(figure, swept)))]))
     losses = list(loss_drawings(runs).values())

@@ -43,7 +43,8 @@ class RunRecord:
     peak_memory_gib  of the first rank
     num_epochs       done; None where the log does not tell
     reading_s        time that steps waited for data, of all ranks: all that the cache can have cost them
-    cache            where it lies; None for plain fine-tuning
+    caches           where they lie; none for plain fine-tuning
+    is_mix           they hold the same rows
     records          the lines of metrics.jsonl, with ``kl`` where a ``kd_loss`` of temperature 1 gives it
     """
 
@@ -61,7 +62,8 @@ class RunRecord:
     peak_memory_gib: float | None
     num_epochs: float | None
     reading_s: float
-    cache: str | None
+    caches: tuple[str, ...]
+    is_mix: bool
     records: tuple[dict[str, Any], ...]
 
     @property
@@ -78,7 +80,8 @@ class RunRecord:
         hidden = ("records", "answered", "asked")
         values = {name: value for name, value in asdict(self).items() if name not in hidden}
         split = None if self.asked is None else self.asked.split
-        return values | {"path": str(self.path), "split": split, "scores": self.scores}
+        cache = ", ".join(self.caches) or None
+        return values | {"path": str(self.path), "split": split, "scores": self.scores, "cache": cache}
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -139,7 +142,8 @@ def read_run(path: Path) -> RunRecord:
         peak_memory_gib=max((record["peak_memory_gib"] for record in steps), default=None),
         num_epochs=steps[-1].get("num_epochs") if steps else 0.0,
         reading_s=metrics.wait_s * folder.num_ranks(),
-        cache=settings["cache.path"] if settings["loss.kd_ratio"] > 0 else None,
+        caches=_caches(settings) if settings["loss.kd_ratio"] > 0 else (),
+        is_mix=settings.get("cache.mix") is not None,
         records=metrics.records,
     )
 
@@ -174,15 +178,25 @@ def _read_settings(path: Path) -> dict[str, Any]:
         ) from error
     needed = ["run.name", "loss.temperature", "loss.kd_ratio"]
     numbers = are_numbers(settings, *needed[1:])
-    if numbers and settings["loss.kd_ratio"] > 0:
-        needed.append("cache.path")
     missing = [name for name in needed if settings.get(name) is None]
+    if numbers and settings["loss.kd_ratio"] > 0 and not _caches(settings):
+        missing.append("cache.path")
     if missing or not numbers:
         raise RecipeError(
             f"{path}: {', '.join(missing) or 'loss'} is missing or damaged, so this is not a run's recipe; "
             "put it back, or leave the run out"
         )
     return settings
+
+
+def _caches(settings: dict[str, Any]) -> tuple[str, ...]:
+    """Of a list, a mix, or the one; empty where the recipe names none, or something else stands there."""
+    path, mixed = settings.get("cache.path"), settings.get("cache.mix")
+    found: Any = [path] if isinstance(path, str) else path
+    if isinstance(mixed, list):
+        found = [one.get("path") if isinstance(one, dict) else None for one in mixed]
+    is_sound = isinstance(found, list) and all(isinstance(one, str) for one in found)
+    return tuple(found) if is_sound else ()
 
 
 def _with_kl(metrics: Metrics, *, temperature: float) -> Metrics:

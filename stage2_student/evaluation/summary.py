@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from shared.cache import CacheMix
 from shared.recipes import Recipe
 from shared.runtime import World
 from shared.vouched import vouched
@@ -149,11 +150,14 @@ def _losses(validations: list[dict[str, Any]], *, at: int) -> dict[str, float | 
 def _cache(inputs: Inputs) -> dict[str, Any] | None:
     if inputs.cache is None:
         return None
-    manifest = inputs.cache.manifest
+    cache = inputs.cache
+    totals = [part.manifest.totals for part in cache.parts]
+    count = max if isinstance(cache, CacheMix) else sum  # the caches of a mix hold the same positions
+    positions, num_bytes = count(one.positions for one in totals), sum(one.bytes for one in totals)
     return {
-        "path": inputs.cache.location,
-        "sha256": manifest.sha256,
-        "positions": manifest.totals.positions,
-        "bytes": manifest.totals.bytes,
-        "bytes_per_position": manifest.totals.bytes / max(1, manifest.totals.positions),
+        "path": cache.location,
+        "sha256": cache.fingerprint,
+        "positions": positions,
+        "bytes": num_bytes,
+        "bytes_per_position": num_bytes / max(1, positions),
     }

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from shared.cache import CacheReader
+from shared.cache import Cache, CacheMix
 from shared.models.adapters import lineage
 from shared.models.weight_files import read_provenance
 from shared.recipes import Recipe
@@ -23,6 +24,7 @@ from stage2_student.runs.files import write_json, write_text
 from stage2_student.runs.run_folder import SHUFFLED, RunFolder, scores_in
 
 SOURCES = "sources.json"  # in the run's folder, as they were when it began: they may be gone at an export
+ROW_TEACHERS = "row_teachers"  # among them: whose targets the rows for training have
 CARD = "README.md"
 BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
 SCORES = {
@@ -54,8 +56,11 @@ processor = AutoProcessor.from_pretrained("{name}")
 """
 
 
-def write_sources(folder: RunFolder, recipe: Recipe, cache: CacheReader | None) -> None:
-    """Notes what the run is made of: which names are local folders, and whose targets the cache holds."""
+def write_sources(folder: RunFolder, recipe: Recipe, cache: Cache | None, keys: np.ndarray) -> None:
+    """Notes what the run is made of: which names are local folders, and whose targets the cache holds.
+
+    keys  of the rows for training
+    """
     base, revision = lineage(recipe.student.model, recipe.student.revision)[0]
     model = recipe.student.model
     path = str(Path(model).absolute()) if Path(model).exists() else None
@@ -64,15 +69,36 @@ def write_sources(folder: RunFolder, recipe: Recipe, cache: CacheReader | None) 
         "data": {"source": recipe.data.source, "is_local": Path(recipe.data.source).exists()},
         "cache": None,
     }
+    caches = [] if cache is None else facts_of_caches(cache)
     if cache is not None:
-        manifest = cache.manifest
-        facts["cache"] = {
-            "sha256": manifest.sha256,
-            "teacher": manifest.identity.teacher.model_dump(mode="json"),
-            "targets": manifest.identity.targets.model_dump(mode="json"),
-            "totals": manifest.totals.model_dump(mode="json"),
-        }
+        facts[ROW_TEACHERS] = cache.teachers_digest(keys)
+    if len(caches) == 1:
+        facts["cache"] = caches[0]
+    elif caches:
+        facts["caches"] = caches
     write_json(folder.path / SOURCES, facts)
+
+
+def facts_of_caches(cache: Cache) -> list[dict[str, Any]]:
+    """Of each that is read, in their order."""
+    weights = cache.weights if isinstance(cache, CacheMix) else [None] * len(cache.parts)
+    return [
+        {
+            "path": part.location,
+            "sha256": part.manifest.sha256,
+            "teacher": part.manifest.identity.teacher.model_dump(mode="json"),
+            "targets": part.manifest.identity.targets.model_dump(mode="json"),
+            "totals": part.manifest.totals.model_dump(mode="json"),
+        }
+        | ({} if weight is None else {"weight": weight})
+        for part, weight in zip(cache.parts, weights, strict=True)
+    ]
+
+
+def caches_in(sources: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same, as a run has noted them; those of earlier releases have no ``path``."""
+    one = sources.get("cache")
+    return sources.get("caches") or ([one] if one else [])
 
 
 def read_sources(folder: RunFolder) -> dict[str, Any]:
@@ -154,36 +180,42 @@ def _metadata(recipe: dict[str, Any], sources: dict[str, Any], *, is_adapter: bo
         found["datasets"] = [data["source"]]
     found["library_name"] = "peft" if is_adapter else "transformers"
     found["pipeline_tag"] = "image-text-to-text"
-    found["tags"] = [*(["knowledge-distillation"] if sources.get("cache") else []), "teachonce"]
+    found["tags"] = [*(["knowledge-distillation"] if caches_in(sources) else []), "teachonce"]
     return found
 
 
 def _made_of(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    recipe, cache = facts["recipe"], facts["sources"].get("cache")
+    recipe, caches = facts["recipe"], caches_in(facts["sources"])
     student, data, loss = recipe["student"], recipe["data"], recipe["loss"]
     start = "" if student["init"] == "pretrained" else ", its configuration alone; weights from scratch"
     yield "student", _named(student["model"], student["revision"]) + start
     if student["lora"] is not None:
         yield "LoRA", f"rank {student['lora']['rank']}, alpha {student['lora']['alpha']:g}"
     yield "data", f"{_named(data['source'], data['revision'])}, split `{data['splits']['train']}`"
-    if cache is not None:
-        teacher, targets, totals = cache["teacher"], cache["targets"], cache["totals"]
-        policy = ", ".join(f"{key} {value}" for key, value in targets["policy"].items())
-        yield "teacher", f"{_named(teacher['name'], teacher['revision'])}, {teacher['dtype']}"
-        yield "teacher's weights", f"SHA-256 `{teacher['weights_fingerprint']}`"
-        yield "cache", f"manifest `{cache['sha256']}`"
-        yield "policy", f"{policy}; temperatures {', '.join(map(str, targets['temperatures']))}"
-        yield (
-            "targets",
-            (
-                f"{totals['examples']} examples, {totals['positions']} positions, {totals['entries']} entries, "
-                f"{totals['bytes']} bytes"
-            ),
-        )
+    for cache in caches:
+        yield from _taught_by(cache)
+    if caches:
         yield "loss", f"kd_ratio {loss['kd_ratio']:g}, temperature {loss['temperature']:g}"
     elif loss["kd_ratio"] == 0:
         yield "loss", "cross-entropy with the labels alone; no teacher"
     yield "steps", f"{facts['step']}, of {recipe['optimization']['global_batch_size']} examples"
+
+
+def _taught_by(cache: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    teacher, targets, totals = cache["teacher"], cache["targets"], cache["totals"]
+    policy = ", ".join(f"{key} {value}" for key, value in targets["policy"].items())
+    share = f", {cache['weight']:.3g} of the targets" if "weight" in cache else ""
+    yield "teacher", f"{_named(teacher['name'], teacher['revision'])}, {teacher['dtype']}{share}"
+    yield "teacher's weights", f"SHA-256 `{teacher['weights_fingerprint']}`"
+    yield "cache", f"manifest `{cache['sha256']}`"
+    yield "policy", f"{policy}; temperatures {', '.join(map(str, targets['temperatures']))}"
+    yield (
+        "targets",
+        (
+            f"{totals['examples']} examples, {totals['positions']} positions, {totals['entries']} entries, "
+            f"{totals['bytes']} bytes"
+        ),
+    )
 
 
 def _named(name: str, revision: str | None) -> str:

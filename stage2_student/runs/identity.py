@@ -53,7 +53,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def run_identity(recipe: Recipe, *, contents: dict[str, str | None]) -> dict[str, Any]:
+def run_identity(recipe: Recipe, *, contents: dict[str, Any]) -> dict[str, Any]:
     """Flat: ``contents`` (fingerprints by name) and the recipe's keys that must not change."""
     keys = {
         f"recipe.{key}": value for key, value in flat(dump_recipe(recipe)).items() if not _may_change(key)
@@ -65,6 +65,7 @@ def run_identity(recipe: Recipe, *, contents: dict[str, str | None]) -> dict[str
 OF_DATA = {"data.train", "data.validation"}
 # A cache gets a new manifest when rows are added to it: whoever compares the rows compares its teacher and targets.
 CACHE = "cache.manifest"
+MIX = "cache.mix"  # whose targets are added up, with which weights; there is none without a mix
 ORDER = "order"  # of the steps' examples: the release's own
 ACCEPT = "--accept-data-change"
 # Settings that make something else of the same rows: who changes one has not mended a row.

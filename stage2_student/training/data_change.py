@@ -12,17 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache import CacheReader
+from shared.cache import Cache
 from shared.data.processing import KEY_BYTES
 from shared.errors import CheckpointError, NotAFileError, listed
 from shared.recipes import Recipe
 from shared.regular_files import read_regular
 from shared.survey import keys_fingerprint
-from stage2_student.publishing.card import read_sources
+from stage2_student.publishing.card import ROW_TEACHERS, caches_in, facts_of_caches, read_sources
 from stage2_student.runs.checkpoint import Checkpoint
 from stage2_student.runs.files import write_bytes
 from stage2_student.runs.identity import CACHE
 from stage2_student.runs.run_folder import RunFolder
+from stage2_student.training.cache_change import cache_changes, require_same_teachers
 from stage2_student.training.order import step_examples, step_shape, total_steps
 from stage2_student.training.survey import Survey
 
@@ -73,7 +74,7 @@ def accept_data_change(
     folder: RunFolder,
     checkpoint: Checkpoint,
     surveys: dict[str, Survey],
-    cache: CacheReader | None,
+    cache: Cache | None,
 ) -> list[str]:
     """What has changed since the checkpoint, for people; empty when nothing has.
 
@@ -97,11 +98,12 @@ def accept_data_change(
         told += change.lines(name, survey)
         if name == "data.train":
             _require_unused(recipe, folder, checkpoint, kept, change, survey)
-    if cache is not None and checkpoint.facts.identity.get(CACHE) != cache.manifest.sha256:
-        _require_same_targets(folder, cache)
-        told.append(
-            f"cache {cache.location}: other examples are in it than before; its teacher and targets are the same"
-        )
+    if cache is not None and checkpoint.facts.identity.get(CACHE) != cache.fingerprint:
+        sources, train = read_sources(folder), surveys["data.train"]
+        told += cache_changes(folder, caches_in(sources), facts_of_caches(cache))
+        if checkpoint.facts.identity.get("data.train") == train.fingerprint:
+            taught = cache.teachers_digest(train.keys)
+            require_same_teachers(folder, sources.get(ROW_TEACHERS), taught)
     return told
 
 
@@ -158,22 +160,6 @@ def _require_unused(
             f"and no later step uses:\n{listed([survey.split.where(row) for row in over])}\nGive them back as they "
             "were, or another run.name"
         )
-
-
-def _require_same_targets(folder: RunFolder, cache: CacheReader) -> None:
-    """A cache that has grown by the new rows is the same in all else."""
-    before, now = read_sources(folder).get("cache") or {}, cache.manifest.identity
-    sides = {
-        "teacher": now.teacher.model_dump(mode="json"),
-        "targets": now.targets.model_dump(mode="json"),
-    }
-    for name, side in sides.items():
-        if before.get(name) != side:
-            what = {"teacher": "is of another teacher", "targets": "has other targets"}[name]
-            raise CheckpointError(
-                f"run {folder.path}: the cache {what}: {before.get(name)} before, {side} now. Give the old one back, "
-                "or another run.name"
-            )
 
 
 def _path(folder: RunFolder, fingerprint: str) -> Path:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shared.cache import CacheReader, Row
+from shared.cache import Cache, MixedRow, Row
 from shared.data.collation import Encoded, packed, places_of
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
@@ -34,7 +34,7 @@ from shared.errors import (
     listed,
 )
 from shared.model_check import usable
-from shared.sparse import SparseTargets
+from shared.sparse import Targets
 from stage2_student.training.order import Slot
 
 
@@ -50,19 +50,27 @@ class Microbatch:
     inputs: dict[str, Tensor]
     position_index: Tensor  # (N,) int64 into the flattened (B * S) hidden states
     labels: Tensor  # (N,) int64
-    targets: SparseTargets | None
+    targets: Targets | None
     num_tokens: int  # without padding, of rows that count
     num_rows: int = 0  # so many of the first examples count
     lengths: tuple[int, ...] = ()
     kinds: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = ()  # of each example's targets, where the caches are of several
+    teacher_ces: tuple[
+        float, ...
+    ] = ()  # with the labels, nats, summed over each example; as the cache has it
     places: tuple[int, ...] = ()
-    teacher_ce: float = 0.0  # with the labels, nats, summed over the positions; as the cache has it
     has_pictures: bool = True
     refused: tuple[str, ...] = ()  # why rows are left out
 
     @property
     def num_positions(self) -> int:
         return len(self.labels)
+
+    @property
+    def teacher_ce(self) -> float:
+        """Nats, summed over the positions."""
+        return sum(self.teacher_ces)
 
     @property
     def num_forwarded(self) -> int:
@@ -109,7 +117,7 @@ class MicrobatchSource(Dataset):
         split: VqaSplit,
         rows: np.ndarray,
         processor: ExampleProcessor,
-        cache: CacheReader | None,
+        cache: Cache | None,
         *,
         needs_picture: bool = False,
         packing: bool = False,
@@ -164,10 +172,11 @@ class MicrobatchSource(Dataset):
             encoded = [one.without_labels() for one in encoded]
         fed = [*encoded, *self._blank(encoded)]
         batch = packed(fed) if self.packing else self.processor.collate(fed)
-        targets, teacher_ce = None, 0.0
+        targets: Targets | None = None
+        cached: Sequence[Row | MixedRow] = ()
         if self.cache is not None:
             cached = self._cached(self.cache, encoded, rows) if slot.counts else []
-            targets, teacher_ce = self.cache.targets(cached), sum(row.ce_sum for row in cached)
+            targets = self.cache.targets(cached)  # type: ignore[arg-type]  # its own rows
         return Microbatch(
             slot=slot,
             inputs=batch.inputs,
@@ -180,7 +189,8 @@ class MicrobatchSource(Dataset):
             kinds=tuple(kinds),
             places=tuple(place for one in encoded for place in places_of(one.labels)),
             refused=tuple(refused),
-            teacher_ce=teacher_ce,
+            teachers=self._teachers(cached),
+            teacher_ces=tuple(row.ce_sum for row in cached),
             has_pictures=any(one.has_pictures for one in fed),
         )
 
@@ -213,9 +223,15 @@ class MicrobatchSource(Dataset):
         is_lacking = self.needs_picture and not any(one.has_pictures for one in encoded)
         return [self.processor.blank(with_picture=self.needs_picture)] if is_lacking or not encoded else []
 
-    def _cached(self, cache: CacheReader, encoded: list[Encoded], rows: list[int]) -> list[Row]:
+    def _teachers(self, cached: Sequence[Row | MixedRow]) -> tuple[str, ...]:
+        """Empty where there is one for all."""
+        if self.cache is None or len(self.cache.teacher_names) == 1:
+            return ()
+        return tuple(self.cache.teachers([row.key for row in cached]))
+
+    def _cached(self, cache: Cache, encoded: list[Encoded], rows: list[int]) -> Sequence[Row | MixedRow]:
         names = [self.split.where(row) for row in rows]
-        cached = cache.rows([one.key for one in encoded], names=names)
+        cached: Sequence[Row | MixedRow] = cache.rows([one.key for one in encoded], names=names)
         for one, name, row in zip(encoded, names, cached, strict=True):
             if one.answer_ids.tolist() != row.answer_ids.tolist():
                 raise CacheMismatchError(

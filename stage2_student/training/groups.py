@@ -1,4 +1,4 @@
-"""CE and KL by place in the answer and by kind of question: where a student is far from its teacher.
+"""CE and KL by place in the answer, by kind of question and by teacher: where a student is far from its teacher.
 
 groups = Groups()
 groups.add(microbatch, measured.ce_N, measured.kl_N)
@@ -19,7 +19,7 @@ from shared.runtime import World
 from stage2_student.training.feed import Microbatch
 
 MAX_PLACES = 64  # of an answer; what comes later is counted by kind alone
-NUM_SUMS = 3  # positions, CE, KL
+NUM_SUMS = 4  # positions, CE, KL, the teacher's CE
 
 
 def _zeros() -> Tensor:
@@ -30,52 +30,68 @@ def _zeros() -> Tensor:
 class Groups:
     """Sums over the positions of each group; nats.
 
-    by_place  (places, 3) fp64
-    by_kind   of questions, each (3,) fp64
+    by_place    (places, 4) fp64; the teacher's CE is not known by place
+    by_kind     of questions, each (4,) fp64
+    by_teacher  of the targets, each (4,) fp64; empty where one has taught all
     """
 
     by_place: Tensor = field(default_factory=lambda: torch.zeros(MAX_PLACES, NUM_SUMS, dtype=torch.float64))
     by_kind: dict[str, Tensor] = field(default_factory=lambda: defaultdict(_zeros))
+    by_teacher: dict[str, Tensor] = field(default_factory=lambda: defaultdict(_zeros))
     has_kl: bool = False
 
     def add(self, microbatch: Microbatch, ce_N: Tensor, kl_N: Tensor | None) -> None:
         """Makes the host wait for the device."""
         self.has_kl |= kl_N is not None
         kl_N = torch.zeros_like(ce_N) if kl_N is None else kl_N
-        sums_N3 = torch.stack([torch.ones_like(ce_N), ce_N, kl_N], dim=1).double().cpu()
+        sums_N4 = (
+            torch.stack([torch.ones_like(ce_N), ce_N, kl_N, torch.zeros_like(ce_N)], dim=1).double().cpu()
+        )
         places_N = torch.tensor(microbatch.places, dtype=torch.int64)
         is_early_N = places_N < MAX_PLACES
-        self.by_place.index_add_(0, places_N[is_early_N], sums_N3[is_early_N])
-        begin = 0
-        for kind, length in zip(microbatch.kinds, microbatch.lengths, strict=True):
-            own_L3 = sums_N3[begin : begin + length]
-            begin += length
+        self.by_place.index_add_(0, places_N[is_early_N], sums_N4[is_early_N])
+        sums_of_examples = [own_L4.sum(0) for own_L4 in sums_N4.split(microbatch.lengths)]
+        for kind, length, sums_4 in zip(microbatch.kinds, microbatch.lengths, sums_of_examples, strict=True):
             if kind and length:
-                self.by_kind[kind] += own_L3.sum(0)
+                self.by_kind[kind] += sums_4
+        if microbatch.teachers:  # none of an example that counts for nothing
+            for teacher, ce, sums_4 in zip(
+                microbatch.teachers, microbatch.teacher_ces, sums_of_examples, strict=True
+            ):
+                self.by_teacher[teacher] += sums_4 + torch.tensor([0, 0, 0, ce], dtype=torch.float64)
 
     def of_all_ranks(self, world: World) -> Groups:
         """Called by all ranks."""
         gathered: list[Any] = [None] * world.size
-        dist.all_gather_object(gathered, (self.by_place, dict(self.by_kind), self.has_kl))
+        dist.all_gather_object(
+            gathered, (self.by_place, dict(self.by_kind), dict(self.by_teacher), self.has_kl)
+        )
         total = Groups()
-        for by_place, by_kind, has_kl in gathered[:: world.tensor]:
+        for by_place, by_kind, by_teacher, has_kl in gathered[:: world.tensor]:
             total.by_place += by_place
             for kind, sums in by_kind.items():
                 total.by_kind[kind] += sums
+            for teacher, sums in by_teacher.items():
+                total.by_teacher[teacher] += sums
             total.has_kl |= has_kl
         return total
 
     def to_json(self) -> dict[str, dict[str, list[Any]]]:
         """Means over the positions of each group that has any; ``kl`` only where it was measured."""
         places = [place for place in range(MAX_PLACES) if self.by_place[place, 0] > 0]
-        kinds = sorted(self.by_kind)
-        return {
+        kinds, teachers = sorted(self.by_kind), sorted(self.by_teacher)
+        found = {
             "by_place": self._means([place + 1 for place in places], [self.by_place[one] for one in places]),
             "by_kind": self._means(kinds, [self.by_kind[kind] for kind in kinds]),
         }
+        if not teachers:
+            return found
+        sums = [self.by_teacher[teacher] for teacher in teachers]
+        own = [(ce / count).item() for count, _, _, ce in sums]
+        return found | {"by_teacher": self._means(teachers, sums) | {"teacher_ce": own}}
 
     def _means(self, names: list[Any], sums: list[Tensor]) -> dict[str, list[Any]]:
         found = [one.tolist() for one in sums]
-        means = {"names": names, "positions": [round(count) for count, _, _ in found]}
-        means["ce"] = [ce / count for count, ce, _ in found]
-        return means | ({"kl": [kl / count for count, _, kl in found]} if self.has_kl else {})
+        means = {"names": names, "positions": [round(count) for count, *_ in found]}
+        means["ce"] = [ce / count for count, ce, *_ in found]
+        return means | ({"kl": [kl / count for count, _, kl, _ in found]} if self.has_kl else {})

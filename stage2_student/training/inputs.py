@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from shared.cache import CacheReader
+from shared.cache import Cache, CacheMix, open_caches
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import Recipe
 from shared.runtime import World
-from shared.same_teacher import ANOTHER_TEACHER, compare_teacher
+from shared.same_teacher import require_teacher
 from shared.shard_order import ShardLayout, window_of
-from shared.survey import inputs_identity, open_processor_of, require_same_rendering
+from shared.survey import inputs_identity, is_there, open_processor_of, require_same_rendering
 from stage2_student.runs.checkpoint import Checkpoint
-from stage2_student.runs.identity import ORDER, run_identity
+from stage2_student.runs.identity import CACHE, MIX, ORDER, run_identity
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.data_change import keep_rows
 from stage2_student.training.feed import MicrobatchSource
@@ -41,8 +42,8 @@ class Inputs:
     processor: ExampleProcessor
     train: Survey
     validation: Survey | None
-    cache: CacheReader | None
-    validation_cache: CacheReader | None
+    cache: Cache | None
+    validation_cache: Cache | None
     num_ranks: int = 1
     packing: bool = False
     may_drop: bool = False
@@ -57,10 +58,18 @@ class Inputs:
 
     def record(self) -> dict[str, Any]:
         """The first line of metrics.jsonl."""
-        splits = {"train": self.train.facts}
+        splits = {"train": self._facts(self.train, self.cache)}
         if self.validation is not None:
-            splits["validation"] = self.validation.facts
+            splits["validation"] = self._facts(self.validation, self.validation_cache)
         return {"event": "data", "step": 0, "splits": splits}
+
+    @staticmethod
+    def _facts(survey: Survey, cache: Cache | None) -> dict[str, Any]:
+        """With the number of rows of each teacher, where there are several."""
+        if cache is None or len(cache.teacher_names) == 1:
+            return survey.facts
+        held = survey.keys[cache.contains(survey.keys)]
+        return survey.facts | {"teachers": dict(Counter(cache.teachers(held)))}
 
     def surveys(self) -> dict[str, Survey]:
         """By their names in a run's identity."""
@@ -82,7 +91,7 @@ class Inputs:
         assert self.validation is not None
         return self._microbatches(self.validation, self.validation_cache)
 
-    def _microbatches(self, survey: Survey, cache: CacheReader | None) -> MicrobatchSource:
+    def _microbatches(self, survey: Survey, cache: Cache | None) -> MicrobatchSource:
         return survey.microbatches(
             self.processor,
             cache,
@@ -101,7 +110,8 @@ class Inputs:
             "template": self.processor.template_fingerprint,
             **({} if self.processor.date is None else {"date": self.processor.date}),
             "image_processor": self.processor.image_processor_fingerprint,
-            "cache.manifest": None if self.cache is None else self.cache.manifest.sha256,
+            CACHE: None if self.cache is None else self.cache.fingerprint,
+            **({MIX: mix_identity(self.cache)} if isinstance(self.cache, CacheMix) else {}),
         }
         return run_identity(recipe, contents=contents)
 
@@ -120,7 +130,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
         validation_cache, notices = _open_validation_cache(recipe, processor, world)
     if cache is not None:
         distilled = cache
-        notices += world.by_main(lambda: require_teacher(recipe, distilled))
+        notices += world.by_main(lambda: require_teacher(distilled, recipe.teacher))
     train = survey_once(recipe, "train", processor, cache, world)
     validation = None
     if recipe.data.splits.validation is not None:
@@ -128,7 +138,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     window = world.by_main(lambda: shuffle_window(recipe, cache))  # machines may have other staging folders
     if window and cache is not None:
         notices += (
-            f"the examples of {window} of the cache's {len(cache.manifest.shards)} shards are mixed at a time "
+            f"the examples of {window} of the cache's {num_shards(cache)} shards are mixed at a time "
             "(cache.shuffle_window)",
         )
     if world.is_main:
@@ -148,7 +158,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     )
 
 
-def shuffle_window(recipe: Recipe, cache: CacheReader | None) -> int:
+def shuffle_window(recipe: Recipe, cache: Cache | None) -> int:
     """The recipe's, or what the staging folder of this machine asks for; 0 without a cache."""
     if recipe.cache is None or cache is None:
         return 0
@@ -156,12 +166,26 @@ def shuffle_window(recipe: Recipe, cache: CacheReader | None) -> int:
         return recipe.cache.shuffle_window
     if cache.staging_bytes is None:
         return 0
-    tables = sum(file.bytes for file in cache.manifest.files)  # lists and indices lie there too
-    sizes = cache.manifest.shards.column("bytes").tolist()
-    return window_of(sizes, room=cache.staging_bytes - tables)
+    remote = [part.manifest for part in cache.parts if part.staging_bytes is not None]
+    tables = sum(file.bytes for manifest in remote for file in manifest.files)  # which lie there too
+    sizes = [manifest.shards.column("bytes").tolist() for manifest in remote]
+    together = map(sum, zip_longest(*sizes, fillvalue=0)) if isinstance(cache, CacheMix) else chain(*sizes)
+    return window_of(list(together), room=cache.staging_bytes - tables)
 
 
-def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader | None, tuple[str, ...]]:
+def mix_identity(cache: CacheMix) -> list[list[Any]]:
+    """Whose targets are added up, with which weights; in which order does not matter."""
+    parts = zip(cache.parts, cache.weights, strict=True)
+    return sorted([part.manifest.identity.digest()[:16], round(weight, 9)] for part, weight in parts)
+
+
+def num_shards(cache: Cache) -> int:
+    """That an order by shards goes through."""
+    of_each = [part.num_shards for part in cache.parts]
+    return max(of_each) if isinstance(cache, CacheMix) else sum(of_each)
+
+
+def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[Cache | None, tuple[str, ...]]:
     """The cache, where the recipe distils, and what is worth saying about it.
 
     Raises   CacheMismatchError  with all that keeps this student from it
@@ -173,15 +197,15 @@ def open_cache(recipe: Recipe, processor: ExampleProcessor) -> tuple[CacheReader
 
 def open_targets(
     recipe: Recipe, processor: ExampleProcessor, *, temperature: float
-) -> tuple[CacheReader, tuple[str, ...]]:
+) -> tuple[Cache, tuple[str, ...]]:
     """The recipe's cache as one of targets at that temperature, whatever the loss, and what is worth saying.
 
     Raises   CacheFormatError, CacheMismatchError  as a reader does, and with all that does not fit
     """
     assert recipe.cache is not None
-    reader = CacheReader(recipe.cache.path)
+    cache = open_caches(recipe.cache)
     own = inputs_identity(processor, recipe.data)
-    notices = reader.require_student(
+    notices = cache.require_student(
         own,
         temperature=temperature,
         policy=recipe.cache.policy,
@@ -189,27 +213,27 @@ def open_targets(
         temperatures=recipe.cache.temperatures,
         label_log_prob=recipe.cache.label_log_prob,
     )
-    require_same_rendering(reader, processor, recipe.data)
-    return reader, notices
+    require_same_rendering(cache, processor, recipe.data)
+    return cache, notices
 
 
 def _open_validation_cache(
     recipe: Recipe, processor: ExampleProcessor, world: World
-) -> tuple[CacheReader | None, tuple[str, ...]]:
+) -> tuple[Cache | None, tuple[str, ...]]:
     """The cache of a student that trains without it, on all ranks or on none; what is wrong with it is only said."""
-    reader: CacheReader | None = None
+    cache: Cache | None = None
     notices: tuple[str, ...] = ()
-    if recipe.cache is not None and ("://" in recipe.cache.path or Path(recipe.cache.path).exists()):
+    if recipe.cache is not None and any(map(is_there, recipe.cache.locations)):
         try:
-            reader, notices = open_targets(recipe, processor, temperature=KL_TEMPERATURE)
+            cache, notices = open_targets(recipe, processor, temperature=KL_TEMPERATURE)
         except (CacheFormatError, CacheMismatchError) as error:
             notices = (no_kl(error),)
     everywhere: list[tuple[bool, tuple[str, ...]]] = [(False, ())] * world.size
-    dist.all_gather_object(everywhere, (reader is not None, notices))
-    if reader is not None and all(opened for opened, _ in everywhere):
+    dist.all_gather_object(everywhere, (cache is not None, notices))
+    if cache is not None and all(opened for opened, _ in everywhere):
         try:
-            found = reader
-            return reader, notices + world.by_main(lambda: require_teacher(recipe, found))
+            found = cache
+            return cache, notices + world.by_main(lambda: require_teacher(found, recipe.teacher))
         except CacheMismatchError as error:
             return None, (no_kl(error),)
     return None, next((told for opened, told in everywhere if not opened), ())
@@ -218,14 +242,3 @@ def _open_validation_cache(
 def no_kl(error: Exception) -> str:
     """Why a model is measured without its teacher."""
     return f"no KL to the teacher, its cache cannot be used: {error}"
-
-
-def require_teacher(recipe: Recipe, cache: CacheReader) -> tuple[str, ...]:
-    """Compares the teacher that the recipe names with the cache's; its files may be gone.  Returns notices.
-
-    Raises   CacheMismatchError  with both sides
-    """
-    assert recipe.teacher is not None  # the recipe was validated
-    comparison = compare_teacher(cache, recipe.teacher)
-    comparison.require(where=f"cache {cache.location}", remedy=ANOTHER_TEACHER)
-    return comparison.notices

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from shared.cache import CacheReader
+from shared.cache import Cache
 from shared.data.processing import KEY_BYTES, ExampleProcessor
 from shared.data.rows import VqaSplit
 from shared.dealing import Work
 from shared.errors import DataError, listed
 from shared.recipes import DataConfig, Recipe, Split
 from shared.runtime import World
-from shared.survey import Keyed, are_skipped, keys_fingerprint, not_in_the_cache, survey_keys
+from shared.survey import Keyed, are_skipped, keys_fingerprint, require_in_the_cache, survey_keys
 from shared.surveying import Surveyors
 from stage2_student.training.feed import MicrobatchSource
 
@@ -74,7 +74,7 @@ class Survey:
     def microbatches(
         self,
         processor: ExampleProcessor,
-        cache: CacheReader | None,
+        cache: Cache | None,
         *,
         num_ranks: int,
         packing: bool = False,
@@ -108,7 +108,7 @@ def survey(
     data: DataConfig,
     name: Split,
     processor: ExampleProcessor,
-    cache: CacheReader | None,
+    cache: Cache | None,
     surveyors: Surveyors | None = None,
     *,
     show: bool = False,
@@ -125,7 +125,10 @@ def survey(
     dropped = [reason for _, reason in keyed.unreadable] + reasons
     _check_number(keyed.split, data, num_usable=int(usable.sum()), dropped=dropped)
     if cache is not None:
-        _check_cache(keyed.split, keyed.rows[usable], keyed.keys[usable], cache, processor, data)
+        keys, rows = keyed.keys[usable], keyed.rows[usable]
+        require_in_the_cache(
+            cache, keys, processor, data, name_of=lambda place: keyed.split.where(int(rows[place]))
+        )
     return Survey(
         split=keyed.split,
         rows=keyed.rows[usable],
@@ -139,19 +142,19 @@ def survey(
 
 
 def survey_once(
-    recipe: Recipe, name: Split, processor: ExampleProcessor, cache: CacheReader | None, world: World
+    recipe: Recipe, name: Split, processor: ExampleProcessor, cache: Cache | None, world: World
 ) -> Survey:
     """As ``survey``, by all ranks of a run, which find what earlier runs and the capture have kept."""
     return survey(recipe.data, name, processor, cache, Surveyors.of_run(recipe, world), show=True)
 
 
-def _left_out(keyed: Keyed, cache: CacheReader | None) -> tuple[np.ndarray, list[str]]:
+def _left_out(keyed: Keyed, cache: Cache | None) -> tuple[np.ndarray, list[str]]:
     """Which rows the cache has not left out, (n,) bool, and the reasons of those that it has."""
     if cache is None:
         return np.ones(len(keyed.keys), bool), []
     skipped = are_skipped(keyed.keys, cache)
     places = np.flatnonzero(skipped).tolist()
-    reasons = {row.key: row.reason for row in cache.manifest.skipped if row.key} if places else {}
+    reasons = cache.skipped if places else {}
     return ~skipped, [
         f"{keyed.split.where(int(keyed.rows[i]))}: not in the cache: {reasons[keyed.keys[i].tobytes().hex()]}"
         for i in places
@@ -166,18 +169,3 @@ def _check_number(split: VqaSplit, data: DataConfig, *, num_usable: int, dropped
         )
     if not num_usable:
         raise DataError(f"{split.source}, split {split.name}: no row can be used")
-
-
-def _check_cache(
-    split: VqaSplit,
-    rows: np.ndarray,
-    keys: np.ndarray,
-    cache: CacheReader,
-    processor: ExampleProcessor,
-    data: DataConfig,
-) -> None:
-    missing = np.flatnonzero(~cache.contains(keys))
-    if len(missing):
-        first = split.where(int(rows[missing[0]]))
-        told = f"{len(missing)} of {len(keys)} examples are not in it, {first} first"
-        raise not_in_the_cache(cache, processor, data, told=told)
