@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shared.errors import RecipeError
 from shared.kd_loss import Divergence, KDLoss, fused_ce_kd
 from shared.recipes.policies import Policy, Threshold, TopK
-from shared.sparse import SparseTargets, position_seeds, sparsify
+from shared.sparse import MixedTargets, SparseTargets, Targets, mix, position_seeds, sparsify
 from tests.kd_loss_tail_cases import TAILS, assert_rows_agree, tail_case
 
 NUM_IDS, NUM_POSITIONS, HIDDEN = 19, 11, 6
@@ -74,6 +75,12 @@ def targets_of(teacher_logits: Tensor, policy: Policy) -> SparseTargets:
     return sparsify(teacher_logits.float().log_softmax(-1), policy, temperatures=(1.0, 2.0), seeds=seeds)
 
 
+def mixed_targets(teacher_logits: Tensor, policy: Policy) -> MixedTargets:
+    """With those of another teacher of the same positions."""
+    both = [targets_of(logits, policy) for logits in (teacher_logits, teacher_logits.flip(1))]
+    return mix(both, shares=(0.7, 0.3))
+
+
 def part(tensor: Tensor, rank: int, dim: int = 0) -> Tensor:
     return tensor.detach().split(SPLIT, dim)[rank].clone().requires_grad_()
 
@@ -96,17 +103,28 @@ CASES = [
     (TopK(k=3), "ghost", "forward_kl"),
     (TopK(k=3), "ghost", "jensen_shannon"),
 ]
+MIXABLE = CASES[:2]
 
 
 def vocab_parallel_fused(rank: int) -> None:
+    compare_fused(rank, CASES, targets_of)
+
+
+def vocab_parallel_mix(rank: int) -> None:
+    compare_fused(rank, MIXABLE, mixed_targets)
+
+
+def compare_fused(
+    rank: int, cases: list[tuple[Policy, str, str]], targets_from: Callable[[Tensor, Policy], Targets]
+) -> None:
     hidden, weight, bias, labels, teacher = problem()
-    for policy, tail, kind in CASES:
+    for policy, tail, kind in cases:
         for temperature in (1.0, 2.0):
             options = {
                 "kd_ratio": 0.4, "temperature": temperature, "chunk_size": 4, "softcap": 3.0, "tail": tail,
                 "divergence": Divergence(kind), "weights_N": torch.arange(NUM_POSITIONS) / 4,
             }  # fmt: skip
-            targets = targets_of(teacher, policy)
+            targets = targets_from(teacher, policy)
             inputs = [tensor.detach().requires_grad_() for tensor in (hidden, weight, bias)]
             want = fused_ce_kd(inputs[0], inputs[1], labels, targets, bias_V=inputs[2], **options)
             want_grads = torch.autograd.grad(want.loss, inputs)
@@ -267,6 +285,7 @@ def fsdp_gathers_the_head_once(rank: int) -> None:
 
 SCENARIOS = [
     vocab_parallel_fused,
+    vocab_parallel_mix,
     vocab_parallel_kd_loss,
     vocab_parallel_small_masses,
     dtensors,

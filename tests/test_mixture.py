@@ -199,9 +199,17 @@ def test_parts_of_a_mixture_are_mixtures_of_parts() -> None:
     assert torch.equal(
         dense(mixed.to("cpu").pin_memory() if torch.cuda.is_available() else mixed.to("cpu"), 2.0), whole
     )
-    top, ids = mixed.likeliest()
-    assert torch.equal(ids, dense(mixed).argmax(-1))
-    torch.testing.assert_close(top.double(), dense(mixed).amax(-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (2.0,)])
+def test_the_likeliest_ids_are_those_of_the_mean_of_what_was_kept(temperatures: tuple[float, ...]) -> None:
+    parts = [captured(seed, TopK(k=3), temperatures) for seed in (1, 2)]
+    mean = torch.zeros(6, VOCAB_SIZE)
+    for part, share in zip(parts, SHARES, strict=True):
+        mean[part.position_index, part.ids.long()] += share * part.logprobs.float().exp()
+    top, ids = mix(parts, shares=SHARES).likeliest()
+    assert torch.equal(ids, mean.argmax(-1))
+    torch.testing.assert_close(top, mean.amax(-1))
 
 
 def test_only_temperatures_that_all_have_are_served() -> None:

@@ -90,6 +90,27 @@ def test_a_list_gives_what_the_merged_cache_gives_bit_for_bit(
     assert cache.read([])[1].num_positions == 0
 
 
+def test_a_list_has_the_log_probs_of_written_tokens_that_its_caches_have(
+    tmp_path: Path, places: list[str]
+) -> None:
+    identity = make_identity(label_log_prob=True)
+    for name, numbers in PARTS.items():
+        capture(tmp_path / f"{name}-told", numbers, identity=identity)
+    told = [str(tmp_path / f"{name}-told") for name in PARTS]
+    cache = CacheList(told)
+    rows = cache.rows([make_key(number) for number in (30, 0, 13)])
+    wanted = np.concatenate([make_row(number, identity).label_log_prob for number in (30, 0, 13)])
+    assert cache.has_label_log_prob
+    assert cache.label_log_probs(rows).tolist() == wanted.tolist()
+    assert not CacheList(places).has_label_log_prob
+    with pytest.raises(CacheMismatchError, match=r"targets\.label_log_prob: true in .*a-told, false in .*b"):
+        CacheList([told[0], places[1]])
+    inputs = identity.inputs
+    assert CacheMix([told[0], places[0]]).require_student(inputs, temperature=1.0) == ()
+    with pytest.raises(CacheMismatchError, match=r"targets\.label_log_prob"):
+        CacheList(places).require_student(inputs, temperature=1.0, label_log_prob=True)
+
+
 def test_a_row_of_two_caches_is_refused_or_the_first_one_s(tmp_path: Path, keys_at_once: None) -> None:
     """The shared rows differ in what the teacher's loss was, so that it shows whose they are."""
     for name, numbers, shift in (
@@ -347,8 +368,8 @@ def test_remote_and_local_caches_share_one_staging_folder_and_one_bound(
 ) -> None:
     local = CacheReader(remote[0])
     sizes = [shard.bytes for place in remote[1:] for shard in CacheReader(place).manifest.shards]
-    indices = [CacheReader(place).manifest.index.bytes for place in remote[1:]]
-    bound = sum(indices) + 2 * max(sizes)
+    tables = [file.bytes for place in remote[1:] for file in CacheReader(place).manifest.files]
+    bound = sum(tables) + 2 * max(sizes)
     staging = Staging(tmp_path / "bounded", max_bytes=bound)
     cache = CacheList(remote, staging=staging)
     assert cache.staging_bytes == bound
@@ -376,7 +397,8 @@ def test_an_order_by_shards_fetches_each_shard_once(
     largest = together or max(shard.bytes for one in manifests for shard in one.shards)
     monkeypatch.setenv("TEACHONCE_STAGING", str(tmp_path / "bounded"))
     monkeypatch.setenv(
-        "TEACHONCE_STAGING_BYTES", str(sum(one.index.bytes for one in manifests) + 5 * largest // 2)
+        "TEACHONCE_STAGING_BYTES",
+        str(sum(file.bytes for one in manifests for file in one.files) + 5 * largest // 2),
     )
     config = {"path": places} if kind == "list" else {"mix": [{"path": place} for place in places]}
     recipe = make_recipe(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 from stage2_student.__main__ import commands
 from stage2_student.check import check_recipe
+from stage2_student.evaluation.cache_uses import CapturedTimes, captured_times, captured_together
 from stage2_student.publishing.card import facts_of_caches
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.cache_change import cache_changes
@@ -192,6 +194,22 @@ def test_rows_of_two_teachers_are_told_apart_in_metrics_and_reports(
     (student,) = told["models"] if isinstance(told, dict) else told
     assert student["by_teacher"]["names"] == found["names"]
     assert student["by_teacher"]["kl"] == pytest.approx(found["kl"], rel=1e-4)
+
+
+def test_what_several_captures_have_cost_is_added_up(parts: dict[str, str]) -> None:
+    """For a list over the rows of all; the teachers of a mix have all seen the same rows."""
+    both = [parts["whole"], parts["other"]]
+    one, other = (captured_times(location) for location in both)
+    assert one is not None
+    assert other is not None
+    listed, mixed = (captured_together(both, is_mix=is_mix) for is_mix in (False, True))
+    assert listed == CapturedTimes(
+        one.seconds + other.seconds,
+        one.teacher_s + other.teacher_s,
+        one.num_positions + other.num_positions,
+    )
+    assert mixed == replace(listed, num_positions=one.num_positions)
+    assert captured_together([parts["whole"], parts["odd"]], is_mix=False) is None  # it has no log
 
 
 def test_a_mix_is_the_weighted_mean_of_its_teachers(tree: dict[str, Any], parts: dict[str, str]) -> None:

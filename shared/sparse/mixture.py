@@ -88,15 +88,16 @@ class MixedTargets:
         return total_E
 
     def likeliest(self) -> tuple[Tensor, Tensor]:
-        """Of each position the largest weight at temperature 1, and its id.
+        """Of each position the largest probability at temperature 1 by what was kept, and its id.
 
         Shapes   (N,) fp32; (N,) int64, the lowest of equals.  0 and -1 where nothing was kept
         """
-        position_E, weights_E = self.position_index, self.weights(1.0)
-        top_N = weights_E.new_zeros(self.num_positions)
-        top_N.scatter_reduce_(0, position_E, weights_E, "amax")
+        position_E = self.position_index
+        probs_E = self.gathered([part.logprobs.float().exp() for part in self.parts])
+        top_N = probs_E.new_zeros(self.num_positions)
+        top_N.scatter_reduce_(0, position_E, probs_E, "amax")
         beyond = torch.iinfo(torch.int64).max
-        ids_E = self.ids.long().where(weights_E == top_N[position_E], beyond)
+        ids_E = self.ids.long().where(probs_E == top_N[position_E], beyond)
         ids_N = torch.full_like(top_N, beyond, dtype=torch.int64)
         ids_N.scatter_reduce_(0, position_E, ids_E, "amin")
         return top_N, ids_N.where(top_N > 0, -1)
