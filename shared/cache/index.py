@@ -29,8 +29,7 @@ from shared.cache.format import (
     read_metadata,
 )
 from shared.cache.manifest import Manifest
-from shared.cache.segments import REMEDY, FileInfo, read_file
-from shared.cache.storage import Folder
+from shared.cache.segments import REMEDY, FileInfo
 from shared.errors import CacheFormatError
 
 PLACES = pa.uint32()
@@ -233,14 +232,6 @@ def open_index(
     if places.max(initial=0) >= max(len(batch), 1):
         raise CacheFormatError(f"{where}: place {places.max()} found, with {len(batch)} examples. {REMEDY}")
     return KeyIndex(keys_of(batch), places, batch.column("num_positions").to_numpy(), starts)
-
-
-def load_index(folder: Folder, manifest: Manifest) -> CacheIndex:
-    """The index that a manifest names, its hashes checked; local files are mapped.
-
-    Raises   CacheFormatError  when a list or an index is missing or damaged
-    """
-    return CacheIndex.open(manifest, lambda file: read_file(folder, file), where=folder.where)
 
 
 def split_keys(keys: npt.NDArray[np.bytes_]) -> list[bytes]:
