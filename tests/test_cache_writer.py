@@ -17,6 +17,7 @@ from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_iden
 
 from shared.cache import CacheBusyError, CacheReader, CacheWriter, DataSource, SkippedRow, Unit
 from shared.cache import storage as storage_module
+from shared.cache.log import log_records
 from shared.cache.merge import merge
 from shared.cache.shard import encode_shard
 from shared.cache.verify import verify
@@ -368,6 +369,35 @@ def test_the_log_holds_what_the_manifest_must_not(tmp_path: Path) -> None:
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["started", "ended"]
     assert all("time" in event for event in events)
+
+
+def test_a_line_of_the_log_is_written_once(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        writer.log("first")
+        path = tmp_path / "log.jsonl"
+        before = path.stat().st_ino, path.read_bytes()
+        writer.log("second")
+        assert path.stat().st_ino == before[0]
+        assert path.read_bytes().startswith(before[1])
+        path.write_bytes(path.read_bytes() + b'{"event": "to')  # a machine lost power
+        writer.log("third")
+    assert [record["event"] for record in log_records(writer.folder)] == ["first", "second", "third"]
+
+
+def test_a_line_of_the_log_that_does_not_fit_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_writer(tmp_path) as writer:
+        writer.log("first")
+        before = (tmp_path / "log.jsonl").read_bytes()
+
+        def fail(_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(storage_module, "sync_file", fail)
+        with pytest.raises(CacheFormatError, match="no space left"):
+            writer.log("second")
+        assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
 def test_one_capture_at_a_time(tmp_path: Path) -> None:

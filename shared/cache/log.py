@@ -8,7 +8,7 @@ from typing import Any
 from shared.cache.layout import LOG_NAME
 from shared.cache.storage import Folder
 
-MAX_LOG_BYTES = 64 << 20  # some 10,000 captures
+MAX_LOG_BYTES = 1 << 30  # some 400,000 captures
 
 
 def read_log(folder: Folder) -> bytes:

@@ -53,6 +53,12 @@ class Folder(Protocol):
         two succeed.
         """
 
+    def append(self, name: str, line: bytes, *, max_bytes: int) -> None:
+        """Adds a line to a text file, which may be new, and ends one that a crash has cut.
+
+        Raises   CacheFormatError  where something else lies there, or more than ``max_bytes``
+        """
+
     def remove(self, name: str) -> None:
         """Removes a file; one that is not there is no error."""
 
@@ -125,6 +131,24 @@ class LocalFolder:
             with open(descriptor, "wb") as stream:
                 stream.write(data)
         return True
+
+    def append(self, name: str, line: bytes, *, max_bytes: int) -> None:
+        """Nothing that is there is written again."""
+        target = self.path / name
+        with contextlib.suppress(FileNotFoundError):
+            open_file(target, max_bytes=max_bytes).close()
+        with explain_write_errors(self.where, name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "a+b") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(max(size - 1, 0))
+                is_cut = stream.read(1) not in (b"", b"\n")
+                try:
+                    stream.write(b"\n" * is_cut + line + b"\n")
+                    sync_file(stream)
+                except BaseException:
+                    stream.truncate(size)
+                    raise
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
@@ -223,6 +247,14 @@ class RemoteFolder:
                     return False
                 raise
         return True
+
+    def append(self, name: str, line: bytes, *, max_bytes: int) -> None:
+        """Object stores cannot: the whole is written again."""
+        try:
+            found = self.read(name, max_bytes=max_bytes)
+        except FileNotFoundError:
+            found = b""
+        self.publish(name, found + line + b"\n")
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), explain_remote_errors(self.where, name):

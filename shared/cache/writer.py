@@ -42,7 +42,7 @@ from shared.cache.layout import (
     unit_in,
 )
 from shared.cache.lock import CaptureLock
-from shared.cache.log import read_log
+from shared.cache.log import MAX_LOG_BYTES
 from shared.cache.manifest import Manifest, SkippedRow, load_manifest
 from shared.cache.mending import mend_tables
 from shared.cache.plan import MAX_PLAN_BYTES, Plan, Unit
@@ -202,7 +202,7 @@ class CacheWriter:
     def log(self, event: str, **facts: Any) -> None:
         """Adds a line to ``log.jsonl``: times, speeds, hosts - what the manifest must not depend on."""
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **facts})
-        self.folder.publish(LOG_NAME, read_log(self.folder) + line.encode() + b"\n")
+        self.folder.append(LOG_NAME, line.encode(), max_bytes=MAX_LOG_BYTES)
 
     def commit(self, plan: Plan, *, settle_s: float = 0.0) -> Manifest:
         """Writes lists, indices and manifest: from here on the folder is a cache of all that was planned.
