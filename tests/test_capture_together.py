@@ -54,6 +54,18 @@ def at_forward(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], o
     monkeypatch.setattr(Teacher, "hidden", counted)
 
 
+def at_shard(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Acts when the first shard of this process is about to get its name."""
+    replace = os.replace
+
+    def acting(source: Any, target: Any) -> None:
+        if Path(target).parent.name == "shards":
+            act()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", acting)
+
+
 def captured_examples(tree: dict[str, Any]) -> list[int]:
     records = log_records(open_folder(tree["cache"]["path"]))
     return [record["examples"] for record in records if record["event"] == "captured"]
@@ -67,24 +79,31 @@ def job(tree: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("moment", ["forward", "rename"])
 def test_a_lost_rank_costs_its_units_in_hand_and_nothing_else(
     tree: dict[str, Any],
     whole: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
     lost: int,
+    moment: str,
 ) -> None:
-    """Also the first one, which has planned."""
+    """Also the first one, which has planned; and in the middle of a shard's publication."""
     recipe = validate_tree(Recipe, tree, origin="recipe test")
 
     def work(world: World) -> int:
         if world.rank == lost:
-            at_forward(monkeypatch, 3, lambda: os._exit(1))
+            if moment == "forward":
+                at_forward(monkeypatch, 3, lambda: os._exit(1))
+            else:
+                at_shard(monkeypatch, lambda: os._exit(1))
         return capture(recipe, world, StopRequest())
 
     found = on_ranks(2, work, errors=True, **WAIT)
     assert found[1 - lost] == 0
     assert found[lost] != 0
-    assert files(Path(tree["cache"]["path"])) == whole
+    cache = Path(tree["cache"]["path"])
+    assert files(cache) == whole
+    assert not list(cache.rglob(".tmp-*"))
     (num_examples,) = captured_examples(tree)
     assert num_examples <= 16 + 2  # of the one unit that was in hand
 

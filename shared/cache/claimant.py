@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from shared.cache.layout import CLAIM_NAME, CLAIMANT_NAME, CLAIMS, claimant_file
-from shared.cache.storage import Folder, LocalFolder, is_temporary
+from shared.cache.storage import Folder, LocalFolder, is_temporary, process_fields
 from shared.errors import TeachonceError
 
 BEATS = 12  # in the time after which a silent process is taken to be dead
@@ -227,11 +227,6 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in ticks of the kernel; None for one that has ended, though its parent has not looked."""
-    try:
-        fields = (
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        )
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+    """When a process began, in ticks of the kernel; None for one that has ended."""
+    fields = process_fields(pid)
+    return None if fields is None or fields[0] in "ZX" else fields[19]

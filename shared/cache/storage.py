@@ -286,8 +286,18 @@ def process_is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    fields = process_fields(pid)
+    return fields is None or fields[0] not in "ZX"
+
+
+def process_fields(pid: int) -> list[str] | None:
+    """What Linux tells of a process: its state (Z: it has ended, and its parent has not looked), ...; see proc(5)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()
 
 
 def sync_file(stream: IO[bytes]) -> None:

@@ -241,6 +241,8 @@ class CacheWriter:
             self.manifest, self._index, self._committed = manifest, None, None
         self.folder.remove(PLAN_NAME)
         self._discard_shards(there, plan.units, keep=set())
+        if isinstance(self.folder, LocalFolder):
+            self.folder.remove_temporaries(alive_too=False)  # of those that died meanwhile
         return self.manifest
 
     @property
