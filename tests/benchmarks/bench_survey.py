@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import io
+import multiprocessing
 import os
 import resource
 import statistics
@@ -91,7 +93,10 @@ def spent(work: Callable[[], Any]) -> Spent:
     """By this process and those that it has started and waited for."""
     wall, cpu = time.perf_counter(), _cpu_s()
     work()
-    return Spent(time.perf_counter() - wall, _cpu_s() - cpu)
+    seconds = time.perf_counter() - wall
+    gc.collect()  # ends its loader, whose processes count when they have been waited for
+    multiprocessing.active_children()
+    return Spent(seconds, _cpu_s() - cpu)
 
 
 def _cpu_s() -> float:
