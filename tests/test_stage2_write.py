@@ -55,6 +55,7 @@ def test_the_newest_checkpoint_answers(run: Path, tree: dict[str, Any]) -> None:
     folder = run / "written" / "step-000004"
     assert f"{folder}: 12 answers" in shown.output
     assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [
+        "README.md",
         "train-00000-of-00001.parquet",
         "written.json",
     ]

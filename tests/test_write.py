@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +22,7 @@ from shared.answering import GumbelNoise, answer, sampled
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import open_split
-from shared.errors import DataError, RecipeError
+from shared.errors import DataError, RecipeError, TrainingError
 from shared.models.vlm import load_vlm
 from shared.recipes import DataConfig, Recipe, dump_recipe
 from shared.runtime import distributed
@@ -82,6 +83,9 @@ def test_a_teacher_writes_is_captured_and_a_student_learns_it(tree: dict[str, An
     assert recipe.teacher is not None
     rows = rows_of(folder)
     assert [(row["source_row"], row["draw"]) for row in rows] == [(n, d) for n in range(12) for d in range(2)]
+    shown = datasets.load_dataset(str(folder), split="train")  # as others open it: with a card, and pictures
+    assert (len(shown), shown[0]["image_id"][0].size) == (24, (40, 48))
+    assert "| role | teacher |" in (folder / "README.md").read_text()
     # Only the source changes: the set has the columns that the recipe names.
     other = make_recipe(tree, data__source=str(folder), write__path=None)
     train = open_split(other.data, "train")
@@ -315,6 +319,32 @@ def test_lines_that_a_kill_has_cut_are_written_again(tmp_path: Path) -> None:
     assert Journal(journal.path).done == {(3, 0)}
 
 
+def test_batches_that_do_not_fit_are_halved_for_good(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = written(tree, write__path=str(tmp_path / "whole"))
+    sizes: list[int] = []
+
+    def answer_few(model: Any, processor: Any, prompts: Any, **options: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("too many prompts")
+        return answer(model, processor, prompts, **options)
+
+    monkeypatch.setattr(loop, "answer", answer_few)
+    _, folder = written(tree)
+    assert max(sizes) == 5
+    assert sum(size > 2 for size in sizes) <= 2
+    assert ids_of(folder) == ids_of(whole)
+    monkeypatch.setattr(
+        loop, "answer", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("none"))
+    )
+    with pytest.raises(
+        TrainingError, match=r"row \d+: one sequence of \d+ tokens .* or lower write.max_new_tokens"
+    ):
+        written(tree, write__path=str(tmp_path / "none"))
+
+
 # --- ranks -----------------------------------------------------------------------------------------------
 
 
@@ -326,7 +356,7 @@ def test_ranks_claim_units_and_write_as_one(tree: dict[str, Any], tmp_path: Path
     assert ids_of(tmp_path / "two") == ids_of(alone)
 
 
-@pytest.mark.parametrize("how", ["shard", "tensor"])
+@pytest.mark.parametrize("how", ["shard", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_ranks_that_share_the_teacher_answer_together(tree: dict[str, Any], tmp_path: Path, how: str) -> None:
     sampling = {f"write__{name}": value for name, value in SAMPLED.items()}
     _, alone = written(tree, **sampling)

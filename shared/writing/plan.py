@@ -3,6 +3,7 @@
 .plan.json                       from the beginning: what has to be the same to go on
 .partial/train-00000.jsonl       answers of a unit that is not finished
 train-00000-of-00003.parquet     a finished unit
+README.md                        a card for people and the Hub, which also says which files are the data
 written.json                     last: the set is whole, and each file's SHA-256
 """
 
@@ -32,6 +33,7 @@ from shared.recipes import DataConfig, Recipe, WriteConfig
 from shared.regular_files import read_regular
 from shared.runtime import World
 from shared.vouched import digest_of, opened, vouched
+from shared.writing.card import CARD, card
 from shared.writing.tables import told_by
 
 PLAN, WRITTEN, PARTIAL, LOCK = ".plan.json", "written.json", ".partial", ".lock"
@@ -265,6 +267,7 @@ class SetFolder:
             "skipped": list(skipped),
             "files": {unit.file: self._hash(unit) for unit in plan.units},
         }
+        self.files.publish(CARD, card(told).encode())
         self.files.publish(WRITTEN, json.dumps(vouched(told), indent=1).encode())
         self.files.remove(PLAN)
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)

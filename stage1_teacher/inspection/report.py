@@ -110,6 +110,7 @@ def _identity(summary: dict[str, Any]) -> dict[str, Any]:
         "seed": targets["seed"],
         "vocabulary": f"{identity['inputs']['vocab_size']:,} ids",
         **_sources(identity["data"]),
+        **_writers(identity["data"]),
     }
 
 
@@ -119,6 +120,12 @@ def _sources(data: list[dict[str, Any]]) -> dict[str, str]:
     for part in data:
         found.setdefault(f"data, {part['split']}", []).append(f"{part['name']}: {part['rows']:,} rows")
     return {split: "; ".join(parts) for split, parts in found.items()}
+
+
+def _writers(data: list[dict[str, Any]]) -> dict[str, str]:
+    """Of answers that models wrote; nothing where there are none."""
+    names = dict.fromkeys(name for part in data for name in part.get("written_by", ()))
+    return {"answers written by": "; ".join(names)} if names else {}
 
 
 def _contents(summary: dict[str, Any]) -> dict[str, str]:
