@@ -216,9 +216,9 @@ class World:
 
     def queue(self, total: int) -> Queue:
         """The numbers below ``total``, each for one rank; all ranks call this, in the same order of calls."""
-        number = next(_queues)
-        store = None if self.size == 1 else PrefixStore(f"queue/{number}", _get_default_store())
-        return Queue(total, store)
+        if self.size == 1:  # which counts for nothing: the others may not have one
+            return Queue(total, None)
+        return Queue(total, PrefixStore(f"queue/{next(_queues)}", _get_default_store()))
 
     def meets(self, *, within_s: float) -> bool:
         """Whether all ranks come here within that time of this one; called by all.

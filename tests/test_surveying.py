@@ -586,7 +586,13 @@ def test_a_survey_lies_beside_the_cache(location: str, place: str) -> None:
 def test_numbers_of_a_queue_are_each_taken_once() -> None:
     queue = alone().queue(3)
     assert list(queue) == [0, 1, 2]
-    taken = on_ranks(2, lambda world: list(world.queue(101)))
+
+    def take(world: World) -> list[int]:
+        if world.is_main:
+            assert list(alone().queue(1)) == [0]  # of which the other rank knows nothing
+        return list(world.queue(101))
+
+    taken = on_ranks(2, take)
     assert sorted(taken[0] + taken[1]) == list(range(101))
 
 
@@ -607,3 +613,19 @@ def test_a_split_without_usable_rows_is_a_survey_too(tmp_path: Path, processor: 
     assert len(found.lengths) == 0
     with pytest.raises(DataError):
         found.split[0]
+
+
+def test_who_wrote_the_answers_is_kept_too(
+    tmp_path: Path, processor: ExampleProcessor, mine: Surveyors
+) -> None:
+    (tmp_path / "written").mkdir()
+    for number, writers in enumerate((["b", None, "a"], ["c", "a", "a"])):
+        lines = [
+            {"image": None, "question": f"what {n}?", "answer": "this", "written_by": writer}
+            for n, writer in enumerate(writers)
+        ]
+        path = tmp_path / "written" / f"train-{number}.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)))
+    data = DataConfig(source=str(tmp_path / "written"), text_only=True)
+    for _ in range(2):
+        assert survey_keys(data, "train", processor, mine).written_by == ("a", "b", "c")

@@ -44,7 +44,7 @@ from shared.surveying.parts import parts_of
 
 ROWS_OF_A_FILE = 65_536
 ROWS_OF_A_GROUP = 4_096
-NUM_REPEATS = 7
+NUM_REPEATS = 5
 RANKS_TIMEOUT_S = 24 * 3600
 
 
