@@ -60,9 +60,7 @@ def open_planned(
         )
         if with_others:
             writer.close()
-        if with_others and somebody_may_be_at_work(
-            writer.folder
-        ):  # then the first one has read what lies there
+        if with_others and somebody_may_be_at_work(writer.folder):  # who has read what lies there
             there = {unit_in(name) for name in shard_names(writer.folder)}
             return writer, plan, [unit for unit in plan.units if unit.unit_id not in there]
         return writer, plan, [unit for unit in plan.units if not writer.is_finished(unit)]
