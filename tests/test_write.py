@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from stage2_runs import make_recipe, on_ranks, run_alone
+from test_conversation_prompts import DATED
+from test_prompt_identity import on_day
 
 from shared.answering import GumbelNoise, answer, sampled
 from shared.cache import CacheReader
@@ -227,6 +229,25 @@ def test_sigterm_ends_in_order_with_its_own_status(
     assert sum(rest) == 12
 
 
+def test_a_set_goes_on_with_the_day_on_which_it_began(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dated.jinja").write_text(DATED)
+    few = {"write__batch_tokens": 1, "data__limit": 2, "data__chat_template": str(tmp_path / "dated.jinja")}
+    on_day(monkeypatch, "2026-01-31")
+
+    def die() -> None:
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        dying(patch, after=1, how=die)
+        with pytest.raises(StoppedError):
+            written(tree, **few)
+    on_day(monkeypatch, "2026-02-01")
+    _, folder = written(tree, **few)
+    assert json.loads((folder / "written.json").read_text())["identity"]["date"] == "2026-01-31"
+
+
 @pytest.mark.slow
 def test_processes_that_are_stopped_and_killed_go_on(tree: dict[str, Any], tmp_path: Path) -> None:
     """SIGTERM, then SIGKILL, each when something new has been written; the answers are those of one go."""
@@ -271,6 +292,11 @@ def test_a_set_that_is_whole_is_left_as_it_is(
     assert "holds all answers; nothing to write" in capfd.readouterr().out
     assert counts == []
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / ".plan.json").write_bytes(
+        before["written.json"]
+    )  # as a kill between the last two acts leaves it
+    written(tree)
+    assert {path.name for path in folder.iterdir()} == set(before)
     damaged = folder / "train-00001-of-00003.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-9] + b"123456789")
     written(tree)

@@ -10,6 +10,7 @@ stopped.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from shared.writing.plan import Plan, SetFolder, Unit, Writer, identity_of, unit
 from shared.writing.tables import require_columns
 
 LOG = ".write.log"  # what libraries said
+_jobs = itertools.count()  # of this process, and so of all ranks: each has counters of its own
 REMEDY = "or lower write.max_new_tokens"
 
 
@@ -136,7 +138,7 @@ class Writing:
     ) -> None:
         self.config, self.processor, self.rows = config, processor, rows
         self.model, self.copy, self.folder, self.stop = author.model, author.copy, folder, stop
-        self.store = PrefixStore("written", _get_default_store())
+        self.store = PrefixStore(f"written {next(_jobs)}", _get_default_store())
         self.max_dropped = recipe.data.max_dropped
         self.max_new_tokens = config.max_new_tokens or recipe.data.max_answer_tokens
         self.ends = own_ends(author.model, processor)

@@ -220,7 +220,7 @@ class SetFolder:
         if stored is None:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             stored = {"identity": identity, "begun": now}
-            self.files.publish(PLAN, json.dumps(vouched(stored), indent=1).encode())
+            self._publish_plan(stored)
         elif different := _differences(stored["identity"], identity):
             raise RecipeError(
                 f"{self.path}: the answers there were written otherwise:\n{listed(different)}\n"
@@ -241,21 +241,33 @@ class SetFolder:
 
     def is_whole(self, plan: Plan) -> bool:
         """Whether the set was finished, and every file is what it was; files that are not are removed."""
-        if not (self.path / WRITTEN).exists():
+        hashes = self._told_hashes()
+        if hashes is None:
             return False
-        hashes = opened(json.loads(read_regular(self.path / WRITTEN))).get("files")
-        broken = [
-            unit.file
-            for unit in plan.units
-            if not isinstance(hashes, dict) or hashes.get(unit.file) != self._hash(unit)
-        ]
+        broken = [unit.file for unit in plan.units if hashes.get(unit.file) != self._hash(unit)]
         if broken:
-            self.files.publish(
-                PLAN, json.dumps(vouched({"identity": plan.identity, "begun": plan.begun})).encode()
-            )
+            self._publish_plan({"identity": plan.identity, "begun": plan.begun})
             for name in (WRITTEN, *broken):
                 self.files.remove(name)
+        else:
+            self._forget_work()
         return not broken
+
+    def _told_hashes(self) -> dict[str, Any] | None:
+        """As ``written.json`` has them; None where it is missing or damaged: the set is finished once more."""
+        try:
+            hashes = opened(json.loads(read_regular(self.path / WRITTEN))).get("files")
+        except (OSError, ValueError, RecursionError):
+            return None
+        return hashes if isinstance(hashes, dict) else None
+
+    def _publish_plan(self, told: Mapping[str, Any]) -> None:
+        self.files.publish(PLAN, json.dumps(vouched(told), indent=1).encode())
+
+    def _forget_work(self) -> None:
+        """Plan and journals of a set that is whole."""
+        self.files.remove(PLAN)
+        shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
 
     def commit(self, plan: Plan, counts: Mapping[str, int], skipped: Sequence[Mapping[str, Any]]) -> None:
         """Says that the set is whole; called once, by the first rank, when every unit is."""
@@ -269,8 +281,7 @@ class SetFolder:
         }
         self.files.publish(CARD, card(told).encode())
         self.files.publish(WRITTEN, json.dumps(vouched(told), indent=1).encode())
-        self.files.remove(PLAN)
-        shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+        self._forget_work()
 
     def _hash(self, unit: Unit) -> str | None:
         """SHA-256 of a unit's file; None where there is none."""
