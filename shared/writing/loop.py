@@ -56,10 +56,16 @@ class Author:
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """What the first rank tells the others; ``num_refused`` prompts could not be asked so far."""
+    """What the first rank tells the others.
+
+    pending      units without a file
+    num_kept     answers to their prompts that are there already
+    num_refused  prompts of the whole set that could not be asked so far
+    """
 
     plan: Plan
     pending: tuple[Unit, ...]
+    num_kept: int
     num_refused: int
 
 
@@ -159,13 +165,15 @@ class Writing:
         source = WindowSource(self.rows, self.processor, section="write", asks=True)
         units = self.claimed(assignment.pending)
         total = sum(len(unit.keys) for unit in assignment.pending) * self.config.per_prompt
-        with progress(total=total, desc="answers", unit="ans", disable=not world.is_main) as bar:
+        with progress(
+            total=total, initial=assignment.num_kept, desc="answers", unit="ans", disable=not world.is_main
+        ) as bar:
             for window in encoded_windows(source, units, num_workers=self.config.num_workers):
                 for entries in self.answered(window, assignment.num_refused):
                     if self.is_stopped():
                         break
                     self.keep(window.unit_id, entries)
-                    bar.update(self.store.add("answers", 0) - bar.n)
+                    bar.update(assignment.num_kept + self.store.add("answers", 0) - bar.n)
                 if self.is_stopped():
                     break
                 if self.copy.is_leader:
@@ -265,15 +273,17 @@ class Writing:
 def _assigned(folder: SetFolder, plan: Plan, num_unreadable: int) -> Assignment:
     """What is left to do, and how many prompts could not be asked so far."""
     folder.files.remove_temporaries(alive_too=True)
-    pending, num_refused = [], num_unreadable
+    pending, num_kept, num_refused = [], 0, num_unreadable
     for unit in plan.units:
         told = folder.told_by(unit, plan)
         if told is None:
             pending.append(unit)
-            num_refused += sum(one.draw == REFUSED for one in Journal(folder.journal(unit)).found)
+            found = Journal(folder.journal(unit)).found
+            num_kept += len(found)
+            num_refused += sum(one.draw == REFUSED for one in found)
         else:
             num_refused += told["counts"]["refused"]
-    return Assignment(plan, tuple(pending), num_refused)
+    return Assignment(plan, tuple(pending), num_kept, num_refused)
 
 
 def _summary(folder: SetFolder, counts: dict[str, int], num_tokens: int, elapsed_s: float) -> str:
