@@ -31,7 +31,7 @@ RANKS_TIMEOUT_S = 240
 
 def make_recipe(tree: dict[str, Any], **overrides: Any) -> Recipe:
     """``optimization__max_steps=3`` sets ``optimization.max_steps``."""
-    merged = {section: dict(values) for section, values in tree.items()}
+    merged = {section: dict(values) for section, values in tree.items() if values is not None}
     for key, value in overrides.items():
         section, _, name = key.partition("__")
         merged.setdefault(section, {})[name] = value
