@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +39,7 @@ from shared.library_output import quiet_libraries
 COLLECTIVE_TIMEOUT_S = 600.0
 NO_LIMIT = timedelta(days=14)  # some of gloo's waits count milliseconds in 31 bits, which end at 24 days
 POLL_S = 0.02
+WAITING = "waiting"  # the group of those that wait for each other
 _meetings, _queues = itertools.count(), itertools.count()
 # As gloo and the store say that another process of the job is gone, and that one has not come.
 LOST_CONNECTION = (
@@ -101,7 +101,6 @@ class World:
     collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
     tensor: int = 1
     _groups: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
-    _has_parted: Event = field(default_factory=Event, repr=False, compare=False)
 
     def with_tensor(self, tensor: int) -> World:
         """The same place, where so many ranks read the same rows; they divide the number of ranks."""
@@ -139,7 +138,7 @@ class World:
 
     @property
     def _waiting_group(self) -> dist.ProcessGroup:
-        return self._group_without_limit("waiting")
+        return self._group_without_limit(WAITING)
 
     def _group_without_limit(self, name: str) -> dist.ProcessGroup:
         """Its collectives wait for ever; its making does not, as a rank may die before the others have reached it."""
@@ -233,18 +232,20 @@ class World:
             here = store.add(name, 0)
         return bool(here >= self.size)
 
-    def part(self, *, keeps_group: bool = False) -> None:
-        """From here on no rank waits for all others, and the loss of one does not end the others; called by all.
+    def part(self, *, from_all_but: dist.ProcessGroup | None = None) -> None:
+        """From here on no rank waits for the others, and the loss of one does not end them; called by all.
 
-        keeps_group  some ranks go on together, in groups of their own; else nothing joins them any more
+        from_all_but  a group of this rank and some others that go on together: ``barrier`` is theirs; its collectives
+                      run on the CPU and wait without limit
         """
-        if self.size == 1 or self._has_parted.is_set():
+        if self.size == 1:
             return
         self.barrier()
         self.forget_groups()
-        self._has_parted.set()
-        if not keeps_group:
+        if from_all_but is None:
             dist.destroy_process_group()
+        else:
+            self._groups[WAITING] = from_all_but
 
     def forget_groups(self) -> None:
         """Lets groups end where their threads are: a forked process that collects one waits for these for ever."""
@@ -298,7 +299,7 @@ def distributed(
             yield world
             # Sharded modules must be gone before the group is, or one interpreter exit in six aborts.
             gc.collect()
-            if not world._has_parted.is_set():
+            if dist.is_initialized():  # else the ranks have parted
                 world.barrier()
         finally:
             world.forget_groups()

@@ -101,7 +101,7 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         keep_library_output(Path(location) / LIBRARY_LOG_NAME)
     teacher = teacher.led(world)
     if not teacher.is_sharded:
-        world.part(keeps_group=teacher.is_shared)
+        world.part(from_all_but=teacher.followers.waiting if teacher.followers is not None else None)
     if teacher.is_follower:
         return teacher.follow()
     return Lead(recipe, processor, teacher, writer, assignment, world, stop).run()
