@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, make_family
+from families import FAMILIES, make_family, of_families
 from samples import make_examples
 
 from shared.data.collation import Encoded, collated
@@ -34,8 +34,11 @@ def encoded(length: int, per_picture: dict[str, torch.Tensor], **per_token: torc
     return Encoded(b"", ids, labels, per_token, per_picture, num_positions=1, truncated=False)
 
 
-def test_a_pictures_tensor_may_have_the_shape_of_the_tokens(folder_of: Callable[[str], Path]) -> None:
-    processor = load_processor(str(folder_of("gemma4")))
+@of_families(["gemma4"])
+def test_a_pictures_tensor_may_have_the_shape_of_the_tokens(
+    family: str, folder_of: Callable[[str], Path]
+) -> None:
+    processor = load_processor(str(folder_of(family)))
     given = {
         "input_ids": torch.zeros(1, 630, dtype=torch.int64),
         "mm_token_type_ids": torch.zeros(1, 630, dtype=torch.int64),
@@ -101,7 +104,7 @@ def test_masks_over_several_pictures_grow_and_rows_of_text_have_none() -> None:
     assert pixels.sum(dim=(1, 2)).tolist() == [5, 0, 10]
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llava_onevision", "smolvlm", "qwen2_5_vl"])
+@of_families(["gemma3", "llava_onevision", "smolvlm", "qwen2_5_vl"])
 def test_settings_may_lie_in_one_file(family: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     """As newer releases of Transformers save a processor."""
     folder, made = tmp_path / family, folder_of(family)

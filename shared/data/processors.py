@@ -152,6 +152,8 @@ def _needs_torchvision(error: BaseException) -> bool:
 def _image_processor(model: str, revision: str | None, bounds: dict[str, int]) -> Any:
     """The PIL form of the image processor, by name: ``...ImageProcessor`` or ``...Fast`` or ``...Pil``."""
     name = str(get_image_processor_config(model, revision=revision).get("image_processor_type"))
+    if name == "None":  # a model that is not there is told as that, and not as torchvision that is missing
+        AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     family = name.removesuffix("Fast").removesuffix("Pil")
     found = getattr(transformers, f"{family}Pil", None)
     if found is not None:
