@@ -93,7 +93,6 @@ def test_any_checkpoint_and_any_folder(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_student_of_adapters_on_two_ranks(tree: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     writing = {"max_new_tokens": 6, "num_workers": 0, "prompts_per_file": 4, "temperature": 1.0}
     recipe = make_recipe(
         tree | {"write": writing},
