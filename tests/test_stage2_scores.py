@@ -20,6 +20,7 @@ from stage2_student.evaluation.answers import Answer
 from stage2_student.evaluation.compare import legend, results, table
 from stage2_student.evaluation.evaluate import evaluate
 from stage2_student.evaluation.evaluated import STUDENT, TEACHER, Evaluated
+from stage2_student.evaluation.model_losses import ModelLosses
 from stage2_student.evaluation.run_records import asked_alike, read_run, read_runs
 from stage2_student.evaluation.scores import keep, read_all, read_scores
 
@@ -176,11 +177,11 @@ def test_a_reference_that_fails_on_one_rank_alone_ends_all(
 ) -> None:
     """The others wait for it in a collective; where all fail, all go on without it."""
 
-    def losses(_: object, source: Any, world: World, **__: object) -> tuple[float, None]:
+    def losses(_: object, source: Any, world: World, **__: object) -> ModelLosses:
         if source.model == "teacher" and (world.rank == 1 or who == "all ranks"):
             raise DataError("no memory for it")
         dist.all_reduce(torch.ones(1))
-        return 1.0, None
+        return ModelLosses(ce=1.0)
 
     module = "stage2_student.evaluation.evaluate"
     monkeypatch.setattr(f"{module}.losses_of", losses)

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,12 +254,16 @@ def unfinished_case(things: Materials, number: int, chance: random.Random, folde
 
 
 def _interrupt(things: Materials, cache: Path, chance: random.Random) -> None:
-    """As a capture leaves it that was killed before its commit."""
-    shutil.rmtree(cache)
+    """As a capture leaves it that was killed between its plan and its commit."""
     from tests.torture.kills import die_at
 
     arguments = ["capture", *things.arguments(cache=cache)]
-    run("teacher-cache", arguments, before=lambda: die_at(chance.randrange(9, 24)))
+    for moment in range(chance.randrange(9, 24), 200, 6):  # what is kept of a survey comes before the plan
+        shutil.rmtree(cache, ignore_errors=True)
+        run("teacher-cache", arguments, before=partial(die_at, moment))
+        if (cache / "plan.arrow").exists():
+            return
+    raise AssertionError("no moment at which a capture has planned and not committed")
 
 
 # Commands that read a run.
