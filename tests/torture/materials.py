@@ -110,7 +110,12 @@ class Materials:
         return {
             "data": {"source": str(self.folder / "data"), "max_answer_tokens": 32},
             "teacher": {"model": str(self.folder / "teacher"), "dtype": "float32"},
-            "cache": {"path": str(self.cache), "num_workers": 0, "examples_per_shard": 3},
+            "cache": {
+                "path": str(self.cache),
+                "num_workers": 0,
+                "examples_per_shard": 3,
+                "claim_timeout_s": 5,  # what a crash leaves is waited for as long
+            },
             "student": {"model": str(self.folder / "student"), "compute_dtype": "float32"},
             "optimization": {
                 "global_batch_size": 4,
