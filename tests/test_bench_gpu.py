@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +60,13 @@ def test_it_goes_on_where_it_was_and_tells_what_failed(
     main()
     assert ran[len(PARTS) + 1 :] == list(PARTS)  # of another machine: all again
     assert path.with_suffix(".old.json").exists()
+
+
+def test_the_core_does_without_what_models_need() -> None:
+    """A machine with a GPU may have little more than torch and Transformers."""
+    hidden = "import sys; sys.modules |= dict.fromkeys(['datasets', 'xdist', 'PIL', 'pyarrow'])"
+    code = f"{hidden}; import torch; from tests.benchmarks.bench_gpu import measure, Path"
+    subprocess.run([sys.executable, "-c", code], cwd=bench_gpu.ROOT, check=True)
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

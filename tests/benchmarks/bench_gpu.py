@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 
-from tests.benchmarks import gpu_loss, gpu_models
-from tests.benchmarks.gpu_figures import Figure
+from tests.benchmarks import gpu_loss
+from tests.benchmarks.gpu_figures import MODULE_OF_FLA, Figure
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "liger-kernel")
@@ -38,36 +39,36 @@ Part = Callable[[Path, torch.device, bool], Iterator[Figure]]
 def run_tests(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
     """The tests that need a GPU; on a CPU they are skipped."""
     report = root / "tests.xml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-n0",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-    ]
-    status = subprocess.run(command, cwd=ROOT).returncode
-    counts = dict(
-        part.split("=")
-        for part in report.read_text().split("<testsuite ")[1].split(">")[0].replace('"', "").split()
-        if "=" in part
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT)
+    suite = ElementTree.parse(report).getroot()[0]
+    total, skipped, failures, errors = (
+        int(suite.attrib[name]) for name in ("tests", "skipped", "failures", "errors")
     )
-    failed = int(counts["failures"]) + int(counts["errors"])
-    yield Figure("GPU tests, failed", failed + (status not in (0, 1)), "", 0)
-    yield Figure("GPU tests, passed", int(counts["tests"]) - failed - int(counts["skipped"]), "")
+    yield Figure("GPU tests, failed", failures + errors, "", 0)
+    yield Figure("GPU tests, passed", total - skipped - failures - errors, "")
+
+
+def student(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
+    from tests.benchmarks import gpu_models  # needs packages that the loss does without
+
+    yield from gpu_models.student(root, device, tiny=tiny)
+
+
+def capture(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
+    from tests.benchmarks import gpu_models
+
+    yield from gpu_models.teacher(root, device, tiny=tiny)
 
 
 def student_without_fla(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
     """The student's step with the linear attention of Transformers."""
-    if device.type == "cuda" and importlib.util.find_spec(gpu_models.MODULE_OF_FLA) is None:
+    if device.type == "cuda" and importlib.util.find_spec(MODULE_OF_FLA) is None:
         print("  left out: flash-linear-attention is not installed, so the step above is already without it")
         return
-    sys.modules[gpu_models.MODULE_OF_FLA] = None  # type: ignore[assignment]
-    yield from gpu_models.student(root, device, tiny=tiny)
+    sys.modules[MODULE_OF_FLA] = None  # type: ignore[assignment]
+    yield from student(root, device, tiny)
 
 
 def of_shapes(shapes: list[gpu_loss.Shape]) -> Part:
@@ -77,8 +78,8 @@ def of_shapes(shapes: list[gpu_loss.Shape]) -> Part:
 PARTS: dict[str, Part] = {
     "loss": of_shapes(gpu_loss.FIRST),
     "tests": run_tests,
-    "student": lambda root, device, tiny: gpu_models.student(root, device, tiny=tiny),
-    "capture": lambda root, device, tiny: gpu_models.teacher(root, device, tiny=tiny),
+    "student": student,
+    "capture": capture,
     "peers": lambda root, device, tiny: gpu_loss.compare(device, tiny=tiny),
     "chunks": of_shapes(gpu_loss.CHUNKS),
     "positions": of_shapes(gpu_loss.POSITIONS),

@@ -12,6 +12,7 @@ import torch
 GIB = 2**30
 ROUNDS = 7
 WARM_UP = 2  # rounds that do not count
+MODULE_OF_FLA = "fla"  # of the package flash-linear-attention
 
 
 @dataclass(frozen=True)

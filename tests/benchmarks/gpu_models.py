@@ -20,7 +20,7 @@ from stage2_student.training.inputs import open_inputs
 from tests.benchmarks.bench_capture import measure as measure_capture
 from tests.benchmarks.bench_training import Step, data_wait, some_steps
 from tests.benchmarks.full_shapes import make_recipe, prepare
-from tests.benchmarks.gpu_figures import GIB, Figure, taking_turns
+from tests.benchmarks.gpu_figures import GIB, MODULE_OF_FLA, Figure, taking_turns
 
 BF16_FLOPS = {
     "H100": 989e12,
@@ -29,7 +29,6 @@ BF16_FLOPS = {
     "B200": 2250e12,
 }  # dense, from NVIDIA's data sheets
 MOST_AGAINST_FINE_TUNING, MOST_WAITING, MOST_AGAINST_FORWARD = 1.02, 2.0, 1.03
-MODULE_OF_FLA = "fla"  # of the package flash-linear-attention
 
 
 def peak_flops(device: torch.device) -> float | None:
