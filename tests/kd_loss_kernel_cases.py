@@ -87,6 +87,23 @@ def test_rows_with_padding(num_ids: int, padding: int, temperature: float) -> No
     assert_kernel_agrees(3, num_ids, torch.bfloat16, teacher, settings, padding=padding)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_with_padding_where_pytorch_does_it(dtype: torch.dtype) -> None:
+    """What the kernel does not cover has padded rows on a GPU, too."""
+    teacher, settings = teacher_of(3, 17, TopK(k=2), 1.0, "ghost"), LossSettings(0.4, 1.0, 17)
+    buffer = torch.randn(3, 32, device=DEVICE).to(dtype)
+    before, arguments = (
+        buffer.clone(),
+        (torch.tensor([1, 2, 3], device=DEVICE), None, teacher, FIRST, settings),
+    )
+    whole = buffer[:, :17].clone()
+    got = chunk.chunk_loss_(buffer[:, :17], *arguments, with_grad=True, row_width=32)
+    want = chunk.chunk_loss_(whole, *arguments, with_grad=True)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert torch.equal(buffer[:, :17], whole)
+    assert torch.equal(buffer[:, 17:], before[:, 17:])
+
+
 @pytest.mark.parametrize("policy", [Random(draws=300), TopK(k=130), TopK(k=1)])
 @pytest.mark.parametrize("tail", ["uniform", "renormalize", "drop"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
