@@ -399,6 +399,10 @@ def test_a_mix_goes_on_with_its_weights_alone(tree: dict[str, Any], parts: dict[
         ({"mix": [{"path": "a", "weight": 0.7}, {"path": "b"}]}, "Give all of them one, or none"),
         ({"mix": [{"path": "a", "weight": 0}, {"path": "b", "weight": 1}]}, "greater than 0"),
         ({"mix": [{"path": "a", "wieght": 1}]}, "did you mean 'weight'"),
+        (
+            {"mix": [{"path": "a"}], "duplicates": "first", "teachers": "many"},
+            "duplicates and teachers beside mix",
+        ),
         ({"path": ["a", "b"], "duplicates": "last"}, "'refuse' or 'first'"),
         (
             {"mix": [{"path": "a"}], "policy": {"kind": "top_k", "k": 4}},

@@ -228,6 +228,15 @@ class CacheConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_mix_is_no_list(self) -> Self:
+        of_lists = {"duplicates": self.duplicates == "first", "teachers": self.teachers == "many"}
+        if self.mix and (given := [name for name, is_set in of_lists.items() if is_set]):
+            raise ValueError(
+                f"{' and '.join(given)} beside mix: only a list of caches has such a setting. Take it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_sum_to_one(self) -> Self:
         given = [one.weight for one in self.mix or () if one.weight is not None]
         if given and len(given) < len(self.mix or ()):
