@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Collection
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,6 +85,13 @@ def _unpickled(file: BinaryIO) -> Any:
         raise ValueError(f"{METADATA} cannot be read ({type(error).__name__}: {error})") from error
 
 
+def _member(kind: Any, name: str) -> Any:
+    """``getattr`` of an enum's members alone."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"{METADATA} asks for {name} of {kind}, which is no member of an enum")
+    return kind[name]
+
+
 class _Describing(pickle.Unpickler):
     """Unpickles descriptions of tensors alone."""
 
@@ -91,6 +99,8 @@ class _Describing(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _DESCRIBING.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):  # as Python 3.11.0 to 3.11.3 write a member of an enum
+            return _member
         raise pickle.UnpicklingError(
             f"{METADATA} asks for {module}.{name}, which no description of tensors needs; it was not run"
         )
