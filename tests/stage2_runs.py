@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import multiprocessing
@@ -27,6 +28,7 @@ from stage2_student.train import train
 FORK = multiprocessing.get_context("fork")
 SPAWN = multiprocessing.get_context("spawn")
 RANKS_TIMEOUT_S = 240
+STDERR = 2
 
 
 def make_recipe(tree: dict[str, Any], **overrides: Any) -> Recipe:
@@ -186,6 +188,7 @@ def _rank(
     options: dict[str, Any],
 ) -> None:
     os.environ |= environment
+    faulthandler.dump_traceback_later(RANKS_TIMEOUT_S - 20, file=STDERR)  # a rank that hangs tells where
     try:
         with distributed(device="cpu", **options) as world:
             result = function(world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import fields, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import pytest
 import torch
 from stage2_runs import on_ranks
 from torch import nn
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from shared.errors import CheckpointError, TrainingError
 from shared.recipes import OptimizationConfig
@@ -257,10 +259,12 @@ class Hostile:
         return (os.system, (f"touch {self.proof}",))
 
 
-def plant(checkpoint: Checkpoint, change: Callable[[Any], Any]) -> None:
+def plant(
+    checkpoint: Checkpoint, change: Callable[[Any], Any], pickled: Callable[[Any], bytes] = pickle.dumps
+) -> None:
     """Rewrites the description of the tensors, with hashes that fit."""
     path = checkpoint.path / ".metadata"
-    path.write_bytes(pickle.dumps(change(pickle.loads(path.read_bytes()))))
+    path.write_bytes(pickled(change(pickle.loads(path.read_bytes()))))
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     rewrite(checkpoint, lambda told: told | {"sha256": told["sha256"] | {".metadata": sha256}})
 
@@ -273,6 +277,47 @@ def test_a_strangers_checkpoint_runs_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"\.metadata asks for posix\.system"):
         load(folder.at(1), {"model": {"w": torch.zeros(3)}})
     assert not proof.exists()
+
+
+class Attribute:
+    """Unpickled by ``getattr``."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.asked = (owner, name)
+
+    def __reduce__(self) -> Any:
+        return (getattr, self.asked)
+
+
+class EarlyPickler(pickle.Pickler):
+    """Writes a member of an enum as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+def test_members_of_an_enum_are_read_as_early_releases_of_python_write_them(tmp_path: Path) -> None:
+    def pickled(metadata: Any) -> bytes:
+        file = io.BytesIO()
+        EarlyPickler(file).dump(metadata)
+        assert b"getattr" in file.getvalue()
+        return file.getvalue()
+
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1))
+    plant(folder.at(1), lambda metadata: metadata, pickled)
+    state = {"model": {"w": torch.zeros(3)}}
+    load(folder.at(1), state)
+    assert state["model"]["w"].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Path, "unlink"), (Path, "__class__"), (Metadata, "__init__")])
+def test_other_attributes_are_not_looked_up(tmp_path: Path, owner: Any, name: str) -> None:
+    folder = Checkpoints(tmp_path / "checkpoints")
+    save(folder, facts(1))
+    plant(folder.at(1), lambda metadata: replace(metadata, planner_data=Attribute(owner, name)))
+    with pytest.raises(CheckpointError, match=rf"asks for {name} of .*, which is no member of an enum"):
+        load(folder.at(1), {"model": {"w": torch.zeros(3)}})
 
 
 def test_an_entry_that_torch_would_unpickle_is_refused(tmp_path: Path) -> None:
