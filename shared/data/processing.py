@@ -87,6 +87,7 @@ class ExampleProcessor:
         self._background = background
         self._max_answer_tokens = max_answer_tokens
         self._tokens_of_size: dict[tuple[int, int], int] = {}
+        self._blanks: dict[bool, Encoded] = {}  # by whether they have a picture; text alone asks for many
         self._train_on = train_on
         template = chat_template(processor)
         self._prompt = ChatPrompt(
@@ -271,11 +272,13 @@ class ExampleProcessor:
         A model whose blocks are sharded gathers each of them on all ranks at once.  A rank whose rows have no picture
         would not run its tower, and leave the others waiting.
         """
-        stream = io.BytesIO()
-        Image.new("RGB", BLANK_SIZE, "white").save(stream, "PNG")
-        images = (stream.getvalue(),) if with_picture else ()
-        turns = question_answer(".", ".", len(images))
-        return self.encode_prompt(Example(images, turns, where="a blank picture"))
+        if with_picture not in self._blanks:
+            stream = io.BytesIO()
+            Image.new("RGB", BLANK_SIZE, "white").save(stream, "PNG")
+            images = (stream.getvalue(),) if with_picture else ()
+            turns = question_answer(".", ".", len(images))
+            self._blanks[with_picture] = self.encode_prompt(Example(images, turns, where="a blank picture"))
+        return self._blanks[with_picture]
 
     def collate(
         self, encoded: Sequence[Encoded], *, padding_side: Literal["left", "right"] = "right"
