@@ -1,10 +1,11 @@
 """Memory, descriptors and threads through a long capture and a long training, of microscopic models.
 
-    python -m tests.benchmarks.bench_steady [--rows 1000000] [--steps 100000] [--root FOLDER]
+    python -m tests.benchmarks.bench_steady [--rows 1000000] [--steps 100000] [--only capture|training] [--root DIR]
 
 Both are the ordinary commands, in processes of their own, which are looked at from outside: what grows with the
-number of rows or steps shows as a line that rises.  A folder given as ``--root`` is kept, and what it has is not made
-again.
+number of rows or steps shows as a line that rises.  The training reads the first rows in many epochs, from a cache
+of their own: so it waits for nothing, and the two may run side by side.  A folder given as ``--root`` is kept, and
+what it has is not made again: both go on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from PIL import Image
 from shared.small_models import make_small_model, train_tokenizer
 
 ROWS_PER_FILE = 50_000
+TRAINED_ROWS = 20_000
 WITH_PICTURE = 8  # one row of so many; the others are text
 PICTURES = 64  # different ones
 SIDE = 32  # pixels
@@ -146,11 +148,10 @@ def write_data(folder: Path, num_rows: int) -> None:
         pq.write_table(table, folder / f"train-{file:05}-of-{num_files:05}.parquet")
 
 
-def prepare(root: Path, *, num_rows: int, num_steps: int) -> Path:
-    """Data, teacher, student and recipe, each made if it is not there; returns the recipe's file."""
-    data = root / "data"
-    if not data.exists():
-        write_data(data, num_rows)
+def prepare(root: Path, *, num_rows: int) -> None:
+    """Data, teacher and student, each made if it is not there."""
+    if not (root / "data").exists():
+        write_data(root / "data", num_rows)
     if not (root / "teacher").exists():
         texts = [*WORDS, *(f"{number}?" for number in range(1000))]
         tokenizer = train_tokenizer(texts, root / "tokenizer", vocab_size=320)
@@ -164,15 +165,28 @@ def prepare(root: Path, *, num_rows: int, num_steps: int) -> Path:
                 vision_depth=1,
                 seed=1,
             )
+
+
+def write_recipe(root: Path, name: str, *, limit: int | None, num_steps: int) -> str:
+    """The recipe's file: of the first rows where there is a limit, with a cache and a run of that name."""
     recipe = {
         "data": {
-            "source": str(data),
+            "source": str(root / "data"),
             "splits": {"validation": None},
+            "limit": limit,
             "max_answer_tokens": 8,
             "text_only": True,
         },
         "teacher": {"model": str(root / "teacher"), "dtype": "float32"},
-        "cache": {"path": str(root / "cache"), "splits": ["train"], "examples_per_shard": 4096},
+        "cache": {
+            "path": str(root / f"{name}-cache"),
+            "splits": ["train"],
+            "examples_per_shard": 4096,
+            "policy": {
+                "kind": "threshold",
+                "tau": 1 / 16,
+            },  # weights are random: nearly all tokens are above 1/512
+        },
         "student": {"model": str(root / "student"), "compute_dtype": "float32"},
         "optimization": {
             "global_batch_size": 2,
@@ -180,31 +194,34 @@ def prepare(root: Path, *, num_rows: int, num_steps: int) -> Path:
             "max_steps": num_steps,
             "learning_rate": 1e-4,
         },
-        "run": {"name": "steady", "root": str(root / "runs"), "export": False},
+        "run": {"name": name, "root": str(root / "runs"), "export": False},
     }
-    path = root / "steady.yaml"
+    path = root / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    return path
+    return str(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--only", choices=("capture", "training"))
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two looks")
     parser.add_argument("--root", type=Path, help="a folder that is kept")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         root = chosen.root or Path(scratch)
-        recipe = prepare(root, num_rows=chosen.rows, num_steps=chosen.steps)
-        show(
-            f"Capture of {chosen.rows:,} rows",
-            watched(["stage1_teacher", "capture", str(recipe)], every_s=chosen.every),
-        )
-        show(
-            f"Training of {chosen.steps:,} steps",
-            watched(["stage2_student", "run", str(recipe)], every_s=chosen.every),
-        )
+        prepare(root, num_rows=chosen.rows)
+        if chosen.only != "training":
+            recipe = write_recipe(root, "capture", limit=None, num_steps=1)
+            samples = watched(["stage1_teacher", "capture", recipe], every_s=chosen.every)
+            show(f"Capture of {chosen.rows:,} rows", samples)
+        if chosen.only != "capture":
+            recipe = write_recipe(root, "training", limit=TRAINED_ROWS, num_steps=chosen.steps)
+            watched(["stage1_teacher", "capture", recipe], every_s=chosen.every)
+            resume = ["--resume"] if (root / "runs" / "training").exists() else []
+            samples = watched(["stage2_student", "run", recipe, *resume], every_s=chosen.every)
+            show(f"Training of {chosen.steps:,} steps", samples)
 
 
 if __name__ == "__main__":
