@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from shared.recipes import Recipe, baseline_of, load_recipe, recipe_text
+from shared.recipes import Recipe, baseline_of, load_recipe
 from shared.regular_files import read_regular
 
 
@@ -27,8 +27,8 @@ def run_is_finished(recipe: Recipe) -> bool:
     if not has_results(folder) or (recipe.run.export and not (folder / "export").exists()):
         return False
     try:
-        text = read_regular(folder / "recipe.yaml").decode()
-        return recipe_text(recipe.as_it_began(load_recipe(folder / "recipe.yaml"))) == text
+        began = load_recipe(folder / "recipe.yaml")
+        return recipe.as_it_began(began).of_a_run() == began.of_a_run()
     except (OSError, ValueError):
         return False
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,11 @@ class Keyed:
     num_outvoted: int = 0
     has_pictures: bool = True
     written_by: tuple[str, ...] = ()
+
+    def at(self, places: np.ndarray) -> Keyed:
+        """Some of the readable rows, by their places among these, (m,) int64."""
+        parts = {name: getattr(self, name)[places] for name in ("rows", "keys", "lengths", "pixels")}
+        return replace(self, **parts)
 
     @property
     def fingerprint(self) -> str:

@@ -15,7 +15,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from shared.data.answer_ids import given_ids
@@ -23,6 +23,7 @@ from shared.data.conversations import FORMS, READERS, Conversation, Form, Turn, 
 from shared.data.pictures import Picture, PictureFile, listed_pictures, looks_like_pictures, read_picture
 from shared.data.sources import Rows, choose, open_rows
 from shared.data.texts import require_unicode, required_text
+from shared.data.written import Written, answers_in, lay_over
 from shared.errors import DataError, shortened
 from shared.recipes import DataConfig, Split
 
@@ -93,6 +94,7 @@ class VqaSplit:
     columns   field of a row -> column, for those that the data set has
     pictures  columns that hold pictures, the first that is filled counts
     unused    the other columns of the data set
+    written   answers that rows have in place of their own; None without ``data.written``
     """
 
     source: str
@@ -104,6 +106,7 @@ class VqaSplit:
     unused: tuple[str, ...]
     settings: DataConfig
     num_examples: int
+    written: Written | None = None
 
     def __len__(self) -> int:
         return self.num_examples
@@ -115,6 +118,9 @@ class VqaSplit:
         """Raises   DataError  when the row has no usable picture, question or answer."""
         if not 0 <= index < self.num_examples:
             raise IndexError(f"row {index} of a split of {self.num_examples}")
+        if self.written is not None and (found := self.written.find(index)) is not None:
+            answers, number = found
+            return replace(answers[number], index=index)
         where = self.where(index)
         row = self.rows[index]
         value = {field: row.get(column) for field, column in self.columns.items()}
@@ -247,6 +253,17 @@ def open_split(data: DataConfig, split: Split) -> VqaSplit:
 
     Raises   DataError  when the source, the split or a column is missing, or the split has no rows.
     """
+    given = _open_given(data, split)
+    folders = [folder for folder in data.written or () if answers_in(folder, given.name)]
+    if not folders:
+        return given
+    own = {"revision": None, "config": None, "limit": None, "written": None}
+    sets = [_open_given(data.model_copy(update={"source": folder, **own}), split) for folder in folders]
+    return replace(given, written=lay_over(given, sets))
+
+
+def _open_given(data: DataConfig, split: Split) -> VqaSplit:
+    """The rows of ``data.source``, with their own answers."""
     name = getattr(data.splits, split)
     if name is None:
         raise DataError(f"data.splits.{split} is null: {data.source} is said to have no {split} split")

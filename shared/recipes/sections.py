@@ -91,6 +91,9 @@ class DataConfig(Section):
 
     source: Place
     """Hub name, or a file or folder of Parquet, Arrow, JSONL or JSON."""
+    written: Annotated[tuple[Place, ...], Field(min_length=1)] | None = None
+    """Folders of written answers to rows of `source`, which are learned in place of the rows' own. Of several answers
+    to a row the last folder's counts."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     config: str | None = None
@@ -295,6 +298,10 @@ class WriteConfig(Section):
     """Folder of the teacher's answers. A student's go into its run's folder."""
     splits: Annotated[tuple[Split, ...], Field(min_length=1)] = ("train", "validation")
     """Splits whose prompts are answered."""
+    prompts: PositiveInt | None = None
+    """So many prompts of each split, in an order that `seed` decides; null: all."""
+    part: NonNegativeInt = 0
+    """Which part of so many prompts: part 1 begins where part 0 ends, and after the last prompt comes the first."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     """0: the likeliest token each time; above: samples, of logits divided by it."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -304,7 +311,7 @@ class WriteConfig(Section):
     max_new_tokens: PositiveInt | None = None
     """Longer answers are cut; null: `data.max_answer_tokens`."""
     seed: Seed = 0
-    """Of the samples."""
+    """Of the samples, and of the order of the prompts."""
     batch_tokens: PositiveInt = 16384
     """Tokens of a batch, answers at full length and padding counted."""
     prompts_per_file: PositiveInt = 512
@@ -324,11 +331,28 @@ class WriteConfig(Section):
             )
         if self.temperature == 0 and self.top_p < 1:
             problems.append(f"top_p {self.top_p} at temperature 0: nothing is sampled. Leave one of them out")
+        if self.part and self.prompts is None:
+            problems.append(f"part {self.part} without prompts: how many prompts a part has. Set prompts")
         if len(set(self.splits)) != len(self.splits):
             problems.append("splits names a split twice")
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+class RoundsConfig(Section):
+    """Rounds of `make rounds`: the student writes, the teacher is captured on what it wrote, the student trains on
+    the given answers and its own."""
+
+    number: PositiveInt = 2
+    """Rounds after the ordinary run on the given answers, which is round 0."""
+    own_share: Fraction = 0.5
+    """Share of a round's training rows that have the student's own answer in place of the given one. With `earlier:
+    keep` it is the last round's. 0: the rounds only train on, to compare with."""
+    prompts: PositiveInt | None = None
+    """Training prompts that are answered in a round; null: as many as `own_share` asks for."""
+    earlier: Literal["fresh", "keep"] = "fresh"
+    """`fresh`: a round trains on its own round's answers. `keep`: on those of all rounds so far."""
 
 
 class FreezeConfig(Section):
@@ -637,6 +661,7 @@ class Recipe(Section):
     run: RunConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     write: WriteConfig | None = None
+    rounds: RoundsConfig | None = None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -672,9 +697,32 @@ class Recipe(Section):
             )
         if self.parallel.is_split:
             problems += self._problems_of_a_split()
+        if self.rounds is not None:
+            problems += self._problems_of_rounds()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _problems_of_rounds(self) -> list[str]:
+        problems = []
+        if self.rounds and self.cache is not None and not self.cache.is_one:
+            problems.append("rounds beside several caches: a round adds to one. Name one cache as cache.path")
+        if self.loss.kd_ratio == 0:
+            problems.append(
+                "rounds with loss.kd_ratio 0: a student's own answers teach by what the teacher says of them. Set "
+                "kd_ratio above 0"
+            )
+        if not self.run.export:
+            problems.append(
+                "rounds with run.export false: each round begins from the export before. Set it to true"
+            )
+        if self.write is not None and self.write.per_prompt > 1:
+            problems.append(
+                f"rounds with write.per_prompt {self.write.per_prompt}: a row learns one answer. Set it to 1"
+            )
+        if self.data.written is not None:
+            problems.append("rounds beside data.written: the rounds set it. Leave it out")
+        return problems
 
     def _problems_of_a_split(self) -> list[str]:
         problems = []
@@ -695,6 +743,10 @@ class Recipe(Section):
         if date is None:
             return self
         return self.model_copy(update={"data": self.data.model_copy(update={"date": date})})
+
+    def of_a_run(self) -> Recipe:
+        """The same without what is for other commands than a run's."""
+        return self.model_copy(update={"write": None, "rounds": None})
 
     def of_window(self, shards: int) -> Recipe:
         """The same, its cache read so many shards at a time."""

@@ -22,6 +22,7 @@ from shared.data.images import decode_rgb, size_by_header
 from shared.data.pictures import PictureFile
 from shared.data.processing import KEY_BYTES, NO_TOKENS, ExampleProcessor, text_of
 from shared.data.rows import Example, VqaSplit
+from shared.data.written import NONE, Written
 from shared.errors import DataError
 
 SIZE = pa.struct([("width", pa.int32()), ("height", pa.int32())])
@@ -125,6 +126,24 @@ def _files(files: Sequence[Sequence[PictureFile]]) -> pa.ListArray:
 
 def _offsets(lists: Iterable[Sequence[object]]) -> pa.Array:
     return pa.array([0, *accumulate(map(len, lists))], pa.int32())
+
+
+def with_written(split: VqaSplit, written: Written, tables: Sequence[pa.Table]) -> pa.Table:
+    """A line for each row of the split: that of its written answer, where it has one.
+
+    tables   of the split's own rows, then of each written set
+    Raises   DataError  when a row is not what was asked
+    """
+    now = [key or b"" for key in tables[0].column("key").to_pylist()]
+    differs_N = (written.set_N != NONE) & (np.array(now, "S16") != written.keys_N)
+    if differs_N.any():
+        row = int(differs_N.argmax())
+        raise DataError(
+            f"{split.where(row)}: its answer in {written.splits[written.set_N[row]].source} was written to another "
+            f"prompt ({int(differs_N.sum())} such rows). Ask as the set was asked (data.source, data.system_prompt, "
+            "data.train_on, the chat template), or take it out of data.written"
+        )
+    return pa.concat_tables(tables).take(pa.array(written.lines(len(split))))
 
 
 def keys_of(table: pa.Table) -> np.ndarray:

@@ -39,7 +39,17 @@ MAX_BYTES = 1 << 30
 DIGEST_BYTES = 32  # SHA-256
 # Settings that change nothing that is found of a row, or that the processor's fingerprints hold.
 NOT_OF_ROWS = {
-    *("source", "revision", "config", "splits", "limit", "max_dropped", "max_answer_tokens", "system_prompt"),
+    *(
+        "source",
+        "written",
+        "revision",
+        "config",
+        "splits",
+        "limit",
+        "max_dropped",
+        "max_answer_tokens",
+        "system_prompt",
+    ),
     *("date", "chat_template", "background", "min_pixels", "max_pixels"),
 }
 LIBRARIES = ("teachonce", "transformers", "tokenizers", "pillow", "pyarrow")

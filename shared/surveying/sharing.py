@@ -7,7 +7,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -22,7 +22,7 @@ from shared.errors import DataError, TeachonceError, TrainingError, is_out_of_me
 from shared.progress import progress
 from shared.recipes import Recipe
 from shared.runtime import Queue, World, alone
-from shared.surveying.found import SCHEMA, look, usable_example
+from shared.surveying.found import SCHEMA, look, usable_example, with_written
 from shared.surveying.kept import Kept, place_beside
 from shared.surveying.parts import Part, parts_of
 from shared.threads import num_cores
@@ -74,7 +74,13 @@ def survey_rows(
     decode   also finds pictures that cannot be decoded
     show     says on the first rank how far it is, and what is worth saying
     Raises   FileError  when a file cannot be read at all, or has changed
+             DataError  when written answers are to other prompts than those of their rows
     """
+    if split.written is not None:  # what is kept of a data file is that of its own rows
+        asked = replace(split, written=None)
+        splits = (asked, *split.written.splits)
+        tables = [survey_rows(one, processor, surveyors, decode=decode, show=show) for one in splits]
+        return with_written(split, split.written, tables)
     world, parts = surveyors.world, parts_of(split)
     source = PartSource(split, processor, Kept.of(surveyors.kept_at, split, processor, decode=decode), decode)
     mine = range(len(parts))[world.rank :: world.size]

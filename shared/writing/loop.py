@@ -37,7 +37,7 @@ from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on
 from shared.writing.copies import Agreed, Copy, Halt
 from shared.writing.files import commit, finish, num_kept
 from shared.writing.journal import REFUSED, Entry, Journal
-from shared.writing.plan import Plan, SetFolder, Unit, Writer, identity_of, units_of
+from shared.writing.plan import Plan, SetFolder, Unit, Writer, choice, identity_of, units_of
 from shared.writing.tables import require_columns
 
 LOG = ".write.log"  # what libraries said
@@ -84,7 +84,10 @@ def asked(recipe: Recipe, processor: ExampleProcessor, config: WriteConfig, worl
         raise RecipeError(f"split {odd[0]!r}: its name cannot be a file's; answers are in files of that name")
     found = survey(recipe, processor, world, splits=splits)
     require_columns(found.keyed[0].split)
-    return found
+    if config.prompts is None:
+        return found
+    chosen = (part.at(choice(part.keys, config)) for part in found.keyed)
+    return CaptureData(tuple(chosen))
 
 
 def write(

@@ -126,6 +126,21 @@ def identity_of(
     return plain
 
 
+def choice(keys: np.ndarray, config: WriteConfig) -> np.ndarray:
+    """Places of the prompts to ask, rising: a pure function of the seed, the keys and the part.
+
+    keys     (n, 16) uint8; of equal ones the first is asked
+    Returns  (m,) int64
+    """
+    wanted = Wanted.of(keys, np.arange(len(keys)))
+    seed = config.seed.to_bytes(8, "little")
+    ranks = [hashlib.blake2b(key, key=seed, digest_size=8).digest() for key in split_keys(wanted.keys)]
+    order = np.argsort(np.array(ranks, "S8"), kind="stable")
+    number = min(config.prompts or len(order), len(order))
+    places = (config.part * number + np.arange(number)) % len(order)
+    return np.sort(wanted.rows[order[places]])
+
+
 def units_of(found: CaptureData, prompts_per_file: int) -> tuple[Unit, ...]:
     """Of each split in order; of equal rows of a split the first one is asked."""
     rows = NumberedRows(tuple(part.split for part in found.keyed))

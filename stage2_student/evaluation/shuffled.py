@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -24,7 +24,7 @@ SEED = 0  # one shuffle for all models, so that they can be compared
 class ShuffledSplit(VqaSplit):
     """``picture_rows`` says, for each row that is read, whose picture it shows."""
 
-    picture_rows: Mapping[int, int]
+    picture_rows: Mapping[int, int] = field(default_factory=dict)
 
     def __getitem__(self, index: int) -> Example:
         """Raises   DataError  when the row, or one that lends a picture, cannot be used."""

@@ -15,10 +15,11 @@ from shared.recipes import Recipe, dump_recipe
 # A resumed run may differ in these.  Above: what has a fingerprint of its own in the identity.  Below: what
 # changes how a run is executed, its length and its rhythm, and its losses by no more than rounding.
 MAY_CHANGE = (
-    *("bootstrap", "teacher", "cache"),
+    *("bootstrap", "teacher", "cache", "write", "rounds"),
     *("data.format", "data.answers", "data.text_only", "data.train_on", "data.date"),
     *(
         "data.source",
+        "data.written",
         "data.revision",
         "data.config",
         "data.columns",
@@ -77,7 +78,8 @@ OF_ROWS = (
 
 def differences(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Keys.  A setting that the run's version did not know is no difference as long as it is null."""
-    return [key for key in sorted(found.keys() | now.keys()) if found.get(key) != now.get(key)]
+    keys = sorted(found.keys() | now.keys())
+    return [key for key in keys if found.get(key) != now.get(key) and not _was_a_setting(key)]
 
 
 def settings_of_rows(before: Recipe | None, now: Recipe) -> list[str]:
@@ -135,6 +137,11 @@ def _both_sides(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
         f"  - {key}: the run has {found.get(key, missing)!r}, now it is {now.get(key, missing)!r}"
         for key in differences(found, now)
     ]
+
+
+def _was_a_setting(key: str) -> bool:
+    """Whether it is one that may change, and that an earlier release wrote down."""
+    return key.startswith("recipe.") and _may_change(key.removeprefix("recipe."))
 
 
 def _may_change(key: str) -> bool:
