@@ -26,7 +26,7 @@ MISSING   := $(filter-out $(INSTALLED),$(FILES) $(WANTED))
 UNION     := $(sort $(filter-out files-%,$(INSTALLED)) $(WANTED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install teacher-cache train-student test torture lint check bench bench-gpu clean
+.PHONY: help setup install teacher-cache train-student rounds test torture lint check bench bench-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ teacher-cache: setup  ## stage one: run the frozen teacher once, write the cache
 
 train-student: setup  ## stage two: train a student from the cache; makes the cache first when it is missing
 	@$(BIN)/python -m shared.pipeline train-student "$(RECIPE)" --nproc $(NPROC) $(ARGS)
+
+rounds: setup  ## train a student, let it write, capture the teacher on that, train on the mixture, and again
+	@$(BIN)/python -m shared.pipeline rounds "$(RECIPE)" --nproc $(NPROC) $(ARGS)
 
 test: setup  ## all tests, on NUM_WORKERS processes (default: as many as there are cores)
 	$(BIN)/python -m pytest -n $(NUM_WORKERS) --dist loadfile

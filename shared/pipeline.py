@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shared.cli import load_recipe, recipe_arguments, run
-from shared.errors import TrainingError, shortened
+from shared.errors import RecipeError, TrainingError, shortened
 from shared.library_output import quiet_libraries
 from shared.stopping import (
     GO_ON,
@@ -91,6 +91,15 @@ def train_student(
         stage_arguments=stage_arguments,
         go_on=typed("train-student", recipe, overrides, nproc, resumed),
     )
+
+
+@main.command("rounds")
+@recipe_arguments
+@click.option("--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Processes.")
+def rounds(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
+    """Train a student, let it write, capture the teacher on that, train on the mixture, and again."""
+    os.environ[GO_ON] = typed("rounds", recipe, overrides, nproc, ())
+    return make_rounds(recipe, overrides, nproc=nproc)
 
 
 @main.command("torchrun", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -161,6 +170,32 @@ def make_student(
     return status or launch(
         "stage2_student", "run", recipe, overrides, stage_arguments, nproc=nproc, what=what
     )
+
+
+def make_rounds(recipe: str, overrides: Sequence[str], *, nproc: int) -> int:
+    """Runs the rounds that the recipe asks for, those that are not finished; returns the exit status."""
+    from shared.rounds import Rounds, go_through, table_of  # which loads what takes seconds
+
+    plan = load_recipe(recipe, overrides=tuple(overrides))
+    if plan.rounds is None:
+        raise RecipeError(f"recipe {recipe}: it has no rounds section, which says how many there are to be")
+    if not is_finished(plan):
+        resume = ["--resume"] if plan.run.path.exists() else []
+        status = make_student(recipe, overrides, nproc=nproc, stage_arguments=resume)
+        if status:
+            return status
+
+    def command(module: str, verb: str, about: str, arguments: Sequence[str], *, what: str) -> int:
+        return launch(module, verb, about, (), arguments, nproc=nproc, what=what)
+
+    planned = Rounds.of_recipe(plan)
+    status = go_through(planned, command, covers)
+    if not status:
+        click.echo(
+            f"\nrounds of run {plan.run.name}: all {planned.config.number} are finished; {planned.folder}"
+        )
+        click.echo("\n".join(table_of(planned)))
+    return status
 
 
 def is_finished(plan: Recipe) -> bool:

@@ -186,13 +186,13 @@ def open_processor_of(recipe: Recipe, model: str, *, revision: str | None) -> Ex
     An interrupted capture goes on with the day on which it began.
     """
     if recipe.data.date is None and recipe.cache is not None:
-        days = (_date_of(location) for location in recipe.cache.locations)
+        days = (prompt_date_of(location) for location in recipe.cache.locations)
         recipe = recipe.of_day(next((day for day in days if day is not None), None))
     return open_processor(model, recipe.data, revision=revision)
 
 
-def _date_of(location: str) -> str | None:
-    """None where there is no cache, or one whose prompts have no date."""
+def prompt_date_of(location: str) -> str | None:
+    """The day that a cache's prompts tell; None where there is no cache, or one whose prompts have no date."""
     try:
         folder = open_folder(location)
         manifest = load_manifest(folder)

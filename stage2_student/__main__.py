@@ -83,7 +83,14 @@ def recipe(recipe: str, overrides: tuple[str, ...]) -> int:
 )
 @click.option("--shuffle-pictures", is_flag=True, help="Ask each question about the picture of another case.")
 @click.option("--references/--no-references", default=True, help="Teacher and untrained student beside it.")
-@click.option("--out", type=FILE, help="Parquet file; in RUN/evaluation for a run's own student.")
+@click.option(
+    "--answers/--no-answers", default=True, help="Ask the questions as well; without, CE and KL alone."
+)
+@click.option(
+    "--out",
+    type=FILE,
+    help="Parquet file (without answers: JSON); in RUN/evaluation for a run's own student.",
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def evaluate(
     what: str,
@@ -94,6 +101,7 @@ def evaluate(
     examples: int | None,
     shuffle_pictures: bool,
     references: bool,
+    answers: bool,
     out: Path | None,
     as_json: bool,
 ) -> int:
@@ -106,8 +114,10 @@ def evaluate(
     from stage2_student.publishing.card import refresh_card
     from stage2_student.runs.run_folder import SHUFFLED, RunFolder
 
-    if out is not None and out.suffix != ".parquet":
+    if out is not None and answers and out.suffix != ".parquet":
         raise click.UsageError(f"--out {out}: name a .parquet file; the scores go into the .json beside it")
+    if out is not None and not answers and out.suffix != ".json":
+        raise click.UsageError(f"--out {out}: name a .json file; without answers there are scores alone")
     subject = evaluation.Subject.find(
         what, recipe=lambda name: load_recipe(name, overrides=overrides), given=recipe, model=model
     )
@@ -118,7 +128,8 @@ def evaluate(
         if shuffle_pictures and out is None:  # never taken for what the student answers to its own pictures
             out = subject.run / "evaluation" / f"{SHUFFLED}{asked}.parquet"
     saved = out
-    place = out.parent if out is not None else None if subject.run is None else subject.run / "evaluation"
+    keeps = subject.run is not None and answers  # losses alone take no place of answers
+    place = out.parent if out is not None else subject.run / "evaluation" if subject.run and keeps else None
     if place is not None:  # not only when the answers are there
         require_writable(place, what="predictions, into")
     with distributed(collective_timeout_s=subject.recipe.parallel.collective_timeout_s) as world:
@@ -129,15 +140,16 @@ def evaluate(
             split=asked,
             num_examples=examples or subject.recipe.evaluation.max_examples or None,
             shuffle_pictures=shuffle_pictures,
+            answers=answers,
         ):
             found.append(one)
             if world.is_main:  # after each: another one may take long, or all memory
                 if out is not None:
                     save(found, out)
-                elif subject.run is not None:
+                elif subject.run is not None and keeps:
                     saved = keep(found, subject.run / "evaluation", asked)
         if world.is_main:
-            if subject.run is not None:
+            if subject.run is not None and keeps:
                 refresh_card(RunFolder(subject.run))
             if as_json:
                 click.echo(json.dumps([one.to_json() for one in found], indent=1))

@@ -26,7 +26,7 @@ FLOORS = [
     {"answering", "reports", "kd_loss", "cache"},
     {"surveying"},
     {"survey", "small_models", "same_teacher", "split_check", "model_check"},
-    {"preflight"},
+    {"preflight", "rounds"},
     {"pipeline", "capture"},
     {"writing"},
 ]

@@ -53,10 +53,12 @@ def evaluate(
     split: Split,
     num_examples: int | None = None,
     shuffle_pictures: bool = False,
+    answers: bool = True,
 ) -> Iterator[Evaluated]:
     """One model after the other over the same rows, some of the split's or all of them; called by all ranks.
 
-    With ``shuffle_pictures`` each question is about the picture of another case.
+    With ``shuffle_pictures`` each question is about the picture of another case.  Without ``answers`` none is asked:
+    there are losses alone.
 
     A reference that cannot be opened, or does not fit into memory, is left out, and said; where one rank alone has
     met that, its error ends all, as the others wait for it.
@@ -68,7 +70,7 @@ def evaluate(
     asked: Any = {"split": split, "num_examples": num_examples, "shuffle_pictures": shuffle_pictures}
     for name, source in sources.items():
         try:
-            answers = answers_of(recipe, source, world, **asked)
+            said = answers_of(recipe, source, world, **asked) if answers else []
             losses = losses_of(recipe, source, world, **asked)
         except (TeachonceError, torch.OutOfMemoryError) as error:
             if name == STUDENT or not world.meets(within_s=PATIENCE_S):
@@ -80,7 +82,7 @@ def evaluate(
             yield Evaluated(
                 name,
                 source.model,
-                tuple(answers),
+                tuple(said),
                 losses.ce,
                 losses.kl,
                 step=exported_step(source.model),

@@ -43,7 +43,14 @@ class Scores:
 
 
 def save(found: Sequence[Evaluated], path: Path) -> None:
-    """Every prediction as Parquet, one row for each model and question; the scores as JSON beside it."""
+    """Every prediction as Parquet, one row for each model and question; the scores as JSON beside it.
+
+    path   ends in .parquet, or in .json for scores alone
+    """
+    if path.suffix == ".json":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, [vouched(one.to_json()) for one in found])
+        return
     _write(_lines(found), [one.to_json() for one in found], path)
 
 

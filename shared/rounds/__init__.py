@@ -1,0 +1,12 @@
+"""Rounds: the student writes, the teacher is captured on what it wrote, the student trains on the mixture, and again.
+
+plan     the folders and recipes of each round, made of the user's recipe
+loop     the commands of the rounds, one after the other; what is there is not made again
+table    what came out, of all rounds
+"""
+
+from shared.rounds.loop import go_through
+from shared.rounds.plan import Rounds
+from shared.rounds.table import table_of
+
+__all__ = ["Rounds", "go_through", "table_of"]

@@ -1,0 +1,218 @@
+"""Rounds: the student writes, the teacher is captured on what it wrote, the student trains on the mixture, and again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from stage2_runs import files_of, make_recipe, state_of, step_records
+from test_write import rows_of
+
+from shared.cache import CacheReader
+from shared.data.rows import open_split
+from shared.errors import RecipeError
+from shared.recipes import Recipe, load_recipe, recipe_text
+from shared.rounds import Rounds, go_through, table_of
+from shared.rounds.plan import keep
+from shared.rounds.table import outcomes
+from shared.survey import cache_covers
+from stage1_teacher.__main__ import commands as stage1
+from stage2_student.__main__ import commands as stage2
+
+STAGES = {"stage1_teacher": stage1, "stage2_student": stage2}
+
+
+@pytest.fixture(scope="module")
+def tree(vqa_folder: Path, teacher_folder: Path, student_folder: Path) -> dict[str, Any]:
+    return {
+        "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"num_workers": 0},
+        "student": {"model": str(student_folder), "compute_dtype": "float32"},
+        "optimization": {"global_batch_size": 6, "microbatch_size": 6, "max_steps": 2, "learning_rate": 1e-2},
+        "run": {"name": "own", "num_workers": 0, "async_checkpoints": False},
+        "evaluation": {"max_examples": 3, "max_new_tokens": 4},
+        "write": {"temperature": 1.0, "max_new_tokens": 6, "num_workers": 0},
+        "rounds": {"number": 2},
+    }
+
+
+def recipe_in(tree: dict[str, Any], folder: Path, **overrides: Any) -> Recipe:
+    places = {"cache__path": str(folder / "cache"), "run__root": str(folder / "runs")}
+    return make_recipe(tree, **places | overrides)
+
+
+class Commands:
+    """Runs the stages' own commands in this process, and notes them."""
+
+    def __init__(self, *, dies_at: int | None = None) -> None:
+        self.ran: list[tuple[str, str]] = []
+        self.dies_at = dies_at
+
+    def __call__(self, module: str, verb: str, about: str, arguments: Sequence[str], *, what: str) -> int:
+        if len(self.ran) == self.dies_at:
+            return 137
+        self.ran.append((module, verb))
+        done = CliRunner().invoke(STAGES[module], [verb, about, *arguments], standalone_mode=False)
+        if done.exception is not None:
+            raise done.exception
+        return int(done.return_value)
+
+
+def begun(recipe: Recipe) -> Rounds:
+    """With round 0 finished."""
+    path = Path(recipe.run.root).parent / "recipe.yaml"
+    path.write_text(recipe_text(recipe))
+    for module, verb in (("stage1_teacher", "capture"), ("stage2_student", "run")):
+        assert Commands()(module, verb, str(path), (), what="") == 0
+    return Rounds.of_recipe(recipe)
+
+
+ROUND = [("stage2_student", "write"), ("stage1_teacher", "capture"), ("stage2_student", "run")]
+MEASURE = [("stage2_student", "write"), ("stage1_teacher", "capture"), ("stage2_student", "evaluate")]
+
+
+@pytest.fixture(scope="module")
+def finished(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Rounds, Commands]:
+    rounds, commands = begun(recipe_in(tree, tmp_path_factory.mktemp("rounds"))), Commands()
+    assert go_through(rounds, commands, cache_covers) == 0
+    return rounds, commands
+
+
+def test_two_rounds_from_the_first_answer_to_the_table(finished: tuple[Rounds, Commands]) -> None:
+    rounds, commands = finished
+    assert commands.ran == [*MEASURE, *ROUND, *MEASURE, *ROUND, *MEASURE]
+    first, second = rounds.of(1), rounds.of(2)
+    asked = [{row["source_row"] for row in rows_of(one.answers)} for one in (first, second)]
+    assert [len(one) for one in asked] == [6, 6]
+    assert asked[0] | asked[1] == set(range(12))  # each round asks other prompts
+    for one in (first, second):
+        told = json.loads(rows_of(one.answers)[0]["written_by"])
+        assert (told["role"], told["run"]) == ("student", str(one.before.run))
+        own = [row for row in open_split(one.training.data, "train") if row.written_by]
+        assert {row.index for row in own} == asked[one.number - 1]
+        recipe = load_recipe(one.folder / "train.yaml")
+        assert recipe == one.training
+        assert recipe.student.model == str(one.before.run / "export")
+    assert len(open_split(second.training.data, "train")) == 12
+
+
+def test_the_table_has_all_rounds_and_what_they_took_of_the_teacher(
+    finished: tuple[Rounds, Commands],
+) -> None:
+    rounds, _ = finished
+    lines = table_of(rounds)
+    assert [line.split()[:2] for line in lines[1:4]] == [["0", "0"], ["1", "6"], ["2", "6"]]
+    told = json.loads((rounds.folder / "rounds.json").read_text())["rounds"]
+    found = list(outcomes(rounds))
+    assert [one["own_kl"] for one in told] == [one.own_kl for one in found]
+    for one, each in zip(found, rounds.all, strict=True):
+        results = json.loads((each.run / "results.json").read_text())
+        assert (one.ce, one.kl) == (results["after"]["ce_loss"], results["after"]["kl"])
+        assert one.own_kl is not None
+        assert one.own_kl > 0
+        assert one.right is not None
+    steps = [sum(one["num_positions"] for one in step_records(each.training)) for each in rounds.all]
+    assert [one.live for one in found] == [steps[0], steps[0] + steps[1], sum(steps)]
+    assert rounds.recipe.cache is not None
+    manifest = CacheReader(rounds.recipe.cache.location).manifest
+    assert found[2].captured == manifest.totals.positions
+    new = [
+        sum(len(row["answer_ids"]) + row["answer_end"] for row in rows_of(rounds.of(n).answers))
+        for n in (1, 2)
+    ]
+    assert [found[1].captured - found[0].captured, found[2].captured - found[1].captured] == new
+    assert manifest.totals.examples == 16 + 6 + 6  # nothing of the measures
+
+
+def test_finished_rounds_run_nothing(finished: tuple[Rounds, Commands]) -> None:
+    rounds, _ = finished
+    before = files_of(rounds.folder)
+    again = Commands(dies_at=0)
+    assert go_through(rounds, again, cache_covers) == 0
+    assert again.ran == []
+    assert files_of(rounds.folder) == before
+
+
+def test_other_answers_for_a_round_that_was_begun_are_refused(finished: tuple[Rounds, Commands]) -> None:
+    rounds, _ = finished
+    config = rounds.config.model_copy(update={"own_share": 0.25})
+    other = Rounds(rounds.recipe.model_copy(update={"rounds": config}), rounds.num_rows)
+    with pytest.raises(RecipeError, match=r"write\.prompts: 6 there, 3 now\nGive these back"):
+        go_through(other, Commands(), cache_covers)
+
+
+def test_rounds_that_died_between_commands_end_alike(
+    finished: tuple[Rounds, Commands], tree: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = recipe_in(tree, tmp_path, rounds__number=1)
+    rounds = begun(recipe)
+    ran = []
+    for _ in range(9):
+        commands = Commands(dies_at=1)
+        status = go_through(rounds, commands, cache_covers)
+        ran += commands.ran
+    assert status == 0
+    assert ran == [*MEASURE, *ROUND, *MEASURE]
+    whole, torn = finished[0].of(1), rounds.of(1)
+    for one in ("answers", "greedy"):
+        assert [row["answer_ids"] for row in rows_of(torn.folder / one)] == [
+            row["answer_ids"] for row in rows_of(whole.folder / one)
+        ] or one == "greedy"
+    theirs, ours = state_of(whole.training, 2), state_of(torn.training, 2)
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+
+
+def rounds_of(tree: dict[str, Any], tmp_path: Path, **settings: Any) -> Rounds:
+    recipe = recipe_in(tree, tmp_path, **{f"rounds__{name}": value for name, value in settings.items()})
+    return Rounds(recipe, num_rows=12)
+
+
+def test_shares_prompts_and_earlier_rounds(tree: dict[str, Any], tmp_path: Path) -> None:
+    fresh = rounds_of(tree, tmp_path, own_share=0.25)
+    assert fresh.num_prompts == 3
+    assert [len(one.sets) for one in fresh.all[1:]] == [1, 1]
+    kept = rounds_of(tree, tmp_path, own_share=0.5, earlier="keep", number=3)
+    assert kept.num_prompts == 2  # a half of the rows in the last round
+    assert [[path.parent.name for path in one.sets] for one in kept.all[1:]] == [
+        ["round-1"],
+        ["round-1", "round-2"],
+        ["round-1", "round-2", "round-3"],
+    ]
+    assert rounds_of(tree, tmp_path, prompts=5).num_prompts == 5
+    assert rounds_of(tree, tmp_path, prompts=100).num_prompts == 12
+    none = rounds_of(tree, tmp_path, own_share=0.0)
+    assert (none.num_prompts, none.of(1).training.data.written) == (0, None)
+    assert [one.writing.write.part for one in fresh.all[1:] if one.writing.write] == [0, 1]
+
+
+def test_a_rounds_recipe_loads_as_it_was(tree: dict[str, Any], tmp_path: Path) -> None:
+    one = rounds_of(tree, tmp_path).of(2)
+    for name in ("training", "writing", "greedy_writing", "measuring"):
+        recipe = getattr(one, name)
+        assert load_recipe(keep(recipe, tmp_path / "kept" / f"{name}.yaml")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss__kd_ratio": 0.0}, "rounds with loss.kd_ratio 0"),
+        ({"run__export": False}, "rounds with run.export false"),
+        ({"write__per_prompt": 2}, "rounds with write.per_prompt 2"),
+        ({"data__written": ["set"]}, "rounds beside data.written"),
+        ({"cache__path": ["a", "b"]}, "rounds beside several caches"),
+    ],
+)
+def test_what_does_not_go_with_rounds(
+    tree: dict[str, Any], tmp_path: Path, settings: Any, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe_in(tree, tmp_path, **settings)
