@@ -49,6 +49,7 @@ def assert_kernel_agrees(
     with_weights: bool = True,
     with_grad: bool = True,
     padding: int = 0,
+    label_logprobs: torch.Tensor | None = None,
 ) -> None:
     """padding  elements after each row, which mean nothing and may hold anything"""
     generator = torch.Generator().manual_seed(1)
@@ -59,8 +60,9 @@ def assert_kernel_agrees(
     got_logits, want_logits = buffer[:, :num_ids], logits.float().clone()
     got_logits.copy_(logits)
     arguments = (labels, weights, teacher, FIRST, settings)
-    got = triton_kernel.chunk_loss_(got_logits, *arguments, with_grad=with_grad, row_width=num_ids + padding)
-    want = chunk.chunk_loss_torch_(want_logits, *arguments, with_grad=with_grad)
+    options = {"with_grad": with_grad, "label_logprobs_C": label_logprobs}
+    got = triton_kernel.chunk_loss_(got_logits, *arguments, row_width=num_ids + padding, **options)
+    want = chunk.chunk_loss_torch_(want_logits, *arguments, **options)
     for value, other in zip(got, want, strict=True):
         torch.testing.assert_close(value, other, rtol=2e-5, atol=5e-5)
     if with_grad:
@@ -116,6 +118,18 @@ def test_policies_and_settings(policy: Policy, tail: str, softcap: float | None,
 def test_a_large_vocabulary() -> None:
     teacher = teacher_of(1, 248_320, Threshold(tau=1 / 512), 1.0, "ghost")
     assert_kernel_agrees(1, 248_320, torch.bfloat16, teacher, LossSettings(0.5, 1.0, 248_320))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_labels_that_the_student_drew(temperature: float, softcap: float | None) -> None:
+    teacher = teacher_of(4, 450, Threshold(tau=0.05), temperature, "ghost")
+    settings = LossSettings(0.4, temperature, 400, softcap, reverse_kl=0.7)
+    label_logprobs = torch.tensor([-3.0, torch.nan, -0.01, -20.0], device=DEVICE)
+    assert_kernel_agrees(4, 450, torch.float32, teacher, settings, label_logprobs=label_logprobs)
+    assert_kernel_agrees(
+        4, 450, torch.bfloat16, None, settings, label_logprobs=label_logprobs, with_weights=False
+    )
 
 
 @pytest.mark.parametrize("with_grad", [True, False])

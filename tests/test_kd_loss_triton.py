@@ -41,9 +41,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from shared.kd_loss.triton_kernel import _chunk_kernel as kernel
 
-FLAGS = ["HAS_WEIGHTS", "HAS_TEACHER", "HAS_SPREAD", "HAS_SOFTCAP", "IS_SOFTENED", "WITH_GRAD"]
+FLAGS = ["HAS_WEIGHTS", "HAS_DRAWN", "HAS_TEACHER", "HAS_SPREAD", "HAS_SOFTCAP", "IS_SOFTENED", "WITH_GRAD"]
 TYPES = {"labels_ptr": "*i64", "first": "i32", "num_ids": "i32", "row_width": "i32", "num_vocab_ids": "i32",
-         "row_stride": "i32", "kd_ratio": "fp32", "temperature": "fp32", "softcap": "fp32"}
+         "row_stride": "i32", "kd_ratio": "fp32", "temperature": "fp32", "softcap": "fp32", "reverse_kl": "fp32"}
 ALIGNED = ("logits_ptr", "row_stride", "row_width")  # num_ids need not be: a row is padded in memory
 ASSEMBLERS = sorted(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*"))
 
@@ -59,9 +59,9 @@ def assembled(ptx, capability):
     raise AssertionError(done.stderr)
 
 for logits in ("*bf16", "*fp32"):
-    for on in ([1, 1, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]):
+    for on in ([1, 0, 1, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]):
         constants = dict(zip(FLAGS, map(bool, on))) | {"BLOCK": 8192, "ENTRY_BLOCK": 128}
-        entries = "*i64" if on[1] else "*fp32"
+        entries = "*i64" if on[2] else "*fp32"
         types = TYPES | {"logits_ptr": logits, "offsets_ptr": entries, "ids_ptr": entries}
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}

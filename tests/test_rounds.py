@@ -1,19 +1,15 @@
-"""Rounds: the student writes, the teacher is captured on what it wrote, the student trains on the mixture, and again."""
+"""Rounds: the student writes, the teacher is captured on that, the student trains on the mixture, and again."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from stage2_runs import files_of, make_recipe, state_of, step_records
+from stage2_runs import files_of, make_recipe, records, run_ranks, step_records
 from test_write import rows_of
 
 from shared.cache import CacheReader
@@ -23,10 +19,15 @@ from shared.recipes import Recipe, load_recipe, recipe_text
 from shared.rounds import Rounds, go_through, table_of
 from shared.rounds.plan import keep
 from shared.rounds.table import outcomes
+from shared.runtime import distributed
 from shared.survey import cache_covers
 from stage1_teacher.__main__ import commands as stage1
 from stage2_student.__main__ import commands as stage2
+from stage2_student.training.inputs import open_inputs
+from stage2_student.training.order import Slot
+from stage2_student.training.own_answers import require_samples
 
+DIED = 137
 STAGES = {"stage1_teacher": stage1, "stage2_student": stage2}
 
 
@@ -35,9 +36,10 @@ def tree(vqa_folder: Path, teacher_folder: Path, student_folder: Path) -> dict[s
     return {
         "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
         "teacher": {"model": str(teacher_folder), "dtype": "float32"},
-        "cache": {"num_workers": 0},
+        "cache": {"num_workers": 0, "label_log_prob": True},
         "student": {"model": str(student_folder), "compute_dtype": "float32"},
         "optimization": {"global_batch_size": 6, "microbatch_size": 6, "max_steps": 2, "learning_rate": 1e-2},
+        "loss": {"reverse_kl": 0.5},
         "run": {"name": "own", "num_workers": 0, "async_checkpoints": False},
         "evaluation": {"max_examples": 3, "max_new_tokens": 4},
         "write": {"temperature": 1.0, "max_new_tokens": 6, "num_workers": 0},
@@ -59,7 +61,7 @@ class Commands:
 
     def __call__(self, module: str, verb: str, about: str, arguments: Sequence[str], *, what: str) -> int:
         if len(self.ran) == self.dies_at:
-            return 137
+            return DIED
         self.ran.append((module, verb))
         done = CliRunner().invoke(STAGES[module], [verb, about, *arguments], standalone_mode=False)
         if done.exception is not None:
@@ -81,15 +83,22 @@ MEASURE = [("stage2_student", "write"), ("stage1_teacher", "capture"), ("stage2_
 
 
 @pytest.fixture(scope="module")
-def finished(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Rounds, Commands]:
-    rounds, commands = begun(recipe_in(tree, tmp_path_factory.mktemp("rounds"))), Commands()
-    assert go_through(rounds, commands, cache_covers) == 0
-    return rounds, commands
+def finished(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Rounds, list[Any]]:
+    """Two rounds that died after each of their commands, and went on; and these commands."""
+    rounds = begun(recipe_in(tree, tmp_path_factory.mktemp("rounds")))
+    ran: list[Any] = []
+    status = DIED
+    while status == DIED:
+        commands = Commands(dies_at=1)
+        status = go_through(rounds, commands, cache_covers)
+        ran += commands.ran
+    assert status == 0
+    return rounds, ran
 
 
-def test_two_rounds_from_the_first_answer_to_the_table(finished: tuple[Rounds, Commands]) -> None:
-    rounds, commands = finished
-    assert commands.ran == [*MEASURE, *ROUND, *MEASURE, *ROUND, *MEASURE]
+def test_two_rounds_from_the_first_answer_to_the_table(finished: tuple[Rounds, list[Any]]) -> None:
+    rounds, ran = finished
+    assert ran == [*MEASURE, *ROUND, *MEASURE, *ROUND, *MEASURE]
     first, second = rounds.of(1), rounds.of(2)
     asked = [{row["source_row"] for row in rows_of(one.answers)} for one in (first, second)]
     assert [len(one) for one in asked] == [6, 6]
@@ -106,7 +115,7 @@ def test_two_rounds_from_the_first_answer_to_the_table(finished: tuple[Rounds, C
 
 
 def test_the_table_has_all_rounds_and_what_they_took_of_the_teacher(
-    finished: tuple[Rounds, Commands],
+    finished: tuple[Rounds, list[Any]],
 ) -> None:
     rounds, _ = finished
     lines = table_of(rounds)
@@ -133,7 +142,40 @@ def test_the_table_has_all_rounds_and_what_they_took_of_the_teacher(
     assert manifest.totals.examples == 16 + 6 + 6  # nothing of the measures
 
 
-def test_finished_rounds_run_nothing(finished: tuple[Rounds, Commands]) -> None:
+def test_reverse_kl_counts_at_the_students_own_answers(finished: tuple[Rounds, list[Any]]) -> None:
+    """Of a round's microbatches those positions have the teacher's log-prob; two ranks train as one."""
+    rounds, _ = finished
+    assert [one for one in records(rounds.recipe) if "reverse_kl" in one] == []  # round 0 has none
+    one = rounds.of(1)
+    reader = CacheReader(str(rounds.recipe.cache.location if rounds.recipe.cache else None))
+    with distributed(device="cpu") as world:
+        source = open_inputs(one.training, world).training_source()
+    number = len(source.rows)
+    batch = source.microbatch(Slot(0, tuple(range(number))), source.rows.tolist())
+    assert batch.label_logprobs is not None
+    parts = batch.label_logprobs.split(list(batch.lengths))
+    for row, part in zip(source.rows.tolist(), parts, strict=True):
+        example = source.split[row]
+        if not example.written_by:
+            assert bool(part.isnan().all())
+            continue
+        (held,) = reader.rows([source.processor.key(example)])
+        assert held.label_log_prob is not None
+        assert part.tolist() == held.label_log_prob.astype(float).tolist()
+    together = make_recipe(
+        one.training.model_dump(mode="json", exclude={"write", "rounds"}), run__name="ranks"
+    )
+    assert run_ranks(together, 2) == [0, 0]
+    alone, ranks = (
+        [(line["loss"], line["reverse_kl"]) for line in records(each) if line["event"] == "step"]
+        for each in (one.training, together)
+    )
+    assert len(alone) == 2
+    for ours, theirs in zip(ranks, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+def test_finished_rounds_run_nothing(finished: tuple[Rounds, list[Any]]) -> None:
     rounds, _ = finished
     before = files_of(rounds.folder)
     again = Commands(dies_at=0)
@@ -142,33 +184,12 @@ def test_finished_rounds_run_nothing(finished: tuple[Rounds, Commands]) -> None:
     assert files_of(rounds.folder) == before
 
 
-def test_other_answers_for_a_round_that_was_begun_are_refused(finished: tuple[Rounds, Commands]) -> None:
+def test_other_answers_for_a_round_that_was_begun_are_refused(finished: tuple[Rounds, list[Any]]) -> None:
     rounds, _ = finished
     config = rounds.config.model_copy(update={"own_share": 0.25})
     other = Rounds(rounds.recipe.model_copy(update={"rounds": config}), rounds.num_rows)
     with pytest.raises(RecipeError, match=r"write\.prompts: 6 there, 3 now\nGive these back"):
         go_through(other, Commands(), cache_covers)
-
-
-def test_rounds_that_died_between_commands_end_alike(
-    finished: tuple[Rounds, Commands], tree: dict[str, Any], tmp_path: Path
-) -> None:
-    recipe = recipe_in(tree, tmp_path, rounds__number=1)
-    rounds = begun(recipe)
-    ran = []
-    for _ in range(9):
-        commands = Commands(dies_at=1)
-        status = go_through(rounds, commands, cache_covers)
-        ran += commands.ran
-    assert status == 0
-    assert ran == [*MEASURE, *ROUND, *MEASURE]
-    whole, torn = finished[0].of(1), rounds.of(1)
-    for one in ("answers", "greedy"):
-        assert [row["answer_ids"] for row in rows_of(torn.folder / one)] == [
-            row["answer_ids"] for row in rows_of(whole.folder / one)
-        ] or one == "greedy"
-    theirs, ours = state_of(whole.training, 2), state_of(torn.training, 2)
-    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
 
 
 def rounds_of(tree: dict[str, Any], tmp_path: Path, **settings: Any) -> Rounds:
@@ -194,6 +215,23 @@ def test_shares_prompts_and_earlier_rounds(tree: dict[str, Any], tmp_path: Path)
     assert [one.writing.write.part for one in fresh.all[1:] if one.writing.write] == [0, 1]
 
 
+@pytest.mark.parametrize(("role", "temperature"), [("student", 0.0), ("student", 0.7), ("teacher", 0.0)])
+def test_reverse_kl_asks_for_samples(
+    tree: dict[str, Any], tmp_path: Path, role: str, temperature: float
+) -> None:
+    recipe = recipe_in(tree, tmp_path)
+    writer = json.dumps({"role": role, "run": "runs/own", "temperature": temperature, "top_p": 1.0})
+    if role == "teacher":
+        (note,) = require_samples(recipe, [writer, "another tool"])
+        assert "no training row is one: it adds nothing" in note
+        return
+    with pytest.raises(
+        RecipeError, match=r"runs/own were written at temperature .* no samples of the student"
+    ):
+        require_samples(recipe, ["", writer])
+    assert require_samples(recipe, [writer.replace(str(temperature), "1.0", 1)]) == ()
+
+
 def test_a_rounds_recipe_loads_as_it_was(tree: dict[str, Any], tmp_path: Path) -> None:
     one = rounds_of(tree, tmp_path).of(2)
     for name in ("training", "writing", "greedy_writing", "measuring"):
@@ -209,6 +247,8 @@ def test_a_rounds_recipe_loads_as_it_was(tree: dict[str, Any], tmp_path: Path) -
         ({"write__per_prompt": 2}, "rounds with write.per_prompt 2"),
         ({"data__written": ["set"]}, "rounds beside data.written"),
         ({"cache__path": ["a", "b"]}, "rounds beside several caches"),
+        ({"cache__label_log_prob": False}, "set cache.label_log_prob to true"),
+        ({"write__temperature": 0.0}, "loss.reverse_kl in rounds with write.temperature 0"),
     ],
 )
 def test_what_does_not_go_with_rounds(

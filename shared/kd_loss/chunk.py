@@ -41,6 +41,7 @@ def chunk_loss_(
     *,
     with_grad: bool,
     row_width: int | None = None,
+    label_logprobs_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """CE and KD of a chunk; its logits are consumed: overwritten by their gradient if ``with_grad``.
 
@@ -48,6 +49,8 @@ def chunk_loss_(
     Shapes   logits_CV (C, V), rows contiguous, any float dtype; labels_C (C,) int64 inside the vocabulary;
              weights_C (C,) of the gradient's rows, None for one
              the chunk's positions are ``first`` to ``first + C`` of the teacher's
+             label_logprobs_C (C,) the teacher's log-prob of labels that the student drew, else NaN: adds the gradient
+             of ``settings.reverse_kl``
     Returns  ce_C, kd_C (C,) nats, fp32 (fp64 for fp64 logits); KD times T squared; both without weights
     Holds    kernel and PyTorch agree
     """
@@ -55,8 +58,14 @@ def chunk_loss_(
         kernel = _kernel()
         if kernel is not None:
             arguments = (logits_CV, labels_C, weights_C, teacher, first, settings)
-            return kernel.chunk_loss_(*arguments, with_grad=with_grad, row_width=row_width)
-    return chunk_loss_torch_(logits_CV, labels_C, weights_C, teacher, first, settings, with_grad=with_grad)
+            return kernel.chunk_loss_(
+                *arguments, with_grad=with_grad, row_width=row_width, label_logprobs_C=label_logprobs_C
+            )
+    return chunk_loss_torch_(
+        *(logits_CV, labels_C, weights_C, teacher, first, settings),
+        with_grad=with_grad,
+        label_logprobs_C=label_logprobs_C,
+    )
 
 
 def fits_kernel(dtype: torch.dtype, teacher: SparseTeacher | None, settings: LossSettings) -> bool:
@@ -82,6 +91,7 @@ def chunk_loss_torch_(
     settings: LossSettings,
     *,
     with_grad: bool,
+    label_logprobs_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``chunk_loss_`` in PyTorch, on any device."""
     num_rows = logits_CV.shape[0]
@@ -100,6 +110,7 @@ def chunk_loss_torch_(
             None if teacher is None else teacher.slice(first + start, first + stop),
             settings,
             with_grad=with_grad,
+            label_logprobs_R=None if label_logprobs_C is None else label_logprobs_C[start:stop].to(dtype),
         )
         if with_grad and tile_RV is not part_RV:
             part_RV.copy_(tile_RV)

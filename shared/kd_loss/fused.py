@@ -29,6 +29,7 @@ from shared.kd_loss.gradients import add_product_, scaled
 from shared.kd_loss.positions import Positions, counted_positions, with_checked_ids
 from shared.kd_loss.teacher import SparseTeacher, sparse_teacher
 from shared.kd_loss.tile import LossSettings, check_temperature
+from shared.kd_loss.tile import reverse_kl as drawn_reverse_kl
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class LossSums(NamedTuple):
     kd               KL from teacher to student, times T squared; 0 where no targets were given
     teacher_entropy  of the teacher at the temperature: kd / T**2 + teacher_entropy is the soft cross-entropy
     num_positions    () int64: positions that counted: a label, and a weight that is not zero
+    reverse_kl       log q(y) - log p(y) of labels that the student drew: on average the KL from student to teacher
+    num_drawn        () int64: positions that have such a label
     """
 
     loss: Tensor
@@ -50,6 +53,8 @@ class LossSums(NamedTuple):
     kd: Tensor
     teacher_entropy: Tensor
     num_positions: Tensor
+    reverse_kl: Tensor
+    num_drawn: Tensor
 
 
 class PositionLosses(NamedTuple):
@@ -66,7 +71,8 @@ class PositionLosses(NamedTuple):
 
     def sums(self, labels_N: Tensor, *, kd_ratio: float, ignore_index: int = -100) -> LossSums:
         """What ``fused_ce_kd`` gives for the same positions, without a graph."""
-        return _sums(torch.stack(self), None, kd_ratio, (labels_N != ignore_index).sum())
+        count = (labels_N != ignore_index).sum()
+        return _sums(torch.stack(self), None, LossSettings(kd_ratio, 1.0, 1), count)
 
 
 def fused_ce_kd(
@@ -86,6 +92,8 @@ def fused_ce_kd(
     num_vocab_ids: int | None = None,
     ignore_index: int = -100,
     tp_group: dist.ProcessGroup | None = None,
+    reverse_kl: float = 0.0,
+    label_logprobs_N: Tensor | None = None,
 ) -> LossSums:
     """Cross-entropy and distillation of the head's logits, as sums; gradients are made in the forward pass.
 
@@ -96,9 +104,13 @@ def fused_ce_kd(
     rank brings its own rows and the same positions.  A head sharded by FSDP is whole inside the root's
     forward, which is where this loss belongs.
 
+    ``reverse_kl`` times the KL from student to teacher is added where ``label_logprobs_N`` has the teacher's log-prob
+    of the label.  Such a label must be a sample of the student; elsewhere the log-prob is NaN.
+
     Shapes   hidden_ND (N, D), weight_VD (V, D), bias_V (V,)  fp64, fp32, bf16 or fp16
              labels_N (N,) int64, ``ignore_index`` where a position does not count
-             targets of N positions; weights_N (N,) of positions: factors of all sums but ``num_positions``
+             targets of N positions; weights_N (N,) of positions: factors of all sums but those that count
+             label_logprobs_N (N,) fp32, at temperature 1
     Returns  LossSums; of a split vocabulary complete on every rank, as is the hidden states' gradient
     Raises   RecipeError         for settings that contradict each other or the targets
              CacheMismatchError  for a temperature that was not captured
@@ -124,9 +136,11 @@ def fused_ce_kd(
         num_vocab_ids=num_vocab_ids,
         ignore_index=ignore_index,
         tp_group=tp_group,
+        reverse_kl=reverse_kl,
+        label_logprobs_N=label_logprobs_N,
     )
-    loss, ce, kd, entropy = _FusedLoss.apply(work.positions.hidden_ND, weight_VD, bias_V, work)
-    return LossSums(loss, ce, kd, entropy, work.positions.count)
+    loss, ce, kd, entropy, *drawn = _FusedLoss.apply(work.positions.hidden_ND, weight_VD, bias_V, work)
+    return LossSums(loss, ce, kd, entropy, work.positions.count, *drawn)
 
 
 @torch.no_grad()
@@ -154,7 +168,7 @@ def ce_kd_by_position(
         ignore_index=ignore_index,
         **settings,
     )
-    values_3N = _in_one_dtype([work.positions.hidden_ND, weight_VD, bias_V], work, [False] * 3)[0]
+    values_3N = _in_one_dtype([work.positions.hidden_ND, weight_VD, bias_V], work, [False] * 3)[0][:3]
     if values_3N.shape[1] < len(labels_N):  # a CPU has left out what does not count
         counted_3N = values_3N
         values_3N = counted_3N.new_zeros(3, len(labels_N))
@@ -179,6 +193,8 @@ def _prepared(
     weights_N: Tensor | None = None,
     num_vocab_ids: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    reverse_kl: float = 0.0,
+    label_logprobs_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, _Work]:
     """This rank's rows of the head, and the work on them, checked."""
     hidden_ND, hidden_group = local_part(hidden_ND, 0, None)
@@ -192,9 +208,13 @@ def _prepared(
     shard = None if group is None else VocabShard.agree(group, weight_VD.shape[0], labels_N)
     num_ids = weight_VD.shape[0] if shard is None else shard.total_ids
     num_vocab_ids = num_ids if num_vocab_ids is None else num_vocab_ids
-    settings = LossSettings(kd_ratio, temperature, num_vocab_ids, softcap, divergence, shard)
+    settings = LossSettings(kd_ratio, temperature, num_vocab_ids, softcap, divergence, shard, reverse_kl)
     _check(settings, chunk_size, num_ids, has_targets=targets is not None)
-    positions = counted_positions(hidden_ND, labels_N, weights_N, targets, ignore_index)
+    if reverse_kl and label_logprobs_N is None:
+        raise RecipeError(
+            f"reverse_kl is {reverse_kl} but there are no log-probs of the labels; give label_logprobs_N"
+        )
+    positions = counted_positions(hidden_ND, labels_N, weights_N, targets, ignore_index, label_logprobs_N)
     positions = with_checked_ids(positions, num_ids, num_vocab_ids)
     teacher_of = _teacher_source(positions.targets, settings, tail, hidden_ND)
     work = _Work(positions, teacher_of, settings, chunk_size, with_grad=torch.is_grad_enabled())
@@ -211,6 +231,8 @@ def _check(settings: LossSettings, chunk_size: int, num_ids: int, *, has_targets
         raise RecipeError(f"softcap is {settings.softcap}; it must be a number above 0, or None for no cap")
     if not 1 <= settings.num_vocab_ids <= num_ids:
         raise RecipeError(f"num_vocab_ids is {settings.num_vocab_ids}; the head has {num_ids} ids")
+    if not 0 <= settings.reverse_kl < math.inf:
+        raise RecipeError(f"reverse_kl is {settings.reverse_kl}; it must be a number, 0 or above")
     if settings.kd_ratio > 0 and not has_targets:
         raise RecipeError(
             f"kd_ratio is {settings.kd_ratio} but there are no targets; give some, or set it to 0"
@@ -262,12 +284,15 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, work: _Work) -> Any:
         inputs = (hidden_ND, weight_VD, bias_V)
         needs = [work.with_grad and need for need in ctx.needs_input_grad[:3]]
-        values_3N, grads = _in_one_dtype(list(inputs), work, needs)
-        sums = _sums(values_3N, work.positions.weights_N, work.settings.kd_ratio, work.positions.count)[:-1]
+        values_4N, grads = _in_one_dtype(list(inputs), work, needs)
+        positions = work.positions
+        sums = _sums(
+            values_4N, positions.weights_N, work.settings, positions.count, positions.label_logprobs_N
+        )
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
-        ctx.mark_non_differentiable(*sums[1:])
-        return tuple(sums)
+        ctx.mark_non_differentiable(*sums[1:4], *sums[5:])
+        return sums[:4] + sums[5:]  # the number of positions is no output of its own
 
     @staticmethod
     @once_differentiable
@@ -291,7 +316,7 @@ def _in_one_dtype(
 def _values_and_grads(
     inputs: list[Tensor | None], work: _Work, needs: list[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(3, N) CE, KD and the teacher's entropy of each position, without weights; gradients of what needs one."""
+    """(4, N) CE, KD, teacher's entropy, reverse KL of each position, without weights; gradients of what needs one."""
     hidden_ND, weight_VD, bias_V = inputs
     assert hidden_ND is not None
     assert weight_VD is not None
@@ -301,7 +326,8 @@ def _values_and_grads(
     grad_weight_VD = torch.zeros(weight_VD.shape, dtype=dtype, device=weight_VD.device) if needs[1] else None
     grad_bias_V = torch.zeros(num_ids, dtype=dtype, device=weight_VD.device) if needs[2] else None
     buffer_CW = logits_buffer(min(work.chunk_size, num_positions), num_ids, like=hidden_ND)
-    values_3N = hidden_ND.new_zeros(3, num_positions, dtype=dtype)
+    values_4N = hidden_ND.new_zeros(4, num_positions, dtype=dtype)
+    logprobs_N = work.positions.label_logprobs_N
     for start in range(0, num_positions, work.chunk_size):
         chunk = slice(start, min(start + work.chunk_size, num_positions))
         hidden_CD, logits_CV = hidden_ND[chunk], buffer_CW[: chunk.stop - start, :num_ids]
@@ -312,7 +338,7 @@ def _values_and_grads(
         if bias_V is not None:
             logits_CV.add_(bias_V)
         teacher, first = work.teacher_of(chunk.start, chunk.stop)
-        values_3N[0, chunk], values_3N[1, chunk] = chunk_loss_(
+        values_4N[0, chunk], values_4N[1, chunk] = chunk_loss_(
             logits_CV,
             work.positions.labels_N[chunk],
             None if weights_N is None else weights_N[chunk],
@@ -321,9 +347,12 @@ def _values_and_grads(
             work.settings,
             with_grad=any(needs),
             row_width=buffer_CW.shape[1],
+            label_logprobs_C=None if logprobs_N is None else logprobs_N[chunk],
         )
+        if logprobs_N is not None:
+            values_4N[3, chunk] = drawn_reverse_kl(values_4N[0, chunk], logprobs_N[chunk])
         if teacher is not None:
-            values_3N[2, chunk] = teacher.rows.entropy_N[first : first + len(hidden_CD)]
+            values_4N[2, chunk] = teacher.rows.entropy_N[first : first + len(hidden_CD)]
         if grad_hidden_ND is not None:
             torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[chunk])
         if grad_weight_VD is not None:
@@ -332,15 +361,27 @@ def _values_and_grads(
             grad_bias_V.add_(logits_CV.sum(0, dtype=dtype))
     if work.settings.shard is not None and grad_hidden_ND is not None:
         work.settings.shard.sum(grad_hidden_ND)
-    return values_3N, [grad_hidden_ND, grad_weight_VD, grad_bias_V]
+    return values_4N, [grad_hidden_ND, grad_weight_VD, grad_bias_V]
 
 
-def _sums(values_3N: Tensor, weights_N: Tensor | None, kd_ratio: float, count: Tensor) -> LossSums:
-    """Added up in fp64, as KL is a small difference of large sums."""
-    wide_3N = values_3N.double()
+def _sums(
+    values_XN: Tensor,
+    weights_N: Tensor | None,
+    settings: LossSettings,
+    count: Tensor,
+    logprobs_N: Tensor | None = None,
+) -> LossSums:
+    """Added up in fp64, as KL is a small difference of large sums.  Reverse KL comes last, or is not there."""
+    wide_XN = values_XN.double()
     if weights_N is not None:
-        wide_3N = torch.where(weights_N != 0, wide_3N * weights_N, 0)
-    ce, kd, entropy = wide_3N.sum(-1)
-    loss = (1 - kd_ratio) * ce + kd_ratio * kd
-    dtype = values_3N.dtype
-    return LossSums(loss.to(dtype), ce.to(dtype), kd.to(dtype), entropy.to(dtype), count)
+        wide_XN = torch.where(weights_N != 0, wide_XN * weights_N, 0)
+    ce, kd, entropy, *rest = wide_XN.sum(-1)
+    reverse = rest[0] if rest else torch.zeros_like(ce)
+    loss = (1 - settings.kd_ratio) * ce + settings.kd_ratio * kd + settings.reverse_kl * reverse
+    dtype, num_drawn = values_XN.dtype, torch.zeros_like(count)
+    if logprobs_N is not None:
+        counts_N = ~logprobs_N.isnan() if weights_N is None else ~logprobs_N.isnan() & (weights_N != 0)
+        num_drawn = counts_N.sum()
+    return LossSums(
+        loss.to(dtype), ce.to(dtype), kd.to(dtype), entropy.to(dtype), count, reverse.to(dtype), num_drawn
+    )

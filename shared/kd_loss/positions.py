@@ -22,6 +22,7 @@ class Positions:
     """N positions that the head is applied to.
 
     Shapes   hidden_ND (N, D); labels_N (N,) int64 inside the vocabulary; weights_N (N,) fp32, None for one
+             label_logprobs_N (N,) fp32, the teacher's of the labels that the student drew, else NaN
              count () int64: how many of the positions given count
     """
 
@@ -30,6 +31,7 @@ class Positions:
     weights_N: Tensor | None
     targets: Targets | None
     count: Tensor
+    label_logprobs_N: Tensor | None = None
 
 
 def counted_positions(
@@ -38,6 +40,7 @@ def counted_positions(
     weights_N: Tensor | None,
     targets: Targets | None,
     ignore_index: int,
+    label_logprobs_N: Tensor | None = None,
 ) -> Positions:
     """The positions that count, with a graph to ``hidden_ND`` even if there are none.
 
@@ -45,25 +48,28 @@ def counted_positions(
     """
     counts = [len(hidden_ND), len(labels_N)]
     counts += [] if targets is None else [targets.num_positions]
-    counts += [] if weights_N is None else [len(weights_N)]
+    counts += [len(each_N) for each_N in (weights_N, label_logprobs_N) if each_N is not None]
     if len(set(counts)) > 1:
         raise ValueError(
-            f"hidden states, labels, targets and weights have {counts} positions; all need the same"
+            f"hidden states, labels, targets, weights and log-probs have {counts} positions; all need the same"
         )
     is_counted_N = labels_N != ignore_index
     if weights_N is not None:
         weights_N = weights_N.detach().to(torch.float32)
         is_counted_N = is_counted_N & (weights_N != 0)
     count = is_counted_N.sum()
+    if label_logprobs_N is not None:
+        label_logprobs_N = label_logprobs_N.detach().float().masked_fill(~is_counted_N, torch.nan)
     if hidden_ND.device.type != "cpu" and weights_N is None:
         labels_N = torch.where(is_counted_N, labels_N, 0)
-        return Positions(hidden_ND, labels_N, is_counted_N.float(), targets, count)
+        return Positions(hidden_ND, labels_N, is_counted_N.float(), targets, count, label_logprobs_N)
     if int(count) < len(labels_N):
         index = is_counted_N.nonzero().squeeze(1)
         hidden_ND, labels_N = hidden_ND[index], labels_N[index]
         weights_N = None if weights_N is None else weights_N[index]
         targets = None if targets is None else targets.select(index)
-    return Positions(hidden_ND, labels_N, weights_N, targets, count)
+        label_logprobs_N = None if label_logprobs_N is None else label_logprobs_N[index]
+    return Positions(hidden_ND, labels_N, weights_N, targets, count, label_logprobs_N)
 
 
 def with_checked_ids(positions: Positions, num_ids: int, num_vocab_ids: int) -> Positions:

@@ -28,6 +28,7 @@ class LossSettings:
     softcap: float | None = None
     divergence: Divergence = FORWARD_KL
     shard: VocabShard | None = None
+    reverse_kl: float = 0.0
 
 
 def check_temperature(temperature: float) -> None:
@@ -44,6 +45,7 @@ def tile_loss_(
     settings: LossSettings,
     *,
     with_grad: bool,
+    label_logprobs_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     slope_RV = _softcap_(logits_RV, settings.softcap, with_slope=with_grad)
     temperature, kd, normalizer = settings.temperature, None, None
@@ -56,12 +58,25 @@ def tile_loss_(
         )
     if normalizer is None or temperature != 1.0:
         normalizer = _softmax_(logits_RV, settings.shard)
+    ce_R = -normalizer.logq(label_logits_R)
     if with_grad:
-        _gradient_(logits_RV, softened_RV, labels_R, weights_R, teacher, kd, settings)
+        share_R = ce_share(ce_R, label_logprobs_R, settings)
+        _gradient_(logits_RV, softened_RV, labels_R, weights_R, share_R, teacher, kd, settings)
         if slope_RV is not None:
             logits_RV.mul_(slope_RV)
-    ce_R = -normalizer.logq(label_logits_R)
     return ce_R, torch.zeros_like(ce_R) if kd is None else kd.value_N * temperature**2
+
+
+def reverse_kl(ce_N: Tensor, label_logprobs_N: Tensor) -> Tensor:
+    """log q(y) - log p(y) of labels y that the student drew, (N,) nats; 0 where ``label_logprobs_N`` is NaN."""
+    return torch.where(label_logprobs_N.isnan(), 0, -ce_N - label_logprobs_N)
+
+
+def ce_share(ce_R: Tensor, label_logprobs_R: Tensor | None, settings: LossSettings) -> Tensor | float:
+    """The factor of CE's gradient: reverse KL's, (log q(y) - log p(y)) times that of log q(y), is a part of it."""
+    if label_logprobs_R is None:
+        return 1 - settings.kd_ratio
+    return (1 - settings.kd_ratio) - settings.reverse_kl * reverse_kl(ce_R, label_logprobs_R)
 
 
 class _Normalizer(NamedTuple):
@@ -182,17 +197,18 @@ def _gradient_(
     softened_RV: Tensor | None,
     labels_R: Tensor,
     weights_R: Tensor | None,
+    share_R: Tensor | float,
     teacher: TeacherRows | None,
     kd: KdRows | None,
     settings: LossSettings,
 ) -> None:
-    """Turn the rows into the gradient of (1 - kd_ratio) * CE + kd_ratio * KD, in place.
+    """Turn the rows into the gradient of share * CE + kd_ratio * KD, in place.
 
     At temperature 1 CE shares KD's row; where that is not the whole softmax, CE has its part at the entries.
     """
     num_rows = row_RV.shape[0]
     weights_R = row_RV.new_ones(num_rows) if weights_R is None else weights_R
-    ce_R = weights_R * (1 - settings.kd_ratio)
+    ce_R = weights_R * share_R
     row_X, ids_X = torch.arange(num_rows, device=labels_R.device), labels_R
     values_X = -ce_R
     if kd is None or teacher is None or softened_RV is None:

@@ -39,6 +39,7 @@ def chunk_loss_(
     *,
     with_grad: bool,
     row_width: int | None = None,
+    label_logprobs_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``chunk.chunk_loss_`` for a linear teacher; never makes the host wait."""
     num_rows, num_ids = logits_CV.shape
@@ -52,6 +53,7 @@ def chunk_loss_(
         logits_CV,
         labels_C,
         unused if weights_C is None else weights_C,
+        unused if label_logprobs_C is None else label_logprobs_C,
         unused if teacher is None else teacher.offsets,
         unused if rows is None else rows.ids_E,
         unused if rows is None else rows.mass_E,
@@ -69,7 +71,9 @@ def chunk_loss_(
         float(settings.kd_ratio),
         float(settings.temperature),
         1.0 if settings.softcap is None else float(settings.softcap),
+        float(settings.reverse_kl),
         HAS_WEIGHTS=weights_C is not None,
+        HAS_DRAWN=label_logprobs_C is not None,
         HAS_TEACHER=rows is not None,
         HAS_SPREAD=rows is not None and rows.spread_N is not None,
         HAS_SOFTCAP=settings.softcap is not None,
@@ -97,6 +101,7 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     labels_ptr,
     weights_ptr,
+    label_logprobs_ptr,
     offsets_ptr,
     ids_ptr,
     mass_ptr,
@@ -114,7 +119,9 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
     kd_ratio,
     temperature,
     softcap,
+    reverse_kl,
     HAS_WEIGHTS: tl.constexpr,
+    HAS_DRAWN: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     HAS_SPREAD: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -155,6 +162,10 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
     label_logit = _capped(tl.load(logits_ptr + label), softcap, HAS_SOFTCAP)
     tl.store(ce_ptr + row, (largest - label_logit) + log_sum)
     ce_scale, kd_scale = 1 - kd_ratio, 0.0
+    if HAS_DRAWN:
+        label_logprob = tl.load(label_logprobs_ptr + row)
+        log_ratio = (label_logit - largest) - log_sum - label_logprob
+        ce_scale -= reverse_kl * tl.where(label_logprob == label_logprob, log_ratio, 0.0)  # NaN: not drawn
     if HAS_WEIGHTS:
         ce_scale *= tl.load(weights_ptr + row)
     first_entry, last_entry, total, spread = 0, 0, 0.0, 0.0

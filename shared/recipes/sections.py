@@ -440,6 +440,9 @@ class LossConfig(Section):
     cache's."""
     tail: Literal[TAIL_MODES] | None = None  # type: ignore[valid-type]
     """Where the mass goes that a `top_k` or `top_p` cache has cut off; null: the default, `ghost`."""
+    reverse_kl: PositiveFloat | None = None
+    """Factor of the sampled KL from student to teacher, at rows that the student wrote at temperature 1; null: none.
+    It needs `cache.label_log_prob`."""
 
 
 class OptimizationConfig(Section):
@@ -690,6 +693,8 @@ class Recipe(Section):
                 )
             if self.cache.mix and not self.cache.policy.is_sampled and self.loss.tail in (None, "ghost"):
                 problems.append(ghost_of_several(self.cache.policy.kind))
+        if self.loss.reverse_kl is not None:
+            problems += self._problems_of_reverse_kl()
         if self.write is not None and (self.write.max_new_tokens or 0) > self.data.max_answer_tokens:
             problems.append(
                 f"write.max_new_tokens {self.write.max_new_tokens} is above data.max_answer_tokens "
@@ -702,6 +707,25 @@ class Recipe(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _problems_of_reverse_kl(self) -> list[str]:
+        problems = []
+        if self.loss.kd_ratio == 0 or self.cache is None or not self.cache.label_log_prob:
+            problems.append(
+                "loss.reverse_kl needs the teacher's log-prob of each written token: set cache.label_log_prob to "
+                "true, and kd_ratio above 0"
+            )
+        if self.cache is not None and self.cache.mix:
+            problems.append(
+                "loss.reverse_kl beside cache.mix: the log of a mean is no mean of logs. Leave one of them out"
+            )
+        write = self.write or WriteConfig()
+        if self.rounds is not None and (write.temperature, write.top_p) != (1.0, 1.0):
+            problems.append(
+                f"loss.reverse_kl in rounds with write.temperature {write.temperature:g} and top_p {write.top_p:g}: "
+                "its rows must be samples of the student. Set both to 1"
+            )
+        return problems
 
     def _problems_of_rounds(self) -> list[str]:
         problems = []

@@ -37,7 +37,7 @@ def go_through(rounds: Rounds, command: Command, covers: Callable[[Recipe], bool
     """
     for one in rounds.all:
         status = 0 if one.number == 0 else _train(one, command, covers)
-        status = status or (_measure(one, command) if rounds.measures else 0)
+        status = status or (_measure(one, command, covers) if rounds.measures else 0)
         if status:
             return status
     return 0
@@ -69,7 +69,7 @@ def _train(one: Round, command: Command, covers: Callable[[Recipe], bool]) -> in
     return command("stage2_student", "run", str(training), resume, what=what)
 
 
-def _measure(one: Round, command: Command) -> int:
+def _measure(one: Round, command: Command, covers: Callable[[Recipe], bool]) -> int:
     """CE and KL along what the round's student says to held-out prompts."""
     if one.losses.exists():
         return 0
@@ -83,8 +83,9 @@ def _measure(one: Round, command: Command) -> int:
         click.echo(f"note: round {one.number}: no held-out answer shows anything; there is no KL along them")
         return 0
     measuring = str(keep(one.measuring, one.folder / "greedy.yaml"))
-    what = f"Round {one.number}: the teacher's targets along these answers, in a cache of their own"
-    status = command("stage1_teacher", "capture", measuring, (), what=what)
+    if not covers(one.measuring):
+        what = f"Round {one.number}: the teacher's targets along these answers, in a cache of their own"
+        status = command("stage1_teacher", "capture", measuring, (), what=what)
     options = ["--recipe", measuring, "--no-answers", "--no-references", "--out", str(one.losses)]
     what = f"Round {one.number}: CE and KL along the student's own answers"
     return status or command("stage2_student", "evaluate", str(one.run / "export"), options, what=what)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shared.cache import Cache, MixedRow, Row
+from shared.cache import Cache, CacheMix, MixedRow, Row
 from shared.data.collation import Encoded, packed, places_of
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
@@ -36,6 +36,7 @@ from shared.errors import (
 from shared.model_check import usable
 from shared.sparse import Targets
 from stage2_student.training.order import Slot
+from stage2_student.training.own_answers import is_own
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Microbatch:
 
     lengths, kinds  positions and kind of question of each example
     places          of each position in its answer, from 0
+    label_logprobs  (N,) fp32, the teacher's of labels that the student itself wrote, else NaN; None: not asked for
     """
 
     slot: Slot
@@ -62,6 +64,7 @@ class Microbatch:
     places: tuple[int, ...] = ()
     has_pictures: bool = True
     refused: tuple[str, ...] = ()  # why rows are left out
+    label_logprobs: Tensor | None = None
 
     @property
     def num_positions(self) -> int:
@@ -89,6 +92,9 @@ class Microbatch:
             position_index=self.position_index.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             targets=None if self.targets is None else self.targets.to(device, non_blocking=True),
+            label_logprobs=None
+            if self.label_logprobs is None
+            else self.label_logprobs.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> Microbatch:
@@ -98,6 +104,7 @@ class Microbatch:
             position_index=self.position_index.pin_memory(),
             labels=self.labels.pin_memory(),
             targets=None if self.targets is None else self.targets.pin_memory(),
+            label_logprobs=None if self.label_logprobs is None else self.label_logprobs.pin_memory(),
         )
 
 
@@ -110,6 +117,7 @@ class MicrobatchSource(Dataset):
                    for nothing
     packing        examples follow each other in one row, instead of rows of their own
     may_drop       rows that cannot be used are left out of their microbatch, which says why; else one is an error
+    scores_own     also the teacher's log-probs of what the student wrote, which the cache then has
     """
 
     def __init__(
@@ -122,6 +130,7 @@ class MicrobatchSource(Dataset):
         needs_picture: bool = False,
         packing: bool = False,
         may_drop: bool = False,
+        scores_own: bool = False,
     ) -> None:
         self.split = split
         self.rows = rows
@@ -130,6 +139,7 @@ class MicrobatchSource(Dataset):
         self.needs_picture = needs_picture
         self.packing = packing
         self.may_drop = may_drop
+        self.scores_own = scores_own
 
     def __getitem__(self, slot: Slot) -> Microbatch | TeachonceError:
         rows = [int(self.rows[example]) for example in slot.examples]
@@ -167,16 +177,19 @@ class MicrobatchSource(Dataset):
         )
 
     def microbatch(self, slot: Slot, rows: list[int]) -> Microbatch:
-        rows, encoded, kinds, refused = self._usable(rows)
+        rows, encoded, kinds, writers, refused = self._usable(rows)
         if not slot.counts:
             encoded = [one.without_labels() for one in encoded]
         fed = [*encoded, *self._blank(encoded)]
         batch = packed(fed) if self.packing else self.processor.collate(fed)
         targets: Targets | None = None
+        label_logprobs: Tensor | None = None
         cached: Sequence[Row | MixedRow] = ()
         if self.cache is not None:
             cached = self._cached(self.cache, encoded, rows) if slot.counts else []
             targets = self.cache.targets(cached)  # type: ignore[arg-type]  # its own rows
+            if self.scores_own:
+                label_logprobs = self._label_logprobs(self.cache, cached, writers)
         return Microbatch(
             slot=slot,
             inputs=batch.inputs,
@@ -192,13 +205,25 @@ class MicrobatchSource(Dataset):
             teachers=self._teachers(cached),
             teacher_ces=tuple(row.ce_sum for row in cached),
             has_pictures=any(one.has_pictures for one in fed),
+            label_logprobs=label_logprobs,
         )
 
-    def _usable(self, rows: list[int]) -> tuple[list[int], list[Encoded], list[str], list[str]]:
-        """Rows, what the model is fed of each, their kinds of question; and why others are left out."""
+    def _label_logprobs(
+        self, cache: Cache, cached: Sequence[Row | MixedRow], writers: Sequence[str]
+    ) -> Tensor:
+        """(N,) fp32, NaN where the student did not write the label."""
+        rows = [row for row in cached if isinstance(row, Row)]  # a mix has none of them
+        lengths = torch.tensor([row.num_positions for row in rows], dtype=torch.int64)
+        own = torch.tensor([is_own(writer) for writer in writers][: len(rows)], dtype=torch.bool)
+        assert not isinstance(cache, CacheMix)
+        return cache.label_log_probs(rows).masked_fill(~own.repeat_interleave(lengths), torch.nan)
+
+    def _usable(self, rows: list[int]) -> tuple[list[int], list[Encoded], list[str], list[str], list[str]]:
+        """Rows, what the model is fed of each, their kinds of question, who wrote them; why others are left out."""
         used: list[int] = []
         encoded: list[Encoded] = []
         kinds: list[str] = []
+        writers: list[str] = []
         refused: list[str] = []
         for row in rows:
             try:
@@ -211,7 +236,8 @@ class MicrobatchSource(Dataset):
                 continue
             used.append(row)
             kinds.append(example.kind)
-        return used, encoded, kinds, refused
+            writers.append(example.written_by)
+        return used, encoded, kinds, writers, refused
 
     def blank_microbatch(self, slot: Slot) -> Microbatch:
         """A picture and nothing that counts."""

@@ -25,6 +25,7 @@ from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.data_change import keep_rows
 from stage2_student.training.feed import MicrobatchSource
 from stage2_student.training.order import ORDER_OF_EXAMPLES
+from stage2_student.training.own_answers import require_samples
 from stage2_student.training.student import KL_TEMPERATURE
 from stage2_student.training.survey import Survey, survey_once
 
@@ -37,6 +38,7 @@ class Inputs:
     cache             what training needs; None for labels alone
     validation_cache  what validation measures KL by: the same, or for labels alone one that happens to be there
     window            shards of the cache whose examples are mixed; 0: the order does not look at shards
+    scores_own        training needs the teacher's log-probs of what the student wrote
     """
 
     processor: ExampleProcessor
@@ -48,6 +50,7 @@ class Inputs:
     packing: bool = False
     may_drop: bool = False
     window: int = 0
+    scores_own: bool = False
 
     @cached_property
     def layout(self) -> ShardLayout | None:
@@ -85,19 +88,22 @@ class Inputs:
             folder.metrics.append(self.record() | {"event": "data_change", "step": step, "changes": changes})
 
     def training_source(self) -> MicrobatchSource:
-        return self._microbatches(self.train, self.cache)
+        return self._microbatches(self.train, self.cache, scores_own=self.scores_own)
 
     def validation_source(self) -> MicrobatchSource:
         assert self.validation is not None
         return self._microbatches(self.validation, self.validation_cache)
 
-    def _microbatches(self, survey: Survey, cache: Cache | None) -> MicrobatchSource:
+    def _microbatches(
+        self, survey: Survey, cache: Cache | None, *, scores_own: bool = False
+    ) -> MicrobatchSource:
         return survey.microbatches(
             self.processor,
             cache,
             num_ranks=self.num_ranks,
             packing=self.packing,
             may_drop=self.may_drop,
+            scores_own=scores_own,
         )
 
     def identity(self, recipe: Recipe) -> dict[str, Any]:
@@ -132,6 +138,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
         distilled = cache
         notices += world.by_main(lambda: require_teacher(distilled, recipe.teacher))
     train = survey_once(recipe, "train", processor, cache, world)
+    notices += require_samples(recipe, train.written_by)
     validation = None
     if recipe.data.splits.validation is not None:
         validation = survey_once(recipe, "validation", processor, cache, world)
@@ -155,6 +162,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
         packing=recipe.optimization.packing,
         may_drop=recipe.data.max_dropped > 0,
         window=window,
+        scores_own=recipe.loss.reverse_kl is not None,
     )
 
 

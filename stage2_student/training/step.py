@@ -35,6 +35,7 @@ class Losses:
     kl  to the teacher at temperature 1; None where it was not measured
     teacher_ce  the teacher's own cross-entropy; None where no cache tells it
     router  the load-balancing loss of a router, a mean over tokens; None without one
+    reverse_kl  sampled, a mean over the positions that the student wrote; None where there was none
     """
 
     loss: float
@@ -45,6 +46,7 @@ class Losses:
     kl: float | None = None
     teacher_ce: float | None = None
     router: float | None = None
+    reverse_kl: float | None = None
 
 
 class Sums:
@@ -64,10 +66,15 @@ class Sums:
         total = torch.cat(
             [self.losses, self.router[None]]
         ).cpu()  # the step's one wait for the device but the norm's
-        loss, ce, kd, teacher_entropy, count, routed = world.sum_over_data(total).tolist()
+        loss, ce, kd, teacher_entropy, count, reverse_kl, num_drawn, routed = world.sum_over_data(
+            total
+        ).tolist()
         num_positions = round(count)
         scale = 1 / max(1, num_positions)
-        means = Losses(loss * scale, ce * scale, kd * scale, teacher_entropy * scale, num_positions)
+        means = Losses(
+            *(loss * scale, ce * scale, kd * scale, teacher_entropy * scale, num_positions),
+            reverse_kl=reverse_kl / num_drawn if num_drawn else None,
+        )
         if router is None:
             return means
         router_loss = routed / max(1, num_tokens)
@@ -97,7 +104,10 @@ def train_step(
     grad_norm = clip_gradients(student, world, max_grad_norm)
     # The norm is of all ranks' gradients and the losses are summed over ranks, so all of them decide alike.
     updated = bool(torch.isfinite(grad_norm)) and all(
-        map(torch.isfinite, torch.tensor([reduced.ce, reduced.kd, reduced.router or 0.0]))
+        map(
+            torch.isfinite,
+            torch.tensor([reduced.ce, reduced.kd, reduced.router or 0.0, reduced.reverse_kl or 0.0]),
+        )
     )
     if updated:
         optimizer.step()
@@ -133,7 +143,7 @@ def accumulate(
 
 def forward(student: nn.Module, microbatch: Microbatch, world: World) -> Forwarded:
     one = microbatch.to(world.device)
-    return student(one.inputs, one.position_index, one.labels, one.targets, one.num_rows)
+    return student(one.inputs, one.position_index, one.labels, one.targets, one.num_rows, one.label_logprobs)
 
 
 def seed_step(seed: int, *, step: int, data_rank: int) -> None:

@@ -112,13 +112,15 @@ class StudentWithLoss(nn.Module):
         labels: Tensor,
         targets: Targets | None,
         num_rows: int | None = None,
+        label_logprobs: Tensor | None = None,
     ) -> Forwarded:
         """Shapes   position_index (N,) int64 into the flattened (B * S) hidden states; labels (N,) int64
+        label_logprobs (N,) fp32, the teacher's of labels that the student wrote, else NaN; None: no reverse KL
         num_rows  the first examples, whose tokens count for the router; None: all
         Returns  sums over the N positions, fp32 nats; with N = 0 zeros that still have a graph
         """
         hidden_ND, router = self._hidden(inputs, position_index, num_rows)
-        return Forwarded(self._losses(hidden_ND, labels, targets), router)
+        return Forwarded(self._losses(hidden_ND, labels, targets, label_logprobs), router)
 
     def measure(
         self,
@@ -161,12 +163,20 @@ class StudentWithLoss(nn.Module):
             router = self.router.weighted(router_logits, counted_tokens(inputs, num_rows))
         return hidden.flatten(0, 1).index_select(0, position_index), router
 
-    def _losses(self, hidden_ND: Tensor, labels: Tensor, targets: Targets | None) -> LossSums:
+    def _losses(
+        self,
+        hidden_ND: Tensor,
+        labels: Tensor,
+        targets: Targets | None,
+        label_logprobs: Tensor | None = None,
+    ) -> LossSums:
         return fused_ce_kd(
             labels_N=labels,
             targets=targets,
             kd_ratio=self.loss.kd_ratio,
             temperature=self._temperature,
+            reverse_kl=0.0 if label_logprobs is None else self.loss.reverse_kl or 0.0,
+            label_logprobs_N=label_logprobs,
             **self._loss_inputs(hidden_ND),
         )
 

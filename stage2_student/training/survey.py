@@ -35,6 +35,7 @@ class Survey:
     dropped      a reason for each row that was left out
     has_pictures whether any has one
     keys         (num_examples, 16) uint8, of the examples in order
+    written_by   the models that wrote answers of the rows
     """
 
     split: VqaSplit
@@ -45,6 +46,7 @@ class Survey:
     dropped: tuple[str, ...]
     has_pictures: bool = True
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, KEY_BYTES), np.uint8))
+    written_by: tuple[str, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -79,6 +81,7 @@ class Survey:
         num_ranks: int,
         packing: bool = False,
         may_drop: bool = False,
+        scores_own: bool = False,
     ) -> MicrobatchSource:
         """What makes the microbatches of these examples; all ranks' have pictures, or none has."""
         return MicrobatchSource(
@@ -89,6 +92,7 @@ class Survey:
             needs_picture=num_ranks > 1 and self.has_pictures,
             packing=packing,
             may_drop=may_drop,
+            scores_own=scores_own,
         )
 
     def spread(self, number: int | None) -> Survey:
@@ -138,6 +142,7 @@ def survey(
         dropped=tuple(dropped),
         has_pictures=keyed.has_pictures,
         keys=keyed.keys[usable],
+        written_by=keyed.written_by,
     )
 
 

@@ -349,11 +349,13 @@ def peak_memory_gib(world: World) -> float:
 
 def _named(losses: Losses, *, distils: bool) -> dict[str, float | int | None]:
     router = {} if losses.router is None else {"router_loss": losses.router}
+    drawn = {} if losses.reverse_kl is None else {"reverse_kl": losses.reverse_kl}
     return {
         "loss": losses.loss,
         "ce_loss": losses.ce,
         "kd_loss": losses.kd if distils else None,
         **router,
+        **drawn,
         "num_positions": losses.num_positions,
     }
 

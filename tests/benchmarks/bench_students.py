@@ -207,7 +207,15 @@ def dense_forward(
     ce = F.cross_entropy(logits_NV.float(), labels, reduction="sum")
     kd = KDLoss()(logits_NV, teacher_NV, labels, num_batch_labels=1)
     loss = (1 - self.loss.kd_ratio) * ce + self.loss.kd_ratio * kd
-    sums = LossSums(loss, ce.detach(), kd.detach(), torch.zeros(()), torch.tensor(len(labels)))
+    sums = LossSums(
+        loss,
+        ce.detach(),
+        kd.detach(),
+        torch.zeros(()),
+        torch.tensor(len(labels)),
+        torch.zeros(()),
+        torch.zeros(()),
+    )
     return Forwarded(sums, None)
 
 
