@@ -186,7 +186,8 @@ def make_rounds(recipe: str, overrides: Sequence[str], *, nproc: int) -> int:
             return status
 
     def command(module: str, verb: str, about: str, arguments: Sequence[str], *, what: str) -> int:
-        return launch(module, verb, about, (), arguments, nproc=nproc, what=what)
+        status = make_teacher(plan, overrides, nproc=nproc) if module == "stage1_teacher" else 0
+        return status or launch(module, verb, about, (), arguments, nproc=nproc, what=what)
 
     planned = Rounds.of_recipe(plan)
     status = go_through(planned, command, covers)

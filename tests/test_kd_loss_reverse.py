@@ -91,7 +91,8 @@ def test_beside_ce_and_kd_it_adds_its_own_gradient(
     for ours, others, more in zip(*grads, extra, strict=True):
         torch.testing.assert_close(ours.double(), others.double() + more, rtol=tolerance, atol=tolerance)
     assert float(sums.reverse_kl) == pytest.approx(float(log_ratio[own].sum()), rel=10 * tolerance)
-    assert float(sums.loss) == pytest.approx(float(without.loss + 0.7 * sums.reverse_kl), rel=1e-5)
+    together = without.loss + 0.7 * sums.reverse_kl
+    assert sums.loss.item() == pytest.approx(together.item(), rel=1e-5)
     assert (int(sums.num_positions), int(sums.num_drawn)) == (3, 2)
     assert (float(sums.ce), float(sums.kd)) == (float(without.ce), float(without.kd))
 

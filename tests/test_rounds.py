@@ -96,6 +96,7 @@ def finished(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     return rounds, ran
 
 
+@pytest.mark.slow
 def test_two_rounds_from_the_first_answer_to_the_table(finished: tuple[Rounds, list[Any]]) -> None:
     rounds, ran = finished
     assert ran == [*MEASURE, *ROUND, *MEASURE, *ROUND, *MEASURE]
@@ -114,6 +115,7 @@ def test_two_rounds_from_the_first_answer_to_the_table(finished: tuple[Rounds, l
     assert len(open_split(second.training.data, "train")) == 12
 
 
+@pytest.mark.slow
 def test_the_table_has_all_rounds_and_what_they_took_of_the_teacher(
     finished: tuple[Rounds, list[Any]],
 ) -> None:
@@ -142,6 +144,7 @@ def test_the_table_has_all_rounds_and_what_they_took_of_the_teacher(
     assert manifest.totals.examples == 16 + 6 + 6  # nothing of the measures
 
 
+@pytest.mark.slow
 def test_reverse_kl_counts_at_the_students_own_answers(finished: tuple[Rounds, list[Any]]) -> None:
     """Of a round's microbatches those positions have the teacher's log-prob; two ranks train as one."""
     rounds, _ = finished
@@ -175,6 +178,7 @@ def test_reverse_kl_counts_at_the_students_own_answers(finished: tuple[Rounds, l
         assert ours == pytest.approx(theirs, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_finished_rounds_run_nothing(finished: tuple[Rounds, list[Any]]) -> None:
     rounds, _ = finished
     before = files_of(rounds.folder)
@@ -184,6 +188,7 @@ def test_finished_rounds_run_nothing(finished: tuple[Rounds, list[Any]]) -> None
     assert files_of(rounds.folder) == before
 
 
+@pytest.mark.slow
 def test_other_answers_for_a_round_that_was_begun_are_refused(finished: tuple[Rounds, list[Any]]) -> None:
     rounds, _ = finished
     config = rounds.config.model_copy(update={"own_share": 0.25})
