@@ -118,11 +118,13 @@ def compare_fused(
     rank: int, cases: list[tuple[Policy, str, str]], targets_from: Callable[[Tensor, Policy], Targets]
 ) -> None:
     hidden, weight, bias, labels, teacher = problem()
+    drawn = torch.where(torch.arange(NUM_POSITIONS) % 3 == 0, torch.nan, -torch.arange(NUM_POSITIONS) / 3)
     for policy, tail, kind in cases:
         for temperature in (1.0, 2.0):
             options = {
                 "kd_ratio": 0.4, "temperature": temperature, "chunk_size": 4, "softcap": 3.0, "tail": tail,
                 "divergence": Divergence(kind), "weights_N": torch.arange(NUM_POSITIONS) / 4,
+                "reverse_kl": 0.6, "label_logprobs_N": drawn,
             }  # fmt: skip
             targets = targets_from(teacher, policy)
             inputs = [tensor.detach().requires_grad_() for tensor in (hidden, weight, bias)]

@@ -15,6 +15,7 @@ from test_write import rows_of
 from shared.cache import CacheReader
 from shared.data.rows import open_split
 from shared.errors import RecipeError
+from shared.pipeline import make_rounds
 from shared.recipes import Recipe, load_recipe, recipe_text
 from shared.rounds import Rounds, go_through, table_of
 from shared.rounds.plan import keep
@@ -235,6 +236,11 @@ def test_reverse_kl_asks_for_samples(
     ):
         require_samples(recipe, ["", writer])
     assert require_samples(recipe, [writer.replace(str(temperature), "1.0", 1)]) == ()
+
+
+def test_rounds_without_a_section_are_one_message() -> None:
+    with pytest.raises(RecipeError, match="recipe phantom: it has no rounds section"):
+        make_rounds("phantom", (), nproc=1)
 
 
 def test_a_rounds_recipe_loads_as_it_was(tree: dict[str, Any], tmp_path: Path) -> None:
