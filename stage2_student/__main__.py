@@ -156,7 +156,7 @@ def evaluate(
             else:
                 evaluation.show(found)
                 if saved is not None:
-                    click.echo(f"\npredictions: {saved}")
+                    click.echo(f"\n{'predictions' if answers else 'scores'}: {saved}")
     return 0
 
 

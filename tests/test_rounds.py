@@ -238,6 +238,12 @@ def test_reverse_kl_asks_for_samples(
     assert require_samples(recipe, [writer.replace(str(temperature), "1.0", 1)]) == ()
 
 
+def test_losses_alone_have_a_file_of_their_own_kind() -> None:
+    arguments = ["evaluate", "phantom", "--no-answers", "--out", "x.parquet"]
+    done = CliRunner().invoke(stage2, arguments, standalone_mode=False)
+    assert "name a .json file; without answers there are scores alone" in str(done.exception)
+
+
 def test_rounds_without_a_section_are_one_message() -> None:
     with pytest.raises(RecipeError, match="recipe phantom: it has no rounds section"):
         make_rounds("phantom", (), nproc=1)

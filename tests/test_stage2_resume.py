@@ -118,6 +118,13 @@ def test_what_a_run_chose_by_itself_makes_no_other_recipe(tmp_path: Path) -> Non
     ):
         (recipe.run.path / "recipe.yaml").write_text(recipe_text(chosen))
         assert run_is_finished(recipe)
+    text = recipe_text(recipe)
+    lacking = [
+        line for line in text.splitlines(keepends=True) if "reverse_kl" not in line and "rounds:" not in line
+    ]
+    assert len(lacking) == text.count("\n") - 2
+    (recipe.run.path / "recipe.yaml").write_text("".join(lacking))  # of a release that did not know these
+    assert run_is_finished(recipe)
     for other in ("cache.shuffle_window=2", "data.date=2026-02-01", "run.seed=1"):
         assert not run_is_finished(load_recipe("phantom", overrides=(*given, other)))
 

@@ -108,6 +108,8 @@ def _asked(one: VqaSplit) -> tuple[np.ndarray, np.ndarray]:
             if file.path is not None
         ]
         found = pa.concat_tables(tables)
+        if found.column("source_row").null_count:
+            raise ValueError("source_row is null")
         rows = found.column("source_row").to_numpy()
         keys = [bytes.fromhex(key) for key in found.column("source_key").to_pylist()]
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:

@@ -28,6 +28,7 @@ from shared.cache.lock import CacheBusyError, CaptureLock
 from shared.cache.storage import LocalFolder, explain_write_errors
 from shared.capture.planning import CaptureData, NumberedRows
 from shared.data.processing import ExampleProcessor
+from shared.data.written import WRITTEN
 from shared.errors import RecipeError, listed
 from shared.recipes import DataConfig, Recipe, WriteConfig
 from shared.regular_files import read_regular
@@ -36,7 +37,7 @@ from shared.vouched import digest_of, opened, vouched
 from shared.writing.card import CARD, card
 from shared.writing.tables import told_by
 
-PLAN, WRITTEN, PARTIAL, LOCK = ".plan.json", "written.json", ".partial", ".lock"
+PLAN, PARTIAL, LOCK = ".plan.json", ".partial", ".lock"  # and WRITTEN, last
 NAMES = ("model", "revision", "run", "step")  # of a writer: for people, and not compared
 
 

@@ -98,8 +98,13 @@ def exported_step(model: str) -> int | None:
 
 
 def show(found: Sequence[Evaluated]) -> None:
-    """Tables for people: all questions, then each kind."""
+    """Tables for people: all questions, then each kind; losses alone where nothing was asked."""
     student = found[0]
+    if not student.answers:
+        click.echo(f"{'nats a position':<22}{'CE':>9}{'KL':>9}")
+        for model in found:
+            click.echo(f"{model.name:<22}{_losses(model)}")
+        return
     for one in student.answers[:3]:
         click.echo(f"  {one.question}\n    reference: {one.reference}\n    answer:    {one.answer}")
     num_short = sum(one.is_short for one in student.answers)
@@ -109,8 +114,7 @@ def show(found: Sequence[Evaluated]) -> None:
     head = "".join(f"{label:>22}" for label in LABELS.values())
     click.echo(f"{'':<22}{head}{'CE':>9}{'KL':>9}")
     for model in found:
-        losses = "".join(f"{'-' if value is None else f'{value:.4f}':>9}" for value in (model.ce, model.kl))
-        click.echo(f"{model.name:<22}{_cells(model.intervals())}{losses}")
+        click.echo(f"{model.name:<22}{_cells(model.intervals())}{_losses(model)}")
         for kind in model.kinds:
             click.echo(f"  {kind:<20}{_cells(model.intervals(kind))}")
         for line in _by_teacher(model):
@@ -118,6 +122,10 @@ def show(found: Sequence[Evaluated]) -> None:
     for model in found:
         if model.num_cut:
             click.echo(cut_answers(model.name, model.num_cut, len(model.answers)))
+
+
+def _losses(model: Evaluated) -> str:
+    return "".join(f"{'-' if value is None else f'{value:.4f}':>9}" for value in (model.ce, model.kl))
 
 
 def _by_teacher(model: Evaluated) -> Iterator[str]:
