@@ -6,8 +6,10 @@ click.echo("\\n".join(table_of(rounds)))        # also written to NAME-rounds/ro
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,9 @@ HEAD = f"{'round':>5}{'own rows':>10}" + "".join(
 )
 HEAD += f"{'captured':>12}{'live':>12}"
 LEGEND = (
-    "CE, KL: nats a position, held-out rows with the given answers; own: along the student's own greedy answers to "
-    "held-out prompts.",
-    "right: of the short answers. captured: positions of the teacher so far, each row once; live: of a teacher that "
-    "takes part in every step.",
+    "CE, KL: nats a position, over held-out rows with the given answers; own: along the student's own",
+    "greedy answers to held-out prompts. right: of the short answers. captured: positions of the teacher",
+    "so far, each row once; live: of a teacher that takes part in every step.",
 )
 
 
@@ -100,18 +101,21 @@ def outcomes(rounds: Rounds) -> Iterable[Outcome]:
 
 
 def captured_so_far(rounds: Rounds) -> list[int]:
-    """Positions in the cache when each round was captured: all that it holds, without those of later rounds."""
+    """Positions that the cache has for each round: all, but for what later rounds, or other runs' rounds, have added.
+
+    The cache's log says what these were.
+    """
     assert rounds.recipe.cache is not None
     folder = open_folder(rounds.recipe.cache.location)
     manifest = load_manifest(folder)
     total = 0 if manifest is None else manifest.totals.positions
-    by_run: dict[str, int] = {}
+    written: Counter[str] = Counter()  # positions of written answers, by the run that they were captured for
     for record in log_records(folder):
-        if record.get("event") == "captured":
-            name = record.get("recipe", {}).get("run", {}).get("name", "")
-            by_run[name] = by_run.get(name, 0) + int(record.get("positions", 0))
-    new = [by_run.get(one.training.run.name, 0) for one in rounds.all]
-    return [total - sum(new[number + 1 :]) for number in range(len(new))]
+        recipe = record.get("recipe") or {}
+        if record.get("event") == "captured" and recipe.get("data", {}).get("written"):
+            written[recipe["run"]["name"]] += int(record.get("positions", 0))
+    given = total - written.total()
+    return list(accumulate((written[one.training.run.name] for one in rounds.all), initial=given))[1:]
 
 
 def _own_rows(one: Round) -> int:
