@@ -1,6 +1,7 @@
 """From a recipe to its commands: what is missing is made first, what is there is not touched.
 
     python -m shared.pipeline train-student phantom --nproc 2
+    python -m shared.pipeline rounds mine.yaml
 
 Works backwards, as make does: a student needs a cache that covers its data, a missing cache needs its
 teacher, a missing teacher needs the recipe that trains it.  A cache that is there is never traced further, so
