@@ -51,6 +51,7 @@ from stage1_teacher.capturing.lockstep import Lockstep
 from stage1_teacher.capturing.progress import Tally, require_space, totals_of
 from stage1_teacher.capturing.shards import CapturedBatch, ShardAssembler
 from stage1_teacher.capturing.teacher import Teacher, load_teacher, require_ranks
+from stage1_teacher.capturing.visual_gain import visual_gain
 
 Value = TypeVar("Value")
 MAX_PENDING_BATCHES = 4  # on their way to disk
@@ -219,7 +220,7 @@ class Lead:
         self.recipe, self.config, self.cache = recipe, recipe.teacher, recipe.cache
         self.processor, self.teacher, self.writer = processor, teacher, writer
         self.assignment, self.world, self.stop = assignment, world, stop
-        self.source = WindowSource(open_rows(recipe), processor)
+        self.source = WindowSource(open_rows(recipe), processor, unseen=recipe.cache.visual_gain)
         self.runner = BatchRunner(self.cache.batch_tokens, may_shrink=not teacher.is_shared)
 
     def run(self) -> int:
@@ -323,9 +324,10 @@ def captured_batches(
 
     def forward(indices: list[int]) -> CapturedBatch:
         encoded = [window.encoded[index] for index in indices]
-        lockstep.join()
         names = [window.names[index] for index in indices]
-        return capture_batch(encoded, window.unit_id, processor, teacher, cache, names=names)
+        return capture_batch(
+            encoded, window.unit_id, processor, teacher, cache, names=names, join=lockstep.join
+        )
 
     for _, captured in runner.run(lengths_of(window.encoded), forward, names=window.names):
         yield captured
@@ -354,13 +356,20 @@ def capture_batch(
     cache: CacheConfig,
     *,
     names: Sequence[str],
+    join: Callable[[], None] = lambda: None,
 ) -> CapturedBatch:
     """The targets of one batch, on their way to the host.
 
+    join     called before each forward
     Raises   DataError  with the names of the examples for which the teacher gives NaN or infinity
     """
-    batch = collated_for(teacher, processor, encoded).to(teacher.device, non_blocking=True)
+
+    def collate(encoded: Sequence[Encoded]) -> Batch:
+        return collated_for(teacher, processor, encoded).to(teacher.device, non_blocking=True)
+
+    batch = collate(encoded)
     seeds_N = torch.cat([position_seeds(cache.seed, one.key, one.num_positions) for one in encoded])
+    join()
     hidden_ND = teacher.hidden(batch)
     chunk_size = teacher.chunk_positions(cache.chunk_size)
     try:
@@ -383,7 +392,13 @@ def capture_batch(
             f"the teacher: what it gives for {len(odd)} row(s) is no distribution:\n"
             f"{listed(odd)}\n{error}. Another teacher.dtype may help (float32), or take these rows out"
         ) from error
-    return CapturedBatch.of(unit_id, encoded, targets, ce_N)
+    gain_N = None
+    if cache.visual_gain is not None:
+        del batch, hidden_ND  # which the second pass needs the memory of
+        if any(one.unseen is not None for one in encoded):
+            join()
+        gain_N = visual_gain(teacher, collate, encoded, ce_N, chunk_size=chunk_size, names=names)
+    return CapturedBatch.of(unit_id, encoded, targets, ce_N, gain_N)
 
 
 @dataclass

@@ -111,6 +111,8 @@ def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor 
     report.add(
         "targets", f"{_policy_text(policy)}; temperatures {', '.join(map(str, recipe.cache.temperatures))}"
     )
+    if recipe.cache.visual_gain is not None:
+        report.add("second pass", f"of rows with pictures, these {recipe.cache.visual_gain}")
     if "://" not in recipe.cache.location:
         with report.collecting():
             require_writable(Path(recipe.cache.location), what="cache.path")

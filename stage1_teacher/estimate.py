@@ -26,6 +26,7 @@ from shared.cache.index import as_key_array
 from shared.capture.planning import CaptureData, NumberedRows, identity_of, survey
 from shared.data.collation import Batch, Encoded
 from shared.data.processing import ExampleProcessor
+from shared.data.unseen import encoded_twice
 from shared.errors import DataError, RecipeError
 from shared.progress import by_examples, progress
 from shared.recipes import CacheConfig, Recipe
@@ -37,6 +38,7 @@ from shared.split_check import count_positions
 from shared.survey import open_processor_of
 from stage1_teacher.capturing.shards import CapturedBatch
 from stage1_teacher.capturing.teacher import Teacher, load_teacher, require_ranks
+from stage1_teacher.capturing.visual_gain import visual_gain
 
 TAUS = (1 / 16, 1 / 64, 1 / 256, 1 / 512, 1 / 1024)
 NO_WEIGHTS = "0" * 64  # the fingerprint in the sample's own shards, which nobody keeps
@@ -57,7 +59,8 @@ class Size:
 class Times:
     """Seconds an example on one device, measured on the sample.
 
-    live      the teacher's body, and its head and log-softmax at answer positions: what a live teacher costs
+    live      the teacher's body, and its head and log-softmax at answer positions: what a live teacher costs; with
+              ``cache.visual_gain`` its second pass too, ``unseen`` of it
     capture   the same, and targets, hand-over and payloads: at least ``live``
     pictures  reading and encoding an example, in one process
     reading   an example's targets from the cache, in one process
@@ -67,6 +70,7 @@ class Times:
     capture: float
     pictures: float
     reading: float
+    unseen: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class Sample:
         for number in progress(dict.fromkeys(chosen), desc="reading the sample", unit="ex", leave=False):
             split, row = rows.find(number)
             try:
-                encoded.append(processor.encode(split[row]))
+                encoded.append(encoded_twice(processor, split[row], cache.visual_gain))
             except DataError:
                 continue
         if not encoded:
@@ -253,15 +257,22 @@ class Sample:
 
         chunk = teacher.chunk_positions(self.cache.chunk_size)
 
-        def forward(indices: list[int]) -> tuple[float, float]:
+        def forward(indices: list[int]) -> tuple[float, float, float]:
             encoded = [self.encoded[index] for index in indices]
             batch = processor.collate(encoded).to(teacher.device)
+            unseen = [one.unseen for one in encoded if one.unseen is not None]
             live_s = timed(lambda: live(teacher, batch, chunk), teacher.device)
+            unseen_s = 0.0
+            if unseen:
+                again = processor.collate(unseen).to(teacher.device)
+                unseen_s = timed(lambda: live(teacher, again, chunk), teacher.device)
             capture_s = timed(
-                lambda: self._rows_of(teacher, batch, encoded, self.cache.policy), teacher.device
+                lambda: self._rows_of(teacher, processor, batch, encoded, self.cache.policy), teacher.device
             )
             self.batches.append(encoded)
-            return min(live_s, capture_s), capture_s  # a capture does all that and more: longer is noise
+            live_s += unseen_s
+            # a capture does all that and more: longer is noise
+            return min(live_s, capture_s), capture_s, unseen_s
 
         lengths = [len(one.input_ids) for one in self.encoded]
         runner = BatchRunner(self.cache.batch_tokens, may_shrink=not teacher.is_shared)
@@ -270,10 +281,11 @@ class Sample:
         done = by_examples(runner.run(lengths, forward), total=number, desc="timing the teacher")
         seconds = [result for _, result in done]
         return Times(
-            live=sum(one for one, _ in seconds) / number,
-            capture=sum(one for _, one in seconds) / number,
+            live=sum(one for one, _, _ in seconds) / number,
+            capture=sum(one for _, one, _ in seconds) / number,
             pictures=self.encoding_s / number,
             reading=0.0,
+            unseen=sum(one for _, _, one in seconds) / number,
         )
 
     def rows(self, teacher: Teacher, processor: ExampleProcessor, policy: Policy) -> list[Row]:
@@ -281,21 +293,37 @@ class Sample:
         found: list[Row] = []
         for encoded in self.batches:
             batch = processor.collate(encoded).to(teacher.device)
-            found += self._rows_of(teacher, batch, encoded, policy)
+            found += self._rows_of(teacher, processor, batch, encoded, policy)
         return found
 
     def _rows_of(
-        self, teacher: Teacher, batch: Batch, encoded: Sequence[Encoded], policy: Policy
+        self,
+        teacher: Teacher,
+        processor: ExampleProcessor,
+        batch: Batch,
+        encoded: Sequence[Encoded],
+        policy: Policy,
     ) -> list[Row]:
         seeds_N = torch.cat([position_seeds(self.cache.seed, one.key, one.num_positions) for one in encoded])
+        chunk_size = teacher.chunk_positions(self.cache.chunk_size)
         targets, ce_N = teacher.targets(
             batch,
             seeds_N.to(teacher.device),
             policy=policy,
             temperatures=self.cache.temperatures,
-            chunk_size=teacher.chunk_positions(self.cache.chunk_size),
+            chunk_size=chunk_size,
         )
-        return CapturedBatch.of("sample", encoded, targets, ce_N).rows()
+        gain_N = None
+        if self.cache.visual_gain is not None:
+            gain_N = visual_gain(
+                teacher,
+                lambda some: processor.collate(some).to(teacher.device),
+                encoded,
+                ce_N,
+                chunk_size=chunk_size,
+                names=[one.key.hex() for one in encoded],
+            )
+        return CapturedBatch.of("sample", encoded, targets, ce_N, gain_N).rows()
 
 
 def live(teacher: Teacher, batch: Batch, chunk_size: int) -> None:
@@ -371,10 +399,12 @@ def describe(policy: Policy) -> str:
 def show(found: Estimate) -> None:
     """A page for people."""
     times, costs = found.times, found.costs
+    second = f", {1e3 * times.unseen:.1f} ms of that its pass without pictures" if times.unseen else ""
     click.echo(
         f"measured on {found.num_sampled} examples, spread over {found.num_examples:,} with "
         f"{found.num_positions:,} positions\n"
-        f"one example takes {1e3 * times.capture:.1f} ms to capture, {1e3 * times.live:.1f} ms of them the teacher; "
+        f"one example takes {1e3 * times.capture:.1f} ms to capture, {1e3 * times.live:.1f} ms of them the teacher"
+        f"{second}; "
         f"{1e3 * times.pictures:.1f} ms to read and encode in one process\n"
     )
     click.echo(f"  {'policy':<20}{'entries':>9}{'bytes':>8}   {'cache':>10}")

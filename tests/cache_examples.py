@@ -27,7 +27,7 @@ from shared.cache.format import sha256_hex
 from shared.cache.index import KeyIndex
 from shared.cache.layout import index_name
 from shared.cache.manifest import content_hash
-from shared.recipes.policies import Policy, Threshold
+from shared.recipes.policies import Policy, Threshold, VisualGain
 from shared.sparse import SparseTargets, position_seeds, sparsify
 
 VOCAB_SIZE = 97
@@ -39,6 +39,7 @@ def make_identity(
     policy: Policy | None = None,
     temperatures: tuple[float, ...] = (1.0,),
     label_log_prob: bool = False,
+    visual_gain: VisualGain | None = None,
     **changes,
 ) -> Identity:
     inputs = {
@@ -59,6 +60,7 @@ def make_identity(
             temperatures=temperatures,
             seed=0,
             label_log_prob=label_log_prob,
+            visual_gain=visual_gain,
         ),
         data=changes.pop("data", (DataSource(name="drawn", split="train", fingerprint="d0", rows=1),)),
     )
@@ -84,6 +86,8 @@ def make_example(number: int, identity: Identity | None = None) -> tuple[Row, Sp
         seeds=position_seeds(identity.targets.seed, key, size),
     )
     answer = torch.randint(0, VOCAB_SIZE, (size,), generator=generator)
+    label_logprobs = logprobs.gather(1, answer[:, None]).squeeze(1)
+    gains = torch.randn(size, generator=generator).maximum(label_logprobs)
     row = Row(
         key=key,
         answer_ids=answer.numpy().astype(np.int32),
@@ -92,7 +96,8 @@ def make_example(number: int, identity: Identity | None = None) -> tuple[Row, Sp
         entropy_sums=targets.entropy.sum(0).double().numpy(),
         payload=codec.encode(targets),
         truncated=number % 11 == 0,
-        label_log_prob=logprobs.gather(1, answer[:, None]).squeeze(1).half().numpy(),
+        label_log_prob=label_logprobs.half().numpy(),
+        label_gain=gains.half().numpy(),
     )
     return row, targets
 

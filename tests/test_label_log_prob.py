@@ -167,7 +167,7 @@ def test_verify_finds_what_was_written_wrong(tmp_path: Path, change, message: st
 def test_a_row_without_them_is_the_callers_mistake(values) -> None:
     row: Row = replace(make_row(4), label_log_prob=values)
     with pytest.raises(ValueError, match=r"label_log_prob .* found, .5,. needed"):
-        encode_shard([row], num_temperatures=1, metadata={}, label_log_prob=True)
+        encode_shard([row], num_temperatures=1, metadata={}, optional=("label_log_prob",))
     assert open_shard(encode_shard([row], num_temperatures=1, metadata={}), where="").label_log_probs is None
 
 

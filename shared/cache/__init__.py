@@ -20,7 +20,7 @@ Writing (stage one).  ``location`` is a path or any fsspec URL; the first proces
     writer.close()                  or use the writer as a context manager
 
     Row(key, answer_ids (n,) int32, num_entries, ce_sum, entropy_sums (T,) float64, payload, truncated=False,
-        label_log_prob=None or (n,) fp16)
+        label_log_prob=None or (n,) fp16, label_gain=None or (n,) fp16)
                                     the sums are stored as float32
     Identity(teacher=TeacherIdentity(name, revision, weights_fingerprint, dtype),
              inputs=InputsIdentity(tokenizer_fingerprint, template_fingerprint, image_processor_fingerprint,
@@ -41,9 +41,10 @@ Reading (stage two)::
     reader.rows(keys, *, names=())  -> list[Row]      with ce_sum and entropy_sums; targets not decoded
     reader.targets(rows)            -> SparseTargets  of such rows
     reader.has_label_log_prob, reader.label_log_probs(rows) -> (N,) fp32
+    reader.visual_gain              "blurred", "removed" or None;  reader.label_gains(rows) -> (N,) fp32
     reader.keys()                   all keys in stored order
     reader.require_student(inputs: InputsIdentity, *, temperature, policy=None, seed=None, temperatures=None,
-                            label_log_prob=False)           -> notices
+                            label_log_prob=False, visual_gain=None)     -> notices
     reader.parts, reader.fingerprint, reader.skipped, reader.lacking(keys), reader.teachers(keys)
     CacheList(locations, *, duplicates="refuse", teachers="one")    the same, of caches of different rows
     CacheMix(locations, *, weights=None)    the same, of caches of the same rows; targets(rows) -> MixedTargets

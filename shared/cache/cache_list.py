@@ -19,12 +19,14 @@ import numpy.typing as npt
 import torch
 
 from shared.cache.format import sha256_hex
+from shared.cache.gains import gains_of
 from shared.cache.index import Keys, as_key_array, split_keys
 from shared.cache.overlap import Overlap
 from shared.cache.shard import Row
 from shared.cache.staging import Staging
 from shared.cache.together import Together, digest_of, require_none
 from shared.errors import CacheFormatError, CacheMismatchError
+from shared.recipes.policies import VisualGain
 from shared.sparse import SparseTargets
 
 
@@ -181,6 +183,15 @@ class CacheList(Together):
     def label_log_probs(self, rows: Sequence[Row]) -> torch.Tensor:
         """As ``CacheReader.label_log_probs``."""
         return self.parts[0].label_log_probs(rows)
+
+    @property
+    def visual_gain(self) -> VisualGain | None:
+        """As ``CacheReader.visual_gain``."""
+        return self.parts[0].visual_gain
+
+    def label_gains(self, rows: Sequence[Row]) -> torch.Tensor:
+        """As ``CacheReader.label_gains``."""
+        return gains_of(rows, where=self.where)
 
     def keys(self) -> Iterator[bytes]:
         """All keys in stored order, one cache after the other."""

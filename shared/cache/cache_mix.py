@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shared.cache.gains import gains_of
 from shared.cache.index import Keys, split_keys
 from shared.cache.overlap import key_ranges
 from shared.cache.reader import CacheReader
@@ -21,6 +22,7 @@ from shared.cache.shard import Row
 from shared.cache.staging import Staging
 from shared.cache.together import Together, digest_of, require_none
 from shared.errors import CacheMismatchError
+from shared.recipes.policies import VisualGain
 from shared.sparse import MixedTargets, mix
 
 
@@ -46,6 +48,16 @@ class MixedRow:
     @property
     def num_positions(self) -> int:
         return self.rows[0].num_positions
+
+    @property
+    def label_gain(self) -> npt.NDArray[np.float32] | None:
+        """(n,), the mean of the teachers' own by their shares, nats; None where one of them has none."""
+        found = [row.label_gain for row in self.rows if row.label_gain is not None]
+        if len(found) < len(self.rows):
+            return None
+        return np.sum(
+            [one.astype(np.float32) * share for one, share in zip(found, self.shares, strict=True)], axis=0
+        )
 
     @property
     def ce_sum(self) -> float:
@@ -200,6 +212,16 @@ class CacheMix(Together):
     def has_label_log_prob(self) -> bool:
         """Of no mix: the log of a mean is no mean of logs."""
         return False
+
+    @property
+    def visual_gain(self) -> VisualGain | None:
+        """As ``CacheReader.visual_gain``, where all were captured alike in this; else None."""
+        found = {part.visual_gain for part in self.parts}
+        return found.pop() if len(found) == 1 else None
+
+    def label_gains(self, rows: Sequence[MixedRow]) -> torch.Tensor:
+        """As ``CacheReader.label_gains``: the means of the teachers' own by their weights."""
+        return gains_of(rows, where=self.where)
 
     def keys(self) -> Iterator[bytes]:
         """All keys that each of them has, in the stored order of the first."""

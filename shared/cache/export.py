@@ -30,9 +30,9 @@ def export(
 ) -> int:
     """Writes all rows to a new folder, which appears when it is complete; returns their number.
 
-    Columns  key (hex), answer_ids, ce_sum, entropy_sums, truncated; label_log_prob where the cache has it;
-             ids, logprobs and weights (temperature 1) or weights_T for the other temperatures, a list a
-             position
+    Columns  key (hex), answer_ids, ce_sum, entropy_sums, truncated; label_log_prob and label_gain where the
+             cache has them; ids, logprobs and weights (temperature 1) or weights_T for the other
+             temperatures, a list a position
     Raises   CacheFormatError  when the folder is there already, or the cache is damaged
     """
     target = Path(out)
@@ -71,7 +71,6 @@ def weights_column(temperature: float) -> str:
 def _schema(manifest: Manifest) -> pa.Schema:
     """The columns; the metadata say which cache they come from."""
     temperatures = manifest.identity.targets.temperatures
-    has_log_probs = manifest.identity.targets.label_log_prob
     source = {"cache": manifest.sha256, "identity": manifest.identity.model_dump(mode="json")}
     floats = pa.list_(pa.list_(pa.float32()))
     return pa.schema(
@@ -84,7 +83,7 @@ def _schema(manifest: Manifest) -> pa.Schema:
             ("ids", pa.list_(pa.list_(pa.int32()))),
             ("logprobs", floats),
             *((weights_column(temperature), floats) for temperature in temperatures),
-            *([("label_log_prob", pa.list_(pa.float32()))] if has_log_probs else []),
+            *((name, pa.list_(pa.float32())) for name in manifest.identity.targets.columns),
         ],
         metadata=make_metadata(source),
     )
@@ -111,9 +110,9 @@ def _batch(reader: CacheReader, place: int, numbers: range) -> pa.RecordBatch:
         nested(targets.logprobs.float().numpy()),
         *(nested(targets.weights(temperature).numpy()) for temperature in reader.temperatures),
     ]
-    if reader.has_label_log_prob:
-        log_probs = pa.array(reader.label_log_probs(rows).numpy())
-        columns.append(pa.ListArray.from_arrays(pa.array(by_row, pa.int32()), log_probs))
+    for name in reader.manifest.identity.targets.columns:
+        values = np.concatenate([getattr(row, name) for row in rows]).astype(np.float32)
+        columns.append(pa.ListArray.from_arrays(pa.array(by_row, pa.int32()), pa.array(values)))
     return pa.RecordBatch.from_arrays(columns, schema=_schema(reader.manifest))
 
 

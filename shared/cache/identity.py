@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from shared.cache.format import ROWS_VERSION, canonical_json
 from shared.errors import CacheMismatchError
-from shared.recipes.policies import Policy
+from shared.recipes.policies import Policy, VisualGain
 from shared.sparse import sampling_version
 
 ASKED = ("in the cache", "asked for")  # what the two sides of a difference are called
@@ -92,11 +92,18 @@ class TargetsIdentity(Record):
     ]
     seed: int
     label_log_prob: bool = False  # of each position, as a column; False is not written down, as it was before
+    visual_gain: VisualGain | None = None  # as label_log_prob: None is not written down
     sampling: Literal[1, 2] = 1  # of shared.sparse.sampling_version; 1 is not written down, as it was before
 
     @classmethod
     def of_capture(
-        cls, policy: Policy, *, temperatures: tuple[float, ...], seed: int, label_log_prob: bool = False
+        cls,
+        policy: Policy,
+        *,
+        temperatures: tuple[float, ...],
+        seed: int,
+        label_log_prob: bool = False,
+        visual_gain: VisualGain | None = None,
     ) -> Self:
         """What is captured now: drawn as ``sparsify`` draws."""
         return cls(
@@ -104,8 +111,15 @@ class TargetsIdentity(Record):
             temperatures=temperatures,
             seed=seed,
             label_log_prob=label_log_prob,
+            visual_gain=visual_gain,
             sampling=sampling_version(policy, temperatures),
         )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the shards, those that not every cache has."""
+        asked = {"label_log_prob": self.label_log_prob, "label_gain": self.visual_gain is not None}
+        return tuple(name for name, is_there in asked.items() if is_there)
 
     @model_serializer(mode="wrap")
     def _without_what_older_caches_do_not_have(
@@ -116,6 +130,8 @@ class TargetsIdentity(Record):
             del stored["sampling"]
         if stored.get("label_log_prob") is False:
             del stored["label_log_prob"]
+        if stored.get("visual_gain", self) is None:
+            del stored["visual_gain"]
         return stored
 
 
@@ -211,7 +227,7 @@ class Identity(Record):
             refusals += _differences("inputs", self.inputs, other.inputs, skip=others, sides=sides)
             notices += _differences("teacher", self.teacher, other.teacher, skip=weights, sides=sides)
         refusals += _differences("inputs", self.inputs, other.inputs, skip=pictures, sides=sides)
-        free = {"temperatures", "seed", "sampling", "label_log_prob"} if same_rows else set()
+        free = {"temperatures", "seed", "sampling", "label_log_prob", "visual_gain"} if same_rows else set()
         refusals += _differences("targets", self.targets, other.targets, skip=free, sides=sides)
         return Comparison((*refusals, *self._prompts_apart(other, sides)), tuple(notices))
 
@@ -236,12 +252,13 @@ class Identity(Record):
         seed: int | None = None,
         temperatures: Sequence[float] | None = None,
         label_log_prob: bool = False,
+        visual_gain: VisualGain | None = None,
     ) -> Comparison:
         """Whether a student with these inputs may train on this cache.
 
         A student may see its pictures at another resolution than its teacher did, so a differing image
         processor is a notice.  ``policy``, ``seed`` and ``temperatures``: those that the recipe names, None
-        where it names none; the cache may hold more temperatures than those, and log-probs of labels nobody needs.
+        where it names none; the cache may hold more temperatures than those, and columns that nobody needs.
         """
         refusals = _differences("inputs", self.inputs, inputs, skip={"image_processor_fingerprint"})
         captured = self.targets.temperatures
@@ -256,6 +273,10 @@ class Identity(Record):
             refusals.append(_both_sides("targets.temperatures", _plain(captured), _plain(list(temperatures))))
         if label_log_prob and not self.targets.label_log_prob:
             refusals.append(_both_sides("targets.label_log_prob", "false", "true"))
+        if visual_gain not in (None, self.targets.visual_gain):
+            refusals.append(
+                _both_sides("targets.visual_gain", _plain(self.targets.visual_gain), _plain(visual_gain))
+            )
         others = set(InputsIdentity.model_fields) - {"image_processor_fingerprint"}
         return Comparison(tuple(refusals), tuple(_differences("inputs", self.inputs, inputs, skip=others)))
 

@@ -107,7 +107,7 @@ def _copy_shard(
     data = encode_shard(
         [view.row(row) for row in rows.tolist()],
         num_temperatures=len(identity.targets.temperatures),
-        label_log_prob=identity.targets.label_log_prob,
+        optional=identity.targets.columns,
         metadata={"unit": unit.unit_id, "identity": identity.content(), "skipped": []},
     )
     name = shard_name(unit.unit_id, sha256_hex(data))

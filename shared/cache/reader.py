@@ -23,6 +23,7 @@ import torch
 
 from shared import codec
 from shared.cache.format import as_buffer
+from shared.cache.gains import gains_of
 from shared.cache.identity import InputsIdentity
 from shared.cache.index import CacheIndex, Keys, as_key_array, split_keys
 from shared.cache.layout import MANIFEST_NAME
@@ -34,7 +35,7 @@ from shared.cache.storage import Folder, LocalFolder, RemoteFolder, open_folder
 from shared.cache.verified import VerifiedFiles
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.places import did_you_mean
-from shared.recipes.policies import Policy
+from shared.recipes.policies import Policy, VisualGain
 from shared.sparse import SparseTargets
 
 MAX_OPEN_SHARDS = 512  # each holds a file descriptor; processes often may have 1,024
@@ -137,6 +138,11 @@ class CacheReader:
         """Whether rows carry the teacher's log-prob of each written token."""
         return self.manifest.identity.targets.label_log_prob
 
+    @property
+    def visual_gain(self) -> VisualGain | None:
+        """What became of the pictures in the pass that rows' gains are measured against; None: they carry none."""
+        return self.manifest.identity.targets.visual_gain
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -210,6 +216,14 @@ class CacheReader:
         found = [row.label_log_prob for row in rows if row.label_log_prob is not None]
         return torch.from_numpy(np.concatenate([np.empty(0, np.float16), *found]).astype(np.float32))
 
+    def label_gains(self, rows: Sequence[Row]) -> torch.Tensor:
+        """By how much the pictures raise the log-prob of each written token, (N,) fp32 nats, one row after the other.
+
+        Raises   CacheMismatchError  when the cache was captured without them
+                 CacheFormatError    when one is not finite
+        """
+        return gains_of(rows, where=self._folder.where)
+
     def _decode(self, rows: Sequence[Row]) -> SparseTargets:
         vocab_size = self.manifest.identity.inputs.vocab_size
         try:
@@ -260,14 +274,14 @@ class CacheReader:
     def _require_counts(self, view: ShardView, number: int) -> None:
         """What is decoded later is bounded by what manifest and index say."""
         info = self.manifest.shards[number]
-        has_log_probs = view.label_log_probs is not None
-        found = (len(view), view.entropy_sums.shape[1], int(view.num_entries.sum()), has_log_probs)
-        told = (info.examples, len(self.temperatures), info.entries, self.has_label_log_prob)
+        has_optional = (view.label_gains is not None, view.label_log_probs is not None)
+        found = (len(view), view.entropy_sums.shape[1], int(view.num_entries.sum()), *has_optional)
+        told_optional = (self.visual_gain is not None, self.has_label_log_prob)
+        told = (info.examples, len(self.temperatures), info.entries, *told_optional)
         if found != told:
             raise CacheFormatError(
-                f"{self._where(number)}: (rows, temperatures, entries, label_log_prob) {found} found, {told} in the "
-                "manifest. Run "
-                "teacher-cache verify, and capture the cache again."
+                f"{self._where(number)}: (rows, temperatures, entries, label_gain, label_log_prob) {found} found, "
+                f"{told} in the manifest. Run teacher-cache verify, and capture the cache again."
             )
 
     def shard_bytes(self, number: int) -> pa.Buffer:
@@ -287,6 +301,7 @@ class CacheReader:
         seed: int | None = None,
         temperatures: Sequence[float] | None = None,
         label_log_prob: bool = False,
+        visual_gain: VisualGain | None = None,
     ) -> tuple[str, ...]:
         """Raises CacheMismatchError with all that keeps a student away; returns notices of the rest."""
         comparison = self.manifest.identity.compare_student(
@@ -296,6 +311,7 @@ class CacheReader:
             seed=seed,
             temperatures=temperatures,
             label_log_prob=label_log_prob,
+            visual_gain=visual_gain,
         )
         comparison.require(
             where=self._folder.where,

@@ -34,8 +34,8 @@ from shared.cache.format import (
 from shared.cache.storage import Folder, LocalFolder
 from shared.errors import CacheFormatError
 
-LOG_PROBS = pa.list_(pa.field("item", pa.float16(), nullable=False))
-OPTIONAL = {"label_log_prob"}
+OF_POSITIONS = pa.list_(pa.field("item", pa.float16(), nullable=False))
+OPTIONAL = ("label_log_prob", "label_gain")  # columns with a number for each position
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,7 @@ class Row:
     Shapes   key 16 bytes; answer_ids (n,) int32, n positions; entropy_sums (T,) float64, one for each
              captured temperature; payload: the entries, as ``shared.codec.encode`` wrote them;
              label_log_prob (n,) fp16, natural logs at temperature 1, of caches that keep them
+             label_gain (n,) fp16, of caches that keep it: by how much the pictures raise these logs
     Units    ce_sum and entropy_sums in nats, summed over the row's positions; a shard holds them as float32
     """
 
@@ -56,6 +57,7 @@ class Row:
     payload: bytes
     truncated: bool = False
     label_log_prob: npt.NDArray[np.float16] | None = None
+    label_gain: npt.NDArray[np.float16] | None = None
 
     @property
     def num_positions(self) -> int:
@@ -68,7 +70,7 @@ def _schema(
     token_index: pa.DataType,
     num_positions: pa.DataType,
     num_entries: pa.DataType,
-    label_log_prob: bool,
+    optional: Sequence[str],
     metadata: Mapping[str, Any],
 ) -> pa.Schema:
     """The columns of a shard: three of them have integers as narrow as its rows allow."""
@@ -83,10 +85,9 @@ def _schema(
         "entropy_sums": pa.list_(pa.field("item", pa.float32(), nullable=False), num_temperatures),
         "payload": pa.binary(),
     }
-    if label_log_prob:
-        columns["label_log_prob"] = LOG_PROBS
+    columns |= dict.fromkeys(optional, OF_POSITIONS)
     fields = [pa.field(name, kind, nullable=False) for name, kind in columns.items()]
-    version = LOG_PROBS_VERSION if label_log_prob else ROWS_VERSION
+    version = LOG_PROBS_VERSION if optional else ROWS_VERSION
     return pa.schema(fields, metadata=make_metadata(metadata, version=version))
 
 
@@ -95,16 +96,16 @@ def encode_shard(
     *,
     num_temperatures: int,
     metadata: Mapping[str, Any],
-    label_log_prob: bool = False,
+    optional: Sequence[str] = (),
 ) -> pa.Buffer:
     """The bytes of the shard that holds these rows, in this order.
 
-    ``label_log_prob``: with those of the rows, which else are left out
+    ``optional``: of these columns, which else are left out
     Raises   ValueError  when a row contradicts itself: that is the caller's mistake, not the user's
     Holds    equal rows and metadata give equal bytes
     """
     for row in rows:
-        _check_row(row, num_temperatures, label_log_prob=label_log_prob)
+        _check_row(row, num_temperatures, optional)
     lengths = np.array([row.num_positions for row in rows], dtype=np.int64)
     entries = np.array([row.num_entries for row in rows], dtype=np.int64)
     answers = [np.asarray(row.answer_ids, dtype=np.int32) for row in rows]
@@ -114,7 +115,7 @@ def encode_shard(
         token_index=narrowest(len(distinct) - 1),
         num_positions=narrowest(int(lengths.max(initial=0))),
         num_entries=narrowest(int(entries.max(initial=0))),
-        label_log_prob=label_log_prob,
+        optional=optional,
         metadata=metadata,
     )
     kinds = {field.name: field.type for field in shard_schema}
@@ -133,26 +134,27 @@ def encode_shard(
         pa.FixedSizeListArray.from_arrays(sums, type=kinds["entropy_sums"]),
         pa.array([row.payload for row in rows], kinds["payload"]),
     ]
-    if label_log_prob:
-        values = [row.label_log_prob for row in rows if row.label_log_prob is not None]
-        joined = pa.array(np.concatenate([np.empty(0, np.float16), *values]))
-        columns.append(pa.ListArray.from_arrays(offsets, joined, type=LOG_PROBS))
+    for name in optional:
+        joined = pa.array(np.concatenate([np.empty(0, np.float16), *(getattr(row, name) for row in rows)]))
+        columns.append(pa.ListArray.from_arrays(offsets, joined, type=OF_POSITIONS))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, shard_schema) as stream:
         stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=shard_schema))
     return sink.getvalue()
 
 
-def _check_row(row: Row, num_temperatures: int, *, label_log_prob: bool) -> None:
+def _check_row(row: Row, num_temperatures: int, optional: Sequence[str]) -> None:
     if len(row.key) != KEY_BYTES:
         raise ValueError(f"a key has {KEY_BYTES} bytes, this one {len(row.key)}")
     if np.shape(row.entropy_sums) != (num_temperatures,):
         raise ValueError(f"entropy_sums {np.shape(row.entropy_sums)} found, ({num_temperatures},) needed")
     if not (np.isfinite(row.ce_sum) and np.isfinite(row.entropy_sums).all()):
         raise ValueError(f"row {row.key.hex()}: a sum is not finite")
-    given = None if row.label_log_prob is None else row.label_log_prob.shape
-    if label_log_prob and given != (row.num_positions,):
-        raise ValueError(f"row {row.key.hex()}: label_log_prob {given} found, ({row.num_positions},) needed")
+    for name in optional:
+        values = getattr(row, name)
+        given = None if values is None else values.shape
+        if given != (row.num_positions,):
+            raise ValueError(f"row {row.key.hex()}: {name} {given} found, ({row.num_positions},) needed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +176,7 @@ class ShardView:
     payload_offsets: npt.NDArray[np.int32]
     payloads: memoryview
     label_log_probs: npt.NDArray[np.float16] | None  # (N,) of all positions, where the cache keeps them
+    label_gains: npt.NDArray[np.float16] | None  # likewise
     num_bytes: int
     metadata: Mapping[str, Any]
 
@@ -200,6 +203,7 @@ class ShardView:
             payload=self.payload(row),
             truncated=bool(self.truncated[row]),
             label_log_prob=None if self.label_log_probs is None else self.label_log_probs[span].copy(),
+            label_gain=None if self.label_gains is None else self.label_gains[span].copy(),
         )
 
     def key(self, row: int) -> bytes:
@@ -256,21 +260,22 @@ def _view(batch: pa.RecordBatch, metadata: Mapping[str, Any], *, num_bytes: int,
         answer_dictionary=tokens.dictionary.to_numpy(),
         payload_offsets=np.frombuffer(payload.buffers()[1] or bytes(4), np.int32, count=size + 1),
         payloads=memoryview(payload.buffers()[2] or b""),
-        label_log_probs=_label_log_probs(batch, answers, where=where),
+        label_log_probs=_of_positions("label_log_prob", batch, answers, where=where),
+        label_gains=_of_positions("label_gain", batch, answers, where=where),
         num_bytes=num_bytes,
         metadata=metadata,
     )
 
 
-def _label_log_probs(
-    batch: pa.RecordBatch, answers: pa.ListArray, *, where: str
+def _of_positions(
+    name: str, batch: pa.RecordBatch, answers: pa.ListArray, *, where: str
 ) -> npt.NDArray[np.float16] | None:
     """Of all positions, None where there is no such column; a row has as many as answer ids."""
-    if "label_log_prob" not in batch.schema.names:
+    if name not in batch.schema.names:
         return None
-    found = batch.column("label_log_prob")
+    found = batch.column(name)
     if not found.offsets.equals(answers.offsets) or found.values.null_count:
-        raise CacheFormatError(f"{where}: column 'label_log_prob' has other positions than 'answer_ids'.")
+        raise CacheFormatError(f"{where}: column {name!r} has other positions than 'answer_ids'.")
     return found.values.to_numpy()
 
 
@@ -279,7 +284,7 @@ def _column_fault(kinds: tuple[tuple[str, str], ...]) -> str | None:
     """What is wrong with columns of these names and types; integers may be of any width."""
     narrow = pa.uint8()
     wanted = _schema(
-        1, token_index=narrow, num_positions=narrow, num_entries=narrow, label_log_prob=True, metadata={}
+        1, token_index=narrow, num_positions=narrow, num_entries=narrow, optional=OPTIONAL, metadata={}
     )
     found = dict(kinds)
     if len(found) != len(kinds):

@@ -14,7 +14,7 @@ from shared.cache.index import Keys, as_key_array, split_keys
 from shared.cache.reader import CacheReader
 from shared.cache.staging import Staging
 from shared.errors import CacheFormatError, CacheMismatchError
-from shared.recipes.policies import Policy
+from shared.recipes.policies import Policy, VisualGain
 
 MAX_NAMED = 8  # caches, in a message
 
@@ -95,6 +95,7 @@ class Together(ABC):
         seed: int | None = None,
         temperatures: Sequence[float] | None = None,
         label_log_prob: bool = False,
+        visual_gain: VisualGain | None = None,
     ) -> tuple[str, ...]:
         """As ``CacheReader.require_student``, of each; all that keeps a student away is raised at once."""
         problems, notices = [], list(self.notices)
@@ -107,6 +108,7 @@ class Together(ABC):
                     seed=None if self.same_rows else seed,
                     temperatures=temperatures,
                     label_log_prob=label_log_prob,
+                    visual_gain=visual_gain,
                 )
                 notices += [f"cache {part.location}: {one}" for one in found]
             except CacheMismatchError as error:

@@ -63,7 +63,7 @@ class UnitWriter:
         data = encode_shard(
             [self._rows[key] for key in keys if key in self._rows],
             num_temperatures=len(self._identity.targets.temperatures),
-            label_log_prob=self._identity.targets.label_log_prob,
+            optional=self._identity.targets.columns,
             metadata={"unit": self._unit.unit_id, "identity": self._identity.content(), "skipped": skipped},
         )
         name = shard_name(self._unit.unit_id, sha256_hex(data))

@@ -212,9 +212,10 @@ def _is_in_index(view: ShardView, place: int, index: KeyIndex) -> bool:
 def _header_faults(view: ShardView, manifest: Manifest, info: ShardInfo) -> Iterator[str]:
     if view.metadata.get("identity") != manifest.identity.content():
         yield "its metadata name another identity than the manifest"
-    told = manifest.identity.targets.label_log_prob
-    if (view.label_log_probs is not None) != told:
-        yield f"has {'no ' if told else 'a '}column label_log_prob, other than the manifest says"
+    told = manifest.identity.targets.columns
+    for name, values in (("label_log_prob", view.label_log_probs), ("label_gain", view.label_gains)):
+        if (values is not None) != (name in told):
+            yield f"has {'no ' if name in told else 'a '}column {name}, other than the manifest says"
     if view.metadata.get("unit") != unit_in(info.name):
         yield f"its metadata name unit {view.metadata.get('unit')}, its file name another"
     counts = {
@@ -250,6 +251,7 @@ def _row_faults(view: ShardView, manifest: Manifest) -> Iterator[str]:
         if wrong.any():
             yield _of_rows(view, fault, np.flatnonzero(wrong))
     yield from _label_faults(view)
+    yield from _gain_faults(view)
 
 
 def _label_faults(view: ShardView) -> Iterator[str]:
@@ -268,6 +270,26 @@ def _label_faults(view: ShardView) -> Iterator[str]:
     differs = (wrong == 0) & ~(np.abs(sums + view.ce_sums) <= slack)
     if differs.any():
         yield _of_rows(view, "label_log_prob does not sum to -ce_sum", np.flatnonzero(differs))
+
+
+def _gain_faults(view: ShardView) -> Iterator[str]:
+    """A label is likelier with the pictures by no more than its log-prob without them can be below 0."""
+    if view.label_gains is None:
+        return
+    values = view.label_gains.astype(np.float64)
+    wrong, sums, sizes = (
+        np.diff(np.append(0.0, np.cumsum(each))[view.answer_offsets])
+        for each in (
+            ~np.isfinite(values),
+            *(np.where(np.isfinite(values), of, 0.0) for of in (values, abs(values))),
+        )
+    )
+    if wrong.any():
+        yield _of_rows(view, "a label_gain is not finite", np.flatnonzero(wrong))
+    slack = sizes * FP16_ROUNDING + TOLERANCE_NATS * np.diff(view.answer_offsets)
+    too_low = (wrong == 0) & ~(sums >= -view.ce_sums - slack)
+    if too_low.any():
+        yield _of_rows(view, "label_gain sums to less than -ce_sum", np.flatnonzero(too_low))
 
 
 def _payload_faults(view: ShardView, manifest: Manifest) -> Iterator[str]:

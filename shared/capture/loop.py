@@ -6,6 +6,9 @@
             hidden_ND = ...                                    # of the batch's answer positions
             cache.add(encoded, hidden_ND, head=teacher.lm_head)
 
+With ``cache.visual_gain`` in the recipe, also feed the teacher what of the examples has pictures without them
+(``[one.unseen for one in encoded if one.unseen]``), and give ``add`` the outputs: ``unseen_nD=...``.
+
 The cache is committed when the ``with`` block ends without an exception and nothing is missing.  However it
 ends, finished shards stay, and the same loop goes on with the rest.  One process captures; the teacher
 itself may be spread over as many GPUs as it likes.
@@ -36,14 +39,15 @@ from shared.cache import (
 from shared.cache.index import as_key_array
 from shared.capture.opening import open_planned
 from shared.capture.planning import NumberedRows, identity_of, survey
-from shared.capture.targets import AnsweredExample, rows_of, sparse_targets
+from shared.capture.targets import AnsweredExample, label_gain, label_losses, rows_of, sparse_targets
 from shared.capture.units import Refused, UnitCollector
 from shared.data.collation import Encoded
 from shared.data.fingerprints import tokenizer_fingerprint
 from shared.data.processing import ExampleProcessor
+from shared.data.unseen import encoded_twice
 from shared.errors import DataError, RecipeError
 from shared.recipes import Recipe, dump_recipe
-from shared.recipes.policies import Policy, Threshold
+from shared.recipes.policies import Policy, Threshold, VisualGain
 from shared.runtime import environment
 from shared.sparse import position_seeds
 from shared.survey import keys_fingerprint
@@ -102,6 +106,7 @@ class Capture(Generic[Example]):
         *,
         head: Callable[[Tensor], Tensor] | None = None,
         chunk_size: int = 512,
+        unseen_nD: Tensor | None = None,
     ) -> None:
         """Keeps the targets of some examples that ``batches`` gave, in any order.
 
@@ -110,6 +115,8 @@ class Capture(Generic[Example]):
         Shapes   outputs_ND (N, D), or (N, V) without a head, any float dtype and device: one row for each
                  answer token of the examples, one example after the other; the row of an answer token is the
                  one that predicts it, which a causal model has at the token before
+                 unseen_nD (n, D) or (n, V), the same of those examples that have ``unseen``, so fed: of a cache with
+                 a visual gain
         Raises   ValueError  for another number of rows, or an example that is not missing
                  DataError   for NaN or infinity in what the teacher gave
         """
@@ -121,6 +128,13 @@ class Capture(Generic[Example]):
             )
         if len({one.key for one in examples} & self._unit_ids.keys()) < len(examples):
             raise ValueError("an example is not missing, came twice, or was not handed out by batches()")
+        shown = [one for one in examples if getattr(one, "unseen", None) is not None]
+        num_shown = sum(len(one.answer_ids) for one in shown)
+        if num_shown != (0 if unseen_nD is None else len(unseen_nD)):
+            raise ValueError(
+                f"{0 if unseen_nD is None else len(unseen_nD)} outputs without pictures found; the examples with "
+                f"pictures have {num_shown} answer tokens, one row for each is needed (unseen_nD)"
+            )
         seeds = [position_seeds(self._targets.seed, one.key, len(one.answer_ids)) for one in examples]
 
         def logprobs(chunk_nD: Tensor) -> Tensor:
@@ -137,7 +151,19 @@ class Capture(Generic[Example]):
                 temperatures=self._targets.temperatures,
                 chunk_size=chunk_size,
             )
-        rows = rows_of(examples, targets.to("cpu"), ce_N.cpu())
+            gain_N = torch.zeros_like(ce_N)
+            if unseen_nD is not None and shown:
+                own_n = torch.cat([one.answer_ids for one in shown]).to(unseen_nD.device, torch.int64)
+                unseen_ce_n = label_losses(unseen_nD, own_n, logprobs=logprobs, chunk_size=chunk_size)
+                gain_N = label_gain(examples, ce_N, unseen_ce_n.to(ce_N.device))  # type: ignore[arg-type]
+        if not gain_N.isfinite().all():
+            raise DataError("what the teacher gives without the pictures is no distribution: NaN or infinity")
+        rows = rows_of(
+            examples,
+            targets.to("cpu"),
+            ce_N.cpu(),
+            None if self._targets.visual_gain is None else gain_N.cpu(),
+        )
         for row in rows:
             self._collector.add(self._unit_ids.pop(row.key), [row])
             found = (1, row.num_positions, row.num_entries, len(row.payload))
@@ -192,7 +218,7 @@ def capture(
         skipped=data.unreadable(),
     )
     with writer:
-        examples = _EncodedRows(rows, processor)
+        examples = _EncodedRows(rows, processor, recipe.cache.visual_gain)
         one = Capture(writer, plan, pending, examples, name=rows.name, max_dropped=recipe.data.max_dropped)
         yield one
         _commit(writer, one, plan, begin, recipe=dump_recipe(recipe))
@@ -271,9 +297,9 @@ def _commit(writer: CacheWriter, one: Capture[Any], plan: Plan, begin: float, **
 class _EncodedRows:
     """The rows of several splits under one numbering, as tokens and pixels."""
 
-    def __init__(self, rows: NumberedRows, processor: ExampleProcessor) -> None:
-        self._rows, self._processor = rows, processor
+    def __init__(self, rows: NumberedRows, processor: ExampleProcessor, unseen: VisualGain | None) -> None:
+        self._rows, self._processor, self._unseen = rows, processor, unseen
 
     def __getitem__(self, number: int) -> Encoded:
         split, row = self._rows.find(number)
-        return self._processor.encode(split[row])
+        return encoded_twice(self._processor, split[row], self._unseen)

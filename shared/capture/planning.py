@@ -133,6 +133,7 @@ def identity_of(
             temperatures=cache.temperatures,
             seed=cache.seed,
             label_log_prob=cache.label_log_prob,
+            visual_gain=cache.visual_gain,
         ),
         data=data.sources(),
         prompt=prompt_identity(processor, recipe.data),

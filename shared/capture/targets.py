@@ -37,6 +37,16 @@ class AnsweredExample(Protocol):
     def truncated(self) -> bool: ...
 
 
+class Unseen(Protocol):
+    """An example that may have a copy without what its pictures show; ``data.collation.Encoded`` is one."""
+
+    @property
+    def answer_ids(self) -> Tensor: ...
+
+    @property
+    def unseen(self) -> object | None: ...
+
+
 def sparse_targets(
     outputs_ND: Tensor,
     labels_N: Tensor,
@@ -63,15 +73,42 @@ def sparse_targets(
     return SparseTargets.concat(parts), torch.cat(losses)
 
 
-def rows_of(examples: Sequence[AnsweredExample], targets: SparseTargets, ce_N: Tensor) -> list[Row]:
+def label_losses(
+    outputs_ND: Tensor, labels_N: Tensor, *, logprobs: Callable[[Tensor], Tensor], chunk_size: int
+) -> Tensor:
+    """The cross-entropy with the labels alone, (N,) fp32 nats; arguments as of ``sparse_targets``."""
+    losses = [
+        -logprobs(chunk_nD).gather(1, chunk_n[:, None]).squeeze(1)
+        for chunk_nD, chunk_n in zip(outputs_ND.split(chunk_size), labels_N.split(chunk_size), strict=True)
+    ]
+    return torch.cat([outputs_ND.new_zeros(0, dtype=torch.float32), *losses])
+
+
+def label_gain(examples: Sequence[Unseen], ce_N: Tensor, unseen_ce_n: Tensor) -> Tensor:
+    """By how much the pictures raise the log-prob of each label, (N,) fp32 nats; 0 for examples without pictures.
+
+    Shapes   ce_N (N,) of the examples as they are; unseen_ce_n (n,) of those that have ``unseen``, so fed
+    """
+    is_shown_N = torch.cat(
+        [torch.full((len(one.answer_ids),), one.unseen is not None) for one in examples]
+    ).to(ce_N.device)
+    return torch.zeros_like(ce_N).index_put((is_shown_N,), unseen_ce_n - ce_N[is_shown_N])
+
+
+def rows_of(
+    examples: Sequence[AnsweredExample], targets: SparseTargets, ce_N: Tensor, gain_N: Tensor | None = None
+) -> list[Row]:
     """The cache's row of each example, with the log-probs of its labels, which not every cache keeps.
 
-    Shapes   targets and ce_N (N,), on the CPU: the examples' positions one after the other
+    Shapes   targets, ce_N (N,) and gain_N (N,), on the CPU: the examples' positions one after the other
     """
     offsets = [0, *np.cumsum([len(one.answer_ids) for one in examples]).tolist()]
     payloads = encode_many(targets, offsets)
     # In fp16 a log-prob of -20 is 0.008 off at most.  Adding zero makes one zero of two.
     label_log_prob_N = (-ce_N.float()).clamp(LOWEST_FP16, 0.0).half().numpy() + np.float16(0)
+    label_gain_N = None
+    if gain_N is not None:
+        label_gain_N = gain_N.clamp(LOWEST_FP16, -LOWEST_FP16).half().numpy() + np.float16(0)
     ce_N = ce_N.double()
     return [
         Row(
@@ -83,6 +120,7 @@ def rows_of(examples: Sequence[AnsweredExample], targets: SparseTargets, ce_N: T
             payload=payload,
             truncated=one.truncated,
             label_log_prob=label_log_prob_N[start:stop],
+            label_gain=None if label_gain_N is None else label_gain_N[start:stop],
         )
         for one, payload, (start, stop) in zip(examples, payloads, pairwise(offsets), strict=True)
     ]

@@ -19,8 +19,11 @@ from shared.capture.units import Refused
 from shared.data.collation import Encoded
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
+from shared.data.rows import Example
+from shared.data.unseen import encoded_twice
 from shared.errors import DataError, TeachonceError, TrainingError, is_out_of_memory
 from shared.model_check import usable
+from shared.recipes.policies import VisualGain
 
 WINDOW = 64  # examples; at most so many decoded pictures are held by each worker
 
@@ -60,15 +63,23 @@ class WindowSource(Dataset):
 
     section  of the recipe, whose ``num_workers`` are named where memory does not suffice
     asks     prompts without their last answers
+    unseen   what becomes of the pictures in the teacher's second pass; None: there is none
     """
 
     def __init__(
-        self, rows: NumberedRows, processor: ExampleProcessor, *, section: str = "cache", asks: bool = False
+        self,
+        rows: NumberedRows,
+        processor: ExampleProcessor,
+        *,
+        section: str = "cache",
+        asks: bool = False,
+        unseen: VisualGain | None = None,
     ) -> None:
         self.rows = rows
         self.processor = processor
         self.section = section
         self.asks = asks
+        self.unseen = unseen
 
     def __getitem__(self, window: Window) -> EncodedWindow | TeachonceError:
         encoded: list[Encoded] = []
@@ -78,7 +89,7 @@ class WindowSource(Dataset):
             split, row = self.rows.find(number)
             try:
                 example = split[row]
-                one = self.processor.encode_prompt(example) if self.asks else self.processor.encode(example)
+                one = self._encoded(example)
             except DataError as error:
                 refused.append(Refused(key, self.rows.name(number), str(error)))
                 continue
@@ -96,6 +107,11 @@ class WindowSource(Dataset):
             encoded.append(one)
             names.append(split.where(row))
         return EncodedWindow(window.unit_id, encoded, refused, names)
+
+    def _encoded(self, example: Example) -> Encoded:
+        if self.asks:
+            return self.processor.encode_prompt(example)
+        return encoded_twice(self.processor, example, self.unseen)
 
     def usable(self) -> Iterator[Encoded]:
         """As ``model_check.usable``, of all splits."""

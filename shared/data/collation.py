@@ -30,6 +30,7 @@ class Encoded:
     Shapes   input_ids, labels (S,) int64; labels are -100 wherever nothing is to be learned
              per_token: what else there is for each token, (S, ...) each
              per_picture: what there is for the pictures, joined along the first axis; {} without pictures
+    unseen   the same example, its pictures blurred or removed, where a capture asks for it: see ``data.unseen``
     """
 
     key: bytes
@@ -39,6 +40,7 @@ class Encoded:
     per_picture: dict[str, Tensor]
     num_positions: int
     truncated: bool
+    unseen: Encoded | None = None
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:

@@ -127,6 +127,11 @@ class ExampleProcessor:
         return self._prompt.end_of_turn
 
     @property
+    def background(self) -> Background:
+        """What lies behind transparent pixels."""
+        return self._background
+
+    @property
     def thinking(self) -> bool | None:
         """What the template is told of thoughts; None where it has no such switch."""
         return self._prompt.template.thinking

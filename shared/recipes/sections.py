@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field, model_validator
 from shared.errors import RecipeError
 from shared.recipes import yaml12
 from shared.recipes.files import read_recipe_tree, validate_tree
-from shared.recipes.policies import TAIL_MODES, Policy, Threshold, ghost_of_several
+from shared.recipes.policies import TAIL_MODES, Policy, Threshold, VisualGain, ghost_of_several
 from shared.recipes.schema import Section
 
 
@@ -201,6 +201,10 @@ class CacheConfig(Section):
     label_log_prob: bool = False
     """Also the teacher's log-prob of the written token, two bytes a position, for losses that need it. It belongs to
     the cache's identity."""
+    visual_gain: VisualGain | None = None
+    """Also what the pictures give each token of the answer, two bytes a position: its log-prob less that of a second
+    pass with the pictures `blurred`, or `removed` from the prompt. null: no second pass. It belongs to the cache's
+    identity."""
     examples_per_shard: PositiveInt = 512
     """Examples in one file."""
     batch_tokens: PositiveInt = 16384

@@ -32,16 +32,22 @@ class CapturedBatch:
 
     @classmethod
     def of(
-        cls, unit_id: str, encoded: Sequence[Encoded], targets: SparseTargets, ce_N: Tensor
+        cls,
+        unit_id: str,
+        encoded: Sequence[Encoded],
+        targets: SparseTargets,
+        ce_N: Tensor,
+        gain_N: Tensor | None = None,
     ) -> CapturedBatch:
         tensors = {name: getattr(targets, name) for name in TENSOR_FIELDS}
-        return cls(unit_id, encoded, targets, HostCopy({**tensors, "ce": ce_N}))
+        gain = {} if gain_N is None else {"gain": gain_N}
+        return cls(unit_id, encoded, targets, HostCopy({**tensors, "ce": ce_N, **gain}))
 
     def rows(self) -> list[Row]:
         """The rows of the cache; waits for the copy."""
         tensors: dict[str, Any] = self.copy.wait()
-        ce_N = tensors.pop("ce")
-        return rows_of(self.encoded, replace(self.targets, **tensors), ce_N)
+        ce_N, gain_N = tensors.pop("ce"), tensors.pop("gain", None)
+        return rows_of(self.encoded, replace(self.targets, **tensors), ce_N, gain_N)
 
 
 class ShardAssembler(UnitCollector):

@@ -21,6 +21,7 @@ from shared.reports.page import Section
 from shared.reports.pieces import beside, card, cards, figure, figures, html_table, paragraph, table
 from shared.reports.text import escape, shorten, token_text
 from shared.survey import open_processor_of
+from stage1_teacher.inspection.pictures import by_kind_table, gains_of_answers
 from stage1_teacher.inspection.plots import by_kind
 from stage1_teacher.inspection.positions import positions_of, top_entries
 
@@ -67,6 +68,7 @@ def example_sections(reader: CacheReader, recipe: Recipe, *, seed: int) -> list[
         _token_by_token(reader, recipe, processor, found),
         Section("Where the teacher is surest", [surest]),
         Section("Where it is least sure", [least]),
+        *_by_gain(found, recipe),
     ]
 
 
@@ -116,6 +118,26 @@ def _composition(reader: CacheReader, found: list[Shown]) -> Section:
     if drawing is not None and len(kinds) > 1:
         pieces.append(figures([figure(drawing)]))
     return Section("Kinds of questions", pieces)
+
+
+def _by_gain(found: list[Shown], recipe: Recipe) -> list[Section]:
+    """Which answers need their pictures; nothing where the cache does not say."""
+    seen = [one for one in found if one.row.label_gain is not None and one.example.images]
+    if not seen:
+        return []
+    gains_R = gains_of_answers([one.row for one in seen])
+    order = np.argsort(-gains_R, kind="stable")
+    most, least = (
+        cards([_card(seen[place], recipe) for place in places[:NUM_SHOWN]]) for places in (order, order[::-1])
+    )
+    return [
+        Section(
+            "Pictures by kind of question",
+            [by_kind_table([one.kind for one in seen], [one.row for one in seen])],
+        ),
+        Section("Where the pictures matter most", [most]),
+        Section("Where they matter least, or mislead", [least]),
+    ]
 
 
 def _kinds_drawn(reader: CacheReader, found: list[Shown]) -> Drawing | None:
@@ -174,6 +196,8 @@ def _card(one: Shown, recipe: Recipe) -> str:
         "teacher": f"entropy {one.entropy:.3f}, cross-entropy {one.cross_entropy:.3f} nats per position",
         "kept": f"{one.row.num_positions} positions, {len(one.row.payload)} bytes",
     }
+    if one.row.label_gain is not None:
+        values["pictures"] = f"gain {float(gains_of_answers([one.row])[0]):.2f} nats over the answer"
     return card(
         one.example.images, values, background=recipe.data.background, alt=picture_alt(one.example.question)
     )

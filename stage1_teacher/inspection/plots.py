@@ -16,6 +16,7 @@ from shared.errors import CacheFormatError
 from shared.reports.figures import COLORS, Drawing, add_legend, require_matplotlib, save_png
 from shared.reports.reliability import Reliability, draw_reliability
 from shared.reports.text import label
+from stage1_teacher.inspection.pictures import gain_drawing
 from stage1_teacher.inspection.positions import Positions, positions_of
 
 BLUE, ORANGE = COLORS[:2]
@@ -71,6 +72,8 @@ def drawings(sample: Sample) -> dict[str, Drawing]:
     positions = positions_of(sample.rows, sample.targets)
     if positions is not None:
         found |= {"by_place": by_place(positions), "calibration": calibration(positions)}
+    if sample.rows[0].label_gain is not None:
+        found["visual_gain"] = gain_drawing(sample.rows)
     return found
 
 

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache import CacheReader
-from shared.cache.inspect import inspect, sample_rows
+from shared.cache.inspect import Sample, inspect, sample_rows
 from shared.errors import CacheFormatError, RecipeError, TeachonceError
 from shared.recipes import Recipe, dump_recipe
+from shared.reports.figures import Drawing
 from shared.reports.page import Page, Section, write_page
 from shared.reports.pieces import facts, figure, figures, grid, heading, paragraph, table
 from shared.reports.recipe import recipe_pieces
 from stage1_teacher.inspection.captures import capture_records
 from stage1_teacher.inspection.examples import example_sections
+from stage1_teacher.inspection.pictures import gains_of_answers, told
 from stage1_teacher.inspection.plots import drawings
 
 VERSIONS = ("teachonce", "torch", "transformers", "python", "commit", "gpu")
@@ -37,7 +39,9 @@ def write_cache_report(reader: CacheReader, recipe: Recipe | None, path: Path, *
             f"recipe of run {recipe.run.name}: a report with examples needs a teacher and a cache section. Give the "
             "recipe of the capture (--recipe), or none"
         )
-    summary, drawn = inspect(reader), drawings(sample_rows(reader))
+    summary, sample = inspect(reader), sample_rows(reader)
+    drawn = drawings(sample)
+    pictures = drawn.pop("visual_gain", None)
     sections = [
         Section(
             "What it is", [grid([facts(_identity(summary)), facts(_contents(summary) | _quality(summary))])]
@@ -45,6 +49,7 @@ def write_cache_report(reader: CacheReader, recipe: Recipe | None, path: Path, *
         Section(
             "How sure the teacher is, and what that costs", [figures([figure(one) for one in drawn.values()])]
         ),
+        *([] if pictures is None else [_pictures(reader, sample, pictures)]),
         *_examples(reader, recipe, seed=seed),
         Section("How it was captured", _captures(reader, recipe)),
     ]
@@ -53,6 +58,12 @@ def write_cache_report(reader: CacheReader, recipe: Recipe | None, path: Path, *
         "well it knows the answers. Both are in nats per position; a position is one token of an answer."
     )
     write_page(Page(f"Cache {reader.location}", sections, lead=lead), path)
+
+
+def _pictures(reader: CacheReader, sample: Sample, drawing: Drawing) -> Section:
+    assert reader.visual_gain is not None
+    paragraphs = [paragraph(told(gains_of_answers(sample.rows), reader.visual_gain))]
+    return Section("Which answers need their pictures", [*paragraphs, figures([figure(drawing)])])
 
 
 def _examples(reader: CacheReader, recipe: Recipe | None, *, seed: int) -> list[Section]:

@@ -258,7 +258,9 @@ def _lines(summary: dict[str, Any]) -> list[str]:
 
 def _also(targets: dict[str, Any]) -> str:
     """What is kept beside the entries."""
-    return "; log-probs of the labels" if targets.get("label_log_prob") else ""
+    log_probs = "; log-probs of the labels" if targets.get("label_log_prob") else ""
+    gain = targets.get("visual_gain")
+    return log_probs + (f"; what the pictures give them, against pictures {gain}" if gain else "")
 
 
 def _plain(value: Any) -> str:
