@@ -62,10 +62,10 @@ def microbatches_of(recipe: Recipe, inputs: Inputs, world: World) -> list[Microb
 
 
 def counts_of(microbatches: Sequence[Microbatch], world: World) -> dict[str, int]:
-    """Positions and tokens of all ranks."""
-    own = [sum(m.num_positions for m in microbatches), sum(m.num_tokens for m in microbatches)]
-    num_positions, num_tokens = world.sum_over_data(torch.tensor(own)).tolist()
-    return {"num_positions": num_positions, "num_tokens": num_tokens}
+    """Positions, those of them that are kept, and tokens of all ranks."""
+    names = ("num_positions", "num_kept", "num_tokens")
+    own = [sum(getattr(m, name) for m in microbatches) for name in names]
+    return dict(zip(names, world.sum_over_data(torch.tensor(own)).tolist(), strict=True))
 
 
 def differences(ours: FirstStep, theirs: FirstStep) -> dict[str, float]:

@@ -111,6 +111,8 @@ SPLITS: dict[int, list[tuple[str, dict[str, Any]]]] = {
         ("untied", {"parallel__tensor": 2, "loss__kd_ratio": 1.0, "loss__temperature": 2.0}),
         ("router", {"parallel__tensor": 2}),
         ("experts", {"parallel__expert": 2}),
+        ("untied", {"parallel__tensor": 2, "loss__positions": {"keep": 0.3, "by": "student_entropy"}}),
+        ("tied", {"parallel__tensor": 2, "loss__positions": {"keep": 0.3, "by": "kl", "ce": "all"}}),
     ],
     4: [
         ("tied", {"parallel__tensor": 2, "parallel__cpu_offload": True}),

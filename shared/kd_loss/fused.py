@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -89,6 +89,7 @@ def fused_ce_kd(
     divergence: Divergence = FORWARD_KL,
     tail: str = "ghost",
     weights_N: Tensor | None = None,
+    kd_factors_N: Tensor | None = None,
     num_vocab_ids: int | None = None,
     ignore_index: int = -100,
     tp_group: dist.ProcessGroup | None = None,
@@ -110,6 +111,7 @@ def fused_ce_kd(
     Shapes   hidden_ND (N, D), weight_VD (V, D), bias_V (V,)  fp64, fp32, bf16 or fp16
              labels_N (N,) int64, ``ignore_index`` where a position does not count
              targets of N positions; weights_N (N,) of positions: factors of all sums but those that count
+             kd_factors_N (N,), 0 or above: further factors of ``kd`` and ``teacher_entropy``
              label_logprobs_N (N,) fp32, at temperature 1
     Returns  LossSums; of a split vocabulary complete on every rank, as is the hidden states' gradient
     Raises   RecipeError         for settings that contradict each other or the targets
@@ -133,6 +135,7 @@ def fused_ce_kd(
         divergence=divergence,
         tail=tail,
         weights_N=weights_N,
+        kd_factors_N=kd_factors_N,
         num_vocab_ids=num_vocab_ids,
         ignore_index=ignore_index,
         tp_group=tp_group,
@@ -191,6 +194,7 @@ def _prepared(
     divergence: Divergence = FORWARD_KL,
     tail: str = "ghost",
     weights_N: Tensor | None = None,
+    kd_factors_N: Tensor | None = None,
     num_vocab_ids: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     reverse_kl: float = 0.0,
@@ -214,9 +218,11 @@ def _prepared(
         raise RecipeError(
             f"reverse_kl is {reverse_kl} but there are no log-probs of the labels; give label_logprobs_N"
         )
-    positions = counted_positions(hidden_ND, labels_N, weights_N, targets, ignore_index, label_logprobs_N)
+    positions = counted_positions(
+        hidden_ND, labels_N, weights_N, targets, ignore_index, label_logprobs_N, kd_factors_N
+    )
     positions = with_checked_ids(positions, num_ids, num_vocab_ids)
-    teacher_of = _teacher_source(positions.targets, settings, tail, hidden_ND)
+    teacher_of = _teacher_source(positions, settings, tail)
     work = _Work(positions, teacher_of, settings, chunk_size, with_grad=torch.is_grad_enabled())
     return weight_VD, bias_V, work
 
@@ -243,29 +249,32 @@ def _check(settings: LossSettings, chunk_size: int, num_ids: int, *, has_targets
 TeacherSource = Callable[[int, int], tuple[SparseTeacher | None, int]]
 
 
-def _teacher_source(
-    targets: Targets | None, settings: LossSettings, tail: str, hidden_ND: Tensor
-) -> TeacherSource:
+def _teacher_source(positions: Positions, settings: LossSettings, tail: str) -> TeacherSource:
     """Unpacks entries for the loss: a chunk's on a CPU, where memory counts; else all, so as not to wait."""
+    targets = positions.targets
     if targets is None:
         return lambda start, stop: (None, 0)
-    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    dtype = torch.promote_types(positions.hidden_ND.dtype, torch.float32)
 
-    def unpack(part: Targets) -> SparseTeacher:
-        return sparse_teacher(
-            part,
+    def unpack(start: int, stop: int) -> SparseTeacher:
+        found = sparse_teacher(
+            targets if (start, stop) == (0, targets.num_positions) else targets.slice(start, stop),
             temperature=settings.temperature,
             divergence=settings.divergence,
             tail=tail,
             num_vocab_ids=settings.num_vocab_ids,
             dtype=dtype,
         )
+        if positions.kd_factors_N is None:
+            return found
+        factor_N = positions.kd_factors_N[start:stop].to(dtype)
+        return replace(found, rows=found.rows.weighed(factor_N))
 
     if targets.offsets.device.type != "cpu":
-        whole = unpack(targets)
+        whole = unpack(0, targets.num_positions)
         return lambda start, stop: (whole, start)
-    unpack(targets.slice(0, 0))  # refuses what it must even where no position is left
-    return lambda start, stop: (unpack(targets.slice(start, stop)), 0)
+    unpack(0, 0)  # refuses what it must even where no position is left
+    return lambda start, stop: (unpack(start, stop), 0)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class Positions:
     Shapes   hidden_ND (N, D); labels_N (N,) int64 inside the vocabulary; weights_N (N,) fp32, None for one
              label_logprobs_N (N,) fp32, the teacher's of the labels that the student drew, else NaN
              count () int64: how many of the positions given count
+             kd_factors_N (N,) of KD alone, None for one
     """
 
     hidden_ND: Tensor
@@ -32,6 +33,7 @@ class Positions:
     targets: Targets | None
     count: Tensor
     label_logprobs_N: Tensor | None = None
+    kd_factors_N: Tensor | None = None
 
 
 def counted_positions(
@@ -41,6 +43,7 @@ def counted_positions(
     targets: Targets | None,
     ignore_index: int,
     label_logprobs_N: Tensor | None = None,
+    kd_factors_N: Tensor | None = None,
 ) -> Positions:
     """The positions that count, with a graph to ``hidden_ND`` even if there are none.
 
@@ -48,7 +51,8 @@ def counted_positions(
     """
     counts = [len(hidden_ND), len(labels_N)]
     counts += [] if targets is None else [targets.num_positions]
-    counts += [len(each_N) for each_N in (weights_N, label_logprobs_N) if each_N is not None]
+    optional = (weights_N, label_logprobs_N, kd_factors_N)
+    counts += [len(each_N) for each_N in optional if each_N is not None]
     if len(set(counts)) > 1:
         raise ValueError(
             f"hidden states, labels, targets, weights and log-probs have {counts} positions; all need the same"
@@ -62,14 +66,16 @@ def counted_positions(
         label_logprobs_N = label_logprobs_N.detach().float().masked_fill(~is_counted_N, torch.nan)
     if hidden_ND.device.type != "cpu" and weights_N is None:
         labels_N = torch.where(is_counted_N, labels_N, 0)
-        return Positions(hidden_ND, labels_N, is_counted_N.float(), targets, count, label_logprobs_N)
+        others = (label_logprobs_N, kd_factors_N)
+        return Positions(hidden_ND, labels_N, is_counted_N.float(), targets, count, *others)
     if int(count) < len(labels_N):
         index = is_counted_N.nonzero().squeeze(1)
         hidden_ND, labels_N = hidden_ND[index], labels_N[index]
         weights_N = None if weights_N is None else weights_N[index]
         targets = None if targets is None else targets.select(index)
         label_logprobs_N = None if label_logprobs_N is None else label_logprobs_N[index]
-    return Positions(hidden_ND, labels_N, weights_N, targets, count, label_logprobs_N)
+        kd_factors_N = None if kd_factors_N is None else kd_factors_N[index]
+    return Positions(hidden_ND, labels_N, weights_N, targets, count, label_logprobs_N, kd_factors_N)
 
 
 def with_checked_ids(positions: Positions, num_ids: int, num_vocab_ids: int) -> Positions:

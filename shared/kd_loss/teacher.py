@@ -37,6 +37,7 @@ class TeacherRows:
     Shapes   row_E, ids_E (E,) int64; mass_E (E,) at the entries
              total_N (N,) all mass; constant_N (N,) sum of p log p; entropy_N (N,)
              spread_N (N,) what every valid id gets besides, or None; rest_N (N,) the bucket's mass, or None
+             factor_N (N,) of the divergence with a bucket, or None for one; of a linear teacher it is in its masses
     """
 
     row_E: Tensor
@@ -47,6 +48,20 @@ class TeacherRows:
     entropy_N: Tensor
     spread_N: Tensor | None = None
     rest_N: Tensor | None = None
+    factor_N: Tensor | None = None
+
+    def weighed(self, factor_N: Tensor) -> TeacherRows:
+        """The same, its divergence and its entropy times a factor of each position, 0 or above."""
+        if self.rest_N is not None:
+            return replace(self, entropy_N=self.entropy_N * factor_N, factor_N=factor_N)
+        return replace(
+            self,
+            mass_E=self.mass_E * factor_N[self.row_E],
+            total_N=self.total_N * factor_N,
+            constant_N=self.constant_N * factor_N,
+            entropy_N=self.entropy_N * factor_N,
+            spread_N=None if self.spread_N is None else self.spread_N * factor_N,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ class SparseTeacher:
             entropy_N=rows.entropy_N[start:stop],
             spread_N=None if rows.spread_N is None else rows.spread_N[start:stop],
             rest_N=None if rows.rest_N is None else rows.rest_N[start:stop],
+            factor_N=None if rows.factor_N is None else rows.factor_N[start:stop],
         )
 
 
@@ -250,10 +266,11 @@ def bucket_kd(teacher: TeacherRows, logq_E: Tensor, log_rest_N: Tensor, divergen
     slopes_E = torch.where(ratio_E == ratio_N[row_E], 0, slopes_E - ratio_N[row_E] * q_E)
     rest_slopes_N = torch.where(rest_is_top_N, 0, rest_slopes_N - ratio_N * rest_q_N)
     slope_sum_N = sum_rows(slopes_E, row_E, num_positions) + rest_slopes_N
+    factor_N = torch.ones_like(rest_q_N) if teacher.factor_N is None else teacher.factor_N
     return KdRows(
-        value_N=sum_rows(terms_E, row_E, num_positions) + rest_terms_N,
-        scale_N=rest_slopes_N - rest_q_N * slope_sum_N,
-        entry_E=slopes_E - q_E * slope_sum_N[row_E],
+        value_N=(sum_rows(terms_E, row_E, num_positions) + rest_terms_N) * factor_N,
+        scale_N=(rest_slopes_N - rest_q_N * slope_sum_N) * factor_N,
+        entry_E=(slopes_E - q_E * slope_sum_N[row_E]) * factor_N[row_E],
         student_rest_N=rest_q_N,
         student_E=q_E,
     )

@@ -432,6 +432,18 @@ class StudentConfig(Section):
         return self
 
 
+class PositionsConfig(Section):
+    """Training on the most uncertain positions of each answer alone."""
+
+    keep: Annotated[float, Field(gt=0, le=1)]
+    """Share of each row's positions that is kept, rounded up."""
+    by: Literal["student_entropy", "teacher_entropy", "kl"] = "teacher_entropy"
+    """The highest of these are kept: entropies, or the divergence that the loss takes. That of the teacher comes from
+    the cache; the others cost one more product with the student's head."""
+    ce: Literal["all", "kept"] = "kept"
+    """Whether cross-entropy is over all positions or the kept ones. `all` saves nothing."""
+
+
 class LossConfig(Section):
     """``(1 - kd_ratio) * ce + kd_ratio * kd``; kd carries the factor ``temperature ** 2``."""
 
@@ -447,6 +459,29 @@ class LossConfig(Section):
     reverse_kl: PositiveFloat | None = None
     """Factor of the sampled KL from student to teacher, at rows that the student wrote at temperature 1; null: none.
     It needs `cache.label_log_prob`."""
+    visual_weight: Fraction | None = None
+    """How much a position's weight in training depends on what the pictures gave the teacher there: 0, or null, all
+    weigh the same; 1, a position that needs no picture weighs nothing. The mean weight is 1. Needs
+    `cache.visual_gain`."""
+    positions: PositionsConfig | None = None
+    """null: all positions are trained on."""
+
+    @model_validator(mode="after")
+    def _positions_have_a_loss(self) -> Self:
+        chosen = self.positions
+        if chosen is None:
+            return self
+        if self.kd_ratio == 0 and chosen.by != "student_entropy":
+            raise ValueError(
+                f"positions.by {chosen.by} beside kd_ratio 0: by labels alone there is no teacher to choose by. Set "
+                "it to student_entropy, or kd_ratio above 0"
+            )
+        if chosen.ce == "all" and self.kd_ratio in (0, 1):
+            what = "no KD, so all positions would count" if self.kd_ratio == 0 else "no CE"
+            raise ValueError(
+                f"positions.ce all beside kd_ratio {self.kd_ratio:g}: there is {what}. Set it to kept"
+            )
+        return self
 
 
 class OptimizationConfig(Section):
@@ -682,6 +717,8 @@ class Recipe(Section):
                 problems.append(f"cache.splits lacks {', '.join(lacking)}, which the student needs")
             if len(set(self.cache.splits)) != len(self.cache.splits):
                 problems.append("cache.splits names a split twice")
+        if self.loss.visual_weight:
+            problems += self._problems_of_a_visual_weight()
         if self.cache is not None and self.teacher is None and not self.cache.has_many_teachers:
             problems.append("a cache section needs a teacher section: it says whose targets the cache holds")
         if self.cache is not None:
@@ -711,6 +748,24 @@ class Recipe(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _problems_of_a_visual_weight(self) -> list[str]:
+        if self.loss.kd_ratio == 0:
+            return [
+                "loss.visual_weight beside loss.kd_ratio 0: by labels alone training reads no cache, which tells "
+                "what pictures gave. Set kd_ratio above 0, or leave visual_weight out"
+            ]
+        if self.cache is not None and self.cache.visual_gain is None:
+            return [
+                "loss.visual_weight needs a cache that tells what pictures gave. Set cache.visual_gain to blurred or "
+                "removed and capture again, or leave visual_weight out"
+            ]
+        if self.loss.reverse_kl is not None:
+            return [
+                "loss.visual_weight beside loss.reverse_kl: weights that depend on the drawn token change what its "
+                "average is of. Leave one of them out"
+            ]
+        return []
 
     def _problems_of_reverse_kl(self) -> list[str]:
         problems = []

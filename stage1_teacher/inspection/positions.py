@@ -4,7 +4,7 @@
     found.entropy_N.mean(), found.is_label_N.mean()
 
 A cache holds the teacher's entropy and cross-entropy as sums over a row, exactly, and the kept entries of each
-position.  What these leave open of a row's sum is shared out: entropy in proportion to the mass that is not kept,
+position.  What these leave open of a row's sum is shared out: entropy as ``shared.sparse.entropies`` has it,
 cross-entropy evenly over the positions whose label is not kept.  So the sum of a row is exact, and so is every
 position whose distribution was kept whole.
 
@@ -19,14 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from shared.cache import Row
-from shared.recipes.policies import Threshold
 from shared.sparse import SparseTargets
-
-Floats = npt.NDArray[np.float64]
-SMALL = 1e-6  # mass below which a row counts as kept whole
+from shared.sparse.entropies import Floats, entropies, is_exact, shared_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +57,19 @@ def positions_of(rows: Sequence[Row], targets: SparseTargets) -> Positions | Non
 
     position_E = targets.position_index.numpy()
     logprobs_E = targets.logprobs.double().numpy()
-    weights_E = targets.weights(1.0).double().numpy()
-    exact_E = _is_exact(targets)
+    exact_E = is_exact(targets)
     num_positions = targets.num_positions
 
     def per_position(values_E: Floats) -> Floats:
         return np.bincount(position_E, values_E, num_positions).astype(np.float64)
 
-    left_N = np.clip(1 - per_position(weights_E * exact_E), 0, None)
     entropy_sums_R = np.array([row.entropy_sums[column] for row in rows])
     ce_sums_R = np.array([row.ce_sum for row in rows])
-    entropy_N = _shared_out(per_position(-weights_E * logprobs_E), left_N, entropy_sums_R, row_N)
+    entropy_N = entropies(targets, entropy_sums_R, row_N, temperature=1.0)
     is_label_E = (targets.ids.numpy() == labels_N[position_E]) & exact_E
     known_N = per_position(np.where(is_label_E, -logprobs_E, 0.0))
     is_open_N = per_position(is_label_E.astype(float)) == 0
-    ce_N = _shared_out(known_N, is_open_N.astype(float), ce_sums_R, row_N)
+    ce_N = shared_out(known_N, is_open_N.astype(float), ce_sums_R, row_N)
     top_prob_N, top_id_N = (tensor.numpy() for tensor in targets.likeliest())
     return Positions(row_N, place_N, entropy_N, ce_N, top_prob_N.astype(np.float64), top_id_N == labels_N)
 
@@ -89,27 +83,3 @@ def top_entries(targets: SparseTargets, number: int) -> list[list[tuple[int, flo
         entries = sorted(zip(ids[start:end], probs[start:end], strict=True), key=lambda one: -one[1])
         found.append(entries[:number])
     return found
-
-
-def _is_exact(targets: SparseTargets) -> npt.NDArray[np.bool_]:
-    """(E,): whether an entry's log-prob is the token's own; a drawn one of ``threshold`` may stand for any token."""
-    if isinstance(targets.policy, Threshold) and targets.temperatures == (1.0,):
-        drawn = torch.tensor(targets.policy.log_tau).half()
-        return (targets.logprobs > drawn).numpy()
-    return np.ones(targets.num_entries, dtype=bool)
-
-
-def _shared_out(known_N: Floats, open_N: Floats, sums_R: Floats, row_N: npt.NDArray[np.int64]) -> Floats:
-    """Values whose sums over rows are ``sums_R``: what is known, and the rest in proportion to what is open.
-
-    Where a row has nothing open, or more is known than there is, as draws and rounding may have it, all its
-    values are scaled.
-    """
-    num_rows = len(sums_R)
-    known_R = np.bincount(row_N, known_N, num_rows)
-    open_R = np.bincount(row_N, open_N, num_rows)
-    rest_R = sums_R - known_R
-    is_shared_R = (open_R > SMALL) & (rest_R >= 0)
-    each_R = np.where(is_shared_R, rest_R / np.maximum(open_R, SMALL), 0.0)
-    scale_R = np.where(is_shared_R | (known_R <= 0), 1.0, sums_R / np.maximum(known_R, 1e-300))
-    return known_N * scale_R[row_N] + each_R[row_N] * open_N

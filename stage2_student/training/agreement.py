@@ -30,6 +30,7 @@ class Step:
     wait_s: float  # that this rank waited for its data
     num_positions: int
     num_tokens: int
+    num_kept: int  # positions that are trained on
     padding: float  # 0 to 1: the share of forwarded tokens that is padding
     waiting: (
         float  # 0 to 1: the share of all ranks' work that is waiting for the slowest of each round, by cost
@@ -67,12 +68,13 @@ def in_agreement(
         asked = stop is not None and stop.received
         costs = torch.tensor([m.cost for m in microbatches], dtype=torch.int64)
         counts = [sum(m.num_positions for m in microbatches), sum(m.num_tokens for m in microbatches)]
+        counts += [sum(m.num_kept for m in microbatches)]
         counts += [sum(m.num_forwarded for m in microbatches), int(costs.sum())]
         refused = [reason for m in microbatches for reason in m.refused]
         told = [asked, is_save_due(), len(refused), error is not None, _signature(microbatches, world)]
         sums = torch.tensor([*(0 if world.tensor_rank else n for n in counts), *told], dtype=torch.int64)
         dist.all_reduce(sums)
-        num_positions, num_tokens, num_forwarded, cost, num_asked, *others = sums.tolist()
+        num_positions, num_tokens, num_kept, num_forwarded, cost, num_asked, *others = sums.tolist()
         num_due, num_refused, num_failed, odd = others
         if num_failed:
             _raise_everywhere(error, world)
@@ -92,6 +94,7 @@ def in_agreement(
             wait_s,
             num_positions,
             num_tokens,
+            num_kept,
             padding=1 - num_tokens / max(1, num_forwarded),
             waiting=1 - cost / max(1, slowest),
             stop=num_asked > 0,

@@ -35,6 +35,7 @@ from shared.errors import (
 )
 from shared.model_check import usable
 from shared.sparse import Targets
+from stage2_student.training.emphasis import Emphasis, Weighing
 from stage2_student.training.order import Slot
 from stage2_student.training.own_answers import is_own
 
@@ -57,6 +58,7 @@ class Microbatch:
     num_rows: int = 0  # so many of the first examples count
     lengths: tuple[int, ...] = ()
     kinds: tuple[str, ...] = ()
+    weighing: Weighing | None = None  # how positions count in training; None: all alike
     teachers: tuple[str, ...] = ()  # of each example's targets, where the caches are of several
     teacher_ces: tuple[
         float, ...
@@ -69,6 +71,11 @@ class Microbatch:
     @property
     def num_positions(self) -> int:
         return len(self.labels)
+
+    @property
+    def num_kept(self) -> int:
+        """Positions that are trained on."""
+        return self.num_positions if self.weighing is None else self.weighing.num_kept
 
     @property
     def teacher_ce(self) -> float:
@@ -92,6 +99,8 @@ class Microbatch:
             position_index=self.position_index.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             targets=None if self.targets is None else self.targets.to(device, non_blocking=True),
+            weighing=self.weighing
+            and self.weighing.each(lambda tensor: tensor.to(device, non_blocking=True)),
             label_logprobs=None
             if self.label_logprobs is None
             else self.label_logprobs.to(device, non_blocking=True),
@@ -104,6 +113,7 @@ class Microbatch:
             position_index=self.position_index.pin_memory(),
             labels=self.labels.pin_memory(),
             targets=None if self.targets is None else self.targets.pin_memory(),
+            weighing=self.weighing and self.weighing.each(Tensor.pin_memory),
             label_logprobs=None if self.label_logprobs is None else self.label_logprobs.pin_memory(),
         )
 
@@ -117,6 +127,7 @@ class MicrobatchSource(Dataset):
                    for nothing
     packing        examples follow each other in one row, instead of rows of their own
     may_drop       rows that cannot be used are left out of their microbatch, which says why; else one is an error
+    emphasis       which positions count, and how much; None: all alike
     scores_own     also the teacher's log-probs of what the student wrote, which the cache then has
     """
 
@@ -130,6 +141,7 @@ class MicrobatchSource(Dataset):
         needs_picture: bool = False,
         packing: bool = False,
         may_drop: bool = False,
+        emphasis: Emphasis | None = None,
         scores_own: bool = False,
     ) -> None:
         self.split = split
@@ -139,6 +151,7 @@ class MicrobatchSource(Dataset):
         self.needs_picture = needs_picture
         self.packing = packing
         self.may_drop = may_drop
+        self.emphasis = emphasis
         self.scores_own = scores_own
 
     def __getitem__(self, slot: Slot) -> Microbatch | TeachonceError:
@@ -185,20 +198,25 @@ class MicrobatchSource(Dataset):
         targets: Targets | None = None
         label_logprobs: Tensor | None = None
         cached: Sequence[Row | MixedRow] = ()
+        lengths = tuple(one.num_positions for one in encoded)
         if self.cache is not None:
             cached = self._cached(self.cache, encoded, rows) if slot.counts else []
             targets = self.cache.targets(cached)  # type: ignore[arg-type]  # its own rows
             if self.scores_own:
                 label_logprobs = self._label_logprobs(self.cache, cached, writers)
+        weighing = None
+        if self.emphasis is not None:
+            weighing = self.emphasis.weigh(self.cache, cached, targets, lengths)
         return Microbatch(
             slot=slot,
             inputs=batch.inputs,
             position_index=batch.position_index,
             labels=batch.labels,
             targets=targets,
+            weighing=weighing,
             num_tokens=sum(len(one.input_ids) for one in encoded) if slot.counts else 0,
             num_rows=len(encoded) if slot.counts else 0,
-            lengths=tuple(one.num_positions for one in encoded),
+            lengths=lengths,
             kinds=tuple(kinds),
             places=tuple(place for one in encoded for place in places_of(one.labels)),
             refused=tuple(refused),

@@ -23,6 +23,7 @@ from stage2_student.runs.checkpoint import Checkpoint
 from stage2_student.runs.identity import CACHE, MIX, ORDER, run_identity
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.data_change import keep_rows
+from stage2_student.training.emphasis import Emphasis
 from stage2_student.training.feed import MicrobatchSource
 from stage2_student.training.order import ORDER_OF_EXAMPLES
 from stage2_student.training.own_answers import require_samples
@@ -38,6 +39,7 @@ class Inputs:
     cache             what training needs; None for labels alone
     validation_cache  what validation measures KL by: the same, or for labels alone one that happens to be there
     window            shards of the cache whose examples are mixed; 0: the order does not look at shards
+    emphasis          which positions count in training, and how much; None: all alike, as always in validation
     scores_own        training needs the teacher's log-probs of what the student wrote
     """
 
@@ -50,6 +52,7 @@ class Inputs:
     packing: bool = False
     may_drop: bool = False
     window: int = 0
+    emphasis: Emphasis | None = None
     scores_own: bool = False
 
     @cached_property
@@ -88,14 +91,19 @@ class Inputs:
             folder.metrics.append(self.record() | {"event": "data_change", "step": step, "changes": changes})
 
     def training_source(self) -> MicrobatchSource:
-        return self._microbatches(self.train, self.cache, scores_own=self.scores_own)
+        return self._microbatches(self.train, self.cache, emphasis=self.emphasis, scores_own=self.scores_own)
 
     def validation_source(self) -> MicrobatchSource:
         assert self.validation is not None
         return self._microbatches(self.validation, self.validation_cache)
 
     def _microbatches(
-        self, survey: Survey, cache: Cache | None, *, scores_own: bool = False
+        self,
+        survey: Survey,
+        cache: Cache | None,
+        *,
+        emphasis: Emphasis | None = None,
+        scores_own: bool = False,
     ) -> MicrobatchSource:
         return survey.microbatches(
             self.processor,
@@ -103,6 +111,7 @@ class Inputs:
             num_ranks=self.num_ranks,
             packing=self.packing,
             may_drop=self.may_drop,
+            emphasis=emphasis,
             scores_own=scores_own,
         )
 
@@ -142,6 +151,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     validation = None
     if recipe.data.splits.validation is not None:
         validation = survey_once(recipe, "validation", processor, cache, world)
+    emphasis = world.by_main(lambda: Emphasis.of(recipe, cache, train.keys))
     window = world.by_main(lambda: shuffle_window(recipe, cache))  # machines may have other staging folders
     if window and cache is not None:
         notices += (
@@ -162,6 +172,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
         packing=recipe.optimization.packing,
         may_drop=recipe.data.max_dropped > 0,
         window=window,
+        emphasis=emphasis,
         scores_own=recipe.loss.reverse_kl is not None,
     )
 
@@ -220,6 +231,7 @@ def open_targets(
         seed=recipe.cache.seed,
         temperatures=recipe.cache.temperatures,
         label_log_prob=recipe.cache.label_log_prob,
+        visual_gain=recipe.cache.visual_gain,
     )
     require_same_rendering(cache, processor, recipe.data)
     return cache, notices

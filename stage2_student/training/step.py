@@ -28,7 +28,7 @@ from stage2_student.training.student import Forwarded, StudentWithLoss
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over positions, of all ranks; nats.
+    """Means over positions, of all ranks; nats.  In training over those that are trained on, each by its weight.
 
     loss  what is minimised, the router's loss times its coefficient among it
     kd  carries the factor temperature squared
@@ -97,9 +97,15 @@ def train_step(
     num_positions: int,
     num_tokens: int,
     max_grad_norm: float | None,
+    num_kept: int | None = None,
 ) -> StepResult:
-    """Called by all ranks with the same number of microbatches; the two numbers are of all ranks."""
-    sums = accumulate(student, microbatches, world, num_positions=num_positions, num_tokens=num_tokens)
+    """Called by all ranks with the same number of microbatches; the numbers are of all ranks.
+
+    num_kept  positions that are trained on: those with KD, and with CE unless that is over all; None: all
+    """
+    sums = accumulate(
+        student, microbatches, world, num_positions=num_positions, num_kept=num_kept, num_tokens=num_tokens
+    )
     reduced = sums.means(student.router, world, num_tokens=num_tokens)
     grad_norm = clip_gradients(student, world, max_grad_norm)
     # The norm is of all ranks' gradients and the losses are summed over ranks, so all of them decide alike.
@@ -122,18 +128,23 @@ def accumulate(
     *,
     num_positions: int,
     num_tokens: int,
+    num_kept: int | None = None,
 ) -> Sums:
     """Gradients of a step's loss, and the sums it is made of.
 
+    Both losses are divided by the number of positions with CE, so KD at fewer of them is scaled up to be a mean, too.
     Gradients are kept on each rank until the last microbatch, and reduced once.
     """
     sums = Sums(world.device)
+    num_kept = num_positions if num_kept is None else num_kept
+    num_with_ce = num_kept if student.trains_on_kept else num_positions
+    kd_scale = num_with_ce / max(1, num_kept)
     for index, microbatch in enumerate(microbatches):
         is_last = index == len(microbatches) - 1
         student.set_requires_gradient_sync(is_last)  # type: ignore[operator]  # fully_shard adds these
         student.set_is_last_backward(is_last)  # type: ignore[operator]
-        losses, router = forward(student, microbatch, world)
-        loss = losses.loss / max(1, num_positions)
+        losses, router = forward(student, microbatch, world, kd_scale=kd_scale)
+        loss = losses.loss / max(1, num_with_ce)
         if router is not None and student.router is not None:
             loss = loss + student.router.coefficient * router / max(1, num_tokens)
         loss.backward()
@@ -141,9 +152,11 @@ def accumulate(
     return sums
 
 
-def forward(student: nn.Module, microbatch: Microbatch, world: World) -> Forwarded:
+def forward(student: nn.Module, microbatch: Microbatch, world: World, *, kd_scale: float = 1.0) -> Forwarded:
     one = microbatch.to(world.device)
-    return student(one.inputs, one.position_index, one.labels, one.targets, one.num_rows, one.label_logprobs)
+    weighing = one.weighing and replace(one.weighing, kd_scale=kd_scale)
+    fed = (one.inputs, one.position_index, one.labels, one.targets, one.num_rows)
+    return student(*fed, one.label_logprobs, weighing)
 
 
 def seed_step(seed: int, *, step: int, data_rank: int) -> None:

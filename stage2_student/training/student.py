@@ -35,6 +35,9 @@ from shared.data.collation import Encoded
 from shared.data.processing import ExampleProcessor
 from shared.errors import RecipeError
 from shared.kd_loss import LossSums, ce_kd_by_position, fused_ce_kd
+from shared.kd_loss.kept import highest
+from shared.kd_loss.uncertainty import same_on_all, student_entropy
+from shared.kd_loss.vocab_parallel import local_part
 from shared.model_check import check_model
 from shared.models.chunks import chunk_positions
 from shared.models.meshes import make_meshes
@@ -56,6 +59,7 @@ from shared.models.vlm import (
 from shared.recipes import LossConfig, ParallelConfig, Recipe, StudentConfig
 from shared.runtime import World
 from shared.sparse import Targets
+from stage2_student.training.emphasis import Weighing
 from stage2_student.training.freezing import find_parts, freeze
 from stage2_student.training.lora import add_adapters, beside_adapters
 from stage2_student.training.picture_costs import tokens_per_pixel
@@ -113,14 +117,18 @@ class StudentWithLoss(nn.Module):
         targets: Targets | None,
         num_rows: int | None = None,
         label_logprobs: Tensor | None = None,
+        weighing: Weighing | None = None,
     ) -> Forwarded:
         """Shapes   position_index (N,) int64 into the flattened (B * S) hidden states; labels (N,) int64
         label_logprobs (N,) fp32, the teacher's of labels that the student wrote, else NaN; None: no reverse KL
+        weighing  which positions count, and how much; None: all alike
         num_rows  the first examples, whose tokens count for the router; None: all
         Returns  sums over the N positions, fp32 nats; with N = 0 zeros that still have a graph
         """
         hidden_ND, router = self._hidden(inputs, position_index, num_rows)
-        return Forwarded(self._losses(hidden_ND, labels, targets, label_logprobs), router)
+        if weighing is None:
+            return Forwarded(self._losses(hidden_ND, labels, targets, label_logprobs), router)
+        return Forwarded(self._weighed_losses(hidden_ND, labels, targets, label_logprobs, weighing), router)
 
     def measure(
         self,
@@ -163,16 +171,62 @@ class StudentWithLoss(nn.Module):
             router = self.router.weighted(router_logits, counted_tokens(inputs, num_rows))
         return hidden.flatten(0, 1).index_select(0, position_index), router
 
+    @property
+    def trains_on_kept(self) -> bool:
+        """Whether CE, too, is over the kept positions alone."""
+        return self.loss.positions is not None and self.loss.positions.ce == "kept"
+
+    def _weighed_losses(
+        self,
+        hidden_ND: Tensor,
+        labels: Tensor,
+        targets: Targets | None,
+        label_logprobs: Tensor | None,
+        weighing: Weighing,
+    ) -> LossSums:
+        weights_N, kd_factors_N = weighing.weights_N, None
+        if weighing.keep is not None:
+            scores_N = self._scores(hidden_ND, labels, targets, weighing)
+            index = highest(scores_N, weighing.lengths, weighing.keep)
+            if self.trains_on_kept:
+                hidden_ND, labels = hidden_ND[index], labels[index]
+                targets = None if targets is None else targets.select(index)
+                weights_N = None if weights_N is None else weights_N[index]
+                label_logprobs = None if label_logprobs is None else label_logprobs[index]
+            else:
+                kd_factors_N = torch.zeros_like(scores_N).index_fill(0, index, weighing.kd_scale)
+        factors = {"weights_N": weights_N, "kd_factors_N": kd_factors_N}
+        losses = self._losses(hidden_ND, labels, targets, label_logprobs, **factors)
+        # It divides a step's loss: a position of weight 0 is one of those whose weights average one.
+        return losses._replace(num_positions=torch.full_like(losses.num_positions, len(labels)))
+
+    @torch.no_grad()
+    def _scores(
+        self, hidden_ND: Tensor, labels: Tensor, targets: Targets | None, weighing: Weighing
+    ) -> Tensor:
+        """(N,) by which positions are kept, on all ranks that split the head the same."""
+        if weighing.entropy_N is not None:
+            return weighing.entropy_N
+        inputs = self._loss_inputs(hidden_ND)
+        assert self.loss.positions is not None
+        if self.loss.positions.by == "student_entropy":
+            names = ("hidden_ND", "weight_VD", "bias_V", "softcap", "chunk_size")
+            return student_entropy(labels_N=labels, **{name: inputs[name] for name in names})
+        found = ce_kd_by_position(labels_N=labels, targets=targets, temperature=self._temperature, **inputs)
+        return same_on_all(found.kd_N, local_part(inputs["weight_VD"], 0, None)[1])
+
     def _losses(
         self,
         hidden_ND: Tensor,
         labels: Tensor,
         targets: Targets | None,
         label_logprobs: Tensor | None = None,
+        **factors: Any,
     ) -> LossSums:
         return fused_ce_kd(
             labels_N=labels,
             targets=targets,
+            **factors,
             kd_ratio=self.loss.kd_ratio,
             temperature=self._temperature,
             reverse_kl=0.0 if label_logprobs is None else self.loss.reverse_kl or 0.0,

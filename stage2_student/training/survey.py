@@ -19,6 +19,7 @@ from shared.recipes import DataConfig, Recipe, Split
 from shared.runtime import World
 from shared.survey import Keyed, are_skipped, keys_fingerprint, require_in_the_cache, survey_keys
 from shared.surveying import Surveyors
+from stage2_student.training.emphasis import Emphasis
 from stage2_student.training.feed import MicrobatchSource
 
 MAX_REASONS_SHOWN = 10
@@ -81,6 +82,7 @@ class Survey:
         num_ranks: int,
         packing: bool = False,
         may_drop: bool = False,
+        emphasis: Emphasis | None = None,
         scores_own: bool = False,
     ) -> MicrobatchSource:
         """What makes the microbatches of these examples; all ranks' have pictures, or none has."""
@@ -92,6 +94,7 @@ class Survey:
             needs_picture=num_ranks > 1 and self.has_pictures,
             packing=packing,
             may_drop=may_drop,
+            emphasis=emphasis,
             scores_own=scores_own,
         )
 

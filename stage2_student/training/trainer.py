@@ -214,6 +214,7 @@ class Trainer:
                 self._with_a_picture(step.microbatches),
                 self.world,
                 num_positions=step.num_positions,
+                num_kept=step.num_kept,
                 num_tokens=step.num_tokens,
                 max_grad_norm=config.max_grad_norm,
             )
@@ -256,12 +257,14 @@ class Trainer:
             "epoch": (self.step - 1) // self.shape.num_steps_per_epoch,
             "num_epochs": self.step / self.shape.num_steps_per_epoch,  # done
             **_named(losses, distils=self.recipe.distils),
+            "num_positions": step.num_positions,
+            **({} if self.recipe.loss.positions is None else {"num_kept": step.num_kept}),
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
             "updated": result.updated,
             "step_s": step_s,
             "data_wait": step.wait_s / step_s,
-            "positions_per_s": losses.num_positions / step_s,
+            "positions_per_s": step.num_positions / step_s,
             "tokens_per_s": step.num_tokens / step_s,
             "padding": step.padding,
             "waiting": step.waiting,

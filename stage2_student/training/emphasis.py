@@ -1,0 +1,84 @@
+"""Which positions count in training, and how much: ``loss.visual_weight`` and ``loss.positions``.
+
+    emphasis = Emphasis.of(recipe, cache, keys)            # None where all count alike
+    weighing = emphasis.weigh(cache, rows, targets, lengths)    # of a microbatch, in a data-loader worker
+
+Both depend on the example alone, so the numbers of positions that divide a step are known before its forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from shared.cache import Cache, MixedRow, Row
+from shared.cache.index import Keys
+from shared.kd_loss.kept import num_kept
+from shared.recipes import PositionsConfig, Recipe
+from shared.sparse import Targets
+from shared.sparse.entropies import teacher_entropy
+from stage2_student.training.visual_weight import VisualWeight
+
+
+@dataclass(frozen=True, eq=False)
+class Weighing:
+    """How the N positions of a microbatch count.
+
+    weights_N   (N,) fp32, which average one over the training rows; None: one each
+    lengths     positions of each example
+    keep        the share of each example's positions that is kept; None: all
+    entropy_N   the teacher's, (N,) fp32 nats, where positions are chosen by it
+    kd_scale    factor of KD at a kept position, where CE is over all: so many positions of the step are there for
+                each that is kept
+    """
+
+    weights_N: Tensor | None
+    lengths: tuple[int, ...]
+    keep: float | None = None
+    entropy_N: Tensor | None = None
+    kd_scale: float = 1.0
+
+    @property
+    def num_kept(self) -> int:
+        return sum(self.lengths) if self.keep is None else sum(num_kept(self.lengths, self.keep))
+
+    def each(self, move: Callable[[Tensor], Tensor]) -> Weighing:
+        """With its tensors as ``move`` makes them."""
+        moved = [None if one is None else move(one) for one in (self.weights_N, self.entropy_N)]
+        return replace(self, weights_N=moved[0], entropy_N=moved[1])
+
+
+@dataclass(frozen=True)
+class Emphasis:
+    """temperature  of the loss, at which the teacher's entropy is taken"""
+
+    visual: VisualWeight | None
+    positions: PositionsConfig | None
+    temperature: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, cache: Cache | None, keys: Keys) -> Emphasis | None:
+        """None where all positions count alike; ``keys`` of the training rows.  Raises as ``VisualWeight.of``."""
+        visual = None if cache is None else VisualWeight.of(recipe, cache, keys)
+        if visual is None and recipe.loss.positions is None:
+            return None
+        return cls(visual, recipe.loss.positions, recipe.loss.temperature)
+
+    def weigh(
+        self,
+        cache: Cache | None,
+        rows: Sequence[Row | MixedRow],
+        targets: Targets | None,
+        lengths: Sequence[int],
+    ) -> Weighing:
+        """Of the examples of some rows; no cache and no targets where training has none."""
+        weights_N = entropy_N = None
+        if self.visual is not None and cache is not None:
+            gains_N = cache.label_gains(rows)  # type: ignore[arg-type]  # its own rows
+            weights_N = self.visual.of_positions(gains_N)
+        if self.positions is not None and self.positions.by == "teacher_entropy" and targets is not None:
+            entropy_N = teacher_entropy(targets, lengths, temperature=self.temperature)
+        keep = None if self.positions is None else self.positions.keep
+        return Weighing(weights_N, tuple(lengths), keep, entropy_N)

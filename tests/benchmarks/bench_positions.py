@@ -1,0 +1,109 @@
+"""What training on a share of the positions saves: head and loss at the kept ones, against all of them.
+
+    python -m tests.benchmarks.bench_positions
+
+Times are of forward and backward, what chooses the positions included, in rounds in which the variants take turns;
+ratios are medians over rounds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from shared.kd_loss import ce_kd_by_position, fused_ce_kd
+from shared.kd_loss.kept import highest, num_kept
+from shared.kd_loss.uncertainty import student_entropy
+from shared.sparse.entropies import teacher_entropy
+from tests.benchmarks.bench_loss import CHUNK, D, Inputs, V, ratio, times_s
+
+NUM_POSITIONS, LENGTH, ROUNDS = 1024, 64, 5
+KEEP = 0.2
+LENGTHS = [LENGTH] * (NUM_POSITIONS // LENGTH)
+
+
+def scores(inputs: Inputs, by: str) -> Tensor:
+    """What positions are chosen by; that of the teacher is computed here, in training by a data-loader worker."""
+    if by == "teacher_entropy":
+        return teacher_entropy(inputs.targets, LENGTHS, temperature=1.0)
+    hidden_ND, weight_VD = inputs.hidden_ND.detach(), inputs.weight_VD.detach()
+    if by == "student_entropy":
+        return student_entropy(hidden_ND, weight_VD, inputs.labels_N, chunk_size=CHUNK)
+    return ce_kd_by_position(hidden_ND, weight_VD, inputs.labels_N, inputs.targets, chunk_size=CHUNK).kd_N
+
+
+def on_all(inputs: Inputs) -> None:
+    sums = fused_ce_kd(
+        inputs.hidden_ND, inputs.weight_VD, inputs.labels_N, inputs.targets, kd_ratio=0.5, chunk_size=CHUNK
+    )
+    sums.loss.backward()
+
+
+def on_kept(inputs: Inputs, *, by: str, keep: float = KEEP) -> None:
+    index = highest(scores(inputs, by), LENGTHS, keep)
+    sums = fused_ce_kd(
+        inputs.hidden_ND[index],
+        inputs.weight_VD,
+        inputs.labels_N[index],
+        inputs.targets.select(index),
+        kd_ratio=0.5,
+        chunk_size=CHUNK,
+    )
+    sums.loss.backward()
+
+
+def kd_on_kept(inputs: Inputs, *, by: str) -> None:
+    """CE over all."""
+    found = scores(inputs, by)
+    index = highest(found, LENGTHS, KEEP)
+    sums = fused_ce_kd(
+        inputs.hidden_ND,
+        inputs.weight_VD,
+        inputs.labels_N,
+        inputs.targets,
+        kd_ratio=0.5,
+        kd_factors_N=torch.zeros_like(found).index_fill(0, index, 1 / KEEP),
+        chunk_size=CHUNK,
+    )
+    sums.loss.backward()
+
+
+BY = ("teacher_entropy", "student_entropy", "kl")
+VARIANTS: dict[str, tuple[Callable[[Inputs], None], str]] = {
+    "all positions": (on_all, "1"),
+    **{f"kept, by {by}": (partial(on_kept, by=by), "0.20" if by == BY[0] else "0.53") for by in BY},
+    "half kept, by teacher_entropy": (partial(on_kept, by=BY[0], keep=0.5), "0.50"),
+    **{
+        f"KD at the kept, CE at all, by {by}": (partial(kd_on_kept, by=by), "1" if by == BY[0] else "1.33")
+        for by in BY
+    },
+}
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """What was measured, its time against that of all positions, and the products with the head against theirs."""
+    inputs = Inputs.make(NUM_POSITIONS, with_dense_teacher=False)
+    seconds = times_s(inputs, [variant for variant, _ in VARIANTS.values()], ROUNDS)
+    return [
+        (name, f"{ratio(found, seconds[0]):.2f}", products)
+        for (name, (_, products)), found in zip(VARIANTS.items(), seconds, strict=True)
+    ]
+
+
+def main() -> None:
+    kept, threads = sum(num_kept(LENGTHS, KEEP)), torch.get_num_threads()
+    print(
+        f"loss at {kept} of {NUM_POSITIONS} positions, in answers of {LENGTH}, on a CPU: V = {V}, D = {D}, fp32, "
+        f"chunk {CHUNK}, {threads} threads, {os.cpu_count()} cores"
+    )
+    print(f"  {'':<44} {'time':>6}  {'head products':>14}")
+    for name, figure, products in rows():
+        print(f"  {name:<44} {figure:>6}  {products:>14}")
+
+
+if __name__ == "__main__":
+    main()
