@@ -7,6 +7,7 @@ chosen before Triton is first imported: hence a file of its own, and a process o
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,16 @@ def assert_kernel_agrees(
 def test_shapes(num_rows: int, num_ids: int, temperature: float, dtype: torch.dtype) -> None:
     teacher = teacher_of(num_rows, num_ids, Threshold(tau=0.05), temperature, "ghost")
     assert_kernel_agrees(num_rows, num_ids, dtype, teacher, LossSettings(0.4, temperature, num_ids))
+
+
+@pytest.mark.parametrize("policy", [Threshold(tau=0.05), TopK(k=3)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kd_at_some_of_the_rows(policy: Policy, temperature: float) -> None:
+    teacher = teacher_of(3, 500, policy, temperature, "uniform")
+    factors = torch.tensor([1.0] * FIRST + [0.0, 5.0, 0.5], device=DEVICE)
+    some = replace(teacher, rows=teacher.rows.weighed(factors))
+    settings = LossSettings(0.4, temperature, 500 - 500 // 9)
+    assert_kernel_agrees(3, 500, torch.float32, some, settings)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

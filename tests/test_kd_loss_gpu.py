@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from shared.kd_loss import KDLoss, fused_ce_kd
+from shared.kd_loss.kept import highest
+from shared.kd_loss.uncertainty import student_entropy
 from shared.recipes.policies import Policy, TopK
 from tests.test_kd_loss_fused import THRESHOLD, Problem
 
@@ -38,6 +40,26 @@ def test_equal_to_the_cpu(
         torch.testing.assert_close(value, other.detach(), rtol=tol, atol=tol)
     for grad, other in zip(got_grads, want_grads, strict=True):
         assert (grad.double() - other.double()).norm() < tol * other.double().norm()
+
+
+@pytest.mark.parametrize(("policy", "tail"), [(THRESHOLD, "ghost"), (TopK(k=3), "ghost")])
+def test_kept_positions_are_those_of_the_cpu(policy: Policy, tail: str) -> None:
+    problem = Problem(33, 1000, policy, dtype=torch.float32, hidden_size=64)
+    inputs = (problem.hidden.detach(), problem.weight.detach(), problem.labels)
+    entropy = student_entropy(*inputs, chunk_size=8)
+    found = student_entropy(*(one.cuda() for one in inputs), chunk_size=8)
+    torch.testing.assert_close(found.cpu(), entropy, rtol=1e-4, atol=1e-4)
+    index = highest(entropy, (13, 20), 0.3)
+    assert torch.equal(highest(entropy.cuda(), (13, 20), 0.3).cpu(), index)
+    factors = torch.zeros(33).index_fill(0, index, 3.0)
+    options = {"kd_ratio": 0.4, "chunk_size": 8, "tail": tail}
+    want = problem.fused(**options, kd_factors_N=factors)
+    want_grads = torch.autograd.grad(want.loss, [problem.hidden, problem.weight])
+    got, got_grads = on_gpu(problem, **options, kd_factors_N=factors.cuda())
+    for value, other in zip(got, want, strict=True):
+        torch.testing.assert_close(value, other.detach(), rtol=1e-4, atol=1e-4)
+    for grad, other in zip(got_grads, want_grads, strict=True):
+        assert (grad.double() - other.double()).norm() < 1e-4 * other.double().norm()
 
 
 def test_wrong_ids_give_nan() -> None:

@@ -39,27 +39,33 @@ def student_entropy(
     shard = None if group is None else VocabShard.agree(group, weight_VD.shape[0], labels_N)
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     entropy_N = hidden_ND.new_zeros(len(hidden_ND), dtype=dtype)
+    num_ids = weight_VD.shape[0] if shard is None else shard.total_ids  # on all ranks the same
+    buffer_CV = hidden_ND.new_empty(min(chunk_size, len(hidden_ND)), weight_VD.shape[0])
+    tile = min(rows_per_tile(buffer_CV, dtype, shard), max(1, MAX_LOGITS // num_ids))
+    scratch_RV = torch.empty_like(buffer_CV[:tile], dtype=dtype)
     for start in range(0, len(hidden_ND), chunk_size):
-        logits_CV = hidden_ND[start : start + chunk_size] @ weight_VD.t()
+        hidden_CD = hidden_ND[start : start + chunk_size]
+        logits_CV = torch.mm(hidden_CD, weight_VD.t(), out=buffer_CV[: len(hidden_CD)])
         if bias_V is not None:
             logits_CV += bias_V
-        num_ids = logits_CV.shape[1] if shard is None else shard.total_ids  # on all ranks the same
-        tile = min(rows_per_tile(logits_CV, dtype, shard), max(1, MAX_LOGITS // num_ids))
         for first in range(0, len(logits_CV), tile):
-            rows = slice(start + first, start + min(first + tile, len(logits_CV)))
-            entropy_N[rows] = _entropy(logits_CV[first : first + tile].to(dtype), softcap, shard)
+            logits_RV = logits_CV[first : first + tile].to(dtype)
+            rows = slice(start + first, start + first + len(logits_RV))
+            entropy_N[rows] = _entropy_(logits_RV, scratch_RV[: len(logits_RV)], softcap, shard)
     return same_on_all(entropy_N, None if shard is None else shard.group)
 
 
-def _entropy(logits_RV: Tensor, softcap: float | None, shard: VocabShard | None) -> Tensor:
-    """(R,): log sum exp(z) less the mean of z, both relative to the largest."""
+def _entropy_(
+    logits_RV: Tensor, scratch_RV: Tensor, softcap: float | None, shard: VocabShard | None
+) -> Tensor:
+    """(R,): log sum exp(z) less the mean of z, both relative to the largest; the logits are consumed."""
     if softcap is not None:
-        logits_RV = (logits_RV / softcap).tanh_().mul_(softcap)
+        logits_RV.div_(softcap).tanh_().mul_(softcap)
     largest_R = logits_RV.amax(-1)
     if shard is not None:
         shard.max(largest_R)
-    gaps_RV = (logits_RV - largest_R[:, None]).clamp_(min=LOWEST)
-    exp_RV = gaps_RV.exp()
+    gaps_RV = logits_RV.sub_(largest_R[:, None]).clamp_(min=LOWEST)
+    exp_RV = torch.exp(gaps_RV, out=scratch_RV)
     sums_2R = torch.stack([exp_RV.sum(-1), exp_RV.mul_(gaps_RV).sum(-1)])
     if shard is not None:
         shard.sum(sums_2R)

@@ -2,6 +2,7 @@
 
     emphasis = Emphasis.of(recipe, cache, keys)            # None where all count alike
     weighing = emphasis.weigh(cache, rows, targets, lengths)    # of a microbatch, in a data-loader worker
+    scores("kl", weighing, labels_N, targets, ...)              # in the forward: what positions are chosen by
 
 Both depend on the example alone, so the numbers of positions that divide a step are known before its forward.
 """
@@ -10,12 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from shared.cache import Cache, MixedRow, Row
 from shared.cache.index import Keys
+from shared.kd_loss import ce_kd_by_position
 from shared.kd_loss.kept import num_kept
+from shared.kd_loss.uncertainty import same_on_all, student_entropy
+from shared.kd_loss.vocab_parallel import local_part
 from shared.recipes import PositionsConfig, Recipe
 from shared.sparse import Targets
 from shared.sparse.entropies import teacher_entropy
@@ -82,3 +88,27 @@ class Emphasis:
             entropy_N = teacher_entropy(targets, lengths, temperature=self.temperature)
         keep = None if self.positions is None else self.positions.keep
         return Weighing(weights_N, tuple(lengths), keep, entropy_N)
+
+
+@torch.no_grad()
+def scores(
+    by: str,
+    weighing: Weighing,
+    labels_N: Tensor,
+    targets: Targets | None,
+    *,
+    temperature: float,
+    **inputs: Any,
+) -> Tensor:
+    """What positions are chosen by, (N,): the highest are kept; the same on all ranks that split the head.
+
+    by      of ``loss.positions``
+    inputs  hidden states, head and settings, as ``ce_kd_by_position`` takes them
+    """
+    if weighing.entropy_N is not None:
+        return weighing.entropy_N
+    if by == "student_entropy":
+        names = ("hidden_ND", "weight_VD", "bias_V", "softcap", "chunk_size")
+        return student_entropy(labels_N=labels_N, **{name: inputs[name] for name in names})
+    found = ce_kd_by_position(labels_N=labels_N, targets=targets, temperature=temperature, **inputs)
+    return same_on_all(found.kd_N, local_part(inputs["weight_VD"], 0, None)[1])

@@ -36,8 +36,6 @@ from shared.data.processing import ExampleProcessor
 from shared.errors import RecipeError
 from shared.kd_loss import LossSums, ce_kd_by_position, fused_ce_kd
 from shared.kd_loss.kept import highest
-from shared.kd_loss.uncertainty import same_on_all, student_entropy
-from shared.kd_loss.vocab_parallel import local_part
 from shared.model_check import check_model
 from shared.models.chunks import chunk_positions
 from shared.models.meshes import make_meshes
@@ -59,7 +57,7 @@ from shared.models.vlm import (
 from shared.recipes import LossConfig, ParallelConfig, Recipe, StudentConfig
 from shared.runtime import World
 from shared.sparse import Targets
-from stage2_student.training.emphasis import Weighing
+from stage2_student.training.emphasis import Weighing, scores
 from stage2_student.training.freezing import find_parts, freeze
 from stage2_student.training.lora import add_adapters, beside_adapters
 from stage2_student.training.picture_costs import tokens_per_pixel
@@ -185,8 +183,15 @@ class StudentWithLoss(nn.Module):
         weighing: Weighing,
     ) -> LossSums:
         weights_N, kd_factors_N = weighing.weights_N, None
-        if weighing.keep is not None:
-            scores_N = self._scores(hidden_ND, labels, targets, weighing)
+        if weighing.keep is not None and self.loss.positions is not None:
+            scores_N = scores(
+                self.loss.positions.by,
+                weighing,
+                labels,
+                targets,
+                temperature=self._temperature,
+                **self._loss_inputs(hidden_ND),
+            )
             index = highest(scores_N, weighing.lengths, weighing.keep)
             if self.trains_on_kept:
                 hidden_ND, labels = hidden_ND[index], labels[index]
@@ -199,21 +204,6 @@ class StudentWithLoss(nn.Module):
         losses = self._losses(hidden_ND, labels, targets, label_logprobs, **factors)
         # It divides a step's loss: a position of weight 0 is one of those whose weights average one.
         return losses._replace(num_positions=torch.full_like(losses.num_positions, len(labels)))
-
-    @torch.no_grad()
-    def _scores(
-        self, hidden_ND: Tensor, labels: Tensor, targets: Targets | None, weighing: Weighing
-    ) -> Tensor:
-        """(N,) by which positions are kept, on all ranks that split the head the same."""
-        if weighing.entropy_N is not None:
-            return weighing.entropy_N
-        inputs = self._loss_inputs(hidden_ND)
-        assert self.loss.positions is not None
-        if self.loss.positions.by == "student_entropy":
-            names = ("hidden_ND", "weight_VD", "bias_V", "softcap", "chunk_size")
-            return student_entropy(labels_N=labels, **{name: inputs[name] for name in names})
-        found = ce_kd_by_position(labels_N=labels, targets=targets, temperature=self._temperature, **inputs)
-        return same_on_all(found.kd_N, local_part(inputs["weight_VD"], 0, None)[1])
 
     def _losses(
         self,

@@ -90,7 +90,13 @@ def eager_both(inputs: Inputs) -> None:
     (0.5 * ce + 0.5 * kd).backward()
 
 
-def times_s(inputs: Inputs, variants: list[Callable[[Inputs], None]], rounds: int) -> list[list[float]]:
+def times_s(
+    inputs: Inputs,
+    variants: list[Callable[[Inputs], None]],
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
     """Seconds of each variant in each round, after one round that does not count.
 
     They take turns, and every other round goes backwards, so that none always follows the same one.
@@ -100,9 +106,9 @@ def times_s(inputs: Inputs, variants: list[Callable[[Inputs], None]], rounds: in
         pairs = list(zip(variants, seconds, strict=True))
         for variant, column in pairs if round_index % 2 else reversed(pairs):
             inputs.clear()
-            start = time.perf_counter()
+            start = clock()
             variant(inputs)
-            column.append(time.perf_counter() - start)
+            column.append(clock() - start)
     return [column[1:] for column in seconds]
 
 
