@@ -66,6 +66,7 @@ class Family:
     images    name of the image processor's class (the one of PIL, where there is one), and its settings
     named     special tokens that the tokenizer knows by name, such as ``image_token``
     template  None where the family's folders have none
+    text      tokens that are added and not special, and that the tokenizer's model writes as well
     """
 
     title: str
@@ -77,6 +78,7 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     special: tuple[str, ...] = ()
     named: dict[str, str] = field(default_factory=dict)
+    text: tuple[str, ...] = ()
     bos: str | None = None
     eos: str | None = None
     adds_bos: bool = False
@@ -474,6 +476,7 @@ FAMILIES: dict[str, Family] = {
             "eoi_token": "<end_of_image>",
             "image_token": "<image_soft_token>",
         },
+        text=("\n", "\n\n"),
         bos="<bos>",
         eos="<eos>",
         adds_bos=True,
@@ -766,7 +769,12 @@ def _sentencepiece(family: Family) -> Tokenizer:
     for value in range(256):
         vocab[f"<0x{value:02X}>"] = len(vocab)
     content["model"]["byte_fallback"] = True
+    for text in family.text:
+        if text not in vocab:
+            vocab[text] = len(vocab)
+            content["model"]["merges"].append([text[:-1], text[-1]])
     backend = Tokenizer.from_str(json.dumps(content))
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in family.text])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )

@@ -233,6 +233,23 @@ def test_tokens_are_those_of_the_processors_own_template(
     assert_as_the_processor(processor, processor.encode(example), example, [image])
 
 
+def test_line_breaks_are_text_where_they_are_added_tokens(folder_of: Callable[[str], Path]) -> None:
+    """Gemma's tokenizers have added ones for them, which a text may hold: they are no markers."""
+    processor, _ = opened(folder_of("gemma3"))
+    added = processor.tokenizer.added_tokens_decoder
+    assert [one.content for one in added.values() if not one.special] == ["\n", "\n\n"]
+    question, answer = "Which plane?\nIs it CT?", "axial\n\nCT\nno"
+    example = Example.single(encoded_picture(0, size=SIZES[0]), question, answer)
+    one = processor.encode(example)
+    image = Image.open(io.BytesIO(example.images[0])).convert("RGB")
+    assert_as_the_processor(processor, one, example, [image])
+    assert processor.tokenizer.decode(one.answer_ids) == f"{answer}<end_of_turn>"
+
+    marked = processor.encode(replace(example, turns=question_answer(question, f"{answer} <end_of_turn>", 1)))
+    assert processor.tokenizer.decode(marked.answer_ids) == f"{answer} <end_of_turn><end_of_turn>"
+    assert marked.answer_ids.tolist()[: one.num_positions - 1] == one.answer_ids.tolist()[:-1]
+
+
 def assert_as_the_processor(
     processor: ExampleProcessor, one: Encoded, example: Example, images: list[Image.Image]
 ) -> None:

@@ -9,7 +9,8 @@
 
 **Chat markers stand for themselves.**  A text that holds ``<|im_end|>``, or any other added token, must not end
 the turn.  Such a conversation is tokenized without the added tokens, piecewise between those of the template;
-texts without markers take the ordinary path, and both paths agree on them (tested).
+texts without markers take the ordinary path, and both paths agree on them (tested).  Added tokens that are no markers
+are text: Gemma's tokenizers have added ones for line breaks and for runs of blanks.
 """
 
 from __future__ import annotations
@@ -119,7 +120,9 @@ class ChatPrompt:
         self._tokenizer = tokenizer
         self._bare = _without_added_tokens(tokenizer)
         self.spelled = _unknown_id(tokenizer)
-        self._added_ids = set(tokenizer.added_tokens_decoder) - {self.spelled}
+        self._added_ids = (
+            set(tokenizer.added_tokens_decoder) - {self.spelled} - _written_as_text(tokenizer, self._bare)
+        )
         self.template = Template(
             tokenizer, template, system_prompt=system_prompt, date=date, placeholders=placeholders
         )
@@ -359,6 +362,12 @@ def _without_added_tokens(tokenizer: Any) -> Tokenizer:
     if backend.pre_tokenizer is not None:
         bare.pre_tokenizer = backend.pre_tokenizer
     return bare
+
+
+def _written_as_text(tokenizer: Any, bare: Tokenizer) -> set[int]:
+    """Added tokens that are not special and that the model without added tokens writes for their text as well."""
+    plain = {i: one.content for i, one in tokenizer.added_tokens_decoder.items() if not one.special}
+    return {i for i, text in plain.items() if bare.encode(text, add_special_tokens=False).ids == [i]}
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
