@@ -20,13 +20,14 @@ STAMP     := $(VENV)/.installed
 FOR_TESTS := test lora report s3 tracking
 FILES     := files-$(firstword $(shell cat pyproject.toml constraints.txt | cksum))
 WANTED    := $(subst $(comma),$(space),$(EXTRAS)) \
-             $(if $(filter test torture,$(MAKECMDGOALS)),$(FOR_TESTS)) $(if $(filter torture,$(MAKECMDGOALS)),fuzz) $(if $(filter check lint,$(MAKECMDGOALS)),dev $(FOR_TESTS))
+             $(if $(filter test torture,$(MAKECMDGOALS)),$(FOR_TESTS)) $(if $(filter torture,$(MAKECMDGOALS)),fuzz) \
+             $(if $(filter bench-real,$(MAKECMDGOALS)),real-weights) $(if $(filter check lint,$(MAKECMDGOALS)),dev $(FOR_TESTS))
 INSTALLED := $(shell cat $(STAMP) 2>/dev/null)
 MISSING   := $(filter-out $(INSTALLED),$(FILES) $(WANTED))
 UNION     := $(sort $(filter-out files-%,$(INSTALLED)) $(WANTED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install teacher-cache train-student rounds test torture lint check bench bench-gpu clean
+.PHONY: help setup install teacher-cache train-student rounds test torture lint check bench bench-gpu bench-real clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +80,9 @@ bench: setup  ## ratios and counts, measured side by side in one run
 
 bench-gpu: setup  ## figures that need an NVIDIA GPU, in 25 minutes (ARGS=--tiny tries it on a CPU)
 	$(BIN)/python -m tests.benchmarks.bench_gpu $(ARGS)
+
+bench-real: setup  ## a pretrained teacher of 262,144 ids and its students, in a day (ARGS=--tiny tries it)
+	$(BIN)/python -m tests.benchmarks.bench_real_weights $(ARGS)
 
 clean:  ## remove what recipes and tools wrote here (the environment in .venv stays)
 	rm -rf work .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,4 +1,4 @@
-"""All benchmarks that need no GPU, one after the other: ``make bench``.  ``bench_gpu`` is a command of its own.
+"""All benchmarks that need no GPU and no package of weights, one after the other: ``make bench``.
 
     python -m tests.benchmarks [--only NAME ...]
 
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-OF_THEIR_OWN = {"gpu", "steady"}  # they need a GPU, or hours
+OF_THEIR_OWN = {"gpu", "real_weights", "steady"}  # they need a GPU, a package, or hours
 
 
 def names() -> list[str]:

@@ -1,6 +1,6 @@
 """The same student taught in many ways: labels alone, a live teacher, caches of several policies and sizes.
 
-    python -m tests.benchmarks.bench_students [--recipes phantom medpix_sample] [--seeds 0 1 2]
+    python -m tests.benchmarks.bench_students [--recipes phantom medpix_sample] [--seeds 0 1 2] [--tails ghost ...]
 
 Every variant has the same student, the same order of examples and the same number of steps; a seed changes the
 order and the cache's draws.  Two lengths, of about the same number of steps: one epoch over all rows, and twenty
@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,11 +37,11 @@ from shared import codec
 from shared.data.processing import open_processor
 from shared.dealing import Limits
 from shared.kd_loss import KDLoss, LossSums
-from shared.models.vlm import last_hidden_states, load_vlm, split
+from shared.models.vlm import in_dtype_of, last_hidden_states, load_vlm, split
 from shared.recipes import LossConfig, Recipe, load_recipe
-from shared.recipes.policies import Policy, Random, Threshold, TopK
+from shared.recipes.policies import TAIL_MODES, Policy, Random, Threshold, TopK
 from shared.runtime import World, distributed
-from shared.sparse import position_seeds
+from shared.sparse import position_seeds, sparsify
 from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
@@ -61,7 +61,13 @@ SIZE_SAMPLE = 48  # examples by which equal sizes are found
 
 @dataclass(frozen=True)
 class Job:
-    """One run; ``policy`` is None for variants without a cache; the ``key`` of labels alone has kd_ratio 0."""
+    """One run; ``policy`` is None for variants without a cache; the ``key`` of labels alone has kd_ratio 0.
+
+    recipe    a name, or a file
+    folder    where the caches are
+    held_out  so many rows of the validation split are measured; None: all
+    tail      where the loss puts the mass that top_k leaves out; None: its default
+    """
 
     recipe: str
     variant: str
@@ -69,23 +75,32 @@ class Job:
     seed: int
     kd_ratio: float
     policy: Policy | None
+    folder: Path = FOLDER
+    held_out: int | None = None
+    tail: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the recipe."""
+        return Path(self.recipe).stem
 
     @property
     def key(self) -> list[Any]:
         kd_ratio = 0.0 if self.variant == LABELS else self.kd_ratio
-        return [self.recipe, self.variant, self.length, self.seed, kd_ratio]
+        return [self.name, self.variant, self.length, self.seed, kd_ratio]
 
     def load(self) -> Recipe:
         """The recipe of this run; without a cache it is that of plain fine-tuning, whatever is done with it."""
         recipe = load_recipe(self.recipe)
         sizes = LENGTHS[self.length.removesuffix(", timed")]
+        limit = sizes["limit"] or recipe.data.limit
         assert recipe.cache is not None
-        kd_ratio = self.kd_ratio if self.policy is not None else 0.0
+        loss = {"kd_ratio": self.kd_ratio if self.policy is not None else 0.0, "tail": self.tail}
         return recipe.model_copy(
             update={
-                "data": recipe.data.model_copy(update={"limit": sizes["limit"]}),
+                "data": recipe.data.model_copy(update={"limit": limit}),
                 "cache": recipe.cache.model_copy(update=self._cache()),
-                "loss": recipe.loss.model_copy(update={"kd_ratio": kd_ratio}),
+                "loss": recipe.loss.model_copy(update=loss),
                 "optimization": recipe.optimization.model_copy(
                     update={"num_epochs": sizes["num_epochs"], "max_steps": None}
                 ),
@@ -97,8 +112,8 @@ class Job:
         if self.policy is None:
             return {}
         seed = self.seed if self.policy.is_sampled else 0  # without a draw all seeds share a cache
-        name = self.variant.replace("/", "_").replace(" ", "_")
-        path = FOLDER / "caches" / f"{self.recipe}-{name}-{seed}"
+        name = self.variant.split(",")[0].replace("/", "_").replace(" ", "_")  # tails share a cache
+        path = self.folder / "caches" / f"{self.name}-{name}-{seed}"
         return {"path": str(path), "policy": self.policy, "seed": seed, "num_workers": 0}
 
 
@@ -112,31 +127,36 @@ def prepare(name: str) -> Recipe:
     return load_recipe(name)
 
 
-def policies_of_equal_size(recipe: Recipe, world: World) -> dict[str, Policy]:
-    """The default, other sizes, and the other policies at the bytes a position of the default and of 1/64."""
+def policies_of_equal_size(
+    recipe: Recipe,
+    world: World,
+    *,
+    taus: Sequence[int] = TAUS,
+    num_examples: int = SIZE_SAMPLE,
+    most: int = 65535,
+) -> dict[str, Policy]:
+    """Thresholds, and the other policies at the bytes a position of the first of them and of 1/64.
+
+    most  ids or draws a position
+    """
     processor = open_processor(recipe.student.model, recipe.data)
     assert recipe.teacher is not None
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
-    rows = open_inputs(recipe, world).train
-    step = max(1, rows.num_examples // SIZE_SAMPLE)
-    encoded = [processor.encode(rows.split[int(row)]) for row in rows.rows[::step]]
-    hidden = [teacher.hidden(processor.collate([one])) for one in encoded]
-    labels = [processor.collate([one]).labels for one in encoded]
+    rows = open_inputs(recipe, world).train.spread(num_examples)
+    encoded = [processor.encode(rows.split[int(row)]) for row in rows.rows]
+    with torch.inference_mode():
+        logprobs = [teacher.logprobs(teacher.hidden(processor.collate([one]))).clone() for one in encoded]
     seeds = [position_seeds(0, one.key, one.num_positions) for one in encoded]
 
     def num_bytes(policy: Policy) -> int:
-        with torch.inference_mode():
-            made = [
-                teacher.sparse_targets(h, y, s, policy=policy, temperatures=(1.0,), chunk_size=512)[0]
-                for h, y, s in zip(hidden, labels, seeds, strict=True)
-            ]
+        made = (sparsify(one, policy, seeds=its) for one, its in zip(logprobs, seeds, strict=True))
         return sum(len(codec.encode(one)) for one in made)
 
-    found: dict[str, Policy] = {f"tau 1/{tau}": Threshold(tau=1 / tau) for tau in TAUS}
-    for tau in (TAUS[0], 64):
+    found: dict[str, Policy] = {f"tau 1/{tau}": Threshold(tau=1 / tau) for tau in taus}
+    for tau in (taus[0], 64):
         wanted = num_bytes(Threshold(tau=1 / tau))
-        k = largest_within(lambda k: num_bytes(TopK(k=k)), wanted, most=teacher.num_token_ids)
-        draws = largest_within(lambda draws: num_bytes(Random(draws=draws)), wanted, most=65535)
+        k = largest_within(lambda k: num_bytes(TopK(k=k)), wanted, most=min(most, teacher.num_token_ids))
+        draws = largest_within(lambda draws: num_bytes(Random(draws=draws)), wanted, most=most)
         found |= {f"top {k}": TopK(k=k), f"random {draws}": Random(draws=draws)}
     return found
 
@@ -150,19 +170,13 @@ def largest_within(size: Callable[[int], int], wanted: int, *, most: int) -> int
     return low
 
 
-def held_out_path(name: str) -> Path:
-    return FOLDER / f"{name}-held-out.pt"
-
-
-def save_held_out(recipe: Recipe, name: str, world: World) -> None:
+def held_out_logprobs(recipe: Recipe, inputs: Inputs, world: World) -> Iterator[Tensor]:
     """The teacher's log-probs (N, V) of each held-out microbatch, in order."""
-    inputs = open_inputs(recipe, world)
     assert recipe.teacher is not None
     num_ids = inputs.processor.num_token_ids
     teacher = load_teacher(recipe.teacher, num_token_ids=num_ids, world=world)
-    with torch.inference_mode():
-        logprobs = [teacher.logprobs(teacher.hidden(one)).clone() for one in held_out(inputs)]  # type: ignore[arg-type]
-    torch.save(logprobs, held_out_path(name))
+    for one in held_out(inputs):
+        yield teacher.logprobs(teacher.hidden(one))  # type: ignore[arg-type]
 
 
 def held_out(inputs: Inputs) -> Iterable[Microbatch]:
@@ -202,8 +216,8 @@ def dense_forward(
 ) -> Forwarded:
     """Eager cross-entropy and dense KD, from logits."""
     body, head = split(self.model)
-    hidden_ND = last_hidden_states(body, inputs).flatten(0, 1).index_select(0, index)
-    logits_NV = head.logits(hidden_ND)[:, : self.num_token_ids]
+    hidden_BSD = last_hidden_states(body, in_dtype_of(head, inputs))
+    logits_NV = head.logits(hidden_BSD.flatten(0, 1).index_select(0, index))[:, : self.num_token_ids]
     ce = F.cross_entropy(logits_NV.float(), labels, reduction="sum")
     kd = KDLoss()(logits_NV, teacher_NV, labels, num_batch_labels=1)
     loss = (1 - self.loss.kd_ratio) * ce + self.loss.kd_ratio * kd
@@ -220,21 +234,29 @@ def dense_forward(
 
 
 class Training:
-    """One job, ready to step."""
+    """One job, ready to step.
 
-    def __init__(self, job: Job, world: World) -> None:
+    beside  a job whose student and optimizer it shares, where times alone are asked for
+    """
+
+    def __init__(self, job: Job, world: World, *, beside: Training | None = None) -> None:
         self.recipe, self.world = job.load(), world
         self.inputs = open_inputs(self.recipe, world)
         processor = self.inputs.processor
         encode = lru_cache(maxsize=512)(processor.encode)  # what workers do beside the step elsewhere
         processor.encode = encode  # type: ignore[method-assign]
         num_ids = processor.num_token_ids
-        self.student = build_student(self.recipe, world, num_token_ids=num_ids)
-        self.student.loss = LossConfig(kd_ratio=self.recipe.loss.kd_ratio)
+        if beside is None:
+            self.student = build_student(self.recipe, world, num_token_ids=num_ids)
+            self.optimizer = make_optimizer(self.student, self.recipe.optimization)
+        else:
+            self.student, self.optimizer = beside.student, beside.optimizer
+        self.loss = LossConfig(kd_ratio=self.recipe.loss.kd_ratio, tail=self.recipe.loss.tail)
+        self.forward = MethodType(StudentWithLoss.forward, self.student)
         self.teach: Callable[[Microbatch], Microbatch] = lambda one: one
         if job.variant == LIVE:
-            self.student.loss = LossConfig(kd_ratio=job.kd_ratio)
-            self.student.forward = MethodType(dense_forward, self.student)  # type: ignore[method-assign]
+            self.loss = LossConfig(kd_ratio=job.kd_ratio)
+            self.forward = MethodType(dense_forward, self.student)
             self.teach = LiveTeacher(self.recipe, num_ids, world).teach
 
     def steps(self) -> Iterator[float]:
@@ -242,8 +264,7 @@ class Training:
 
         Processor time, because several runs may share the machine.
         """
-        recipe, student = self.recipe, self.student
-        optimizer = make_optimizer(student, recipe.optimization)
+        recipe, student, optimizer = self.recipe, self.student, self.optimizer
         shape = step_shape(recipe, self.inputs.train.num_examples)
         num_steps = total_steps(recipe, shape)
         work = self.inputs.train.work(0.0, packed=False)
@@ -252,6 +273,7 @@ class Training:
         for step, (microbatches, _) in enumerate(fed):
             set_learning_rate(optimizer, learning_rate(recipe.optimization, step=step, num_steps=num_steps))
             seed_step(recipe.run.seed, step=step, data_rank=0)
+            student.loss, student.forward = self.loss, self.forward  # type: ignore[method-assign]
             begin = time.process_time()
             taught = [self.teach(one) for one in microbatches]
             count = sum(one.num_positions for one in taught)
@@ -278,30 +300,33 @@ def run(job: Job) -> dict[str, Any]:
         num_steps = sum(1 for _ in training.steps())
         peak = status_bytes("VmHWM") - before
         trained = plain_model(training.recipe, training.student)
-        whole = torch.load(held_out_path(job.recipe), mmap=True)
-        measured = measure(trained, training.inputs, whole, training.recipe)
+        recipe, inputs = training.recipe, training.inputs
+        del training
+        measured = measure(trained, recipe, inputs, world, num_examples=job.held_out)
         size = None
-        if training.inputs.cache is not None:
-            totals = training.inputs.cache.manifest.totals
+        if inputs.cache is not None:
+            totals = inputs.cache.manifest.totals
             size = totals.bytes / totals.positions
-    del training, trained
     return measured | {"num_steps": num_steps, "peak_bytes": peak, "bytes_per_position": size}
 
 
-def time_steps(jobs: list[Job]) -> list[float]:
+def time_steps(jobs: list[Job], num_turns: int) -> list[float]:
     """The median ratio of each one's step to the first one's; they take turns, another one first each time.
 
-    A ratio is of steps over the same examples: their answers, and so their times, differ in length.
+    All train one student: what a step takes hardly depends on what was learned.  A ratio is of steps over the same
+    examples: their answers, and so their times, differ in length.
     """
     torch.set_num_threads(1)
     seconds: list[list[float]] = [[] for _ in jobs]
     with distributed(device="cpu") as world:
-        trainings = [Training(job, world).steps() for job in jobs]
-        for turn in range(TIMED_STEPS):
+        first = Training(jobs[0], world)
+        others = [Training(job, world, beside=first) for job in jobs[1:]]
+        trainings = [training.steps() for training in (first, *others)]
+        for turn in range(num_turns):
             for place in range(len(jobs)):
                 number = (turn + place) % len(jobs)
                 seconds[number].append(next(trainings[number]))
-        del trainings
+        del trainings, first, others
     return [
         statistics.median(one / other for one, other in zip(column, seconds[0], strict=True))
         for column in seconds
@@ -319,14 +344,18 @@ def plain_model(recipe: Recipe, student: StudentWithLoss) -> PreTrainedModel:
 
 @torch.inference_mode()
 def measure(
-    model: PreTrainedModel, inputs: Inputs, teacher: list[Tensor], recipe: Recipe
+    model: PreTrainedModel, recipe: Recipe, inputs: Inputs, world: World, *, num_examples: int | None
 ) -> dict[str, float | None]:
-    """Over the held-out split: KL from the teacher's whole distributions and CE, nats a position; accuracy.
+    """KL from the teacher's whole distributions and CE, nats a position; accuracy: of the held-out split, or so many
+    of its rows.
 
     An answer is right when every token of it is the most likely one, the end of the turn among them: that is
     when greedy decoding gives the reference to the letter.
     """
     assert inputs.validation is not None
+    inputs = replace(inputs, validation=inputs.validation.spread(num_examples))
+    assert inputs.validation is not None
+    teacher = held_out_logprobs(recipe, inputs, world)
     body, head = split(model)
     kl = ce = 0.0
     count, right = 0, []
@@ -349,33 +378,58 @@ def measure(
 # --- all runs --------------------------------------------------------------------------------------------
 
 
-def run_all(name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str]) -> None:
-    """The runs of one recipe that are not done yet, seed by seed, so that variants take turns."""
+def run_all(
+    name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str], tails: list[str] | None
+) -> None:
+    """The runs of one recipe that are not done yet, seed by seed, so that variants take turns.
+
+    tails  top_k with each of these and nothing else; None: all variants
+    """
     recipe = prepare(name)
     with distributed(device="cpu") as world:
         policies = policies_of_equal_size(recipe, world)
-        if not held_out_path(name).exists():
-            save_held_out(recipe, name, world)
     variants: dict[str, Policy | None] = {LABELS: None, LIVE: None} | policies
-    for seed in seeds:
-        for length in lengths:
-            for variant, policy in variants.items():
-                job = Job(name, variant, length, seed, kd_ratio, policy)
-                if json.dumps(job.key) in done():
-                    continue
-                capture_for(job)
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    found = pool.apply(run, (job,))
-                keep(job.key, found)
-                print(f"  {' | '.join(map(str, job.key))}: KL {found['kl']:.4f}", file=sys.stderr, flush=True)
-    jobs = timed_jobs(name, variants, seeds=seeds, kd_ratio=kd_ratio)
-    if any(json.dumps(job.key) not in done() for job in jobs):
-        for job in jobs:
-            capture_for(job)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            ratios = pool.apply(time_steps, (jobs,))
-        for job, ratio in zip(jobs, ratios, strict=True):
-            keep(job.key, {"step": ratio})
+    jobs = [
+        Job(name, variant, length, seed, kd_ratio, policy)
+        for seed in seeds
+        for length in lengths
+        for variant, policy in variants.items()
+    ]
+    if tails is not None:
+        run_missing([one for job in jobs if isinstance(job.policy, TopK) for one in of_tails(job, tails)])
+        return
+    run_missing(jobs)
+    time_missing(timed_jobs(name, variants, seeds=seeds, kd_ratio=kd_ratio))
+
+
+def of_tails(job: Job, tails: list[str]) -> list[Job]:
+    return [replace(job, variant=f"{job.variant}, {tail}", tail=tail) for tail in tails]
+
+
+def run_missing(jobs: list[Job], results: Path | None = None) -> None:
+    """Those without a result, in order, each in a process of its own."""
+    for job in jobs:
+        if json.dumps(job.key) in done(results):
+            continue
+        capture_for(job)
+        found = in_own_process(run, job)
+        keep(job.key, found, results)
+        print(f"  {' | '.join(map(str, job.key))}: KL {found['kl']:.4f}", file=sys.stderr, flush=True)
+
+
+def time_missing(jobs: list[Job], results: Path | None = None, *, num_turns: int = TIMED_STEPS) -> None:
+    """All of them anew, where one has no result."""
+    if all(json.dumps(job.key) in done(results) for job in jobs):
+        return
+    for job in jobs:
+        capture_for(job)
+    for job, ratio in zip(jobs, in_own_process(time_steps, jobs, num_turns), strict=True):
+        keep(job.key, {"step": ratio}, results)
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def timed_jobs(
@@ -388,8 +442,13 @@ def timed_jobs(
 def capture_for(job: Job) -> None:
     """The job's cache over all rows, whatever its length; nothing is done where it is there."""
     if job.policy is not None:
-        with distributed(device="cpu") as world:
-            capture(replace(job, length="1 epoch").load(), world, StopRequest())
+        in_own_process(_capture, replace(job, length="1 epoch"))
+
+
+def _capture(job: Job) -> None:
+    torch.set_num_threads(1)
+    with distributed(device="cpu") as world:
+        capture(job.load(), world, StopRequest())
 
 
 def main() -> None:
@@ -400,6 +459,9 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--kd-ratio", type=float, default=0.5)
+    parser.add_argument(
+        "--tails", nargs="+", choices=TAIL_MODES, help="top_k with each of these, nothing else"
+    )
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -408,7 +470,13 @@ def main() -> None:
         if name == "medpix_sample" and not Path(load_recipe(name).data.source).exists():
             print(f"{name}: its records are not here, left out")
             continue
-        run_all(name, seeds=arguments.seeds, kd_ratio=arguments.kd_ratio, lengths=arguments.lengths)
+        run_all(
+            name,
+            seeds=arguments.seeds,
+            kd_ratio=arguments.kd_ratio,
+            lengths=arguments.lengths,
+            tails=arguments.tails,
+        )
         found = Results(name, arguments.kd_ratio)
         print(f"\n{name}, kd_ratio {arguments.kd_ratio}; means over seeds, half their range in brackets\n")
         print("\n".join([*found.table(), "", *found.costs()]))

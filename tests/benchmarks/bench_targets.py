@@ -51,16 +51,16 @@ class Scheme:
 
 
 def schemes() -> list[Scheme]:
-    found = [_scheme(f"threshold 1/{n}", "threshold", Threshold(tau=1 / n)) for n in TAUS]
+    found = [scheme(f"threshold 1/{n}", "threshold", Threshold(tau=1 / n)) for n in TAUS]
     for n in STEP_TAUS:
         policy = Threshold(tau=1 / n, values="fp16")
-        found.append(_scheme(f"threshold 1/{n}, fp16", "threshold, fp16", policy))
+        found.append(scheme(f"threshold 1/{n}, fp16", "threshold, fp16", policy))
         found.append(Scheme(f"equal steps 1/{n}, fp16", "equal steps", policy, _equal_steps(policy)))
-    found += [_scheme(f"random {n}", "random", Random(draws=n)) for n in DRAWS]
-    return found + [_scheme(f"top-{n}", "top_k", TopK(k=n)) for n in KS]
+    found += [scheme(f"random {n}", "random", Random(draws=n)) for n in DRAWS]
+    return found + [scheme(f"top-{n}", "top_k", TopK(k=n)) for n in KS]
 
 
-def _scheme(name: str, family: str, policy: Policy) -> Scheme:
+def scheme(name: str, family: str, policy: Policy) -> Scheme:
     def make(logprobs: Tensor, seeds: Tensor) -> tuple[SparseTargets, Tensor]:
         targets = sparsify(logprobs, policy, seeds=seeds)
         return targets, targets.weights()

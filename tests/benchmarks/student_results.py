@@ -17,13 +17,15 @@ TIMED = "1 epoch, timed"
 LABELS, LIVE = "labels alone", "teacher live"
 
 
-def done() -> dict[str, dict[str, Any]]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+def done(results: Path | None = None) -> dict[str, dict[str, Any]]:
+    """What was measured, by key; in RESULTS if no other file is given."""
+    path = results or RESULTS
+    lines = path.read_text().splitlines() if path.exists() else []
     return {json.dumps(record["key"]): record for record in map(json.loads, lines)}
 
 
-def keep(key: list[Any], found: dict[str, Any]) -> None:
-    with RESULTS.open("a") as file:
+def keep(key: list[Any], found: dict[str, Any], results: Path | None = None) -> None:
+    with (results or RESULTS).open("a") as file:
         file.write(json.dumps({"key": key} | found) + "\n")
 
 
@@ -37,9 +39,9 @@ def mean(values: list[float], form: str) -> str:
 class Results:
     """What has been measured of a recipe at a ``kd_ratio``, and of labels alone."""
 
-    def __init__(self, name: str, kd_ratio: float) -> None:
+    def __init__(self, name: str, kd_ratio: float, results: Path | None = None) -> None:
         self.name, self.kd_ratio = name, kd_ratio
-        kept = [r for r in done().values() if r["key"][0] == name and r["key"][4] in (0.0, kd_ratio)]
+        kept = [r for r in done(results).values() if r["key"][0] == name and r["key"][4] in (0.0, kd_ratio)]
         self.records = sorted(kept, key=lambda record: record["key"][3])
         found = (r["key"][1] for r in self.records if r["key"][2] in LENGTHS)
         self.variants = sorted(dict.fromkeys(found), key=self._place)

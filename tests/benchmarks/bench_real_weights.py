@@ -1,0 +1,384 @@
+"""A pretrained teacher with 262,144 ids on real pictures, and its students: ``make bench-real``.
+
+    python -m tests.benchmarks.bench_real_weights [--root work/real] [--rows N] [--only PART ...] [--tiny]
+
+    teacher   Gemma 3 270M behind a small vision tower, fine-tuned on medpix_sample: CE before and after, and CE with
+              the pictures of other cases
+    student   half of its layers, from a cache at the default tau
+    targets   the error of the head's gradient by policy, size and tail, with that student; where it is not
+              trained yet, the teacher before its fine-tuning
+    students  labels alone, the live teacher, caches of three sizes, top_k and random at equal bytes
+    steps     the time of a step of each against that of labels alone
+
+Teacher, cache and first student are made by the ordinary commands.  Weights and moments are fp32, and computation is
+in bf16, on one thread.  All of it is kept in the folder, and the same command goes on where it was: delete the folder
+to begin anew.  ``--tiny`` tries everything in a minute with a small random model and drawn rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from shared.data.processing import open_processor
+from shared.models.vlm import load_vlm
+from shared.recipes import load_recipe
+from shared.recipes.policies import Policy, Random, Threshold, TopK
+from shared.runtime import distributed
+from tests.benchmarks import full_shapes
+from tests.benchmarks.bench_students import (
+    Job,
+    in_own_process,
+    policies_of_equal_size,
+    run_missing,
+    time_missing,
+    timed_jobs,
+)
+from tests.benchmarks.bench_targets import measure, print_ratios, print_table, scheme, table
+from tests.benchmarks.pretrained_gemma import read_package, save_vlm, shorten, tiny_model
+from tests.benchmarks.real_teacher import batches, distributions
+from tests.benchmarks.student_results import LABELS, LIVE, Results
+from tests.benchmarks.synthetic_teacher import Positions
+
+ROOT = Path(__file__).parents[2]
+TAUS = (512, 64, 16)  # the default first
+ERROR_TAUS = (16, 32, 64, 128, 512)
+ERROR_DRAWS = (50, 100, 200, 400, 800)
+ERROR_KS = (8, 32, 64, 128, 256)
+NUM_DIRECTIONS = 48  # of the hidden states; a sum over 262,144 ids takes 4 bytes times so many
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for.
+
+    rows       of the training split; None: all
+    held_out   rows on which students are measured
+    positions  of the errors of the head's gradient
+    """
+
+    root: Path
+    tiny: bool
+    rows: int | None
+    seeds: tuple[int, ...]
+    lengths: tuple[str, ...]
+    kd_ratio: float
+    held_out: int
+    positions: int
+    num_turns: int
+
+    @property
+    def num_layers(self) -> int:
+        return 2 if self.tiny else 9
+
+    @property
+    def results(self) -> Path:
+        return self.root / "students.jsonl"
+
+    def recipe(self, name: str) -> Path:
+        return self.root / f"{name}.yaml"
+
+    def write_recipes(self) -> None:
+        """Of the teacher and of its student; a folder's own stay as they are."""
+        for name, tree in {"teacher": self._teacher(), "student": self._student()}.items():
+            if not self.recipe(name).exists():
+                self.recipe(name).write_text(yaml.safe_dump(tree, sort_keys=False))
+
+    def _common(self, name: str, model: Path) -> dict[str, Any]:
+        source = self.root / "data" if self.tiny else load_recipe("medpix_sample").data.source
+        return {
+            "data": {"source": str(source), "max_answer_tokens": 128, "limit": self.rows},
+            "student": {"model": str(model), "compute_dtype": "bfloat16"},
+            "loss": {"kd_ratio": 0.0, "chunk_size": 256},  # of 262,144 logits: 256 MiB
+            "optimization": {
+                "global_batch_size": 4 if self.tiny else 16,
+                "microbatch_tokens": 2048,
+                "num_epochs": 1,
+                "learning_rate": 1e-4,
+                "num_warmup_steps": 5,
+            },
+            # A copy behind training would take three times the weights once more.
+            "run": {
+                "name": name,
+                "root": str(self.root / "runs"),
+                "seed": 0,
+                "num_workers": 0,
+                "async_checkpoints": False,
+                "keep_checkpoints": 1,
+            },
+        }
+
+    def _teacher(self) -> dict[str, Any]:
+        return self._common("teacher", self.root / "base")
+
+    def _student(self) -> dict[str, Any]:
+        model = str(self.root / "runs" / "teacher" / "export")
+        return self._common("student", self.root / "half") | {
+            "teacher": {"model": model, "dtype": "bfloat16"},
+            "cache": {
+                "path": str(self.root / "caches" / "default"),
+                "policy": {"kind": "threshold", "tau": 1 / TAUS[0]},
+                "batch_tokens": 2048,
+                "num_workers": 0,
+            },
+            "loss": {"kd_ratio": self.kd_ratio, "chunk_size": 256},
+        }
+
+
+def command(*arguments: object) -> str:
+    """The output of one of the ordinary commands; what it says of its progress is shown.
+
+    Raises   SystemExit  when it fails
+    """
+    words = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words[2:])} ended with status {done.returncode}")
+    return done.stdout
+
+
+def run_of(plan: Plan, name: str) -> dict[str, Any]:
+    """The results of that recipe's run, which is begun, or gone on with, where it is not finished."""
+    folder = plan.root / "runs" / name
+    if not (folder / "results.json").exists():
+        resume = ["--resume"] if (folder / "checkpoints").exists() else []
+        command("stage2_student", "run", plan.recipe(name), *resume)
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+# --- parts -----------------------------------------------------------------------------------------------
+
+
+def teacher(plan: Plan) -> dict[str, Any]:
+    if plan.tiny and not (plan.root / "data").exists():
+        _draw_rows(plan.root)
+    if not (plan.root / "base").exists():
+        in_own_process(_make_base, plan)
+    found = run_of(plan, "teacher")
+    folder = plan.root / "runs" / "teacher"
+    asked = ("--set", "evaluation.max_new_tokens=1", "--no-references", "--json", "--shuffle-pictures")
+    shuffled = json.loads(
+        command("stage2_student", "evaluate", folder, *asked, "--out", plan.root / "shuffled.parquet")
+    )
+    return {
+        "ce_before": found["before"]["ce_loss"],
+        "ce": found["after"]["ce_loss"],
+        "ce_shuffled": shuffled[0]["ce"],
+        "steps": found["step"],
+    }
+
+
+def _make_base(plan: Plan) -> None:
+    if plan.tiny:
+        texts = [" ".join(full_shapes.WORDS), "user model\n"] * 4
+        save_vlm(plan.root / "base", *tiny_model(texts))
+    else:
+        save_vlm(plan.root / "base", *read_package(plan.root))
+
+
+def _draw_rows(root: Path) -> None:
+    """Noise and words at random, in two splits."""
+    for split, count in (("train", 16), ("validation", 6)):
+        rows = full_shapes.Rows(count=count, side=32, question=4, answer=8)
+        full_shapes.write_rows(root / split, rows)
+        (root / "data").mkdir(exist_ok=True)
+        (root / split / "train-00000-of-00001.parquet").rename(
+            root / "data" / f"{split}-00000-of-00001.parquet"
+        )
+        (root / split).rmdir()
+
+
+def student(plan: Plan) -> dict[str, Any]:
+    if not (plan.root / "half").exists():
+        source = plan.root / "runs" / "teacher" / "export"
+        in_own_process(_shorten, source, plan.root / "half", plan.num_layers)
+    command("stage1_teacher", "capture", plan.recipe("student"))
+    found = run_of(plan, "student")
+    inspected = json.loads(command("stage1_teacher", "inspect", plan.root / "caches" / "default", "--json"))
+    return {"before": found["before"], "after": found["after"], "cache": inspected}
+
+
+def _shorten(source: Path, out: Path, num_layers: int) -> None:
+    shorten(source, out, num_layers=num_layers)
+
+
+def targets(plan: Plan) -> dict[str, Any]:
+    """Prints the tables; the lines are kept."""
+    found: dict[str, Any] = in_own_process(_errors, plan)
+    return found
+
+
+def _errors(plan: Plan) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    policies: dict[str, Policy] = {f"threshold 1/{n}": Threshold(tau=1 / n) for n in ERROR_TAUS}
+    policies |= {f"random {n}": Random(draws=n) for n in ERROR_DRAWS}
+    policies |= {f"top-{n}": TopK(k=n) for n in ERROR_KS}
+    schemes = [scheme(name, policy.kind, policy) for name, policy in policies.items()]
+    error, answers = measure(_positions(plan), schemes)
+    lines = table(schemes, error, answers)
+    print_table(lines)
+    print_ratios(lines)
+    found = {"student": student_of_errors(plan).name, "positions": plan.positions}
+    return found | {"lines": [vars(line) for line in lines]}
+
+
+def student_of_errors(plan: Plan) -> Path:
+    trained = plan.root / "runs" / "student" / "export"
+    return trained if trained.exists() else plan.root / "base"
+
+
+@torch.inference_mode()
+def _positions(plan: Plan) -> Iterator[Positions]:
+    """Of teacher and trained student, over training rows; hidden states as their parts along random directions."""
+    recipe = load_recipe(plan.recipe("student"))
+    assert recipe.teacher is not None
+    num_ids = open_processor(recipe.teacher.model, recipe.data).num_token_ids
+    both = [
+        load_vlm(str(name), revision=None, dtype=torch.bfloat16, attn_implementation=None)
+        for name in (recipe.teacher.model, student_of_errors(plan))
+    ]
+    directions_DC: Tensor | None = None
+    for batch in batches(recipe, recipe.teacher.model, plan.positions):
+        logprobs, _ = distributions(both[0], batch, num_ids)
+        student_logprobs, hidden_ND = distributions(both[1], batch, num_ids)
+        if directions_DC is None:
+            directions_DC = _directions(hidden_ND.shape[1])
+        yield Positions(logprobs, student_logprobs, hidden_ND.float() @ directions_DC)
+
+
+def _directions(width: int) -> Tensor:
+    """(D, C), orthogonal: in the mean over them, the norm of a matrix times this is its own."""
+    count = min(NUM_DIRECTIONS, width)
+    drawn = torch.randn(width, count, generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(drawn).Q * (width / count) ** 0.5
+
+
+def jobs_of(plan: Plan) -> list[Job]:
+    """Seed by seed, the most telling variants first."""
+    return [
+        Job(
+            str(plan.recipe("student")),
+            variant,
+            length,
+            seed,
+            plan.kd_ratio,
+            policy,
+            plan.root,
+            plan.held_out,
+        )
+        for seed in plan.seeds
+        for length in plan.lengths
+        for variant, policy in variants(plan).items()
+    ]
+
+
+def variants(plan: Plan) -> dict[str, Policy | None]:
+    path = plan.root / "sizes.json"
+    if not path.exists():
+        path.write_text(json.dumps(in_own_process(_sizes, plan)))
+    found: dict[str, Policy | None] = {LIVE: None}
+    kinds: dict[str, Callable[[int], Policy]] = {
+        "tau": lambda n: Threshold(tau=1 / n),
+        "top": lambda n: TopK(k=n),
+        "random": lambda n: Random(draws=n),
+    }
+    for kind, number in json.loads(path.read_text()):
+        found[f"{kind} 1/{number}" if kind == "tau" else f"{kind} {number}"] = kinds[kind](number)
+    return found | {LABELS: None}
+
+
+def _sizes(plan: Plan) -> list[tuple[str, int]]:
+    torch.set_num_threads(1)
+    with distributed(device="cpu") as world:
+        found = policies_of_equal_size(
+            load_recipe(plan.recipe("student")), world, taus=TAUS, num_examples=8, most=4096
+        )
+    return [(name.split()[0], int(name.split()[1].removeprefix("1/"))) for name in found]
+
+
+def students(plan: Plan) -> dict[str, Any]:
+    run_missing(jobs_of(plan), plan.results)
+    return {"table": show_students(plan)}
+
+
+def steps(plan: Plan) -> dict[str, Any]:
+    everything = {LABELS: None} | variants(plan)
+    jobs = [
+        Job(job.recipe, job.variant, job.length, job.seed, job.kd_ratio, job.policy, plan.root, plan.held_out)
+        for job in timed_jobs(
+            str(plan.recipe("student")), everything, seeds=list(plan.seeds), kd_ratio=plan.kd_ratio
+        )
+    ]
+    time_missing(jobs, plan.results, num_turns=plan.num_turns)
+    return {"table": Results("student", plan.kd_ratio, plan.results).costs()}
+
+
+def show_students(plan: Plan) -> list[str]:
+    return Results("student", plan.kd_ratio, plan.results).table()
+
+
+PARTS: dict[str, Callable[[Plan], dict[str, Any]]] = {
+    "teacher": teacher,
+    "student": student,
+    "targets": targets,
+    "students": students,
+    "steps": steps,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, default=ROOT / "work" / "real")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--rows", type=int, help="of the training split; all by default")
+    parser.add_argument("--lengths", nargs="+", default=["1 epoch"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--kd-ratio", type=float, default=0.5)
+    parser.add_argument("--held-out", type=int, default=64, help="validation rows for the students' KL")
+    parser.add_argument("--positions", type=int, default=4096, help="for the errors of the gradient")
+    parser.add_argument("--turns", type=int, default=20, help="timed steps of each variant")
+    parser.add_argument("--tiny", action="store_true", help="a small random model, drawn rows")
+    asked = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    plan = Plan(
+        root=asked.root.resolve(),
+        tiny=asked.tiny,
+        rows=asked.rows,
+        seeds=tuple(asked.seeds),
+        lengths=tuple(asked.lengths),
+        kd_ratio=asked.kd_ratio,
+        held_out=asked.held_out,
+        positions=asked.positions,
+        num_turns=asked.turns,
+    )
+    plan.root.mkdir(parents=True, exist_ok=True)
+    plan.write_recipes()
+    for name in asked.only:
+        path = plan.root / f"{name}.json"
+        if path.exists():
+            continue
+        print(f"\n=== {name}", flush=True)
+        begin = time.monotonic()
+        found = PARTS[name](plan) | {"date": time.strftime("%Y-%m-%d"), "seconds": time.monotonic() - begin}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps({key: value for key, value in found.items() if key != "lines"}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

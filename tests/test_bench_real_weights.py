@@ -1,0 +1,124 @@
+"""The benchmark with pretrained weights, with a small random model of the same classes and drawn rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from samples import encoded_picture
+
+from shared.data.processing import open_processor
+from shared.data.rows import Example
+from shared.model_check import check_model
+from shared.models.vlm import load_vlm
+from shared.recipes import DataConfig
+from stage1_teacher.__main__ import commands as teacher_cache
+from stage2_student.__main__ import commands as train_student
+from tests.benchmarks import bench_real_weights, bench_students, pretrained_gemma
+from tests.benchmarks.student_results import LABELS, LIVE, done
+
+TEXTS = ["Which plane is this?\nIt is an axial scan of the chest. user model\n"] * 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gemma") / "base"
+    return pretrained_gemma.save_vlm(folder, *pretrained_gemma.tiny_model(TEXTS))
+
+
+def add_package(folder: Path, *parts: bytes) -> None:
+    for number, content in enumerate(parts, start=1):
+        package = folder / f"{pretrained_gemma.PACKAGE}_part{number}"
+        (package / "data").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "data" / f"model.gguf.part{number - 1:02}").write_bytes(content)
+
+
+def test_the_parts_of_the_package_are_joined_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(1, pretrained_gemma.NUM_PARTS + 1):  # the package itself may be installed
+        monkeypatch.delitem(sys.modules, f"{pretrained_gemma.PACKAGE}_part{number}", raising=False)
+    add_package(tmp_path / "site", b"GG", b"UF", b" and", b" more")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    out = tmp_path / "model.gguf"
+    with pytest.raises(SystemExit, match=r"is not a5fd3b.*Install the package again"):
+        pretrained_gemma.join_parts(out)
+    assert not out.exists()
+
+    monkeypatch.setattr(pretrained_gemma, "SHA256", hashlib.sha256(b"GGUF and more").hexdigest())
+    assert pretrained_gemma.join_parts(out).read_bytes() == b"GGUF and more"
+
+
+def test_without_the_package_its_extra_is_named(tmp_path: Path, hide: Any) -> None:
+    hide(f"{pretrained_gemma.PACKAGE}_part1")
+    with pytest.raises(SystemExit, match="EXTRAS=real-weights"):
+        pretrained_gemma.join_parts(tmp_path / "model.gguf")
+
+
+def test_the_model_passes_the_check_that_begins_both_stages(base: Path) -> None:
+    processor = open_processor(str(base), DataConfig(source="unused"))
+    model = load_vlm(str(base), revision=None, dtype=torch.float32, attn_implementation=None)
+    examples = [
+        processor.encode(Example.single(encoded_picture(seed), "Which plane\nis this?", "axial\nscan"))
+        for seed in (0, 1)
+    ]
+    check_model(model, processor, examples, device=torch.device("cpu"))
+    token = processor.tokenizer.convert_tokens_to_ids(pretrained_gemma.NAMED["image_token"])
+    assert (examples[0].input_ids == token).sum() == pretrained_gemma.TOKENS_PER_PICTURE
+
+
+def test_a_student_has_some_layers_of_its_teacher(base: Path, tmp_path: Path) -> None:
+    shorter = pretrained_gemma.shorten(base, tmp_path / "student", num_layers=3)
+    theirs, ours = (
+        load_vlm(str(folder), revision=None, dtype=torch.float32, attn_implementation=None)
+        for folder in (base, shorter)
+    )
+    layers, kept = theirs.model.language_model.layers, ours.model.language_model.layers
+    for layer, same in zip(kept, (layers[0], layers[2], layers[3]), strict=True):
+        for one, other in zip(layer.parameters(), same.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    kinds = theirs.config.text_config.layer_types
+    assert ours.config.text_config.layer_types == [kinds[0], kinds[2], kinds[3]]
+    torch.testing.assert_close(ours.lm_head.weight, theirs.lm_head.weight, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_all_parts_run_and_are_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one process, which is much faster; with one threshold and what is of its size."""
+
+    def command(module: str, *arguments: object) -> str:
+        which = {"stage1_teacher": teacher_cache, "stage2_student": train_student}[module]
+        found = CliRunner().invoke(which, [*map(str, arguments)], standalone_mode=False)
+        if found.exception is not None:
+            raise found.exception
+        return found.stdout
+
+    def here(function: Any, *arguments: Any) -> Any:
+        return function(*arguments)
+
+    monkeypatch.setattr(bench_real_weights, "command", command)
+    monkeypatch.setattr(bench_real_weights, "in_own_process", here)
+    monkeypatch.setattr(bench_students, "in_own_process", here)
+    monkeypatch.setattr(bench_real_weights, "TAUS", (64,))
+    arguments = ["--tiny", "--root", str(tmp_path), "--positions", "48", "--turns", "2", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", ["bench_real_weights", *arguments, "--held-out", "4"])
+    bench_real_weights.main()
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in bench_real_weights.PARTS}
+    assert found["teacher"]["ce"] < found["teacher"]["ce_before"]
+    assert found["student"]["after"]["kl"] < found["student"]["before"]["kl"]
+    assert {line["family"] for line in found["targets"]["lines"]} == {"threshold", "random", "top_k"}
+    variants = [record["key"][1] for record in done(tmp_path / "students.jsonl").values()]
+    assert {LABELS, LIVE, "tau 1/64"} < set(variants)
+    assert "| tau 1/64 |" in capsys.readouterr().out
+
+    monkeypatch.setattr(bench_real_weights, "command", None)
+    bench_real_weights.main()
