@@ -4,9 +4,8 @@
 
     teacher   Gemma 3 270M behind a small vision tower, fine-tuned on medpix_sample: CE before and after, and CE with
               the pictures of other cases
+    targets   the error of the head's gradient by policy, size and tail; its student is the teacher without two layers
     student   half of its layers, from a cache at the default tau
-    targets   the error of the head's gradient by policy, size and tail, with that student; where it is not
-              trained yet, the teacher before its fine-tuning
     students  labels alone, the live teacher, caches of three sizes, top_k and random at equal bytes
     steps     the time of a step of each against that of labels alone
 
@@ -82,6 +81,11 @@ class Plan:
     @property
     def num_layers(self) -> int:
         return 2 if self.tiny else 9
+
+    @property
+    def num_layers_of_near(self) -> int:
+        """Of the student of the errors."""
+        return 3 if self.tiny else 16
 
     @property
     def results(self) -> Path:
@@ -217,6 +221,9 @@ def _shorten(source: Path, out: Path, num_layers: int) -> None:
 
 def targets(plan: Plan) -> dict[str, Any]:
     """Prints the tables; the lines are kept."""
+    if not (plan.root / "near").exists():
+        source = plan.root / "runs" / "teacher" / "export"
+        in_own_process(_shorten, source, plan.root / "near", plan.num_layers_of_near)
     found: dict[str, Any] = in_own_process(_errors, plan)
     return found
 
@@ -231,24 +238,18 @@ def _errors(plan: Plan) -> dict[str, Any]:
     lines = table(schemes, error, answers)
     print_table(lines)
     print_ratios(lines)
-    found = {"student": student_of_errors(plan).name, "positions": plan.positions}
-    return found | {"lines": [vars(line) for line in lines]}
-
-
-def student_of_errors(plan: Plan) -> Path:
-    trained = plan.root / "runs" / "student" / "export"
-    return trained if trained.exists() else plan.root / "base"
+    return {"positions": plan.positions, "lines": [vars(line) for line in lines]}
 
 
 @torch.inference_mode()
 def _positions(plan: Plan) -> Iterator[Positions]:
-    """Of teacher and trained student, over training rows; hidden states as their parts along random directions."""
+    """Of teacher and student, over training rows; hidden states as their parts along random directions."""
     recipe = load_recipe(plan.recipe("student"))
     assert recipe.teacher is not None
     num_ids = open_processor(recipe.teacher.model, recipe.data).num_token_ids
     both = [
         load_vlm(str(name), revision=None, dtype=torch.bfloat16, attn_implementation=None)
-        for name in (recipe.teacher.model, student_of_errors(plan))
+        for name in (recipe.teacher.model, plan.root / "near")
     ]
     directions_DC: Tensor | None = None
     for batch in batches(recipe, recipe.teacher.model, plan.positions):
@@ -332,8 +333,8 @@ def show_students(plan: Plan) -> list[str]:
 
 PARTS: dict[str, Callable[[Plan], dict[str, Any]]] = {
     "teacher": teacher,
-    "student": student,
     "targets": targets,
+    "student": student,
     "students": students,
     "steps": steps,
 }
