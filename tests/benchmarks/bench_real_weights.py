@@ -5,6 +5,7 @@
     teacher   Gemma 3 270M behind a small vision tower, fine-tuned on medpix_sample: CE before and after, and CE with
               the pictures of other cases
     targets   the error of the head's gradient by policy, size and tail; its student is the teacher without two layers
+    further   the same with the model before fine-tuning as the student, which is further from the teacher
     student   half of its layers, from a cache at the default tau
     students  labels alone, the live teacher, caches of three sizes, top_k and random at equal bytes
     steps     the time of a step of each against that of labels alone
@@ -108,7 +109,7 @@ class Plan:
             "loss": {"kd_ratio": 0.0, "chunk_size": 256},  # of 262,144 logits: 256 MiB
             "optimization": {
                 "global_batch_size": 4 if self.tiny else 16,
-                "microbatch_tokens": 2048,
+                "microbatch_tokens": 1024,
                 "num_epochs": 1,
                 "learning_rate": 1e-4,
                 "num_warmup_steps": 5,
@@ -220,21 +221,26 @@ def _shorten(source: Path, out: Path, num_layers: int) -> None:
 
 
 def targets(plan: Plan) -> dict[str, Any]:
-    """Prints the tables; the lines are kept."""
     if not (plan.root / "near").exists():
         source = plan.root / "runs" / "teacher" / "export"
         in_own_process(_shorten, source, plan.root / "near", plan.num_layers_of_near)
-    found: dict[str, Any] = in_own_process(_errors, plan)
+    found: dict[str, Any] = in_own_process(_errors, plan, plan.root / "near")
     return found
 
 
-def _errors(plan: Plan) -> dict[str, Any]:
+def further(plan: Plan) -> dict[str, Any]:
+    found: dict[str, Any] = in_own_process(_errors, plan, plan.root / "base")
+    return found
+
+
+def _errors(plan: Plan, student: Path) -> dict[str, Any]:
+    """Prints the tables; the lines are kept."""
     torch.set_num_threads(1)
     policies: dict[str, Policy] = {f"threshold 1/{n}": Threshold(tau=1 / n) for n in ERROR_TAUS}
     policies |= {f"random {n}": Random(draws=n) for n in ERROR_DRAWS}
     policies |= {f"top-{n}": TopK(k=n) for n in ERROR_KS}
     schemes = [scheme(name, policy.kind, policy) for name, policy in policies.items()]
-    error, answers = measure(_positions(plan), schemes)
+    error, answers = measure(_positions(plan, student), schemes)
     lines = table(schemes, error, answers)
     print_table(lines)
     print_ratios(lines)
@@ -242,14 +248,14 @@ def _errors(plan: Plan) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _positions(plan: Plan) -> Iterator[Positions]:
+def _positions(plan: Plan, student: Path) -> Iterator[Positions]:
     """Of teacher and student, over training rows; hidden states as their parts along random directions."""
     recipe = load_recipe(plan.recipe("student"))
     assert recipe.teacher is not None
     num_ids = open_processor(recipe.teacher.model, recipe.data).num_token_ids
     both = [
         load_vlm(str(name), revision=None, dtype=torch.bfloat16, attn_implementation=None)
-        for name in (recipe.teacher.model, plan.root / "near")
+        for name in (recipe.teacher.model, student)
     ]
     directions_DC: Tensor | None = None
     for batch in batches(recipe, recipe.teacher.model, plan.positions):
@@ -334,6 +340,7 @@ def show_students(plan: Plan) -> list[str]:
 PARTS: dict[str, Callable[[Plan], dict[str, Any]]] = {
     "teacher": teacher,
     "targets": targets,
+    "further": further,
     "student": student,
     "students": students,
     "steps": steps,
