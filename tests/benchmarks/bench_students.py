@@ -326,6 +326,8 @@ def time_steps(jobs: list[Job], num_turns: int) -> list[float]:
             for place in range(len(jobs)):
                 number = (turn + place) % len(jobs)
                 seconds[number].append(next(trainings[number]))
+                told = f"  turn {turn}, {jobs[number].variant}: {seconds[number][-1]:.2f} s"
+                print(told, file=sys.stderr, flush=True)
         del trainings, first, others
     return [
         statistics.median(one / other for one, other in zip(column, seconds[0], strict=True))
