@@ -116,6 +116,7 @@ def test_all_parts_run_and_are_not_done_again(
     assert found["teacher"]["ce"] < found["teacher"]["ce_before"]
     assert found["student"]["after"]["kl"] < found["student"]["before"]["kl"]
     assert {line["family"] for line in found["targets"]["lines"]} == {"threshold", "random", "top_k"}
+    assert found["steps"]["ratios"][LABELS] == 1
     variants = [record["key"][1] for record in done(tmp_path / "students.jsonl").values()]
     assert {LABELS, LIVE, "tau 1/64"} < set(variants)
     assert "| tau 1/64 |" in capsys.readouterr().out

@@ -49,7 +49,7 @@ from tests.benchmarks.bench_students import (
 from tests.benchmarks.bench_targets import measure, print_ratios, print_table, scheme, table
 from tests.benchmarks.pretrained_gemma import read_package, save_vlm, shorten, tiny_model
 from tests.benchmarks.real_teacher import batches, distributions
-from tests.benchmarks.student_results import LABELS, LIVE, Results
+from tests.benchmarks.student_results import LABELS, LIVE, Results, done
 from tests.benchmarks.synthetic_teacher import Positions
 
 ROOT = Path(__file__).parents[2]
@@ -148,10 +148,10 @@ def command(*arguments: object) -> str:
     Raises   SystemExit  when it fails
     """
     words = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words[2:])} ended with status {done.returncode}")
-    return done.stdout
+    ended = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(words[2:])} ended with status {ended.returncode}")
+    return ended.stdout
 
 
 def run_of(plan: Plan, name: str) -> dict[str, Any]:
@@ -330,7 +330,8 @@ def steps(plan: Plan) -> dict[str, Any]:
         )
     ]
     time_missing(jobs, plan.results, num_turns=plan.num_turns)
-    return {"table": Results("student", plan.kd_ratio, plan.results).costs()}
+    timed = (record for record in done(plan.results).values() if "step" in record)
+    return {"ratios": {record["key"][1]: record["step"] for record in timed}}
 
 
 def show_students(plan: Plan) -> list[str]:

@@ -212,9 +212,9 @@ def dense_forward(
     index: Tensor,
     labels: Tensor,
     teacher_NV: Tensor,
-    num_rows: int,
+    *others: object,
 ) -> Forwarded:
-    """Eager cross-entropy and dense KD, from logits."""
+    """Eager cross-entropy and dense KD, from logits; what else a microbatch holds is for losses that it has not."""
     body, head = split(self.model)
     hidden_BSD = last_hidden_states(body, in_dtype_of(head, inputs))
     logits_NV = head.logits(hidden_BSD.flatten(0, 1).index_select(0, index))[:, : self.num_token_ids]
