@@ -23,7 +23,15 @@ from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.cache.verified import VerifiedFiles
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import VqaSplit, open_split
-from shared.errors import CacheFormatError, CacheMismatchError, DataError, TeachonceError, listed
+from shared.errors import (
+    CacheFormatError,
+    CacheMismatchError,
+    DataError,
+    RecipeError,
+    TeachonceError,
+    listed,
+)
+from shared.other_vocabulary import student_of_another
 from shared.recipes import DataConfig, Recipe, Split
 from shared.surveying import (
     Surveyors,
@@ -185,10 +193,37 @@ def open_processor_of(recipe: Recipe, model: str, *, revision: str | None) -> Ex
 
     An interrupted capture goes on with the day on which it began.
     """
-    if recipe.data.date is None and recipe.cache is not None:
-        days = (prompt_date_of(location) for location in recipe.cache.locations)
-        recipe = recipe.of_day(next((day for day in days if day is not None), None))
-    return open_processor(model, recipe.data, revision=revision)
+    return open_processor(model, _of_its_day(recipe).data, revision=revision)
+
+
+def open_student_processor_of(recipe: Recipe, model: str, *, revision: str | None) -> ExampleProcessor:
+    """As ``open_processor_of``; where the recipe says so, the tokenizer may be another one than the teacher's.
+
+    Raises   RecipeError  when one of the two cannot be opened, or their tokens cannot be compared
+    """
+    if recipe.cache is None or not recipe.student.other_vocabulary:
+        return open_processor_of(recipe, model, revision=revision)
+    recipe = _of_its_day(recipe)
+    return student_of_another(model, recipe.data, _open_teacher_processor(recipe), revision=revision)
+
+
+def _open_teacher_processor(recipe: Recipe) -> ExampleProcessor:
+    assert recipe.teacher is not None  # a recipe with a cache and another tokenizer has one
+    try:
+        return open_processor(recipe.teacher.model, recipe.data, revision=recipe.teacher.revision)
+    except RecipeError as error:
+        raise RecipeError(
+            f"student.other_vocabulary: the teacher's tokenizer and chat template make the keys of the cache. {error}"
+            ". Put its tokenizer and processor files there; its weights are not needed"
+        ) from error
+
+
+def _of_its_day(recipe: Recipe) -> Recipe:
+    """Its prompts are written for the day that it names, or else its cache's."""
+    if recipe.data.date is not None or recipe.cache is None:
+        return recipe
+    days = (prompt_date_of(location) for location in recipe.cache.locations)
+    return recipe.of_day(next((day for day in days if day is not None), None))
 
 
 def prompt_date_of(location: str) -> str | None:
@@ -235,7 +270,7 @@ def require_in_the_cache(
 
 def _missing(cache: Cache, processor: ExampleProcessor, data: DataConfig, *, told: str, first: str) -> str:
     """What the prompts have otherwise than those of the cache, where that is known and explains it."""
-    own, num_caches = prompt_identity(processor, data), len(cache.parts)
+    own, num_caches = prompt_identity(processor.of_keys, data), len(cache.parts)
     found = [(part.location, part.manifest.identity.prompt) for part in cache.parts]
     differing = [[] if stored is None else stored.differences(own) for _, stored in found]
     where = f"cache {cache.location}: {told} are not in it, {first} first"
@@ -258,7 +293,7 @@ def _missing(cache: Cache, processor: ExampleProcessor, data: DataConfig, *, tol
 
 def require_same_rendering(cache: Cache, processor: ExampleProcessor, data: DataConfig) -> None:
     """Raises   CacheMismatchError  when the same settings give another prompt than a cache's; keys do not tell"""
-    own = prompt_identity(processor, data)
+    own = prompt_identity(processor.of_keys, data)
     for part in cache.parts:
         stored = part.manifest.identity.prompt
         if stored is not None and stored.contradicts(own):
@@ -287,7 +322,9 @@ def cache_covers(recipe: Recipe) -> bool:
         cache = open_caches(recipe.cache)
     except CacheFormatError:
         return False  # the capture says what is wrong with it, and mends it where it can
-    processor = open_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
+    processor = _open_processor_of_keys(recipe)
+    if processor is None:
+        return False
     surveyors = Surveyors.of_capture(recipe)
     for name in captured_splits(recipe):
         keys = survey_keys(recipe.data, name, processor, surveyors).keys
@@ -295,6 +332,16 @@ def cache_covers(recipe: Recipe) -> bool:
         if not cache.contains(keys).all() or any(broken_shards(part, keys) for part in cache.parts):
             return False
     return True
+
+
+def _open_processor_of_keys(recipe: Recipe) -> ExampleProcessor | None:
+    """The student's, whose keys are its teacher's; of another tokenizer the teacher's, None where it is missing."""
+    if not recipe.student.other_vocabulary:
+        return open_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
+    assert recipe.teacher is not None
+    if recipe.teacher.trained_by is not None and not is_there(recipe.teacher.model):
+        return None
+    return _open_teacher_processor(_of_its_day(recipe))
 
 
 def is_there(location: str) -> bool:

@@ -72,9 +72,9 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
 
 
 def _describe_tokenizers(report: Report, recipe: Recipe) -> ExampleProcessor | None:
-    """The teacher's, or where it has none yet the student's; they must map and ask alike."""
+    """The teacher's, or where it has none yet the student's; they must be alike, unless the recipe says so."""
     assert recipe.teacher is not None
-    found: list[ExampleProcessor] = []
+    found: dict[str, ExampleProcessor] = {}
     for role, model in (("teacher", recipe.teacher), ("student", recipe.student)):
         if is_made_later(recipe, model.model):
             report.add(role, f"{model.model} is not there yet: it is made when the recipe is first run")
@@ -83,13 +83,16 @@ def _describe_tokenizers(report: Report, recipe: Recipe) -> ExampleProcessor | N
         require_model(report, model.model, model.revision, weights=role == "teacher")
         with report.collecting():
             processor = describe_tokenizer(report, recipe, model.model, revision=model.revision)
-            found += [] if processor is None else [processor]
+            if processor is not None:
+                found[role] = processor
     with report.collecting():
         require_training_recipe(recipe)
+    if recipe.student.other_vocabulary:
+        return found.get("teacher")
     if len(found) == 2:
         with report.collecting():
-            _require_alike(*found)
-    return found[0] if found else None
+            _require_alike(found["teacher"], found["student"])
+    return next(iter(found.values()), None)
 
 
 def _require_alike(teacher: ExampleProcessor, student: ExampleProcessor) -> None:
@@ -99,7 +102,8 @@ def _require_alike(teacher: ExampleProcessor, student: ExampleProcessor) -> None
         if one != other:
             problems.append(
                 f"{what.removesuffix('_fingerprint')}: the teacher's is {one[:12]}, the student's {other[:12]}; they "
-                "must be the same in content. Give the student's folder the teacher's files"
+                "must be the same in content. Give the student's folder the teacher's files, or set "
+                "student.other_vocabulary: true"
             )
     if problems:
         raise RecipeError("\n".join(problems))

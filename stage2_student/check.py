@@ -15,6 +15,7 @@ from shared.dealing import Work
 from shared.models.packing import require_packing
 from shared.models.plans import Plan
 from shared.models.vlm import load_config
+from shared.other_vocabulary import StudentOfAnother
 from shared.preflight import (
     TOKENS_WITHOUT_DATA,
     Report,
@@ -33,8 +34,9 @@ from shared.preflight import (
 )
 from shared.recipes import Recipe, Split
 from shared.split_check import SplitFound
-from shared.survey import is_there, require_in_the_cache
+from shared.survey import is_there, open_student_processor_of, require_in_the_cache
 from stage2_student.estimate import count_parameters, estimate_memory
+from stage2_student.training.coverage import look_at_coverage
 from stage2_student.training.freezing import parameters_of_parts
 from stage2_student.training.inputs import open_cache
 from stage2_student.training.lora import beside_adapters
@@ -99,7 +101,19 @@ def _describe_student(
             describe_quantization(report, student.model, config, dequantize=True)
     with report.collecting():
         processor = describe_tokenizer(report, recipe, student.model, revision=student.revision)
+    if processor is not None and student.other_vocabulary and recipe.cache is not None:
+        with report.collecting():
+            processor = _beside_the_teacher(report, recipe)
     return model, processor, plan
+
+
+def _beside_the_teacher(report: Report, recipe: Recipe) -> ExampleProcessor | None:
+    """The student's processor, which knows the teacher's tokenizer; None where that is not made yet."""
+    assert recipe.teacher is not None
+    if is_made_later(recipe, recipe.teacher.model):
+        report.add("  teacher's", f"{recipe.teacher.model} is not there yet: its tokenizer is not looked at")
+        return None
+    return open_student_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
 
 
 def _describe_model(report: Report, recipe: Recipe, model: PreTrainedModel) -> None:
@@ -138,6 +152,10 @@ def _describe_cache(
         _, notices = open_cache(recipe, processor)
         for notice in notices:
             report.note(notice)
+        if isinstance(processor, StudentOfAnother):
+            for found in looked:
+                covered = look_at_coverage(found.split, found.rows, processor, cache)
+                report.add("  of " + found.split.name, covered.text())
     skipped, left_out = cache.skipped, dict[str, list[str]]()
     missing: list[tuple[bytes, str]] = []
     for found in looked:

@@ -23,7 +23,7 @@ FLOORS = [
     {"sparse", "phantom", "places", "finished"},
     {"models"},
     {"codec", "data"},
-    {"answering", "reports", "kd_loss", "cache"},
+    {"answering", "reports", "kd_loss", "cache", "other_vocabulary"},
     {"surveying"},
     {"survey", "small_models", "same_teacher", "split_check", "model_check"},
     {"preflight", "rounds"},

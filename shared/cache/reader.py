@@ -41,6 +41,7 @@ from shared.sparse import SparseTargets
 MAX_OPEN_SHARDS = 512  # each holds a file descriptor; processes often may have 1,024
 MAX_MAPPED_BYTES = 256 << 20  # what streaming adds to the memory of a process, at most
 OPENINGS = 10  # while others commit to the cache one after another
+OF_TOKENIZERS = ("inputs.tokenizer", "inputs.template", "inputs.vocab_size")
 FETCHES = 100  # of one remote file, before a copy that is gone or changed each time is given up
 
 
@@ -313,10 +314,10 @@ class CacheReader:
             label_log_prob=label_log_prob,
             visual_gain=visual_gain,
         )
-        comparison.require(
-            where=self._folder.where,
-            remedy="Use the teacher's tokenizer and template and the cache's targets, or capture another cache.",
-        )
+        remedy = "Use the teacher's tokenizer and template and the cache's targets, or capture another cache."
+        if any(line.startswith(OF_TOKENIZERS) for line in comparison.refusals):
+            remedy += " To train a student with another tokenizer, set student.other_vocabulary: true."
+        comparison.require(where=self._folder.where, remedy=remedy)
         return comparison.notices
 
     def _close_least_recently_used(self) -> None:

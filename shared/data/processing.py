@@ -70,6 +70,22 @@ class Counted:
     num_tokens: int
 
 
+@dataclass(frozen=True)
+class Learned:
+    """Labels of one answer: its tokens, and whether the end of its turn is learned behind them."""
+
+    ids: tuple[int, ...]
+    is_ended: bool
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.ids) + self.is_ended
+
+    def labels(self, end_of_turn: int) -> list[int]:
+        """With the id that ends the turn, where that is learned."""
+        return [*self.ids, *([end_of_turn] if self.is_ended else [])]
+
+
 class ExampleProcessor:
     """One model's way from example to tokens and pixels; picklable, so it can work in data-loader workers."""
 
@@ -120,6 +136,11 @@ class ExampleProcessor:
                 **self._prompt.template.dated(),
             }
         )
+
+    @property
+    def of_keys(self) -> ExampleProcessor:
+        """Whose tokenizer and template the examples' keys are made of: its own."""
+        return self
 
     @property
     def end_of_turn(self) -> int:
@@ -185,11 +206,13 @@ class ExampleProcessor:
     def require_usable(self, example: Example) -> None:
         """Raises   DataError  naming the row, when the chat template refuses its conversation, or for wrong ids"""
         self._prompt.template.follow(example.turns, where=_where(example))
-        self._require_ids(example)
+        self._written_ids(example)
 
-    def _require_ids(self, example: Example) -> None:
+    def _written_ids(self, example: Example) -> tuple[int, ...] | None:
+        """Of the last answer, where its row has them and they are this tokenizer's."""
         if example.answer_ids is not None:
             self.written.require(example.answer_ids, example.answer, where=_where(example))
+        return example.answer_ids
 
     def approximate_length(self, example: Example) -> int:
         """About how many tokens an example has, without the template's, to put like with like: nothing is decoded."""
@@ -247,21 +270,41 @@ class ExampleProcessor:
         """
         prompt = self._prompt.of(example.turns, where=_where(example))
         answer, is_cut = self._last_answer(example, prompt)
-        tokens, answered = self._prompt.finished(prompt, {"input_ids": self._prompt.plain_ids(prompt)})
-        labels, num_short = self._earlier_labels(tokens["input_ids"], answered)
+        ids, answered = self._plain_prompt(prompt)
+        labels, num_short = self._earlier_labels(ids, answered)
         return Counted(
             num_positions=int((labels != IGNORE_INDEX).sum()) + len(answer),
             num_cut=num_short + is_cut,
             num_tokens=len(labels) + len(answer),
         )
 
+    def learned(self, example: Example) -> list[Learned]:
+        """Each answer that is learned, in the order of the labels; no picture is decoded.
+
+        Raises   DataError  naming the row, when its conversation cannot be used
+        """
+        prompt = self._prompt.of(example.turns, where=_where(example))
+        answer, _ = self._last_answer(example, prompt)
+        ids, answered = self._plain_prompt(prompt)
+        found = [
+            Learned(tuple(ids[one.begin : one.end].tolist()), one.end_of_turn is not None)
+            for one in self._learned_of(answered)
+        ]
+        is_ended = answer[-1:] == [self.end_of_turn]
+        return [*found, Learned(tuple(answer[: len(answer) - is_ended]), is_ended)]
+
+    def _plain_prompt(self, prompt: Prompt) -> tuple[Tensor, list[Answered]]:
+        """Its ids, placeholders of pictures not expanded, and where earlier answers are."""
+        tokens, answered = self._prompt.finished(prompt, {"input_ids": self._prompt.plain_ids(prompt)})
+        return tokens["input_ids"], answered
+
     def _last_answer(self, example: Example, prompt: Prompt) -> tuple[list[int], bool]:
         """Its labels, and whether it has more tokens than are learned."""
-        if example.answer_ids is None:
+        written = self._written_ids(example)
+        if written is None:
             answer = self._prompt.answer_ids(prompt, example.turns[-1].parts[0] or "")
         else:
-            self._require_ids(example)
-            answer = list(example.answer_ids)
+            answer = list(written)
         if len(answer) > self._max_answer_tokens:
             return answer[: self._max_answer_tokens], True
         return [*answer, *([self.end_of_turn] if example.answer_end else [])], False
@@ -316,15 +359,22 @@ class ExampleProcessor:
 
         Such an answer stays whole, as what follows it needs it; the tokens beyond are no labels.
         """
-        labels, num_short = torch.full_like(ids, IGNORE_INDEX), 0
+        labels, learned = torch.full_like(ids, IGNORE_INDEX), self._learned_of(answered)
+        for one in learned:
+            labels[one.begin : one.end] = ids[one.begin : one.end]
+            if one.end_of_turn is not None:
+                labels[one.end_of_turn] = ids[one.end_of_turn]
+        whole = answered if learned else []
+        return labels, sum(one.end < all_of_it.end for one, all_of_it in zip(learned, whole, strict=True))
+
+    def _learned_of(self, answered: Sequence[Answered]) -> list[Answered]:
+        """What is learned of earlier answers, none of it where only the last one is."""
+        found = []
         for one in answered if self._train_on == "all" else []:
             end = min(one.end, one.begin + self._max_answer_tokens)
-            labels[one.begin : end] = ids[one.begin : end]
-            num_short += end < one.end
-            if end == one.end and one.end_of_turn is not None:
-                labels[one.end_of_turn] = ids[one.end_of_turn]
-        labels[:1] = IGNORE_INDEX  # nothing stands before it that could predict it
-        return labels, num_short
+            begin = max(one.begin, 1)  # nothing stands before the first token that could predict it
+            found.append(Answered(begin, end, one.end_of_turn if end == one.end else None))
+        return found
 
     def _prompt_inputs(
         self, example: Example, prompt: Prompt
@@ -404,17 +454,25 @@ def open_processor(model: str, data: DataConfig, *, revision: str | None = None)
 
     Raises   RecipeError  when it cannot be opened, or is none for pictures and text.
     """
-    return ExampleProcessor(
-        load_processor(
-            model,
-            revision=revision,
-            min_pixels=data.min_pixels,
-            max_pixels=data.max_pixels,
-            template=data.chat_template,
-        ),
-        max_answer_tokens=data.max_answer_tokens,
-        system_prompt=data.system_prompt,
-        date=data.date,
-        train_on=data.train_on,
-        background=data.background,
+    processor, settings = processor_parts(model, data, revision=revision)
+    return ExampleProcessor(processor, **settings)
+
+
+def processor_parts(
+    model: str, data: DataConfig, *, revision: str | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The Hugging Face processor of a model, and the settings of an ``ExampleProcessor``.  Raises as above."""
+    processor = load_processor(
+        model,
+        revision=revision,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        template=data.chat_template,
     )
+    return processor, {
+        "max_answer_tokens": data.max_answer_tokens,
+        "system_prompt": data.system_prompt,
+        "date": data.date,
+        "train_on": data.train_on,
+        "background": data.background,
+    }

@@ -118,7 +118,7 @@ class ChatPrompt:
                 "kept apart from the template's. Convert it to a fast tokenizer"
             )
         self._tokenizer = tokenizer
-        self._bare = _without_added_tokens(tokenizer)
+        self._bare = without_added_tokens(tokenizer)
         self.spelled = _unknown_id(tokenizer)
         self._added_ids = (
             set(tokenizer.added_tokens_decoder) - {self.spelled} - _written_as_text(tokenizer, self._bare)
@@ -353,7 +353,7 @@ def _stretch(places: Sequence[int | None], first: int, last: int) -> tuple[int, 
     return begin, begin + last - first
 
 
-def _without_added_tokens(tokenizer: Any) -> Tokenizer:
+def without_added_tokens(tokenizer: Any) -> Tokenizer:
     """The same normalizer, pre-tokenizer and model, to which every marker is text."""
     backend = tokenizer.backend_tokenizer
     bare = Tokenizer(backend.model)

@@ -7,7 +7,8 @@ Two shapes cover all policies and tail modes (docs/loss.md, "Sparse teachers"):
 - *bucket*: a divergence between the kept entries plus one outcome for all other ids.  The tail mode
   ``ghost``, and every divergence but forward KL.  Merging outcomes makes it a lower bound of the dense one.
 
-Linear teachers of the same positions add up, each with its share, to a linear teacher.  Buckets do not.
+Linear teachers of the same positions add up, each with its share, to a linear teacher.  Buckets do not.  Masses that
+are regrouped over another vocabulary stay linear, too; the constant is not known then, and zero stands for it.
 
 N positions, E entries of all positions, V vocabulary.
 """
@@ -24,8 +25,13 @@ from torch import Tensor
 
 from shared.errors import RecipeError
 from shared.kd_loss.divergences import Divergence
-from shared.recipes.policies import TAIL_MODES, ghost_of_several
-from shared.sparse import MixedTargets, SparseTargets, Targets
+from shared.recipes.policies import (
+    TAIL_MODES,
+    TAILS_OF_ANOTHER_VOCABULARY,
+    ghost_of_several,
+    tail_of_another_vocabulary,
+)
+from shared.sparse import MixedTargets, RegroupedTargets, SparseTargets, Targets
 
 MIN_REST = 2.0**-24  # fp16 log-probabilities can sum to more than one; the rest never falls below this
 
@@ -121,7 +127,7 @@ def sparse_teacher(
     """Bring sparse targets into the form of the loss.
 
     Raises   RecipeError         for an unknown tail mode, a divergence that sampled targets cannot give, or either of
-                                 them that several teachers cannot share
+                                 them that several teachers, or a teacher of another vocabulary, cannot give
              CacheMismatchError  for a temperature that was not captured
     """
     if tail not in TAIL_MODES:
@@ -135,6 +141,9 @@ def sparse_teacher(
     }
     if isinstance(targets, SparseTargets):
         return _teacher_alone(targets, **settings)
+    if isinstance(targets, RegroupedTargets):
+        _require_regroupable(targets, divergence, tail)
+        return _teacher_regrouped(targets, sparse_teacher(targets.source, **settings).rows)
     _require_linear(targets, divergence, tail)
     return _teachers_together(targets, [_teacher_alone(part, **settings).rows for part in targets.parts])
 
@@ -149,6 +158,28 @@ def _require_linear(targets: MixedTargets, divergence: Divergence, tail: str) ->
     cut_off = [part.policy.kind for part in targets.parts if not part.policy.is_sampled]
     if cut_off and tail == "ghost":
         raise RecipeError(ghost_of_several(cut_off[0]))
+
+
+def _require_regroupable(targets: RegroupedTargets, divergence: Divergence, tail: str) -> None:
+    """Only masses at entries move to other ids: what the teacher left out has no text."""
+    if divergence.kind != "forward_kl":
+        raise RecipeError(
+            f"divergence {divergence.kind} of a teacher with another tokenizer: it is not linear in the teacher, and "
+            "regrouped targets serve only losses that are. Choose forward_kl"
+        )
+    parts = targets.source.parts if isinstance(targets.source, MixedTargets) else (targets.source,)
+    cut_off = [part.policy.kind for part in parts if not part.policy.is_sampled]
+    if cut_off and tail not in TAILS_OF_ANOTHER_VOCABULARY:
+        raise RecipeError(tail_of_another_vocabulary(cut_off[0], tail))
+
+
+def _teacher_regrouped(targets: RegroupedTargets, source: TeacherRows) -> SparseTeacher:
+    """KD is the cross-entropy with the masses: their entropy is not known, so no constant is subtracted."""
+    row_E, mass_E = targets.position_index, targets.gathered(source.mass_E)
+    total_N = sum_rows(mass_E, row_E, targets.num_positions)
+    zero_N = torch.zeros_like(total_N)
+    rows = TeacherRows(row_E, targets.ids.long(), mass_E, total_N, constant_N=zero_N, entropy_N=zero_N)
+    return SparseTeacher(rows, targets.offsets)
 
 
 def _teachers_together(targets: MixedTargets, teachers: Sequence[TeacherRows]) -> SparseTeacher:

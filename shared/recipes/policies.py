@@ -28,6 +28,19 @@ def ghost_of_several(kind: str) -> str:
     )
 
 
+# Of these, what a student with another tokenizer can use: the others give mass to tokens that were not kept.
+TAILS_OF_ANOTHER_VOCABULARY = ("renormalize", "drop")
+
+
+def tail_of_another_vocabulary(kind: str, tail: str) -> str:
+    """Why a cache of that policy cannot be regrouped with that tail mode."""
+    return (
+        f"tail {tail} of a {kind} cache and a student with another tokenizer: what the teacher did not keep has no "
+        "text, so it is not known which of the student's tokens should get it. Set loss.tail to renormalize or drop, "
+        "or use a cache of a sampled policy (threshold, random)"
+    )
+
+
 class _Policy(Section):
     @property
     def is_sampled(self) -> bool:

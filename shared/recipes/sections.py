@@ -23,7 +23,15 @@ from pydantic import AfterValidator, Field, model_validator
 from shared.errors import RecipeError
 from shared.recipes import yaml12
 from shared.recipes.files import read_recipe_tree, validate_tree
-from shared.recipes.policies import TAIL_MODES, Policy, Threshold, VisualGain, ghost_of_several
+from shared.recipes.policies import (
+    TAIL_MODES,
+    TAILS_OF_ANOTHER_VOCABULARY,
+    Policy,
+    Threshold,
+    VisualGain,
+    ghost_of_several,
+    tail_of_another_vocabulary,
+)
 from shared.recipes.schema import Section
 
 
@@ -406,6 +414,9 @@ class StudentConfig(Section):
     """Branch, tag or commit of a Hub model."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: weights from the configuration alone, for trials."""
+    other_vocabulary: bool = False
+    """The student may have another tokenizer and chat template than its teacher: targets are taken where both have a
+    token boundary."""
     param_dtype: Dtype = "float32"
     """Of the master weights and the optimizer."""
     compute_dtype: Dtype = "bfloat16"
@@ -736,6 +747,8 @@ class Recipe(Section):
                 problems.append(ghost_of_several(self.cache.policy.kind))
         if self.loss.reverse_kl is not None:
             problems += self._problems_of_reverse_kl()
+        if self.cache is not None and self.student.other_vocabulary:
+            problems += self._problems_of_another_vocabulary(self.cache)
         if self.write is not None and (self.write.max_new_tokens or 0) > self.data.max_answer_tokens:
             problems.append(
                 f"write.max_new_tokens {self.write.max_new_tokens} is above data.max_answer_tokens "
@@ -805,6 +818,23 @@ class Recipe(Section):
             )
         if self.data.written is not None:
             problems.append("rounds beside data.written: the rounds set it. Leave it out")
+        return problems
+
+    def _problems_of_another_vocabulary(self, cache: CacheConfig) -> list[str]:
+        problems = []
+        if self.teacher is None and cache.has_many_teachers:
+            problems.append(
+                "student.other_vocabulary needs a teacher section: rows of the cache are known by its tokenizer and "
+                "chat template. Name one of the caches' teachers"
+            )
+        if self.loss.reverse_kl is not None or self.rounds is not None:
+            problems.append(
+                "student.other_vocabulary beside loss.reverse_kl or rounds: a student's own answers are token ids, which "
+                "its teacher's tokenizer does not have. Leave one of them out"
+            )
+        tail = self.loss.tail or "ghost"
+        if not cache.policy.is_sampled and tail not in TAILS_OF_ANOTHER_VOCABULARY:
+            problems.append(tail_of_another_vocabulary(cache.policy.kind, tail))
         return problems
 
     def _problems_of_a_split(self) -> list[str]:

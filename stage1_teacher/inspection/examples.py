@@ -98,6 +98,8 @@ def open_tokenizer(recipe: Recipe) -> ExampleProcessor:
     try:
         return open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
     except TeachonceError:
+        if recipe.student.other_vocabulary:
+            raise
         return open_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
 
 

@@ -26,7 +26,7 @@ from shared.models.vlm import load_vlm
 from shared.progress import progress
 from shared.recipes import Recipe, Split
 from shared.runtime import World
-from shared.survey import open_processor_of
+from shared.survey import open_student_processor_of
 from stage2_student.evaluation.answer_metrics import exact_match, rouge_l, token_f1
 from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.survey import Survey, survey_once
@@ -106,7 +106,7 @@ def answers_of(
     shuffle_pictures  each question is about the picture of another case
     Raises        TeachonceError or torch.OutOfMemoryError  on all ranks, what one of them met
     """
-    processor = open_processor_of(recipe, source.model, revision=source.revision)
+    processor = open_student_processor_of(recipe, source.model, revision=source.revision)
     found = (found or survey_once(recipe, split, processor, None, world)).spread(num_examples)
     if shuffle_pictures:
         found = with_other_pictures(found)

@@ -40,7 +40,8 @@ def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """The head of a table, and the cells of each run, and below them of each teacher of which something is known."""
     settings = differing(runs)
     cut = ["cut"] if any(run.scores.get("num_cut") for run in runs) else []
-    head = ["run", *settings, "steps", "epochs", "CE", "KL", "questions", "right", "F1", *cut]
+    soft = ["soft CE"] if any(run.losses["soft_ce"] is not None for run in runs) else []
+    head = ["run", *settings, "steps", "epochs", "CE", "KL", *soft, "questions", "right", "F1", *cut]
     head += ["positions/s", "step", "memory"]
     rows = [
         [
@@ -50,6 +51,7 @@ def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
             _number(run.num_epochs, ".2f"),
             _number(run.losses["ce_loss"], ".4f"),
             _number(run.losses["kl"], ".4f"),
+            *(_number(run.losses["soft_ce"], ".4f") for _ in soft),
             *_answered(run.asked, STUDENT, with_cut=bool(cut)),
             _number(run.positions_per_s, ".0f"),
             _number(run.step_s, ".3f", " s"),
@@ -58,7 +60,12 @@ def results(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
         for label, run in zip(labels(runs), runs, strict=True)
     ]
     for name, ce, asked in _teachers(runs):
-        cells = [_number(ce, ".4f"), "-", *_answered(asked, TEACHER, with_cut=bool(cut))]
+        cells = [
+            _number(ce, ".4f"),
+            "-",
+            *("-" for _ in soft),
+            *_answered(asked, TEACHER, with_cut=bool(cut)),
+        ]
         rows.append([f"teacher {name}", *["-"] * (len(settings) + 2), *cells, *["-"] * 3])
     return head, rows
 
@@ -125,6 +132,11 @@ def legend(runs: Sequence[RunRecord]) -> list[str]:
         "CE and KL: nats a position over the whole validation split; KL to the teacher, at temperature 1 for all.",
         "questions: how many were asked, and of which split; right: of those with short answers; F1: of all.",
     ]
+    if any(run.losses["soft_ce"] is not None for run in runs):
+        lines.append(
+            "soft CE: cross-entropy with a teacher of another tokenizer at temperature 1, where both have a token "
+            "boundary, nats a unit of its mass. Between students of one tokenizer it differs as their KL does."
+        )
     if any(run.is_mix for run in runs):
         lines.append(
             "KL of a mix of caches: the mean of the KLs to its teachers, by their weights. Where teachers differ, no "

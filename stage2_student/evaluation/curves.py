@@ -30,12 +30,18 @@ from stage2_student.evaluation.run_records import RunRecord, labels, points
 SMOOTHED = 0.02  # of the steps: the width of the running mean over training losses
 MAX_MARKERS = 12  # of a curve
 UNIT = "nats per position"
-LOSSES = {"ce_loss": "Cross-entropy with the labels", "kl": "KL from the teacher"}
+LOSSES = {
+    "ce_loss": "Cross-entropy with the labels",
+    "kl": "KL from the teacher",
+    "soft_ce": "Cross-entropy with a teacher of another tokenizer",
+}
 COSTS = {
     "learning_rate": ("Learning rate", "learning rate", 1.0, "As the schedule has it."),
     "grad_norm": ("Gradient norm", "norm, before clipping", 1.0, "Peaks are steps that clipping tamed."),
     "positions_per_s": ("Speed", "positions per second", 1.0, "Waits for data are part of it."),
     "data_wait": ("Waiting for data", "% of a step's time", 100.0, "Near zero, the devices are kept busy."),
+    "shared_positions": ("Shared positions", "% of positions", 100.0, "Those with targets of the teacher."),
+    "shared_mass": ("Shared mass", "% of the teacher's", 100.0, "Of shared positions: what has an id."),
 }
 
 Points = list[tuple[int, float]]

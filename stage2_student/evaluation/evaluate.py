@@ -87,6 +87,7 @@ def evaluate(
                 losses.kl,
                 step=exported_step(source.model),
                 by_teacher=losses.by_teacher,
+                soft_ce=losses.soft_ce,
             )
         world.release_memory()
 
@@ -120,6 +121,11 @@ def show(found: Sequence[Evaluated]) -> None:
         for line in _by_teacher(model):
             click.echo(line)
     for model in found:
+        if model.soft_ce is not None:
+            click.echo(
+                f"{model.name}: cross-entropy with the teacher {model.soft_ce:.4f}, at shared positions "
+                "(docs/other-tokenizers.md)"
+            )
         if model.num_cut:
             click.echo(cut_answers(model.name, model.num_cut, len(model.answers)))
 

@@ -24,6 +24,7 @@ class Evaluated:
     """One model: its answers, and its losses over the same examples where they could be computed (None where not).
 
     step        of the run that exported it; None for a model from elsewhere
+    soft_ce     with a teacher of another tokenizer, in the place of KL: nats a unit of its mass at shared positions
     by_teacher  of the targets, where the caches are of several: names, positions, ce, kl, teacher_ce
     """
 
@@ -34,6 +35,7 @@ class Evaluated:
     kl: float | None = None
     step: int | None = None
     by_teacher: dict[str, list[Any]] = field(default_factory=dict)
+    soft_ce: float | None = None
 
     def intervals(self, kind: str | None = None) -> dict[str, Interval | None]:
         """Of one kind of question, or of all."""
@@ -80,6 +82,7 @@ class Evaluated:
             "num_cut": self.num_cut,
             "ce": self.ce,
             "kl": self.kl,
+            **({} if self.soft_ce is None else {"soft_ce": self.soft_ce}),
             **({"by_teacher": self.by_teacher} if self.by_teacher else {}),
             **plain(None),
             "by_kind": {kind: plain(kind) for kind in self.kinds},

@@ -16,7 +16,7 @@ from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import FreezeConfig, ParallelConfig, Recipe, Split
 from shared.runtime import World
 from shared.same_teacher import require_teacher
-from shared.survey import open_processor_of
+from shared.survey import open_student_processor_of
 from stage2_student.evaluation.answers import ModelSource
 from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.inputs import no_kl, open_targets
@@ -31,12 +31,14 @@ class ModelLosses:
     """Nats a position.
 
     kl          to the teacher at temperature 1; None where it was not measured
+    soft_ce     with a teacher of another tokenizer, in the place of KL; None where there is no such teacher
     by_teacher  of the targets, where the caches are of several: names, positions, ce, kl, teacher_ce; else empty
     """
 
     ce: float
     kl: float | None = None
     by_teacher: dict[str, list[Any]] = field(default_factory=dict)
+    soft_ce: float | None = None
 
 
 def losses_of(
@@ -70,7 +72,8 @@ def losses_of(
                 click.echo(f"note: {no_kl(error)}", err=True)
         else:
             by_teacher = found.groups.to_json().get("by_teacher", {})
-            return ModelLosses(found.losses.ce, found.losses.kl, by_teacher)
+            losses = found.losses
+            return ModelLosses(losses.ce, losses.kl, by_teacher, losses.soft_ce)
     return ModelLosses(validated(with_kl=False).losses.ce)
 
 
@@ -84,7 +87,7 @@ def _validated(
     shuffle_pictures: bool,
     with_kl: bool,
 ) -> Validation:
-    processor = open_processor_of(recipe, source.model, revision=source.revision)
+    processor = open_student_processor_of(recipe, source.model, revision=source.revision)
     cache = None
     if with_kl:
         cache, _ = open_targets(recipe, processor, temperature=KL_TEMPERATURE)

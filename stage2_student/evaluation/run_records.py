@@ -133,7 +133,7 @@ def read_run(path: Path) -> RunRecord:
         is_finished=results is not None,
         num_steps=steps[-1]["step"] if steps else 0,
         settings=settings,
-        losses={name: last.get(name) for name in ("loss", "ce_loss", "kl")},
+        losses={name: last.get(name) for name in ("loss", "ce_loss", "kl", "soft_ce")},
         teacher_ce=last.get("teacher_ce_loss"),
         answered=answered,
         asked=answered[0] if answered else None,

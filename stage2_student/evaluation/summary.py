@@ -22,7 +22,7 @@ from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.dropped import dropped_so_far
 from stage2_student.training.inputs import Inputs
 
-LOSSES = ("loss", "ce_loss", "kd_loss", "kl", "teacher_ce_loss")  # of a validation; old logs lack some
+LOSSES = ("loss", "ce_loss", "kd_loss", "kl", "teacher_ce_loss", "soft_ce")  # of a validation; logs lack some
 
 
 def summarize(
@@ -104,6 +104,9 @@ def print_summary(recipe: Recipe, results: dict[str, Any]) -> None:
     if results["cache"]:
         cache = results["cache"]
         click.echo(f"  cache       {cache['bytes_per_position']:.1f} bytes a position, {cache['path']}")
+    if coverage := results.get("coverage"):
+        told = f"{coverage['shared_positions']:.1%} of positions, {coverage['shared_mass']:.1%} of the mass there"
+        click.echo(f"  shared      {told} (student.other_vocabulary)")
     times = ", ".join(f"{name} {value:.0f} s" for name, value in results["times_s"].items())
     click.echo(
         f"  times       {times}; {results['positions_per_s']:.0f} positions/s, "
@@ -130,6 +133,7 @@ def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) ->
         ],
         "validation": None if inputs.validation is None else inputs.validation.fingerprint,
         "cache": _cache(inputs),
+        "coverage": _coverage(metrics.validations or metrics.steps),
         "positions_per_s": metrics.positions_per_s or 0.0,
         "data_wait": metrics.wait_s / max(metrics.training_s, 1e-9),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -145,6 +149,12 @@ def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) ->
 def _losses(validations: list[dict[str, Any]], *, at: int) -> dict[str, float | None] | None:
     found = [record for record in validations if record["step"] == at]
     return {name: found[-1].get(name) for name in LOSSES} if found else None
+
+
+def _coverage(records: list[dict[str, Any]]) -> dict[str, float] | None:
+    """By targets of a teacher with another tokenizer, of the last of these; None where there is no such teacher."""
+    names = ("shared_positions", "shared_mass")
+    return {name: records[-1][name] for name in names} if records and names[0] in records[-1] else None
 
 
 def _cache(inputs: Inputs) -> dict[str, Any] | None:

@@ -239,7 +239,11 @@ def _validation(folder: RunFolder, step: int) -> Iterator[str]:
         return
     before, after = results["before"] or {}, results["after"]
     yield "| validation, nats a position | before | after |\n|---|---|---|"
-    for name, label in {"ce_loss": "CE", "kl": "KL from the teacher, temperature 1"}.items():
+    labels = {"ce_loss": "CE", "kl": "KL from the teacher, temperature 1"}
+    labels |= {
+        "soft_ce": "Cross-entropy with the teacher, whose tokenizer is another one, at shared positions"
+    }
+    for name, label in labels.items():
         if after.get(name) is not None:
             yield f"| {label} | {_number(before.get(name))} | {_number(after[name])} |"
 

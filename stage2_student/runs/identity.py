@@ -59,6 +59,8 @@ def run_identity(recipe: Recipe, *, contents: dict[str, Any]) -> dict[str, Any]:
     keys = {
         f"recipe.{key}": value for key, value in flat(dump_recipe(recipe)).items() if not _may_change(key)
     }
+    if not recipe.student.other_vocabulary:  # which runs before it did not know
+        del keys["recipe.student.other_vocabulary"]
     return dict(contents) | keys
 
 

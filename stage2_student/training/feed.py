@@ -34,6 +34,7 @@ from shared.errors import (
     listed,
 )
 from shared.model_check import usable
+from shared.other_vocabulary import Aligned, Alignment, Coverage, StudentOfAnother, regrouped
 from shared.sparse import Targets
 from stage2_student.training.emphasis import Emphasis, Weighing
 from stage2_student.training.order import Slot
@@ -67,6 +68,7 @@ class Microbatch:
     has_pictures: bool = True
     refused: tuple[str, ...] = ()  # why rows are left out
     label_logprobs: Tensor | None = None
+    coverage: Coverage | None = None  # by targets of the positions, with a teacher of another tokenizer
 
     @property
     def num_positions(self) -> int:
@@ -190,20 +192,19 @@ class MicrobatchSource(Dataset):
         )
 
     def microbatch(self, slot: Slot, rows: list[int]) -> Microbatch:
-        rows, encoded, kinds, writers, refused = self._usable(rows)
+        rows, encoded, kinds, writers, aligned, refused = self._usable(rows)
         if not slot.counts:
             encoded = [one.without_labels() for one in encoded]
         fed = [*encoded, *self._blank(encoded)]
         batch = packed(fed) if self.packing else self.processor.collate(fed)
-        targets: Targets | None = None
         label_logprobs: Tensor | None = None
         cached: Sequence[Row | MixedRow] = ()
+        if self.cache is not None and slot.counts:
+            cached = self._cached(self.cache, encoded, aligned, rows)
+        targets, coverage = self._targets(cached, [one.alignment for one in aligned] if slot.counts else [])
+        if self.cache is not None and self.scores_own:
+            label_logprobs = self._label_logprobs(self.cache, cached, writers)
         lengths = tuple(one.num_positions for one in encoded)
-        if self.cache is not None:
-            cached = self._cached(self.cache, encoded, rows) if slot.counts else []
-            targets = self.cache.targets(cached)  # type: ignore[arg-type]  # its own rows
-            if self.scores_own:
-                label_logprobs = self._label_logprobs(self.cache, cached, writers)
         weighing = None
         if self.emphasis is not None:
             weighing = self.emphasis.weigh(self.cache, cached, targets, lengths)
@@ -224,6 +225,7 @@ class MicrobatchSource(Dataset):
             teacher_ces=tuple(row.ce_sum for row in cached),
             has_pictures=any(one.has_pictures for one in fed),
             label_logprobs=label_logprobs,
+            coverage=coverage,
         )
 
     def _label_logprobs(
@@ -236,17 +238,26 @@ class MicrobatchSource(Dataset):
         assert not isinstance(cache, CacheMix)
         return cache.label_log_probs(rows).masked_fill(~own.repeat_interleave(lengths), torch.nan)
 
-    def _usable(self, rows: list[int]) -> tuple[list[int], list[Encoded], list[str], list[str], list[str]]:
-        """Rows, what the model is fed of each, their kinds of question, who wrote them; why others are left out."""
+    def _usable(
+        self, rows: list[int]
+    ) -> tuple[list[int], list[Encoded], list[str], list[str], list[Aligned], list[str]]:
+        """Rows, what the model is fed of each, their kinds of question, who wrote them; why others are left out.
+
+        Where the teacher's tokenizer is another one, and there are targets, also what its labels are beside its own.
+        """
         used: list[int] = []
         encoded: list[Encoded] = []
         kinds: list[str] = []
         writers: list[str] = []
+        aligned: list[Aligned] = []
         refused: list[str] = []
         for row in rows:
             try:
                 example = self.split[row]
-                encoded.append(self.processor.encode(example))
+                one = self.processor.encode(example)
+                if self.cache is not None and isinstance(self.processor, StudentOfAnother):
+                    aligned.append(self.processor.aligned(example))
+                encoded.append(one)
             except DataError as error:
                 if not self.may_drop:
                     raise
@@ -255,12 +266,23 @@ class MicrobatchSource(Dataset):
             used.append(row)
             kinds.append(example.kind)
             writers.append(example.written_by)
-        return used, encoded, kinds, writers, refused
+        return used, encoded, kinds, writers, aligned, refused
+
+    def _targets(
+        self, cached: Sequence[Row | MixedRow], alignments: Sequence[Alignment]
+    ) -> tuple[Targets | None, Coverage | None]:
+        """Of rows of the cache; of a teacher with another tokenizer also how much of the positions that covers."""
+        if self.cache is None:
+            return None, None
+        targets = self.cache.targets(cached)  # type: ignore[arg-type]  # its own rows
+        if not isinstance(self.processor, StudentOfAnother):
+            return targets, None
+        return regrouped(targets, Alignment.joined(alignments), self.processor.vocabulary)
 
     def blank_microbatch(self, slot: Slot) -> Microbatch:
         """A picture and nothing that counts."""
         batch = self.processor.collate([self.processor.blank()])
-        targets = None if self.cache is None else self.cache.targets([])
+        targets, _ = self._targets([], [])
         return Microbatch(slot, batch.inputs, batch.position_index, batch.labels, targets, num_tokens=0)
 
     def _blank(self, encoded: list[Encoded]) -> list[Encoded]:
@@ -273,14 +295,15 @@ class MicrobatchSource(Dataset):
             return ()
         return tuple(self.cache.teachers([row.key for row in cached]))
 
-    def _cached(self, cache: Cache, encoded: list[Encoded], rows: list[int]) -> Sequence[Row | MixedRow]:
+    def _cached(
+        self, cache: Cache, encoded: list[Encoded], aligned: list[Aligned], rows: list[int]
+    ) -> Sequence[Row | MixedRow]:
         names = [self.split.where(row) for row in rows]
         cached: Sequence[Row | MixedRow] = cache.rows([one.key for one in encoded], names=names)
-        for one, name, row in zip(encoded, names, cached, strict=True):
-            if one.answer_ids.tolist() != row.answer_ids.tolist():
-                raise CacheMismatchError(
-                    _different_answers(name, row.answer_ids.tolist(), one.answer_ids.tolist())
-                )
+        expected = [one.teacher_ids for one in aligned] or [one.answer_ids.tolist() for one in encoded]
+        for ids, name, row in zip(expected, names, cached, strict=True):
+            if ids != row.answer_ids.tolist():
+                raise CacheMismatchError(_different_answers(name, row.answer_ids.tolist(), ids))
         return cached
 
 

@@ -18,7 +18,12 @@ from shared.recipes import Recipe
 from shared.runtime import World
 from shared.same_teacher import require_teacher
 from shared.shard_order import ShardLayout, window_of
-from shared.survey import inputs_identity, is_there, open_processor_of, require_same_rendering
+from shared.survey import (
+    inputs_identity,
+    is_there,
+    open_student_processor_of,
+    require_same_rendering,
+)
 from stage2_student.runs.checkpoint import Checkpoint
 from stage2_student.runs.identity import CACHE, MIX, ORDER, run_identity
 from stage2_student.runs.run_folder import RunFolder
@@ -138,7 +143,7 @@ class Inputs:
 
 def open_inputs(recipe: Recipe, world: World) -> Inputs:
     """Raises   TeachonceError  of the kind that fits, when something is missing or does not fit"""
-    processor = open_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
+    processor = open_student_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
     cache, notices = open_cache(recipe, processor)
     validation_cache = cache
     if cache is None and recipe.data.splits.validation is not None:
@@ -223,7 +228,7 @@ def open_targets(
     """
     assert recipe.cache is not None
     cache = open_caches(recipe.cache)
-    own = inputs_identity(processor, recipe.data)
+    own = inputs_identity(processor.of_keys, recipe.data)
     notices = cache.require_student(
         own,
         temperature=temperature,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared.models.vlm import Head
 from shared.reports.reliability import NUM_BINS
-from shared.sparse import Targets
+from shared.sparse import MixedTargets, SparseTargets
 
 MAX_LOGITS = 2**24  # at once: 64 MiB as fp32
 
@@ -37,7 +37,7 @@ def student_reliability(hidden_ND: Tensor, head: Head, labels_N: Tensor) -> Tens
     return sums_3B
 
 
-def teacher_reliability(targets: Targets, labels_N: Tensor) -> Tensor:
+def teacher_reliability(targets: SparseTargets | MixedTargets, labels_N: Tensor) -> Tensor:
     """(3, B) of the likeliest ids that were kept."""
     probs_N, ids_N = targets.likeliest()
     return reliability_sums(probs_N, ids_N == labels_N)

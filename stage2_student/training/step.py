@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from shared.kd_loss import LossSums
 from shared.models.router import RouterLoss
+from shared.other_vocabulary import Coverage
 from shared.runtime import World
 from stage2_student.training.feed import Microbatch
 from stage2_student.training.optim import mesh_of
@@ -33,6 +34,8 @@ class Losses:
     loss  what is minimised, the router's loss times its coefficient among it
     kd  carries the factor temperature squared
     kl  to the teacher at temperature 1; None where it was not measured
+    soft_ce  with a teacher of another tokenizer at temperature 1, of shared positions, nats a unit of its mass
+    coverage  of the positions by that teacher's targets; None where there is no such teacher
     teacher_ce  the teacher's own cross-entropy; None where no cache tells it
     router  the load-balancing loss of a router, a mean over tokens; None without one
     reverse_kl  sampled, a mean over the positions that the student wrote; None where there was none
@@ -47,6 +50,8 @@ class Losses:
     teacher_ce: float | None = None
     router: float | None = None
     reverse_kl: float | None = None
+    soft_ce: float | None = None
+    coverage: Coverage | None = None
 
 
 class Sums:
@@ -55,18 +60,23 @@ class Sums:
     def __init__(self, device: torch.device) -> None:
         self.losses = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=device)
         self.router = torch.zeros((), dtype=torch.float64, device=device)
+        self.coverage: Coverage | None = None
 
-    def add(self, losses: LossSums, router: Tensor | None) -> None:
+    def add(self, losses: LossSums, router: Tensor | None, coverage: Coverage | None = None) -> None:
         self.losses += torch.stack([value.detach().double() for value in losses])
         if router is not None:
             self.router += router.detach().double()
+        if coverage is not None:
+            self.coverage = (self.coverage or Coverage()) + coverage
 
     def means(self, router: RouterLoss | None, world: World, *, num_tokens: int) -> Losses:
         """Of all ranks, which call it together; ``num_tokens`` is that of all."""
         total = torch.cat(
             [self.losses, self.router[None]]
         ).cpu()  # the step's one wait for the device but the norm's
-        loss, ce, kd, teacher_entropy, count, reverse_kl, num_drawn, routed = world.sum_over_data(
+        if self.coverage is not None:
+            total = torch.cat([total, torch.tensor(self.coverage.values(), dtype=torch.float64)])
+        loss, ce, kd, teacher_entropy, count, reverse_kl, num_drawn, routed, *covered = world.sum_over_data(
             total
         ).tolist()
         num_positions = round(count)
@@ -74,6 +84,7 @@ class Sums:
         means = Losses(
             *(loss * scale, ce * scale, kd * scale, teacher_entropy * scale, num_positions),
             reverse_kl=reverse_kl / num_drawn if num_drawn else None,
+            coverage=Coverage(*covered) if covered else None,
         )
         if router is None:
             return means
@@ -148,7 +159,7 @@ def accumulate(
         if router is not None and student.router is not None:
             loss = loss + student.router.coefficient * router / max(1, num_tokens)
         loss.backward()
-        sums.add(losses, router)
+        sums.add(losses, router, microbatch.coverage)
     return sums
 
 

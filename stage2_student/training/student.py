@@ -56,7 +56,7 @@ from shared.models.vlm import (
 )
 from shared.recipes import LossConfig, ParallelConfig, Recipe, StudentConfig
 from shared.runtime import World
-from shared.sparse import Targets
+from shared.sparse import RegroupedTargets, Targets
 from stage2_student.training.emphasis import Weighing, scores
 from stage2_student.training.freezing import find_parts, freeze
 from stage2_student.training.lora import add_adapters, beside_adapters
@@ -82,6 +82,8 @@ class Measured(NamedTuple):
     router       as a forward has it
     ce_N         cross-entropy with the label, (N,) fp32, nats
     kl_N         to the teacher at temperature 1, (N,) fp32, nats; None where the targets do not give it
+    soft_ce_N    with a teacher of another tokenizer at temperature 1, (N,) fp32, nats: 0 where a position is not
+                 shared; None for a teacher of the same tokenizer
     reliability  the student's, as ``training.reliability`` has it
     """
 
@@ -90,6 +92,7 @@ class Measured(NamedTuple):
     ce_N: Tensor
     kl_N: Tensor | None
     reliability: Tensor
+    soft_ce_N: Tensor | None = None
 
 
 class StudentWithLoss(nn.Module):
@@ -139,8 +142,8 @@ class StudentWithLoss(nn.Module):
         """As ``forward``, and what only validation asks for; called by all ranks."""
         hidden_ND, router = self._hidden(inputs, position_index, num_rows)
         reliability = student_reliability(hidden_ND, split(self.model)[1], labels)
-        has_kl = targets is not None and KL_TEMPERATURE in targets.temperatures
-        temperature = KL_TEMPERATURE if has_kl else self._temperature
+        is_measured = targets is not None and KL_TEMPERATURE in targets.temperatures
+        temperature = KL_TEMPERATURE if is_measured else self._temperature
         each = ce_kd_by_position(
             labels_N=labels, targets=targets, temperature=temperature, **self._loss_inputs(hidden_ND)
         )
@@ -148,7 +151,11 @@ class StudentWithLoss(nn.Module):
             losses = each.sums(labels, kd_ratio=self.loss.kd_ratio)
         else:
             losses = self._losses(hidden_ND, labels, targets)
-        return Measured(losses, router, each.ce_N, each.kd_N if has_kl else None, reliability)
+        kd_N = each.kd_N if is_measured else None
+        if isinstance(targets, RegroupedTargets):  # whose entropy is not known: this is no KL
+            soft_ce_N = None if kd_N is None else kd_N * targets.is_shared_N
+            return Measured(losses, router, each.ce_N, None, reliability, soft_ce_N=soft_ce_N)
+        return Measured(losses, router, each.ce_N, kd_N, reliability)
 
     @property
     def _temperature(self) -> float:

@@ -300,11 +300,13 @@ class Trainer:
         losses = found.losses
         record = {"event": "validation", "step": self.step, **_named(losses, distils=self.recipe.distils)}
         record |= {"kl": losses.kl, "teacher_ce_loss": losses.teacher_ce, **found.details()}
+        record |= {} if losses.coverage is None else {"soft_ce": losses.soft_ce}
         record["validation_s"] = time.perf_counter() - begin
         self._log(record)
         if self.world.is_main:
             shown = [("loss", losses.loss if self.recipe.distils else None), ("CE", losses.ce)]
             shown += [("KL to the teacher", losses.kl), ("router", losses.router)]
+            shown += [("cross-entropy with the teacher", losses.soft_ce)]
             figures = ", ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
             tqdm.write(f"step {self.step} of {self.num_steps}: validation {figures}, nats a position")
         return losses
@@ -351,8 +353,12 @@ def peak_memory_gib(world: World) -> float:
 
 
 def _named(losses: Losses, *, distils: bool) -> dict[str, float | int | None]:
+    """As the log has them."""
     router = {} if losses.router is None else {"router_loss": losses.router}
     drawn = {} if losses.reverse_kl is None else {"reverse_kl": losses.reverse_kl}
+    covered: dict[str, float | None] = {}
+    if losses.coverage is not None:  # what reads the log takes kd_loss for KL where no other is given
+        covered = {"kl": None, **losses.coverage.to_json()}
     return {
         "loss": losses.loss,
         "ce_loss": losses.ce,
@@ -360,6 +366,7 @@ def _named(losses: Losses, *, distils: bool) -> dict[str, float | int | None]:
         **router,
         **drawn,
         "num_positions": losses.num_positions,
+        **covered,
     }
 
 

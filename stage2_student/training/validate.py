@@ -12,6 +12,7 @@ from torch import Tensor
 from shared.progress import progress
 from shared.reports.reliability import NUM_BINS, Reliability
 from shared.runtime import World
+from shared.sparse import RegroupedTargets
 from stage2_student.training.agreement import in_agreement
 from stage2_student.training.feed import MicrobatchSource, feed
 from stage2_student.training.groups import Groups
@@ -57,10 +58,12 @@ def validate(
 
     on_refused  as ``in_agreement`` has it
 
-    Holds    with a cache the teacher's CE is among the losses; so is KL, where it has targets of temperature 1
+    Holds    with a cache the teacher's CE is among the losses; so is KL, where it has targets of temperature 1.  Of a
+             teacher with another tokenizer ``soft_ce`` stands in the place of KL
     """
     sums, num_tokens = Sums(world.device), 0
     kl_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    soft_ce_sum = torch.zeros_like(kl_sum)
     groups, teacher_ce_sum = Groups(), 0.0
     own_3B = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=world.device)
     teacher_3B = torch.zeros_like(own_3B)
@@ -75,25 +78,31 @@ def validate(
         one = step.microbatches[0].to(world.device)
         with source.naming_rows([one]):
             found = student.measure(one.inputs, one.position_index, one.labels, one.targets, one.num_rows)
-        sums.add(found.losses, found.router)
+        sums.add(found.losses, found.router, one.coverage)
         num_tokens += step.num_tokens
         kl_sum += 0.0 if found.kl_N is None else found.kl_N.double().sum()
+        soft_ce_sum += 0.0 if found.soft_ce_N is None else found.soft_ce_N.double().sum()
         groups.add(one, found.ce_N, found.kl_N)
         teacher_ce_sum += one.teacher_ce
         own_3B += found.reliability
-        if one.targets is not None:
+        if one.targets is not None and not isinstance(one.targets, RegroupedTargets):
             teacher_3B += teacher_reliability(one.targets, one.labels)
     student.train()
     reshard(student)
     means, cache = sums.means(student.router, world, num_tokens=num_tokens), source.cache
-    teacher = torch.tensor([kl_sum.item(), teacher_ce_sum], dtype=torch.float64)
-    kl_mean, teacher_ce = (world.sum_over_data(teacher) / max(1, means.num_positions)).tolist()
+    teacher = torch.tensor([kl_sum.item(), teacher_ce_sum, soft_ce_sum.item()], dtype=torch.float64)
+    kl_of_all, teacher_ce, soft_ce = world.sum_over_data(teacher).tolist()
+    count, coverage = max(1, means.num_positions), means.coverage
     has_kl = cache is not None and KL_TEMPERATURE in cache.temperatures
     losses_of_all = replace(
-        means, kl=kl_mean if has_kl else None, teacher_ce=None if cache is None else teacher_ce
+        means,
+        kl=kl_of_all / count if has_kl and coverage is None else None,
+        teacher_ce=None if cache is None else teacher_ce / count,
+        soft_ce=soft_ce / coverage.mapped if has_kl and coverage is not None and coverage.mapped else None,
     )
     own, teachers = _reliability(own_3B, world), _reliability(teacher_3B, world)
-    return Validation(losses_of_all, groups.of_all_ranks(world), own, None if cache is None else teachers)
+    is_alike = cache is not None and coverage is None
+    return Validation(losses_of_all, groups.of_all_ranks(world), own, teachers if is_alike else None)
 
 
 def _reliability(sums_3B: Tensor, world: World) -> Reliability:
