@@ -829,8 +829,8 @@ class Recipe(Section):
             )
         if self.loss.reverse_kl is not None or self.rounds is not None:
             problems.append(
-                "student.other_vocabulary beside loss.reverse_kl or rounds: a student's own answers are token ids, which "
-                "its teacher's tokenizer does not have. Leave one of them out"
+                "student.other_vocabulary beside loss.reverse_kl or rounds: a student's own answers are token ids, "
+                "which its teacher's tokenizer does not have. Leave one of them out"
             )
         tail = self.loss.tail or "ghost"
         if not cache.policy.is_sampled and tail not in TAILS_OF_ANOTHER_VOCABULARY:
