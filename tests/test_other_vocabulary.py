@@ -335,6 +335,23 @@ def test_the_mean_over_many_draws_is_the_teacher_regrouped(policy: Policy) -> No
     assert coverage.share_of_mass == pytest.approx(expected.sum().item(), abs=0.01)
 
 
+def test_a_mix_is_regrouped_as_its_parts_are() -> None:
+    theirs, own = tokenizer("byte-level", False), tokenizer("like Gemma", True)
+    ids, own_ids = ids_of(theirs, ENGLISH[1]), ids_of(own, ENGLISH[1])
+    alignment = aligned("byte-level", "like Gemma", Learned(tuple(ids), True), Learned(tuple(own_ids), True))
+    parts = [some_targets(len(ids) + 1, len(theirs), seed, Threshold(tau=1 / 16)) for seed in (1, 2)]
+    of_each = [
+        by_position(regrouped(one, alignment, vocabulary("byte-level", "like Gemma"))[0]) for one in parts
+    ]
+    mixed, coverage = regrouped(
+        mix(parts, shares=[0.25, 0.75]), alignment, vocabulary("byte-level", "like Gemma")
+    )
+    for first, second, row in zip(*of_each, by_position(mixed), strict=True):
+        wanted = {n: 0.25 * first.get(n, 0) + 0.75 * second.get(n, 0) for n in first.keys() | second.keys()}
+        assert row == pytest.approx(wanted)
+    assert 0.9 < coverage.share_of_mass <= 1
+
+
 def losses(targets: object, **options: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(9)
     hidden = torch.randn(7, 8, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -120,6 +120,27 @@ class Microbatch:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Used:
+    """A row that is used.
+
+    writer   the model that wrote its answer, as the row says
+    aligned  its labels beside the teacher's, where there are targets and the teacher's tokenizer is another one
+    """
+
+    row: int
+    encoded: Encoded
+    kind: str
+    writer: str
+    aligned: Aligned | None
+
+    @property
+    def teacher_ids(self) -> list[int]:
+        """The labels that the teacher must have been captured with."""
+        ids: list[int] = self.encoded.answer_ids.tolist()
+        return ids if self.aligned is None else self.aligned.teacher_ids
+
+
 class MicrobatchSource(Dataset):
     """Makes the microbatch of a slot.
 
@@ -192,18 +213,17 @@ class MicrobatchSource(Dataset):
         )
 
     def microbatch(self, slot: Slot, rows: list[int]) -> Microbatch:
-        rows, encoded, kinds, writers, aligned, refused = self._usable(rows)
-        if not slot.counts:
-            encoded = [one.without_labels() for one in encoded]
+        used, refused = self._usable(rows)
+        encoded = [one.encoded if slot.counts else one.encoded.without_labels() for one in used]
         fed = [*encoded, *self._blank(encoded)]
         batch = packed(fed) if self.packing else self.processor.collate(fed)
         label_logprobs: Tensor | None = None
         cached: Sequence[Row | MixedRow] = ()
         if self.cache is not None and slot.counts:
-            cached = self._cached(self.cache, encoded, aligned, rows)
-        targets, coverage = self._targets(cached, [one.alignment for one in aligned] if slot.counts else [])
+            cached = self._cached(self.cache, used)
+        targets, coverage = self._targets(cached, used if slot.counts else [])
         if self.cache is not None and self.scores_own:
-            label_logprobs = self._label_logprobs(self.cache, cached, writers)
+            label_logprobs = self._label_logprobs(self.cache, cached, [one.writer for one in used])
         lengths = tuple(one.num_positions for one in encoded)
         weighing = None
         if self.emphasis is not None:
@@ -218,7 +238,7 @@ class MicrobatchSource(Dataset):
             num_tokens=sum(len(one.input_ids) for one in encoded) if slot.counts else 0,
             num_rows=len(encoded) if slot.counts else 0,
             lengths=lengths,
-            kinds=tuple(kinds),
+            kinds=tuple(one.kind for one in used),
             places=tuple(place for one in encoded for place in places_of(one.labels)),
             refused=tuple(refused),
             teachers=self._teachers(cached),
@@ -238,38 +258,26 @@ class MicrobatchSource(Dataset):
         assert not isinstance(cache, CacheMix)
         return cache.label_log_probs(rows).masked_fill(~own.repeat_interleave(lengths), torch.nan)
 
-    def _usable(
-        self, rows: list[int]
-    ) -> tuple[list[int], list[Encoded], list[str], list[str], list[Aligned], list[str]]:
-        """Rows, what the model is fed of each, their kinds of question, who wrote them; why others are left out.
-
-        Where the teacher's tokenizer is another one, and there are targets, also what its labels are beside its own.
-        """
-        used: list[int] = []
-        encoded: list[Encoded] = []
-        kinds: list[str] = []
-        writers: list[str] = []
-        aligned: list[Aligned] = []
+    def _usable(self, rows: list[int]) -> tuple[list[_Used], list[str]]:
+        """Those of the rows that can be used, and why others are left out."""
+        used: list[_Used] = []
         refused: list[str] = []
         for row in rows:
             try:
                 example = self.split[row]
-                one = self.processor.encode(example)
+                encoded, aligned = self.processor.encode(example), None
                 if self.cache is not None and isinstance(self.processor, StudentOfAnother):
-                    aligned.append(self.processor.aligned(example))
-                encoded.append(one)
+                    aligned = self.processor.aligned(example)
             except DataError as error:
                 if not self.may_drop:
                     raise
                 refused.append(str(error))
                 continue
-            used.append(row)
-            kinds.append(example.kind)
-            writers.append(example.written_by)
-        return used, encoded, kinds, writers, aligned, refused
+            used.append(_Used(row, encoded, example.kind, example.written_by, aligned))
+        return used, refused
 
     def _targets(
-        self, cached: Sequence[Row | MixedRow], alignments: Sequence[Alignment]
+        self, cached: Sequence[Row | MixedRow], used: Sequence[_Used]
     ) -> tuple[Targets | None, Coverage | None]:
         """Of rows of the cache; of a teacher with another tokenizer also how much of the positions that covers."""
         if self.cache is None:
@@ -277,6 +285,7 @@ class MicrobatchSource(Dataset):
         targets = self.cache.targets(cached)  # type: ignore[arg-type]  # its own rows
         if not isinstance(self.processor, StudentOfAnother):
             return targets, None
+        alignments = [one.aligned.alignment for one in used if one.aligned is not None]
         return regrouped(targets, Alignment.joined(alignments), self.processor.vocabulary)
 
     def blank_microbatch(self, slot: Slot) -> Microbatch:
@@ -295,15 +304,12 @@ class MicrobatchSource(Dataset):
             return ()
         return tuple(self.cache.teachers([row.key for row in cached]))
 
-    def _cached(
-        self, cache: Cache, encoded: list[Encoded], aligned: list[Aligned], rows: list[int]
-    ) -> Sequence[Row | MixedRow]:
-        names = [self.split.where(row) for row in rows]
-        cached: Sequence[Row | MixedRow] = cache.rows([one.key for one in encoded], names=names)
-        expected = [one.teacher_ids for one in aligned] or [one.answer_ids.tolist() for one in encoded]
-        for ids, name, row in zip(expected, names, cached, strict=True):
-            if ids != row.answer_ids.tolist():
-                raise CacheMismatchError(_different_answers(name, row.answer_ids.tolist(), ids))
+    def _cached(self, cache: Cache, used: Sequence[_Used]) -> Sequence[Row | MixedRow]:
+        names = [self.split.where(one.row) for one in used]
+        cached: Sequence[Row | MixedRow] = cache.rows([one.encoded.key for one in used], names=names)
+        for one, name, row in zip(used, names, cached, strict=True):
+            if one.teacher_ids != row.answer_ids.tolist():
+                raise CacheMismatchError(_different_answers(name, row.answer_ids.tolist(), one.teacher_ids))
         return cached
 
 
