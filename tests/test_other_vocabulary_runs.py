@@ -34,6 +34,8 @@ from stage1_teacher.check import check_recipe as check_capture
 from stage2_student.check import check_recipe
 from stage2_student.evaluation.answers import ModelSource
 from stage2_student.evaluation.compare import results
+from stage2_student.evaluation.evaluate import show
+from stage2_student.evaluation.evaluated import Evaluated
 from stage2_student.evaluation.model_losses import losses_of
 from stage2_student.evaluation.run_records import read_run
 from stage2_student.training.feed import MicrobatchSource
@@ -253,7 +255,9 @@ def finished(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     return recipe
 
 
-def test_every_step_and_the_results_say_how_much_is_covered(finished: Any) -> None:
+def test_every_step_and_the_results_say_how_much_is_covered(
+    finished: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     steps = [one for one in records(finished) if one["event"] == "step"]
     assert len(steps) == 4
     for one in [*steps, *(record for record in records(finished) if record["event"] == "validation")]:
@@ -279,6 +283,8 @@ def test_every_step_and_the_results_say_how_much_is_covered(finished: Any) -> No
         )
     assert measured.kl is None
     assert measured.soft_ce == pytest.approx(validations[-1]["soft_ce"], rel=1e-5)
+    show([Evaluated("student", "export", (), measured.ce, None, soft_ce=measured.soft_ce)])
+    assert f"cross-entropy with the teacher {measured.soft_ce:.4f}" in capsys.readouterr().out
 
 
 def test_two_ranks_learn_what_one_learns(finished: Any, tree: dict[str, Any], tmp_path: Path) -> None:

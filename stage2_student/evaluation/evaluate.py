@@ -105,6 +105,7 @@ def show(found: Sequence[Evaluated]) -> None:
         click.echo(f"{'nats a position':<22}{'CE':>9}{'KL':>9}")
         for model in found:
             click.echo(f"{model.name:<22}{_losses(model)}")
+        _show_soft(found)
         return
     for one in student.answers[:3]:
         click.echo(f"  {one.question}\n    reference: {one.reference}\n    answer:    {one.answer}")
@@ -120,14 +121,18 @@ def show(found: Sequence[Evaluated]) -> None:
             click.echo(f"  {kind:<20}{_cells(model.intervals(kind))}")
         for line in _by_teacher(model):
             click.echo(line)
+    _show_soft(found)
     for model in found:
-        if model.soft_ce is not None:
-            click.echo(
-                f"{model.name}: cross-entropy with the teacher {model.soft_ce:.4f}, at shared positions "
-                "(docs/other-tokenizers.md)"
-            )
         if model.num_cut:
             click.echo(cut_answers(model.name, model.num_cut, len(model.answers)))
+
+
+def _show_soft(found: Sequence[Evaluated]) -> None:
+    """Of models whose tokenizer is not their teacher's."""
+    for model in found:
+        if model.soft_ce is not None:
+            told = f"{model.soft_ce:.4f} at shared positions (docs/other-tokenizers.md)"
+            click.echo(f"{model.name}: cross-entropy with the teacher {told}")
 
 
 def _losses(model: Evaluated) -> str:
