@@ -84,9 +84,10 @@ def prepare(settings: Sequence[str]) -> None:
 
 def train(kd_ratio: float, seed: int, settings: Sequence[str]) -> Recipe:
     """Runs it unless it is finished; its recipe."""
+    root = FOLDER / "-".join(["runs", *(one.partition("=")[2] for one in settings[1::2])])
     chosen = [
         *(f"student.model={STUDENT}", "student.other_vocabulary=true", f"loss.kd_ratio={kd_ratio}"),
-        *(f"run.seed={seed}", f"run.name=kd-{kd_ratio}-seed-{seed}", f"run.root={FOLDER / 'runs'}"),
+        *(f"run.seed={seed}", f"run.name=kd-{kd_ratio}-seed-{seed}", f"run.root={root}"),
         *("evaluation.max_examples=0", "evaluation.baseline=null", "run.num_workers=0"),
     ]
     options = [*settings, *(part for one in chosen for part in ("--set", one))]
