@@ -832,6 +832,11 @@ class Recipe(Section):
                 "student.other_vocabulary beside loss.reverse_kl or rounds: a student's own answers are token ids, "
                 "which its teacher's tokenizer does not have. Leave one of them out"
             )
+        if self.loss.visual_weight is not None or self.loss.positions is not None:
+            problems.append(
+                "student.other_vocabulary beside loss.visual_weight or loss.positions: what these weigh are "
+                "positions of the teacher, and the student's are others. Leave one of them out"
+            )
         tail = self.loss.tail or "ghost"
         if not cache.policy.is_sampled and tail not in TAILS_OF_ANOTHER_VOCABULARY:
             problems.append(tail_of_another_vocabulary(cache.policy.kind, tail))

@@ -23,7 +23,7 @@ from shared.kd_loss.kept import num_kept
 from shared.kd_loss.uncertainty import same_on_all, student_entropy
 from shared.kd_loss.vocab_parallel import local_part
 from shared.recipes import PositionsConfig, Recipe
-from shared.sparse import Targets
+from shared.sparse import RegroupedTargets, Targets
 from shared.sparse.entropies import teacher_entropy
 from stage2_student.training.visual_weight import VisualWeight
 
@@ -85,6 +85,7 @@ class Emphasis:
             gains_N = cache.label_gains(rows)  # type: ignore[arg-type]  # its own rows
             weights_N = self.visual.of_positions(gains_N)
         if self.positions is not None and self.positions.by == "teacher_entropy" and targets is not None:
+            assert not isinstance(targets, RegroupedTargets)  # which the recipe refuses
             entropy_N = teacher_entropy(targets, lengths, temperature=self.temperature)
         keep = None if self.positions is None else self.positions.keep
         return Weighing(weights_N, tuple(lengths), keep, entropy_N)
