@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from shared.errors import CacheMismatchError
+from shared.sparse.ragged import Ragged
 from shared.sparse.targets import SparseTargets, captured_temperatures
 
 
 @dataclass(frozen=True, eq=False)
-class MixedTargets:
+class MixedTargets(Ragged):
     """What the loss asks of targets, of several parts together.  Made by :func:`mix`.
 
     Entries are in one order: by position, then by ascending id; an id that several parts have comes once.
@@ -35,25 +36,6 @@ class MixedTargets:
     parts: tuple[SparseTargets, ...]
     shares: tuple[float, ...]
     entry_of: tuple[Tensor, ...]
-
-    @property
-    def num_positions(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def num_entries(self) -> int:
-        return len(self.ids)
-
-    @property
-    def counts(self) -> Tensor:
-        """Entries of each position, (N,) int64."""
-        return self.offsets.diff()
-
-    @property
-    def position_index(self) -> Tensor:
-        """The position that each entry belongs to, (E,) int64."""
-        positions = torch.arange(self.num_positions, device=self.ids.device)
-        return torch.repeat_interleave(positions, self.counts, output_size=self.num_entries)
 
     @property
     def temperatures(self) -> tuple[float, ...]:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from shared.sparse.mixture import MixedTargets
+from shared.sparse.ragged import Ragged
 from shared.sparse.targets import SparseTargets
 
 
 @dataclass(frozen=True, eq=False)
-class RegroupedTargets:
+class RegroupedTargets(Ragged):
     """What the loss asks of targets, over the student's ids.  Made by :func:`regroup`.
 
     Entries are in one order: by position, then by ascending id; no id comes twice at a position.  The total of a
@@ -45,25 +46,6 @@ class RegroupedTargets:
     label_N: Tensor
     is_label_E: Tensor
     entry_of: Tensor
-
-    @property
-    def num_positions(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def num_entries(self) -> int:
-        return len(self.ids)
-
-    @property
-    def counts(self) -> Tensor:
-        """Entries of each position, (N,) int64."""
-        return self.offsets.diff()
-
-    @property
-    def position_index(self) -> Tensor:
-        """The position that each entry belongs to, (E,) int64."""
-        positions = torch.arange(self.num_positions, device=self.ids.device)
-        return torch.repeat_interleave(positions, self.counts, output_size=self.num_entries)
 
     @property
     def temperatures(self) -> tuple[float, ...]:

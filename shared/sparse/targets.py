@@ -15,10 +15,11 @@ from torch import Tensor
 
 from shared.errors import CacheMismatchError
 from shared.recipes.policies import Policy, Random, Threshold
+from shared.sparse.ragged import Ragged, position_index
 
 
 @dataclass(frozen=True, eq=False)
-class SparseTargets:
+class SparseTargets(Ragged):
     """The entries of N positions, and what gives their weights at each captured temperature.
 
     Entries are in one order: by position, then by ascending id; no id comes twice at a position.
@@ -47,24 +48,6 @@ class SparseTargets:
         assert len(self.log_normalizers) == len(self.entropy) == self.num_positions
         assert self.entropy.shape[1] == len(self.temperatures)
         assert len(self.draw_counts) == (self.num_entries if isinstance(self.policy, Random) else 0)
-
-    @property
-    def num_positions(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def num_entries(self) -> int:
-        return len(self.ids)
-
-    @property
-    def counts(self) -> Tensor:
-        """Entries of each position, (N,) int64."""
-        return self.offsets.diff()
-
-    @property
-    def position_index(self) -> Tensor:
-        """The position that each entry belongs to, (E,) int64."""
-        return _position_index(self.counts, self.num_entries)
 
     def likeliest(self) -> tuple[Tensor, Tensor]:
         """Of each position the largest probability that was kept at temperature 1, and its id.
@@ -146,7 +129,7 @@ class SparseTargets:
         num_entries = int(offsets[-1])
         shift = self.offsets[index] - offsets[:-1]
         entries = torch.arange(num_entries, device=index.device)
-        entries += shift[_position_index(counts, num_entries)]
+        entries += shift[position_index(counts, num_entries)]
         return replace(
             self,
             offsets=offsets,
@@ -201,8 +184,3 @@ def random_log_ratio(logprobs_TE: Tensor, place: int) -> Tensor:
 def share_logprobs(draw_counts: Tensor, policy: Random) -> Tensor:
     """Logs (E,) fp16 of the shares of draws: what ``random`` has for log-probs at its only temperature."""
     return (draw_counts.double() / policy.draws).log().half()
-
-
-def _position_index(counts: Tensor, num_entries: int) -> Tensor:
-    positions = torch.arange(len(counts), device=counts.device)
-    return torch.repeat_interleave(positions, counts, output_size=num_entries)
