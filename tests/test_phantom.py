@@ -73,6 +73,22 @@ def test_a_split_does_not_depend_on_the_others_and_grows_at_its_end(tmp_path: Pa
     assert long[:35] == short
 
 
+def test_some_training_answers_are_another_pictures(tmp_path: Path) -> None:
+    """Pictures, questions, long answers and other splits stay."""
+    for name, mistaken in (("true", 0.0), ("some", 0.25)):
+        write_dataset(tmp_path / name, pictures=SMALL | {"train": 200}, seed=3, size=64, mistaken=mistaken)
+    for split in ("validation", "test"):
+        assert (
+            parquet(tmp_path / "true", split).read_bytes() == parquet(tmp_path / "some", split).read_bytes()
+        )
+    true, some = read(tmp_path / "true", "train"), read(tmp_path / "some", "train")
+    answers = [row.pop("answer") for row in true], [row.pop("answer") for row in some]
+    assert true == some
+    changed = [(row["mode"], row["question"]) for row, a, b in zip(true, *answers, strict=True) if a != b]
+    assert {mode for mode, _ in changed} == {"alignment"}
+    assert 0.1 < len(changed) / 800 < 0.25  # the other picture's answer is often the same
+
+
 def test_another_seed_draws_something_else(tmp_path: Path) -> None:
     write_dataset(tmp_path / "a", pictures=SMALL, seed=3, size=64)
     write_dataset(tmp_path / "b", pictures=SMALL, seed=4, size=64)

@@ -20,11 +20,17 @@ from shared.phantom.questions import QUESTIONS_PER_PICTURE
 @click.option("--test", default=64, show_default=True, help="Pictures for testing.")
 @click.option("--seed", default=0, show_default=True, help="Another seed draws other pictures.")
 @click.option("--size", default=128, show_default=True, help="Width and height of a picture in pixels.")
-def main(out: str, train: int, validation: int, test: int, seed: int, size: int) -> None:
+@click.option(
+    "--mistaken",
+    default=0.0,
+    show_default=True,
+    help="Share of the short training answers that are another picture's, as annotators err.",
+)
+def main(out: str, train: int, validation: int, test: int, seed: int, size: int, mistaken: float) -> None:
     """Draws medical-looking pictures with questions into the folder OUT, as Parquet files."""
     pictures = dict(zip(SPLITS, (train, validation, test), strict=True))
     begun = time.perf_counter()
-    if not write_dataset(out, pictures=pictures, seed=seed, size=size):
+    if not write_dataset(out, pictures=pictures, seed=seed, size=size, mistaken=mistaken):
         click.echo(f"{out}: already drawn with these arguments")
         return
     seconds = time.perf_counter() - begun

@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -38,35 +39,69 @@ SCHEMA = pa.schema(
 )
 
 
-def write_dataset(out: str | Path, *, pictures: Mapping[str, int], seed: int = 0, size: int = 128) -> bool:
+@dataclass(frozen=True)
+class Drawing:
+    """The arguments of a set, as ``write_dataset`` takes them."""
+
+    pictures: dict[str, int]
+    seed: int
+    size: int
+    mistaken: float
+
+    def mistaken_in(self, split: str) -> float:
+        return self.mistaken if split == "train" else 0.0
+
+    def identity(self, split: str) -> dict[str, object]:
+        """What a split's file says of itself."""
+        mistaken = self.mistaken_in(split)
+        return {
+            "version": DRAWING_VERSION,
+            "split": split,
+            "pictures": self.pictures[split],
+            "seed": self.seed,
+            "size": self.size,
+            **({"mistaken": mistaken} if mistaken else {}),
+        }
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{split} {self.pictures[split]}" for split in SPLITS)
+        mistaken = f", mistaken {self.mistaken:g}" if self.mistaken else ""
+        return f"{numbers}, seed {self.seed}, size {self.size}{mistaken}, version {DRAWING_VERSION}"
+
+
+def write_dataset(
+    out: str | Path, *, pictures: Mapping[str, int], seed: int = 0, size: int = 128, mistaken: float = 0.0
+) -> bool:
     """Draws a set into the folder ``out``, which appears when it is whole.
 
     ``pictures`` says how many pictures each of train, validation and test has.  A picture has five questions,
-    so there are five times as many rows.
+    so there are five times as many rows.  ``mistaken`` is the share of the short training answers that are those of
+    another picture, as annotators err; the other splits have none.
 
     Returns  True; False where ``out`` already holds exactly this set, which is then left alone
     Raises   DataError  when an argument makes no sense, or ``out`` holds something else
     Holds    the same arguments give the same bytes; no case is in two splits
     """
     out = Path(out)
-    _check(pictures, seed, size)
+    _check(pictures, seed, size, mistaken)
+    drawing = Drawing(dict(pictures), seed, size, mistaken)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if _holds(out, pictures, seed, size):
+        if _holds(out, drawing):
             return False
         raise DataError(
             f"drawn set {out}: the path exists and does not hold the set asked for "
-            f"({_arguments(pictures, seed, size)}). Remove it, or draw into another folder."
+            f"({drawing}). Remove it, or draw into another folder."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.parent / f".{out.name}.{uuid.uuid4().hex}.tmp"
     unfinished.mkdir()
     try:
         for split in SPLITS:
-            _write_split(unfinished / file_name(split), split, pictures[split], seed, size)
-        (unfinished / "README.md").write_text(_card(pictures, seed, size), encoding="utf-8")
+            _write_split(unfinished / file_name(split), split, drawing)
+        (unfinished / "README.md").write_text(_card(drawing), encoding="utf-8")
         os.rename(unfinished, out)
     except OSError:
-        if not _holds(out, pictures, seed, size):
+        if not _holds(out, drawing):
             raise
         return False  # another process has drawn it meanwhile
     finally:
@@ -84,8 +119,10 @@ def split_pictures(seed: int, split: str, number: int) -> Iterator[Picture]:
     return (picture for _, picture in zip(range(number), drawn, strict=False))
 
 
-def rows(picture: Picture, size: int) -> list[dict[str, object]]:
-    """A picture's rows, one for each question."""
+def rows(
+    picture: Picture, size: int, *, other: Picture | None = None, mistaken: float = 0.0
+) -> list[dict[str, object]]:
+    """A picture's rows, one for each question; ``mistaken`` as ``ask`` has it."""
     image = encode(draw(picture, size), picture.stream("store " + picture.modality))
     return [
         {
@@ -95,46 +132,39 @@ def rows(picture: Picture, size: int) -> list[dict[str, object]]:
             "question": question.question,
             "answer": question.answer,
         }
-        for question in ask(picture)
+        for question in ask(picture, other=other, mistaken=mistaken)
     ]
 
 
-def _write_split(path: Path, split: str, number: int, seed: int, size: int) -> None:
+def _write_split(path: Path, split: str, drawing: Drawing) -> None:
     metadata = {
         "huggingface": json.dumps({"info": {"features": FEATURES}}),
-        "phantom": json.dumps(_identity(split, number, seed, size)),
+        "phantom": json.dumps(drawing.identity(split)),
     }
+    number, before = drawing.pictures[split], None
     # A picture's rows share its bytes: the dictionary holds them once, if its page may be large enough.
     with pq.ParquetWriter(
         path, SCHEMA.with_metadata(metadata), compression="zstd", dictionary_pagesize_limit=1 << 30
     ) as writer:
         group: list[dict[str, object]] = []
-        for index, picture in enumerate(split_pictures(seed, split, number), 1):
-            group += rows(picture, size)
+        for index, picture in enumerate(split_pictures(drawing.seed, split, number), 1):
+            group += rows(picture, drawing.size, other=before, mistaken=drawing.mistaken_in(split))
+            before = picture
             if index % PICTURES_PER_ROW_GROUP == 0 or index == number:
                 writer.write_table(pa.Table.from_pylist(group, writer.schema))
                 group = []
 
 
-def _identity(split: str, number: int, seed: int, size: int) -> dict[str, object]:
-    return {"version": DRAWING_VERSION, "split": split, "pictures": number, "seed": seed, "size": size}
-
-
-def _holds(out: Path, pictures: Mapping[str, int], seed: int, size: int) -> bool:
+def _holds(out: Path, drawing: Drawing) -> bool:
     """Whether the folder says of itself that it was drawn with these arguments."""
     try:
         found = [json.loads(pq.read_schema(out / file_name(split)).metadata[b"phantom"]) for split in SPLITS]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RecursionError):
         return False
-    return found == [_identity(split, pictures[split], seed, size) for split in SPLITS]
+    return found == [drawing.identity(split) for split in SPLITS]
 
 
-def _arguments(pictures: Mapping[str, int], seed: int, size: int) -> str:
-    numbers = ", ".join(f"{split} {pictures[split]}" for split in SPLITS)
-    return f"{numbers}, seed {seed}, size {size}, version {DRAWING_VERSION}"
-
-
-def _check(pictures: Mapping[str, int], seed: int, size: int) -> None:
+def _check(pictures: Mapping[str, int], seed: int, size: int, mistaken: float) -> None:
     problems = []
     if set(pictures) != set(SPLITS):
         problems.append(f"splits {sorted(pictures)} given, {', '.join(SPLITS)} needed")
@@ -143,11 +173,14 @@ def _check(pictures: Mapping[str, int], seed: int, size: int) -> None:
         problems.append(f"seed {seed}: a number from 0 is needed")
     if not MIN_SIZE <= size <= MAX_SIZE:
         problems.append(f"size {size}: {MIN_SIZE} to {MAX_SIZE} pixels are needed")
+    if not 0 <= mistaken <= 1:
+        problems.append(f"mistaken {mistaken}: a share from 0 to 1 is needed")
     if problems:
         raise DataError("drawn set: " + "; ".join(problems) + ".")
 
 
-def _card(pictures: Mapping[str, int], seed: int, size: int) -> str:
+def _card(drawing: Drawing) -> str:
+    pictures = drawing.pictures
     files = "\n".join(f"  - split: {split}\n    path: {split}-*.parquet" for split in SPLITS)
     features = "\n".join(
         f"  - name: {name}\n    dtype: {'image' if name == 'image_id' else 'string'}" for name in FEATURES
@@ -172,7 +205,7 @@ Pictures drawn by a program in the manner of CT, MR, ultrasound and radiographs,
 follow from them. No patient is shown and nothing here is of medical use: it exercises software that reads
 medical sets with the columns of MedPix-VQA.
 
-Drawn by `python -m shared.phantom`: {_arguments(pictures, seed, size)}.
+Drawn by `python -m shared.phantom`: {drawing}.
 
 | split | pictures | rows |
 | --- | --- | --- |

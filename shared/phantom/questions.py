@@ -48,25 +48,45 @@ class Topic:
     weight: float = 1.0
 
 
-def ask(picture: Picture) -> list[Question]:
-    """The questions about a picture, short and long, each topic at most once."""
+def ask(picture: Picture, *, other: Picture | None = None, mistaken: float = 0.0) -> list[Question]:
+    """The questions about a picture, short and long, each topic at most once.
+
+    mistaken  share of the short answers that are those of ``other``, as if its picture had been looked at; None: none
+    """
     rng = picture.stream("questions " + picture.modality)
-    short = [_asked("alignment", topic, picture, rng) for topic in SHORT]
+    mistakes = picture.stream("mistakes " + picture.modality)
+    seen = [other if mistakes.random() < mistaken else None for _ in SHORT]
+    short = [
+        _asked("alignment", topic, picture, rng, seen=one) for topic, one in zip(SHORT, seen, strict=True)
+    ]
     long = [_asked("from caption", topic, picture, rng) for topic in LONG]
     return _some(short, SHORT, NUM_SHORT, rng) + _some(long, LONG, NUM_LONG, rng)
 
 
-def _asked(kind: Kind, topic: Topic, picture: Picture, rng: np.random.Generator) -> Question | None:
+def _asked(
+    kind: Kind, topic: Topic, picture: Picture, rng: np.random.Generator, *, seen: Picture | None = None
+) -> Question | None:
+    """A question about the picture; where ``seen`` has an answer to it, that one."""
     phrasing = topic.phrasings[rng.integers(len(topic.phrasings))]
-    if topic.value is not None and topic.truth is not None:
+    value = None
+    if topic.value is not None:
         value = topic.value(picture, rng)
-        answer = "Yes" if value == topic.truth(picture, rng) else "No"
         phrasing = phrasing.format(value=value)
-    else:
-        assert topic.answer is not None
-        answer = topic.answer(picture, rng) or ""
+    answer = _answer(topic, value, picture, rng)
+    if seen is not None:
+        answer = answer and (
+            _answer(topic, value, seen, seen.stream("mistaken " + picture.case_id)) or answer
+        )
     blank = " " if kind == "alignment" and rng.random() < 1 / 3 else ""
     return Question(kind, blank + phrasing, answer) if answer else None
+
+
+def _answer(topic: Topic, value: str | None, picture: Picture, rng: np.random.Generator) -> str | None:
+    """To a question that holds ``value``, if it has one; None where it makes no sense."""
+    if topic.truth is not None:
+        return "Yes" if value == topic.truth(picture, rng) else "No"
+    assert topic.answer is not None
+    return topic.answer(picture, rng)
 
 
 def _some(

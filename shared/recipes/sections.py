@@ -665,6 +665,8 @@ class PhantomConfig(Section):
     """Width and height in pixels."""
     seed: Seed = 0
     """Of the drawing."""
+    mistaken: Fraction = 0.0
+    """Share of the short training answers that are another picture's, as annotators err."""
 
 
 class SmallModelConfig(Section):
