@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from samples import ANSWERS, PLAIN_CHAT, QUESTIONS, make_examples, write_vqa_folder
 from tokenizers import AddedToken
+from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
@@ -48,7 +49,10 @@ def pytest_configure(config: pytest.Config) -> None:
     Autograd counts the devices at its first backward pass, and starts a thread for each; a process with such threads
     cannot fork ranks that run backward.  Counted now there are none.  Later there may be one that does not exist: a
     CUDA build feigns it for fake tensors.
+
+    Nor may another thread hold a lock when ranks are forked: tqdm's monitor takes the one of all bars now and then.
     """
+    tqdm.monitor_interval = 0
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.ones((), requires_grad=True).backward()
