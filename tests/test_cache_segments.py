@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from shared.cache import CacheReader, shard_list
 from shared.cache.commit import Contents, NewShard, require_places, write_segment
 from shared.cache.export import export
+from shared.cache.format import sha256_hex
 from shared.cache.index import CacheIndex, split_keys
 from shared.cache.inspect import inspect
 from shared.cache.manifest import Manifest
@@ -36,11 +37,12 @@ from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes.policies import TopK
 from stage1_teacher.__main__ import commands
 
-# Manifests of caches of 7, 23 and no examples, as the release before version 2 wrote them.
+# Manifests of caches of 7, 23 and no examples, as the release before version 2 wrote them: digests without what the
+# shards' bytes decide, in which the last bit of a sum may be another one on another processor.
 FIRST_VERSION = {
-    7: "831db1b04845d533516d10b36620f13dfc5286ca99e317bfa0be6e412fda0f0b",
-    23: "b786287d1b5425c8d4a8aa256cf85a2ea604f5850ed648df48621435906d69d9",
-    0: "b7f3c4ce1afb2bf35e2151ba8ae48406de604c86c2fb803cc440be13629906ce",
+    7: "bf1d939e5d5cd495ab6d943d32f79a5107a8dc0e1fa8adcb351ccae160feb5f5",
+    23: "83d59646f3d75450bc0c3eef5c792d8191d0af80566ec8fc208d72baee95ac84",
+    0: "ec40bd320e5eec54fa3554ecc8f7da15ffeeb616111166fc9f606b24a1959445",
 }
 FORK = multiprocessing.get_context("fork")
 
@@ -262,11 +264,23 @@ def test_a_commit_that_joins_segments_killed_at_any_moment(tmp_path: Path, versi
 # version 1
 
 
+def without_bytes_of_shards(manifest: Path) -> bytes:
+    tree = json.loads(manifest.read_bytes())
+    del tree["sha256"]
+    for one in (*tree["shards"], tree["totals"]):
+        one |= {"bytes": 0, "entries": 0}
+    for shard in tree["shards"]:
+        assert shard["name"].endswith(f"-{shard.pop('sha256')}.arrow")
+        shard["name"] = shard["name"].rpartition("-")[0]
+    return json.dumps(tree, indent=1).encode()
+
+
 @pytest.mark.parametrize("number", FIRST_VERSION)
 def test_a_cache_of_version_1_is_read_everywhere(tmp_path: Path, number: int) -> None:
     cache = tmp_path / "cache"
     shards = capture(cache, range(number)).shards
-    assert as_version_1(cache).sha256 == FIRST_VERSION[number]
+    as_version_1(cache)
+    assert sha256_hex(without_bytes_of_shards(cache / "manifest.json")) == FIRST_VERSION[number]
     assert not list(cache.glob("list-*"))
     reader = CacheReader(str(cache))
     assert reader.manifest.shards == shards

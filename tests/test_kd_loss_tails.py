@@ -158,7 +158,7 @@ def test_what_is_ignored_goes_nowhere_where_rows_are_not_left_out() -> None:
         hidden, torch.tensor([0, 1, 0]), torch.tensor([0.0, 1.0, 0.0]), None, torch.tensor(1)
     )
     work = _Work(positions, lambda start, stop: (None, 0), LossSettings(0.0, 1.0, 3), 2, with_grad=True)
-    loss, ce, _, _ = _FusedLoss.apply(hidden, weight, bias, work)
+    loss, ce, *_ = _FusedLoss.apply(hidden, weight, bias, work)
     grads = torch.autograd.grad(loss, [hidden, weight])
     alone = hidden.detach()[1:2].requires_grad_()
     want = fused_ce_kd(alone, weight, torch.tensor([1]), kd_ratio=0.0, bias_V=bias)

@@ -128,11 +128,13 @@ def test_a_rank_that_runs_out_of_memory_in_a_step_ends_the_others_at_once(
     def work(world: World) -> int:
         forward = step.forward
 
-        def failing(student: torch.nn.Module, microbatch: Microbatch, world: World) -> Forwarded:
+        def failing(
+            student: torch.nn.Module, microbatch: Microbatch, world: World, **options: Any
+        ) -> Forwarded:
             layer = [one for one in student.modules() if type(one).__name__.endswith("DecoderLayer")][-1]
             if where == "forward":
                 layer.register_forward_pre_hook(fail)
-            losses, router = forward(student, microbatch, world)
+            losses, router = forward(student, microbatch, world, **options)
             losses.loss.register_hook(fail)
             return losses, router
 
