@@ -89,13 +89,19 @@ def test_a_lost_rank_costs_its_units_in_hand_and_nothing_else(
 ) -> None:
     """Also the first one, which has planned; and in the middle of a shard's publication."""
     recipe = validate_tree(Recipe, tree, origin="recipe test")
+    is_lost = FORK.Event()
+
+    def end() -> None:
+        is_lost.set()
+        os._exit(1)
 
     def work(world: World) -> int:
-        if world.rank == lost:
-            if moment == "forward":
-                at_forward(monkeypatch, 3, lambda: os._exit(1))
-            else:
-                at_shard(monkeypatch, lambda: os._exit(1))
+        if world.rank != lost:  # it leaves the other one enough to come to its end
+            at_forward(monkeypatch, 2, lambda: is_lost.wait(timeout=60))
+        elif moment == "forward":
+            at_forward(monkeypatch, 3, end)
+        else:
+            at_shard(monkeypatch, end)
         return capture(recipe, world, StopRequest())
 
     found = on_ranks(2, work, errors=True, **WAIT)
@@ -121,11 +127,16 @@ def test_one_rank_that_is_stopped_leaves_the_rest_to_the_others(
     tree: dict[str, Any], whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = validate_tree(Recipe, tree, origin="recipe test")
+    is_stopped = FORK.Event()
 
     def work(world: World) -> int:
         stop = StopRequest()
-        if world.rank == 1:
-            at_forward(monkeypatch, 2, lambda: setattr(stop, "received", True))
+
+        def receive() -> None:
+            stop.received = True
+            is_stopped.set()
+
+        at_forward(monkeypatch, 2, receive if world.rank == 1 else lambda: is_stopped.wait(timeout=60))
         return capture(recipe, world, stop)
 
     assert on_ranks(2, work, **WAIT) == [0, INTERRUPTED_STATUS]
