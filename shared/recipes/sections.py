@@ -803,7 +803,7 @@ class Recipe(Section):
 
     def _problems_of_rounds(self) -> list[str]:
         problems = []
-        if self.rounds and self.cache is not None and not self.cache.is_one:
+        if self.cache is not None and not self.cache.is_one:
             problems.append("rounds beside several caches: a round adds to one. Name one cache as cache.path")
         if self.loss.kd_ratio == 0:
             problems.append(
