@@ -249,8 +249,20 @@ def test_rounds_without_a_section_are_one_message() -> None:
         make_rounds("phantom", (), nproc=1)
 
 
-def test_a_rounds_recipe_loads_as_it_was(tree: dict[str, Any], tmp_path: Path) -> None:
-    one = rounds_of(tree, tmp_path).of(2)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"reverse_kl": 0.5},
+        {"reverse_kl": None, "visual_weight": 0.5},
+        {"reverse_kl": None, "positions": {"keep": 0.5, "by": "kl"}},
+        {"reverse_kl": None, "positions": {"keep": 0.5, "ce": "all"}},
+    ],
+    ids=json.dumps,
+)
+def test_a_rounds_recipe_loads_as_it_was(tree: dict[str, Any], tmp_path: Path, loss: dict[str, Any]) -> None:
+    """That of the measuring too, which has no KD, and so none of what weighs it."""
+    cache = tree["cache"] | {"visual_gain": "blurred"}
+    one = rounds_of(tree | {"loss": loss, "cache": cache}, tmp_path).of(2)
     for name in ("training", "writing", "greedy_writing", "measuring"):
         recipe = getattr(one, name)
         assert load_recipe(keep(recipe, tmp_path / "kept" / f"{name}.yaml")) == recipe

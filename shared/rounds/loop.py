@@ -37,7 +37,7 @@ def go_through(rounds: Rounds, command: Command, covers: Callable[[Recipe], bool
     """
     for one in rounds.all:
         status = 0 if one.number == 0 else _train(one, command, covers)
-        status = status or (_measure(one, command, covers) if rounds.measures else 0)
+        status = status or (measure(one, command, covers) if rounds.measures else 0)
         if status:
             return status
     return 0
@@ -69,7 +69,7 @@ def _train(one: Round, command: Command, covers: Callable[[Recipe], bool]) -> in
     return command("stage2_student", "run", str(training), resume, what=what)
 
 
-def _measure(one: Round, command: Command, covers: Callable[[Recipe], bool]) -> int:
+def measure(one: Round, command: Command, covers: Callable[[Recipe], bool]) -> int:
     """CE and KL along what the round's student says to held-out prompts."""
     if one.losses.exists():
         return 0

@@ -170,7 +170,7 @@ class Round:
             recipe.of_a_run(),
             data=data,
             cache={"path": str((self.rounds.folder / "greedy-cache").absolute()), "splits": ("validation",)},
-            loss={"kd_ratio": 0.0, "reverse_kl": None},
+            loss={"kd_ratio": 0.0, "reverse_kl": None, "visual_weight": None, "positions": None},
             run={"name": f"{recipe.run.name}-round-{self.number}-greedy"},
             evaluation={"baseline": None},
         )
