@@ -13,7 +13,7 @@ from shared.cache.storage import open_folder
 from shared.errors import CacheFormatError, RecipeError
 from shared.kd_loss import chunk
 from shared.models.adapters import merged
-from shared.recipes.sections import LoraConfig
+from shared.recipes import LoraConfig
 from shared.reports.figures import save_png
 from stage1_teacher.__main__ import commands
 from stage2_student.evaluation.curves import plot

@@ -3,6 +3,7 @@
 recipe = load_recipe("phantom", overrides=["loss.kd_ratio=1.0", "run.name=soft"])
 """
 
+from shared.recipes.recipe import Recipe, baseline_of, dump_recipe, load_recipe, recipe_text
 from shared.recipes.sections import (
     CacheConfig,
     ColumnsConfig,
@@ -14,7 +15,6 @@ from shared.recipes.sections import (
     OptimizationConfig,
     ParallelConfig,
     PositionsConfig,
-    Recipe,
     RoundsConfig,
     RunConfig,
     SmallModelConfig,
@@ -24,10 +24,6 @@ from shared.recipes.sections import (
     StudentConfig,
     TeacherConfig,
     WriteConfig,
-    baseline_of,
-    dump_recipe,
-    load_recipe,
-    recipe_text,
 )
 
 __all__ = [

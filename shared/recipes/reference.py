@@ -16,8 +16,8 @@ from pydantic.fields import FieldInfo
 
 from shared.recipes import yaml12
 from shared.recipes.files import RECIPE_FOLDER, recipe_names
+from shared.recipes.recipe import Recipe
 from shared.recipes.schema import sections_in
-from shared.recipes.sections import Recipe
 
 TITLE = """\
 # Recipes: every key
