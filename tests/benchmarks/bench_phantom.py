@@ -1,9 +1,10 @@
 """What the default recipe comes to, over several seeds: `make train-student` from nothing, again and again.
 
-    python -m tests.benchmarks.bench_phantom [--seeds 0 1 2] [--folder work/bench_phantom]
+    python -m tests.benchmarks.bench_phantom [--seeds 0 1 2] [--folder work/benchmarks/seeds/phantom]
 
 A seed is that of the drawn set, of both models' first weights, and of the order of training.  Each runs in a folder
-of its own, ten minutes on two cores; a folder that is finished is read and not run again.
+of its own, ten minutes on two cores; a folder that is finished is read and not run again.  ``bench_beyond`` trains
+more students in these folders.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from shared.recipes import dump_recipe, load_recipe
 
 RECIPE = "phantom"
+FOLDER = Path("work/benchmarks/seeds")  # a folder for each recipe, with one for each seed
 RUNS = {"teacher": "phantom_teacher", "from the cache": "phantom", "labels alone": "phantom_labels"}
 HEAD = (
     "seed",
@@ -34,14 +36,15 @@ HEAD = (
 )
 
 
-def settings(seed: int) -> list[str]:
-    """All of what is random in the recipe, drawn anew; seed 0 is the recipe as it is."""
-    small_models = dump_recipe(load_recipe(RECIPE))["bootstrap"]["small_models"]
-    models = [model | {"seed": model["seed"] + 10 * seed} for model in small_models["models"]]
+def settings(recipe: str, seed: int) -> list[str]:
+    """All of what is random in a recipe with small models, drawn anew; seed 0 is the recipe as it is."""
+    plan = load_recipe(recipe)
+    models = dump_recipe(plan)["bootstrap"]["small_models"]["models"]
+    models = [model | {"seed": model["seed"] + 10 * seed} for model in models]
     return [
-        f"bootstrap.phantom.seed={seed}",
+        *([f"bootstrap.phantom.seed={seed}"] if plan.bootstrap.phantom else []),
         f"bootstrap.small_models.models={json.dumps(models)}",
-        *([f"run.seed={load_recipe(RECIPE).run.seed + seed}"] if seed else []),
+        *([f"run.seed={plan.run.seed + seed}"] if seed else []),
     ]
 
 
@@ -52,7 +55,7 @@ def run(folder: Path, seed: int) -> float:
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "shared.pipeline", "train-student", RECIPE]
         begin = time.perf_counter()
-        options = [part for item in settings(seed) for part in ("--set", item)]
+        options = [part for item in settings(RECIPE, seed) for part in ("--set", item)]
         subprocess.run([*command, *options], cwd=folder, check=True)
         taken.write_text(json.dumps(time.perf_counter() - begin))
     return float(json.loads(taken.read_text()))
@@ -94,7 +97,7 @@ def _results(folder: Path) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The default recipe over several seeds")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=Path("work/bench_phantom"))
+    parser.add_argument("--folder", type=Path, default=FOLDER / RECIPE)
     chosen = parser.parse_args()
     rows = []
     for seed in chosen.seeds:
