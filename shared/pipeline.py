@@ -209,7 +209,7 @@ def is_finished(plan: Recipe) -> bool:
 
 def covers(plan: Recipe) -> bool:
     """Whether a committed cache holds all of the data."""
-    from shared.survey import cache_covers  # which loads what takes seconds
+    from shared.completeness import cache_covers  # which loads what takes seconds
 
     return cache_covers(plan)
 

@@ -124,3 +124,8 @@ def _shown(found: Path, asked: Path) -> Path:
     if asked.is_absolute() or not found.is_relative_to(Path.cwd()):
         return found
     return found.relative_to(Path.cwd())
+
+
+def is_there(location: str) -> bool:
+    """Whether a cache may lie there: remote ones are not asked."""
+    return "://" in location or Path(location).exists()

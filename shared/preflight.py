@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from shared.cache import Cache, CacheMix, CacheReader
 from shared.cache.index import as_key_array
+from shared.completeness import broken_shards
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed, shortened
 from shared.models.quantized import require_library, what_becomes_of_it
@@ -27,9 +28,9 @@ from shared.models.vlm import require_wide_head, split
 from shared.models.weight_files import require_whole_weights
 from shared.places import is_local, require_no_typo
 from shared.recipes import DataConfig, Recipe, Split, load_recipe
+from shared.same_prompts import open_processor_of
 from shared.same_teacher import require_teacher
 from shared.split_check import SplitFound, look_at
-from shared.survey import broken_shards, open_processor_of
 
 TOKENS_WITHOUT_DATA = 1024
 

@@ -33,6 +33,7 @@ from shared.capture.planning import (
     survey,
 )
 from shared.capture.windows import EncodedWindow, WindowSource, encoded_windows, lengths_of
+from shared.completeness import are_skipped, broken_shards
 from shared.data.collation import Batch, Encoded
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed
@@ -42,10 +43,10 @@ from shared.models.quantized import what_becomes_of_it
 from shared.models.vlm import load_config
 from shared.recipes import CacheConfig, Recipe, TeacherConfig, dump_recipe
 from shared.runtime import World, environment
+from shared.same_prompts import open_processor_of
 from shared.same_teacher import teacher_content, teacher_stamp
 from shared.sparse import position_seeds
 from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on
-from shared.survey import are_skipped, broken_shards, open_processor_of
 from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.lockstep import Lockstep
 from stage1_teacher.capturing.progress import Tally, require_space, totals_of

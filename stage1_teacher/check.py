@@ -11,6 +11,7 @@ from shared.cache import CacheReader
 from shared.cache.layout import MANIFEST_NAME
 from shared.cache.storage import open_folder
 from shared.capture.planning import CaptureData, identity_of
+from shared.completeness import captured_splits
 from shared.data.processing import ExampleProcessor
 from shared.errors import RecipeError
 from shared.models.chunks import chunk_positions
@@ -37,7 +38,6 @@ from shared.preflight import (
 from shared.recipes import Recipe
 from shared.recipes.policies import Random, Threshold, TopK, TopP
 from shared.runtime import default_device
-from shared.survey import captured_splits
 from stage1_teacher.capturing.teacher import require_ranks
 
 GIB = 2**30

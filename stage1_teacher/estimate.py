@@ -33,9 +33,9 @@ from shared.recipes import CacheConfig, Recipe
 from shared.recipes.policies import Policy, Threshold
 from shared.reports.break_even import TeacherCosts
 from shared.runtime import World
+from shared.same_prompts import open_processor_of
 from shared.sparse import position_seeds
 from shared.split_check import count_positions
-from shared.survey import open_processor_of
 from stage1_teacher.capturing.shards import CapturedBatch
 from stage1_teacher.capturing.teacher import Teacher, load_teacher, require_ranks
 from stage1_teacher.capturing.visual_gain import visual_gain

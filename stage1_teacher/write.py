@@ -16,8 +16,8 @@ from tqdm import tqdm
 from shared.errors import RecipeError
 from shared.recipes import Recipe, TeacherConfig, WriteConfig
 from shared.runtime import World
+from shared.same_prompts import open_processor_of
 from shared.stopping import StopRequest
-from shared.survey import open_processor_of
 from shared.writing.copies import Copy
 from shared.writing.loop import Author, asked
 from shared.writing.loop import write as write_answers

@@ -10,12 +10,14 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from shared.cache import open_caches
+from shared.completeness import require_in_the_cache
 from shared.data.processing import ExampleProcessor
 from shared.dealing import Work
 from shared.models.packing import require_packing
 from shared.models.plans import Plan
 from shared.models.vlm import load_config
 from shared.other_vocabulary import StudentOfAnother
+from shared.places import is_there
 from shared.preflight import (
     TOKENS_WITHOUT_DATA,
     Report,
@@ -33,8 +35,8 @@ from shared.preflight import (
     would_be_fetched,
 )
 from shared.recipes import Recipe, Split
+from shared.same_prompts import open_student_processor_of
 from shared.split_check import SplitFound
-from shared.survey import is_there, open_student_processor_of, require_in_the_cache
 from stage2_student.estimate import count_parameters, estimate_memory
 from stage2_student.training.coverage import look_at_coverage
 from stage2_student.training.freezing import parameters_of_parts

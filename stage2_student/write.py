@@ -23,8 +23,8 @@ from shared.models.vlm import load_vlm, require_wide_head
 from shared.models.weights import weight_fingerprint
 from shared.recipes import Recipe, WriteConfig, load_recipe
 from shared.runtime import World
+from shared.same_prompts import open_processor_of
 from shared.stopping import StopRequest
-from shared.survey import open_processor_of
 from shared.writing.copies import Copy
 from shared.writing.loop import Author, asked
 from shared.writing.loop import write as write_answers

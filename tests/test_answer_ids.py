@@ -19,7 +19,7 @@ from shared.data.rows import Example, VqaSplit, open_split
 from shared.errors import DataError
 from shared.recipes import DataConfig
 from shared.split_check import look_at
-from shared.survey import survey_keys
+from shared.surveying import survey_keys
 from stage1_teacher.check import check_recipe as check_capture
 from stage2_student.check import check_recipe as check_run
 

@@ -22,6 +22,7 @@ from shared.cache.index import as_key_array, split_keys
 from shared.cache.layout import PLAN_NAME
 from shared.cache.storage import LocalFolder
 from shared.cache.verify import verify
+from shared.completeness import cache_covers
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, DataError
@@ -29,7 +30,7 @@ from shared.recipes import Recipe
 from shared.recipes.files import validate_tree
 from shared.runtime import distributed
 from shared.stopping import INTERRUPTED_STATUS, StopRequest
-from shared.survey import cache_covers, survey_keys
+from shared.surveying import survey_keys
 from stage1_teacher.capture import capture
 
 

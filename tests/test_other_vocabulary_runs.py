@@ -21,15 +21,16 @@ from stage2_runs import (
 )
 
 from shared.cache import CacheReader
+from shared.completeness import cache_covers
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, DataError, RecipeError
 from shared.other_vocabulary import StudentOfAnother, student_of_another
 from shared.recipes import DataConfig
 from shared.runtime import distributed
+from shared.same_prompts import open_student_processor_of
 from shared.small_models import TOKENIZER_FILES, make_small_model, train_tokenizer
 from shared.sparse import RegroupedTargets
-from shared.survey import cache_covers, open_student_processor_of
 from stage1_teacher.check import check_recipe as check_capture
 from stage2_student.check import check_recipe
 from stage2_student.evaluation.answers import ModelSource

@@ -16,7 +16,7 @@ from shared.data.processing import open_processor
 from shared.data.rows import open_split
 from shared.models.vlm import load_config, load_vlm
 from shared.recipes import DataConfig, FreezeConfig, LoraConfig, StudentConfig
-from shared.survey import survey_keys
+from shared.surveying import survey_keys
 from stage2_student.training.freezing import freeze
 from stage2_student.training.picture_costs import tokens_per_pixel
 from stage2_student.training.student import choose_trained, empty_model

@@ -13,13 +13,13 @@ from stage2_runs import make_recipe, run_alone
 from test_conversation_prompts import DATED
 
 from shared.cache import CacheReader, Identity, PromptIdentity
+from shared.completeness import cache_covers
 from shared.data.processing import open_processor
 from shared.errors import CacheMismatchError, RecipeError
 from shared.recipes import DataConfig, Recipe, load_recipe
 from shared.runtime import distributed
 from shared.small_models import CHAT_TEMPLATE
 from shared.stopping import INTERRUPTED_STATUS, StopRequest
-from shared.survey import cache_covers
 from stage1_teacher.capture import capture
 from stage2_student.check import check_recipe
 

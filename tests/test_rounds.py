@@ -13,6 +13,7 @@ from stage2_runs import files_of, make_recipe, records, run_ranks, step_records
 from test_write import rows_of
 
 from shared.cache import CacheReader
+from shared.completeness import cache_covers
 from shared.data.rows import open_split
 from shared.errors import RecipeError
 from shared.pipeline import make_rounds
@@ -21,7 +22,6 @@ from shared.rounds import Rounds, go_through, table_of
 from shared.rounds.plan import keep
 from shared.rounds.table import outcomes
 from shared.runtime import distributed
-from shared.survey import cache_covers
 from stage1_teacher.__main__ import commands as stage1
 from stage2_student.__main__ import commands as stage2
 from stage2_student.training.inputs import open_inputs

@@ -28,8 +28,7 @@ from shared.data.rows import Example, VqaSplit, open_split
 from shared.errors import CacheFormatError, DataError
 from shared.recipes import DataConfig
 from shared.runtime import World, alone
-from shared.survey import Keyed, survey_keys
-from shared.surveying import Surveyors
+from shared.surveying import Keyed, Surveyors, survey_keys
 from shared.surveying.kept import Kept, decoded, encoded, place_beside
 from shared.surveying.parts import parts_of
 

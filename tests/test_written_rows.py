@@ -17,8 +17,7 @@ from shared.errors import DataError, RecipeError
 from shared.recipes import WriteConfig
 from shared.runtime import distributed
 from shared.stopping import StopRequest
-from shared.survey import survey_keys
-from shared.surveying import Surveyors
+from shared.surveying import Surveyors, survey_keys
 from shared.writing.plan import choice
 from stage1_teacher.capture import capture
 

@@ -50,7 +50,7 @@ from shared.recipes import Recipe, dump_recipe
 from shared.recipes.policies import Policy, Threshold, VisualGain
 from shared.runtime import environment
 from shared.sparse import position_seeds
-from shared.survey import keys_fingerprint
+from shared.surveying import keys_fingerprint
 
 Example = TypeVar("Example", bound=AnsweredExample, covariant=True)
 

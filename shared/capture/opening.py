@@ -20,8 +20,8 @@ from shared.cache import (
 from shared.cache.claimant import somebody_at_work, somebody_may_be_at_work
 from shared.cache.index import Keys
 from shared.cache.layout import shard_names, unit_in
+from shared.completeness import broken_shards
 from shared.runtime import environment
-from shared.survey import broken_shards
 
 
 def open_planned(

@@ -9,14 +9,15 @@ from functools import cached_property
 import numpy as np
 
 from shared.cache import CacheReader, DataSource, Identity, SkippedRow, TargetsIdentity, TeacherIdentity
+from shared.completeness import captured_splits
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit, open_split
 from shared.errors import DataError, RecipeError, listed
 from shared.recipes import Recipe, Split
 from shared.runtime import World
+from shared.same_prompts import inputs_identity, prompt_identity
 from shared.same_teacher import compare_teacher
-from shared.survey import Keyed, captured_splits, inputs_identity, prompt_identity, survey_keys
-from shared.surveying import Surveyors
+from shared.surveying import Keyed, Surveyors, survey_keys
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from shared.cache.storage import LocalFolder
 from shared.data.rows import open_split
 from shared.errors import RecipeError, listed
 from shared.recipes import Recipe, RoundsConfig, WriteConfig, load_recipe, recipe_text
-from shared.survey import prompt_date_of
+from shared.same_prompts import prompt_date_of
 
 # What decides the answers, of a `write` section.
 OF_ANSWERS = ("splits", "prompts", "part", "temperature", "top_p", "per_prompt", "max_new_tokens", "seed")

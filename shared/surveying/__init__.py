@@ -9,14 +9,18 @@ data.
 """
 
 from shared.surveying.found import keys_of, num_pictures_of, picture_tokens_of, reasons_of, writers_of
+from shared.surveying.keyed import Keyed, keys_fingerprint, survey_keys
 from shared.surveying.sharing import Surveyors, survey_rows
 
 __all__ = [
+    "Keyed",
     "Surveyors",
+    "keys_fingerprint",
     "keys_of",
     "num_pictures_of",
     "picture_tokens_of",
     "reasons_of",
+    "survey_keys",
     "survey_rows",
     "writers_of",
 ]

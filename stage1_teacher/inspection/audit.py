@@ -29,7 +29,7 @@ from shared.errors import CacheMismatchError, DataError, RecipeError
 from shared.progress import by_examples, progress
 from shared.recipes import Recipe
 from shared.runtime import World
-from shared.survey import inputs_identity, open_processor_of
+from shared.same_prompts import inputs_identity, open_processor_of
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
 from stage1_teacher.inspection.comparison import AtTemperature, Comparison
 from stage1_teacher.inspection.head_gradient import BATCHES, Measured

@@ -20,7 +20,7 @@ from shared.reports.figures import Drawing
 from shared.reports.page import Section
 from shared.reports.pieces import beside, card, cards, figure, figures, html_table, paragraph, table
 from shared.reports.text import escape, shorten, token_text
-from shared.survey import open_processor_of
+from shared.same_prompts import open_processor_of
 from stage1_teacher.inspection.pictures import by_kind_table, gains_of_answers
 from stage1_teacher.inspection.plots import by_kind
 from stage1_teacher.inspection.positions import positions_of, top_entries

@@ -26,7 +26,7 @@ from shared.models.vlm import load_vlm
 from shared.progress import progress
 from shared.recipes import Recipe, Split
 from shared.runtime import World
-from shared.survey import open_student_processor_of
+from shared.same_prompts import open_student_processor_of
 from stage2_student.evaluation.answer_metrics import exact_match, rouge_l, token_f1
 from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.survey import Survey, survey_once

@@ -15,8 +15,8 @@ import click
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes import FreezeConfig, ParallelConfig, Recipe, Split
 from shared.runtime import World
+from shared.same_prompts import open_student_processor_of
 from shared.same_teacher import require_teacher
-from shared.survey import open_student_processor_of
 from stage2_student.evaluation.answers import ModelSource
 from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.inputs import no_kl, open_targets

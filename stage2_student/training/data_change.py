@@ -17,7 +17,7 @@ from shared.data.processing import KEY_BYTES
 from shared.errors import CheckpointError, NotAFileError, listed
 from shared.recipes import Recipe
 from shared.regular_files import read_regular
-from shared.survey import keys_fingerprint
+from shared.surveying import keys_fingerprint
 from stage2_student.publishing.card import ROW_TEACHERS, caches_in, facts_of_caches, read_sources
 from stage2_student.runs.checkpoint import Checkpoint
 from stage2_student.runs.files import write_bytes

@@ -14,16 +14,12 @@ from tqdm import tqdm
 from shared.cache import Cache, CacheMix, open_caches
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, CacheMismatchError
+from shared.places import is_there
 from shared.recipes import Recipe
 from shared.runtime import World
+from shared.same_prompts import inputs_identity, open_student_processor_of, require_same_rendering
 from shared.same_teacher import require_teacher
 from shared.shard_order import ShardLayout, window_of
-from shared.survey import (
-    inputs_identity,
-    is_there,
-    open_student_processor_of,
-    require_same_rendering,
-)
 from stage2_student.runs.checkpoint import Checkpoint
 from stage2_student.runs.identity import CACHE, MIX, ORDER, run_identity
 from stage2_student.runs.run_folder import RunFolder

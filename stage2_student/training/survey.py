@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from shared.cache import Cache
+from shared.completeness import are_skipped, require_in_the_cache
 from shared.data.processing import KEY_BYTES, ExampleProcessor
 from shared.data.rows import VqaSplit
 from shared.dealing import Work
 from shared.errors import DataError, listed
 from shared.recipes import DataConfig, Recipe, Split
 from shared.runtime import World
-from shared.survey import Keyed, are_skipped, keys_fingerprint, require_in_the_cache, survey_keys
-from shared.surveying import Surveyors
+from shared.surveying import Keyed, Surveyors, keys_fingerprint, survey_keys
 from stage2_student.training.emphasis import Emphasis
 from stage2_student.training.feed import MicrobatchSource
 

@@ -37,8 +37,7 @@ from shared.data.rows import open_split
 from shared.recipes import DataConfig
 from shared.runtime import World
 from shared.small_models import make_small_model, train_tokenizer
-from shared.survey import survey_keys
-from shared.surveying import Surveyors
+from shared.surveying import Surveyors, survey_keys
 from shared.surveying.kept import Kept
 from shared.surveying.parts import parts_of
 

@@ -34,8 +34,8 @@ from shared.models.vlm import last_hidden_states, load_vlm, split
 from shared.other_vocabulary import Coverage, StudentOfAnother
 from shared.recipes import Recipe, load_recipe
 from shared.runtime import World, distributed
+from shared.same_prompts import open_student_processor_of
 from shared.small_models import make_small_model, train_tokenizer
-from shared.survey import open_student_processor_of
 from stage1_teacher.capturing.teacher import load_teacher
 from stage2_student.training.inputs import open_inputs
 
