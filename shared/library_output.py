@@ -1,4 +1,4 @@
-"""What libraries say goes into a log, so that the screen has our own lines alone.
+"""What libraries say goes into a log, so that the screen has our own lines alone; and what is for the log alone.
 
     with LibraryOutput.collected():           # in shared.cli.run, around every command
         ...
@@ -6,8 +6,9 @@
         ...
         quiet_libraries()                     # when the libraries are imported, and have made their handlers
 
-Python's warnings and the libraries' log records are written with time and name, each once, by the first rank; native
-code writes to file descriptor 2, which is the log's for every rank.  Bars of libraries are left out.  Without
+Python's warnings and the libraries' log records are written with time and name, each once, by the first rank, as are
+this package's own (``logging.getLogger(__name__).info``); native code writes to file descriptor 2, which is the log's
+for every rank.  Bars of libraries are left out.  Without
 ``collected`` (in a notebook, in tests) all of this does nothing.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 NATIVE = 2  # the file descriptor of standard error
+OWN = "shared"  # the logger of this package's modules, which is read from INFO on; libraries' from WARNING on
 FORMAT = "%(asctime)s %(name)s %(levelname)s: %(message)s"
 
 
@@ -52,6 +54,7 @@ class LibraryOutput:
         cls.active = output
         logging.captureWarnings(True)
         logging.getLogger().addHandler(handler)
+        logging.getLogger(OWN).setLevel(logging.INFO)
         try:
             if native:
                 output._take_native()
@@ -59,6 +62,7 @@ class LibraryOutput:
         finally:
             cls.active = previous
             logging.getLogger().removeHandler(handler)
+            logging.getLogger(OWN).setLevel(logging.NOTSET)
             logging.captureWarnings(False)
             # The descriptor stays the log's: what native code says while the interpreter ends belongs there.
 
@@ -111,7 +115,7 @@ class _Handler(logging.Handler):
     """Log records of all libraries, warnings among them: each once, and of the first rank, which speaks for all."""
 
     def __init__(self, output: LibraryOutput) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.setFormatter(logging.Formatter(FORMAT))
         self._output = output
         self._seen: set[tuple[str, str]] = set()

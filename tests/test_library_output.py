@@ -75,6 +75,18 @@ def test_the_screen_has_our_lines_and_the_file_the_others_once(tmp_path: Path) -
     assert {words: kept.count(words) for words in LIBRARIES} == dict.fromkeys(LIBRARIES, 1)
 
 
+def test_the_log_says_how_the_heads_gradient_is_summed(tmp_path: Path) -> None:
+    """Once; libraries' records of that level are left out."""
+    product = "add_product_(torch.zeros(4, 2), *(torch.ones(3, n, dtype=torch.bfloat16) for n in (4, 2)))"
+    ending = f"import torch; from shared.kd_loss.gradients import add_product_; {product}; {product}"
+    ending += "; logging.getLogger('a_library').info('chatter')"
+    done = run(ending, KEEP=str(tmp_path / "run.log"))
+    assert (done.returncode, done.stderr) == (0, "our note\n")
+    kept = (tmp_path / "run.log").read_text()
+    assert kept.count("the head's gradient on cpu: torch.bfloat16 summed in fp32 by fp32 copies") == 1
+    assert "chatter" not in kept
+
+
 def test_without_a_file_to_keep_it_in_nothing_is_left() -> None:
     done = run()
     assert (done.returncode, done.stdout, done.stderr) == (0, "our result\n", "our note\n")

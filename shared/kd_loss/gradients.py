@@ -8,6 +8,7 @@ when the activations of the whole model are still alive.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -80,7 +81,19 @@ def add_product_(grad_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor) -> None:
 
 @functools.cache
 def _adds_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of ``dtype`` can be added to an fp32 matrix: on CUDA, by some versions of PyTorch."""
+    """Whether products of ``dtype`` can be added to an fp32 matrix: on CUDA, by some versions of PyTorch.
+
+    The log is told, as the other way takes longer.
+    """
+    able = _can_add_wide_products(device, dtype)
+    way = "one product" if able else f"fp32 copies, {_PRODUCT_ROWS} ids at a time"
+    logging.getLogger(__name__).info(
+        "the head's gradient on %s: %s summed in fp32 by %s", device.type, dtype, way
+    )
+    return able
+
+
+def _can_add_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda":
         return False
     total = torch.zeros(16, 16, device=device)
