@@ -25,7 +25,7 @@ from shared.data.collation import Encoded
 from shared.data.processing import open_processor
 from shared.data.rows import open_split
 from shared.phantom.dataset import write_dataset
-from shared.recipes import CacheConfig, DataConfig, Recipe, TeacherConfig
+from shared.recipes import DataConfig, Recipe
 from shared.recipes.files import validate_tree
 from shared.runtime import distributed
 from shared.small_models import make_small_model, train_tokenizer
@@ -59,8 +59,8 @@ def make_recipe(folder: Path, *, hidden_size: int, num_layers: int) -> Recipe:
     )
     tree = {
         "data": {"source": str(data), "splits": {"validation": None}},
-        "teacher": TeacherConfig(model=str(model), dtype="float32").model_dump(),
-        "cache": CacheConfig(path=str(folder / "cache"), splits=("train",), batch_tokens=1024).model_dump(),
+        "teacher": {"model": str(model), "dtype": "float32"},
+        "cache": {"path": str(folder / "cache"), "splits": ["train"], "batch_tokens": 1024},
         "student": {"model": str(model)},
         "optimization": {"max_steps": 1},
         "run": {"name": "bench"},
