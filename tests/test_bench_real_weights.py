@@ -20,7 +20,7 @@ from shared.models.vlm import load_vlm
 from shared.recipes import DataConfig
 from stage1_teacher.__main__ import commands as teacher_cache
 from stage2_student.__main__ import commands as train_student
-from tests.benchmarks import bench_real_weights, bench_students, pretrained_gemma
+from tests.benchmarks import bench_real_weights, bench_students, pretrained_gemma, tables
 from tests.benchmarks.student_results import LABELS, LIVE, done
 
 TEXTS = ["Which plane is this?\nIt is an axial scan of the chest. user model\n"] * 4
@@ -109,6 +109,7 @@ def test_all_parts_run_and_are_not_done_again(
     monkeypatch.setattr(bench_real_weights, "in_own_process", here)
     monkeypatch.setattr(bench_students, "in_own_process", here)
     monkeypatch.setattr(bench_real_weights, "TAUS", (64,))
+    monkeypatch.setattr(tables, "KEPT", tmp_path / "tables")
     arguments = ["--tiny", "--root", str(tmp_path), "--positions", "48", "--turns", "2", "--seeds", "0"]
     monkeypatch.setattr(sys, "argv", ["bench_real_weights", *arguments, "--held-out", "4"])
     bench_real_weights.main()
@@ -120,6 +121,8 @@ def test_all_parts_run_and_are_not_done_again(
     variants = [record["key"][1] for record in done(tmp_path / "students.jsonl").values()]
     assert {LABELS, LIVE, "tau 1/64"} < set(variants)
     assert "| tau 1/64 |" in capsys.readouterr().out
+    parts = {path.stem.removeprefix("real_weights-") for path in (tmp_path / "tables").iterdir()}
+    assert parts >= {"teacher", "targets-schemes", "further-ratios", "students", "steps"}
 
     monkeypatch.setattr(bench_real_weights, "command", None)
     bench_real_weights.main()

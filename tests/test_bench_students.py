@@ -33,7 +33,7 @@ def test_times_of_any_seed_are_shown(
     path = tmp_path / "students.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     monkeypatch.setattr(student_results, "RESULTS", path)
-    assert Results("phantom", 0.5).costs()[2].startswith(f"| {LABELS} | {shown} |")
+    assert Results("phantom", 0.5).costs()[0][:2] == [LABELS, shown]
 
 
 @pytest.mark.parametrize(("wanted", "found"), [(35, 3), (39, 3), (40, 4), (5, 1), (10_000, 100)])

@@ -31,8 +31,10 @@ from shared.rounds.plan import Round
 from shared.rounds.table import outcomes
 from tests.benchmarks.bench_phantom import FOLDER, settings
 from tests.benchmarks.student_results import mean
+from tests.benchmarks.tables import Bench
 
 GIVEN, RIGHT = "given answers", "right"
+SHOWN = ("CE", "KL", "own CE", "own KL", RIGHT)
 NUM_ROUNDS = 2
 OWN_QUESTIONS = 400
 
@@ -166,13 +168,12 @@ def _require(status: int) -> None:
         raise SystemExit(status)
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> list[str]:
-    """Markdown: a line for each way, means over the seeds that it has, and half their range."""
-    names = ["CE", "KL", "own CE", "own KL", RIGHT]
-    lines = [f"| taught by | seeds | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+def table(found: dict[str, list[dict[str, float]]]) -> list[list[str]]:
+    """A line for each way, with the columns ``SHOWN``: means over the seeds that it has, and half their range."""
+    lines = []
     for way, figures in found.items():
-        cells = [mean([one[name] for one in figures], ".1%" if name == RIGHT else ".3f") for name in names]
-        lines.append(f"| {way} | {len(figures)} | {' | '.join(cells)} |")
+        cells = [mean([one[name] for one in figures], ".1%" if name == RIGHT else ".3f") for name in SHOWN]
+        lines.append([way, f"{len(figures)}", *cells])
     return lines
 
 
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--set", dest="extra", action="append", default=[], metavar="SECTION.KEY=VALUE")
     chosen = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    bench = Bench("beyond", goes_on=FOLDER.exists())
     for recipe in chosen.recipes:
         found: dict[str, list[dict[str, float]]] = {}
         for seed in chosen.seeds:
@@ -193,7 +195,13 @@ def main() -> None:
                 figures = Seed(recipe, seed, extra=chosen.extra).make(WAYS[way])
                 found.setdefault(way, []).append(figures)
                 print(f"  {recipe}, seed {seed}, {way}: {json.dumps(figures)}", file=sys.stderr, flush=True)
-        print(f"\n`{recipe}`:\n\n" + "\n".join(table(found)), flush=True)
+        bench.show(
+            f"beyond-{recipe}",
+            f"Students of `{recipe}`, taught by more than the given answers",
+            ("taught by", "seeds", *SHOWN),
+            table(found),
+            notes="Means over seeds, half their range in brackets.",
+        )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from shared.cache import (
 from shared.cache.verify import verify
 from shared.recipes.policies import Threshold
 from shared.sparse import position_seeds, sparsify
+from tests.benchmarks.tables import FIGURES, Bench, figure
 
 VOCAB_SIZE = 4096
 DISTINCT = 256
@@ -141,24 +142,25 @@ def in_own_process(function: Callable[..., Any], **arguments: Any) -> Any:
     return result
 
 
-def bench_large(folder: Path, *, examples: int, num_positions: int) -> None:
+def bench_large(bench: Bench, folder: Path, *, examples: int, num_positions: int) -> None:
     start = time.perf_counter()
     path = folder / "large"
     write_cache(path, examples=examples, examples_per_shard=512, num_positions=num_positions)
     totals = CacheReader(str(path)).manifest.totals
-    print(
-        f"{examples:,} examples of {num_positions} positions: {totals.bytes / 2**30:.2f} GiB, written in "
-        f"{time.perf_counter() - start:.0f} s"
-    )
+    rows = [figure("written in", time.perf_counter() - start, ".0f", unit=" s")]
     for shuffled, most in ((False, None), (True, 100_000)):
         figures = in_own_process(stream, path=path, shuffled=shuffled, most=most)
         order = "random" if shuffled else "stored"
-        print(
-            f"  {order} order, {min(most or examples, examples):,} examples: open {figures['open_s']:.2f} s, "
-            f"{figures['positions_per_s']:,.0f} positions/s decoded on one core, "
-            f"peak memory {figures['peak_gib']:.2f} GiB ({figures['peak_before_gib']:.2f} before the first use)"
-        )
+        read = f"{min(most or examples, examples):,} examples in {order} order"
+        before = f" ({figures['peak_before_gib']:.2f} before the first use)"
+        rows += [
+            figure(f"opened in, for {read}", figures["open_s"], ".2f", unit=" s", most=2),
+            figure(f"positions decoded a second and core, {read}", figures["positions_per_s"], ",.0f"),
+            figure(f"peak memory, {read}", figures["peak_gib"], ".2f", unit=" GiB", more=before, most=1),
+        ]
     shutil.rmtree(path)
+    notes = f"{examples:,} examples of {num_positions} positions, {totals.bytes / 2**30:.2f} GiB."
+    bench.show("cache", "A large cache: opened and streamed", FIGURES, rows, notes=notes)
 
 
 def timed(function: Callable[..., Any], **arguments: Any) -> float:
@@ -167,9 +169,8 @@ def timed(function: Callable[..., Any], **arguments: Any) -> float:
     return time.perf_counter() - start
 
 
-def bench_linearity(folder: Path, *, examples_per_shard: int, num_positions: int) -> None:
-    print(f"shards of {examples_per_shard} examples of {num_positions} positions; us a KiB in brackets")
-    print(f"{'shards':>8}{'KiB':>10}{'open s':>18}{'verify s':>18}{'read s':>18}")
+def bench_linearity(bench: Bench, folder: Path, *, examples_per_shard: int, num_positions: int) -> None:
+    rows = []
     for shards in (10, 100, 1000):
         path = folder / f"shards{shards}"
         examples = shards * examples_per_shard
@@ -182,9 +183,14 @@ def bench_linearity(folder: Path, *, examples_per_shard: int, num_positions: int
             timed(verify, location=str(path)),
             timed(stream, path=path, shuffled=False),
         )
-        cells = "".join(f"{s:>9.3f} ({1e6 * s / kib:5.1f})" for s in seconds)
-        print(f"{shards:>8}{kib:>10,.0f}  {cells}")
+        rows.append([f"{shards:,}", f"{kib:,.0f}", *(f"{s:.3f} ({1e6 * s / kib:.1f})" for s in seconds)])
         shutil.rmtree(path)
+    notes = (
+        f"Shards of {examples_per_shard} examples of {num_positions} positions. Seconds, microseconds a KiB in "
+        "brackets; to reach is a time that grows no faster than the bytes."
+    )
+    head = ("shards", "KiB", "open", "verify", "read")
+    bench.show("cache-shards", "A cache by the number of its shards", head, rows, notes=notes)
 
 
 def main() -> None:
@@ -196,9 +202,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    bench = Bench("cache")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        bench_large(Path(folder), examples=arguments.examples, num_positions=arguments.positions)
-        bench_linearity(Path(folder), examples_per_shard=64, num_positions=16)
+        bench_large(bench, Path(folder), examples=arguments.examples, num_positions=arguments.positions)
+        bench_linearity(bench, Path(folder), examples_per_shard=64, num_positions=16)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.progress import Tally
 from stage1_teacher.capturing.shards import CapturedBatch, ShardAssembler
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
+from tests.benchmarks.tables import FIGURES, Bench, figure
 
 ROUNDS = 5
 PICTURES = 24
@@ -148,16 +149,16 @@ def measure(recipe: Recipe, folder: Path, *, device: torch.device, rounds: int =
 
 def main() -> None:
     torch.set_num_threads(1)
-    print("capture / bare forward pass, median of rounds (range)")
+    bench, rows = Bench("capture"), []
     for hidden_size, num_layers in [(192, 8), (512, 12)]:
         with tempfile.TemporaryDirectory() as scratch:
             recipe = make_recipe(Path(scratch), hidden_size=hidden_size, num_layers=num_layers)
             found = measure(recipe, Path(scratch), device=torch.device("cpu"))
-        print(
-            f"  {found.num_parameters / 1e6:6.1f} M parameters, {found.num_positions} positions: "
-            f"{statistics.median(found.ratios):.3f} ({min(found.ratios):.3f} to {max(found.ratios):.3f})",
-            flush=True,
-        )
+        name = f"capture against the bare forward pass, teacher of {found.num_parameters / 1e6:.0f} M"
+        scatter = f" ({min(found.ratios):.3f} to {max(found.ratios):.3f})"
+        rows.append(figure(name, statistics.median(found.ratios), more=scatter, most=1.05))
+    notes = f"{found.num_positions:,} positions, one thread; medians of {ROUNDS} rounds (range)."
+    bench.show("capture", "What a capture adds to the forward pass", FIGURES, rows, notes=notes)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 from shared.cache import Claims, Unit
 from shared.cache.layout import CLAIMS, SHARDS
 from tests.benchmarks.scale import some_speeds
+from tests.benchmarks.tables import Bench
 
 NUM_RANKS = 1024
 RANKS_OF_A_MACHINE = 8
@@ -121,20 +122,20 @@ def capture(num_units: int, speeds: np.ndarray, *, num_lost: int = 0) -> Outcome
 
 
 def main() -> None:
+    bench, rows = Bench("claims"), []
     speeds = some_speeds(NUM_RANKS)
-    print("| units a rank | extra time | listings a rank | claims in vain | asked of the folder a second |")
-    print("|---|---|---|---|---|")
     for units in (4, 16):
         found = capture(units * NUM_RANKS, speeds)
-        print(
-            f"| {units} | {found.extra:+.1%} | {found.asked['listings'] / NUM_RANKS:.1f} | "
-            f"{found.asked['claims in vain'] / found.asked['claims']:.1%} | {found.per_s:,.0f} |"
-        )
+        in_vain = found.asked["claims in vain"] / found.asked["claims"]
+        cells = [f"{units}", f"{found.extra:+.1%}", f"{found.asked['listings'] / NUM_RANKS:.1f}"]
+        rows.append([*cells, f"{in_vain:.1%}", f"{found.per_s:,.0f}"])
     lost = capture(16 * NUM_RANKS, speeds, num_lost=RANKS_OF_A_MACHINE)
-    print(
-        f"\na machine of {RANKS_OF_A_MACHINE} ranks is lost at half time, 16 units a rank: {lost.num_again} units "
-        f"begun again, {lost.extra:+.1%}"
+    notes = (
+        f"A machine of {RANKS_OF_A_MACHINE} ranks is lost at half time, 16 units a rank: {lost.num_again} units "
+        f"begun again, {lost.extra:+.1%}."
     )
+    head = ("units a rank", "extra time", "listings a rank", "claims in vain", "asked of the folder a second")
+    bench.show("claims", f"Claims of {NUM_RANKS:,} ranks in simulated time", head, rows, notes=notes)
 
 
 if __name__ == "__main__":

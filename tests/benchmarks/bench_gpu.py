@@ -11,7 +11,6 @@ their figures say nothing.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -29,6 +28,7 @@ import torch
 
 from tests.benchmarks import gpu_loss
 from tests.benchmarks.gpu_figures import MODULE_OF_FLA, Figure
+from tests.benchmarks.tables import commit, versions
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "liger-kernel")
@@ -90,17 +90,12 @@ PARTS: dict[str, Part] = {
 
 def machine(*, tiny: bool) -> dict[str, Any]:
     """What the figures depend on.  Figures of another machine are not added to."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    found: dict[str, Any] = {"device": "CPU, tiny shapes" if tiny else torch.cuda.get_device_name()}
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return found | {"python": platform.python_version(), "packages": versions, "commit": commit or None}
+    return {
+        "device": "CPU, tiny shapes" if tiny else torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "packages": dict.fromkeys(PACKAGES) | versions(PACKAGES),
+        "commit": commit(),
+    }
 
 
 def load(path: Path, here: dict[str, Any]) -> dict[str, Any]:
@@ -151,9 +146,9 @@ def in_own_process(name: str, out: Path, *, tiny: bool) -> dict[str, Any] | None
 def table(found: dict[str, Any]) -> str:
     """All figures, as docs/benchmarks.md has them."""
     here = found["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in here["packages"].items() if version)
+    packages = ", ".join(f"{name} {version}" for name, version in here["packages"].items() if version)
     lines = [
-        f"{here['device']}; Python {here['python']}, {versions}; commit {(here['commit'] or 'unknown')[:12]}",
+        f"{here['device']}; Python {here['python']}, {packages}; commit {(here['commit'] or 'unknown')[:12]}",
         "",
     ]
     lines += ["| what | measured | to reach |", "|---|---|---|"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch import Tensor
 from shared.kd_loss import KDLoss, fused_ce_kd
 from shared.recipes.policies import Threshold
 from shared.sparse import SparseTargets, position_seeds, sparsify
+from tests.benchmarks.tables import FIGURES, Bench, figure
 
 V, D, NUM_POSITIONS, CHUNK = 64_000, 256, 4096, 512
 ROUNDS, CLOSE_ROUNDS = 5, 20  # matrix products scatter by a tenth from call to call: a close ratio needs many
@@ -161,7 +161,7 @@ def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
 
 
 def rows() -> list[tuple[str, str, str]]:
-    """What was measured, the figure, and the one to reach."""
+    """Under ``FIGURES``."""
     inputs = Inputs.make(NUM_POSITIONS, with_dense_teacher=True)
     targets = inputs.targets
     both_s, eager_s = times_s(inputs, [fused_both, eager_both], ROUNDS)
@@ -172,31 +172,34 @@ def rows() -> list[tuple[str, str, str]]:
     small, large = (in_fresh_process(_measure_peak, fused_both, n) for n in (1024, 16_384))
     grad_row = D * 4
     chunked, unchunked = (in_fresh_process(_measure_kept, size, NUM_POSITIONS) for size in (512, 0))
+    sure, unsure = (x.float().mean().item() for x in (targets.entropy < 0.5, targets.entropy > 3))
+    of_memory = f" ({both / MIB:,.0f} MiB against {eager / MIB:,.0f} MiB)"
+    without_gradient = (large - 16_384 * grad_row) / (small - 1024 * grad_row)
+    against_eager = "fused CE + sparse KD against eager CE + dense KD"
     return [
-        ("teacher: positions under 0.5 nats of entropy", f"{(targets.entropy < 0.5).float().mean():.2f}", ""),
-        ("teacher: positions over 3 nats", f"{(targets.entropy > 3).float().mean():.2f}", ""),
-        ("entries a position", f"{targets.num_entries / NUM_POSITIONS:.1f}", ""),
-        (f"fused CE + sparse KD, {NUM_POSITIONS} positions: time", f"{statistics.median(both_s):.2f} s", ""),
-        ("  against fused CE alone", f"{ratio(close_both_s, ce_s):.3f}", "<= 1.05"),
-        ("  against eager CE + dense KD", f"{ratio(both_s, eager_s):.3f}", "<= 0.45"),
-        ("  peak memory beyond inputs and weights", f"{both / MIB:.0f} MiB", ""),
-        ("  against eager CE + dense KD", f"{both / eager:.3f}", "<= 0.08"),
-        ("peak at 16,384 positions against 1,024, beyond inputs and weights", f"{large / small:.3f}", ""),
-        (
-            "  and beyond the hidden states' own gradient",
-            f"{(large - 16_384 * grad_row) / (small - 1024 * grad_row):.3f}",
-            "<= 1.05",
+        figure("teacher: positions under 0.5 nats of entropy", sure, ".2f"),
+        figure("teacher: positions over 3 nats", unsure, ".2f"),
+        figure("entries a position", targets.num_entries / NUM_POSITIONS, ".1f"),
+        figure("fused CE + sparse KD, time", statistics.median(both_s), ".2f", unit=" s"),
+        figure("fused CE + sparse KD against fused CE alone, time", ratio(close_both_s, ce_s), most=1.05),
+        figure(f"{against_eager}, time", ratio(both_s, eager_s), most=0.45),
+        figure(
+            f"{against_eager}, peak memory beyond inputs and weights", both / eager, more=of_memory, most=0.08
         ),
-        ("KDLoss, dense teacher: kept for backward, chunk 512", f"{chunked / MIB:.0f} MiB", ""),
-        ("  against unchunked", f"{chunked / unchunked:.3f}", "<= 0.55"),
+        figure("peak memory at 16,384 positions against 1,024", large / small),
+        figure("the same without the gradient of the hidden states", without_gradient, most=1.05),
+        figure("`KDLoss`, dense teacher, chunk 512: kept for backward", chunked / MIB, ".0f", unit=" MiB"),
+        figure("the same against unchunked", chunked / unchunked, most=0.55),
     ]
 
 
 def main() -> None:
-    threads = torch.get_num_threads()
-    print(f"loss on a CPU: V = {V}, D = {D}, fp32, chunk {CHUNK}, {threads} threads, {os.cpu_count()} cores")
-    for name, figure, goal in rows():
-        print(f"  {name:<68} {figure:>10}  {goal}")
+    bench = Bench("loss")
+    notes = (
+        f"V = {V:,}, D = {D}, fp32, {NUM_POSITIONS:,} positions, chunks of {CHUNK}, "
+        f"{torch.get_num_threads()} threads."
+    )
+    bench.show("loss", "The loss on a CPU: time and memory", FIGURES, rows(), notes=notes)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,7 +27,9 @@ from shared.cache.manifest import content_hash
 from shared.cache.shard_list import ShardInfo
 from shared.cache.storage import LocalFolder
 from tests.benchmarks.bench_cache import IDENTITY, in_own_process, make_key, make_rows, peak_gib
+from tests.benchmarks.tables import Bench
 
+HEAD = ("shards", "format version", "manifest", "open it", "memory", "one more shard", "written for it")
 POSITIONS = 100
 APPENDED = 10
 
@@ -117,8 +120,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--examples", type=int, default=8, help="of a shard")
     chosen = parser.parse_args()
-    print("| shards | version | manifest | open | memory | one more shard | written for it |")
-    print("|---|---|---|---|---|---|---|")
+    bench, rows = Bench("manifest"), []
     for num_shards in chosen.shards:
         with tempfile.TemporaryDirectory() as temporary:
             small, first, second = (Path(temporary) / name for name in ("small", "1", "2"))
@@ -135,7 +137,10 @@ def main() -> None:
                     cells += [f"{more['seconds']:.2f} s", f"{more['bytes'] / 1000:,.0f} kB"]
                 else:
                     cells += ["-", "-"]
-                print(f"| {num_shards:,} | {version} | {' | '.join(cells)} |", flush=True)
+                rows.append([f"{num_shards:,}", f"{version}", *cells])
+                print("  " + ", ".join(rows[-1]), file=sys.stderr, flush=True)
+    notes = f"{chosen.examples} examples a shard. Memory is what opening adds to a process."
+    bench.show("manifest", "A cache of very many shards", HEAD, rows, notes=notes)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import time
 import numpy as np
 
 from shared.permutation import Permutation, stream
+from tests.benchmarks.tables import FIGURES, Bench, figure
 
 BLOCK = 1 << 16
 GLOBAL_BATCH_SIZE = 16
@@ -44,19 +45,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The order of an epoch")
     parser.add_argument("--examples", type=int, default=100_000_000)
     num_examples = parser.parse_args().examples
+    bench = Bench("order")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds, came = seconds_of_an_epoch(num_examples)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - num_examples / 2**20
-    print(
-        f"{num_examples:,} examples: {came:,} came, {seconds:.1f} s, {seconds / num_examples * 1e9:.0f} ns each"
-    )
-    print(f"memory beside the count of what came: {grown:.1f} MiB")
+    each = f" ({seconds / num_examples * 1e9:.0f} ns each)"
+    rows = [
+        figure("examples that came", came, ",d"),
+        figure("all steps of the epoch", seconds, ".1f", unit=" s", more=each),
+        figure("memory beside the count of what came", grown, ".1f", unit=" MiB"),
+    ]
     begin = time.perf_counter()
     hashes = np.random.default_rng(0).integers(0, 2**63, size=num_examples)
     np.argsort(hashes, kind="stable")
-    print(f"a sort of as many: {time.perf_counter() - begin:.1f} s, {2 * hashes.nbytes / 2**20:.0f} MiB")
+    rows += [
+        figure("a sort of as many", time.perf_counter() - begin, ".1f", unit=" s"),
+        figure("its memory", 2 * hashes.nbytes / 2**20, ",.0f", unit=" MiB"),
+    ]
     for size in (num_examples, 10**10, 10**15):
-        print(f"{size:,} examples: {microseconds_of_a_step(size):.0f} us for {GLOBAL_BATCH_SIZE} of a step")
+        name = f"the {GLOBAL_BATCH_SIZE} examples of a step, of {size:,}"
+        rows.append(figure(name, microseconds_of_a_step(size), ".0f", unit=" us"))
+    bench.show("order", f"The order of an epoch of {num_examples:,} examples", FIGURES, rows)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from shared.runtime import World
 from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 from stage2_student.train import train
+from tests.benchmarks.tables import Bench
 
 TWO = {"num_key_value_heads": 2}
 FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -60,6 +61,10 @@ class Layout(NamedTuple):
     tensor: int
     expert: int
 
+    @property
+    def title(self) -> str:
+        return f"{self.data * self.tensor}: {self.data} x {self.tensor}"
+
     def fits(self, student: Student) -> bool:
         return self.tensor <= student.heads and (self.expert == 1 or student.has_experts)
 
@@ -69,6 +74,14 @@ LAYOUTS = {
     4: [Layout(2, 2, 1), Layout(1, 4, 1), Layout(4, 1, 2), Layout(2, 2, 2)],
     8: [Layout(4, 2, 1), Layout(2, 4, 1), Layout(8, 1, 4)],
 }
+
+
+class Parity(NamedTuple):
+    """Relative to one rank: the loss, the gradient that is furthest off, the losses of the resumed run."""
+
+    student: Student
+    layout: Layout
+    figures: list[str]
 
 
 def recipe_of(
@@ -144,7 +157,7 @@ def ended_on_one_rank(layout: Layout, students: list[Student], root: Path, world
     return found
 
 
-def table(students: list[Student], numbers: list[int], root: Path) -> None:
+def compare(students: list[Student], numbers: list[int], root: Path) -> list[Parity]:
     from families import make_family
     from parallel_steps import differences
     from samples import write_vqa_folder
@@ -160,8 +173,7 @@ def table(students: list[Student], numbers: list[int], root: Path) -> None:
         on_ranks(1, lambda world: quietly(capture, recipe, world, StopRequest()))  # noqa: B023
     (alone,) = on_ranks(1, lambda world: on_one_rank(students, root, world))
     expected = {student.title: one for student, one in zip(students, alone, strict=True)}
-    print("| family | ranks | data x tensor, experts | loss | worst gradient | resumed losses |")
-    print("|---|---|---|---|---|---|")
+    found = []
     for number in numbers:
         for layout in LAYOUTS[number]:
             some = [student for student in students if layout.fits(student)]
@@ -171,11 +183,32 @@ def table(students: list[Student], numbers: list[int], root: Path) -> None:
                 one, own_losses = expected[student.title]
                 share, name = max((share, name) for name, share in differences(step, one).items())
                 off = max(abs(a / b - 1) for a, b in zip(losses, own_losses, strict=True))
-                experts = f", {max(layout.tensor, layout.expert)}" if student.has_experts else ""
-                cells = [student.title, str(number), f"{layout.data} x {layout.tensor}{experts}"]
-                cells += [f"{abs(step.loss / one.loss - 1):.0e}"]
-                cells += [f"{share:.0e} `{name.rpartition('layers.')[2]}`", f"{off:.0e}"]
-                print(f"| {' | '.join(cells)} |", flush=True)
+                figures = [f"{value:.0e}" for value in (abs(step.loss / one.loss - 1), share, off)]
+                found.append(Parity(student, layout, figures))
+                worst = name.rpartition("layers.")[2]
+                told = f"  {student.title}, {layout}: {' / '.join(figures)}, worst of {worst}"
+                print(told, file=sys.stderr, flush=True)
+    return found
+
+
+def by_layout(found: list[Parity]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of students without experts: a line for each, a column for each layout."""
+    found = [one for one in found if not one.student.has_experts]
+    layouts = list(dict.fromkeys(one.layout.title for one in found))
+    cells = {(one.student.title, one.layout.title): " / ".join(one.figures) for one in found}
+    students = dict.fromkeys(one.student.title for one in found)
+    rows = [[name, *(cells.get((name, layout), "-") for layout in layouts)] for name in students]
+    return ["family", *layouts], rows
+
+
+def of_experts(found: list[Parity]) -> list[list[str]]:
+    rows = []
+    for student, layout, figures in found:
+        if student.has_experts:
+            data, tensor, expert = layout
+            cells = [student.title, f"{data * tensor}", f"{data} x {tensor}", f"{max(tensor, expert)}"]
+            rows.append([*cells, *figures])
+    return rows
 
 
 def main() -> None:
@@ -183,13 +216,21 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--families", nargs="+", choices=sorted({one.family for one in STUDENTS}))
     arguments = parser.parse_args()
+    bench = Bench("parallel")
     sys.path.append(str(Path(__file__).parents[1]))  # what the tests make their models with
     import stage2_runs
 
     stage2_runs.RANKS_TIMEOUT_S = 3600
     students = [one for one in STUDENTS if not arguments.families or one.family in arguments.families]
     with tempfile.TemporaryDirectory() as folder:
-        table(students, arguments.ranks, Path(folder))
+        found = compare(students, arguments.ranks, Path(folder))
+    notes = (
+        "Columns are ranks: data x tensor. Each cell: loss of the first step / worst gradient / losses of the "
+        "resumed run. A dash: not run."
+    )
+    bench.show("parallel", "Ranks that share layers, against one rank", *by_layout(found), notes=notes)
+    head = ("family", "ranks", "data x tensor", "experts among", "loss", "worst gradient", "resumed losses")
+    bench.show("parallel-experts", "Ranks that share experts, against one rank", head, of_experts(found))
 
 
 if __name__ == "__main__":

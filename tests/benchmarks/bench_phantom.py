@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.recipes import dump_recipe, load_recipe
+from tests.benchmarks.tables import Bench
 
 RECIPE = "phantom"
 FOLDER = Path("work/benchmarks/seeds")  # a folder for each recipe, with one for each seed
@@ -70,8 +71,8 @@ def figures(folder: Path, seed: int, seconds: float) -> list[float]:
     return [seed, seconds / 60, right.pop("teacher"), shuffled, *right.values(), *kl]
 
 
-def table(rows: Sequence[Sequence[float]]) -> list[str]:
-    """Markdown: a line for each seed, then mean and standard deviation."""
+def table(rows: Sequence[Sequence[float]]) -> list[list[str]]:
+    """Under ``HEAD``: a line for each seed, then mean and standard deviation."""
     columns = list(zip(*rows, strict=True))
     lines = [[f"{int(row[0])}", *map(_cell, row[1:], HEAD[1:])] for row in rows]
     if len(rows) > 1:
@@ -81,7 +82,7 @@ def table(rows: Sequence[Sequence[float]]) -> list[str]:
         lines.append(
             ["scatter", *(_cell(statistics.stdev(c), h) for c, h in zip(columns[1:], HEAD[1:], strict=True))]
         )
-    return [f"| {' | '.join(line)} |" for line in (HEAD, ["---"] * len(HEAD), *lines)]
+    return lines
 
 
 def _cell(value: float, column: str) -> str:
@@ -99,11 +100,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=FOLDER / RECIPE)
     chosen = parser.parse_args()
-    rows = []
+    bench, rows = Bench("phantom", goes_on=chosen.folder.exists()), []
     for seed in chosen.seeds:
         folder = chosen.folder.resolve() / f"seed-{seed}"
         rows.append(figures(folder, seed, run(folder, seed)))
-        print("\n".join(table(rows)), flush=True)
+        bench.show("phantom", "The default recipe over several seeds", HEAD, table(rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ than seconds of the clock.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ from shared.kd_loss.kept import highest, num_kept
 from shared.kd_loss.uncertainty import student_entropy
 from shared.sparse.entropies import teacher_entropy
 from tests.benchmarks.bench_loss import CHUNK, D, Inputs, V, ratio, times_s
+from tests.benchmarks.tables import Bench
 
 NUM_POSITIONS, LENGTH, ROUNDS = 1024, 64, 5
 KEEP = 0.2
@@ -99,14 +99,14 @@ def rows() -> list[tuple[str, str, str]]:
 
 
 def main() -> None:
+    bench = Bench("positions")
     kept = sum(num_kept(LENGTHS, KEEP))
-    print(
-        f"loss at {kept} of {NUM_POSITIONS} positions, in answers of {LENGTH}, on a CPU: V = {V}, D = {D}, fp32, "
-        f"chunk {CHUNK}, 1 thread, {os.cpu_count()} cores"
+    notes = (
+        f"{kept} of {NUM_POSITIONS:,} positions kept, in answers of {LENGTH}. V = {V:,}, D = {D}, fp32, chunks of "
+        f"{CHUNK}, one thread of a CPU."
     )
-    print(f"  {'':<44} {'time':>6}  {'head products':>14}")
-    for name, figure, products in rows():
-        print(f"  {name:<44} {figure:>6}  {products:>14}")
+    head = ("head and loss at", "time", "products with the head")
+    bench.show("positions", "A share of the positions against all of them", head, rows(), notes=notes)
 
 
 if __name__ == "__main__":

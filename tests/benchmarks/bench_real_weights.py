@@ -46,11 +46,12 @@ from tests.benchmarks.bench_students import (
     time_missing,
     timed_jobs,
 )
-from tests.benchmarks.bench_targets import measure, print_ratios, print_table, scheme, table
+from tests.benchmarks.bench_targets import Line, measure, scheme, show_errors, table
 from tests.benchmarks.pretrained_gemma import read_package, save_vlm, shorten, tiny_model
 from tests.benchmarks.real_teacher import batches, distributions
-from tests.benchmarks.student_results import LABELS, LIVE, Results, done
+from tests.benchmarks.student_results import LABELS, LEARNED, LIVE, Results, done
 from tests.benchmarks.synthetic_teacher import Positions
+from tests.benchmarks.tables import Bench
 
 ROOT = Path(__file__).parents[2]
 TAUS = (512, 64, 16)  # the default first
@@ -234,7 +235,7 @@ def further(plan: Plan) -> dict[str, Any]:
 
 
 def _errors(plan: Plan, student: Path) -> dict[str, Any]:
-    """Prints the tables; the lines are kept."""
+    """Of each policy, size and tail."""
     torch.set_num_threads(1)
     policies: dict[str, Policy] = {f"threshold 1/{n}": Threshold(tau=1 / n) for n in ERROR_TAUS}
     policies |= {f"random {n}": Random(draws=n) for n in ERROR_DRAWS}
@@ -242,8 +243,6 @@ def _errors(plan: Plan, student: Path) -> dict[str, Any]:
     schemes = [scheme(name, policy.kind, policy) for name, policy in policies.items()]
     error, answers = measure(_positions(plan, student), schemes)
     lines = table(schemes, error, answers)
-    print_table(lines)
-    print_ratios(lines)
     return {"positions": plan.positions, "lines": [vars(line) for line in lines]}
 
 
@@ -318,7 +317,7 @@ def _sizes(plan: Plan) -> list[tuple[str, int]]:
 
 def students(plan: Plan) -> dict[str, Any]:
     run_missing(jobs_of(plan), plan.results)
-    return {"table": show_students(plan)}
+    return {"table": Results("student", plan.kd_ratio, plan.results).table()}
 
 
 def steps(plan: Plan) -> dict[str, Any]:
@@ -334,8 +333,28 @@ def steps(plan: Plan) -> dict[str, Any]:
     return {"ratios": {record["key"][1]: record["step"] for record in timed}}
 
 
-def show_students(plan: Plan) -> list[str]:
-    return Results("student", plan.kd_ratio, plan.results).table()
+def show(bench: Bench, part: str, found: dict[str, Any]) -> None:
+    """The tables of a part; ``student`` has none."""
+    table = f"real_weights-{part}"
+    if part == "teacher":
+        rows = [
+            ["before fine-tuning", f"{found['ce_before']:.3f}"],
+            [f"after {found['steps']} steps", f"{found['ce']:.3f}"],
+            [
+                f"after {found['steps']} steps, with the pictures of other cases",
+                f"{found['ce_shuffled']:.3f}",
+            ],
+        ]
+        bench.show(table, "A pretrained teacher", ("teacher, validation CE", "nats"), rows)
+    elif part in ("targets", "further"):
+        lines = [Line(**line) for line in found["lines"]]
+        show_errors(bench, table, lines, notes=f"{found['positions']:,} positions.")
+    elif part == "students":
+        notes = "Means over seeds, half their range in brackets."
+        bench.show(table, "Students of a pretrained teacher", LEARNED, found["table"], notes=notes)
+    elif part == "steps":
+        rows = [[name, f"{ratio:.3f}"] for name, ratio in found["ratios"].items()]
+        bench.show(table, "Processor time of a step", ("taught by", "against labels alone"), rows)
 
 
 PARTS: dict[str, Callable[[Plan], dict[str, Any]]] = {
@@ -376,6 +395,7 @@ def main() -> None:
         positions=asked.positions,
         num_turns=asked.turns,
     )
+    bench = Bench("real_weights", goes_on=plan.root.exists())
     plan.root.mkdir(parents=True, exist_ok=True)
     plan.write_recipes()
     for name in asked.only:
@@ -386,7 +406,11 @@ def main() -> None:
         begin = time.monotonic()
         found = PARTS[name](plan) | {"date": time.strftime("%Y-%m-%d"), "seconds": time.monotonic() - begin}
         path.write_text(json.dumps(found, indent=1) + "\n")
-        print(json.dumps({key: value for key, value in found.items() if key != "lines"}), flush=True)
+        show(bench, name, found)
+        print(
+            json.dumps({key: value for key, value in found.items() if key not in ("lines", "table")}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import logging
 import os
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from shared.cache import reader as reader_module
 from shared.permutation import Permutation, stream
 from shared.shard_order import ShardLayout, ShardOrder, window_of
 from tests.benchmarks.bench_cache import make_key, write_cache
+from tests.benchmarks.tables import Bench
 
 EXAMPLES_PER_SHARD = 16
 READ_TOGETHER = 16  # a step's examples
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--room", type=int, default=50, help="shards that the staging folder holds")
     chosen = parser.parse_args()
+    bench, rows = Bench("staging"), []
     num_examples = chosen.shards * EXAMPLES_PER_SHARD
     keys = [make_key(number) for number in range(num_examples)]
     with s3_server(), tempfile.TemporaryDirectory() as folder:
@@ -91,15 +92,14 @@ def main() -> None:
         room = chosen.room * max(sizes)
         window = window_of(sizes, room=room)
         layout = ShardLayout.of(CacheReader(str(local)).shards(keys))
-        print(
-            f"{len(sizes):,} shards of {EXAMPLES_PER_SHARD} examples, room for {chosen.room}: windows of {window}"
-        )
         orders = {
             "of the whole epoch": (Permutation(num_examples, key=stream(1, 0)), chosen.shards),
-            "by windows of shards": (ShardOrder(layout, window=window, key=stream(1, 0)), num_examples),
+            f"by windows of {window} shards": (
+                ShardOrder(layout, window=window, key=stream(1, 0)),
+                num_examples,
+            ),
         }
         for name, (order, number) in orders.items():
-            begin = time.perf_counter()
             with tempfile.TemporaryDirectory() as staged:
                 fetched = fetches(
                     location,
@@ -108,11 +108,14 @@ def main() -> None:
                     keys,
                     num_examples=number,
                 )
-            total, seconds = fetched.total(), time.perf_counter() - begin
-            rate = total / number * EXAMPLES_PER_SHARD
-            each = f"; each shard at most {max(fetched.values())} times" if number == num_examples else ""
-            read = f"{total:,} fetches for {number:,} examples"
-            print(f"{name}: {read}, {rate:.2f} a shard and epoch{each}; {seconds:.0f} s")
+            total, is_whole = fetched.total(), number == num_examples
+            rate = f"{total / number * EXAMPLES_PER_SHARD:.2f}"
+            most = f", at most {max(fetched.values())}" if is_whole else ""
+            read = f"{number:,}" if is_whole else f"{number:,}, then stopped"
+            rows.append([name, read, f"{total:,}", f"{rate}{most}"])
+    notes = f"{chosen.shards:,} shards of {EXAMPLES_PER_SHARD} examples, room for {chosen.room} of them."
+    head = ("order", "examples read", "fetches", "fetches of a shard in an epoch")
+    bench.show("staging", "Fetches of a remote cache's shards", head, rows, notes=notes)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import yaml
 from PIL import Image
 
 from shared.small_models import make_small_model, train_tokenizer
+from tests.benchmarks.tables import Bench
 
 ROWS_PER_FILE = 50_000
 TRAINED_ROWS = 20_000
@@ -95,13 +96,12 @@ def watched(arguments: Sequence[str], *, every_s: float) -> list[Sample]:
     return samples
 
 
-def show(title: str, samples: list[Sample]) -> None:
-    """The figures at some moments: the median of what was seen around each."""
-    print(
-        f"\n{title}, {samples[-1].seconds:,.0f} s\n\n| at | main process | all | descriptors | threads | processes |"
-    )
-    print("|---|---|---|---|---|---|")
-    around = max(1, len(samples) // 40)
+HEAD = ("at", "main process", "all", "descriptors", "threads", "processes")
+
+
+def at_moments(samples: list[Sample]) -> list[list[str]]:
+    """Under ``HEAD``: the median of what was seen around each."""
+    rows, around = [], max(1, len(samples) // 40)
     for moment in MOMENTS:
         middle = min(len(samples) - 1, round(moment * len(samples)))
         some = samples[max(0, middle - around) : middle + around + 1]
@@ -109,11 +109,10 @@ def show(title: str, samples: list[Sample]) -> None:
         def median(name: str, some: list[Sample] = some) -> float:
             return float(np.median([getattr(one, name) for one in some]))
 
-        print(
-            f"| {moment:.0%} | {median('own_mib'):,.0f} MiB | {median('all_mib'):,.0f} MiB | "
-            f"{median('descriptors'):.0f} | {median('threads'):.0f} | {median('processes'):.0f} |",
-            flush=True,
-        )
+        memory = [f"{median(name):,.0f} MiB" for name in ("own_mib", "all_mib")]
+        counts = [f"{median(name):.0f}" for name in ("descriptors", "threads", "processes")]
+        rows.append([f"{moment:.0%}", *memory, *counts])
+    return rows
 
 
 def picture(seed: int) -> bytes:
@@ -209,19 +208,22 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two looks")
     parser.add_argument("--root", type=Path, help="a folder that is kept")
     chosen = parser.parse_args()
+    bench = Bench("steady", goes_on=chosen.root is not None and chosen.root.exists())
     with tempfile.TemporaryDirectory() as scratch:
         root = chosen.root or Path(scratch)
         prepare(root, num_rows=chosen.rows)
         if chosen.only != "training":
             recipe = write_recipe(root, "capture", limit=None, num_steps=1)
             samples = watched(["stage1_teacher", "capture", recipe], every_s=chosen.every)
-            show(f"Capture of {chosen.rows:,} rows", samples)
+            title = f"Capture of {chosen.rows:,} rows, {samples[-1].seconds:,.0f} s"
+            bench.show("steady-capture", title, HEAD, at_moments(samples))
         if chosen.only != "capture":
             recipe = write_recipe(root, "training", limit=TRAINED_ROWS, num_steps=chosen.steps)
             watched(["stage1_teacher", "capture", recipe], every_s=chosen.every)
             resume = ["--resume"] if (root / "runs" / "training").exists() else []
             samples = watched(["stage2_student", "run", recipe, *resume], every_s=chosen.every)
-            show(f"Training of {chosen.steps:,} steps", samples)
+            title = f"Training of {chosen.steps:,} steps, {samples[-1].seconds:,.0f} s"
+            bench.show("steady-training", title, HEAD, at_moments(samples))
 
 
 if __name__ == "__main__":

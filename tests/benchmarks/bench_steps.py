@@ -45,6 +45,7 @@ from stage2_student.training.optim import make_optimizer
 from stage2_student.training.order import Slot, step_examples, step_shape
 from stage2_student.training.step import train_step
 from stage2_student.training.student import StudentWithLoss, build_student
+from tests.benchmarks.tables import FIGURES, Bench, figure
 
 SOURCE = "../shared/medpix-vqa"
 PIXELS_PER_TOKEN = 32 * 32  # patches of 16 x 16, four of them merged
@@ -52,6 +53,7 @@ TEMPLATE_TOKENS = 30
 CHARACTERS_PER_TOKEN = 4  # of English prose, roughly
 BUDGET = 4096
 NUM_RANKS = 2
+TO_REACH = {"dealt": 1.1, "packed": 1.05}  # of the critical path against its bound
 
 
 def lengths_of(source: str) -> np.ndarray:
@@ -83,9 +85,8 @@ def steps(lengths: np.ndarray, batch: int) -> Iterator[np.ndarray]:
     return (lengths[order[begin : begin + batch]] for begin in range(0, len(order), batch))
 
 
-def table(lengths: np.ndarray) -> None:
-    print(f"critical path / bound, and rounds of a step; budget {BUDGET} tokens")
-    print(f"{'batch':>6}{'ranks':>6}{'by 1':>14}{'by 2':>14}{'by 4':>14}{'dealt':>14}{'packed':>14}")
+def table(bench: Bench, lengths: np.ndarray) -> None:
+    rows = []
     for batch, num_ranks in itertools.product((16, 64, 256), (1, 2, 8, 64)):
         parts = list(steps(lengths, batch))
         bound = sum(max(int(one.max()), one.sum() / num_ranks) for one in parts)
@@ -96,18 +97,30 @@ def table(lengths: np.ndarray) -> None:
         for name, found in deals.items():
             works = [Work.of(one, packed=name == "packed") for one in parts]
             path = sum(critical_path(rounds, work) for rounds, work in zip(found, works, strict=True))
-            cells.append(f"{path / bound:.2f} ({np.mean([len(rounds) for rounds in found]):.1f})")
-        print(f"{batch:>6}{num_ranks:>6}" + "".join(f"{cell:>14}" for cell in cells))
+            share = f"{path / bound:.2f}"
+            if path / bound > TO_REACH.get(name, np.inf):
+                share = f"**{share}**"
+            cells.append(f"{share} ({np.mean([len(rounds) for rounds in found]):.1f})")
+        rows.append([f"{batch}", f"{num_ranks}", *cells])
+    notes = (
+        f"{len(lengths):,} examples of {lengths.min()} to {lengths.max()} tokens, {lengths.mean():.0f} in the mean. "
+        f"Critical path against its bound; the mean number of rounds of a step in brackets. A budget of {BUDGET:,} "
+        f"tokens. To reach is {TO_REACH['dealt']:.2f} dealt and {TO_REACH['packed']:.2f} packed; misses are bold."
+    )
+    head = ("batch", "ranks", "by 1", "by 2", "by 4", "dealt", "packed")
+    bench.show("steps", "How evenly a step's examples are dealt to ranks", head, rows, notes=notes)
 
 
-def capture_padding(lengths: np.ndarray) -> None:
+def capture_padding(bench: Bench, lengths: np.ndarray) -> None:
     windows = [Work.of(lengths[begin : begin + WINDOW]) for begin in range(0, len(lengths), WINDOW)]
     shares = []
     for one in windows:
         rounds = deal(one, num_ranks=1, limits=Limits(tokens=16384))
         shares.append((padding_share(rounds, one), int(one.lengths.sum())))
     mean = sum(share * tokens for share, tokens in shares) / sum(tokens for _, tokens in shares)
-    print(f"capture, windows of {WINDOW}, batch_tokens 16384: {mean:.1%} of the tokens are padding")
+    name = f"padding of a capture, windows of {WINDOW}, `batch_tokens` of 16,384"
+    row = figure(name, 100 * mean, ".1f", unit=" %", most=5)
+    bench.show("steps-padding", "Padding of a capture's batches", FIGURES, [row])
 
 
 # Ways of dealing a step's examples, by their lengths, and whether they are packed; the first is what others are
@@ -202,22 +215,26 @@ def time_of(
     return Timed(time.perf_counter() - begin, computing.item(), num_tokens)
 
 
-def speed(source: str, num_steps: int) -> None:
+def speed(bench: Bench, source: str, num_steps: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_student(folder, source)
         found = on_two_ranks(make_recipe(folder, source, num_steps))
-    first = next(iter(WAYS))
-    print(
-        f"\n{NUM_RANKS} ranks, {num_steps} steps of 16 examples, medians; ratios to the first line, step by step"
-    )
-    for what in ("by_clock", "computing"):
-        print(f"{what:28}{'tokens/s':>10}{'ratio':>8}{'  quartiles':>16}")
-        for name in WAYS:
+    first, rows = next(iter(WAYS)), []
+    for name in WAYS:
+        rows.append([name])
+        for what in ("by_clock", "computing"):
             rate = statistics.median(one[name].num_tokens / getattr(one[name], what) for one in found)
             ratios = [getattr(one[first], what) / getattr(one[name], what) for one in found]
             low, middle, high = statistics.quantiles(ratios, n=4)
-            print(f"{name:28}{rate:>10.0f}{middle:>8.2f}{f'{low:.2f} to {high:.2f}':>16}")
+            ratio = "1" if name == first else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            rows[-1] += [f"{rate:,.0f}", ratio]
+    notes = (
+        f"{NUM_RANKS} ranks, {num_steps} steps of 16 examples. Ratios are to the first line, step by step: medians, "
+        "quartiles in brackets."
+    )
+    head = ("dealing", "tokens/s by the clock", "ratio", "tokens/s, computing", "ratio")
+    bench.show("steps-speed", "Ways of dealing, timed", head, rows, notes=notes)
 
 
 def on_two_ranks(recipe: Recipe) -> list[dict[str, Timed]]:
@@ -252,12 +269,12 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="train on two ranks, too; needs the source")
     parser.add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
+    bench = Bench("steps")
     lengths = lengths_of(arguments.source)
-    print(f"{len(lengths)} examples of {lengths.mean():.0f} tokens, {lengths.min()} to {lengths.max()}")
-    table(lengths)
-    capture_padding(lengths)
+    table(bench, lengths)
+    capture_padding(bench, lengths)
     if arguments.speed:
-        speed(arguments.source, arguments.steps)
+        speed(bench, arguments.source, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,20 @@ from stage2_student.training.order import pass_slots, step_shape, total_steps, t
 from stage2_student.training.step import seed_step, train_step
 from stage2_student.training.student import Forwarded, StudentWithLoss, build_student
 from tests.benchmarks.bench_loss import status_bytes
-from tests.benchmarks.student_results import FOLDER, LABELS, LENGTHS, LIVE, TIMED, Results, done, keep
+from tests.benchmarks.student_results import (
+    COSTS,
+    FOLDER,
+    LABELS,
+    LEARNED,
+    LENGTHS,
+    LIVE,
+    RESULTS,
+    TIMED,
+    Results,
+    done,
+    keep,
+)
+from tests.benchmarks.tables import Bench
 
 TAUS = (512, 2048, 64, 16)  # the default first
 TIMED_STEPS = 70
@@ -468,6 +481,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
+    bench = Bench("students", goes_on=RESULTS.exists())
     for name in arguments.recipes:
         if name == "medpix_sample" and not Path(load_recipe(name).data.source).exists():
             print(f"{name}: its records are not here, left out")
@@ -480,8 +494,11 @@ def main() -> None:
             tails=arguments.tails,
         )
         found = Results(name, arguments.kd_ratio)
-        print(f"\n{name}, kd_ratio {arguments.kd_ratio}; means over seeds, half their range in brackets\n")
-        print("\n".join([*found.table(), "", *found.costs()]))
+        table = f"students-{name}-{arguments.kd_ratio:g}"
+        about = f"`{name}`, `kd_ratio: {arguments.kd_ratio:g}`"
+        notes = "Means over seeds, half their range in brackets."
+        bench.show(table, f"What students learned, {about}", LEARNED, found.table(), notes=notes)
+        bench.show(f"{table}-costs", f"Costs against labels alone, {about}", COSTS, found.costs())
 
 
 if __name__ == "__main__":

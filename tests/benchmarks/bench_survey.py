@@ -40,6 +40,7 @@ from shared.small_models import make_small_model, train_tokenizer
 from shared.surveying import Surveyors, survey_keys
 from shared.surveying.kept import Kept
 from shared.surveying.parts import parts_of
+from tests.benchmarks.tables import FIGURES, Bench, figure
 
 ROWS_OF_A_FILE = 65_536
 ROWS_OF_A_GROUP = 4_096
@@ -122,7 +123,9 @@ def take_turns(
     return found
 
 
-def shared_table(data: DataConfig, processor: ExampleProcessor, folder: Path, num_rows: int) -> None:
+def shared_table(
+    bench: Bench, data: DataConfig, processor: ExampleProcessor, folder: Path, num_rows: int
+) -> None:
     from stage2_runs import on_ranks
 
     ranks = on_ranks(2, lambda world: take_turns(data, processor, folder, world))
@@ -134,9 +137,7 @@ def shared_table(data: DataConfig, processor: ExampleProcessor, folder: Path, nu
     cpu = {
         way: [statistics.mean(one.cpu_s for one in both) for both in found] for way, found in turns.items()
     }
-    print(f"{num_rows:,} rows, medians of {NUM_REPEATS}")
-    print("| ranks | seconds | rows a second | times as fast | CPU seconds of a rank | by CPU time |")
-    print("|---|---|---|---|---|---|")
+    rows = []
     for way in turns:
         seconds, of_cpu = statistics.median(wall[way]), statistics.median(cpu[way])
         faster, by_cpu = (
@@ -144,7 +145,14 @@ def shared_table(data: DataConfig, processor: ExampleProcessor, folder: Path, nu
             for times in (wall, cpu)
         )
         cells = [way, f"{seconds:.2f}", f"{num_rows / seconds:,.0f}", f"{faster:.2f}", f"{of_cpu:.2f}"]
-        print(f"| {' | '.join(cells)} | {'' if 'processes' in way else f'{by_cpu:.2f}'} |")
+        rows.append([*cells, "-" if "processes" in way else f"{by_cpu:.2f}"])
+    bench.show(
+        "survey-shared",
+        "The first survey, by one rank and by two",
+        ("ranks", "seconds", "rows a second", "times as fast", "CPU seconds of a rank", "by CPU time"),
+        rows,
+        notes=f"{num_rows:,} rows, medians of {NUM_REPEATS}.",
+    )
 
 
 def second_start(folder: str, world: World) -> dict[str, float]:
@@ -179,7 +187,7 @@ def _peak_mib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def second_table(root: Path, num_rows: int) -> None:
+def second_table(bench: Bench, root: Path, num_rows: int) -> None:
     from stage2_runs import on_ranks
 
     data, kept = DataConfig(source=str(root / "data")), root / "kept"
@@ -190,16 +198,22 @@ def second_table(root: Path, num_rows: int) -> None:
         lambda: survey_keys(data, "train", processor, Surveyors(kept_at=str(kept), num_workers=2), show=True)
     )
     size = sum(path.stat().st_size for path in kept.rglob("*.arrow"))
-    print(
-        f"first start on {num_rows:,} rows, two processes: {first.wall_s:.0f} s ({first.cpu_s:.0f} s of CPU)"
-    )
-    print(f"what is kept: {size / 2**20:.0f} MiB")
+    of_cpu = f" ({first.cpu_s:.0f} s of CPU)"
+    rows = [
+        figure("first start, two processes", first.wall_s, ".0f", unit=" s", more=of_cpu),
+        figure("what is kept", size / 2**20, ".0f", unit=" MiB"),
+    ]
     for number in (1, 2):
         begin = time.perf_counter()
         ranks = on_ranks(number, functools.partial(second_start, str(root)), new=True)
-        print(f"second start, {number} rank(s), {time.perf_counter() - begin:.1f} s with all imports:")
-        for name in ranks[0]:
-            print(f"  {name}: {', '.join(f'{one[name]:.2f}' for one in ranks)}")
+        name = f"second start of {number} rank(s), with all imports"
+        rows.append(figure(name, time.perf_counter() - begin, ".1f", unit=" s"))
+        rows += [
+            (f"{number} rank(s), {name}", "-", ", ".join(f"{one[name]:.2f}" for one in ranks))
+            for name in ranks[0]
+        ]
+    notes = f"{num_rows:,} rows. Seconds where nothing else is said."
+    bench.show("survey-second", "The survey's next start", FIGURES, rows, notes=notes)
 
 
 def main() -> None:
@@ -216,6 +230,7 @@ def main() -> None:
     import stage2_runs
 
     stage2_runs.RANKS_TIMEOUT_S = RANKS_TIMEOUT_S
+    bench = Bench("survey")
     with tempfile.TemporaryDirectory() as temporary:
         root = chosen.folder or Path(temporary)
         if not (root / "model").exists():
@@ -224,9 +239,10 @@ def main() -> None:
         if chosen.only != "second":
             with tempfile.TemporaryDirectory() as scratch:
                 data = write_rows(Path(scratch) / "data", chosen.rows)
-                shared_table(data, open_processor(str(root / "model"), data), Path(scratch), chosen.rows)
+                processor = open_processor(str(root / "model"), data)
+                shared_table(bench, data, processor, Path(scratch), chosen.rows)
         if chosen.only != "shared":
-            second_table(root, chosen.second_rows)
+            second_table(bench, root, chosen.second_rows)
 
 
 if __name__ == "__main__":

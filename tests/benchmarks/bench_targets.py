@@ -27,12 +27,16 @@ from shared.sparse import SparseTargets, position_seeds, sparsify
 from shared.sparse.draws import Systematic, draw, padded_width, uniforms
 from tests.benchmarks.gradient_error import TAILS, GradientError, features
 from tests.benchmarks.synthetic_teacher import Positions, synthetic_positions
+from tests.benchmarks.tables import FIGURES, Bench, figure
 
 TAUS = (8, 16, 24, 32, 48, 64, 96, 128, 256, 512)  # their reciprocals
 DRAWS = (12, 25, 50, 100, 200, 400, 800, 1200)
 KS = (4, 8, 16, 32, 64, 128, 256)
 STEP_TAUS = (16, 64, 256)
 SHARD_ROWS = 512
+SCHEMES = ("scheme", "entries", "payload", "all, rows of 16", "all, rows of 64", "error", "error, cosine 0")
+RATIOS = ("error", "threshold, bytes", "random / threshold", "top_k with its best tail / threshold")
+GOAL = 0.035  # the error at which sizes are to reach something
 
 
 @dataclass
@@ -202,12 +206,14 @@ def table(everything: list[Scheme], error: GradientError, answers: Tensor) -> li
     return lines
 
 
-def print_table(lines: Sequence[Line]) -> None:
-    print("| scheme | entries | payload | all, rows of 16 | all, rows of 64 | error | error, cosine 0 |")
-    print("|---|---|---|---|---|---|---|")
+def show_errors(bench: Bench, name: str, lines: Sequence[Line], *, notes: str) -> None:
+    """Sizes and errors of every scheme, and sizes at equal errors."""
+    rows = []
     for x in lines:
-        sizes = " | ".join(f"{value:.1f}" for value in (x.entries, x.payload, x.total, x.total_long))
-        print(f"| {x.name} | {sizes} | {x.error:.4f} | {x.error_isotropic:.4f} |")
+        sizes = [f"{value:.1f}" for value in (x.entries, x.payload, x.total, x.total_long)]
+        rows.append([x.name, *sizes, f"{x.error:.4f}", f"{x.error_isotropic:.4f}"])
+    bench.show(f"{name}-schemes", "Bytes a position, and the gradient's error", SCHEMES, rows, notes=notes)
+    bench.show(f"{name}-ratios", "Bytes a position at equal errors", RATIOS, ratios_at_errors(lines))
 
 
 def bytes_at(lines: Sequence[Line], family: str, error: float) -> float | None:
@@ -220,9 +226,9 @@ def bytes_at(lines: Sequence[Line], family: str, error: float) -> float | None:
     return float(np.exp(np.interp(math.log(error), np.log(errors), np.log(sizes))))
 
 
-def print_ratios(lines: Sequence[Line]) -> None:
-    print("\n| error | threshold, bytes | random / threshold | top_k with its best tail / threshold |")
-    print("|---|---|---|---|")
+def ratios_at_errors(lines: Sequence[Line]) -> list[list[str]]:
+    """Under ``RATIOS``."""
+    rows = []
     top_k = [x for x in lines if x.family == "top_k"]
     for error in (0.1, 0.07, 0.05, 0.035, 0.025):
         threshold = bytes_at(lines, "threshold", error)
@@ -235,13 +241,14 @@ def print_ratios(lines: Sequence[Line]) -> None:
             largest = max(x.total for x in lines if x.family == family)
             beyond = f"over {largest / threshold:.1f}" if min(x.error for x in top_k) > error else "-"
             ratios.append(f"{found / threshold:.2f}" if found else beyond)
-        print(f"| {error} | {threshold:.1f} | {ratios[0]} | {ratios[1]} |")
+        rows.append([f"{error}", f"{threshold:.1f}", *ratios])
+    return rows
 
 
-def print_speeds(everything: list[Scheme], vocab_size: int) -> None:
-    """Positions a second of one core, rows of 16, batches of 256 rows; the best of five."""
+def speeds(everything: list[Scheme], vocab_size: int) -> dict[str, tuple[float, float]]:
+    """Positions encoded and decoded a second of one core, rows of 16, batches of 256 rows; the best of five."""
     torch.set_num_threads(1)
-    print("\n| scheme | encoded / s | decoded / s |\n|---|---|---|")
+    found = {}
     for scheme in everything:
         if scheme.name not in {"threshold 1/64", "threshold 1/512", "random 50", "top-16"}:
             continue
@@ -253,8 +260,27 @@ def print_speeds(everything: list[Scheme], vocab_size: int) -> None:
             _seconds(lambda: decode(payloads, policy=targets.policy, vocab_size=vocab_size))  # noqa: B023
             for _ in range(5)
         )
-        rates = " | ".join(f"{targets.num_positions / x:,.0f}" for x in (encoding, decoding))
-        print(f"| {scheme.name} | {rates} |")
+        found[scheme.name] = targets.num_positions / encoding, targets.num_positions / decoding
+    return found
+
+
+def figures(lines: Sequence[Line], rates: dict[str, tuple[float, float]]) -> list[tuple[str, str, str]]:
+    """Under ``FIGURES``: those that have a goal."""
+    threshold, random, top_k = (bytes_at(lines, family, GOAL) for family in ("threshold", "random", "top_k"))
+    rows = []
+    if threshold is not None:
+        rows.append(figure(f"bytes a position at an error of {GOAL}", threshold, ".1f", most=24))
+        if random is not None:
+            rows.append(
+                figure("`random` against threshold at that error", random / threshold, ".2f", least=1.6)
+            )
+        if top_k is not None:
+            rows.append(figure("`top_k` with its best tail against it", top_k / threshold, ".2f", least=4))
+    for name, (encoded, decoded) in rates.items():
+        goals = (100_000, 300_000) if name.startswith("threshold") else (None, None)
+        for what, rate, goal in zip(("encoded", "decoded"), (encoded, decoded), goals, strict=True):
+            rows.append(figure(f"positions {what} a second and core, {name}", rate, ",.0f", least=goal))
+    return rows
 
 
 def _seconds(function: Callable[[], object]) -> float:
@@ -283,6 +309,7 @@ def main() -> None:
     parser.add_argument("--distributions", help="torch file of a real teacher's and student's log-probs")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    bench = Bench("targets")
     if arguments.distributions:
         positions = _read_positions(arguments.distributions)
     else:
@@ -290,9 +317,11 @@ def main() -> None:
     everything = schemes()
     error, answers = measure(positions, everything)
     lines = table(everything, error, answers)
-    print_table(lines)
-    print_ratios(lines)
-    print_speeds(everything, error.vocab_size)
+    name = "targets-real" if arguments.distributions else "targets"
+    notes = f"V = {error.vocab_size:,}. All bytes count: of keys, answer ids, sums and Arrow's own."
+    show_errors(bench, name, lines, notes=notes)
+    rates = speeds(everything, error.vocab_size)
+    bench.show(name, "The targets: bytes at an error, and the codec's speed", FIGURES, figures(lines, rates))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from shared.same_prompts import open_student_processor_of
 from shared.small_models import make_small_model, train_tokenizer
 from stage1_teacher.capturing.teacher import load_teacher
 from stage2_student.training.inputs import open_inputs
+from tests.benchmarks.tables import Bench
 
 FOLDER = Path("work/benchmarks/tokenizers")
 STUDENT = FOLDER / "student"
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--limit", type=int, help="training rows, of the teacher and of the students")
     arguments = parser.parse_args()
+    bench = Bench("tokenizers", goes_on=FOLDER.exists())
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -200,13 +202,19 @@ def main() -> None:
                 flush=True,
             )
     coverage = sum((goal.coverage for goal in goals), Coverage())
-    print(f"held out: {coverage.text()}\n")
-    print("| taught by | KL, shared positions | CE, nats a byte | right |\n|---|---|---|---|")
+    rows = []
     for ratio, measured in found.items():
-        name = "labels alone" if ratio == 0 else f"regrouped cache, kd_ratio {ratio:g}"
+        name = "labels alone" if ratio == 0 else f"the cache, `kd_ratio: {ratio:g}`"
         cells = [_cell([one.kl for one in measured], ".3f"), _cell([one.ce for one in measured], ".4f")]
         cells.append(_cell([100 * one.right for one in measured], ".1f") + " %")
-        print(f"| {name} | {' | '.join(cells)} |")
+        rows.append([name, *cells])
+    bench.show(
+        f"tokenizers-{arguments.epochs:g}",
+        f"A student with another tokenizer, {arguments.epochs:g} epoch(s)",
+        ("taught by", "KL, shared positions", "CE, nats a byte", "right"),
+        rows,
+        notes=f"Held out: {coverage.text()}. Means over seeds, their range in brackets.",
+    )
 
 
 if __name__ == "__main__":

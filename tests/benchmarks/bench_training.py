@@ -9,7 +9,6 @@ it steps.  The teacher beside it is a larger model of the same family that runs 
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -37,6 +36,7 @@ from stage2_student.training.order import step_shape, training_slots
 from stage2_student.training.step import train_step
 from stage2_student.training.student import build_student
 from tests.benchmarks.bench_loss import in_fresh_process, status_bytes
+from tests.benchmarks.tables import FIGURES, Bench, figure
 
 ROUNDS, NUM_STEPS = 12, 4
 MIB = 2**20
@@ -196,27 +196,29 @@ def peak_bytes(folder: str, variant: str, num_threads: int) -> int:
 
 
 def rows() -> list[tuple[str, str, str]]:
-    """(what, figure, goal)."""
+    """Under ``FIGURES``."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder)
         seconds = at_work(folder, compare_steps)
         wait = at_work(folder, data_wait)
         distil, finetune = (in_fresh_process(peak_bytes, scratch, name) for name in ("distil", "finetune"))
+    plain_s = seconds["finetune"]
     return [
-        ("step of 16 examples, fine-tuning: time", f"{seconds['finetune']:.3f} s", ""),
-        ("  distilling against it", f"{seconds['distil'] / seconds['finetune']:.3f}", "<= 1.03"),
-        ("  distilling against it: peak memory", f"{distil / finetune:.3f}", "<= 1.03"),
-        ("  with the teacher live beside it", f"{seconds['with_teacher'] / seconds['finetune']:.3f}", ""),
-        ("share of time waiting for data, two workers", f"{wait:.1%}", "<= 2 %"),
+        figure("a step of 16 examples with `kd_ratio: 0`, time", plain_s, unit=" s"),
+        figure("a KD step against it, time", seconds["distil"] / plain_s, most=1.03),
+        figure("a KD step against it, peak memory", distil / finetune, most=1.03),
+        figure(
+            "a step with the teacher live beside the student, against it", seconds["with_teacher"] / plain_s
+        ),
+        figure("data wait with two workers, share of the time", 100 * wait, ".1f", unit=" %", most=2),
     ]
 
 
 def main() -> None:
-    threads = torch.get_num_threads()
-    print(f"training on a CPU: small Qwen3.5 student, fp32, {threads} threads, {os.cpu_count()} cores")
-    for name, figure, goal in rows():
-        print(f"  {name:<68} {figure:>10}  {goal}")
+    bench = Bench("training")
+    notes = f"A small Qwen3.5 student on a CPU, fp32, {torch.get_num_threads()} threads."
+    bench.show("training", "The student's step: distilling against fine-tuning", FIGURES, rows(), notes=notes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ``bench_students`` has measured: one JSON line a run, and the tables of docs/benchmarks.md made of them."""
+"""What ``bench_students`` has measured: one JSON line a run, and the tables made of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ LENGTHS: dict[str, dict[str, int | None]] = {
 }
 TIMED = "1 epoch, timed"
 LABELS, LIVE = "labels alone", "teacher live"
+LEARNED = [
+    "taught by",
+    "bytes",
+    *(name for one in LENGTHS for name in (f"KL, {one}", "/ live", "CE", "right")),
+]
+COSTS = ["taught by", "step", *(f"memory, {one}" for one in LENGTHS)]
 
 
 def done(results: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -68,10 +74,9 @@ class Results:
         kinds = (LABELS, LIVE, "tau", "top", "random")
         return next(i for i, kind in enumerate(kinds) if variant.startswith(kind)), -self.size(variant)
 
-    def table(self) -> list[str]:
-        """Markdown: what the students learned."""
-        head = "| taught by | bytes |" + "".join(f" KL, {one} | / live | CE | right |" for one in LENGTHS)
-        lines = [head, "|---" * (2 + 4 * len(LENGTHS)) + "|"]
+    def table(self) -> list[list[str]]:
+        """Under ``LEARNED``: what the students learned."""
+        lines = []
         for variant in self.variants:
             cells = [variant, f"{self.size(variant):.0f}" if self.size(variant) else "-"]
             for length in LENGTHS:
@@ -84,16 +89,14 @@ class Results:
                     mean(of_seed["ce"], ".3f"),
                     f"{100 * statistics.fmean(of_seed['accuracy']):.1f} %" if of_seed["accuracy"] else "-",
                 ]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(cells)
         return lines
 
-    def costs(self) -> list[str]:
-        """Markdown: what a step took, against labels alone."""
-        lines = ["| taught by | step | memory, " + " | memory, ".join(LENGTHS) + " |"]
-        lines.append("|---" * (2 + len(LENGTHS)) + "|")
+    def costs(self) -> list[list[str]]:
+        """Under ``COSTS``: what a step took, against labels alone."""
+        lines = []
         for variant in self.variants:
             step = self.values(variant, TIMED, "step")
             memory = [mean(self.ratio(variant, one, "peak_bytes", LABELS), ".3f") for one in LENGTHS]
-            cells = [variant, f"{statistics.fmean(step.values()):.3f}" if step else "-", *memory]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append([variant, f"{statistics.fmean(step.values()):.3f}" if step else "-", *memory])
         return lines

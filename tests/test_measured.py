@@ -1,0 +1,140 @@
+"""Tables of benchmarks, from a measurement to the documents; and that the documents are what docs/measured says."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import bench_order, pages, tables
+from tests.benchmarks.__main__ import main
+from tests.benchmarks.tables import FIGURES, Bench, Source, Table, figure
+
+SUMMARIES = {"question", "to reach"}  # how the tables of docs/benchmarks.md begin that are written by hand
+PAGE = "# Order\n\nBefore.\n\n<!-- measured: order -->\n<!-- end -->\n\nBehind.\n"
+
+
+@pytest.fixture
+def docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of documents, and one for what is kept, which are not those of the project."""
+    monkeypatch.setattr(pages, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(tables, "KEPT", tmp_path / "kept")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "order.md").write_text(PAGE)
+    return tmp_path / "docs"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    main()
+
+
+@pytest.mark.parametrize("path", pages.documents(), ids=lambda path: path.name)
+def test_the_documents_are_what_was_measured(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert pages.filled(text) == text, "run `python -m tests.benchmarks --page`"
+
+
+def test_every_measured_table_is_shown_once() -> None:
+    shown = [name for path in pages.documents() for name in pages.names(path.read_text(encoding="utf-8"))]
+    assert sorted(shown) == sorted(path.stem for path in (pages.DOCS / "measured").iterdir())
+
+
+def test_no_table_of_the_benchmarks_is_copied_by_hand() -> None:
+    text = pages.BLOCK.sub("", (pages.DOCS / "benchmarks.md").read_text(encoding="utf-8"))
+    heads = re.findall(r"^\| *(.*?) *\|.*\n\|---", text, flags=re.MULTILINE)
+    assert set(heads) == SUMMARIES
+
+
+def test_a_benchmark_reaches_the_documents_when_it_is_asked_to(
+    docs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_order", "--examples", "5000"])
+    bench_order.main()
+    assert "| examples that came | - | 5,000 |" in capsys.readouterr().out
+    assert (docs / "order.md").read_text() == PAGE
+
+    run(monkeypatch, "--record", "order")
+    table = Table.read(docs / "measured" / "order.json")
+    text = (docs / "order.md").read_text()
+    assert "\n".join(table.lines()) in text
+    assert "`python -m tests.benchmarks.bench_order --examples 5000`" in text
+    assert text.startswith("# Order\n\nBefore.\n\n<!--")
+    assert text.endswith("-->\n\nBehind.\n")
+    source = table.source
+    assert source.benchmark == "order"
+    assert set(source.versions or {}) == {"Python", "torch", "transformers"}
+    assert None not in (source.date, source.num_cores, source.seconds)
+
+    monkeypatch.setattr(sys, "argv", ["bench_order", "--examples", "6000"])
+    bench_order.main()
+    run(monkeypatch, "--record", "order")
+    assert "| 6,000 |" in (docs / "order.md").read_text()
+    assert "| 5,000 |" not in (docs / "order.md").read_text()
+
+
+def test_what_cannot_be_recorded_is_said(
+    docs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--record", "loss")
+    assert "nothing is kept of 'loss': run it first" in capsys.readouterr().err
+    Bench("loss").show("unseen", "A table", ["a"], [["1"]])
+    (docs / "order.md").write_text("# Nothing\n")
+    run(monkeypatch, "--record", "loss")
+    assert "unseen: left out, no document shows it" in capsys.readouterr().out
+    assert not (docs / "measured").exists()
+
+
+def test_a_comment_without_its_table_or_its_end_is_an_error(docs: Path) -> None:
+    with pytest.raises(ValueError, match="is not in measured"):
+        pages.filled(PAGE)
+    with pytest.raises(ValueError, match="has no comment 'end' behind it"):
+        pages.filled(PAGE.replace("<!-- end -->", "", 1) + PAGE)
+
+
+def test_what_is_not_known_is_said_and_what_goes_on_too() -> None:
+    assert Source().line() == "Measured on an unknown day, commit unknown, command unknown."
+    known = Source(
+        date="2026-11-29",
+        commit="0123456789",
+        is_clean=False,
+        goes_on=True,
+        command="python -m x",
+        versions={"torch": "2.13"},
+        num_cores=2,
+        seconds=1234.5,
+    )
+    assert known.line() == (
+        "Measured 2026-11-29, commit 0123456 with changes and those before it, `python -m x`, 1,234 s, 2 cores, "
+        "torch 2.13."
+    )
+
+
+def test_folders_of_a_machine_stay_there(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--root", "/somewhere/secret/seeds", "--rows", "3"])
+    Bench("steady").show("steady", "A table", ["a"], [["1"]])
+    tree = json.loads((tables.KEPT / "steady.json").read_text())
+    assert tree["source"]["command"] == "python -m tests.benchmarks.bench_steady --root .../seeds --rows 3"
+
+
+@pytest.mark.parametrize(
+    ("given", "row"),
+    [
+        ({"value": 1.04, "most": 1.05}, ("1.05", "1.040")),
+        ({"value": 1.06, "most": 1.05}, ("1.05", "1.060: **not reached**")),
+        ({"value": 99_999.6, "form": ",.0f", "least": 100_000}, ("100,000", "100,000: **not reached**")),
+        (
+            {"value": 1.5, "form": ".1f", "unit": " %", "most": 2, "more": " (1 to 2)"},
+            ("2 %", "1.5 % (1 to 2)"),
+        ),
+        ({"value": float("nan"), "most": 1.0}, ("1", "nan: **not reached**")),
+        ({"value": 3.0}, ("-", "3.000")),
+    ],
+)
+def test_a_figure_says_whether_its_goal_is_reached(given: dict, row: tuple[str, str]) -> None:
+    assert len(FIGURES) == 3
+    assert figure("name", **given)[1:] == row
