@@ -75,8 +75,8 @@ lint: setup  ## format, lint, types
 check: lint  ## format, lint, types, fast tests: before every commit
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(NUM_WORKERS) --dist loadfile
 
-bench: setup  ## ratios and counts, measured side by side in one run
-	$(BIN)/python -m tests.benchmarks
+bench: setup  ## ratios and counts, measured side by side (ARGS='--only NAME', ARGS='--record NAME' for docs/)
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 bench-gpu: setup  ## figures that need an NVIDIA GPU, in 25 minutes (ARGS=--tiny tries it on a CPU)
 	$(BIN)/python -m tests.benchmarks.bench_gpu $(ARGS)
