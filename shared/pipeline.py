@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from shared.recipes import Recipe, TeacherConfig
 
 SETTINGS_A_TEACHER_SHARES = ("data.", "data=", "bootstrap.", "bootstrap=")
+MISTAKES = "bootstrap.phantom.mistaken="  # of the students' data; how a teacher learns is its own recipe's
 SETTINGS_OF_A_RUN_ALONE = ("loss.", "loss=", "run.name=", "run=", "evaluation.baseline=", "evaluation=")
 # Of torchrun, which kills after 30 s what still saves its work; a second signal ends it all the same.
 PATIENCE_S = 7 * 24 * 3600
@@ -240,7 +241,7 @@ def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
     teacher = plan.teacher
     if teacher is None or teacher.trained_by is None or not is_missing(teacher):
         return 0
-    shared_settings = [item for item in overrides if item.startswith(SETTINGS_A_TEACHER_SHARES)]
+    shared_settings = settings_of_teacher(overrides)
     begun = load_recipe(teacher.trained_by, overrides=tuple(shared_settings)).run.path.exists()
     resume = ["--resume"] if begun else []
     return make_student(teacher.trained_by, shared_settings, nproc=nproc, stage_arguments=resume)
@@ -258,6 +259,15 @@ def make_baseline(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
     settings = settings_of_baseline(overrides)
     resume = ["--resume"] if baseline.run.path.exists() else []
     return make_student(plan.evaluation.baseline, settings, nproc=nproc, stage_arguments=resume)
+
+
+def settings_of_teacher(overrides: Sequence[str]) -> list[str]:
+    """Those of a student's recipe that the recipe of its teacher shares: which data, and what is made first."""
+    return [
+        item
+        for item in overrides
+        if item.startswith(SETTINGS_A_TEACHER_SHARES) and not item.startswith(MISTAKES)
+    ]
 
 
 def settings_of_baseline(overrides: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ import yaml
 
 from shared.data.processing import open_processor
 from shared.errors import DataError
-from shared.pipeline import settings_of_baseline
+from shared.pipeline import settings_of_baseline, settings_of_teacher
 from shared.recipes import Recipe, baseline_of, dump_recipe, load_recipe
 from stage2_student.evaluation.final_table import final_table
 from stage2_student.evaluation.shuffled import with_other_pictures
@@ -152,6 +152,17 @@ def test_a_baseline_is_trained_as_its_run_but_for_loss_and_name() -> None:
     one = dump_recipe(load_recipe("phantom", overrides=kept))
     two = dump_recipe(load_recipe("phantom_labels", overrides=kept))
     assert [name for name in one if one[name] != two[name]] == ["loss", "run", "evaluation"]
+
+
+def test_a_teacher_shares_the_data_but_not_the_mistakes_in_it() -> None:
+    given = ["data.limit=8", "bootstrap.phantom.train=8", "bootstrap.phantom.mistaken=0.1", "run.seed=1"]
+    assert settings_of_teacher(given) == ["data.limit=8", "bootstrap.phantom.train=8"]
+    teacher, student = load_recipe("phantom_teacher"), load_recipe("phantom")
+    assert teacher.bootstrap.phantom is not None
+    assert student.bootstrap.phantom is not None
+    assert teacher.bootstrap.phantom.model_copy(update={"mistaken": 0.2}) == student.bootstrap.phantom
+    assert teacher.bootstrap.phantom.mistaken == 0
+    assert teacher.data.source != student.data.source
 
 
 # Shuffled pictures
