@@ -30,7 +30,7 @@ from PIL import Image
 from shared.small_models import make_small_model, train_tokenizer
 from tests.benchmarks.tables import Bench
 
-ROWS_PER_FILE = 50_000
+ROWS_PER_FILE = 5_000  # so many files, and rows of so many bytes, that what a reader keeps reaches its bounds soon
 TRAINED_ROWS = 20_000
 WITH_PICTURE = 8  # one row of so many; the others are text
 PICTURES = 64  # different ones
@@ -116,7 +116,7 @@ def at_moments(samples: list[Sample]) -> list[list[str]]:
 
 
 def picture(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (SIDE, SIDE), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
