@@ -20,7 +20,7 @@ from shared.models.vlm import load_vlm
 from shared.recipes import DataConfig
 from stage1_teacher.__main__ import commands as teacher_cache
 from stage2_student.__main__ import commands as train_student
-from tests.benchmarks import bench_real_weights, bench_students, pretrained_gemma, tables
+from tests.benchmarks import bench_real_weights, pretrained_gemma, student_runs, tables
 from tests.benchmarks.student_results import LABELS, LIVE, done
 
 TEXTS = ["Which plane is this?\nIt is an axial scan of the chest. user model\n"] * 4
@@ -107,7 +107,7 @@ def test_all_parts_run_and_are_not_done_again(
 
     monkeypatch.setattr(bench_real_weights, "command", command)
     monkeypatch.setattr(bench_real_weights, "in_own_process", here)
-    monkeypatch.setattr(bench_students, "in_own_process", here)
+    monkeypatch.setattr(student_runs, "in_own_process", here)
     monkeypatch.setattr(bench_real_weights, "TAUS", (64,))
     monkeypatch.setattr(tables, "KEPT", tmp_path / "tables")
     arguments = ["--tiny", "--root", str(tmp_path), "--positions", "48", "--turns", "2", "--seeds", "0"]

@@ -9,12 +9,13 @@ import pytest
 
 from tests.benchmarks import student_results
 from tests.benchmarks.bench_students import largest_within, timed_jobs
+from tests.benchmarks.peers.live import LiveTeacher
 from tests.benchmarks.student_results import LABELS, LIVE, TIMED, Results
 
 
 def test_steps_are_timed_with_a_seed_that_was_asked_for() -> None:
     """The caches of others have not been captured."""
-    jobs = timed_jobs("phantom", {LABELS: None, LIVE: None}, seeds=[1, 2], kd_ratio=0.5)
+    jobs = timed_jobs("phantom", {LABELS: None, LIVE: LiveTeacher()}, seeds=[1, 2], kd_ratio=0.5)
     assert [job.key for job in jobs] == [
         ["phantom", LABELS, TIMED, 1, 0.0],
         ["phantom", LIVE, TIMED, 1, 0.5],

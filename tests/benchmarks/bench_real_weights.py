@@ -38,18 +38,13 @@ from shared.recipes import load_recipe
 from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.runtime import distributed
 from tests.benchmarks import full_shapes
-from tests.benchmarks.bench_students import (
-    Job,
-    in_own_process,
-    policies_of_equal_size,
-    run_missing,
-    time_missing,
-    timed_jobs,
-)
+from tests.benchmarks.bench_students import policies_of_equal_size, timed_jobs
 from tests.benchmarks.bench_targets import Line, measure, scheme, show_errors, table
-from tests.benchmarks.pretrained_gemma import read_package, save_vlm, shorten, tiny_model
+from tests.benchmarks.peers.live import LiveTeacher
+from tests.benchmarks.pretrained_gemma import TINY_VISION, read_package, save_vlm, shorten, tiny_model
 from tests.benchmarks.real_teacher import batches, distributions
 from tests.benchmarks.student_results import LABELS, LEARNED, LIVE, Results, done
+from tests.benchmarks.student_runs import Job, Teaching, in_own_process, run_missing, time_missing
 from tests.benchmarks.synthetic_teacher import Positions
 from tests.benchmarks.tables import Bench
 
@@ -170,7 +165,7 @@ def run_of(plan: Plan, name: str) -> dict[str, Any]:
 
 def teacher(plan: Plan) -> dict[str, Any]:
     if plan.tiny and not (plan.root / "data").exists():
-        _draw_rows(plan.root)
+        draw_rows(plan.root)
     if not (plan.root / "base").exists():
         in_own_process(_make_base, plan)
     found = run_of(plan, "teacher")
@@ -190,14 +185,14 @@ def teacher(plan: Plan) -> dict[str, Any]:
 def _make_base(plan: Plan) -> None:
     if plan.tiny:
         texts = [" ".join(full_shapes.WORDS), "user model\n"] * 4
-        save_vlm(plan.root / "base", *tiny_model(texts))
+        save_vlm(plan.root / "base", *tiny_model(texts), vision=TINY_VISION)
     else:
         save_vlm(plan.root / "base", *read_package(plan.root))
 
 
-def _draw_rows(root: Path) -> None:
-    """Noise and words at random, in two splits."""
-    for split, count in (("train", 16), ("validation", 6)):
+def draw_rows(root: Path, *, train: int = 16, validation: int = 6) -> None:
+    """So many rows of noise and of words at random, in two splits."""
+    for split, count in {"train": train, "validation": validation}.items():
         rows = full_shapes.Rows(count=count, side=32, question=4, answer=8)
         full_shapes.write_rows(root / split, rows)
         (root / "data").mkdir(exist_ok=True)
@@ -281,21 +276,21 @@ def jobs_of(plan: Plan) -> list[Job]:
             length,
             seed,
             plan.kd_ratio,
-            policy,
+            teaching,
             plan.root,
             plan.held_out,
         )
         for seed in plan.seeds
         for length in plan.lengths
-        for variant, policy in variants(plan).items()
+        for variant, teaching in variants(plan).items()
     ]
 
 
-def variants(plan: Plan) -> dict[str, Policy | None]:
+def variants(plan: Plan) -> dict[str, Teaching]:
     path = plan.root / "sizes.json"
     if not path.exists():
         path.write_text(json.dumps(in_own_process(_sizes, plan)))
-    found: dict[str, Policy | None] = {LIVE: None}
+    found: dict[str, Teaching] = {LIVE: LiveTeacher()}
     kinds: dict[str, Callable[[int], Policy]] = {
         "tau": lambda n: Threshold(tau=1 / n),
         "top": lambda n: TopK(k=n),
@@ -323,7 +318,16 @@ def students(plan: Plan) -> dict[str, Any]:
 def steps(plan: Plan) -> dict[str, Any]:
     everything = {LABELS: None} | variants(plan)
     jobs = [
-        Job(job.recipe, job.variant, job.length, job.seed, job.kd_ratio, job.policy, plan.root, plan.held_out)
+        Job(
+            job.recipe,
+            job.variant,
+            job.length,
+            job.seed,
+            job.kd_ratio,
+            job.teaching,
+            plan.root,
+            plan.held_out,
+        )
         for job in timed_jobs(
             str(plan.recipe("student")), everything, seeds=list(plan.seeds), kd_ratio=plan.kd_ratio
         )

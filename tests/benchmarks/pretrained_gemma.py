@@ -53,6 +53,7 @@ PROCESSOR_FILES = (
     *("processor_config.json", "preprocessor_config.json"),
 )
 SIDE, PATCH, TOKENS_PER_PICTURE = 128, 16, 16  # pixels, pixels
+TINY_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -165,13 +166,18 @@ def _tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def save_vlm(
-    out: Path, text: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0
+    out: Path,
+    text: Gemma3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    vision: dict[str, int] = VISION,
+    seed: int = 0,
 ) -> Path:
     """Writes the language model with a small random vision tower, like a folder from the Hub, in fp32."""
     token = tokenizer.convert_tokens_to_ids
     config = Gemma3Config(
         text_config=text.config.to_dict() | {"eos_token_id": token(END), "pad_token_id": token(PAD)},
-        vision_config=VISION | {"image_size": SIDE, "patch_size": PATCH, "vision_use_head": False},
+        vision_config=vision | {"image_size": SIDE, "patch_size": PATCH, "vision_use_head": False},
         mm_tokens_per_image=TOKENS_PER_PICTURE,
         boi_token_index=token(NAMED["boi_token"]),
         eoi_token_index=token(NAMED["eoi_token"]),

@@ -1,4 +1,4 @@
-"""What ``bench_students`` has measured: one JSON line a run, and the tables made of them."""
+"""What runs of students have measured: one JSON line a run, and the tables made of them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class Results:
 
     def _place(self, variant: str) -> tuple[int, float]:
         kinds = (LABELS, LIVE, "tau", "top", "random")
-        return next(i for i, kind in enumerate(kinds) if variant.startswith(kind)), -self.size(variant)
+        kind = next((i for i, kind in enumerate(kinds) if variant.startswith(kind)), len(kinds))
+        return kind, -self.size(variant)
 
     def table(self) -> list[list[str]]:
         """Under ``LEARNED``: what the students learned."""

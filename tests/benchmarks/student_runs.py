@@ -1,0 +1,264 @@
+"""Students that differ in how they are taught, and in nothing else: trained, measured, and timed in turns.
+
+    run_missing(jobs)     each in a process of its own; what is done is not done again
+    time_missing(jobs)    all of them step by step in one process
+
+``bench_students``, ``bench_peers`` and ``bench_real_weights`` say which jobs there are.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+
+from shared.recipes import LossConfig, Recipe, load_recipe
+from shared.recipes.policies import Policy
+from shared.recipes.schema import Section
+from shared.runtime import World, distributed
+from shared.stopping import StopRequest
+from stage1_teacher.capture import capture
+from stage2_student.training.feed import feed
+from stage2_student.training.inputs import open_inputs
+from stage2_student.training.optim import learning_rate, make_optimizer, set_learning_rate
+from stage2_student.training.order import step_shape, total_steps, training_slots
+from stage2_student.training.step import seed_step, train_step
+from stage2_student.training.student import StudentWithLoss, build_student
+from tests.benchmarks.bench_loss import status_bytes
+from tests.benchmarks.peers.method import Lesson, Method
+from tests.benchmarks.peers.store import StoredMethod
+from tests.benchmarks.student_measures import measure, plain_model
+from tests.benchmarks.student_results import FOLDER, LABELS, LENGTHS, done, keep
+
+TIMED_STEPS = 70
+Teaching = Policy | Method | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run; the ``key`` of labels alone has kd_ratio 0.
+
+    recipe    a name, or a file
+    teaching  the policy of a cache, or another method; None: labels alone
+    folder    where the caches are, and what methods store
+    held_out  so many rows of the validation split are measured; None: all
+    tail      where the loss puts the mass that targets leave out; None: its default
+    """
+
+    recipe: str
+    variant: str
+    length: str
+    seed: int
+    kd_ratio: float
+    teaching: Teaching
+    folder: Path = FOLDER
+    held_out: int | None = None
+    tail: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the recipe."""
+        return Path(self.recipe).stem
+
+    @property
+    def key(self) -> list[Any]:
+        kd_ratio = 0.0 if self.variant == LABELS else self.kd_ratio
+        return [self.name, self.variant, self.length, self.seed, kd_ratio]
+
+    @property
+    def policy(self) -> Policy | None:
+        return self.teaching if isinstance(self.teaching, Section) else None
+
+    @property
+    def method(self) -> Method | None:
+        return None if isinstance(self.teaching, Section) else self.teaching
+
+    def load(self) -> Recipe:
+        """The recipe of this run; without a cache it is that of plain fine-tuning, whatever is done with it."""
+        recipe = load_recipe(self.recipe)
+        sizes = LENGTHS[self.length.removesuffix(", timed")]
+        limit = sizes["limit"] or recipe.data.limit
+        assert recipe.cache is not None
+        loss = {"kd_ratio": self.kd_ratio if self.policy is not None else 0.0, "tail": self.tail}
+        return recipe.model_copy(
+            update={
+                "data": recipe.data.model_copy(update={"limit": limit}),
+                "cache": recipe.cache.model_copy(update=self._cache()),
+                "loss": recipe.loss.model_copy(update=loss),
+                "optimization": recipe.optimization.model_copy(
+                    update={"num_epochs": sizes["num_epochs"], "max_steps": None}
+                ),
+                "run": recipe.run.model_copy(update={"seed": self.seed, "num_workers": 0}),
+            }
+        )
+
+    def _cache(self) -> dict[str, Any]:
+        if self.policy is None:
+            return {}
+        seed = self.seed if self.policy.is_sampled else 0  # without a draw all seeds share a cache
+        path = self.folder / "caches" / f"{self._files}-{seed}"
+        return {"path": str(path), "policy": self.policy, "seed": seed, "num_workers": 0}
+
+    @property
+    def store(self) -> Path:
+        """The folder of what the method stores."""
+        return self.folder / "stores" / self._files
+
+    @property
+    def _files(self) -> str:
+        """What tails share."""
+        return f"{self.name}-{self.variant.split(',')[0].replace('/', '_').replace(' ', '_')}"
+
+
+class Training:
+    """One job, ready to step.
+
+    beside  a job whose student and optimizer it shares, where times alone are asked for
+    """
+
+    def __init__(self, job: Job, world: World, *, beside: Training | None = None) -> None:
+        self.recipe, self.world = job.load(), world
+        self.inputs = open_inputs(self.recipe, world)
+        processor = self.inputs.processor
+        encode = lru_cache(maxsize=512)(processor.encode)  # what workers do beside the step elsewhere
+        processor.encode = encode  # type: ignore[method-assign]
+        num_ids = processor.num_token_ids
+        if beside is None:
+            self.student = build_student(self.recipe, world, num_token_ids=num_ids)
+            self.optimizer = make_optimizer(self.student, self.recipe.optimization)
+        else:
+            self.student, self.optimizer = beside.student, beside.optimizer
+        self.lesson = Lesson()
+        self.loss = LossConfig(kd_ratio=self.recipe.loss.kd_ratio, tail=self.recipe.loss.tail)
+        if job.method is not None:
+            self.loss = LossConfig(kd_ratio=job.kd_ratio, tail=job.tail)
+            self.lesson = job.method.open(self.recipe, self.inputs, world, job.store)
+        self.forward = MethodType(self.lesson.forward or StudentWithLoss.forward, self.student)
+
+    def steps(self) -> Iterator[float]:
+        """All steps; yields the processor seconds that each took on the one thread, without the reading of its data.
+
+        Processor time, because several runs may share the machine.
+        """
+        recipe, student, optimizer = self.recipe, self.student, self.optimizer
+        shape = step_shape(recipe, self.inputs.train.num_examples)
+        num_steps = total_steps(recipe, shape)
+        work = self.inputs.train.work(0.0, packed=False)
+        slots = training_slots(shape, work, steps=range(num_steps), rank=0, num_ranks=1)
+        fed = feed(self.inputs.training_source(), slots, num_workers=0, pin_memory=False)
+        for step, (microbatches, _) in enumerate(fed):
+            set_learning_rate(optimizer, learning_rate(recipe.optimization, step=step, num_steps=num_steps))
+            seed_step(recipe.run.seed, step=step, data_rank=0)
+            student.loss, student.forward = self.loss, self.forward  # type: ignore[method-assign]
+            read = [self.lesson.read(one) for one in microbatches]
+            begin = time.process_time()
+            taught = [self.lesson.teach(one) for one in read]
+            count = sum(one.num_positions for one in taught)
+            num_tokens = sum(one.num_tokens for one in taught)
+            train_step(
+                student,
+                optimizer,
+                taught,
+                self.world,
+                num_positions=count,
+                num_tokens=num_tokens,
+                max_grad_norm=1.0,
+            )
+            yield time.process_time() - begin
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Trains and measures; in a process of its own."""
+    torch.set_num_threads(1)
+    with distributed(device="cpu") as world:
+        training = Training(job, world)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status_bytes("VmRSS")
+        num_steps = sum(1 for _ in training.steps())
+        peak = status_bytes("VmHWM") - before
+        trained = plain_model(training.recipe, training.student)
+        recipe, inputs, lesson = training.recipe, training.inputs, training.lesson
+        size, once, held = lesson.bytes_per_position, lesson.once_bytes, lesson.held_bytes
+        del training, lesson
+        measured = measure(trained, recipe, inputs, world, num_examples=job.held_out)
+        if inputs.cache is not None:
+            totals = inputs.cache.manifest.totals
+            size = totals.bytes / totals.positions
+    sizes = {"peak_bytes": peak, "held_bytes": held, "bytes_per_position": size, "once_bytes": once}
+    return measured | {"num_steps": num_steps} | sizes
+
+
+def time_steps(jobs: list[Job], num_turns: int) -> list[float]:
+    """The median ratio of each one's step to the first one's; they take turns, another one first each time.
+
+    All train one student: what a step takes hardly depends on what was learned.  A ratio is of steps over the same
+    examples: their answers, and so their times, differ in length.
+    """
+    torch.set_num_threads(1)
+    seconds: list[list[float]] = [[] for _ in jobs]
+    with distributed(device="cpu") as world:
+        first = Training(jobs[0], world)
+        others = [Training(job, world, beside=first) for job in jobs[1:]]
+        trainings = [training.steps() for training in (first, *others)]
+        for turn in range(num_turns):
+            for place in range(len(jobs)):
+                number = (turn + place) % len(jobs)
+                seconds[number].append(next(trainings[number]))
+                told = f"  turn {turn}, {jobs[number].variant}: {seconds[number][-1]:.2f} s"
+                print(told, file=sys.stderr, flush=True)
+        del trainings, first, others
+    return [
+        statistics.median(one / other for one, other in zip(column, seconds[0], strict=True))
+        for column in seconds
+    ]
+
+
+def run_missing(jobs: list[Job], results: Path | None = None) -> None:
+    """Those without a result, in order, each in a process of its own."""
+    for job in jobs:
+        if json.dumps(job.key) in done(results):
+            continue
+        capture_for(job)
+        found = in_own_process(run, job)
+        keep(job.key, found, results)
+        print(f"  {' | '.join(map(str, job.key))}: KL {found['kl']:.4f}", file=sys.stderr, flush=True)
+
+
+def time_missing(jobs: list[Job], results: Path | None = None, *, num_turns: int = TIMED_STEPS) -> None:
+    """All of them anew, where one has no result."""
+    if all(json.dumps(job.key) in done(results) for job in jobs):
+        return
+    for job in jobs:
+        capture_for(job)
+    for job, ratio in zip(jobs, in_own_process(time_steps, jobs, num_turns), strict=True):
+        keep(job.key, {"step": ratio}, results)
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def capture_for(job: Job) -> None:
+    """The job's cache, or what its method stores, over all rows, whatever its length; once."""
+    if isinstance(job.teaching, Section | StoredMethod):
+        in_own_process(_capture, replace(job, length="1 epoch"))
+
+
+def _capture(job: Job) -> None:
+    torch.set_num_threads(1)
+    with distributed(device="cpu") as world:
+        if isinstance(job.teaching, StoredMethod):
+            job.teaching.prepare(job.load(), world, job.store)
+        else:
+            capture(job.load(), world, StopRequest())
