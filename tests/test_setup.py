@@ -136,7 +136,7 @@ def test_the_tests_extra_brings_all_that_commands_can_need() -> None:
     """The makefile names them one by one, so that asking for one of them later installs nothing."""
     listed = re.search(r"^FOR_TESTS := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert listed is not None
-    assert set(extras()) == {*listed[1].split(), "dev", "vision", "fuzz", "real-weights"}
+    assert set(extras()) == {*listed[1].split(), "dev", "vision", "fuzz", "real-weights", "peers"}
     named = re.search(r"^teachonce\[(.*)\]$", extras()["test"][0])
     assert named is not None
     assert {*named[1].split(","), "test"} == set(listed[1].split())
