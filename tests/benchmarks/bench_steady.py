@@ -30,7 +30,9 @@ from PIL import Image
 from shared.small_models import make_small_model, train_tokenizer
 from tests.benchmarks.tables import Bench
 
-ROWS_PER_FILE = 5_000  # so many files, and rows of so many bytes, that what a reader keeps reaches its bounds soon
+ROWS_PER_FILE = (
+    5_000  # so many files, and rows of so many bytes, that what a reader keeps reaches its bounds soon
+)
 TRAINED_ROWS = 20_000
 WITH_PICTURE = 8  # one row of so many; the others are text
 PICTURES = 64  # different ones
