@@ -39,7 +39,7 @@ setup: $(if $(MISSING),install)  ## make .venv and install with exact versions; 
 	@:
 
 install: $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt \
 	    -e ".$(if $(UNION),[$(subst $(space),$(comma),$(UNION))])"
 	@echo $(FILES) $(UNION) > $(STAMP)
 
