@@ -13,7 +13,11 @@ from tests.benchmarks import bench_order, pages, tables
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.tables import FIGURES, Bench, Source, Table, figure
 
-SUMMARIES = {"method", "question", "to reach"}  # how the tables of docs/benchmarks.md begin that hold no figures of a run
+SUMMARIES = {
+    "method",
+    "question",
+    "to reach",
+}  # first heads in docs/benchmarks.md of tables without figures of a run
 PAGE = "# Order\n\nBefore.\n\n<!-- measured: order -->\n<!-- end -->\n\nBehind.\n"
 
 
