@@ -62,7 +62,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 OURS = (
-    *("==> ", "    python -m ", "    torchrun ", "work/phantom/data: ", "made work/", "teacher work/"),
+    *("==> ", "    python -m ", "    torchrun ", "work/phantom/", "made work/", "teacher work/"),
     *("cache work/", "run phantom", "step ", "note: ", "  "),
     *(
         "reading ",
