@@ -117,7 +117,10 @@ class Bench:
         """Prints a table, and keeps it in place of the last one of that name; not one without rows."""
         if not (rows := [list(row) for row in rows]):
             return
-        source = replace(self.source, seconds=round(time.monotonic() - self.begin, 1))
+        seconds = (
+            None if self.source.goes_on else round(time.monotonic() - self.begin, 1)
+        )  # not of what was kept
+        source = replace(self.source, seconds=seconds)
         table = Table(title, list(head), rows, notes, source)
         table.write(KEPT / f"{name}.json")
         parts = [title, "\n".join(table.lines()), *([notes] if notes else [])]
