@@ -289,7 +289,7 @@ class Lead:
         if claims.is_complete and claims.is_to_commit(self.is_stopped):
             self.commit(claims)
         elif not claims.is_complete or self.writer.folder.size(PLAN_NAME) is not None:
-            return stopped(self.cache, self.writer, self.assignment, self.world)
+            return stopped(self.cache, self.writer, self.assignment, self.world, claims)
         elif self.world.is_main:
             tqdm.write(f"cache {self.cache.location} is complete; another process has committed it")
         return 0
@@ -420,9 +420,16 @@ class Refusals:
             raise DataError(f"{reason}. That makes {number} left out, data.max_dropped allows {self.allowed}")
 
 
-def stopped(cache: CacheConfig, writer: CacheWriter, assignment: Assignment, world: World) -> int:
-    """Says how to go on; returns the status of an interrupted capture."""
+def stopped(
+    cache: CacheConfig, writer: CacheWriter, assignment: Assignment, world: World, claims: Claims
+) -> int:
+    """Says how to go on; returns the status of an interrupted capture.
+
+    Units that other ranks still hand in are waited for, so that what is told is what is there.
+    """
     if world.is_main:
+        if world.size > 1:
+            claims.told()  # which waits for them
         with writer.locked():
             writer.log("interrupted")
         units = assignment.plan.units

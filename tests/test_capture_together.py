@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,35 @@ def test_one_rank_that_is_stopped_leaves_the_rest_to_the_others(
 
     assert on_ranks(2, work, **WAIT) == [0, INTERRUPTED_STATUS]
     assert files(Path(tree["cache"]["path"])) == whole
+
+
+def test_what_a_stopped_job_says_is_kept_has_what_other_ranks_still_handed_in(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = validate_tree(Recipe, tree, origin="recipe test")
+    hands_in = FORK.Event()
+
+    def work(world: World) -> int:
+        stop = StopRequest()
+
+        def receive() -> None:
+            hands_in.wait(timeout=60)
+            stop.received = True
+
+        def publish_slowly() -> None:
+            stop.received = True
+            hands_in.set()
+            time.sleep(2)
+
+        if world.rank == 0:
+            at_forward(monkeypatch, 2, receive)
+        else:
+            at_shard(monkeypatch, publish_slowly)
+        return capture(recipe, world, stop)
+
+    assert on_ranks(2, work, **WAIT) == [INTERRUPTED_STATUS, INTERRUPTED_STATUS]
+    (kept,) = re.findall(r"stopped: (\d+) of \d+ units of cache", capfd.readouterr().out)
+    assert int(kept) == len(list(Path(tree["cache"]["path"], "shards").glob("*.arrow")))
 
 
 def test_a_job_with_another_plan_is_refused_while_somebody_captures(
