@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -36,13 +36,15 @@ from shared.stopping import (
     status_left_in,
     stop_on_signals,
 )
-from shared.threads import share_cores
+from shared.threads import num_cores, share_cores
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     from shared.recipes import Recipe, TeacherConfig
 
+AUTO: Literal["auto"] = "auto"
+Nproc = int | Literal["auto"]  # processes on this machine, as ``num_processes`` counts them
 SETTINGS_A_TEACHER_SHARES = ("data.", "data=", "bootstrap.", "bootstrap=")
 MISTAKES = "bootstrap.phantom.mistaken="  # of the students' data; how a teacher learns is its own recipe's
 SETTINGS_OF_A_RUN_ALONE = ("loss.", "loss=", "run.name=", "run=", "evaluation.baseline=", "evaluation=")
@@ -59,6 +61,24 @@ WHAT = {
 FINE_TUNES = "Recipe {recipe}: a model is fine-tuned, to be a teacher or to stand alone"
 
 
+class NprocType(click.ParamType):
+    """A number from 1, or ``auto``."""
+
+    name = "number|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Nproc:
+        return AUTO if value == AUTO else click.IntRange(min=1).convert(value, param, context)
+
+
+nproc_option = click.option(
+    "--nproc",
+    default=1,
+    show_default=True,
+    type=NprocType(),
+    help="Processes; auto: one for each GPU, or two on a CPU.",
+)
+
+
 @click.group()
 def main() -> None:
     """Run a stage under torchrun, making first what it needs and lacks."""
@@ -66,10 +86,10 @@ def main() -> None:
 
 @main.command("teacher-cache", context_settings={"ignore_unknown_options": True})
 @recipe_arguments
-@click.option("--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Processes.")
+@nproc_option
 @click.argument("stage_arguments", nargs=-1, type=click.UNPROCESSED)
 def teacher_cache(
-    recipe: str, overrides: tuple[str, ...], nproc: int, stage_arguments: tuple[str, ...]
+    recipe: str, overrides: tuple[str, ...], nproc: Nproc, stage_arguments: tuple[str, ...]
 ) -> int:
     """Stage one: capture the teacher's targets."""
     os.environ[GO_ON] = typed("teacher-cache", recipe, overrides, nproc, stage_arguments)
@@ -78,10 +98,10 @@ def teacher_cache(
 
 @main.command("train-student", context_settings={"ignore_unknown_options": True})
 @recipe_arguments
-@click.option("--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Processes.")
+@nproc_option
 @click.argument("stage_arguments", nargs=-1, type=click.UNPROCESSED)
 def train_student(
-    recipe: str, overrides: tuple[str, ...], nproc: int, stage_arguments: tuple[str, ...]
+    recipe: str, overrides: tuple[str, ...], nproc: Nproc, stage_arguments: tuple[str, ...]
 ) -> int:
     """Stage two: train a student, from the cache unless kd_ratio is 0."""
     os.environ[GO_ON] = typed("train-student", recipe, overrides, nproc, stage_arguments)
@@ -97,8 +117,8 @@ def train_student(
 
 @main.command("rounds")
 @recipe_arguments
-@click.option("--nproc", default=1, show_default=True, type=click.IntRange(min=1), help="Processes.")
-def rounds(recipe: str, overrides: tuple[str, ...], nproc: int) -> int:
+@nproc_option
+def rounds(recipe: str, overrides: tuple[str, ...], nproc: Nproc) -> int:
     """Train a student, let it write, capture the teacher on that, train on the mixture, and again."""
     os.environ[GO_ON] = typed("rounds", recipe, overrides, nproc, ())
     return make_rounds(recipe, overrides, nproc=nproc)
@@ -117,21 +137,21 @@ def torchrun_command(arguments: tuple[str, ...]) -> int:
 
 
 def typed(
-    verb: str, recipe: str, overrides: Sequence[str], nproc: int, stage_arguments: Sequence[str]
+    verb: str, recipe: str, overrides: Sequence[str], nproc: Nproc, stage_arguments: Sequence[str]
 ) -> str:
     """The command line of this call, as it is given to make where make has called."""
     rest = [*_as_options(overrides), *stage_arguments]
     if "MAKELEVEL" not in os.environ:
-        processes = ["--nproc", str(nproc)] if nproc > 1 else []
+        processes = ["--nproc", str(nproc)] if nproc != 1 else []
         return shlex.join(["python", "-m", "shared.pipeline", verb, recipe, *processes, *rest])
     words = ["make", verb, f"RECIPE={recipe}"]
-    words += [f"NPROC={nproc}"] if nproc > 1 else []
+    words += [f"NPROC={nproc}"] if nproc != AUTO else []
     words += [f"ARGS={shlex.join(rest).replace('$', '$$')}"] if rest else []
     return shlex.join(words)
 
 
 def make_cache(
-    recipe: str, overrides: Sequence[str], *, nproc: int, stage_arguments: Sequence[str] = ()
+    recipe: str, overrides: Sequence[str], *, nproc: Nproc, stage_arguments: Sequence[str] = ()
 ) -> int:
     """Runs stage one; returns its exit status."""
     plan = load_recipe(recipe, overrides=tuple(overrides))
@@ -147,7 +167,7 @@ def make_student(
     recipe: str,
     overrides: Sequence[str],
     *,
-    nproc: int,
+    nproc: Nproc,
     stage_arguments: Sequence[str] = (),
     go_on: str | None = None,
 ) -> int:
@@ -161,7 +181,7 @@ def make_student(
     if not stage_arguments and is_finished(plan):  # its results are shown, and nothing is needed for that
         show = [sys.executable, "-m", "stage2_student", "run", recipe, *_as_options(overrides)]
         return subprocess.run(show, check=False).returncode
-    plan.parallel.require_ranks(nproc)  # before a capture that takes hours
+    plan.parallel.require_ranks(num_processes(nproc))  # before a capture that takes hours
     status = make_inputs(recipe, plan, overrides)
     if not status and plan.cache is not None and plan.distils and plan.cache.is_one and not covers(plan):
         status = make_cache(recipe, overrides, nproc=nproc)  # of several, stage two says what is missing
@@ -174,7 +194,7 @@ def make_student(
     )
 
 
-def make_rounds(recipe: str, overrides: Sequence[str], *, nproc: int) -> int:
+def make_rounds(recipe: str, overrides: Sequence[str], *, nproc: Nproc) -> int:
     """Runs the rounds that the recipe asks for, those that are not finished; returns the exit status."""
     from shared.rounds import Rounds, go_through, table_of  # which loads what takes seconds
 
@@ -236,7 +256,7 @@ def make_inputs(recipe: str, plan: Recipe, overrides: Sequence[str]) -> int:
     return status
 
 
-def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
+def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: Nproc) -> int:
     """Trains the teacher by the recipe that makes it, where its folder is missing."""
     teacher = plan.teacher
     if teacher is None or teacher.trained_by is None or not is_missing(teacher):
@@ -247,7 +267,7 @@ def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
     return make_student(teacher.trained_by, shared_settings, nproc=nproc, stage_arguments=resume)
 
 
-def make_baseline(plan: Recipe, overrides: Sequence[str], *, nproc: int) -> int:
+def make_baseline(plan: Recipe, overrides: Sequence[str], *, nproc: Nproc) -> int:
     """Trains the run that the recipe's is compared with, where it is not finished; whoever has one keeps it."""
     from shared.finished import baseline_is_finished
     from shared.recipes import baseline_of
@@ -297,6 +317,15 @@ def command(module: str, *arguments: str) -> int:
     return process.returncode
 
 
+def num_processes(nproc: Nproc) -> int:
+    """What ``auto`` comes to here: one for each GPU; on a CPU two, as more ranks of a small model mostly wait."""
+    if nproc != AUTO:
+        return nproc
+    from torch.cuda import device_count  # which loads what takes seconds
+
+    return device_count() or min(2, num_cores())
+
+
 def announce(what: str, line: str) -> None:
     """A step in words, and the command that takes it."""
     click.echo(f"==> {what}\n    {line}", err=True)
@@ -309,20 +338,21 @@ def launch(
     overrides: Sequence[str],
     stage_arguments: Sequence[str],
     *,
-    nproc: int,
+    nproc: Nproc,
     what: str | None = None,
 ) -> int:
     """Runs a stage's command in ``nproc`` processes under torchrun and returns the first bad exit status."""
+    number = num_processes(nproc)
     arguments = [
         "--standalone",
-        f"--nproc-per-node={nproc}",
+        f"--nproc-per-node={number}",
         "-m",
         module,
         verb,
         recipe,
     ]
     arguments += [*_as_options(overrides), *stage_arguments]
-    share_cores(os.environ, nproc)
+    share_cores(os.environ, number)
     announce((what or WHAT[module]).format(recipe=recipe), f"torchrun {' '.join(arguments)}")
     return run_torchrun(arguments)
 
