@@ -52,7 +52,7 @@ class Canvas:
         """The radius in units of an ellipse: 0 in its middle, 1 on its outline."""
         c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         x, y = self.x - cx, self.y - cy
-        radius: Grey = np.hypot((c * x + s * y) / rx, (c * y - s * x) / ry)
+        radius: Grey = hypot((c * x + s * y) / rx, (c * y - s * x) / ry)
         return radius
 
     def ellipse(
@@ -90,7 +90,7 @@ class Canvas:
         c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         x, y = self.x - cx, self.y - cy
         dx, dy = np.abs(c * x + s * y) - (rx - corner), np.abs(c * y - s * x) - (ry - corner)
-        outside = np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
+        outside = hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
         return self.soft(corner - outside, blur_mm)
 
     def line(self, points: Sequence[tuple[float, float]], width: float, *, blur_mm: float = 0.0) -> Grey:
@@ -100,8 +100,13 @@ class Canvas:
             dx, dy = x1 - x0, y1 - y0
             along = ((self.x - x0) * dx + (self.y - y0) * dy) / (dx * dx + dy * dy + 1e-9)
             along = np.clip(along, 0, 1)
-            distance = np.minimum(distance, np.hypot(self.x - x0 - along * dx, self.y - y0 - along * dy))
+            distance = np.minimum(distance, hypot(self.x - x0 - along * dx, self.y - y0 - along * dy))
         return self.soft(width / 2 - distance, blur_mm)
+
+
+def hypot(x: Any, y: Any) -> Any:
+    """As numpy's, which guards against overflow and takes ten times as long."""
+    return np.sqrt(x * x + y * y)
 
 
 def over(grey: Grey, mask: Grey, value: float | Grey) -> Grey:

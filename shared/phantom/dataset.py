@@ -24,7 +24,7 @@ from shared.phantom.draw import draw, encode
 from shared.phantom.questions import QUESTIONS_PER_PICTURE, ask
 
 SPLITS = ("train", "validation", "test")
-DRAWING_VERSION = 2
+DRAWING_VERSION = 3
 """Part of what a folder says of itself; raise it when the same arguments draw something else."""
 
 MIN_SIZE, MAX_SIZE = 64, 1024

@@ -11,7 +11,7 @@ from PIL import Image
 
 from shared.phantom import ct, mr, ultrasound, xray
 from shared.phantom.anatomy import Lesion, Picture
-from shared.phantom.canvas import Canvas, Grey, over, smooth_noise
+from shared.phantom.canvas import Canvas, Grey, hypot, over, smooth_noise
 
 Painter = Callable[[Canvas, Picture, np.random.Generator], Grey]
 
@@ -89,7 +89,7 @@ def lesion_mask(
             + np.cos(3 * angle + phases[2])
         )
         outline = 0.80 + 0.20 * np.clip(waves / 1.4, -1, 1)
-    distance = outline * radius_mm - np.hypot(dx, dy)
+    distance = outline * radius_mm - hypot(dx, dy)
     return np.clip(distance / canvas.mm + 0.5, 0, 1).astype(np.float32)
 
 
@@ -113,7 +113,7 @@ def letter(canvas: Canvas, name: str) -> Grey:
     if name == "L":
         strokes = stem | ((np.abs(y - 10) <= 1) & (x >= 0) & (x <= 6.5))
     else:
-        bowl = (np.abs(np.hypot(x - 3.2, y - 3) - 2.4) <= 1.0) & (x >= 1)
+        bowl = (np.abs(hypot(x - 3.2, y - 3) - 2.4) <= 1.0) & (x >= 1)
         leg = (np.abs(x - 3 - (y - 5) * 0.6) <= 1.1) & (y >= 5) & (y <= 11)
         strokes = stem | bowl | leg
     return np.where(strokes, np.float32(0.95), np.float32(0))
@@ -132,12 +132,12 @@ def encode(grey: Grey, rng: np.random.Generator) -> bytes:
     else:
         image = Image.fromarray(bytes_).convert(mode)
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=9)
+    image.save(file, "PNG", compress_level=4)
     return file.getvalue()
 
 
 def clear_corners(size: int) -> np.ndarray:
     """An alpha channel that is 0 in the corners outside of a circle, 255 elsewhere."""
     axis = np.arange(size) - (size - 1) / 2
-    outside = np.hypot(*np.meshgrid(axis, axis)) > 0.68 * size
+    outside = hypot(*np.meshgrid(axis, axis)) > 0.68 * size
     return np.where(outside, 0, 255).astype(np.uint8)

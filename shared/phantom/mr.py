@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared.phantom.anatomy import Picture
-from shared.phantom.canvas import Canvas, Grey, over, smooth_noise
+from shared.phantom.canvas import Canvas, Grey, hypot, over, smooth_noise
 
 
 @dataclass(frozen=True)
@@ -177,4 +177,4 @@ def finish(canvas: Canvas, grey: Grey, rng: np.random.Generator) -> Grey:
     bias = 1 + slope[0] * canvas.u / canvas.fov_mm + slope[1] * canvas.v / canvas.fov_mm
     bias = bias + 0.06 * smooth_noise(rng, canvas.size, 3)
     noise = 0.022 * rng.standard_normal((2, *grey.shape))
-    return np.hypot(grey * bias + noise[0], noise[1]).astype(np.float32)
+    return hypot(grey * bias + noise[0], noise[1]).astype(np.float32)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from shared.phantom.anatomy import Picture
-from shared.phantom.canvas import Canvas, Grey, over, smooth_noise
+from shared.phantom.canvas import Canvas, Grey, hypot, over, smooth_noise
 from shared.phantom.findings import Finding
 
 APEX_Y = -98.0
@@ -59,7 +59,7 @@ def liver_transverse(canvas: Canvas, picture: Picture, rng: np.random.Generator)
 def finish(canvas: Canvas, grey: Grey, rng: np.random.Generator) -> Grey:
     """Speckle along the arcs of the sector, fading with depth, black outside of it."""
     x, y = canvas.u, canvas.v - APEX_Y
-    depth, angle = np.hypot(x, y), np.arctan2(x, y)
+    depth, angle = hypot(x, y), np.arctan2(x, y)
     rows, columns = math.ceil(1.2 * canvas.size), math.ceil(0.55 * canvas.size)
     speckle = rng.rayleigh(0.8, (rows, columns)).astype(np.float32)
     i = np.clip(depth / DEPTH * rows, 0, rows - 1).astype(int)
@@ -90,7 +90,7 @@ def add_lesion(
 def cast(canvas: Canvas, grey: Grey, x: float, y: float, radius: float, *, strength: float) -> Grey:
     """Multiplies what lies behind (x, y), seen from the probe: below 1 a shadow, above 1 an enhancement."""
     across = np.arctan2(canvas.u, canvas.v - APEX_Y) - math.atan2(x, y - APEX_Y)
-    depth = np.hypot(canvas.u, canvas.v - APEX_Y)
+    depth = hypot(canvas.u, canvas.v - APEX_Y)
     behind = depth - math.hypot(x, y - APEX_Y) - 0.6 * radius
     mask = canvas.soft(radius * 0.9 - np.abs(across) * depth, 2) * canvas.soft(behind, 4)
     return grey * (1 + mask * (strength - 1))
