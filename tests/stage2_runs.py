@@ -8,9 +8,11 @@ import json
 import multiprocessing
 import os
 import pickle
+import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from stage2_student.train import train
 FORK = multiprocessing.get_context("fork")
 SPAWN = multiprocessing.get_context("spawn")
 RANKS_TIMEOUT_S = 240
+MEETING_S = 90
+MET = b"met"
 STDERR = 2
 
 
@@ -68,20 +72,17 @@ def on_ranks(
     new      the ranks are new processes, not forks: they hold no memory of this one.  ``function`` is pickled
     options  of ``distributed``
     """
-    start = SPAWN if new else FORK
     gc.collect()  # a process group of this process, collected in a rank, would wait for threads that are not there
-    rendezvous = Rendezvous()
-    pipes, processes = [], []
-    for rank in range(num_ranks):
-        receiver, sender = start.Pipe(duplex=False)
-        environment = rendezvous.environment(rank, num_ranks)
-        process = start.Process(target=_rank, args=(rank, environment, function, sender, options))
-        process.start()
-        sender.close()
-        pipes.append(receiver)
-        processes.append(process)
-    results = [_receive(pipe, process) for pipe, process in zip(pipes, processes, strict=True)]
-    for process in processes:
+    ranks = _started(num_ranks, function, options, new=new)
+    if not _have_met(ranks):  # once in thousands of starts, all of them in Gloo's own constructor
+        warnings.warn(
+            f"{num_ranks} ranks have not met within {MEETING_S} s and are started again", stacklevel=2
+        )
+        for _, process in ranks.pairs:
+            process.kill()
+        ranks = _started(num_ranks, function, options, new=new)
+    results = [_receive(pipe, process) for pipe, process in ranks.pairs]
+    for _, process in ranks.pairs:
         process.join(timeout=30)
         if process.is_alive():
             process.kill()
@@ -89,6 +90,33 @@ def on_ranks(
         if isinstance(result, BaseException) and not errors:
             raise result
     return results
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    rendezvous: Rendezvous  # which lives as long as they do
+    pairs: list[tuple[Any, Any]]  # of a pipe and a process
+
+
+def _started(
+    num_ranks: int, function: Callable[[World], Any], options: dict[str, Any], *, new: bool
+) -> _Ranks:
+    start = SPAWN if new else FORK
+    ranks = _Ranks(Rendezvous(), [])
+    for rank in range(num_ranks):
+        receiver, sender = start.Pipe(duplex=False)
+        environment = ranks.rendezvous.environment(rank, num_ranks)
+        process = start.Process(target=_rank, args=(rank, environment, function, sender, options))
+        process.start()
+        sender.close()
+        ranks.pairs.append((receiver, process))
+    return ranks
+
+
+def _have_met(ranks: _Ranks) -> bool:
+    """Whether each has something to tell: that it has met the others, or its error."""
+    deadline = time.monotonic() + MEETING_S
+    return all(pipe.poll(max(0.0, deadline - time.monotonic())) for pipe, _ in ranks.pairs)
 
 
 def step_records(recipe: Recipe) -> list[dict[str, Any]]:
@@ -191,6 +219,7 @@ def _rank(
     faulthandler.dump_traceback_later(RANKS_TIMEOUT_S - 20, file=STDERR)  # a rank that hangs tells where
     try:
         with distributed(device="cpu", **options) as world:
+            sender.send_bytes(MET)
             result = function(world)
     except BaseException as error:
         error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
@@ -207,7 +236,8 @@ def _receive(pipe: Any, process: Any) -> Any:
         process.kill()
         return TimeoutError(f"a rank did not end within {RANKS_TIMEOUT_S} s")
     try:
-        return pickle.loads(pipe.recv_bytes())
+        told = pipe.recv_bytes()
+        return _receive(pipe, process) if told == MET else pickle.loads(told)
     except EOFError:
         process.join()
         return RuntimeError(f"a rank ended with status {process.exitcode} without a result")
