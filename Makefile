@@ -32,7 +32,7 @@ UNION     := $(sort $(filter-out files-%,$(INSTALLED)) $(WANTED))
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  RECIPE=name or file (default phantom)   NPROC=processes (default: one for each GPU; two on a CPU)   ARGS='--set section.key=value ...'"
+	@echo "  RECIPE=name or file (default phantom)   NPROC=processes (default: one for each GPU)   ARGS='--set section.key=value ...'"
 	@echo "  EXTRAS=lora,report,s3,tracking,vision   PYTHON=python3.12, to make .venv with"
 
 setup: $(if $(MISSING),install)  ## make .venv and install with exact versions; a no-op when nothing changed

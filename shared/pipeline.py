@@ -36,7 +36,7 @@ from shared.stopping import (
     status_left_in,
     stop_on_signals,
 )
-from shared.threads import num_cores, share_cores
+from shared.threads import share_cores
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -75,7 +75,7 @@ nproc_option = click.option(
     default=1,
     show_default=True,
     type=NprocType(),
-    help="Processes; auto: one for each GPU, or two on a CPU.",
+    help="Processes; auto: one for each GPU.",
 )
 
 
@@ -318,12 +318,12 @@ def command(module: str, *arguments: str) -> int:
 
 
 def num_processes(nproc: Nproc) -> int:
-    """What ``auto`` comes to here: one for each GPU; on a CPU two, as more ranks of a small model mostly wait."""
+    """What ``auto`` comes to here: one for each GPU; without one, one, whose threads are the cores' work."""
     if nproc != AUTO:
         return nproc
     from torch.cuda import device_count  # which loads what takes seconds
 
-    return device_count() or min(2, num_cores())
+    return device_count() or 1
 
 
 def announce(what: str, line: str) -> None:
