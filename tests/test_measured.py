@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import bench_order, pages, tables
+from tests.benchmarks import bench_beyond, bench_order, pages, tables
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.tables import FIGURES, Bench, Source, Table, figure
 
@@ -142,3 +142,30 @@ def test_folders_of_a_machine_stay_there(docs: Path, monkeypatch: pytest.MonkeyP
 def test_a_figure_says_whether_its_goal_is_reached(given: dict, row: tuple[str, str]) -> None:
     assert len(FIGURES) == 3
     assert figure("name", **given)[1:] == row
+
+
+def test_a_benchmark_of_hours_goes_on_with_the_seeds_that_are_recorded(
+    docs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (docs / "order.md").write_text(PAGE.replace("order", "beyond-phantom"))
+    measured: list[int] = []
+
+    def make(seed: bench_beyond.Seed, way: bench_beyond.Way) -> dict[str, float]:
+        measured.append(seed.seed)
+        return dict.fromkeys(bench_beyond.SHOWN, float(seed.seed))
+
+    monkeypatch.setattr(bench_beyond.Seed, "make", make)
+
+    def measure(*arguments: str) -> str:
+        measured.clear()
+        words = ["--recipes", "phantom", "--ways", "given answers", *arguments]
+        monkeypatch.setattr(sys, "argv", ["bench_beyond", *words])
+        bench_beyond.main()
+        return capsys.readouterr().out
+
+    measure("--seeds", "1", "2")
+    run(monkeypatch, "--record", "beyond")
+    assert "| given answers | 3 |" in measure("--seeds", "1", "2", "3")
+    assert measured == [3]
+    measure("--seeds", "1", "2", "--set", "optimization.learning_rate=0.5")
+    assert measured == [1, 2]

@@ -7,31 +7,34 @@ seed is that of ``bench_phantom``.  What counts is measured on held-out rows, wi
 student's own greedy answers, by the ordinary commands.  ``bench_tokenizers`` has students with another tokenizer.
 
 Each seed has a folder of its own in work/benchmarks/seeds, shared with ``bench_phantom``; what is finished is read
-and not made again.
+and not made again.  All of it takes hours: what docs/measured has of the same settings is not measured again either,
+so that a second machine, or another day, goes on with the seeds that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.pipeline import covers, launch, make_cache, make_rounds, make_student
-from shared.recipes import Recipe, load_recipe
+from shared.recipes import Recipe, dump_recipe, load_recipe
 from shared.rounds import Rounds
 from shared.rounds.loop import measure
 from shared.rounds.plan import Round
 from shared.rounds.table import outcomes
 from tests.benchmarks.bench_phantom import FOLDER, settings
+from tests.benchmarks.pages import measured
 from tests.benchmarks.student_results import mean
-from tests.benchmarks.tables import Bench
+from tests.benchmarks.tables import Bench, Table
 
 GIVEN, RIGHT = "given answers", "right"
 SHOWN = ("CE", "KL", "own CE", "own KL", RIGHT)
@@ -71,7 +74,7 @@ class Seed:
     """A recipe's students of one seed, in a folder of its own."""
 
     def __init__(self, recipe: str, seed: int, *, extra: Sequence[str] = ()) -> None:
-        self.recipe = recipe
+        self.recipe, self.seed, self.extra = recipe, seed, extra
         source = Path(load_recipe(recipe).data.source)
         given = ["data.source=" + str(source.resolve())] if source.is_dir() and ".." in source.parts else []
         self.settings = [*settings(recipe, seed), *given, *extra]
@@ -95,6 +98,15 @@ class Seed:
                 resume = ["--resume"] if plan.run.path.exists() else []
                 _require(make_student(self.recipe, options, nproc=1, stage_arguments=resume))
             return _figures(plan.run.path, self._along_own_answers(plan.run.name))
+
+    def key(self, name: str) -> str:
+        """Of a way's figures; another one where the recipe is another one."""
+        way = WAYS[name]
+        plan = load_recipe(
+            self.recipe, overrides=(*settings(self.recipe, self.seed), *self.extra, *way.changes)
+        )
+        facts = json.dumps([dump_recipe(plan), asdict(way), NUM_ROUNDS, OWN_QUESTIONS], sort_keys=True)
+        return f"seed {self.seed}, {name}, {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
     def _options(self, way: Way) -> list[str]:
         recipe = load_recipe(self.recipe)
@@ -177,6 +189,10 @@ def table(found: dict[str, list[dict[str, float]]]) -> list[list[str]]:
     return lines
 
 
+def table_name(recipe: str) -> str:
+    return f"beyond-{recipe}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -187,20 +203,31 @@ def main() -> None:
     parser.add_argument("--set", dest="extra", action="append", default=[], metavar="SECTION.KEY=VALUE")
     chosen = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    bench = Bench("beyond", goes_on=FOLDER.exists())
+    before = {
+        name: Table.read(measured(name)).parts
+        for name in map(table_name, chosen.recipes)
+        if measured(name).exists()
+    }
+    bench = Bench("beyond", goes_on=FOLDER.exists() or bool(before))
     for recipe in chosen.recipes:
+        name = table_name(recipe)
+        known = before.get(name, {})
+        parts: dict[str, Any] = {}
         found: dict[str, list[dict[str, float]]] = {}
-        for seed in chosen.seeds:
+        for number in chosen.seeds:
+            seed = Seed(recipe, number, extra=chosen.extra)
             for way in chosen.ways:
-                figures = Seed(recipe, seed, extra=chosen.extra).make(WAYS[way])
+                key = seed.key(way)
+                parts[key] = figures = known.get(key) or seed.make(WAYS[way])
                 found.setdefault(way, []).append(figures)
-                print(f"  {recipe}, seed {seed}, {way}: {json.dumps(figures)}", file=sys.stderr, flush=True)
+                print(f"  {recipe}, {key}: {json.dumps(figures)}", file=sys.stderr, flush=True)
         bench.show(
-            f"beyond-{recipe}",
+            name,
             f"Students of `{recipe}`, taught by more than the given answers",
             ("taught by", "seeds", *SHOWN),
             table(found),
             notes="Means over seeds, half their range in brackets.",
+            parts=parts,
         )
 
 

@@ -17,9 +17,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "work" / "benchmarks" / "tables"
@@ -81,6 +82,7 @@ class Table:
 
     title  what was measured, for who sees the table alone
     notes  the settings, and what the figures mean where the head does not say it
+    parts  what was measured one by one, of a benchmark of many hours: a later one, elsewhere, goes on with it
     """
 
     title: str
@@ -88,6 +90,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     notes: str
     source: Source
+    parts: dict[str, Any] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         return [f"| {' | '.join(self.head)} |", "|---" * len(self.head) + "|"] + [
@@ -112,7 +115,14 @@ class Bench:
         self.begin = time.monotonic()
 
     def show(
-        self, name: str, title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, notes: str = ""
+        self,
+        name: str,
+        title: str,
+        head: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        *,
+        notes: str = "",
+        parts: Mapping[str, Any] | None = None,
     ) -> None:
         """Prints a table, and keeps it in place of the last one of that name; not one without rows."""
         if not (rows := [list(row) for row in rows]):
@@ -121,7 +131,7 @@ class Bench:
             None if self.source.goes_on else round(time.monotonic() - self.begin, 1)
         )  # not of what was kept
         source = replace(self.source, seconds=seconds)
-        table = Table(title, list(head), rows, notes, source)
+        table = Table(title, list(head), rows, notes, source, dict(parts or {}))
         table.write(KEPT / f"{name}.json")
         parts = [title, "\n".join(table.lines()), *([notes] if notes else [])]
         print("\n" + "\n\n".join(parts), flush=True)
