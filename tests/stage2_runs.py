@@ -36,8 +36,9 @@ STDERR = 2
 
 
 def make_recipe(tree: dict[str, Any], **overrides: Any) -> Recipe:
-    """``optimization__max_steps=3`` sets ``optimization.max_steps``."""
+    """``loss__chunk_size=3`` sets ``loss.chunk_size``; blocks are sharded one by one, as large ones are."""
     merged = {section: dict(values) for section, values in tree.items() if values is not None}
+    merged["parallel"] = {"min_block_params": 0} | merged.get("parallel", {})
     for key, value in overrides.items():
         section, _, name = key.partition("__")
         merged.setdefault(section, {})[name] = value

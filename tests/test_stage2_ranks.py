@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from stage2_runs import (
+    assert_same_state,
     make_recipe,
     on_ranks,
     run_alone,
     run_ranks,
+    state_of,
     step_records,
     teacher_of,
     validation_records,
@@ -88,6 +90,20 @@ def test_ranks_equal_one_rank(
     assert run_ranks(many, num_ranks) == [0] * num_ranks
     assert_same_losses(step_records(many), step_records(one))
     assert_same_losses(validation_records(many), validation_records(one))
+
+
+def test_blocks_that_are_sharded_together_change_nothing(tree: dict[str, Any], one: Recipe) -> None:
+    """The default for blocks as small as these; also of one rank, bit for bit."""
+    for num_ranks, settings in ((1, {}), (2, {"optimization__microbatch_size": 2})):
+        together = make_recipe(
+            tree, run__name=f"together-{num_ranks}", parallel__min_block_params=1_000_000, **settings
+        )
+        statuses = [run_alone(together)] if num_ranks == 1 else run_ranks(together, num_ranks)
+        assert statuses == [0] * num_ranks
+        assert_same_losses(step_records(together), step_records(one))
+        assert_same_losses(validation_records(together), validation_records(one))
+        if num_ranks == 1:
+            assert_same_state(state_of(together, 6), state_of(one, 6))
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -394,7 +394,7 @@ def full_model(config: StudentConfig, *, seed: int) -> PreTrainedModel:
 def shard(
     student: StudentWithLoss, config: StudentConfig, parallel: ParallelConfig, world: World, plan: Plan
 ) -> None:
-    """Splits layers by the plan, then applies FSDP2 from the blocks up to the root.
+    """Splits layers by the plan, then applies FSDP2 from the blocks that are large enough up to the root.
 
     Gradients are summed over ranks and not divided: the loss is already divided by the step's global number
     of positions.  Both settings must be made on every module: on the root alone, gradients are silently
@@ -421,6 +421,8 @@ def shard(
         for experts in plan.dispatched(student.model):
             sharded(experts, mesh=meshes.expert_data, reshard_after_forward=parallel.reshard_after_forward)
     for block in blocks(student.model):
+        if sum(parameter.numel() for parameter in block.parameters()) < parallel.min_block_params:
+            continue
         sharded(block, mesh=meshes.data, reshard_after_forward=parallel.reshard_after_forward)
     sharded(student, mesh=meshes.data, reshard_after_forward=False)
     for method in ("check", "measure"):
