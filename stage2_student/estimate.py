@@ -90,7 +90,8 @@ def estimate_memory(
     master = getattr(torch, recipe.student.param_dtype).itemsize
     compute = getattr(torch, recipe.student.compute_dtype).itemsize
     every, trained = list(model.parameters()), [p for p in model.parameters() if p.requires_grad]
-    in_blocks = [sizes.gathered(block.parameters()) for block in blocks(model)]
+    own = blocks(model, min_params=recipe.parallel.min_block_params)
+    in_blocks = [sizes.gathered(block.parameters()) for block in own]
     root = sizes.gathered(every) - sum(in_blocks)
     tokens = tokens_at_once(recipe, tokens_per_example)
     num_data_ranks = max(1, num_ranks // recipe.parallel.tensor)
@@ -105,9 +106,18 @@ def estimate_memory(
         gradients=gradients * 4 / GIB,
         moments=offloaded * sizes.sharded(trained) * 2 * master / GIB,
         gathered=(2 * root + 2 * max(in_blocks, default=0)) * compute / GIB,
-        loss=(chunk * head_rows * (4 + compute) + head_rows * head.shape[1] * 4) / GIB,
+        loss=(chunk * head_rows * _bytes_of_logit(recipe, compute) + head_rows * head.shape[1] * 4) / GIB,
         activations=_activations(model, recipe, tokens) * compute / GIB,
     )
+
+
+def _bytes_of_logit(recipe: Recipe, compute: int) -> int:
+    """In a chunk.  The kernels take no copy; PyTorch, for a vocabulary that ranks split, takes one in fp32, and
+    another one at a temperature.
+    """
+    if recipe.parallel.tensor == 1:
+        return compute
+    return compute + 4 * (1 + (recipe.loss.temperature != 1.0))
 
 
 def count_parameters(model: PreTrainedModel, *, trained_only: bool = False) -> int:

@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shared.kd_loss import FORWARD_KL, chunk, triton_kernel
+from shared.kd_loss import FORWARD_KL, Divergence, chunk, triton_kernel
+from shared.kd_loss.divergences import DIVERGENCES
 from shared.kd_loss.teacher import SparseTeacher, sparse_teacher
 from shared.kd_loss.tile import LossSettings
 from shared.recipes.policies import Policy, Random, Threshold, TopK
@@ -23,7 +24,14 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FIRST = 2  # the chunk begins at the teacher's third position
 
 
-def teacher_of(num_rows: int, num_ids: int, policy: Policy, temperature: float, tail: str) -> SparseTeacher:
+def teacher_of(
+    num_rows: int,
+    num_ids: int,
+    policy: Policy,
+    temperature: float,
+    tail: str,
+    divergence: Divergence = FORWARD_KL,
+) -> SparseTeacher:
     generator = torch.Generator().manual_seed(num_ids)
     logits = 3 * torch.randn(FIRST + num_rows, num_ids, generator=generator)
     num_vocab_ids = num_ids - num_ids // 9
@@ -33,7 +41,7 @@ def teacher_of(num_rows: int, num_ids: int, policy: Policy, temperature: float, 
     return sparse_teacher(
         targets,
         temperature=temperature,
-        divergence=FORWARD_KL,
+        divergence=divergence,
         tail=tail,
         num_vocab_ids=num_vocab_ids,
         dtype=torch.float32,
@@ -68,7 +76,7 @@ def assert_kernel_agrees(
         torch.testing.assert_close(value, other, rtol=2e-5, atol=5e-5)
     if with_grad:
         torch.testing.assert_close(got_logits, want_logits.to(dtype), rtol=2**-7, atol=2e-6)
-    else:
+    elif teacher is None or teacher.rows.rest_N is None:
         assert torch.equal(got_logits, logits)
 
 
@@ -102,7 +110,7 @@ def test_rows_with_padding(num_ids: int, padding: int, temperature: float) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_with_padding_where_pytorch_does_it(dtype: torch.dtype) -> None:
-    """What the kernel does not cover has padded rows on a GPU, too."""
+    """What the kernels do not cover, as a split vocabulary, has padded rows on a GPU, too."""
     teacher, settings = teacher_of(3, 17, TopK(k=2), 1.0, "ghost"), LossSettings(0.4, 1.0, 17)
     buffer = torch.randn(3, 32, device=DEVICE).to(dtype)
     before, arguments = (
@@ -110,8 +118,8 @@ def test_rows_with_padding_where_pytorch_does_it(dtype: torch.dtype) -> None:
         (torch.tensor([1, 2, 3], device=DEVICE), None, teacher, FIRST, settings),
     )
     whole = buffer[:, :17].clone()
-    got = chunk.chunk_loss_(buffer[:, :17], *arguments, with_grad=True, row_width=32)
-    want = chunk.chunk_loss_(whole, *arguments, with_grad=True)
+    got = chunk.chunk_loss_torch_(buffer[:, :17], *arguments, with_grad=True)
+    want = chunk.chunk_loss_torch_(whole, *arguments, with_grad=True)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
     assert torch.equal(buffer[:, :17], whole)
     assert torch.equal(buffer[:, 17:], before[:, 17:])
@@ -124,6 +132,55 @@ def test_rows_with_padding_where_pytorch_does_it(dtype: torch.dtype) -> None:
 def test_policies_and_settings(policy: Policy, tail: str, softcap: float | None, kd_ratio: float) -> None:
     teacher = teacher_of(2, 450, policy, 2.0, tail)
     assert_kernel_agrees(2, 450, torch.float32, teacher, LossSettings(kd_ratio, 2.0, 400, softcap))
+
+
+BUCKETS = [Divergence(kind) for kind in DIVERGENCES] + [Divergence("jensen_shannon", beta=0.1)]
+
+
+@pytest.mark.parametrize("divergence", BUCKETS, ids=lambda one: f"{one.kind}-{one.beta}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_ids", "kept"), [(1, 1), (17, 1), (17, 15), (450, 130), (8193, 64)])
+def test_buckets(num_ids: int, kept: int, dtype: torch.dtype, divergence: Divergence) -> None:
+    for temperature, softcap, with_grad in ((1.0, None, True), (2.0, 5.0, True), (2.0, None, False)):
+        teacher = teacher_of(3, num_ids, TopK(k=kept), temperature, "ghost", divergence)
+        settings = LossSettings(0.4, temperature, num_ids - num_ids // 9, softcap, divergence)
+        assert_kernel_agrees(3, num_ids, dtype, teacher, settings, padding=15, with_grad=with_grad)
+
+
+@pytest.mark.parametrize("divergence", BUCKETS, ids=lambda one: f"{one.kind}-{one.beta}")
+@pytest.mark.parametrize("kd_ratio", [0.0, 1.0])
+def test_buckets_at_some_of_the_rows(kd_ratio: float, divergence: Divergence) -> None:
+    teacher = teacher_of(3, 500, TopK(k=3), 2.0, "ghost", divergence)
+    factors = torch.tensor([1.0] * FIRST + [0.0, 5.0, 0.5], device=DEVICE)
+    some = replace(teacher, rows=teacher.rows.weighed(factors))
+    settings = LossSettings(kd_ratio, 2.0, 500 - 500 // 9, divergence=divergence, reverse_kl=0.7)
+    label_logprobs = torch.tensor([-3.0, torch.nan, -0.01], device=DEVICE)
+    assert_kernel_agrees(
+        3, 500, torch.float32, some, settings, with_weights=False, label_logprobs=label_logprobs
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("divergence", BUCKETS[:4], ids=lambda one: one.kind)
+def test_buckets_of_excluded_ids(divergence: Divergence, softcap: float | None) -> None:
+    """Ids of -inf inside and outside the bucket, and none but these in it; a cap makes numbers of them."""
+    settings = LossSettings(0.5, 1.0, 5, softcap, divergence)
+    infinite = -torch.inf
+    logits = torch.tensor(
+        [[35.0, 0.0, infinite, 1.0, 2.0], [1.0, infinite, infinite, 1.0, infinite], [infinite, 1.0, 2.0, 3.0, 4.0]],
+        device=DEVICE,
+    )  # fmt: skip
+    labels, want = torch.tensor([1, 3, 4], device=DEVICE), logits.clone()
+    case = tail_case(torch.float32, temperature=1.0, teacher="unsure", small="kept")
+    teacher = sparse_teacher(
+        case.targets.to(DEVICE), temperature=1.0, divergence=divergence, tail="ghost", num_vocab_ids=5,
+        dtype=torch.float32,
+    )  # fmt: skip
+    got_values = triton_kernel.chunk_loss_(logits, labels, None, teacher, 0, settings, with_grad=True)
+    want_values = chunk.chunk_loss_torch_(want, labels, None, teacher, 0, settings, with_grad=True)
+    for got, value in zip(got_values, want_values, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
 def test_a_large_vocabulary() -> None:
@@ -160,9 +217,10 @@ def test_rows_that_begin_with_masked_logits() -> None:
     assert bool((logits[:, :10_000] == 0).all())
 
 
-@pytest.mark.parametrize("tail", [tail for tail, kind in TAILS if kind == "forward_kl" and tail != "ghost"])
+@pytest.mark.parametrize(("tail", "kind"), TAILS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_small_masses(tail: str, dtype: torch.dtype) -> None:
+def test_small_masses(tail: str, kind: str, dtype: torch.dtype) -> None:
+    divergence = Divergence(kind)
     for temperature, small in ((1.0, "outside"), (2.0, "kept")):
         for name in TEACHERS:
             case = tail_case(dtype, temperature=temperature, teacher=name, small=small)
@@ -170,15 +228,15 @@ def test_small_masses(tail: str, dtype: torch.dtype) -> None:
             teacher = sparse_teacher(
                 case.targets.to(DEVICE),
                 temperature=temperature,
-                divergence=FORWARD_KL,
+                divergence=divergence,
                 tail=tail,
                 num_vocab_ids=num_ids,
                 dtype=torch.float32,
             )
             logits, labels = case.logits.to(DEVICE).clone(), case.labels.to(DEVICE)
-            settings = LossSettings(1.0, temperature, num_ids)
+            settings = LossSettings(1.0, temperature, num_ids, divergence=divergence)
             _, kd = triton_kernel.chunk_loss_(logits, labels, None, teacher, 0, settings, with_grad=True)
-            want_loss, want = case.expected(kd_ratio=1.0, tail=tail, kind="forward_kl")
+            want_loss, want = case.expected(kd_ratio=1.0, tail=tail, kind=kind)
             assert float(kd.sum()) == pytest.approx(want_loss, rel=1e-6, abs=1e-6)
             assert_rows_agree(logits.cpu(), want, dtype, atol=1e-7)
 

@@ -78,8 +78,9 @@ def test_wrong_ids_give_nan_from_logits() -> None:
     assert bool(torch.autograd.grad(loss, logits)[0].isnan().all())
 
 
-def test_the_host_does_not_wait() -> None:
-    problem = Problem(20, 1000, THRESHOLD, dtype=torch.bfloat16, hidden_size=64)
+@pytest.mark.parametrize("policy", [THRESHOLD, TopK(k=3)])
+def test_the_host_does_not_wait(policy: Policy) -> None:
+    problem = Problem(20, 1000, policy, dtype=torch.bfloat16, hidden_size=64)
     on_gpu(
         problem, kd_ratio=0.5, temperature=2.0, chunk_size=8
     )  # compiles the kernel, and asks what addmm can

@@ -39,13 +39,16 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from shared.kd_loss.triton_kernel import _chunk_kernel as kernel
+from shared.kd_loss.triton_bucket import _bucket_kernel as bucket
+from shared.kd_loss.triton_kernel import _chunk_kernel as linear
 
-FLAGS = ["HAS_WEIGHTS", "HAS_DRAWN", "HAS_TEACHER", "HAS_SPREAD", "HAS_SOFTCAP", "IS_SOFTENED", "WITH_GRAD"]
 TYPES = {"labels_ptr": "*i64", "first": "i32", "num_ids": "i32", "row_width": "i32", "num_vocab_ids": "i32",
-         "row_stride": "i32", "kd_ratio": "fp32", "temperature": "fp32", "softcap": "fp32", "reverse_kl": "fp32"}
+         "row_stride": "i32", "kd_ratio": "fp32", "temperature": "fp32", "softcap": "fp32", "reverse_kl": "fp32",
+         "beta": "fp32"}
 ALIGNED = ("logits_ptr", "row_stride", "row_width")  # num_ids need not be: a row is padded in memory
 ASSEMBLERS = sorted(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*"))
+LINEAR = ["HAS_WEIGHTS", "HAS_DRAWN", "HAS_TEACHER", "HAS_SPREAD", "HAS_SOFTCAP", "IS_SOFTENED", "WITH_GRAD"]
+BUCKET = ["HAS_WEIGHTS", "HAS_DRAWN", "HAS_FACTOR", "HAS_SOFTCAP", "IS_SOFTENED", "KIND", "WITH_GRAD"]
 
 def assembled(ptx, capability):
     for assembler in ASSEMBLERS:
@@ -58,28 +61,36 @@ def assembled(ptx, capability):
             return done.stdout + done.stderr
     raise AssertionError(done.stderr)
 
+def check(kernel, logits, flags, values, has_entries):
+    constants = dict(zip(flags, values)) | {"BLOCK": 8192, "ENTRY_BLOCK": 128}
+    with_grad = constants["WITH_GRAD"]
+    entries = "*i64" if has_entries else "*fp32"
+    types = TYPES | {"logits_ptr": logits, "offsets_ptr": entries, "ids_ptr": entries}
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
+    constants = {(names.index(n),): v for n, v in constants.items()}
+    divided = {(names.index(n),): [["tt.divisibility", 16]] for n in ALIGNED}
+    source = ASTSource(kernel, signature, constants, divided)
+    for capability in (80, 90):
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 16})
+        ptx = compiled.asm["ptx"]
+        told = assembled(ptx, capability)
+        registers = int(re.search(r"Used (\\d+) registers", told)[1])
+        spilled = re.findall(r"([1-9]\\d*) bytes spill", told)
+        print(kernel.__name__, capability, logits, values, registers, "registers", spilled, "spilled")
+        assert not spilled, told
+        assert registers <= 128, told
+        passes = 1 + with_grad  # each goes over the row in pieces of 16 bytes
+        assert len(re.findall(r"ld\\.global\\.v4", ptx)) >= 2 * passes, ptx
+        assert len(re.findall(r"st\\.global\\.v4", ptx)) >= 2 * with_grad, ptx
+
 for logits in ("*bf16", "*fp32"):
     for on in ([1, 0, 1, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]):
-        constants = dict(zip(FLAGS, map(bool, on))) | {"BLOCK": 8192, "ENTRY_BLOCK": 128}
-        entries = "*i64" if on[2] else "*fp32"
-        types = TYPES | {"logits_ptr": logits, "offsets_ptr": entries, "ids_ptr": entries}
-        names = kernel.arg_names
-        signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
-        constants = {(names.index(n),): v for n, v in constants.items()}
-        divided = {(names.index(n),): [["tt.divisibility", 16]] for n in ALIGNED}
-        source = ASTSource(kernel, signature, constants, divided)
-        for capability in (80, 90):
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 16})
-            ptx = compiled.asm["ptx"]
-            told = assembled(ptx, capability)
-            registers = int(re.search(r"Used (\\d+) registers", told)[1])
-            spilled = re.findall(r"([1-9]\\d*) bytes spill", told)
-            print(capability, logits, on, registers, "registers", spilled, "spilled")
-            assert not spilled, told
-            assert registers <= 128, told
-            passes = 1 + on[-1]  # each goes over the row in pieces of 16 bytes
-            assert len(re.findall(r"ld\\.global\\.v4", ptx)) >= 2 * passes, ptx
-            assert len(re.findall(r"st\\.global\\.v4", ptx)) >= 2 * on[-1], ptx
+        check(linear, logits, LINEAR, [bool(one) for one in on], has_entries=bool(on[2]))
+    for kind in range(4):
+        check(bucket, logits, BUCKET, [True, False, False, False, False, kind, True], has_entries=True)
+    check(bucket, logits, BUCKET, [True, True, True, True, True, 2, True], has_entries=True)
+    check(bucket, logits, BUCKET, [False, False, False, False, False, 0, False], has_entries=True)
 """
 
 

@@ -1,7 +1,7 @@
 """The work on one chunk's logits: normaliser, CE, KD, and the gradient written over the logits.
 
-On a GPU one Triton kernel does it; everywhere else, and for what the kernel does not cover (vocabulary split
-over ranks, a bucket for the teacher's rest), PyTorch does.  On a CPU the rows are taken a few at a time, so
+On a GPU one Triton kernel does it; everywhere else, and for what the kernels do not cover (a vocabulary split over
+ranks), PyTorch does.  On a CPU the rows are taken a few at a time, so
 that they stay in its cache between the passes.
 
 C positions of a chunk, V vocabulary of the head, or of this rank's part.
@@ -54,7 +54,7 @@ def chunk_loss_(
     Returns  ce_C, kd_C (C,) nats, fp32 (fp64 for fp64 logits); KD times T squared; both without weights
     Holds    kernel and PyTorch agree
     """
-    if logits_CV.device.type == "cuda" and fits_kernel(logits_CV.dtype, teacher, settings):
+    if logits_CV.device.type == "cuda" and fits_kernel(logits_CV.dtype, settings):
         kernel = _kernel()
         if kernel is not None:
             arguments = (logits_CV, labels_C, weights_C, teacher, first, settings)
@@ -68,10 +68,9 @@ def chunk_loss_(
     )
 
 
-def fits_kernel(dtype: torch.dtype, teacher: SparseTeacher | None, settings: LossSettings) -> bool:
-    """Whether the Triton kernel covers this loss."""
-    is_linear = teacher is None or teacher.rows.rest_N is None
-    return dtype in (torch.bfloat16, torch.float16, torch.float32) and is_linear and settings.shard is None
+def fits_kernel(dtype: torch.dtype, settings: LossSettings) -> bool:
+    """Whether a Triton kernel covers this loss."""
+    return dtype in (torch.bfloat16, torch.float16, torch.float32) and settings.shard is None
 
 
 @functools.cache

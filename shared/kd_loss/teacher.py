@@ -222,7 +222,8 @@ def _teacher_alone(
     if not targets.policy.is_sampled:
         tail = "ghost" if divergence.kind != "forward_kl" else tail
         missing_N = (1 - sum_rows(wide_E, row_E, targets.num_positions)).to(dtype)
-        rows = _with_tail(kept, missing_N, tail=tail, num_vocab_ids=num_vocab_ids)
+        num_rest_ids_N = num_vocab_ids - targets.offsets.diff()
+        rows = _with_tail(kept, missing_N, num_rest_ids_N, tail=tail)
         return SparseTeacher(rows, targets.offsets)
     if divergence.kind != "forward_kl":
         raise RecipeError(
@@ -234,7 +235,7 @@ def _teacher_alone(
     return SparseTeacher(replace(kept, constant_N=-entropy_N, entropy_N=entropy_N), targets.offsets)
 
 
-def _with_tail(kept: TeacherRows, missing_N: Tensor, *, tail: str, num_vocab_ids: int) -> TeacherRows:
+def _with_tail(kept: TeacherRows, missing_N: Tensor, num_rest_ids_N: Tensor, *, tail: str) -> TeacherRows:
     """Give the mass that a truncated teacher leaves out to where the tail mode wants it."""
     num_positions = kept.total_N.shape[0]
     if tail == "renormalize":
@@ -244,7 +245,6 @@ def _with_tail(kept: TeacherRows, missing_N: Tensor, *, tail: str, num_vocab_ids
     negentropy_N = sum_rows(torch.xlogy(kept.mass_E, kept.mass_E), kept.row_E, num_positions)
     if tail in ("drop", "renormalize"):
         return replace(kept, constant_N=negentropy_N, entropy_N=-negentropy_N)
-    num_rest_ids_N = num_vocab_ids - torch.bincount(kept.row_E, minlength=num_positions)
     rest_N = missing_N.clamp_min(MIN_REST) * (num_rest_ids_N > 0)
     if tail == "ghost":
         negentropy_N = negentropy_N + torch.xlogy(rest_N, rest_N)

@@ -8,7 +8,7 @@ At Qwen's vocabulary a row takes half a megabyte, and a GPU has hundreds of rows
 holds: count on three passes over memory, two to read and one to write.  They go 16 bytes at a time where the rows'
 stride and their width in memory are multiples of 16 elements (``chunk.logits_buffer``).
 
-The loss is that of ``tile.py`` where the teacher is linear (see ``chunk.fits_kernel``).
+The loss is that of ``tile.py``.  A teacher with a bucket has a kernel of its own (``triton_bucket``).
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shared.kd_loss.triton_bucket import bucket_loss_
+from shared.kd_loss.triton_common import ENTRY_BLOCK, NUM_WARPS, block_size, by_raw, capped, share_of_ce
+
 if TYPE_CHECKING:
     from shared.kd_loss.teacher import SparseTeacher
     from shared.kd_loss.tile import LossSettings
-
-_MAX_BLOCK = 8192
-_ENTRY_BLOCK = 128
-_NUM_WARPS = 16
 
 
 def chunk_loss_(
@@ -41,12 +40,18 @@ def chunk_loss_(
     row_width: int | None = None,
     label_logprobs_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``chunk.chunk_loss_`` for a linear teacher; never makes the host wait."""
+    """``chunk.chunk_loss_``; never makes the host wait."""
     num_rows, num_ids = logits_CV.shape
     ce_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)
     kd_C = torch.zeros_like(ce_C)
     if num_rows == 0:
         return ce_C, kd_C
+    row_width = num_ids if row_width is None else row_width
+    if teacher is not None and teacher.rows.rest_N is not None:
+        arguments = (logits_CV, labels_C, weights_C, teacher, first, settings)
+        return bucket_loss_(
+            *arguments, with_grad=with_grad, row_width=row_width, label_logprobs_C=label_logprobs_C
+        )
     rows = None if teacher is None else teacher.rows
     unused = ce_C  # stands for tensors that the kernel does not touch
     _chunk_kernel[(num_rows,)](
@@ -65,7 +70,7 @@ def chunk_loss_(
         kd_C,
         first,
         num_ids,
-        num_ids if row_width is None else row_width,
+        row_width,
         settings.num_vocab_ids,
         logits_CV.stride(0),
         float(settings.kd_ratio),
@@ -79,20 +84,11 @@ def chunk_loss_(
         HAS_SOFTCAP=settings.softcap is not None,
         IS_SOFTENED=settings.temperature != 1.0,
         WITH_GRAD=with_grad,
-        BLOCK=min(_MAX_BLOCK, triton.next_power_of_2(num_ids)),
-        ENTRY_BLOCK=_ENTRY_BLOCK,
-        num_warps=_NUM_WARPS,
+        BLOCK=block_size(num_ids),
+        ENTRY_BLOCK=ENTRY_BLOCK,
+        num_warps=NUM_WARPS,
     )
     return ce_C, kd_C
-
-
-@triton.jit
-def _capped(logits, softcap, HAS_SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The student's logits in fp32; tanh by way of a sigmoid, which does not overflow."""
-    logits = logits.to(tl.float32)
-    if HAS_SOFTCAP:
-        logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)
-    return logits
 
 
 # A chunk may begin at any position: nothing is compiled anew where 16 does not divide it.
@@ -140,7 +136,7 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, num_ids, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         logits = tl.load(logits_ptr + columns, mask=columns < row_width, other=-float("inf"))
-        logits = _capped(logits, softcap, HAS_SOFTCAP)
+        logits = capped(logits, softcap, HAS_SOFTCAP)
         logits = tl.where(columns < num_ids, logits, -float("inf"))
         block_largest = tl.maximum(largest, tl.max(logits, 0))
         origin = tl.where(block_largest == -float("inf"), 0.0, block_largest)
@@ -159,13 +155,13 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
         soft_log_sum = tl.log(soft_normalizer)
 
     # Label and entries, as they are before the gradient is written over them.
-    label_logit = _capped(tl.load(logits_ptr + label), softcap, HAS_SOFTCAP)
+    label_logit = capped(tl.load(logits_ptr + label), softcap, HAS_SOFTCAP)
     tl.store(ce_ptr + row, (largest - label_logit) + log_sum)
-    ce_scale, kd_scale = 1 - kd_ratio, 0.0
+    label_logprob, kd_scale = 0.0, 0.0
     if HAS_DRAWN:
         label_logprob = tl.load(label_logprobs_ptr + row)
-        log_ratio = (label_logit - largest) - log_sum - label_logprob
-        ce_scale -= reverse_kl * tl.where(label_logprob == label_logprob, log_ratio, 0.0)  # NaN: not drawn
+    log_ratio = (label_logit - largest) - log_sum - label_logprob
+    ce_scale = share_of_ce(log_ratio, label_logprob, kd_ratio, reverse_kl, HAS_DRAWN)
     if HAS_WEIGHTS:
         ce_scale *= tl.load(weights_ptr + row)
     first_entry, last_entry, total, spread = 0, 0, 0.0, 0.0
@@ -186,7 +182,7 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
             mass = tl.load(mass_ptr + entries, mask=mask, other=0.0)
             raw = tl.load(logits_ptr + ids, mask=mask, other=0.0).to(tl.float32)
             tl.store(entry_logits_ptr + entries, raw, mask=mask)
-            gap = (largest - _capped(raw, softcap, HAS_SOFTCAP)) / temperature + soft_log_sum
+            gap = (largest - capped(raw, softcap, HAS_SOFTCAP)) / temperature + soft_log_sum
             value += tl.sum(tl.where(mask & (mass != 0), mass * gap, 0.0), 0)
         if HAS_SPREAD:
             gaps = (num_vocab_ids * largest - logit_sum) / temperature + num_vocab_ids * soft_log_sum
@@ -228,14 +224,11 @@ def _gradient(  # type: ignore[no-untyped-def]
     HAS_TEACHER: tl.constexpr, IS_SOFTENED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of CE and KD by capped logits, carried on to the logits before the cap."""
-    gap = _capped(raw, softcap, HAS_SOFTCAP) - largest
+    gap = capped(raw, softcap, HAS_SOFTCAP) - largest
     softmax = tl.exp(gap - log_sum)
     gradient = ce_scale * (softmax - tl.where(is_label, 1.0, 0.0))
     if HAS_TEACHER:
         if IS_SOFTENED:
             softmax = tl.exp(gap / temperature - soft_log_sum)
         gradient += kd_scale * (total * softmax - teacher_mass)
-    if HAS_SOFTCAP:
-        twice = 2 * raw / softcap  # 1 - tanh**2 has no digits left where tanh is nearly one
-        gradient *= 4 * tl.sigmoid(twice) * tl.sigmoid(-twice)
-    return gradient
+    return by_raw(gradient, raw, softcap, HAS_SOFTCAP)

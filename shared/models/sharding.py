@@ -15,14 +15,21 @@ from shared.models.quantized import first_difference
 from shared.runtime import World
 
 
-def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks, innermost first: those Transformers keeps on one device, else list members."""
+def blocks(model: PreTrainedModel, *, min_params: int = 0) -> list[nn.Module]:
+    """The repeated blocks, innermost first: those Transformers keeps on one device, else list members.
+
+    min_params  that a block has; smaller ones are left out
+    """
     names = set(model._no_split_modules or [])
     found = [module for module in model.modules() if type(module).__name__ in names]
     if not found:
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         found = [block for members in lists for block in members if any(True for _ in block.parameters())]
-    return found[::-1]
+    return [
+        block
+        for block in found[::-1]
+        if sum(parameter.numel() for parameter in block.parameters()) >= min_params
+    ]
 
 
 def fill(model: nn.Module, source: nn.Module | None, world: World) -> None:

@@ -420,9 +420,7 @@ def shard(
     if meshes.expert_data is not None:
         for experts in plan.dispatched(student.model):
             sharded(experts, mesh=meshes.expert_data, reshard_after_forward=parallel.reshard_after_forward)
-    for block in blocks(student.model):
-        if sum(parameter.numel() for parameter in block.parameters()) < parallel.min_block_params:
-            continue
+    for block in blocks(student.model, min_params=parallel.min_block_params):
         sharded(block, mesh=meshes.data, reshard_after_forward=parallel.reshard_after_forward)
     sharded(student, mesh=meshes.data, reshard_after_forward=False)
     for method in ("check", "measure"):
