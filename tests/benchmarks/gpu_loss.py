@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from shared.kd_loss import fused_ce_kd
 from shared.kd_loss.gradients import add_product_
 from shared.models.chunks import chunk_positions
-from shared.recipes.policies import Threshold
+from shared.recipes.policies import Policy, Threshold, TopK
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from tests.benchmarks.gpu_figures import GIB, Figure, peak_gib, taking_turns
 
@@ -74,24 +74,24 @@ class Inputs:
         hidden_ND = randn(shape.num_positions, shape.hidden_size)
         weight_VD = randn(shape.num_ids, shape.hidden_size) / shape.hidden_size**0.5
         labels_N = torch.randint(shape.num_ids, (shape.num_positions,), generator=generator, device=device)
-        seeds = position_seeds(0, b"bench", shape.num_positions).to(device)
-        parts = []
-        for start in range(0, shape.num_positions, 256):
-            rows = slice(start, start + 256)
-            sharpness_C = torch.linspace(1, 7, len(labels_N[rows]), device=device)
-            teacher_CV = (hidden_ND[rows] @ weight_VD.t()).float() * sharpness_C[:, None]
-            parts.append(sparsify(teacher_CV.log_softmax(-1), Threshold(), seeds=seeds[rows]))
+        targets = taught(hidden_ND, weight_VD, Threshold())
         chunk_size = chunk_positions(shape.chunk_size, shape.num_ids, device)
-        return cls(
-            hidden_ND.requires_grad_(),
-            weight_VD.requires_grad_(),
-            labels_N,
-            SparseTargets.concat(parts),
-            chunk_size,
-        )
+        return cls(hidden_ND.requires_grad_(), weight_VD.requires_grad_(), labels_N, targets, chunk_size)
 
     def clear(self) -> None:
         self.hidden_ND.grad = self.weight_VD.grad = None
+
+
+@torch.no_grad()
+def taught(hidden_ND: Tensor, weight_VD: Tensor, policy: Policy) -> SparseTargets:
+    """By a teacher with the student's logits, from soft to sharp within each 256 positions."""
+    seeds = position_seeds(0, b"bench", len(hidden_ND)).to(hidden_ND.device)
+    parts = []
+    for hidden_CD, seeds_C in zip(hidden_ND.split(256), seeds.split(256), strict=True):
+        sharpness_C = torch.linspace(1, 7, len(hidden_CD), device=hidden_ND.device)
+        teacher_CV = (hidden_CD @ weight_VD.t()).float() * sharpness_C[:, None]
+        parts.append(sparsify(teacher_CV.log_softmax(-1), policy, seeds=seeds_C))
+    return SparseTargets.concat(parts)
 
 
 def fused(inputs: Inputs, *, kd_ratio: float) -> None:
@@ -199,9 +199,14 @@ def compare(device: torch.device, *, tiny: bool) -> Iterator[Figure]:
     shape = Shape(QWEN, 2560, 4096)
     inputs = Inputs.make(shape.tiny() if tiny else shape, device)
     teacher_weight_VD = (inputs.weight_VD.detach() * 3).contiguous()
+    kept = TopK(k=min(64, len(inputs.weight_VD) // 2))
+    with_bucket = replace(inputs, targets=taught(inputs.hidden_ND, inputs.weight_VD, kept))
     variants: dict[str, Callable[[], object]] = {
         "ours, CE alone": partial(fused, inputs, kd_ratio=0.0),
         "ours, CE + KD from a cache": partial(fused, inputs, kd_ratio=0.5),
+        f"ours, CE + KD from a cache of top_k {kept.k}, a bucket for the rest": partial(
+            fused, with_bucket, kd_ratio=0.5
+        ),
         "eager, CE + dense KL, the teacher's head live": partial(eager, inputs, teacher_weight_VD),
     }
     if device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
