@@ -183,6 +183,26 @@ def test_buckets_of_excluded_ids(divergence: Divergence, softcap: float | None) 
     torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("divergence", BUCKETS[:4], ids=lambda one: one.kind)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_buckets_do_not_hide_nan(temperature: float, divergence: Divergence) -> None:
+    """In all of a row, in the entries alone, and in all other ids."""
+    settings = LossSettings(0.5, temperature, 6, divergence=divergence)
+    logits = torch.randn(3, 6, device=DEVICE)
+    logits[0] = torch.nan
+    logits[1, [0, 3]] = torch.nan
+    logits[2, [1, 2, 4, 5]] = torch.nan
+    case = tail_case(torch.float32, temperature=temperature, teacher="unsure", small="kept")
+    teacher = sparse_teacher(
+        case.targets.to(DEVICE), temperature=temperature, divergence=divergence, tail="ghost", num_vocab_ids=6,
+        dtype=torch.float32,
+    )  # fmt: skip
+    for work in (triton_kernel.chunk_loss_, chunk.chunk_loss_torch_):
+        got, labels = logits.clone(), torch.tensor([0, 1, 0], device=DEVICE)
+        ce, kd = work(got, labels, None, teacher, 0, settings, with_grad=True)
+        assert all(bool(one.isnan().all()) for one in (ce, kd, got)), (ce, kd, got)
+
+
 def test_a_large_vocabulary() -> None:
     teacher = teacher_of(1, 248_320, Threshold(tau=1 / 512), 1.0, "ghost")
     assert_kernel_agrees(1, 248_320, torch.bfloat16, teacher, LossSettings(0.5, 1.0, 248_320))

@@ -66,8 +66,11 @@ FORWARD_KL = Divergence()
 
 
 def _weighted(mass: Tensor, log_ratio: Tensor) -> Tensor:
-    """mass * log_ratio, with 0 * inf = 0.  Both are masked: autograd multiplies the gradient of each by the other."""
-    counts = mass > 0
+    """mass * log_ratio, with 0 * inf = 0.  Both are masked: autograd multiplies the gradient of each by the other.
+
+    NaN counts: it must not be hidden.
+    """
+    counts = mass != 0
     return torch.where(counts, mass, 0) * torch.where(counts, log_ratio, 0)
 
 

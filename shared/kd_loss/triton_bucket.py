@@ -84,7 +84,7 @@ def bucket_loss_(
 
 @triton.jit
 def _weighted(mass, log_ratio):  # type: ignore[no-untyped-def]
-    return tl.where(mass > 0, mass * log_ratio, 0.0)  # 0 * inf is 0
+    return tl.where(mass != 0, mass * log_ratio, 0.0)  # 0 * inf is 0
 
 
 @triton.jit
@@ -101,8 +101,8 @@ def _terms(log_p, log_q, beta, KIND: tl.constexpr):  # type: ignore[no-untyped-d
         slope = tl.where(q > p, q, tl.where(q < p, -q, 0.0)) / 2
     else:
         one = tl.maximum(log_p, _LOWEST) + tl.log(beta)
-        other = tl.maximum(log_q, _LOWEST) + tl.log(1 - beta)
-        larger = tl.maximum(one, other)
+        other = tl.where(log_q < _LOWEST, _LOWEST, log_q) + tl.log(1 - beta)  # a maximum would drop NaN
+        larger = tl.where(one > other, one, other)
         log_mixture = larger + tl.log(1 + tl.exp(tl.minimum(one, other) - larger))
         slope = (1 - beta) * _weighted(q, log_q - log_mixture)
         term = beta * _weighted(p, log_p - log_mixture) + slope
@@ -196,7 +196,7 @@ def _bucket_kernel(  # type: ignore[no-untyped-def]
         soft_others = soft_others * rescale + num_lowest * lowest
     if not IS_SOFTENED:
         soft_others = others
-    has_others = largest_other > -float("inf")
+    has_others = others != 0  # also where they are NaN, which must not be hidden
     largest = tl.maximum(largest, largest_other)
     log_soft_others = tl.where(has_others, tl.log(soft_others), 0.0)
     log_rest = tl.where(has_others, (largest_other - largest) / temperature + log_soft_others, -float("inf"))
