@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.pipeline import covers, launch, make_cache, make_rounds, make_student
+from shared.phantom.dataset import DRAWING_VERSION
+from shared.pipeline import covers, launch, make_cache, make_rounds, make_student, settings_of_teacher
 from shared.recipes import Recipe, dump_recipe, load_recipe
 from shared.rounds import Rounds
 from shared.rounds.loop import measure
@@ -100,13 +101,15 @@ class Seed:
             return _figures(plan.run.path, self._along_own_answers(plan.run.name))
 
     def key(self, name: str) -> str:
-        """Of a way's figures; another one where the recipe is another one."""
-        way = WAYS[name]
-        plan = load_recipe(
-            self.recipe, overrides=(*settings(self.recipe, self.seed), *self.extra, *way.changes)
-        )
-        facts = json.dumps([dump_recipe(plan), asdict(way), NUM_ROUNDS, OWN_QUESTIONS], sort_keys=True)
-        return f"seed {self.seed}, {name}, {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+        """Of a way's figures; another one where the recipe, its teacher's or the drawn set is another one."""
+        way, given = WAYS[name], (*settings(self.recipe, self.seed), *self.extra)
+        plans = [load_recipe(self.recipe, overrides=(*given, *way.changes))]
+        if plans[0].teacher is not None and plans[0].teacher.trained_by is not None:
+            shared = settings_of_teacher(given)
+            plans.append(load_recipe(plans[0].teacher.trained_by, overrides=tuple(shared)))
+        facts = [*map(dump_recipe, plans), asdict(way), NUM_ROUNDS, OWN_QUESTIONS, DRAWING_VERSION]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return f"seed {self.seed}, {name}, {digest[:12]}"
 
     def _options(self, way: Way) -> list[str]:
         recipe = load_recipe(self.recipe)
@@ -189,6 +192,11 @@ def table(found: dict[str, list[dict[str, float]]]) -> list[list[str]]:
     return lines
 
 
+def seed_in(key: str) -> int:
+    """That of ``Seed.key``."""
+    return int(key.removeprefix("seed ").partition(",")[0])
+
+
 def table_name(recipe: str) -> str:
     return f"beyond-{recipe}"
 
@@ -214,10 +222,12 @@ def main() -> None:
         known = before.get(name, {})
         parts: dict[str, Any] = {}
         found: dict[str, list[dict[str, float]]] = {}
-        for number in chosen.seeds:
+        for number in sorted({*chosen.seeds, *map(seed_in, known)}):
             seed = Seed(recipe, number, extra=chosen.extra)
-            for way in chosen.ways:
+            for way in WAYS:
                 key = seed.key(way)
+                if key not in known and (number not in chosen.seeds or way not in chosen.ways):
+                    continue
                 parts[key] = figures = known.get(key) or seed.make(WAYS[way])
                 found.setdefault(way, []).append(figures)
                 print(f"  {recipe}, {key}: {json.dumps(figures)}", file=sys.stderr, flush=True)
