@@ -10,6 +10,7 @@ late finds the plan.  Whoever sees the last shard commits.  A unit's shard depen
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +62,17 @@ SETTLE_S = 60.0  # how long shards of other machines may take to show on a netwo
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """What the first rank tells the others; ``pending`` are the units without a finished shard."""
+    """What the first rank tells the others.
+
+    pending  the units without a finished shard
+    job      by which ranks of one start know each other
+    """
 
     identity: Identity
     plan: Plan
     pending: list[Unit]
     created_by: dict[str, str]
+    job: str
 
 
 def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
@@ -196,7 +202,7 @@ def open_cache(
             tqdm.write(
                 f"cache {cache.location}: {found} of {len(plan.units)} units are finished, going on with the rest"
             )
-        return Assignment(identity, plan, pending, created_by_versions() | facts)
+        return Assignment(identity, plan, pending, created_by_versions() | facts, job=secrets.token_hex(4))
 
     assignment = world.by_main(plan)
     joined = CacheWriter.join(cache.location, assignment.identity, created_by=assignment.created_by)
@@ -226,9 +232,14 @@ class Lead:
 
     def run(self) -> int:
         """Captures while there is something to capture, and commits if no other does; returns the exit status."""
-        pending, timeout_s = self.assignment.pending, self.cache.claim_timeout_s
-        patience_s = self.recipe.parallel.collective_timeout_s
-        with Claims(self.writer.folder, pending, timeout_s=timeout_s, patience_s=patience_s) as claims:
+        pending = self.assignment.pending
+        with Claims(
+            self.writer.folder,
+            pending,
+            timeout_s=self.cache.claim_timeout_s,
+            patience_s=self.recipe.parallel.collective_timeout_s,
+            job=self.assignment.job,
+        ) as claims:
             ranks = self.config.ranks_per_copy if self.teacher.copy_group is not None else 1
             tally = Tally(claims, sum(map(len, pending)), show=self.world.is_main, ranks=ranks)
             with contextlib.closing(tally):
@@ -429,7 +440,7 @@ def stopped(
     """
     if world.is_main:
         if world.size > 1:
-            claims.told()  # which waits for them
+            claims.told(job=assignment.job)  # which waits for them
         with writer.locked():
             writer.log("interrupted")
         units = assignment.plan.units

@@ -287,6 +287,19 @@ def test_what_all_have_told_is_there_when_they_rest(planned: tuple[CacheWriter, 
         assert sorted(facts["examples"] for facts in claims.told()) == [3, 4]
 
 
+def test_another_job_is_not_waited_for(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    with (
+        Claims(writer.folder, plan.units, timeout_s=LONG_S, job="ours") as claims,
+        Claimant(writer.folder, timeout_s=LONG_S, job="theirs") as other,
+    ):
+        claims.claimant.tell(examples=3, idle=True)
+        other.tell(examples=4)
+        begin = time.monotonic()
+        assert [facts["examples"] for facts in claims.told(job="ours")] == [3]
+        assert time.monotonic() - begin < 1
+
+
 # --- claimants --------------------------------------------------------------------------------------------
 
 

@@ -36,15 +36,16 @@ MAX_BYTES = 1 << 16
 class Claimant:
     """This process's file, written again and again by a thread until :meth:`close`.
 
+    job        that it is of, for those who ask of their own; empty: of none
     timeout_s  after which the others take its silence for its end
     patience_s  for how long it may do without :meth:`check`; beyond that it hangs, and the thread falls silent
     """
 
-    def __init__(self, folder: Folder, *, timeout_s: float, patience_s: float = 600.0) -> None:
+    def __init__(self, folder: Folder, *, timeout_s: float, patience_s: float = 600.0, job: str = "") -> None:
         host = re.sub(r"[^A-Za-z0-9-]", "", socket.gethostname())[:40] or "host"
         self.name = f"{host}.{os.getpid()}.{secrets.token_hex(4)}"
         self._folder, self._timeout_s, self._patience_s = folder, timeout_s, patience_s
-        self._facts: dict[str, Any] = {}
+        self._facts: dict[str, Any] = {"job": job}
         self._num_beats = 0
         self._writing = threading.Lock()
         self._ended = threading.Event()

@@ -58,12 +58,19 @@ class Claims:
     """What this process has in hand, and what it sees of the others.
 
     units       those without a shard, in the order of the plan
+    job         that this process is of, as ``told`` asks for it
     timeout_s   after which a silent process is taken to be dead
     patience_s  for how long this one may neither claim nor wait before it is taken to hang
     """
 
     def __init__(
-        self, folder: Folder, units: Sequence[Unit], *, timeout_s: float, patience_s: float = 600.0
+        self,
+        folder: Folder,
+        units: Sequence[Unit],
+        *,
+        timeout_s: float,
+        patience_s: float = 600.0,
+        job: str = "",
     ) -> None:
         self.folder = folder
         self._left = {unit.unit_id: unit for unit in units}
@@ -74,7 +81,7 @@ class Claims:
         self._num_claimants = 1
         self.num_examples_of_others = 0  # finished since the start, as far as this process has looked
         self._onlooker = Onlooker(folder, timeout_s=timeout_s)
-        self.claimant = Claimant(folder, timeout_s=timeout_s, patience_s=patience_s)
+        self.claimant = Claimant(folder, timeout_s=timeout_s, patience_s=patience_s, job=job)
         self._chance = random.Random(self.claimant.name)
 
     @property
@@ -127,11 +134,14 @@ class Claims:
             time.sleep(poll_s)
         return False
 
-    def told(self) -> list[dict[str, Any]]:
-        """What all claimants have told, ours among them, when those at work say ``idle``; they soon do."""
+    def told(self, *, job: str | None = None) -> list[dict[str, Any]]:
+        """What all claimants have told, ours among them, when those at work say ``idle``; they soon do.
+
+        job  whose claimants alone count; None: all do
+        """
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            told = self.told_so_far()
+            told = [facts for facts in self.told_so_far() if job is None or facts.get("job") == job]
             at_work = [facts for facts in told if facts and not facts.get("idle") and not is_gone(facts)]
             if not at_work or time.monotonic() > deadline:
                 return told
