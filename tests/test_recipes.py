@@ -237,7 +237,7 @@ def test_seeds_have_63_bits(key: str) -> None:
         (["optimization={max_steps: 8}"], 8, None),
         (["optimization.max_steps=8", "optimization.num_epochs=2"], None, 2.0),  # the last one counts
         (["optimization.max_steps=8", "optimization.num_epochs=null"], 8, None),
-        (["optimization.max_steps=null"], None, 4.0),
+        (["optimization.max_steps=null"], None, 3.5),
     ],
 )
 def test_an_alternative_replaces_the_other(
