@@ -324,7 +324,7 @@ def test_the_estimate_counts_what_is_split(tree: dict[str, Any], students: dict[
     assert sharded.weights == pytest.approx(one.weights / 2)
     assert sharded.weights < shared.weights < one.weights  # the vision tower is whole on both
     assert shared.gathered < one.gathered == sharded.gathered
-    assert shared.loss == pytest.approx(one.loss / 2)
+    assert one.loss / 2 < shared.loss < one.loss  # half of the ids, but a copy of their logits
     assert shared.activations == pytest.approx(one.activations * 11 / 17)
     experts = memory(2, "experts", parallel__expert=2)
     assert experts.weights == pytest.approx(memory(2, "experts").weights)
