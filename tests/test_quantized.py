@@ -264,9 +264,10 @@ def test_four_bits_of_bitsandbytes(tree: dict[str, Any], tmp_path: Path, student
     AutoModelForImageTextToText.from_pretrained(
         student_folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True), dtype=torch.float32
     ).save_pretrained(refused)
-    if not torch.cuda.is_available():  # the CPU's kernels ask for wider layers than the tower's
-        with pytest.raises(RecipeError, match="their library cannot run them on cpu"):
-            captured(make_recipe(tree, teacher__model=str(refused)), 1)
+    if not torch.cuda.is_available():  # kernels of some CPUs ask for wider layers than the tower's
+        whole = make_recipe(tree, teacher__model=str(refused), cache__path=str(tmp_path / "whole"))
+        (found,) = on_ranks(1, lambda world: capture(whole, world, StopRequest()), errors=True)
+        assert found == 0 or "their library cannot run them on cpu" in str(found)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, llm_int8_skip_modules=["lm_head", "model.visual", "in_proj_a", "in_proj_b"]
     )
