@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from shared.data.loading import ALIGNMENT, pack, unpack
+from shared.data.loading import ALIGNMENT, NICENESS, begin_worker, pack, unpack
 from shared.errors import DataError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
@@ -47,6 +49,19 @@ def test_strided_and_shared_tensors_come_back_as_their_values() -> None:
     assert torch.equal(found[0], whole.t())
     assert torch.equal(found[1], whole[:, 1])
     assert torch.equal(found[2], whole[0].expand(5, 4))
+
+
+class Niceness(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return os.nice(0)
+
+
+def test_a_worker_makes_way_for_its_parent() -> None:
+    loader = DataLoader(Niceness(), batch_size=None, num_workers=1, worker_init_fn=begin_worker)
+    assert list(loader) == [min(19, os.nice(0) + NICENESS)]
 
 
 def test_errors_and_other_values_are_packed_too() -> None:

@@ -105,7 +105,7 @@ class Canvas:
 
 
 def hypot(x: Any, y: Any) -> Any:
-    """As numpy's, which guards against overflow and takes ten times as long."""
+    """As numpy's, which guards against overflow and takes five times as long."""
     return np.sqrt(x * x + y * y)
 
 
