@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,56 @@ def test_stop_signals_mean_nothing_of_the_parents_to_a_worker() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     assert len(load(check)) == 8
+
+
+PARENT_THAT_IS_KILLED = """
+import os, signal, sys
+from test_loading_faults import load
+
+def stop_where_a_worker_begins():
+    with open(sys.argv[1], "w") as file:
+        file.write(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def die_when_it_has_stopped():
+    signal.signal(signal.SIGCHLD, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+os.register_at_fork(before=die_when_it_has_stopped, after_in_child=stop_where_a_worker_begins)
+load()
+"""
+
+
+def test_a_worker_whose_parent_is_killed_while_it_starts_ends(tmp_path: Path) -> None:
+    """torch's own look at the parent takes whoever is the parent by then for the one to outlive."""
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT_THAT_IS_KILLED, str(tmp_path / "pid")],
+        cwd=ROOT / "tests",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    worker = int((tmp_path / "pid").read_text())
+    os.kill(worker, signal.SIGCONT)
+    wait_until_gone(worker, seconds=20)
+
+
+def wait_until_gone(pid: int, *, seconds: float) -> None:
+    """Raises   AssertionError  after it has killed a process that was not over in time"""
+    deadline = time.monotonic() + seconds
+    while is_running(pid):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"process {pid} is still there after {seconds} s")
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """A zombie, which nobody here may collect, is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def in_a_namespace(size: str, code: str) -> subprocess.CompletedProcess[str]:
