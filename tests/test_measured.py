@@ -150,11 +150,11 @@ def test_a_benchmark_of_hours_goes_on_with_the_seeds_that_are_recorded(
     (docs / "order.md").write_text(PAGE.replace("order", "beyond-phantom"))
     measured: list[int] = []
 
-    def make(seed: bench_beyond.Seed, way: bench_beyond.Way) -> dict[str, float]:
-        measured.append(seed.seed)
-        return dict.fromkeys(bench_beyond.SHOWN, float(seed.seed))
+    def make(seed: bench_beyond.Students, way: str) -> dict[str, float]:
+        measured.append(seed.number)
+        return dict.fromkeys(bench_beyond.SHOWN, float(seed.number))
 
-    monkeypatch.setattr(bench_beyond.Seed, "make", make)
+    monkeypatch.setattr(bench_beyond.Students, "make", make)
 
     def measure(*arguments: str) -> str:
         measured.clear()

@@ -19,7 +19,14 @@ from pathlib import Path
 from tests.benchmarks import pages
 
 FOLDER = Path(__file__).parent
-OF_THEIR_OWN = {"beyond", "gpu", "peers", "real_weights", "steady"}  # they need a GPU, a package, or hours
+OF_THEIR_OWN = {
+    "beyond",
+    "gpu",
+    "peers",
+    "real_weights",
+    "steady",
+    "tokenizers",
+}  # they need a GPU, a package, or hours
 
 
 def names() -> list[str]:

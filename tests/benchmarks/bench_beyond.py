@@ -6,39 +6,29 @@ All students of a recipe and a seed have the same teacher, the same first weight
 seed is that of ``bench_phantom``.  What counts is measured on held-out rows, with the given answers and along the
 student's own greedy answers, by the ordinary commands.  ``bench_tokenizers`` has students with another tokenizer.
 
-Each seed has a folder of its own in work/benchmarks/seeds, shared with ``bench_phantom``; what is finished is read
-and not made again.  All of it takes hours: what docs/measured has of the same settings is not measured again either,
-so that a second machine, or another day, goes on with the seeds that are missing.
+Each seed has a folder of its own, shared with ``bench_phantom``.  All of it takes hours, and goes on with what is
+there (see ``tests.benchmarks.seeds``).
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import hashlib
 import json
 import math
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.phantom.dataset import DRAWING_VERSION
-from shared.pipeline import covers, launch, make_cache, make_rounds, make_student, settings_of_teacher
-from shared.recipes import Recipe, dump_recipe, load_recipe
+from shared.pipeline import covers, launch, make_rounds, make_student
+from shared.recipes import Recipe, load_recipe
 from shared.rounds import Rounds
 from shared.rounds.loop import measure
 from shared.rounds.plan import Round
 from shared.rounds.table import outcomes
-from tests.benchmarks.bench_phantom import FOLDER, settings
-from tests.benchmarks.pages import measured
-from tests.benchmarks.student_results import mean
-from tests.benchmarks.tables import Bench, Table
+from tests.benchmarks.seeds import RIGHT, Seed, require, show
 
-GIVEN, RIGHT = "given answers", "right"
-SHOWN = ("CE", "KL", "own CE", "own KL", RIGHT)
+GIVEN = "given answers"
+SHOWN = {"CE": ".3f", "KL": ".3f", "own CE": ".3f", "own KL": ".3f", RIGHT: ".1%"}
 NUM_ROUNDS = 2
 OWN_QUESTIONS = 400
 
@@ -71,45 +61,28 @@ WAYS = {
 }
 
 
-class Seed:
-    """A recipe's students of one seed, in a folder of its own."""
+class Students(Seed):
+    """A recipe's students of one seed."""
 
-    def __init__(self, recipe: str, seed: int, *, extra: Sequence[str] = ()) -> None:
-        self.recipe, self.seed, self.extra = recipe, seed, extra
-        source = Path(load_recipe(recipe).data.source)
-        given = ["data.source=" + str(source.resolve())] if source.is_dir() and ".." in source.parts else []
-        self.settings = [*settings(recipe, seed), *given, *extra]
-        self.folder = FOLDER / recipe / f"seed-{seed}"
-
-    def make(self, way: Way) -> dict[str, float]:
-        """The student's figures, by name; the recipe's teacher and its cache are made where they are missing.
-
-        Raises   SystemExit  when a command failed
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.chdir(self.folder):
+    def make(self, name: str) -> dict[str, float]:
+        """Teacher and cache are made where they are missing."""
+        way = WAYS[name]
+        with self.folder_of_its_own():
             options = [*self.settings, *self._options(way)]
             plan = load_recipe(self.recipe, overrides=tuple(options))
             if way.rounds:
-                _require(make_rounds(self.recipe, options, nproc=1))
+                require(make_rounds(self.recipe, options, nproc=1))
                 return self._of_rounds(plan)
             if not (plan.run.path / "results.json").exists():
                 if way.writes:
                     self._write()
                 resume = ["--resume"] if plan.run.path.exists() else []
-                _require(make_student(self.recipe, options, nproc=1, stage_arguments=resume))
+                require(make_student(self.recipe, options, nproc=1, stage_arguments=resume))
             return _figures(plan.run.path, self._along_own_answers(plan.run.name))
 
-    def key(self, name: str) -> str:
-        """Of a way's figures; another one where the recipe, its teacher's or the drawn set is another one."""
-        way, given = WAYS[name], (*settings(self.recipe, self.seed), *self.extra)
-        plans = [load_recipe(self.recipe, overrides=(*given, *way.changes))]
-        if plans[0].teacher is not None and plans[0].teacher.trained_by is not None:
-            shared = settings_of_teacher(given)
-            plans.append(load_recipe(plans[0].teacher.trained_by, overrides=tuple(shared)))
-        facts = [*map(dump_recipe, plans), asdict(way), NUM_ROUNDS, OWN_QUESTIONS, DRAWING_VERSION]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        return f"seed {self.seed}, {name}, {digest[:12]}"
+    def key_of(self, name: str) -> str:
+        way = WAYS[name]
+        return self.key(name, way.changes, asdict(way), NUM_ROUNDS, OWN_QUESTIONS)
 
     def _options(self, way: Way) -> list[str]:
         recipe = load_recipe(self.recipe)
@@ -131,10 +104,10 @@ class Seed:
 
     def _write(self) -> None:
         """The teacher's greedy answers to all training prompts."""
-        _require(make_cache(self.recipe, self.settings, nproc=1))  # and the teacher
+        self.make_cache()
         longest = load_recipe(self.recipe).data.max_answer_tokens
         options = [*self.settings, f"write.max_new_tokens={longest}", "write.path=work/written"]
-        _require(launch("stage1_teacher", "write", self.recipe, options, [], nproc=1))
+        require(launch("stage1_teacher", "write", self.recipe, options, [], nproc=1))
 
     def _along_own_answers(self, name: str) -> dict[str, Any]:
         """CE and KL of a run's student along its own greedy answers to held-out prompts."""
@@ -145,7 +118,7 @@ class Seed:
         def command(module: str, verb: str, about: str, arguments: Sequence[str], *, what: str) -> int:
             return launch(module, verb, about, (), arguments, nproc=1, what=what)
 
-        _require(measure(one, command, covers))
+        require(measure(one, command, covers))
         return _along(one)
 
     def _of_rounds(self, plan: Recipe) -> dict[str, float]:
@@ -178,67 +151,15 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def _require(status: int) -> None:
-    if status:
-        raise SystemExit(status)
-
-
-def table(found: dict[str, list[dict[str, float]]]) -> list[list[str]]:
-    """A line for each way, with the columns ``SHOWN``: means over the seeds that it has, and half their range."""
-    lines = []
-    for way, figures in found.items():
-        cells = [mean([one[name] for one in figures], ".1%" if name == RIGHT else ".3f") for name in SHOWN]
-        lines.append([way, f"{len(figures)}", *cells])
-    return lines
-
-
-def seed_in(key: str) -> int:
-    """That of ``Seed.key``."""
-    return int(key.removeprefix("seed ").partition(",")[0])
-
-
-def table_name(recipe: str) -> str:
-    return f"beyond-{recipe}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    show(
+        "beyond",
+        Students,
+        list(WAYS),
+        title="Students that are taught by more than the given answers",
+        columns=SHOWN,
+        description=__doc__,
     )
-    parser.add_argument("--recipes", nargs="+", default=["phantom", "medpix_sample"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), metavar="NAME", default=list(WAYS))
-    parser.add_argument("--set", dest="extra", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    chosen = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    before = {
-        name: Table.read(measured(name)).parts
-        for name in map(table_name, chosen.recipes)
-        if measured(name).exists()
-    }
-    bench = Bench("beyond", goes_on=FOLDER.exists() or bool(before))
-    for recipe in chosen.recipes:
-        name = table_name(recipe)
-        known = before.get(name, {})
-        parts: dict[str, Any] = {}
-        found: dict[str, list[dict[str, float]]] = {}
-        for number in sorted({*chosen.seeds, *map(seed_in, known)}):
-            seed = Seed(recipe, number, extra=chosen.extra)
-            for way in WAYS:
-                key = seed.key(way)
-                if key not in known and (number not in chosen.seeds or way not in chosen.ways):
-                    continue
-                parts[key] = figures = known.get(key) or seed.make(WAYS[way])
-                found.setdefault(way, []).append(figures)
-                print(f"  {recipe}, {key}: {json.dumps(figures)}", file=sys.stderr, flush=True)
-        bench.show(
-            name,
-            f"Students of `{recipe}`, taught by more than the given answers",
-            ("taught by", "seeds", *SHOWN),
-            table(found),
-            notes="Means over seeds, half their range in brackets.",
-            parts=parts,
-        )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bench_phantom [--seeds 0 1 2] [--folder work/benchmarks/seeds/phantom]
 
 A seed is that of the drawn set, of both models' first weights, and of the order of training.  Each runs in a folder
-of its own, ten minutes on two cores; a folder that is finished is read and not run again.  ``bench_beyond`` trains
-more students in these folders.
+of its own, ten minutes on two cores; a folder that is finished is read and not run again.  ``bench_beyond`` and
+``bench_tokenizers`` train more students in these folders.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.recipes import dump_recipe, load_recipe
+from tests.benchmarks.seeds import FOLDER, settings
 from tests.benchmarks.tables import Bench
 
 RECIPE = "phantom"
-FOLDER = Path("work/benchmarks/seeds")  # a folder for each recipe, with one for each seed
 RUNS = {"teacher": "phantom_teacher", "from the cache": "phantom", "labels alone": "phantom_labels"}
 HEAD = (
     "seed",
@@ -35,18 +34,6 @@ HEAD = (
     "KL cache",
     "KL labels",
 )
-
-
-def settings(recipe: str, seed: int) -> list[str]:
-    """All of what is random in a recipe with small models, drawn anew; seed 0 is the recipe as it is."""
-    plan = load_recipe(recipe)
-    models = dump_recipe(plan)["bootstrap"]["small_models"]["models"]
-    models = [model | {"seed": model["seed"] + 10 * seed} for model in models]
-    return [
-        *([f"bootstrap.phantom.seed={seed}"] if plan.bootstrap.phantom else []),
-        f"bootstrap.small_models.models={json.dumps(models)}",
-        *([f"run.seed={plan.run.seed + seed}"] if seed else []),
-    ]
 
 
 def run(folder: Path, seed: int) -> float:
