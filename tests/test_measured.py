@@ -167,5 +167,7 @@ def test_a_benchmark_of_hours_goes_on_with_the_seeds_that_are_recorded(
     run(monkeypatch, "--record", "beyond")
     assert "| given answers | 3 |" in measure("--seeds", "3")
     assert measured == [3]
+    shown = measure("--seeds", "3", "--ways", "given answers", "labels alone")
+    assert "| labels alone | 1 | 3.000 (0.000) | 3.000 (0.000) | 1.000 (0.000) |" in shown
     measure("--seeds", "1", "2", "--set", "optimization.learning_rate=0.5")
     assert measured == [1, 2]

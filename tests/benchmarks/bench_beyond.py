@@ -158,6 +158,7 @@ def main() -> None:
         list(WAYS),
         title="Students that are taught by more than the given answers",
         columns=SHOWN,
+        ratios=["KL", "own KL"],
         description=__doc__,
     )
 

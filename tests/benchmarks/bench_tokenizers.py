@@ -184,6 +184,7 @@ def main() -> None:
         list(WAYS),
         title="Students with another tokenizer than their teacher's",
         columns=SHOWN,
+        ratios=[KL, CE],
         description=__doc__,
     )
 

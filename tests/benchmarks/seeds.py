@@ -1,7 +1,7 @@
 """Recipes with small models, several times: a seed draws anew whatever is random in one.
 
     class Students(Seed): ...    # how one is made, and measured
-    show("beyond", Students, ways, title="Students", columns={"KL": ".3f"}, description=__doc__)
+    show("beyond", Students, ways, title="Students", columns={"KL": ".3f"}, ratios=["KL"], ...)
 
 Benchmarks of many hours share these folders, and with them teachers and caches: what is finished is not made again.
 What docs/measured has of the same settings is not measured again either, so that a second machine, or another day,
@@ -17,7 +17,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,15 @@ def show(
     *,
     title: str,
     columns: Mapping[str, str],
+    ratios: Collection[str],
     description: str,
 ) -> None:
     """Measures what the command line asks for, and shows a table for each recipe.
 
+    ways     the first is what others are compared with
     title    a sentence about the students of one recipe, which is named behind it
     columns  names of figures, and their format
+    ratios   those of them that are also shown in parts of the first way's, of the same seed
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,7 +130,7 @@ def show(
     for recipe, table in tables.items():
         known = known_of(table)
         parts: dict[str, dict[str, float]] = {}
-        found: dict[str, list[dict[str, float]]] = {}
+        found: dict[str, dict[int, dict[str, float]]] = {}
         for number in sorted({*asked.seeds, *map(_seed_in, known)}):
             seed = students(recipe, number, extra=asked.extra)
             for way in ways:
@@ -135,14 +138,15 @@ def show(
                 if key not in known and (number not in asked.seeds or way not in asked.ways):
                     continue
                 parts[key] = figures = known.get(key) or seed.make(way)
-                found.setdefault(way, []).append(figures)
+                found.setdefault(way, {})[number] = figures
                 print(f"  {recipe}, {key}: {json.dumps(figures)}", file=sys.stderr, flush=True)
+        head, rows = lines(found, columns, ratios)
         bench.show(
             table,
             f"{title}, `{recipe}`",
-            ("taught by", "seeds", *columns),
-            lines(found, columns),
-            notes="Means over seeds, half their range in brackets.",
+            head,
+            rows,
+            notes="Means over seeds, half their range in brackets. `/`: ratio to the first line's, of the same seed.",
             parts=parts,
         )
 
@@ -152,13 +156,24 @@ def known_of(table: str) -> Mapping[str, dict[str, float]]:
     return Table.read(measured(table)).parts if measured(table).exists() else {}
 
 
-def lines(found: Mapping[str, list[dict[str, float]]], columns: Mapping[str, str]) -> list[list[str]]:
-    """One for each way: its seeds, and their means."""
-    return [
-        [way, f"{len(figures)}"]
-        + [mean([one[name] for one in figures], form) for name, form in columns.items()]
-        for way, figures in found.items()
+def lines(
+    found: Mapping[str, Mapping[int, dict[str, float]]], columns: Mapping[str, str], ratios: Collection[str]
+) -> tuple[list[str], list[list[str]]]:
+    """A table's head, and a line for each way: how many seeds it has, and their means."""
+    head = ["taught by", "seeds"] + [
+        cell for name in columns for cell in [name, *(["/"] if name in ratios else [])]
     ]
+    first = next(iter(found.values()), {})
+    rows = []
+    for way, of_seed in found.items():
+        row = [way, f"{len(of_seed)}"]
+        for name, form in columns.items():
+            row.append(mean([one[name] for one in of_seed.values()], form))
+            if name in ratios:
+                both = [number for number in of_seed if number in first]
+                row.append(mean([of_seed[number][name] / first[number][name] for number in both], ".3f"))
+        rows.append(row)
+    return head, rows
 
 
 def _seed_in(key: str) -> int:
