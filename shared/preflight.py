@@ -33,6 +33,8 @@ from shared.same_teacher import require_teacher
 from shared.split_check import SplitFound, look_at
 
 TOKENS_WITHOUT_DATA = 1024
+CHOICES = {"choices", "options", "candidates"}  # names of columns that hold the answers to choose from
+LETTERS = {"A", "B", "C"}  # or of columns that hold one each
 
 
 @dataclass
@@ -269,6 +271,13 @@ def _describe_split(report: Report, name: str, found: SplitFound) -> None:
     report.add("  form", _form(found))
     if found.split.unused:
         report.add("  not used", f"columns {shortened(', '.join(found.split.unused))}")
+    if found.num_bare * 2 > found.num_usable and _are_choices(found.split.unused):
+        report.note(
+            f"{found.num_bare:,} answers of {name} are a number or a letter, and the choices are in columns that are "
+            "not used. Write the choices into the question, and the chosen text into the answer"
+        )
+    if found.num_written:
+        report.add("  written", f"{found.num_written:,} answers, by a model")
     if found.num_outvoted:
         report.note(f"{found.num_outvoted:,} answer(s) of {name} are dropped: not what most of their row say")
     if found.num_with_ids:
@@ -282,6 +291,10 @@ def _describe_split(report: Report, name: str, found: SplitFound) -> None:
         report.note(
             f"{len(found.doubtful)} picture(s) of {name} show next to nothing:\n{listed(found.doubtful)}"
         )
+
+
+def _are_choices(columns: Sequence[str]) -> bool:
+    return not CHOICES.isdisjoint(map(str.lower, columns)) or LETTERS.issubset(columns)
 
 
 def _form(found: SplitFound) -> str:

@@ -8,6 +8,7 @@ Pictures are decoded up to ``MAX_DECODED`` a split, spread evenly; the report sa
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from shared.recipes import DataConfig, Split
 
 MAX_DECODED = 1000
 NUM_MEASURED = 4  # of the longest examples: their tokens are counted, pictures and all
+_BARE_CHOICE = re.compile(r"\(?([A-Ja-j]|\d)\)?\.?")
 
 
 @dataclass
@@ -33,6 +35,8 @@ class SplitFound:
     forms, num_pictures, num_turns  how many usable rows are of a form, have so many pictures, so many answers
     num_outvoted  answers that are not used, of rows that hold lists of them
     num_with_ids, num_unended  rows that say their answer's token ids; whose answer was cut by its writer
+    num_written   rows whose answer a model wrote
+    num_bare      rows whose answer is a number or letter of a choice, and no more
     keys       (n, 16) uint8, of the usable ones, in order; empty without a processor, as all that follows
     positions  (n,) int64, answer tokens and the end of the turn
     lengths    (n,) int64, tokens of the whole example; exact for the longest
@@ -53,6 +57,8 @@ class SplitFound:
     num_outvoted: int = 0
     num_with_ids: int = 0
     num_unended: int = 0
+    num_written: int = 0
+    num_bare: int = 0
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -66,6 +72,8 @@ class SplitFound:
         self.num_outvoted += example.num_outvoted
         self.num_with_ids += example.answer_ids is not None
         self.num_unended += not example.answer_end
+        self.num_written += bool(example.written_by)
+        self.num_bare += _BARE_CHOICE.fullmatch(example.answer) is not None
 
     @property
     def num_duplicates(self) -> int:

@@ -156,6 +156,16 @@ def test_all_pictures_are_looked_at_and_equal_rows_are_counted(tree: dict[str, A
     assert "all headers read, 42 of 42 decoded" in told
 
 
+def test_bare_answers_beside_unused_choices_are_told(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(encoded_picture(0))
+    row = {"image": "0.png", "question": "Which?", "answer": 1, "choices": ["CT", "MR"]}
+    write_rows(tmp_path, [row, row | {"answer": "(B)"}, row | {"answer": "MR"}], tree)
+    told = [value for _, value in checked(tree).facts if "choices" in value and "letter" in value]
+    assert [one.partition(" of ")[0] for one in told] == ["2 answers", "2 answers"]
+    write_rows(tmp_path, [row | {"answer": "MR"}], tree)
+    assert not any("letter" in value for _, value in checked(tree).facts)
+
+
 def test_of_many_pictures_the_share_that_was_decoded_is_told(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

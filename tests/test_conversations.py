@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +20,7 @@ from samples import encoded_picture
 from shared.data.conversations import Turn, majority, question_answer
 from shared.data.pictures import MAX_DATA_URL
 from shared.data.rows import Example, VqaSplit, open_split
+from shared.data.sources import DatasetRows, open_rows
 from shared.errors import DataError
 from shared.recipes import ColumnsConfig, DataConfig
 from shared.reports.conversations import spoken
@@ -25,6 +29,8 @@ from shared.split_check import look_at
 PICTURES = [encoded_picture(n) for n in range(3)]
 DATA_URL = "data:image/png;base64," + base64.b64encode(PICTURES[0]).decode()
 QUESTION, ANSWER = "Which plane?", "axial"
+ANSWERED = {"role": "assistant", "content": ANSWER}
+QWEN_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 SINGLE = Example.single(PICTURES[0], QUESTION, ANSWER)
 
 
@@ -415,7 +421,11 @@ def test_a_picture_under_another_name_is_not_lost(tmp_path: Path, row: dict[str,
     rows = [{"image": "0.png", "question": "q", "answer": "a"}, {"question": "q", "answer": "a"} | row]
     with pytest.raises(DataError, match=f"row 1: {message}"):
         split_of(tmp_path, rows)[1]
-    assert split_of(tmp_path, rows, text_only=True)[1].images == ()
+    if row:
+        with pytest.raises(DataError, match=f"row 1: {message}"):
+            split_of(tmp_path, rows, text_only=True)[1]
+    named = ColumnsConfig(image="image")
+    assert split_of(tmp_path, rows, text_only=True, columns=named)[1].images == ()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -425,6 +435,31 @@ def test_a_column_of_pictures_that_no_conversation_uses_is_refused(tmp_path: Pat
         split_of(tmp_path, rows, kind=kind)
     assert split_of(tmp_path, rows, kind=kind, columns=ColumnsConfig(image="img"))[0].images == SINGLE.images
     assert split_of(tmp_path, rows, kind=kind, columns=ColumnsConfig(image=None))[0].images == ()
+
+
+@pytest.mark.parametrize("form", [{"messages": GOOD}, {"question": "q", "answer": "a"}])
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [
+        *((kind, cell) for kind in ("jsonl", "parquet") for cell in ("0.png", DATA_URL)),
+        *(("parquet", cell) for cell in (PICTURES[0], {"bytes": PICTURES[0], "path": None})),
+    ],
+)
+def test_a_picture_in_a_later_row_of_an_unused_column_is_not_lost(
+    tmp_path: Path, form: dict[str, Any], cell: Any, kind: str
+) -> None:
+    """Whatever the column is called; tables read it for rows without a picture alone."""
+    rows = [form | {"ct": None}, form | {"ct": cell}]
+    split = split_of(tmp_path, rows, kind=kind, text_only=True)
+    assert split[0].images == ()
+    with pytest.raises(DataError, match="row 1: no picture is used, but 'ct' seems to hold one"):
+        split[1]
+    assert split_of(tmp_path, rows, kind=kind, columns=ColumnsConfig(image="ct"), text_only=True)[1].images
+
+
+def test_bytes_that_are_no_picture_are_none(tmp_path: Path) -> None:
+    rows = [{"messages": GOOD, "vector": b"\x01\x02" * 40}]
+    assert split_of(tmp_path, rows, kind="parquet")[0].images == ()
 
 
 def test_a_picture_that_one_conversation_alone_has_elsewhere_is_not_lost(tmp_path: Path) -> None:
@@ -627,3 +662,168 @@ def test_a_list_of_a_million_turns_is_refused_at_once(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="1,000,000 turns; at most"):
         read_messages([message("user", "q")] * 1_000_000, [], where="here")
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"messages": [message("user", "Picture 1: <img>0.png</img>\nWhat?"), ANSWERED]}, "<img>0.png</img>"),
+        (
+            {"messages": [message("user", "Compare <|image_1|>"), ANSWERED], "images": ["0.png"]},
+            "<|image_1|>",
+        ),
+        ({"conversations": [{"from": "human", "value": "<image 1> or 2"}, ANSWERED]}, "<image 1>"),
+        ({"messages": [message("user", "<image_00>What?"), ANSWERED], "images": ["0.png"]}, "<image_00>"),
+        ({"question": "<image 1> shows?", "answer": "a", "image": "0.png"}, "<image 1>"),
+        ({"messages": [message("user", f"{QWEN_PLACE}What?"), ANSWERED], "images": ["0.png"]}, QWEN_PLACE),
+        (
+            {"messages": [message("user", "<image>Find <ref-object>"), ANSWERED], "images": ["0.png"]},
+            "<ref-object>",
+        ),
+        (
+            {
+                "messages": [message("user", "<image>Find"), message("assistant", "<bbox>")],
+                "images": ["0.png"],
+            },
+            "<bbox>",
+        ),
+    ],
+)
+def test_places_that_another_tool_fills_are_refused(tmp_path: Path, row: dict[str, Any], found: str) -> None:
+    with pytest.raises(DataError, match=f"row 0.*{re.escape(found)}.*another tool.*Write <image>"):
+        split_of(tmp_path, [row])[0]
+
+
+def test_an_answer_may_speak_of_places(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": "see <image 1>", "image": "0.png"}]
+    assert split_of(tmp_path, rows)[0].answer == "see <image 1>"
+
+
+def test_a_place_in_a_part_of_type_text_is_refused(tmp_path: Path) -> None:
+    rows = [{"messages": asked({"type": "image"}, text("<image>\nWhich?")), "images": ["0.png"]}]
+    with pytest.raises(DataError, match="turn 1: a part of type text says <image>"):
+        split_of(tmp_path, rows)[0]
+
+
+def test_a_question_says_where_its_pictures_stand(tmp_path: Path) -> None:
+    row = {"images": ["0.png", "1.png"], "question": "<image>then<image>\nWorse?", "answer": "yes"}
+    (read,) = split_of(tmp_path, [row])
+    assert read.turns == (user(None, "then", None, "\nWorse?"), said("yes"))
+    assert read.images == (PICTURES[0], PICTURES[1])
+    with pytest.raises(DataError, match=r"2 picture\(s\) beside the turns, and 1 place"):
+        split_of(tmp_path, [row | {"question": "<image>Worse?"}])[0]
+
+
+def test_a_text_in_a_picture_s_part_is_not_lost(tmp_path: Path) -> None:
+    rows = [{"messages": asked({"type": "image", "image": "0.png", "text": "Figure 1"}, text(QUESTION))}]
+    with pytest.raises(DataError, match="turn 1: a part holds both a text and a picture"):
+        split_of(tmp_path, rows)[0]
+
+
+def test_parts_of_a_typed_table_have_nulls_for_what_others_have(tmp_path: Path) -> None:
+    parts = [
+        {"type": "text", "text": QUESTION, "image_url": {"url": None}},
+        {"type": "image_url", "text": None, "image_url": {"url": "0.png"}},
+    ]
+    assert split_of(tmp_path, [{"messages": asked(*parts[::-1])}], kind="parquet")[0].turns == SINGLE.turns
+
+
+def test_pairs_of_user_and_assistant_are_two_turns(tmp_path: Path) -> None:
+    pairs = [{"user": "Which?", "assistant": "axial", "source": "s"}, {"user": "Sure?", "assistant": "yes"}]
+    rows = [{"texts": pairs, "images": ["0.png"]}]
+    split = split_of(tmp_path, rows, columns=ColumnsConfig(messages="texts"))
+    assert split[0].turns == (user(None, "Which?"), said("axial"), user("Sure?"), said("yes"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_prompt_and_completion_may_be_lists_of_turns(tmp_path: Path, kind: str) -> None:
+    row = {
+        "prompt": [message("system", "Short."), message("user", QUESTION)],
+        "completion": [message("assistant", ANSWER)],
+        "images": ["0.png"],
+    }
+    columns = ColumnsConfig(question="prompt", answer="completion")
+    (read,) = split_of(tmp_path, [row], kind=kind, columns=columns)
+    assert read.turns == (Turn("system", ("Short.",)), *SINGLE.turns)
+    assert read.images == SINGLE.images
+
+
+def test_a_system_turn_may_stand_beside_the_turns(tmp_path: Path) -> None:
+    system = Turn("system", ("In French.",))
+    told = message("system", "In French.")
+    rows: list[dict[str, Any]] = [
+        {"messages": GOOD, "system": " In French. "},
+        {"messages": [told, *GOOD], "system": "In French."},
+        {"messages": GOOD, "system": " "},
+        {"messages": GOOD, "system": None},
+        {"messages": [message("system", "In Latin."), *GOOD], "system": "In French."},
+        {"question": "q", "answer": "a", "system": "cardiovascular"},
+    ]
+    split = split_of(tmp_path, rows, columns=ColumnsConfig(image=None))
+    assert [split[n].turns[0] == system for n in range(4)] == [True, True, False, False]
+    with pytest.raises(DataError, match=r"row 4: a system's turn beside the turns.*data\.columns\.system"):
+        split[4]
+    assert split[5].turns[0].role == "user"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_parts_of_a_prompt_in_other_columns_are_not_lost(tmp_path: Path, kind: str) -> None:
+    columns = ColumnsConfig(question="instruction", answer="output", image=None)
+    row = {"instruction": "Translate.", "output": "oui"}
+    for name, value, message in (
+        ("input", "yes", "'input' belongs to the instruction"),
+        ("history", [["q", "a"]], "earlier turns in 'history'"),
+    ):
+        with pytest.raises(DataError, match=f"row 0: .*{message}"):
+            split_of(tmp_path / name, [row | {name: value}], kind=kind, columns=columns)[0]
+    rows = [row | {"input": "", "history": []}, row | {"input": "", "history": None}]
+    assert len(list(split_of(tmp_path / "empty", rows, kind=kind, columns=columns))) == 2
+    rows = [{"question": "q", "answer": "a", "history": "smoker", "input": "x"}]
+    assert split_of(tmp_path / "others", rows, columns=ColumnsConfig(image=None))[0].question == "q"
+
+
+def test_a_picture_that_is_no_number_is_missing(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": "a", "image": float("nan")}]
+    assert split_of(tmp_path, rows, text_only=True)[0].images == ()
+
+
+def test_columns_of_json_are_read_alike_wherever_they_lie(tmp_path: Path) -> None:
+    """Where values of a column are of unlike types, the library ``datasets`` keeps JSON texts."""
+    rows = [
+        {"messages": asked({"type": "image"}, text(QUESTION)), "images": ["0.png"], "answer": 3},
+        {
+            "messages": [message("user", "text alone?"), message("assistant", "fine")],
+            "images": [],
+            "answer": "yes",
+        },
+    ]
+    read = list(split_of(tmp_path / "lines", rows))
+    saved = datasets.load_dataset(
+        "json",
+        data_files=str(tmp_path / "lines" / "train.jsonl"),
+        split="train",
+        cache_dir=str(tmp_path / "c"),
+    )
+    assert '"Json"' in json.dumps(saved.features.to_dict())
+    for folder in ("parquet", "arrow", "saved"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.png").write_bytes(PICTURES[0])
+    saved.to_parquet(tmp_path / "parquet" / "train.parquet")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "saved")
+    shutil.copy(next((tmp_path / "saved" / "train").glob("*.arrow")), tmp_path / "arrow" / "train.arrow")
+    for folder in ("parquet", "arrow"):
+        assert list(open_split(DataConfig(source=str(tmp_path / folder)), "train")) == read, folder
+    on_disk = open_rows(str(tmp_path / "saved"), split="train")
+    assert on_disk[0]["messages"] == rows[0]["messages"]
+    assert [on_disk[n]["answer"] for n in range(2)] == [3, "yes"]
+    assert [DatasetRows(saved, None)[n]["answer"] for n in range(2)] == [3, "yes"]
+
+
+def test_a_column_of_json_with_another_text_names_its_row(tmp_path: Path) -> None:
+    table = pa.table({"question": ["q"], "answer": ["{"]})
+    features = {"question": {"dtype": "string", "_type": "Value"}, "answer": {"_type": "Json"}}
+    told = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(table.replace_schema_metadata(told), tmp_path / "train.parquet")
+    split = open_split(DataConfig(source=str(tmp_path), columns=ColumnsConfig(image=None)), "train")
+    with pytest.raises(DataError, match=r"train\.parquet, row 0 of block 0: '\{' is no JSON"):
+        split[0]

@@ -48,6 +48,18 @@ FORMS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
             }
         },
     ),
+    "places in a question": (
+        [{"question": "From <image> to <image>\nworse?", "answer": "yes", "images": ["0.png", "1.png"]}],
+        {},
+    ),
+    "a system's turn beside the turns": (
+        [{"messages": LONG[-2:], "system": "Be brief."}],
+        {},
+    ),
+    "pairs": (
+        [{"texts": [{"user": "Which plane?", "assistant": "axial"}], "images": ["0.png"]}],
+        {"columns": {"messages": "texts"}},
+    ),
     "text alone": (
         [{"question": "What is CT?", "answer": "A scan."}],
         {"columns": {"image": None}},

@@ -13,6 +13,7 @@ A conversation ends with an assistant's turn.  Pictures stand in the order in wh
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,14 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
 }
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+PAIR = {"user", "assistant"}  # keys of a turn that is a question and its answer
 PLACEHOLDER = "<image>"
 MAX_TURNS = 10_000
+# Places of regions and names, and of pictures, as other tools write them: as texts, they would be learned literally.
+_OF_REGIONS = re.compile(r"<bbox>|<ref-object>")
+_OF_PICTURES = re.compile(
+    r"<img>[^<>\n]+</img>|<image[ _-]?\d+>|<\|image_\d+\|>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>"
+)
 # Keys of a turn that say something which a prompt of texts and pictures would lose.
 _UNUSED_KEYS = (
     "tool_calls",
@@ -134,6 +141,23 @@ READERS: dict[str, Callable[..., Conversation]] = {
 }
 
 
+def with_system(read: Conversation, text: Any, *, where: str) -> Conversation:
+    """With a system's turn that stands beside the turns; nothing changes where it is null or blank.
+
+    Raises   DataError  where it is no text, or the turns have another one
+    """
+    if text is None or (isinstance(text, str) and not is_visible(text)):
+        return read
+    turn = Turn("system", (required_text(text, "system's turn", where=where),))
+    own = [one for one in read.turns if one.role == "system"]
+    if own and own != [turn]:
+        raise DataError(
+            f"{where}: a system's turn beside the turns, and another one among them. Set data.columns.system to null "
+            "to use that among them"
+        )
+    return read if own else Conversation((turn, *read.turns), read.pictures)
+
+
 def majority(value: Any, *, where: str) -> tuple[str, int]:
     """The answer that most of a list give, whatever its case, as first written; and how many others there are.
 
@@ -170,9 +194,17 @@ def _listed(value: Any, where: str) -> list[Any]:
             ]
     if not isinstance(value, list):
         raise DataError(f"{where}: the conversation is a {type(value).__name__}; needed is a list of turns")
-    if len(value) > MAX_TURNS:
-        raise DataError(f"{where}: the conversation has {len(value):,} turns; at most {MAX_TURNS:,} are read")
-    return value
+    turns = [turn for one in value for turn in _of_a_pair(one)]
+    if len(turns) > MAX_TURNS:
+        raise DataError(f"{where}: the conversation has {len(turns):,} turns; at most {MAX_TURNS:,} are read")
+    return turns
+
+
+def _of_a_pair(turn: Any) -> list[Any]:
+    """The two turns of ``{"user": ..., "assistant": ...}``, as The Cauldron writes them; else the turn itself."""
+    if not isinstance(turn, Mapping) or not PAIR.issubset(turn) or _first(turn, ROLE_KEYS) is not None:
+        return [turn]
+    return [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
 
 
 def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
@@ -233,6 +265,8 @@ def _part(part: Any, *, where: str) -> str | _Place:
             raise DataError(f"{where}: a part holds both a text and a picture; each needs a part of its own")
         return text
     if kind in ("image", "image_url", "input_image"):
+        if isinstance(given.get("text"), str) and is_visible(given["text"]):
+            raise DataError(f"{where}: a part holds both a text and a picture; each needs a part of its own")
         index = given.get("index")
         return _Place(_own_picture(given, where=where), index if isinstance(index, int) else None)
     raise DataError(f"{where}: a part of type {shortened(repr(kind))}; known are text, image and image_url")
@@ -240,7 +274,7 @@ def _part(part: Any, *, where: str) -> str | _Place:
 
 def _own_picture(part: Mapping[str, Any], *, where: str) -> Any:
     """What a part of OpenAI's or Transformers' form brings; None where it only marks the place."""
-    held = [name for name in _PICTURE_KEYS if part.get(name) not in (None, "")]
+    held = [name for name in _PICTURE_KEYS if not _is_nothing(part.get(name))]
     if "bytes" in held and "path" in held:  # of a file that was read
         held.remove("path")
     if len(held) > 1:
@@ -258,6 +292,13 @@ def _own_picture(part: Mapping[str, Any], *, where: str) -> Any:
     if isinstance(value, Mapping) and value.get("url") is not None:
         return value["url"]
     return value
+
+
+def _is_nothing(value: Any) -> bool:
+    """Null, empty, or a struct of nulls, as a table has it for parts of another type."""
+    if isinstance(value, Mapping):
+        return all(one is None for one in value.values())
+    return value in (None, "")
 
 
 def _may_be_a_picture(name: Any, value: Any) -> bool:
@@ -325,6 +366,11 @@ def _turn(role: Role, given: Parts, *, where: str) -> Turn:
     for part in parts:
         if part is not None:
             require_unicode(part, "text", where=where)
+            require_no_other_places(part, role, where=where)
+            if role != "assistant" and PLACEHOLDER in part:
+                raise DataError(
+                    f"{where}: a part of type text says {PLACEHOLDER}; a picture's place is a part of type image"
+                )
     if role == "assistant":
         if None in parts:
             raise DataError(f"{where}: an assistant's turn shows a picture; only texts can be learned")
@@ -332,6 +378,19 @@ def _turn(role: Role, given: Parts, *, where: str) -> Turn:
     if None not in parts:
         required_text("".join(part for part in parts if part), "text", where=where)
     return Turn(role, tuple(parts))
+
+
+def require_no_other_places(text: str, role: Role, *, where: str) -> None:
+    """What an assistant says of pictures is learned as it is: a model may have written it.
+
+    Raises   DataError  where a text has a place for something, in a form of another tool
+    """
+    found = _OF_REGIONS.search(text) or (_OF_PICTURES.search(text) if role != "assistant" else None)
+    if found:
+        raise DataError(
+            f"{where}: a text has {shortened(found[0])!r}, which another tool replaces by what it stands for. Write "
+            f"{PLACEHOLDER} for a picture, and names and boxes as texts"
+        )
 
 
 def _is_between_texts(number: int, visible: Sequence[int], shown: Sequence[bool]) -> bool:

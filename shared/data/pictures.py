@@ -26,6 +26,9 @@ MAX_PATH = 4096  # characters; a longer text is none
 MAX_DATA_URL = 64 * 2**20  # characters, of which three quarters are the picture's bytes
 _SUFFIX = re.compile(r"\.(png|jpe?g|jp2|gif|webp|avif|tiff?|bmp|ppm|tga|ico|pcx|sgi)$", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,;]*(;[^,;]*)*?;base64,", re.IGNORECASE)
+# What files of these kinds begin with: PNG, JPEG, GIF, TIFF (three), JPEG 2000; WebP and AVIF say so behind a length.
+_BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"\0\0\0\x0cjP  ")
+_BEHIND_LENGTH = (b"WEBP", b"avif")
 _BYTES_OR_PATH = "needed are encoded bytes, the path of a file or a data: URL"
 
 
@@ -53,9 +56,11 @@ def listed_pictures(value: Any) -> list[Any]:
 
 
 def looks_like_pictures(value: Any) -> bool:
-    """Whether a cell seems to hold pictures: the name of such a file, a ``data:`` URL, a picture's struct."""
+    """Whether a cell seems to hold pictures: such a file or its name, a ``data:`` URL, a picture's struct."""
     if isinstance(value, list | tuple):
         return bool(value) and looks_like_pictures(value[0])
+    if isinstance(value, bytes):
+        return value.startswith(_BEGINNINGS) or value[8:12] in _BEHIND_LENGTH
     if isinstance(value, Mapping):
         return isinstance(value.get("bytes"), bytes) or looks_like_pictures(value.get("path"))
     if not isinstance(value, str):

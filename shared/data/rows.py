@@ -13,24 +13,36 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from shared.data.answer_ids import given_ids
-from shared.data.conversations import FORMS, READERS, Conversation, Form, Turn, majority, question_answer
+from shared.data.conversations import (
+    FORMS,
+    PLACEHOLDER,
+    READERS,
+    Conversation,
+    Form,
+    Turn,
+    majority,
+    question_answer,
+    read_messages,
+    require_no_other_places,
+    with_system,
+)
 from shared.data.pictures import Picture, PictureFile, listed_pictures, looks_like_pictures, read_picture
 from shared.data.sources import Rows, choose, open_rows
-from shared.data.texts import require_unicode, required_text
+from shared.data.texts import is_visible, require_unicode, required_text
 from shared.data.written import Written, answers_in, lay_over
 from shared.errors import DataError, shortened
 from shared.recipes import DataConfig, Split
 
 PICTURE_COLUMNS = ("images", "image")  # beside the recipe's own
-OPTIONAL = ("kind", "case", "answer_ids", "answer_end", "written_by")
+OPTIONAL = ("kind", "case", "system", "answer_ids", "answer_end", "written_by")
+OF_A_PROMPT = ("history", "input")  # columns that hold parts of it in formats of other tools
 OTHER_MEDIA = ("video", "videos", "audio", "audios")  # columns that no row may fill
-_PICTURE_NAME = re.compile("ima?ge?|pic|photo|scan|frame|file|path|url", re.IGNORECASE)
 _TEXT_COLUMNS: dict[str, tuple[str, ...]] = {
     "question_answer": ("question", "answer"),
     "messages": ("messages",),
@@ -94,6 +106,7 @@ class VqaSplit:
     columns   field of a row -> column, for those that the data set has
     pictures  columns that hold pictures, the first that is filled counts
     unused    the other columns of the data set
+    beside    rows of these columns, to see that no picture is lost; None: ``rows`` has them, or there are none
     written   answers that rows have in place of their own; None without ``data.written``
     """
 
@@ -107,6 +120,7 @@ class VqaSplit:
     settings: DataConfig
     num_examples: int
     written: Written | None = None
+    beside: Rows | None = None
 
     def __len__(self) -> int:
         return self.num_examples
@@ -125,7 +139,7 @@ class VqaSplit:
         row = self.rows[index]
         value = {field: row.get(column) for field, column in self.columns.items()}
         form = self._form_of(value, where)
-        read, num_outvoted = self._read(form, row, value, where)
+        read, num_outvoted = self._read(form, row, value, index)
         ids, is_whole = given_ids(value, where=where)
         pictures = self._pictures(read.pictures, row, index)
         return Example(
@@ -163,22 +177,30 @@ class VqaSplit:
         )
 
     def _read(
-        self, form: Form, row: Mapping[str, Any], value: Mapping[str, Any], where: str
+        self, form: Form, row: Mapping[str, Any], value: Mapping[str, Any], index: int
     ) -> tuple[Conversation, int]:
         """The conversation, and how many answers it leaves out."""
+        where = self.where(index)
         for name in OTHER_MEDIA:
             if row.get(name):
                 raise DataError(f"{where}: it has something in {name!r}; pictures and texts alone are used")
         held = self._held(row, where)
-        pictures, num_outvoted = listed_pictures(held), 0
-        if form != "question_answer":
-            read = READERS[form](value[form], pictures, where=where)
+        pictures = listed_pictures(held)
+        turns = value.get(form) if form != "question_answer" else _in_two_columns(value)
+        if turns is not None or form != "question_answer":
+            reader = READERS["messages" if form == "question_answer" else form]
+            read = reader(turns, pictures, where=where)
             if held is None and not read.pictures:
-                self._require_none_lost(row, where)
-            return read, 0
+                self._require_none_lost(row, index)
+            return with_system(read, value.get("system"), where=where), 0
         if held is None:
-            self._require_text_alone(row, where)
-        answer = value["answer"]
+            self._require_text_alone(row, index)
+        return self._question_answer(row, value, pictures, where)
+
+    def _question_answer(
+        self, row: Mapping[str, Any], value: Mapping[str, Any], pictures: list[Any], where: str
+    ) -> tuple[Conversation, int]:
+        answer, num_outvoted = value["answer"], 0
         is_written = isinstance(answer, str) and value.get("answer_ids") is not None
         if self.settings.answers == "majority" and not is_written:
             answer, num_outvoted = majority(answer, where=where)
@@ -186,9 +208,15 @@ class VqaSplit:
             raise DataError(
                 f"{where}: the answer is a list; needed is one text, or data.answers majority: what most of them say"
             )
+        _require_whole_prompt(row, self.columns["question"], where=where)
         question = required_text(value["question"], "question", where=where)
-        turns = question_answer(question, required_text(answer, "answer", where=where), len(pictures))
-        return Conversation(turns, tuple(pictures)), num_outvoted
+        answer = required_text(answer, "answer", where=where)
+        if PLACEHOLDER in question:
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            return read_messages(turns, pictures, where=where), num_outvoted
+        require_no_other_places(question, "user", where=where)
+        require_no_other_places(answer, "assistant", where=where)
+        return Conversation(question_answer(question, answer, len(pictures)), tuple(pictures)), num_outvoted
 
     def _held(self, row: Mapping[str, Any], where: str) -> Any:
         """What the row's picture column holds; None where none is filled."""
@@ -201,7 +229,7 @@ class VqaSplit:
 
     def _filled(self, row: Mapping[str, Any]) -> list[str]:
         """Picture columns that hold something, but for numbers and empty lists where another one holds more."""
-        filled = [name for name in self.pictures if row.get(name) not in (None, "")]
+        filled = [name for name in self.pictures if not _is_missing(row.get(name))]
         return [
             name for name in filled if row[name] != [] and not isinstance(row[name], int | float)
         ] or filled
@@ -223,28 +251,30 @@ class VqaSplit:
                 f"{error}.{beside} It is from the column {used}: set data.columns.image to the pictures' own"
             ) from error
 
-    def _require_text_alone(self, row: Mapping[str, Any], where: str) -> None:
+    def _require_text_alone(self, row: Mapping[str, Any], index: int) -> None:
         """Of a question without a picture: whether it may have none."""
+        self._require_none_lost(row, index)
         if self.settings.text_only or not self.pictures:
             return
         is_null = any(name in row for name in self.pictures)
-        if not is_null:
-            self._require_none_lost(row, where)
         if is_null or self.forms == ("question_answer",):
             known = "" if is_null else f": no {' or '.join(self.pictures)} among {shortened(', '.join(row))}"
             raise DataError(
-                f"{where}: the picture is missing{known or ' (null)'}. If rows may be of text alone, set "
+                f"{self.where(index)}: the picture is missing{known or ' (null)'}. If rows may be of text alone, set "
                 "data.text_only to true"
             )
 
-    def _require_none_lost(self, row: Mapping[str, Any], where: str) -> None:
+    def _require_none_lost(self, row: Mapping[str, Any], index: int) -> None:
         """Of a row without a picture: that no other column seems to hold one."""
-        if self.settings.text_only or self.settings.columns.image is None:
+        if self.settings.columns.image is None or (
+            self.settings.text_only and "image" in _named(self.settings)
+        ):
             return
-        if (found := _unused_pictures(row, {*self.columns.values(), *self.pictures})) is not None:
+        others = row if self.beside is None else {**row, **self.beside[index]}
+        if (found := _unused_pictures(others, {*self.columns.values(), *self.pictures})) is not None:
             raise DataError(
-                f"{where}: no picture is used, but {found!r} seems to hold one. Set data.columns.image to its "
-                "column, or to null where rows are of text alone"
+                f"{self.where(index)}: no picture is used, but {found!r} seems to hold one. Set data.columns.image "
+                "to its column, or to null where rows are of text alone"
             )
 
 
@@ -275,12 +305,13 @@ def _open_given(data: DataConfig, split: Split) -> VqaSplit:
     columns, pictures = _columns(data, rows, forms)
     if not pictures:
         _require_no_picture(data, rows, {*columns.values()})
-    media = {name for name in OTHER_MEDIA if name in rows.columns}
-    used = {*columns.values(), *pictures, *media}
-    unused = tuple(name for name in rows.columns if name not in used)
-    rows = rows.select(sorted(used))
+    looked_at = {name for name in (*OTHER_MEDIA, *OF_A_PROMPT) if name in rows.columns}
+    used = {*columns.values(), *pictures}
+    unused = tuple(name for name in rows.columns if name not in {*used, *OTHER_MEDIA})
     number = min(len(rows), data.limit or len(rows))
-    return VqaSplit(data.source, name, rows, forms, columns, pictures, unused, data, number)
+    beside = rows.select(list(unused)) if unused else None
+    rows = rows.select(sorted(used | looked_at))
+    return VqaSplit(data.source, name, rows, forms, columns, pictures, unused, data, number, beside=beside)
 
 
 def _forms(data: DataConfig, rows: Rows) -> tuple[Form, ...]:
@@ -335,8 +366,8 @@ def _columns(data: DataConfig, rows: Rows, forms: tuple[Form, ...]) -> tuple[dic
 
 def _require_no_picture(data: DataConfig, rows: Rows, used: set[str]) -> None:
     """Raises   DataError  when a set without picture columns has one by another name, as its first row shows"""
-    likely = [name for name in rows.columns if name not in used and _PICTURE_NAME.search(name)]
-    if not likely or data.text_only or data.columns.image is None:
+    likely = [name for name in rows.columns if name not in used]
+    if not likely or data.columns.image is None:
         return
     try:
         found = _unused_pictures(rows.select(likely)[0], used)
@@ -354,6 +385,36 @@ def _unused_pictures(row: Mapping[str, Any], used: Collection[str]) -> str | Non
     return next(
         (name for name, value in row.items() if name not in used and looks_like_pictures(value)), None
     )
+
+
+def _is_missing(picture: Any) -> bool:
+    """Null, an empty text, or the NaN that a table without nulls has in its place."""
+    return picture in (None, "") or (isinstance(picture, float) and math.isnan(picture))
+
+
+def _in_two_columns(value: Mapping[str, Any]) -> list[Any] | None:
+    """The turns of a row whose question and answer are lists of them, as TRL has prompt and completion."""
+    question, answer = value["question"], value["answer"]
+    if not (_are_turns(question) and _are_turns(answer)):
+        return None
+    return [*question, *answer]
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
+
+
+def _require_whole_prompt(row: Mapping[str, Any], question: str, *, where: str) -> None:
+    """Raises   DataError  where other columns hold parts of the prompt, as other tools' formats have them"""
+    if isinstance(row.get("history"), list) and row["history"]:
+        raise DataError(
+            f"{where}: it has earlier turns in 'history'; put all turns into one column of messages"
+        )
+    more = row.get("input")
+    if question == "instruction" and isinstance(more, str) and is_visible(more):
+        raise DataError(
+            f"{where}: 'input' belongs to the instruction; write both into one column of questions"
+        )
 
 
 def _named(data: DataConfig) -> set[str]:

@@ -27,8 +27,8 @@ from typing import Any, Protocol
 
 import datasets
 
-from shared.data.classes import described_classes, named
 from shared.data.data_files import DataFile
+from shared.data.features import as_described, described_columns
 from shared.data.json_rows import SUFFIXES as JSON_SUFFIXES
 from shared.data.json_rows import JsonRows
 from shared.data.tables import TableRows
@@ -95,11 +95,14 @@ class DatasetRows:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: named(value, self._classes.get(name)) for name, value in self.dataset[index].items()}
+        return {
+            name: as_described(value, self._described.get(name), is_decoded=True)
+            for name, value in self.dataset[index].items()
+        }
 
     @cached_property
-    def _classes(self) -> dict[str, Any]:
-        return described_classes(self.dataset.features.to_dict())
+    def _described(self) -> dict[str, Any]:
+        return described_columns(self.dataset.features.to_dict())
 
     def select(self, columns: Sequence[str]) -> DatasetRows:
         dataset = self.dataset.select_columns(list(columns))

@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.arrow_messages import MALFORMED, blocks, decoded_bytes
-from shared.data.classes import described_classes, named
 from shared.data.copies import Stamp, kept_copy
 from shared.data.data_files import DataFile
+from shared.data.features import as_described, described_columns
 from shared.errors import DataError, FileError, TeachonceError
 
 MAX_GROUP_BYTES = 64 * 2**20  # of the columns in use, decoded
@@ -47,7 +47,7 @@ class TableFile:
     path: Path
     stamp: Stamp
     columns: tuple[str, ...]
-    classes: dict[str, Any]  # what is known of columns that hold class numbers
+    described: dict[str, Any]  # what the library datasets says of columns that need it
     block_rows: tuple[int, ...]
     block_bytes: tuple[dict[str, int], ...]  # of each column, decoded; empty for Arrow
 
@@ -62,13 +62,13 @@ class TableFile:
         if path.suffix != ".parquet":
             opened, num_batches, schema = _open_arrow(path)
             sizes = tuple(opened.block(number).num_rows for number in range(num_batches))
-            return cls(path, stamp, tuple(schema.names), _classes(schema), sizes, ())
+            return cls(path, stamp, tuple(schema.names), _described(schema), sizes, ())
         with pq.ParquetFile(path) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             schema = file.schema_arrow
             sizes = tuple(group.num_rows for group in groups)
             num_bytes = tuple(_column_bytes(group) for group in groups)
-        return cls(path, stamp, tuple(schema.names), _classes(schema), sizes, num_bytes)
+        return cls(path, stamp, tuple(schema.names), _described(schema), sizes, num_bytes)
 
     def rows_together(self, block: int, columns: Sequence[str]) -> int:
         """So many rows that not even the largest value in each of them exceeds ``MAX_BLOCK_BYTES``."""
@@ -146,7 +146,10 @@ class TableRows:
             raise
         except UNREADABLE as error:
             raise DataError(f"{file.path}, block {block}: cannot be read ({_first_line(error)})") from error
-        return {name: named(row[name], file.classes.get(name)) for name in self.columns}
+        try:
+            return {name: as_described(row[name], file.described.get(name)) for name in self.columns}
+        except DataError as error:
+            raise DataError(f"{file.path}, row {index - begin} of block {block}: {error}") from error
 
     def folder_of(self, index: int) -> Path:
         return self.folder
@@ -328,10 +331,10 @@ def _column_bytes(group: Any) -> dict[str, int]:
     return sizes
 
 
-def _classes(schema: pa.Schema) -> dict[str, Any]:
-    """How the library ``datasets`` describes those of its columns that hold class numbers."""
+def _described(schema: pa.Schema) -> dict[str, Any]:
+    """How the library ``datasets`` describes those of its columns whose cells do not say it all."""
     try:
-        return described_classes(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
+        return described_columns(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
 

@@ -22,7 +22,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.data.conversations import Turn
+from shared.data.conversations import PLACEHOLDER, Turn
 from shared.data.rows import Example, VqaSplit
 from shared.errors import RecipeError
 
@@ -92,7 +92,7 @@ def record(
     if example.form == "question_answer":
         if (column := picture_column(split)) is not None:
             found[column] = [_picture(image) for image in example.images]
-        return found | {names.question: example.turns[0].text, names.answer: answer}
+        return found | {names.question: _question(example), names.answer: answer}
     role, content, roles = ROLE_KEYS[example.form]
     pictures = iter(example.images)
     turns = [*example.turns[:-1], Turn("assistant", (answer,))]
@@ -134,6 +134,22 @@ def told_by(path: Path) -> dict[str, Any]:
     if not isinstance(told, dict):
         raise ValueError(f"{path}: no file of written answers")
     return told
+
+
+def _question(example: Example) -> str:
+    """With the places of its pictures, where they are not all in front of it.
+
+    Raises   RecipeError  when the row's question is a list of turns
+    """
+    asked, *rest = example.turns
+    if len(rest) != 1:
+        raise RecipeError(
+            f"{example.where}: its question and answer are lists of turns; a model can write answers to rows that "
+            "have all turns in one column (data.columns.messages)"
+        )
+    if None not in asked.parts[asked.num_pictures :]:
+        return asked.text
+    return "".join(PLACEHOLDER if part is None else part for part in asked.parts)
 
 
 def _picture(image: bytes) -> dict[str, Any]:

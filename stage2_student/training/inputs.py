@@ -152,6 +152,11 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
     validation = None
     if recipe.data.splits.validation is not None:
         validation = survey_once(recipe, "validation", processor, cache, world)
+        if validation.written_by:
+            notices += (
+                "a model wrote answers of the validation split: CE, KL and right answers are against these. To keep "
+                "the given ones, let it answer the training prompts alone (write.splits: [train], data.written)",
+            )
     emphasis = world.by_main(lambda: Emphasis.of(recipe, cache, train.keys))
     window = world.by_main(lambda: shuffle_window(recipe, cache))  # machines may have other staging folders
     if window and cache is not None:

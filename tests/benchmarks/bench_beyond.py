@@ -103,10 +103,15 @@ class Students(Seed):
         return options
 
     def _write(self) -> None:
-        """The teacher's greedy answers to all training prompts."""
+        """The teacher's greedy answers to all training prompts; what is held out keeps the given ones."""
         self.make_cache()
         longest = load_recipe(self.recipe).data.max_answer_tokens
-        options = [*self.settings, f"write.max_new_tokens={longest}", "write.path=work/written"]
+        options = [
+            *self.settings,
+            f"write.max_new_tokens={longest}",
+            "write.splits=[train]",
+            "write.path=work/written",
+        ]
         require(launch("stage1_teacher", "write", self.recipe, options, [], nproc=1))
 
     def _along_own_answers(self, name: str) -> dict[str, Any]:

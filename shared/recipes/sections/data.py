@@ -24,6 +24,8 @@ class ColumnsConfig(Section):
     """Column of conversations in the form of OpenAI, TRL and Transformers."""
     conversations: str = "conversations"
     """Column of conversations in the form of LLaVA and ShareGPT."""
+    system: str | None = "system"
+    """Column of the system's turn of `messages` and `conversations` that have none among their turns."""
     kind: str | None = "mode"
     """Column that says where a question comes from; results are reported by it."""
     case: str | None = "case_id"
