@@ -787,6 +787,17 @@ def test_a_picture_that_is_no_number_is_missing(tmp_path: Path) -> None:
     assert split_of(tmp_path, rows, text_only=True)[0].images == ()
 
 
+def test_an_unused_column_of_sounds_is_not_decoded(tmp_path: Path) -> None:
+    """Which needs a package that pictures do not need."""
+    sound = pa.array([{"bytes": b"RIFF\x24\0\0\0WAVEfmt ", "path": None}])
+    stored = pa.table({"messages": pa.array([GOOD]), "speech": sound})
+    features = datasets.Features.from_arrow_schema(stored.schema)
+    features["speech"] = datasets.Audio()
+    datasets.Dataset(stored.cast(features.arrow_schema)).save_to_disk(tmp_path / "train")
+    split = open_split(DataConfig(source=str(tmp_path / "train")), "train")
+    assert split[0].answer == GOOD[-1]["content"]
+
+
 def test_columns_of_json_are_read_alike_wherever_they_lie(tmp_path: Path) -> None:
     """Where values of a column are of unlike types, the library ``datasets`` keeps JSON texts."""
     rows = [

@@ -221,6 +221,14 @@ def test_shares_prompts_and_earlier_rounds(tree: dict[str, Any], tmp_path: Path)
     assert [one.writing.write.part for one in fresh.all[1:] if one.writing.write] == [0, 1]
 
 
+def test_later_rounds_may_be_shorter_and_slower(tree: dict[str, Any], tmp_path: Path) -> None:
+    rounds = rounds_of(tree, tmp_path, num_epochs=0.5, learning_rate=1e-3)
+    first, later = (rounds.of(number).training.optimization for number in (0, 1))
+    assert (first.max_steps, first.num_epochs, first.learning_rate) == (2, None, 1e-2)
+    assert (later.max_steps, later.num_epochs, later.learning_rate) == (None, 0.5, 1e-3)
+    assert rounds_of(tree, tmp_path).of(1).training.optimization == first
+
+
 @pytest.mark.parametrize(("role", "temperature"), [("student", 0.0), ("student", 0.7), ("teacher", 0.0)])
 def test_reverse_kl_asks_for_samples(
     tree: dict[str, Any], tmp_path: Path, role: str, temperature: float

@@ -29,6 +29,7 @@ _DATA_URL = re.compile(r"data:[^,;]*(;[^,;]*)*?;base64,", re.IGNORECASE)
 # What files of these kinds begin with: PNG, JPEG, GIF, TIFF (three), JPEG 2000; WebP and AVIF say so behind a length.
 _BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"\0\0\0\x0cjP  ")
 _BEHIND_LENGTH = (b"WEBP", b"avif")
+_OF_SOUNDS = (b"RIFF", b"OggS", b"fLaC", b"ID3")
 _BYTES_OR_PATH = "needed are encoded bytes, the path of a file or a data: URL"
 
 
@@ -62,7 +63,10 @@ def looks_like_pictures(value: Any) -> bool:
     if isinstance(value, bytes):
         return value.startswith(_BEGINNINGS) or value[8:12] in _BEHIND_LENGTH
     if isinstance(value, Mapping):
-        return isinstance(value.get("bytes"), bytes) or looks_like_pictures(value.get("path"))
+        data = value.get("bytes")
+        if isinstance(data, bytes) and not data.startswith(_OF_SOUNDS):
+            return True
+        return looks_like_pictures(data) or looks_like_pictures(value.get("path"))
     if not isinstance(value, str):
         return False
     return value[:11].lower() == "data:image/" or bool(_SUFFIX.search(value[-MAX_PATH:].strip()))

@@ -309,9 +309,12 @@ def _open_given(data: DataConfig, split: Split) -> VqaSplit:
     used = {*columns.values(), *pictures}
     unused = tuple(name for name in rows.columns if name not in {*used, *OTHER_MEDIA})
     number = min(len(rows), data.limit or len(rows))
-    beside = rows.select(list(unused)) if unused else None
-    rows = rows.select(sorted(used | looked_at))
-    return VqaSplit(data.source, name, rows, forms, columns, pictures, unused, data, number, beside=beside)
+    chosen, beside = rows.select(sorted(used | looked_at)), rows.select(list(unused))
+    lacks_some = bool(unused) and chosen is not rows
+    return VqaSplit(
+        *(data.source, name, chosen, forms, columns, pictures, unused, data, number),
+        beside=beside if lacks_some else None,
+    )
 
 
 def _forms(data: DataConfig, rows: Rows) -> tuple[Form, ...]:

@@ -111,9 +111,9 @@ class DatasetRows:
 
 
 def _encoded(feature: Any) -> Any:
-    """The feature with pictures as they are stored, wherever they are in it."""
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
+    """The feature with pictures, sounds and the like as they are stored, wherever they are in it."""
+    if getattr(feature, "decode", False) is True and feature._type != "Json":
+        return replace(feature, decode=False)
     if isinstance(feature, dict):
         return {name: _encoded(part) for name, part in feature.items()}
     if isinstance(feature, list):

@@ -124,10 +124,13 @@ class Round:
         recipe = self.rounds.recipe
         if self.number == 0:
             return recipe
-        written = tuple(str(folder.absolute()) for folder in self.sets)
+        config, written = self.rounds.config, tuple(str(folder.absolute()) for folder in self.sets)
+        length = {} if config.num_epochs is None else {"num_epochs": config.num_epochs, "max_steps": None}
+        rate = {} if config.learning_rate is None else {"learning_rate": config.learning_rate}
         return _changed(
             recipe.of_a_run(),
             data={"written": written or None},
+            optimization=length | rate,
             student={"model": str(self.before.run / "export"), "revision": None, "init": "pretrained"},
             run={"name": f"{recipe.run.name}-round-{self.number}"},
         )
