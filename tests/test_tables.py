@@ -72,8 +72,6 @@ def test_a_file_replaced_with_its_times_kept_is_read_anew(tmp_path: Path, copied
     os.replace(tmp_path / "new.parquet", file)
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
     assert answers_of(file.parent) == ["plain", "plain"]
-    if copied:
-        assert len(list(copies_folder().glob("*.arrow"))) == 1  # the old copy is gone
 
 
 def test_a_file_written_over_in_place_with_its_times_kept_is_read_anew(tmp_path: Path, copied: bool) -> None:

@@ -115,7 +115,9 @@ class Checkpoints:
         """
         self.wait()
         partial = self._path(facts.step, PARTIAL)
-        group = world.background_group  # before what one rank alone may fail in: the others would wait for its making
+        group = (
+            world.background_group
+        )  # before what one rank alone may fail in: the others would wait for its making
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
