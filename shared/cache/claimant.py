@@ -23,8 +23,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from shared.cache.layout import CLAIM_NAME, CLAIMANT_NAME, CLAIMS, claimant_file
-from shared.cache.storage import Folder, LocalFolder, is_temporary, process_fields, this_machine
+from shared.cache.storage import Folder, LocalFolder, is_temporary, process_fields
 from shared.errors import TeachonceError
+from shared.machine import this_machine
 
 BEATS = 12  # in the time after which a silent process is taken to be dead
 MAX_BEAT_S = 15.0

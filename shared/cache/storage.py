@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from shared.cache.format import MAX_FILE_BYTES, first_line, open_file, sha256_hex, sha256_of_file
 from shared.errors import CacheFormatError
+from shared.machine import this_machine
 
 TEMPORARY_PREFIX = ".tmp-"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -274,18 +275,6 @@ def _host() -> str:
     """The machine for people, and a mark that tells it from others with the same name, as containers often have."""
     host = "".join(c for c in socket.gethostname() if c.isalnum() or c == "-")
     return f"{host}-{hashlib.sha256(this_machine().encode()).hexdigest()[:8]}"
-
-
-def this_machine() -> str:
-    """This boot of this machine, and the space of its process numbers, which a container has of its own.
-
-    Empty where the system does not tell.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
 
 
 def is_temporary(name: str) -> bool:

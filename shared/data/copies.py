@@ -15,10 +15,11 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.errors import FileError
+from shared.machine import this_machine
 
 UNUSED_S = 24 * 3600.0  # after which a copy is removed
 MARK_S = 3600.0  # between two marks of a process
@@ -27,12 +28,16 @@ _marked: dict[Path, float] = {}  # when this process did, by its own clock
 
 @dataclass(frozen=True)
 class Stamp:
-    """What changes when a file is replaced or written to; ``cp -p`` keeps the modification time, not these."""
+    """What changes when a file is replaced or written to; ``cp -p`` keeps size and modification time, not the others.
+
+    machine  on which it was taken
+    """
 
     num_bytes: int
     modified_ns: int
     changed_ns: int
     inode: int
+    machine: str = field(default="", compare=False, repr=False)
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
@@ -40,7 +45,16 @@ class Stamp:
 
     @classmethod
     def of_status(cls, found: os.stat_result) -> Stamp:
-        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, this_machine())
+
+    def matches(self, found: Stamp) -> bool:
+        """Whether it is of the file that has the other stamp.
+
+        Another machine may have a copy of the file on its own disk, which shares only what ``cp -p`` keeps.
+        """
+        if self.machine == found.machine:
+            return self == found
+        return (self.num_bytes, self.modified_ns) == (found.num_bytes, found.modified_ns)
 
 
 def require_unchanged(path: Path, stamp: Stamp) -> None:
@@ -49,8 +63,14 @@ def require_unchanged(path: Path, stamp: Stamp) -> None:
         found = Stamp.of(path)
     except OSError as error:
         raise FileError(f"{path}: cannot be read any more ({error.strerror})") from error
-    if found != stamp:
-        raise FileError(f"{path}: the file has changed since it was opened. Start again")
+    if stamp.matches(found):
+        return
+    if stamp.machine != found.machine:
+        raise FileError(
+            f"{path}: not the file that was opened on another machine of this job: its size or its modification time "
+            "differs. Copy it with its times (rsync -a), or keep the data on a file system that the machines share"
+        )
+    raise FileError(f"{path}: the file has changed since it was opened. Start again")
 
 
 def copies_folder() -> Path:
