@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +19,7 @@ import click
 
 from shared.errors import TeachonceError, TrainingError, is_out_of_memory, shortened
 from shared.library_output import LibraryOutput, quiet_libraries
-from shared.stopping import leave_status
+from shared.stopping import leave_status, stopped_while_starting
 from shared.threads import set_threads
 
 if TYPE_CHECKING:
@@ -101,12 +101,16 @@ def load_recipe(name: str, *, overrides: tuple[str, ...] = ()) -> Recipe:
     return load(name, overrides=overrides)
 
 
-def run(group: click.Command, *, starts_ours: bool = False) -> None:
+def run(group: click.Command, *, goes_on: Collection[str] = (), starts_ours: bool = False) -> None:
     """Runs a command line; a user's error is one message and a status of its own, not a traceback.
 
+    goes_on      names of commands that do what is left when they are called again
     starts_ours  the command starts programs of ours, which have the screen as well
     """
-    with LibraryOutput.collected(native=not starts_ours) as output:
+    with (
+        stopped_while_starting(goes_on=any(name in goes_on for name in sys.argv[1:2])),
+        LibraryOutput.collected(native=not starts_ours) as output,
+    ):
         status = _status(group, output)
     leave_status(status)
     sys.exit(status)

@@ -31,6 +31,7 @@ from shared.library_output import quiet_libraries
 from shared.stopping import (
     GO_ON,
     INTERRUPTED_STATUS,
+    NOTHING_TO_SAVE,
     STATUS_FILE,
     restored_handlers,
     status_left_in,
@@ -385,6 +386,9 @@ def run_torchrun(arguments: Sequence[str]) -> int:
         )
         return 128 + number
     except SignalException as error:  # torchrun has handed it on to the processes, and waited for them
+        if error.sigval == signal.SIGTERM and not status_file.exists():  # they still imported, or were ready
+            click.echo(NOTHING_TO_SAVE)
+            return INTERRUPTED_STATUS
         status = status_left_in(status_file)
         # What was stopped at its very end is whole, but nothing may follow it.
         return 128 + error.sigval if status is None else status or INTERRUPTED_STATUS
@@ -413,4 +417,4 @@ def _as_options(overrides: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main, starts_ours=True)
+    run(main, goes_on=main.commands, starts_ours=True)

@@ -6,6 +6,9 @@
                 save()
                 return INTERRUPTED_STATUS
 
+Before a process listens so, and after it, it has nothing to save: a signal ends it at once.  If its command goes on
+where it was stopped, SIGTERM is a stop in order then too (``stopped_while_starting``; of ranks the launcher says so).
+
 Nothing here imports torch, so that a program can listen before it loads what takes seconds.
 """
 
@@ -30,8 +33,10 @@ INTERRUPTED_STATUS = (
 )
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GO_ON = "TEACHONCE_GO_ON"  # what the user typed, where that is not this process's own command line
-# Where a machine's first rank leaves its exit status, of which torchrun says nothing.
+# Where a machine's first rank leaves its exit status, of which torchrun says nothing.  An empty file: the rank has
+# something to save.  No file: it has not.
 STATUS_FILE = "TEACHONCE_STATUS_FILE"
+NOTHING_TO_SAVE = "stopped before there was anything to save. The same command goes on"
 
 
 @dataclass
@@ -63,7 +68,38 @@ def stop_on_signals(*, before_death: Callable[[], None] = lambda: None) -> Itera
     with restored_handlers():
         for number in SIGNALS:
             signal.signal(number, on_signal)
+        _note(has_work=True)
         yield request
+        _note(has_work=False)
+
+
+@contextmanager
+def stopped_while_starting(*, goes_on: bool) -> Iterator[None]:
+    """What SIGTERM means where ``stop_on_signals`` does not listen: it ends a command that goes on with status 75.
+
+    A rank keeps the signal's own meaning, which ends it inside torch too, where it waits for ranks that do not come.
+
+    goes_on  whether the command, when it is called again, does what is left
+    """
+    own = os.getpid()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != own:  # forked: it is no command
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        with suppress(OSError):
+            os.write(1, f"{NOTHING_TO_SAVE}\n".encode())
+        os._exit(
+            INTERRUPTED_STATUS
+        )  # an exception would come up in the middle of an import, which may swallow it
+
+    with restored_handlers():
+        if not goes_on:
+            _note(has_work=True)
+        elif "RANK" not in os.environ and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, on_signal)
+        yield
 
 
 @contextmanager
@@ -79,9 +115,22 @@ def restored_handlers() -> Iterator[None]:
 
 def leave_status(status: int) -> None:
     """For who has started this process by torchrun; that of this machine's first rank counts."""
-    if STATUS_FILE in os.environ and os.environ.get("LOCAL_RANK") == "0":
+    if (file := _status_file()) is not None:
         with suppress(OSError):  # without it the launcher knows the signal
-            Path(os.environ[STATUS_FILE]).write_text(str(status), encoding="ascii")
+            file.write_text(str(status), encoding="ascii")
+
+
+def _note(*, has_work: bool) -> None:
+    """For who has started this process by torchrun: whether it loses something when it ends without a status."""
+    if (file := _status_file()) is not None:
+        with suppress(OSError):
+            file.touch() if has_work else file.unlink()
+
+
+def _status_file() -> Path | None:
+    """None but for a machine's first rank."""
+    is_first = STATUS_FILE in os.environ and os.environ.get("LOCAL_RANK") == "0"
+    return Path(os.environ[STATUS_FILE]) if is_first else None
 
 
 def status_left_in(path: Path) -> int | None:

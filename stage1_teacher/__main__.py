@@ -42,8 +42,8 @@ def capture(recipe: str, overrides: tuple[str, ...]) -> int:
 
     loaded = load_recipe(recipe, overrides=overrides)
     with (
-        stop_on_signals() as stop,
         distributed(collective_timeout_s=loaded.parallel.collective_timeout_s) as world,
+        stop_on_signals() as stop,
     ):
         return run_capture(loaded, world, stop)
 
@@ -58,8 +58,8 @@ def write(recipe: str, overrides: tuple[str, ...], out: Path | None) -> int:
 
     loaded = load_recipe(recipe, overrides=overrides)
     with (
-        stop_on_signals() as stop,
         distributed(collective_timeout_s=loaded.parallel.collective_timeout_s) as world,
+        stop_on_signals() as stop,
     ):
         return run_write(loaded, world, stop, out=out)
 
@@ -252,7 +252,7 @@ def merge(caches: tuple[str, ...], out: str) -> int:
 
 
 def main() -> None:
-    run_group(commands)
+    run_group(commands, goes_on=("capture", "write"))
 
 
 if __name__ == "__main__":

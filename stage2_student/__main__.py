@@ -284,8 +284,8 @@ def write(
     folder.require_as_written()
     loaded = load_recipe(recipe or str(folder.recipe), overrides=overrides)
     with (
-        stop_on_signals() as stop,
         distributed(collective_timeout_s=loaded.parallel.collective_timeout_s) as world,
+        stop_on_signals() as stop,
     ):
         return run_write(folder, loaded, checkpoint, world, stop, out=out)
 
@@ -310,7 +310,7 @@ def push(what: Path, repo_id: str, private: bool, revision: str | None, dry_run:
 
 
 def main() -> None:
-    run_group(commands)
+    run_group(commands, goes_on=("run", "sweep", "write"))
 
 
 if __name__ == "__main__":

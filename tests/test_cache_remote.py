@@ -377,6 +377,59 @@ def test_what_a_killed_process_was_fetching_is_cleared_away(memory: str, staging
     assert all(path.exists() for path in others)
 
 
+def test_what_another_machine_is_fetching_is_left_to_it(
+    memory: str, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a home folder that machines or containers share: a number of a process says nothing about theirs."""
+    folder = open_folder(memory)
+    assert isinstance(folder, RemoteFolder)
+    theirs, *others = CacheReader(memory).manifest.shards
+    slot = int(theirs.sha256[:4], 16) % 64
+    mine = next(
+        shard for shard in others if int(shard.sha256[:4], 16) % 64 != slot
+    )  # else it waits for theirs
+    area, own = Staging(staging, max_bytes=1 << 20), os.getpid()
+
+    def open_while_this_machine_fetches(name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        with monkeypatch.context() as here:
+            here.setattr(os, "getpid", lambda: own)
+            area.fetch(RemoteFolder(memory), mine.name, sha256=mine.sha256, num_bytes=mine.bytes)
+        return RemoteFolder.open(folder, name)
+
+    monkeypatch.setattr(folder, "open", open_while_this_machine_fetches)
+    monkeypatch.setattr(os, "getpid", lambda: 999_999_999)  # of no process here
+    copy = area.fetch(folder, theirs.name, sha256=theirs.sha256, num_bytes=theirs.bytes)
+    assert copy.stat().st_size == theirs.bytes
+    assert not list(staging.glob("*.part"))
+
+
+def test_a_part_that_nobody_writes_is_cleared_away_whatever_lives_under_its_number(
+    memory: str, staging: Path
+) -> None:
+    shard = CacheReader(memory).manifest.shards[0]
+    left = staging / f"{'0' * 64}.{os.getppid()}.part"
+    left.write_bytes(b"of another machine")
+    Staging(staging).fetch(RemoteFolder(memory), shard.name, sha256=shard.sha256, num_bytes=shard.bytes)
+    assert not left.exists()
+
+
+def test_a_copy_that_somebody_removes_is_not_blamed_on_the_storage(
+    memory: str, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_folder(memory)
+    assert isinstance(folder, RemoteFolder)
+    shard = CacheReader(memory).manifest.shards[0]
+
+    def open_and_remove(name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        for path in staging.glob("*.part"):
+            path.unlink()
+        return RemoteFolder.open(folder, name)
+
+    monkeypatch.setattr(folder, "open", open_and_remove)
+    with pytest.raises(CacheFormatError, match=r"cannot be written \(No such file or directory\)"):
+        Staging(staging).fetch(folder, shard.name, sha256=shard.sha256, num_bytes=shard.bytes)
+
+
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "64 GiB"])
 def test_a_bound_that_is_no_number_is_an_error_of_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str

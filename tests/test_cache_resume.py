@@ -137,6 +137,23 @@ def test_where_locks_do_not_work_only_the_dead_are_cleared_away(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == [alive]
 
 
+def test_what_another_machine_is_writing_is_left_until_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a container with this one's host name, say: the number of its process means nothing here."""
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("shared.cache.storage.this_machine", lambda: "another one")
+        elsewhere.setattr(os, "getpid", lambda: 999_999_999)  # of no process here
+        theirs = tmp_path / temporary_name("theirs")
+    theirs.write_bytes(b"half")
+    LocalFolder(tmp_path).remove_temporaries(alive_too=False)
+    assert theirs.exists()
+    two_days_ago = time.time() - 2 * 86_400
+    os.utime(theirs, (two_days_ago, two_days_ago))
+    LocalFolder(tmp_path).remove_temporaries(alive_too=False)
+    assert not theirs.exists()
+
+
 def test_finished_units_of_another_plan_are_kept(tmp_path: Path) -> None:
     """The data set grew, and the shard size changed, before the first capture ended."""
     with open_writer(tmp_path) as writer:

@@ -15,7 +15,7 @@ STAGES = {"stage1_teacher", "stage2_student"}
 
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
-    {"arrow_messages", "dealing", "errors", "library_output", "permutation", "threads", "vouched"},
+    {"arrow_messages", "dealing", "errors", "library_output", "machine", "permutation", "threads", "vouched"},
     {"batching", "regular_files", "shard_order"},
     {"recipes", "runtime", "progress"},
     {"stopping"},

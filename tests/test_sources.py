@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import zstandard
 from samples import encoded_picture
 
 from shared.cache.storage import open_folder
-from shared.data.copies import copies_folder
+from shared.data.copies import Stamp, copies_folder, kept_copy
 from shared.data.json_rows import JsonRows
 from shared.data.rows import open_split
 from shared.data.sources import DatasetRows, open_rows
@@ -216,7 +217,111 @@ def test_a_file_that_was_replaced_is_unpacked_again(tmp_path: Path) -> None:
     file.unlink()
     file = written(tmp_path / "data", ".jsonl.gz", lines(ROWS[:3]))
     assert len(JsonRows([file])) == 3
-    assert len(list(copies_folder().glob("*.jsonl"))) == 1
+
+
+def replaced(file: Path, rows: list[Any]) -> None:
+    """Another file under that name, as on another machine's disk."""
+    new = written(file.parent / "new", ".json", as_list(rows))
+    os.replace(new, file)
+
+
+def days_ago(path: Path, days: float) -> None:
+    then = time.time() - 86_400 * days
+    os.utime(path, (then, then))
+
+
+def test_a_copy_that_somebody_reads_is_not_taken_away(tmp_path: Path) -> None:
+    """Two machines with a file of their own under one path, and one home folder."""
+    file = written(tmp_path / "data", ".json", as_list(ROWS))
+    first = JsonRows([file])
+    replaced(file, ROWS[:3])
+    assert len(JsonRows([file])) == 3
+    assert first[17] == ROWS[17]
+
+
+def test_a_copy_goes_when_nobody_has_used_it_for_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.data.copies.MARK_S", 0.0)
+    file = written(tmp_path / "data", ".json", as_list(ROWS))
+    first = JsonRows([file])
+    (copy,) = copies_folder().glob("*.jsonl")
+    days_ago(copy, 2)
+    assert first[17] == ROWS[17]  # that is a use
+    replaced(file, ROWS[:3])
+    JsonRows([file])
+    assert copy.exists()
+    days_ago(copy, 2)
+    replaced(file, ROWS[:4])
+    JsonRows([file])
+    assert not copy.exists()
+    assert len(list(copies_folder().glob("*.jsonl"))) == 2
+
+
+def test_a_copy_that_is_gone_is_made_again_of_the_same_file_alone(tmp_path: Path) -> None:
+    file = written(tmp_path / "data", ".json", as_list(ROWS))
+    rows = JsonRows([file])
+    (copy,) = copies_folder().glob("*.jsonl")
+    copy.unlink()
+    assert rows[17] == ROWS[17]
+    copy.unlink()
+    replaced(file, ROWS[:3])
+    with pytest.raises(
+        FileError, match=r"train\.json: the file has changed since it was opened\. Start again"
+    ):
+        rows[17]
+
+
+def test_lines_whose_file_is_gone_or_another_one_are_no_fault_of_a_row(tmp_path: Path) -> None:
+    file = written(tmp_path / "data", ".jsonl", lines(ROWS))
+    rows = JsonRows([file])
+    file.write_bytes(lines(ROWS)[3:])
+    with pytest.raises(FileError, match=r"train\.jsonl: the file has changed since it was opened"):
+        rows[17]
+    file.unlink()
+    with pytest.raises(
+        FileError, match=r"train\.jsonl: cannot be read any more \(No such file or directory\)"
+    ):
+        rows[17]
+
+
+def copy_of(file: Path, write: Callable[[Path], None]) -> Path:
+    return kept_copy(file, Stamp.of(file), ".jsonl", write=write, remedy="Make room")
+
+
+def test_who_has_no_lock_leaves_the_part_of_who_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path / "data", ".jsonl", lines(ROWS))
+
+    def write(part: Path) -> None:
+        part.write_bytes(b"whole")
+        with monkeypatch.context() as other:
+            other.setattr("fcntl.flock", lambda *_: os.close(-1))  # which fails
+            with pytest.raises(FileError, match="no copy"):
+                copy_of(file, lambda part: None)
+
+    assert copy_of(file, write).read_bytes() == b"whole"
+
+
+def test_who_fails_leaves_the_part_of_who_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one begins as soon as the lock is free."""
+    file, parts = written(tmp_path / "data", ".jsonl", lines(ROWS)), []
+
+    class Lock(io.FileIO):
+        def close(self) -> None:
+            super().close()
+            parts[0].write_bytes(b"of the next one")
+
+    def fail(part: Path) -> None:
+        parts.append(part)
+        part.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shared.data.copies.open", Lock, raising=False)
+    with pytest.raises(FileError, match="No space left on device"):
+        copy_of(file, fail)
+    assert parts[0].read_bytes() == b"of the next one"
 
 
 def test_a_copy_that_cannot_be_written_says_what_to_do(

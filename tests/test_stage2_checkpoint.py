@@ -139,6 +139,19 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_is_an_error_on_every_rank(t
         assert "step-000002: cannot be written" in errors[0]
 
 
+def test_a_first_checkpoint_that_cannot_begin_ends_all_ranks(tmp_path: Path) -> None:
+    """Where a full disk refuses its folder; the others do not wait in a collective until that times out."""
+    (tmp_path / "checkpoints").touch()
+
+    def work(world: World) -> None:
+        Checkpoints(tmp_path / "checkpoints").save({"model": {"w": torch.zeros(3)}}, facts(1), world)
+
+    ended = on_ranks(2, work, errors=True, collective_timeout_s=30.0)
+    assert isinstance(ended[0], OSError)
+    assert isinstance(ended[1], TrainingError)
+    assert "another process of this job has ended" in str(ended[1])
+
+
 def test_a_rank_that_dies_while_a_checkpoint_is_written_is_told_as_that(tmp_path: Path) -> None:
     """Not as a disk that cannot be written."""
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from shared.pipeline import run_torchrun
 from shared.stopping import INTERRUPTED_STATUS
 from stage2_student.runs.run_folder import RunFolder
 
@@ -188,3 +189,81 @@ def test_ctrl_c_while_a_command_still_imports_is_one_word(recipe: Path) -> None:
     assert status in (128 + signal.SIGINT, -signal.SIGINT), output
     assert "Traceback" not in output
     assert output.strip().endswith("aborted")
+
+
+# A finder of modules before all others: what asks for torch waits, as on a slow disk.
+SLOW_IMPORT = """
+import sys, time, pathlib
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            pathlib.Path({begun!r}).touch()
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+sys.argv = [{stage!r}, {verb!r}, "phantom"]
+from {stage}.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "verb", "expected"),
+    [
+        ("stage1_teacher", "capture", INTERRUPTED_STATUS),
+        ("stage2_student", "run", INTERRUPTED_STATUS),
+        ("stage1_teacher", "estimate", -signal.SIGTERM),  # it goes on with nothing
+    ],
+)
+def test_sigterm_while_a_command_still_imports_is_a_stop_in_order(
+    tmp_path: Path, stage: str, verb: str, expected: int
+) -> None:
+    begun = tmp_path / "begun"
+    code = SLOW_IMPORT.format(begun=str(begun), stage=stage, verb=verb)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not begun.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == expected, output
+    assert ("stopped" in output) == (expected == INTERRUPTED_STATUS)
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("doing", "expected"),
+    [
+        ("tell()\ntime.sleep(60)", INTERRUPTED_STATUS),
+        ("with stop_on_signals():\n    pass\ntell()\ntime.sleep(60)", INTERRUPTED_STATUS),
+        (
+            "with stop_on_signals() as stop:\n    tell()\n    while not stop.received:\n        time.sleep(0.01)\n"
+            "    os._exit(1)",
+            128 + signal.SIGTERM,
+        ),
+        (
+            "run(click.Command('evaluate', callback=lambda: (tell(), time.sleep(60))))",
+            128 + signal.SIGTERM,
+        ),
+    ],
+    ids=["it imports", "it has saved", "it dies while it saves", "it saves nothing"],
+)
+def test_ranks_that_end_by_sigterm_before_they_listen_are_stopped_in_order(
+    tmp_path: Path, doing: str, expected: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of ranks that had nothing to save the launcher says 75, so that Slurm's scripts queue them again."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import click, os, signal, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from shared.cli import run\n"
+        "from shared.stopping import stop_on_signals\n"
+        "sys.argv = ['rank']\n"
+        "def tell(): os.kill(os.getppid(), signal.SIGTERM)\n" + doing
+    )
+    assert run_torchrun(["--standalone", "--nproc-per-node=1", str(script)]) == expected
+    assert ("stopped" in capsys.readouterr().out) == (expected == INTERRUPTED_STATUS)

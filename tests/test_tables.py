@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from samples import encoded_picture
 
 from shared.data.copies import copies_folder
+from shared.data.json_rows import JsonRows
 from shared.data.rows import open_split
 from shared.data.tables import MAX_KEPT_BYTES, TableRows
 from shared.errors import DataError, FileError
@@ -72,8 +74,6 @@ def test_a_file_replaced_with_its_times_kept_is_read_anew(tmp_path: Path, copied
     os.replace(tmp_path / "new.parquet", file)
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
     assert answers_of(file.parent) == ["plain", "plain"]
-    if copied:
-        assert len(list(copies_folder().glob("*.arrow"))) == 1  # the old copy is gone
 
 
 def test_a_file_written_over_in_place_with_its_times_kept_is_read_anew(tmp_path: Path, copied: bool) -> None:
@@ -115,6 +115,66 @@ def test_blocks_that_were_read_are_kept_up_to_a_bound(
     rows = TableRows.open([tmp_path / "train.parquet"], folder=tmp_path)
     assert [rows[index]["answer"] for index in range(32)] == ["axial"] * 32
     assert 1 <= len(rows._kept) <= 2
+
+
+def on_another_machine(
+    rows: TableRows | JsonRows, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> TableRows | JsonRows:
+    """As the first rank hands them to one that has a copy of the file on its own disk, and its own home folder."""
+    sent = pickle.dumps(rows)
+    shutil.copy2(file, file.with_suffix(".theirs"))
+    os.replace(file.with_suffix(".theirs"), file)
+    monkeypatch.setenv("TEACHONCE_COPIES", str(file.parent / "their copies"))
+    shutil.rmtree(file.parent.parent / "copies", ignore_errors=True)
+    monkeypatch.setattr("shared.data.copies.this_machine", lambda: "another one")
+    received = pickle.loads(sent)
+    assert isinstance(received, type(rows))
+    return received
+
+
+def parquet_and_list(folder: Path) -> list[tuple[TableRows | JsonRows, Path]]:
+    folder.mkdir()
+    write_parquet(folder / "train.parquet", ["axial", "coronal"])
+    (folder / "train.json").write_text(json.dumps([{"answer": "axial"}, {"answer": "coronal"}]))
+    table_rows = TableRows.open([folder / "train.parquet"], folder=folder)
+    return [
+        (table_rows, folder / "train.parquet"),
+        (JsonRows([folder / "train.json"]), folder / "train.json"),
+    ]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["table", "JSON"])
+def test_a_copy_of_the_file_on_another_machine_is_the_same_file(
+    tmp_path: Path, copied: bool, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number on the disk and its time of change are its own."""
+    rows, file = parquet_and_list(tmp_path / "data")[kind]
+    theirs = on_another_machine(rows, file, monkeypatch)
+    assert theirs[1]["answer"] == "coronal"
+    assert all(found.is_unchanged() for found in theirs.data_files())
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["table", "JSON"])
+def test_another_file_on_another_machine_is_told_as_that(
+    tmp_path: Path, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, file = parquet_and_list(tmp_path / "data")[kind]
+    os.utime(file, (0, 0))
+    theirs = on_another_machine(rows, file, monkeypatch)
+    with pytest.raises(
+        FileError, match=r"not the file that was opened on another machine of this job.*rsync -a"
+    ):
+        theirs[1]
+
+
+def test_on_one_machine_a_copy_with_its_times_kept_is_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (rows, file), _ = parquet_and_list(tmp_path / "data")
+    with monkeypatch.context() as elsewhere:
+        theirs = on_another_machine(rows, file, elsewhere)
+    with pytest.raises(FileError, match="has changed since it was opened"):
+        theirs[1]
 
 
 @pytest.mark.parametrize("name", ["train-{:05d}-of-00003.parquet", "train-{:05d}-of-00003.jsonl"])

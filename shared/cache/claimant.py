@@ -19,13 +19,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from shared.cache.layout import CLAIM_NAME, CLAIMANT_NAME, CLAIMS, claimant_file
 from shared.cache.storage import Folder, LocalFolder, is_temporary, process_fields
 from shared.errors import TeachonceError
+from shared.machine import this_machine
 
 BEATS = 12  # in the time after which a silent process is taken to be dead
 MAX_BEAT_S = 15.0
@@ -193,7 +193,7 @@ def remove_empty_claims(folder: Folder) -> None:
 
 def this_process() -> dict[str, Any]:
     """What tells this process from all others, on its machine and elsewhere."""
-    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return {"machine": this_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def is_here(facts: dict[str, Any]) -> bool:
@@ -215,16 +215,7 @@ def _facts_in(content: bytes) -> dict[str, Any]:
 
 
 def _is_of_here(facts: dict[str, Any]) -> bool:
-    return facts.get("machine") == _machine() != "" and isinstance(facts.get("pid"), int)
-
-
-def _machine() -> str:
-    """This boot of this machine, and the space of its process numbers, which a container has of its own."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
+    return facts.get("machine") == this_machine() != "" and isinstance(facts.get("pid"), int)
 
 
 def _started(pid: int) -> str | None:

@@ -3,6 +3,8 @@
 Files are named by their hash, so that caches which share shards share their copies.  The least recently used
 ones make room.  A file is reserved at its full size before it is fetched, so the bound holds at every moment;
 one that is removed while a process has it mapped stays readable there until that process lets go.
+
+Machines may share the folder.  Whoever fetches a file holds a lock on its part; a part without one is of the dead.
 """
 
 from __future__ import annotations
@@ -15,20 +17,15 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
-from shared.cache.storage import (
-    RemoteFolder,
-    explain_remote_errors,
-    explain_write_errors,
-    process_is_alive,
-)
+from shared.cache.storage import RemoteFolder, explain_remote_errors, explain_write_errors
 from shared.errors import CacheFormatError, RecipeError
 
 BLOCK_BYTES: Final = 8 << 20
 DEFAULT_MAX_BYTES: Final = 64 << 30
 LOCKS: Final = 64
-PART: Final = re.compile(r"[0-9a-f]{64}\.([0-9]{1,9})\.part")  # as ``_download`` calls what it fetches
+PART: Final = re.compile(r"[0-9a-f]{64}\.[0-9]{1,9}\.part")  # as ``_download`` calls what it fetches
 
 
 class Staging:
@@ -90,37 +87,39 @@ class Staging:
     ) -> None:
         temporary = self.folder / f"{sha256}.{os.getpid()}.part"
         try:
-            self._reserve(temporary, num_bytes, where=where)
-            digest, received = hashlib.sha256(), 0
-            with open(temporary, "r+b") as local:
-                for block in _blocks(source, name):
-                    received += len(block)
-                    if received > num_bytes:
-                        break
-                    digest.update(block)
-                    local.write(block)
-            if received != num_bytes or digest.hexdigest() != sha256:
-                raise CacheFormatError(
-                    f"{where}: what arrived ({received} bytes, sha256 {digest.hexdigest()[:12]}) is not "
-                    f"what the manifest says ({num_bytes}, {sha256[:12]}). Try again; if it stays so, "
-                    "capture the shard again."
-                )
-            with self._locked(".lock"):  # whoever counts meanwhile would find neither name
-                os.replace(temporary, path)
-        except FileNotFoundError as error:
-            raise CacheFormatError(f"{where}: is missing. Capture it again.") from error
+            with self._reserve(temporary, num_bytes, where=where):
+                digest, received = hashlib.sha256(), 0
+                with open(temporary, "r+b") as local:
+                    for block in _blocks(source, name, where=where):
+                        received += len(block)
+                        if received > num_bytes:
+                            break
+                        digest.update(block)
+                        local.write(block)
+                if received != num_bytes or digest.hexdigest() != sha256:
+                    raise CacheFormatError(
+                        f"{where}: what arrived ({received} bytes, sha256 {digest.hexdigest()[:12]}) is not "
+                        f"what the manifest says ({num_bytes}, {sha256[:12]}). Try again; if it stays so, "
+                        "capture the shard again."
+                    )
+                with self._locked(".lock"):  # whoever counts meanwhile would find neither name
+                    os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _reserve(self, temporary: Path, num_bytes: int, *, where: str) -> None:
-        """Makes a file of that size, after removing as many old copies as the bound asks for."""
+    def _reserve(self, temporary: Path, num_bytes: int, *, where: str) -> IO[bytes]:
+        """Makes a file of that size, after removing as many old copies as the bound asks for.
+
+        Nobody takes it for one that a dead process has left, as long as what is returned is open.
+        """
         deadline = time.monotonic() + 60
         while True:
             with self._locked(".lock"):
                 if self._make_room(num_bytes):
-                    with open(temporary, "wb") as stream:
-                        stream.truncate(num_bytes)
-                    return
+                    held = open(temporary, "wb")  # noqa: SIM115
+                    fcntl.flock(held, fcntl.LOCK_EX)
+                    held.truncate(num_bytes)
+                    return held
             if time.monotonic() > deadline:  # all room is taken by what other processes are fetching
                 raise CacheFormatError(
                     f"{where}: no room in the staging folder {self.folder} of {self.max_bytes} bytes. Set "
@@ -134,7 +133,7 @@ class Staging:
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                if (found := PART.fullmatch(path.name)) and not process_is_alive(int(found[1])):
+                if PART.fullmatch(path.name) and not _is_held(path):
                     path.unlink()
                     continue
                 total += status.st_size
@@ -160,6 +159,21 @@ class Staging:
             os.close(descriptor)
 
 
+def _is_held(part: Path) -> bool:
+    """Whether a process, of this machine or another, is fetching it; one that may not be opened counts as such."""
+    try:
+        descriptor = os.open(part, os.O_RDWR)
+    except PermissionError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _max_bytes_of_environment() -> int:
     text = os.environ.get("TEACHONCE_STAGING_BYTES") or str(DEFAULT_MAX_BYTES)
     if not text.isascii() or not text.isdigit() or not int(text):
@@ -169,8 +183,11 @@ def _max_bytes_of_environment() -> int:
     return int(text)
 
 
-def _blocks(source: RemoteFolder, name: str) -> Iterator[bytes]:
+def _blocks(source: RemoteFolder, name: str, *, where: str) -> Iterator[bytes]:
     """A remote file, part by part.  What goes wrong there is no fault of the disk that it is written to."""
-    with explain_remote_errors(source.where, name), source.open(name) as remote:
-        while block := remote.read(BLOCK_BYTES):
-            yield block
+    try:
+        with explain_remote_errors(source.where, name), source.open(name) as remote:
+            while block := remote.read(BLOCK_BYTES):
+                yield block
+    except FileNotFoundError as error:
+        raise CacheFormatError(f"{where}: is missing. Capture it again.") from error

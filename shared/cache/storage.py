@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -22,9 +24,11 @@ import pyarrow as pa
 
 from shared.cache.format import MAX_FILE_BYTES, first_line, open_file, sha256_hex, sha256_of_file
 from shared.errors import CacheFormatError
+from shared.machine import this_machine
 
 TEMPORARY_PREFIX = ".tmp-"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+OLD_S = 24 * 3600.0  # what another machine has not finished by then, it does not
 PARTLY = "only a part of it arrived. Run the same command again."
 _counter = itertools.count()
 
@@ -158,7 +162,7 @@ class LocalFolder:
         removed = []
         for folder in ("", "shards/"):
             for name in self.names(folder + TEMPORARY_PREFIX):
-                if is_temporary(name) and (alive_too or _writer_is_dead(name.rpartition("/")[2])):
+                if is_temporary(name) and (alive_too or _writer_is_dead(self.path / name)):
                     self.remove(name)
                     removed.append(name)
         return removed
@@ -264,8 +268,13 @@ class RemoteFolder:
 
 def temporary_name(name: str) -> str:
     """A name no other process uses, which says whose it is."""
+    return f"{TEMPORARY_PREFIX}{_host()}.{os.getpid()}.{next(_counter)}.{name[:64]}"
+
+
+def _host() -> str:
+    """The machine for people, and a mark that tells it from others with the same name, as containers often have."""
     host = "".join(c for c in socket.gethostname() if c.isalnum() or c == "-")
-    return f"{TEMPORARY_PREFIX}{host}.{os.getpid()}.{next(_counter)}.{name[:64]}"
+    return f"{host}-{hashlib.sha256(this_machine().encode()).hexdigest()[:8]}"
 
 
 def is_temporary(name: str) -> bool:
@@ -273,10 +282,14 @@ def is_temporary(name: str) -> bool:
     return re.fullmatch(r"\.tmp-[^.]*\.[0-9]+\.[0-9]+\..*", name.rpartition("/")[2]) is not None
 
 
-def _writer_is_dead(name: str) -> bool:
-    mine = temporary_name("")
-    host, pid = name.removeprefix(TEMPORARY_PREFIX).split(".")[:2]
-    return host == mine.removeprefix(TEMPORARY_PREFIX).split(".")[0] and not process_is_alive(int(pid))
+def _writer_is_dead(path: Path) -> bool:
+    """Whether the process of this machine that wrote it has ended; what others have left has to be old."""
+    host, pid = path.name.removeprefix(TEMPORARY_PREFIX).split(".")[:2]
+    if host == _host():
+        return not process_is_alive(int(pid))
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > OLD_S
+    return False
 
 
 def process_is_alive(pid: int) -> bool:

@@ -54,7 +54,7 @@ class DataFile:
     def is_unchanged(self) -> bool:
         """Whether it still is what was opened, as far as is known."""
         try:
-            return self.path is None or Stamp.of(self.path) == self.stamp
+            return self.path is None or (self.stamp is not None and self.stamp.matches(Stamp.of(self.path)))
         except OSError:
             return False
 

@@ -10,6 +10,7 @@ grow with the file.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -22,9 +23,9 @@ from typing import IO, Any
 import numpy as np
 import zstandard
 
-from shared.data.copies import Stamp, kept_copy
+from shared.data.copies import Stamp, kept_copy, mark_used, require_unchanged
 from shared.data.data_files import DataFile
-from shared.errors import DataError
+from shared.errors import DataError, FileError
 from shared.regular_files import open_regular
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
@@ -42,7 +43,7 @@ class JsonRows:
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = tuple(files)
         self._stamps = tuple(map(Stamp.of, files))
-        self._opened = tuple(map(_as_lines, files))
+        self._opened = list(map(_as_lines, files, self._stamps))
         self._columns: dict[str, None] = {}  # an ordered set
         places = (
             place
@@ -78,22 +79,47 @@ class JsonRows:
         return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises   DataError  when the row is no JSON object"""
+        """Raises   DataError  when the row is no JSON object
+        FileError  when its file cannot be read at all, or has changed: no fault of the row
+        """
         file, line, start, length = (int(value) for value in self._places[index])
-        with open_regular(self._opened[file]) as stream:
-            stream.seek(start)
-            data = stream.read(length)
+        data = self._read(file, start, length)
         try:
             row = json.loads(data)
         except (ValueError, RecursionError) as error:
+            if not self._is_copied(file):
+                require_unchanged(self._files[file], self._stamps[file])
             raise DataError(f"{self._where(file, line)}: not JSON ({error})") from error
         if not isinstance(row, dict):
             found = type(row).__name__
             raise DataError(f"{self._where(file, line)}: a {found}; each must be one JSON object")
         return row
 
+    def _read(self, file: int, start: int, length: int) -> bytes:
+        """A copy that is gone, or of another machine, is made again; places in it are the same."""
+        if self._is_copied(file):
+            mark_used(self._opened[file])
+            with contextlib.suppress(OSError):
+                return _bytes_at(self._opened[file], start, length)
+            require_unchanged(self._files[file], self._stamps[file])
+            self._opened[file] = _as_lines(self._files[file], self._stamps[file])
+        try:
+            return _bytes_at(self._opened[file], start, length)
+        except OSError as error:
+            require_unchanged(self._files[file], self._stamps[file])
+            raise FileError(f"{self._opened[file]}: cannot be read ({error.strerror or error})") from error
+
+    def _is_copied(self, file: int) -> bool:
+        return self._opened[file] != self._files[file]
+
     def _where(self, file: int, line: int) -> str:
         return f"{self._files[file]}, {'element' if _is_list(self._files[file]) else 'line'} {line}"
+
+
+def _bytes_at(file: Path, start: int, length: int) -> bytes:
+    with open_regular(file) as stream:
+        stream.seek(start)
+        return stream.read(length)
 
 
 def _is_list(file: Path) -> bool:
@@ -122,10 +148,10 @@ def _refuse_spread_object(file: Path) -> None:
     raise DataError(f"{file}: an object that goes over several lines. {ONE_A_LINE}.{remedy}")
 
 
-def _as_lines(file: Path) -> Path:
+def _as_lines(file: Path, stamp: Stamp) -> Path:
     """The file, or its copy with an object a line.
 
-    Raises   DataError  when it is damaged; FileError when no copy can be written
+    Raises   DataError  when it is damaged; FileError when no copy can be written, or the file changes meanwhile
     """
     if file.name.endswith(".jsonl.gz"):
         chunks = _of_gzip
@@ -142,9 +168,10 @@ def _as_lines(file: Path) -> Path:
         with open_regular(file) as source, open(part, "wb") as sink:
             for chunk in chunks(source, file):
                 sink.write(chunk)
+        require_unchanged(file, stamp)
 
     remedy = "Make room, set TEACHONCE_COPIES to another folder, or write the rows as plain .jsonl"
-    return kept_copy(file, Stamp.of(file), ".jsonl", write=write, remedy=remedy)
+    return kept_copy(file, stamp, ".jsonl", write=write, remedy=remedy)
 
 
 def _of_gzip(source: IO[bytes], file: Path) -> Iterator[bytes]:

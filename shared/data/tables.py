@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.arrow_messages import MALFORMED, blocks, decoded_bytes
-from shared.data.copies import Stamp, kept_copy
+from shared.data.copies import Stamp, kept_copy, mark_used, require_unchanged
 from shared.data.data_files import DataFile
 from shared.data.features import as_described, described_columns
 from shared.errors import DataError, FileError, TeachonceError
@@ -77,12 +77,7 @@ class TableFile:
 
     def require_unchanged(self) -> None:
         """Raises   FileError  when the file is not the one that was described"""
-        try:
-            found = Stamp.of(self.path)
-        except OSError as error:
-            raise FileError(f"{self.path}: cannot be read any more ({error.strerror})") from error
-        if found != self.stamp:
-            raise FileError(f"{self.path}: the file has changed since it was opened. Start again")
+        require_unchanged(self.path, self.stamp)
 
 
 @dataclass(frozen=True)
@@ -222,7 +217,12 @@ def _as_blocks(copy: Path, sizes: Sequence[int]) -> OpenFile:
     opened, num_batches, _ = _open_arrow(copy)
     table = pa.Table.from_batches([opened.block(number) for number in range(num_batches)])
     begins = np.cumsum([0, *sizes])
-    return OpenFile(lambda block: table.slice(int(begins[block]), sizes[block]), opened.close)
+
+    def block(number: int) -> pa.Table:
+        mark_used(copy)
+        return table.slice(int(begins[number]), sizes[number])
+
+    return OpenFile(block, opened.close)
 
 
 def _mapped_copy(file: TableFile) -> Path:

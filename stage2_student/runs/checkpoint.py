@@ -115,10 +115,12 @@ class Checkpoints:
         """
         self.wait()
         partial = self._path(facts.step, PARTIAL)
+        group = (
+            world.background_group
+        )  # before what one rank alone may fail in: the others would wait for its making
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        group = world.background_group
         world.barrier()
         with quiet_dcp():
             written: Future = dcp.async_save(  # type: ignore[assignment]  # of threads, not of processes
