@@ -57,7 +57,7 @@ from stage1_teacher.capturing.visual_gain import visual_gain
 
 Value = TypeVar("Value")
 MAX_PENDING_BATCHES = 4  # on their way to disk
-SETTLE_S = 60.0  # how long shards of other machines may take to show on a network file system
+SETTLE_S = 60.0  # how long files of other machines may take to show on a network file system
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,15 +104,16 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         check_teacher(recipe, processor, teacher)
     else:
         world.by_main(lambda: check_teacher(recipe, processor, teacher))
-    writer, assignment = open_cache(recipe, processor, data, teacher, world)
-    if "://" not in location:
-        keep_library_output(Path(location) / LIBRARY_LOG_NAME)
-    teacher = teacher.led(world)
-    if not teacher.is_sharded:
-        world.part(from_all_but=teacher.followers.waiting if teacher.followers is not None else None)
-    if teacher.is_follower:
-        return teacher.follow()
-    return Lead(recipe, processor, teacher, writer, assignment, world, stop).run()
+    with contextlib.ExitStack() as planning:  # in which others see the first rank at work
+        writer, assignment = open_cache(recipe, processor, data, teacher, world, planning)
+        if "://" not in location:
+            keep_library_output(Path(location) / LIBRARY_LOG_NAME)
+        teacher = teacher.led(world)
+        if not teacher.is_sharded:
+            world.part(from_all_but=teacher.followers.waiting if teacher.followers is not None else None)
+        if teacher.is_follower:
+            return teacher.follow()
+        return Lead(recipe, processor, teacher, writer, assignment, world, stop, planning).run()
 
 
 def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData) -> bool:
@@ -173,9 +174,17 @@ def remove_committed_plan(location: str) -> None:
 
 
 def open_cache(
-    recipe: Recipe, processor: ExampleProcessor, data: CaptureData, teacher: Teacher, world: World
+    recipe: Recipe,
+    processor: ExampleProcessor,
+    data: CaptureData,
+    teacher: Teacher,
+    world: World,
+    planning: contextlib.ExitStack,
 ) -> tuple[CacheWriter, Assignment]:
-    """The first rank opens the cache and plans; the others join it."""
+    """The first rank opens the cache and plans; the others join it.
+
+    planning  to be closed when the first rank has claims
+    """
     assert recipe.cache is not None
     cache = recipe.cache
     opened: list[CacheWriter] = []  # of the first rank; nothing that can be sent to others
@@ -193,8 +202,9 @@ def open_cache(
             examples_per_shard=cache.examples_per_shard,
             skipped=data.unreadable(),
             facts=facts,
-            with_others=True,
+            with_others=planning,
             timeout_s=cache.claim_timeout_s,
+            patience_s=recipe.parallel.collective_timeout_s,
         )
         opened.append(writer)
         found = len(plan.units) - len(pending)
@@ -221,12 +231,13 @@ class Lead:
         assignment: Assignment,
         world: World,
         stop: StopRequest,
+        planning: contextlib.ExitStack,
     ) -> None:
         assert recipe.cache is not None
         assert recipe.teacher is not None
         self.recipe, self.config, self.cache = recipe, recipe.teacher, recipe.cache
         self.processor, self.teacher, self.writer = processor, teacher, writer
-        self.assignment, self.world, self.stop = assignment, world, stop
+        self.assignment, self.world, self.stop, self.planning = assignment, world, stop, planning
         self.source = WindowSource(open_rows(recipe), processor, unseen=recipe.cache.visual_gain)
         self.runner = BatchRunner(self.cache.batch_tokens, may_shrink=not teacher.is_shared)
 
@@ -240,6 +251,7 @@ class Lead:
             patience_s=self.recipe.parallel.collective_timeout_s,
             job=self.assignment.job,
         ) as claims:
+            self.planning.close()
             ranks = self.config.ranks_per_copy if self.teacher.copy_group is not None else 1
             tally = Tally(claims, sum(map(len, pending)), show=self.world.is_main, ranks=ranks)
             with contextlib.closing(tally):
@@ -302,6 +314,7 @@ class Lead:
         elif not claims.is_complete or self.writer.folder.size(PLAN_NAME) is not None:
             return stopped(self.cache, self.writer, self.assignment, self.world, claims)
         elif self.world.is_main:
+            self.writer.require_committed(self.assignment.plan, settle_s=SETTLE_S)
             tqdm.write(f"cache {self.cache.location} is complete; another process has committed it")
         return 0
 
@@ -320,7 +333,8 @@ class Lead:
             # Before the commit: killed after it, the next start would find nothing to do, and nothing to log.
             self.writer.log("captured", seconds=elapsed_s, **facts)
             manifest = self.writer.commit(self.assignment.plan, settle_s=SETTLE_S)
-        remove_claims(self.writer.folder)
+            if self.writer.folder.size(PLAN_NAME) is None:  # else another capture has begun
+                remove_claims(self.writer.folder)
         tqdm.write(summary(self.cache, manifest, totals, elapsed_s))
 
 

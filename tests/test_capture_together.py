@@ -17,14 +17,14 @@ from stage2_runs import on_ranks
 from test_capture import files, run, spoiled, with_values
 from test_capture import tree as tree  # the fixture
 
-from shared.cache import CacheBusyError, CacheReader, CacheWriter
+from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims
 from shared.cache.claimant import Claimant
-from shared.cache.layout import CLAIMS
+from shared.cache.layout import CLAIMS, PLAN_NAME
 from shared.cache.log import log_records
 from shared.cache.storage import open_folder
 from shared.capture.loop import capture as own_capture
 from shared.data.processing import ExampleProcessor
-from shared.errors import DataError
+from shared.errors import CacheFormatError, DataError
 from shared.recipes import Recipe
 from shared.recipes.files import validate_tree
 from shared.runtime import World
@@ -189,6 +189,25 @@ def test_a_job_with_another_plan_is_refused_while_somebody_captures(
         assert run(tree) == 0  # the same plan: it takes part
     assert files(Path(tree["cache"]["path"])) == whole
     assert run(with_values(tree, "data", limit=4)) == 0
+
+
+def test_a_job_whose_plan_is_gone_without_its_rows_does_not_say_that_another_has_committed_it(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    is_to_commit, folder = Claims.is_to_commit, open_folder(tree["cache"]["path"])
+
+    def seen_too_late(claims: Claims, is_stopped: Callable[[], bool]) -> bool:
+        folder.remove(PLAN_NAME)
+        return is_to_commit(claims, is_stopped)
+
+    monkeypatch.setattr(Claims, "is_to_commit", seen_too_late)
+    monkeypatch.setattr("stage1_teacher.capture.SETTLE_S", 0.0)
+    with pytest.raises(CacheFormatError, match="changed since it was planned; run the same command again"):
+        run(tree)
+    monkeypatch.setattr(Claims, "is_to_commit", is_to_commit)
+    assert "another process" not in capsys.readouterr().out
+    assert run(tree) == 0
+    assert len(CacheReader(tree["cache"]["path"])) == 16
 
 
 def test_one_that_joins_does_not_read_again_what_others_have_captured(

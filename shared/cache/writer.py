@@ -209,9 +209,22 @@ class CacheWriter:
 
         Segments that did not change are named as they are: what is written depends on what is new.
 
+        A plan that was committed already, by a process that was killed before it removed the plan or was taken to be
+        dead, is not committed again.
+
         ``settle_s``: how long to wait for the shards of other machines to show up on a network file system.
-        Raises   CacheFormatError  when units are missing; the finished ones stay
+        Raises   CacheFormatError  when units are missing, or another plan was stored or committed meanwhile; the
+                                   finished ones stay
         """
+        is_stored, current = self._is_stored(plan), load_manifest(self.folder)
+        has_moved = plan.base != (None if current is None else current.sha256)
+        if current is not None and has_moved and _has_shards_of(current, plan):
+            self.manifest, self._index, self._committed = current, None, None
+            if is_stored:
+                self._remove_plan(plan)
+            return current
+        if has_moved or not is_stored:
+            raise self._has_changed()
         there, names = self._shards_of_units(plan, settle_s=settle_s)
         if plan.base != self._base or not set(self._missing_shards(there)) <= set(plan.lost):
             raise self._has_changed()
@@ -239,11 +252,31 @@ class CacheWriter:
             self._require_files(manifest)
             self.folder.publish(MANIFEST_NAME, manifest.dumps())
             self.manifest, self._index, self._committed = manifest, None, None
+        self._remove_plan(plan)
+        return self.manifest
+
+    def require_committed(self, plan: Plan, *, settle_s: float = 0.0) -> None:
+        """By whichever process.
+
+        settle_s  how long to wait for the manifest of another machine to show up on a network file system
+        Raises   CacheFormatError  unless the manifest that is there has a shard of each of the plan's units
+        """
+        deadline = time.monotonic() + settle_s
+        while (manifest := load_manifest(self.folder)) is None or not _has_shards_of(manifest, plan):
+            if time.monotonic() >= deadline:
+                raise self._has_changed()
+            time.sleep(min(1.0, settle_s / 10))
+
+    def _is_stored(self, plan: Plan) -> bool:
+        stored = self._read_plan()
+        return stored is not None and stored.request == plan.request
+
+    def _remove_plan(self, plan: Plan) -> None:
+        """After its commit, with what else it has left."""
         self.folder.remove(PLAN_NAME)
-        self._discard_shards(there, plan.units, keep=set())
+        self._discard_shards(shard_names(self.folder), plan.units, keep=set())
         if isinstance(self.folder, LocalFolder):
             self.folder.remove_temporaries(alive_too=False)  # of those that died meanwhile
-        return self.manifest
 
     @property
     def _base(self) -> str | None:
@@ -395,3 +428,8 @@ class CacheWriter:
     def _note(self, name: str) -> None:
         if self._found is not None:
             self._found.setdefault(unit_in(name), []).append(name)
+
+
+def _has_shards_of(manifest: Manifest, plan: Plan) -> bool:
+    """Whether each of the plan's units has one: their ids say what is captured, and of which keys."""
+    return {unit.unit_id for unit in plan.units} <= {unit_in(name) for name in manifest.shards.names()}

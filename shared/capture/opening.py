@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from shared.cache import (
     Unit,
     Wanted,
 )
-from shared.cache.claimant import somebody_at_work, somebody_may_be_at_work
+from shared.cache.claimant import Claimant, somebody_at_work, somebody_may_capture
 from shared.cache.index import Keys
 from shared.cache.layout import shard_names, unit_in
 from shared.completeness import broken_shards
@@ -33,22 +34,26 @@ def open_planned(
     examples_per_shard: int,
     skipped: Sequence[SkippedRow] = (),
     facts: Mapping[str, str] | None = None,
-    with_others: bool = False,
+    with_others: ExitStack | None = None,
     timeout_s: float = 180.0,
+    patience_s: float = 600.0,
 ) -> tuple[CacheWriter, Plan, list[Unit]]:
     """A writer, its plan, and the units without a whole shard.
 
     keys         all that the cache is to hold; ``numbers``, (n,), are the caller's own of their rows
     facts        for the manifest's ``created_by``, beside the versions
     with_others  other processes may capture what this one does, by claims; the folder is locked for the planning
-                 alone.  False: it is this process's own until the writer is closed
+                 alone, and those with another plan see this process at work until the stack is closed: by then it
+                 has claims, or has given up.  None: the folder is its own until the writer is closed
     timeout_s    after which a silent process is taken to be dead
+    patience_s   as of claims
     Raises   as ``CacheWriter.open``, and CacheBusyError  while others capture something else into the folder
     """
     created_by = created_by_versions() | dict(facts or {})
-    writer = CacheWriter.open(location, identity, created_by=created_by, for_a_moment=with_others)
+    is_shared = with_others is not None
+    writer = CacheWriter.open(location, identity, created_by=created_by, for_a_moment=is_shared)
     try:
-        plan = writer.stored_plan() if with_others else None
+        plan = writer.stored_plan() if is_shared else None
         if plan is None and (owner := somebody_at_work(writer.folder, timeout_s=timeout_s)) is not None:
             raise CacheBusyError(
                 f"{writer.folder.where}: {owner} captures into it, by another plan. Wait until it has ended, or "
@@ -58,15 +63,29 @@ def open_planned(
         plan = writer.stored_plan() or writer.plan(
             Wanted.of(keys, numbers), examples_per_shard=examples_per_shard, skipped=skipped
         )
-        if with_others:
-            writer.close()
-        if with_others and somebody_may_be_at_work(writer.folder):  # who has read what lies there
-            there = {unit_in(name) for name in shard_names(writer.folder)}
-            return writer, plan, [unit for unit in plan.units if unit.unit_id not in there]
-        return writer, plan, [unit for unit in plan.units if not writer.is_finished(unit)]
+        if with_others is None:
+            return writer, plan, [unit for unit in plan.units if not writer.is_finished(unit)]
+        # While the lock is held: who comes next finds somebody at work.
+        me = Claimant(writer.folder, timeout_s=timeout_s, patience_s=patience_s, plans=True, idle=True)
+        with_others.enter_context(me)
+        writer.close()
+        return writer, plan, _pending_beside_others(writer, plan, me)
     except BaseException:
         writer.close()
         raise
+
+
+def _pending_beside_others(writer: CacheWriter, plan: Plan, me: Claimant) -> list[Unit]:
+    """The units without a whole shard; those who capture already have read what lay there."""
+    if somebody_may_capture(writer.folder):
+        there = {unit_in(name) for name in shard_names(writer.folder)}
+        return [unit for unit in plan.units if unit.unit_id not in there]
+    pending = []
+    for unit in plan.units:
+        me.check()
+        if not writer.is_finished(unit):
+            pending.append(unit)
+    return pending
 
 
 def _discard_broken_shards(location: str, writer: CacheWriter, keys: Keys) -> None:
