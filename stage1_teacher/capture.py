@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ import torch
 from tqdm import tqdm
 
 from shared.batching import BatchRunner
-from shared.cache import CacheReader, CacheWriter, Claims, Identity, Manifest, Plan, Unit
+from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims, Identity, Manifest, Plan, Unit
 from shared.cache.claimant import remove_claims, remove_claims_of_the_dead
 from shared.cache.layout import CLAIMS, LIBRARY_LOG_NAME, PLAN_NAME, shard_names
+from shared.cache.lock import WaitStoppedError
 from shared.cache.plan import MAX_PLAN_BYTES
 from shared.cache.storage import open_folder
 from shared.capture.opening import created_by_versions, open_planned
@@ -57,6 +59,7 @@ from stage1_teacher.capturing.visual_gain import visual_gain
 
 Value = TypeVar("Value")
 MAX_PENDING_BATCHES = 4  # on their way to disk
+LAST_WORD_S = 5.0  # how long a stopped capture waits for the lock, to say in the log that it was stopped
 SETTLE_S = 60.0  # how long files of other machines may take to show on a network file system
 
 
@@ -88,7 +91,7 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
     data = survey(recipe, processor, world)
     if world.by_main(lambda: nothing_to_do(recipe, processor, data)):
         if world.is_main:
-            remove_committed_plan(location)
+            remove_committed_plan(location, stop)
             tqdm.write(f"cache {location} holds all of the data; nothing to capture")
         return 0
     if world.is_main:
@@ -105,7 +108,12 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
     else:
         world.by_main(lambda: check_teacher(recipe, processor, teacher))
     with contextlib.ExitStack() as planning:  # in which others see the first rank at work
-        writer, assignment = open_cache(recipe, processor, data, teacher, world, planning)
+        try:
+            writer, assignment = open_cache(recipe, processor, data, teacher, world, planning, stop)
+        except WaitStoppedError as told:
+            if world.is_main:
+                tqdm.write(f"stopped: {told}. To go on: {command_to_go_on(resume=False)}")
+            return INTERRUPTED_STATUS
         if "://" not in location:
             keep_library_output(Path(location) / LIBRARY_LOG_NAME)
         teacher = teacher.led(world)
@@ -152,7 +160,7 @@ def parallel_facts(teacher: TeacherConfig) -> dict[str, str]:
     return {"parallel": shared} if shared else {}
 
 
-def remove_committed_plan(location: str) -> None:
+def remove_committed_plan(location: str, stop: StopRequest) -> None:
     """Removes plan and claims that a capture killed right after its commit has left: they add to an older manifest.
 
     Another capture's plan, which adds to this one, stays.
@@ -163,7 +171,9 @@ def remove_committed_plan(location: str) -> None:
     # A cache at work, or one that may not be written, is no worse for it.
     with (
         contextlib.suppress(TeachonceError, OSError),
-        CacheWriter.open(location, identity, created_by={}, for_a_moment=True) as writer,
+        CacheWriter.open(
+            location, identity, created_by={}, for_a_moment=True, is_stopped=lambda: stop.received
+        ) as writer,
     ):
         if folder.size(PLAN_NAME) is not None:
             plan = Plan.decode(folder.read(PLAN_NAME, max_bytes=MAX_PLAN_BYTES), where=folder.where)
@@ -180,6 +190,7 @@ def open_cache(
     teacher: Teacher,
     world: World,
     planning: contextlib.ExitStack,
+    stop: StopRequest,
 ) -> tuple[CacheWriter, Assignment]:
     """The first rank opens the cache and plans; the others join it.
 
@@ -205,6 +216,7 @@ def open_cache(
             with_others=planning,
             timeout_s=cache.claim_timeout_s,
             patience_s=recipe.parallel.collective_timeout_s,
+            is_stopped=lambda: stop.received,
         )
         opened.append(writer)
         found = len(plan.units) - len(pending)
@@ -309,11 +321,13 @@ class Lead:
 
     def end(self, claims: Claims) -> int:
         """The exit status, when there is nothing left to capture or a stop was asked for."""
-        if claims.is_complete and claims.is_to_commit(self.is_stopped):
-            self.commit(claims)
-        elif not claims.is_complete or self.writer.folder.size(PLAN_NAME) is not None:
+        with contextlib.suppress(WaitStoppedError):
+            if claims.is_complete and claims.is_to_commit(self.is_stopped):
+                self.commit(claims)
+                return 0
+        if not claims.is_complete or self.writer.folder.size(PLAN_NAME) is not None:
             return stopped(self.cache, self.writer, self.assignment, self.world, claims)
-        elif self.world.is_main:
+        if self.world.is_main:
             self.writer.require_committed(self.assignment.plan, settle_s=SETTLE_S)
             tqdm.write(f"cache {self.cache.location} is complete; another process has committed it")
         return 0
@@ -329,7 +343,7 @@ class Lead:
             **teacher_stamp(self.config),
             "recipe": dump_recipe(self.recipe),
         }
-        with self.writer.locked():
+        with self.writer.locked(self.is_stopped):
             # Before the commit: killed after it, the next start would find nothing to do, and nothing to log.
             self.writer.log("captured", seconds=elapsed_s, **facts)
             manifest = self.writer.commit(self.assignment.plan, settle_s=SETTLE_S)
@@ -455,7 +469,8 @@ def stopped(
     if world.is_main:
         if world.size > 1:
             claims.told(job=assignment.job)  # which waits for them
-        with writer.locked():
+        deadline = time.monotonic() + LAST_WORD_S
+        with contextlib.suppress(CacheBusyError), writer.locked(lambda: time.monotonic() >= deadline):
             writer.log("interrupted")
         units = assignment.plan.units
         published = {name.rpartition("/")[2].partition("-")[0] for name in shard_names(writer.folder)}

@@ -8,16 +8,19 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cache_examples import Clock, locked_by_another
 from stage2_runs import on_ranks
 from test_capture import files, run, spoiled, with_values
 from test_capture import tree as tree  # the fixture
 
 from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims
+from shared.cache import lock as lock_module
 from shared.cache.claimant import Claimant
 from shared.cache.layout import CLAIMS, PLAN_NAME
 from shared.cache.log import log_records
@@ -233,6 +236,64 @@ def test_what_a_process_of_another_machine_has_left_is_waited_for_and_then_done(
     assert run(with_values(tree, "cache", claim_timeout_s=2)) == 0
     assert time.monotonic() - begin > 2
     assert files(Path(tree["cache"]["path"])) == whole
+
+
+OF_ANOTHER = "process 1 on far for a moment\n"
+
+
+def test_a_stop_while_another_process_plans_ends_in_order(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop, cache = StopRequest(), Path(tree["cache"]["path"])
+    with locked_by_another(cache, OF_ANOTHER):
+        monkeypatch.setattr(lock_module, "time", Clock(lambda _: setattr(stop, "received", True)))
+        assert run(tree, stop) == INTERRUPTED_STATUS
+    said = capsys.readouterr().out
+    assert (
+        f"stopped: cache {cache}: process 1 on far is writing to it, and this process was waiting for" in said
+    )
+    assert "To go on: " in said
+    assert not (cache / PLAN_NAME).exists()
+
+
+def test_a_stop_while_another_process_has_the_lock_of_the_commit_ends_in_order(
+    tree: dict[str, Any],
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop, cache, is_to_commit = StopRequest(), Path(tree["cache"]["path"]), Claims.is_to_commit
+    with ExitStack() as stack:
+
+        def then_locked(claims: Claims, is_stopped: Callable[[], bool]) -> bool:
+            found = is_to_commit(claims, is_stopped)
+            stack.enter_context(locked_by_another(cache, OF_ANOTHER))
+            monkeypatch.setattr(lock_module, "time", Clock(lambda _: setattr(stop, "received", True)))
+            return found
+
+        monkeypatch.setattr(Claims, "is_to_commit", then_locked)
+        monkeypatch.setattr("stage1_teacher.capture.LAST_WORD_S", 0.0)
+        assert run(tree, stop) == INTERRUPTED_STATUS
+    assert "stopped: 8 of 8 units" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run(tree) == 0
+    assert files(cache) == whole
+
+
+@pytest.mark.parametrize("text", ["", "process 1 on far\n", OF_ANOTHER])
+def test_a_stopped_job_does_not_wait_for_its_line_in_the_log(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    stop, cache = StopRequest(), Path(tree["cache"]["path"])
+    with ExitStack() as stack:
+
+        def is_locked() -> None:
+            stack.enter_context(locked_by_another(cache, text))
+            stop.received = True
+
+        at_forward(monkeypatch, 2, is_locked)
+        monkeypatch.setattr("stage1_teacher.capture.LAST_WORD_S", 0.0)
+        assert run(tree, stop) == INTERRUPTED_STATUS
 
 
 def test_rows_left_out_are_counted_over_all_that_capture(tree: dict[str, Any], tmp_path: Path) -> None:

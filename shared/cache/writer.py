@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -41,7 +41,7 @@ from shared.cache.layout import (
     table_names,
     unit_in,
 )
-from shared.cache.lock import CaptureLock
+from shared.cache.lock import CaptureLock, never
 from shared.cache.log import MAX_LOG_BYTES
 from shared.cache.manifest import Manifest, SkippedRow, load_manifest
 from shared.cache.mending import mend_tables
@@ -73,20 +73,28 @@ class CacheWriter:
 
     @classmethod
     def open(
-        cls, location: str, identity: Identity, *, created_by: Mapping[str, str], for_a_moment: bool = False
+        cls,
+        location: str,
+        identity: Identity,
+        *,
+        created_by: Mapping[str, str],
+        for_a_moment: bool = False,
+        is_stopped: Callable[[], bool] = never,
     ) -> Self:
         """Opens the cache for a process that plans, or commits; the folder may be new.
 
         for_a_moment  until a near :meth:`close`, for which others wait
+        is_stopped    asked while it waits for those
 
-        Raises   CacheBusyError      when another capture is at work there (local folders)
+        Raises   CacheBusyError      when another capture is at work there (local folders); WaitStoppedError, which
+                                     is one, when the wait was stopped
                  CacheMismatchError  when what is there was captured otherwise: every difference, both sides
                  CacheFormatError    when the folder holds other things, or lists and indices are lost together with
                                      shards
         """
         folder = open_folder(location)
         lock = (
-            CaptureLock.in_folder(folder.path, for_a_moment=for_a_moment)
+            CaptureLock.in_folder(folder.path, for_a_moment=for_a_moment, is_stopped=is_stopped)
             if isinstance(folder, LocalFolder)
             else None
         )
@@ -120,10 +128,13 @@ class CacheWriter:
             self._lock = None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """The folder is this process's alone for a moment: for the commit, where others take part."""
+    def locked(self, is_stopped: Callable[[], bool] = never) -> Iterator[None]:
+        """The folder is this process's alone for a moment: for the commit, where others take part.
+
+        Raises   as :meth:`open`, of the lock
+        """
         if self._lock is None and isinstance(self.folder, LocalFolder):
-            self._lock = CaptureLock.in_folder(self.folder.path, for_a_moment=True)
+            self._lock = CaptureLock.in_folder(self.folder.path, for_a_moment=True, is_stopped=is_stopped)
         try:
             yield
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -21,6 +21,7 @@ from shared.cache import (
 from shared.cache.claimant import Claimant, somebody_at_work, somebody_may_capture
 from shared.cache.index import Keys
 from shared.cache.layout import shard_names, unit_in
+from shared.cache.lock import never
 from shared.completeness import broken_shards
 from shared.runtime import environment
 
@@ -37,6 +38,7 @@ def open_planned(
     with_others: ExitStack | None = None,
     timeout_s: float = 180.0,
     patience_s: float = 600.0,
+    is_stopped: Callable[[], bool] = never,
 ) -> tuple[CacheWriter, Plan, list[Unit]]:
     """A writer, its plan, and the units without a whole shard.
 
@@ -47,11 +49,14 @@ def open_planned(
                  has claims, or has given up.  None: the folder is its own until the writer is closed
     timeout_s    after which a silent process is taken to be dead
     patience_s   as of claims
+    is_stopped   asked while it waits for the lock
     Raises   as ``CacheWriter.open``, and CacheBusyError  while others capture something else into the folder
     """
     created_by = created_by_versions() | dict(facts or {})
     is_shared = with_others is not None
-    writer = CacheWriter.open(location, identity, created_by=created_by, for_a_moment=is_shared)
+    writer = CacheWriter.open(
+        location, identity, created_by=created_by, for_a_moment=is_shared, is_stopped=is_stopped
+    )
     try:
         plan = writer.stored_plan() if is_shared else None
         if plan is None and (owner := somebody_at_work(writer.folder, timeout_s=timeout_s)) is not None:
