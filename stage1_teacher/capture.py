@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from shared.batching import BatchRunner
 from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims, Identity, Manifest, Plan, Unit
-from shared.cache.claimant import remove_claims, remove_claims_of_the_dead
+from shared.cache.claimant import is_gone, remove_claims, remove_claims_of_the_dead
+from shared.cache.commit import require_few_skipped
 from shared.cache.layout import CLAIMS, LIBRARY_LOG_NAME, PLAN_NAME, shard_names
 from shared.cache.lock import WaitStoppedError
 from shared.cache.plan import MAX_PLAN_BYTES
@@ -67,13 +68,15 @@ SETTLE_S = 60.0  # how long files of other machines may take to show on a networ
 class Assignment:
     """What the first rank tells the others.
 
-    pending  the units without a finished shard
-    job      by which ranks of one start know each other
+    pending      the units without a finished shard
+    num_refused  examples that the finished ones leave out, as far as they were read
+    job          by which ranks of one start know each other
     """
 
     identity: Identity
     plan: Plan
     pending: list[Unit]
+    num_refused: int
     created_by: dict[str, str]
     job: str
 
@@ -205,7 +208,7 @@ def open_cache(
         identity = identity_of(recipe, processor, data, weights_fingerprint=teacher.weights_fingerprint)
         assert recipe.teacher is not None
         facts = teacher_content(recipe.teacher) | parallel_facts(recipe.teacher)
-        writer, plan, pending = open_planned(
+        found = open_planned(
             cache.location,
             identity,
             data.keys,
@@ -218,13 +221,21 @@ def open_cache(
             patience_s=recipe.parallel.collective_timeout_s,
             is_stopped=lambda: stop.received,
         )
-        opened.append(writer)
-        found = len(plan.units) - len(pending)
-        if found:
+        opened.append(found.writer)
+        num_units = len(found.plan.units)
+        if num_finished := num_units - len(found.pending):
             tqdm.write(
-                f"cache {cache.location}: {found} of {len(plan.units)} units are finished, going on with the rest"
+                f"cache {cache.location}: {num_finished} of {num_units} units are finished, going on with the rest"
             )
-        return Assignment(identity, plan, pending, created_by_versions() | facts, job=secrets.token_hex(4))
+        require_few_skipped(
+            len(found.plan.skipped) + found.num_skipped,
+            max_skipped=recipe.data.max_dropped,
+            where=found.writer.folder.where,
+        )
+        created_by = created_by_versions() | facts
+        return Assignment(
+            identity, found.plan, found.pending, found.num_skipped, created_by, job=secrets.token_hex(4)
+        )
 
     assignment = world.by_main(plan)
     joined = CacheWriter.join(cache.location, assignment.identity, created_by=assignment.created_by)
@@ -262,13 +273,20 @@ class Lead:
             timeout_s=self.cache.claim_timeout_s,
             patience_s=self.recipe.parallel.collective_timeout_s,
             job=self.assignment.job,
+            refused_before=self.assignment.num_refused,
         ) as claims:
             self.planning.close()
+            refusals = Refusals(
+                claims,
+                num_unreadable=len(self.assignment.plan.skipped),
+                allowed=self.recipe.data.max_dropped,
+                num_before=self.assignment.num_refused,
+            )
             ranks = self.config.ranks_per_copy if self.teacher.copy_group is not None else 1
             tally = Tally(claims, sum(map(len, pending)), show=self.world.is_main, ranks=ranks)
             with contextlib.closing(tally):
                 while True:
-                    self.capture_claimed(claims, tally)
+                    self.capture_claimed(claims, tally, refusals)
                     tally.rest(self.teacher.seconds())
                     if self.teacher.is_sharded:
                         self.stop.received = self.stop.agreed(self.world)
@@ -288,7 +306,7 @@ class Lead:
         """Of a sharded teacher all ranks go on, wait or end together, as the first one says."""
         return self.world.by_main(work) if self.teacher.is_sharded else work()
 
-    def capture_claimed(self, claims: Claims, tally: Tally) -> None:
+    def capture_claimed(self, claims: Claims, tally: Tally, refusals: Refusals) -> None:
         """Captures units while one is free."""
 
         def on_shard(unit: Unit) -> None:
@@ -296,9 +314,6 @@ class Lead:
             require_space(self.cache.location, unit, num_units_left=claims.num_left)
 
         assembler = ShardAssembler(self.writer, self.assignment.pending, on_rows=tally.add, on_shard=on_shard)
-        refusals = Refusals(
-            claims, num_known=len(self.assignment.plan.skipped), allowed=self.recipe.data.max_dropped
-        )
         lockstep = Lockstep(
             lambda: idle_forward(self.source, self.teacher), is_needed=self.teacher.is_sharded
         )
@@ -346,7 +361,9 @@ class Lead:
         with self.writer.locked(self.is_stopped):
             # Before the commit: killed after it, the next start would find nothing to do, and nothing to log.
             self.writer.log("captured", seconds=elapsed_s, **facts)
-            manifest = self.writer.commit(self.assignment.plan, settle_s=SETTLE_S)
+            manifest = self.writer.commit(
+                self.assignment.plan, settle_s=SETTLE_S, max_skipped=self.recipe.data.max_dropped
+            )
             if self.writer.folder.size(PLAN_NAME) is None:  # else another capture has begun
                 remove_claims(self.writer.folder)
         tqdm.write(summary(self.cache, manifest, totals, elapsed_s))
@@ -443,18 +460,30 @@ def capture_batch(
 
 @dataclass
 class Refusals:
-    """Examples left out, over all that capture, against the number that may be."""
+    """Examples left out, over all that capture and have captured, against the number that may be.
+
+    What one has told is lost when it leaves; what a killed one has told does not count, as it may lie in shards that
+    were read.  So the number may be too small, until the commit counts what is there.  It is too large only where two
+    have captured the same unit.
+
+    num_unreadable  rows of the plan
+    num_before      examples that earlier sessions have left out
+    num_found       by this process
+    """
 
     claims: Claims
-    num_known: int
+    num_unreadable: int
     allowed: int
+    num_before: int
     num_found: int = 0
 
     def count(self, reason: str) -> None:
         """Raises   DataError  when one more than allowed is left out"""
         self.num_found += 1
         self.claims.claimant.tell(refused=self.num_found)
-        number = self.num_known + sum(int(facts.get("refused", 0)) for facts in self.claims.told_so_far())
+        told = [facts for facts in self.claims.told_so_far() if not is_gone(facts)]
+        self.num_before = max([self.num_before, *(int(facts.get("refused_before", 0)) for facts in told)])
+        number = self.num_unreadable + self.num_before + sum(int(facts.get("refused", 0)) for facts in told)
         if number > self.allowed:
             raise DataError(f"{reason}. That makes {number} left out, data.max_dropped allows {self.allowed}")
 

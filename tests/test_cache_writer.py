@@ -33,7 +33,7 @@ from shared.cache.log import log_records
 from shared.cache.merge import merge
 from shared.cache.shard import encode_shard
 from shared.cache.verify import verify
-from shared.errors import CacheFormatError, CacheMismatchError
+from shared.errors import CacheFormatError, CacheMismatchError, DataError
 from shared.recipes.policies import TopK
 
 IDENTITY = make_identity()
@@ -410,6 +410,22 @@ def test_a_line_of_the_log_that_does_not_fit_leaves_the_others(
         with pytest.raises(CacheFormatError, match="no space left"):
             writer.log("second")
         assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def test_a_commit_counts_the_rows_that_are_left_out(tmp_path: Path) -> None:
+    row = SkippedRow(row="train[9]", reason="no answer")
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(4)), examples_per_shard=2, skipped=[row])
+        for unit in plan.units:
+            with writer.unit(unit) as shard:
+                shard.add(make_row(int(unit.rows[0])))
+                shard.skip(unit.keys[1], row=f"train[{unit.rows[1]}]", reason="torn")
+        assert [writer.num_skipped(unit) for unit in plan.units] == [1, 1]
+        before = files_of(tmp_path)
+        with pytest.raises(DataError, match=r"3 row.s. are left out so far, data.max_dropped allows 2"):
+            writer.commit(plan, max_skipped=2)
+        assert files_of(tmp_path) == before
+        assert writer.commit(plan, max_skipped=3).totals.skipped == 3
 
 
 def test_one_capture_at_a_time(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from stage2_runs import on_ranks
 from test_capture import files, run, spoiled, with_values
 from test_capture import tree as tree  # the fixture
 
-from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims
+from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims, Plan
 from shared.cache import lock as lock_module
 from shared.cache.claimant import Claimant
-from shared.cache.layout import CLAIMS, PLAN_NAME
+from shared.cache.layout import CLAIMS, PLAN_NAME, claim_name
 from shared.cache.log import log_records
 from shared.cache.storage import open_folder
 from shared.capture.loop import capture as own_capture
@@ -218,7 +218,7 @@ def test_one_that_joins_does_not_read_again_what_others_have_captured(
 ) -> None:
     assert run(tree, StopRequest(received=True)) == INTERRUPTED_STATUS
     folder = open_folder(tree["cache"]["path"])
-    monkeypatch.setattr(CacheWriter, "is_finished", lambda *_: pytest.fail("a shard is read"))
+    monkeypatch.setattr(CacheWriter, "num_skipped", lambda *_: pytest.fail("a shard is read"))
     with Claimant(folder, timeout_s=60) as other:
         other.tell(idle=True)
         assert run(tree) == 0
@@ -294,6 +294,66 @@ def test_a_stopped_job_does_not_wait_for_its_line_in_the_log(
         at_forward(monkeypatch, 2, is_locked)
         monkeypatch.setattr("stage1_teacher.capture.LAST_WORD_S", 0.0)
         assert run(tree, stop) == INTERRUPTED_STATUS
+
+
+def with_spoiled(tree: dict[str, Any], folder: Path, *rows: int, max_dropped: int) -> dict[str, Any]:
+    changed = with_values(spoiled(tree, folder, rows=rows), "data", max_dropped=max_dropped)
+    changed["data"]["source"] = str(folder)
+    return changed
+
+
+def stopped_after_the_first_unit(tree: dict[str, Any]) -> None:
+    assert run(tree, StopRequest(received=True)) == INTERRUPTED_STATUS
+    assert len(list(Path(tree["cache"]["path"], "shards").glob("*.arrow"))) == 1
+
+
+def test_rows_left_out_are_counted_over_all_sessions(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Before anything is paid for in vain."""
+    tree = with_spoiled(tree, tmp_path / "spoiled", 1, 3, max_dropped=1)
+    stopped_after_the_first_unit(tree)
+    with pytest.raises(DataError, match=r"row 3.* That makes 2 left out, data.max_dropped allows 1"):
+        run(tree)
+    with pytest.raises(DataError, match=r"1 row.s. are left out so far, data.max_dropped allows 0"):
+        run(with_values(tree, "data", max_dropped=0))
+    assert run(with_values(tree, "data", max_dropped=2)) == 0
+    assert CacheReader(tree["cache"]["path"]).manifest.totals.skipped == 2
+
+
+def test_one_that_joins_counts_what_others_have_read(tree: dict[str, Any], tmp_path: Path) -> None:
+    """They have read the shards; it has not.  What they tell and what lies there is not counted twice."""
+    tree = with_spoiled(tree, tmp_path / "spoiled", 1, 3, max_dropped=3)
+    stopped_after_the_first_unit(tree)
+    with Claimant(open_folder(tree["cache"]["path"]), timeout_s=60, refused_before=3) as other:
+        other.tell(idle=True)
+        with pytest.raises(DataError, match=r"row 3.* That makes 4 left out, data.max_dropped allows 3"):
+            run(tree)
+        other.tell(refused_before=1, refused=1)
+        assert run(tree) == 0
+
+
+def test_what_a_killed_process_has_told_is_not_counted_beside_its_shards(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = with_spoiled(tree, tmp_path / "spoiled", 1, 3, max_dropped=2)
+    with monkeypatch.context() as patch:
+        at_forward(patch, 2, lambda: os._exit(9))
+        killed = job(tree)
+        killed.join(timeout=120)
+    assert killed.exitcode == 9
+    assert run(tree) == 0
+
+
+def test_rows_left_out_are_counted_after_a_wait_for_others(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree = with_values(tree, "cache", claim_timeout_s=2)
+    tree = with_spoiled(tree, tmp_path / "spoiled", 3, 5, max_dropped=1)
+    stopped_after_the_first_unit(tree)
+    folder = open_folder(tree["cache"]["path"])
+    plan = Plan.decode(folder.read(PLAN_NAME), where="plan")
+    folder.publish(f"{CLAIMS}far.json", b'{"machine": "another", "pid": 1, "host": "far", "idle": true}')
+    (unit,) = (unit for unit in plan.units if 5 in unit.rows)
+    assert folder.create(claim_name(unit.unit_id, 0), b"far")
+    with pytest.raises(DataError, match=r"row 5.* That makes 2 left out, data.max_dropped allows 1"):
+        run(tree)
 
 
 def test_rows_left_out_are_counted_over_all_that_capture(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def planned_with_others(
     """As a capture plans that others may join: of these rows, whose data set has a fingerprint of its own."""
     wanted = Wanted.of_pairs(keys_and_rows(numbers))
     source = DataSource(name="drawn", split="train", fingerprint=f"of {list(numbers)}", rows=1)
-    return open_planned(
+    opened = open_planned(
         location,
         make_identity(data=(source,)),
         wanted.keys,
@@ -320,13 +320,14 @@ def planned_with_others(
         with_others=stack,
         timeout_s=LONG_S,
     )
+    return opened.writer, opened.plan, opened.pending
 
 
 def test_another_plan_is_refused_from_the_moment_that_one_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before there are claims: while what is finished is read, which takes long, and while ranks are told."""
-    location, is_finished, seen = str(tmp_path / "cache"), CacheWriter.is_finished, []
+    location, num_skipped, seen = str(tmp_path / "cache"), CacheWriter.num_skipped, []
     with ExitStack() as stack:
         writer, plan, pending = planned_with_others(location, range(10), stack)
         assert pending == list(plan.units)
@@ -336,13 +337,13 @@ def test_another_plan_is_refused_from_the_moment_that_one_is_stored(
         with pytest.raises(CacheBusyError, match=f"process {os.getpid()} on .* by another plan"):
             planned_with_others(location, range(5, 30), stack)
 
-    def reading(writer: CacheWriter, unit: Unit) -> bool:
+    def reading(writer: CacheWriter, unit: Unit) -> int | None:
         if not seen:
             seen.append(unit)
             is_refused()
-        return is_finished(writer, unit)
+        return num_skipped(writer, unit)
 
-    monkeypatch.setattr(CacheWriter, "is_finished", reading)
+    monkeypatch.setattr(CacheWriter, "num_skipped", reading)
     with ExitStack() as stack:
         writer, plan, pending = planned_with_others(location, range(10), stack)
         assert seen

@@ -26,7 +26,14 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from shared.cache.commit import Contents, NewShard, grown_identity, older_skips, require_places
+from shared.cache.commit import (
+    Contents,
+    NewShard,
+    grown_identity,
+    older_skips,
+    require_few_skipped,
+    require_places,
+)
 from shared.cache.format import as_buffer, sha256_hex
 from shared.cache.identity import Identity
 from shared.cache.index import CacheIndex
@@ -48,7 +55,7 @@ from shared.cache.mending import mend_tables
 from shared.cache.plan import MAX_PLAN_BYTES, Plan, Unit
 from shared.cache.planning import Wanted, cut_units
 from shared.cache.segments import FileInfo, open_shards, read_file
-from shared.cache.shard import view_shard
+from shared.cache.shard import open_shard, view_shard
 from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.cache.unit import UnitWriter
 from shared.cache.verified import VerifiedFiles
@@ -142,10 +149,13 @@ class CacheWriter:
 
     def stored_plan(self) -> Plan | None:
         """The plan in the folder, if it is for this very identity, data included, and this manifest."""
-        plan = self._read_plan()
+        plan, there = self._read_plan(), shard_names(self.folder)
         if plan is None or plan.identity != self.identity or plan.base != self._base:
             return None
-        return plan if set(self._missing_shards(shard_names(self.folder))) <= set(plan.lost) else None
+        if not set(self._missing_shards(there)) <= set(plan.lost):
+            return None
+        self._look(there)
+        return plan
 
     def plan(
         self,
@@ -191,20 +201,25 @@ class CacheWriter:
         return plan
 
     def is_finished(self, unit: Unit) -> bool:
-        """Whether the unit's shard is there and whole; a damaged one is removed.
+        """Whether the unit's shard was there when the plan was read or made, and is whole; a damaged one is removed.
 
-        Looks into the folder once: of what other processes finish later it knows nothing.
+        Of what other processes finish later it knows nothing.
         """
+        return self.num_skipped(unit) is not None
+
+    def num_skipped(self, unit: Unit) -> int | None:
+        """How many examples the shard of a finished unit leaves out; None where it is not finished."""
         found = self._look(shard_names(self.folder)) if self._found is None else self._found
         for name in list(found.get(unit.unit_id, ())):
             try:
-                if sha256_hex(self.folder.read(name)) == sha256_in(name):
-                    return True
+                data = self.folder.read(name)
+                if sha256_hex(data) == sha256_in(name):
+                    return len(open_shard(data, where=f"{self.folder.where}, {name}").metadata["skipped"])
             except FileNotFoundError:
                 pass
             found[unit.unit_id].remove(name)
             self.folder.remove(name)
-        return False
+        return None
 
     def unit(self, unit: Unit) -> UnitWriter:
         """The writer of one unit's shard, a context manager."""
@@ -215,7 +230,7 @@ class CacheWriter:
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **facts})
         self.folder.append(LOG_NAME, line.encode(), max_bytes=MAX_LOG_BYTES)
 
-    def commit(self, plan: Plan, *, settle_s: float = 0.0) -> Manifest:
+    def commit(self, plan: Plan, *, settle_s: float = 0.0, max_skipped: int | None = None) -> Manifest:
         """Writes lists, indices and manifest: from here on the folder is a cache of all that was planned.
 
         Segments that did not change are named as they are: what is written depends on what is new.
@@ -226,6 +241,7 @@ class CacheWriter:
         ``settle_s``: how long to wait for the shards of other machines to show up on a network file system.
         Raises   CacheFormatError  when units are missing, or another plan was stored or committed meanwhile; the
                                    finished ones stay
+                 DataError         when the plan and its shards leave out more rows than ``max_skipped``
         """
         is_stored, current = self._is_stored(plan), load_manifest(self.folder)
         has_moved = plan.base != (None if current is None else current.sha256)
@@ -240,8 +256,12 @@ class CacheWriter:
         if plan.base != self._base or not set(self._missing_shards(there)) <= set(plan.lost):
             raise self._has_changed()
         new = [self._new_shard(names[unit.unit_id]) for unit in plan.units]
-        contents = Contents.of_plan(plan, self.manifest, self._base_index(), new)
         skipped = [row for shard in new for row in shard.skipped]
+        if max_skipped is not None:
+            require_few_skipped(
+                len(plan.skipped) + len(skipped), max_skipped=max_skipped, where=self.folder.where
+            )
+        contents = Contents.of_plan(plan, self.manifest, self._base_index(), new)
         identity = grown_identity(self.manifest, self.identity)
         skipped = [*older_skips(self.manifest, self.identity), *plan.skipped, *skipped]
         created_by = {**(self.manifest.created_by if self.manifest else {}), **self._created_by}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,21 @@ from shared.completeness import broken_shards
 from shared.runtime import environment
 
 
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A cache that is to be captured.
+
+    pending      the units of the plan without a whole shard
+    num_skipped  examples that the shards of the others leave out; 0 beside processes that capture already: these have
+                 read the shards, and tell how many
+    """
+
+    writer: CacheWriter
+    plan: Plan
+    pending: list[Unit]
+    num_skipped: int
+
+
 def open_planned(
     location: str,
     identity: Identity,
@@ -39,8 +55,8 @@ def open_planned(
     timeout_s: float = 180.0,
     patience_s: float = 600.0,
     is_stopped: Callable[[], bool] = never,
-) -> tuple[CacheWriter, Plan, list[Unit]]:
-    """A writer, its plan, and the units without a whole shard.
+) -> Opened:
+    """Opens the cache for its capture, and plans what has no plan yet.
 
     keys         all that the cache is to hold; ``numbers``, (n,), are the caller's own of their rows
     facts        for the manifest's ``created_by``, beside the versions
@@ -69,28 +85,33 @@ def open_planned(
             Wanted.of(keys, numbers), examples_per_shard=examples_per_shard, skipped=skipped
         )
         if with_others is None:
-            return writer, plan, [unit for unit in plan.units if not writer.is_finished(unit)]
+            return _read(writer, plan)
+        # After the writer has looked at the shards: none of those that it is to read is of a session under way.
+        is_read = somebody_may_capture(writer.folder)
         # While the lock is held: who comes next finds somebody at work.
         me = Claimant(writer.folder, timeout_s=timeout_s, patience_s=patience_s, plans=True, idle=True)
         with_others.enter_context(me)
         writer.close()
-        return writer, plan, _pending_beside_others(writer, plan, me)
+        if not is_read:
+            return _read(writer, plan, go_on=me.check)
+        there = {unit_in(name) for name in shard_names(writer.folder)}
+        return Opened(writer, plan, [unit for unit in plan.units if unit.unit_id not in there], 0)
     except BaseException:
         writer.close()
         raise
 
 
-def _pending_beside_others(writer: CacheWriter, plan: Plan, me: Claimant) -> list[Unit]:
-    """The units without a whole shard; those who capture already have read what lay there."""
-    if somebody_may_capture(writer.folder):
-        there = {unit_in(name) for name in shard_names(writer.folder)}
-        return [unit for unit in plan.units if unit.unit_id not in there]
-    pending = []
+def _read(writer: CacheWriter, plan: Plan, *, go_on: Callable[[], None] = lambda: None) -> Opened:
+    """Reads the shards that are there; ``go_on`` is called before each."""
+    pending, num_skipped = [], 0
     for unit in plan.units:
-        me.check()
-        if not writer.is_finished(unit):
+        go_on()
+        found = writer.num_skipped(unit)
+        if found is None:
             pending.append(unit)
-    return pending
+        else:
+            num_skipped += found
+    return Opened(writer, plan, pending, num_skipped)
 
 
 def _discard_broken_shards(location: str, writer: CacheWriter, keys: Keys) -> None:
