@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ import torch
 from tqdm import tqdm
 
 from shared.batching import BatchRunner
-from shared.cache import CacheReader, CacheWriter, Claims, Identity, Manifest, Plan, Unit
-from shared.cache.claimant import remove_claims, remove_claims_of_the_dead
+from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims, Identity, Manifest, Plan, Unit
+from shared.cache.claimant import is_gone, remove_claims, remove_claims_of_the_dead
+from shared.cache.commit import require_few_skipped
 from shared.cache.layout import CLAIMS, LIBRARY_LOG_NAME, PLAN_NAME, shard_names
+from shared.cache.lock import WaitStoppedError
 from shared.cache.plan import MAX_PLAN_BYTES
 from shared.cache.storage import open_folder
 from shared.capture.opening import created_by_versions, open_planned
@@ -57,20 +60,23 @@ from stage1_teacher.capturing.visual_gain import visual_gain
 
 Value = TypeVar("Value")
 MAX_PENDING_BATCHES = 4  # on their way to disk
-SETTLE_S = 60.0  # how long shards of other machines may take to show on a network file system
+LAST_WORD_S = 5.0  # how long a stopped capture waits for the lock, to say in the log that it was stopped
+SETTLE_S = 60.0  # how long files of other machines may take to show on a network file system
 
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
     """What the first rank tells the others.
 
-    pending  the units without a finished shard
-    job      by which ranks of one start know each other
+    pending      the units without a finished shard
+    num_refused  examples that the finished ones leave out, as far as they were read
+    job          by which ranks of one start know each other
     """
 
     identity: Identity
     plan: Plan
     pending: list[Unit]
+    num_refused: int
     created_by: dict[str, str]
     job: str
 
@@ -88,7 +94,7 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
     data = survey(recipe, processor, world)
     if world.by_main(lambda: nothing_to_do(recipe, processor, data)):
         if world.is_main:
-            remove_committed_plan(location)
+            remove_committed_plan(location, stop)
             tqdm.write(f"cache {location} holds all of the data; nothing to capture")
         return 0
     if world.is_main:
@@ -104,15 +110,21 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         check_teacher(recipe, processor, teacher)
     else:
         world.by_main(lambda: check_teacher(recipe, processor, teacher))
-    writer, assignment = open_cache(recipe, processor, data, teacher, world)
-    if "://" not in location:
-        keep_library_output(Path(location) / LIBRARY_LOG_NAME)
-    teacher = teacher.led(world)
-    if not teacher.is_sharded:
-        world.part(from_all_but=teacher.followers.waiting if teacher.followers is not None else None)
-    if teacher.is_follower:
-        return teacher.follow()
-    return Lead(recipe, processor, teacher, writer, assignment, world, stop).run()
+    with contextlib.ExitStack() as planning:  # in which others see the first rank at work
+        try:
+            writer, assignment = open_cache(recipe, processor, data, teacher, world, planning, stop)
+        except WaitStoppedError as told:
+            if world.is_main:
+                tqdm.write(f"stopped: {told}. To go on: {command_to_go_on(resume=False)}")
+            return INTERRUPTED_STATUS
+        if "://" not in location:
+            keep_library_output(Path(location) / LIBRARY_LOG_NAME)
+        teacher = teacher.led(world)
+        if not teacher.is_sharded:
+            world.part(from_all_but=teacher.followers.waiting if teacher.followers is not None else None)
+        if teacher.is_follower:
+            return teacher.follow()
+        return Lead(recipe, processor, teacher, writer, assignment, world, stop, planning).run()
 
 
 def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData) -> bool:
@@ -151,7 +163,7 @@ def parallel_facts(teacher: TeacherConfig) -> dict[str, str]:
     return {"parallel": shared} if shared else {}
 
 
-def remove_committed_plan(location: str) -> None:
+def remove_committed_plan(location: str, stop: StopRequest) -> None:
     """Removes plan and claims that a capture killed right after its commit has left: they add to an older manifest.
 
     Another capture's plan, which adds to this one, stays.
@@ -162,7 +174,9 @@ def remove_committed_plan(location: str) -> None:
     # A cache at work, or one that may not be written, is no worse for it.
     with (
         contextlib.suppress(TeachonceError, OSError),
-        CacheWriter.open(location, identity, created_by={}, for_a_moment=True) as writer,
+        CacheWriter.open(
+            location, identity, created_by={}, for_a_moment=True, is_stopped=lambda: stop.received
+        ) as writer,
     ):
         if folder.size(PLAN_NAME) is not None:
             plan = Plan.decode(folder.read(PLAN_NAME, max_bytes=MAX_PLAN_BYTES), where=folder.where)
@@ -173,9 +187,18 @@ def remove_committed_plan(location: str) -> None:
 
 
 def open_cache(
-    recipe: Recipe, processor: ExampleProcessor, data: CaptureData, teacher: Teacher, world: World
+    recipe: Recipe,
+    processor: ExampleProcessor,
+    data: CaptureData,
+    teacher: Teacher,
+    world: World,
+    planning: contextlib.ExitStack,
+    stop: StopRequest,
 ) -> tuple[CacheWriter, Assignment]:
-    """The first rank opens the cache and plans; the others join it."""
+    """The first rank opens the cache and plans; the others join it.
+
+    planning  to be closed when the first rank has claims
+    """
     assert recipe.cache is not None
     cache = recipe.cache
     opened: list[CacheWriter] = []  # of the first rank; nothing that can be sent to others
@@ -185,7 +208,7 @@ def open_cache(
         identity = identity_of(recipe, processor, data, weights_fingerprint=teacher.weights_fingerprint)
         assert recipe.teacher is not None
         facts = teacher_content(recipe.teacher) | parallel_facts(recipe.teacher)
-        writer, plan, pending = open_planned(
+        found = open_planned(
             cache.location,
             identity,
             data.keys,
@@ -193,16 +216,26 @@ def open_cache(
             examples_per_shard=cache.examples_per_shard,
             skipped=data.unreadable(),
             facts=facts,
-            with_others=True,
+            with_others=planning,
             timeout_s=cache.claim_timeout_s,
+            patience_s=recipe.parallel.collective_timeout_s,
+            is_stopped=lambda: stop.received,
         )
-        opened.append(writer)
-        found = len(plan.units) - len(pending)
-        if found:
+        opened.append(found.writer)
+        num_units = len(found.plan.units)
+        if num_finished := num_units - len(found.pending):
             tqdm.write(
-                f"cache {cache.location}: {found} of {len(plan.units)} units are finished, going on with the rest"
+                f"cache {cache.location}: {num_finished} of {num_units} units are finished, going on with the rest"
             )
-        return Assignment(identity, plan, pending, created_by_versions() | facts, job=secrets.token_hex(4))
+        require_few_skipped(
+            len(found.plan.skipped) + found.num_skipped,
+            max_skipped=recipe.data.max_dropped,
+            where=found.writer.folder.where,
+        )
+        created_by = created_by_versions() | facts
+        return Assignment(
+            identity, found.plan, found.pending, found.num_skipped, created_by, job=secrets.token_hex(4)
+        )
 
     assignment = world.by_main(plan)
     joined = CacheWriter.join(cache.location, assignment.identity, created_by=assignment.created_by)
@@ -221,12 +254,13 @@ class Lead:
         assignment: Assignment,
         world: World,
         stop: StopRequest,
+        planning: contextlib.ExitStack,
     ) -> None:
         assert recipe.cache is not None
         assert recipe.teacher is not None
         self.recipe, self.config, self.cache = recipe, recipe.teacher, recipe.cache
         self.processor, self.teacher, self.writer = processor, teacher, writer
-        self.assignment, self.world, self.stop = assignment, world, stop
+        self.assignment, self.world, self.stop, self.planning = assignment, world, stop, planning
         self.source = WindowSource(open_rows(recipe), processor, unseen=recipe.cache.visual_gain)
         self.runner = BatchRunner(self.cache.batch_tokens, may_shrink=not teacher.is_shared)
 
@@ -239,12 +273,20 @@ class Lead:
             timeout_s=self.cache.claim_timeout_s,
             patience_s=self.recipe.parallel.collective_timeout_s,
             job=self.assignment.job,
+            refused_before=self.assignment.num_refused,
         ) as claims:
+            self.planning.close()
+            refusals = Refusals(
+                claims,
+                num_unreadable=len(self.assignment.plan.skipped),
+                allowed=self.recipe.data.max_dropped,
+                num_before=self.assignment.num_refused,
+            )
             ranks = self.config.ranks_per_copy if self.teacher.copy_group is not None else 1
             tally = Tally(claims, sum(map(len, pending)), show=self.world.is_main, ranks=ranks)
             with contextlib.closing(tally):
                 while True:
-                    self.capture_claimed(claims, tally)
+                    self.capture_claimed(claims, tally, refusals)
                     tally.rest(self.teacher.seconds())
                     if self.teacher.is_sharded:
                         self.stop.received = self.stop.agreed(self.world)
@@ -264,7 +306,7 @@ class Lead:
         """Of a sharded teacher all ranks go on, wait or end together, as the first one says."""
         return self.world.by_main(work) if self.teacher.is_sharded else work()
 
-    def capture_claimed(self, claims: Claims, tally: Tally) -> None:
+    def capture_claimed(self, claims: Claims, tally: Tally, refusals: Refusals) -> None:
         """Captures units while one is free."""
 
         def on_shard(unit: Unit) -> None:
@@ -272,9 +314,6 @@ class Lead:
             require_space(self.cache.location, unit, num_units_left=claims.num_left)
 
         assembler = ShardAssembler(self.writer, self.assignment.pending, on_rows=tally.add, on_shard=on_shard)
-        refusals = Refusals(
-            claims, num_known=len(self.assignment.plan.skipped), allowed=self.recipe.data.max_dropped
-        )
         lockstep = Lockstep(
             lambda: idle_forward(self.source, self.teacher), is_needed=self.teacher.is_sharded
         )
@@ -297,11 +336,14 @@ class Lead:
 
     def end(self, claims: Claims) -> int:
         """The exit status, when there is nothing left to capture or a stop was asked for."""
-        if claims.is_complete and claims.is_to_commit(self.is_stopped):
-            self.commit(claims)
-        elif not claims.is_complete or self.writer.folder.size(PLAN_NAME) is not None:
+        with contextlib.suppress(WaitStoppedError):
+            if claims.is_complete and claims.is_to_commit(self.is_stopped):
+                self.commit(claims)
+                return 0
+        if not claims.is_complete or self.writer.folder.size(PLAN_NAME) is not None:
             return stopped(self.cache, self.writer, self.assignment, self.world, claims)
-        elif self.world.is_main:
+        if self.world.is_main:
+            self.writer.require_committed(self.assignment.plan, settle_s=SETTLE_S)
             tqdm.write(f"cache {self.cache.location} is complete; another process has committed it")
         return 0
 
@@ -316,11 +358,14 @@ class Lead:
             **teacher_stamp(self.config),
             "recipe": dump_recipe(self.recipe),
         }
-        with self.writer.locked():
+        with self.writer.locked(self.is_stopped):
             # Before the commit: killed after it, the next start would find nothing to do, and nothing to log.
             self.writer.log("captured", seconds=elapsed_s, **facts)
-            manifest = self.writer.commit(self.assignment.plan, settle_s=SETTLE_S)
-        remove_claims(self.writer.folder)
+            manifest = self.writer.commit(
+                self.assignment.plan, settle_s=SETTLE_S, max_skipped=self.recipe.data.max_dropped
+            )
+            if self.writer.folder.size(PLAN_NAME) is None:  # else another capture has begun
+                remove_claims(self.writer.folder)
         tqdm.write(summary(self.cache, manifest, totals, elapsed_s))
 
 
@@ -415,18 +460,30 @@ def capture_batch(
 
 @dataclass
 class Refusals:
-    """Examples left out, over all that capture, against the number that may be."""
+    """Examples left out, over all that capture and have captured, against the number that may be.
+
+    What one has told is lost when it leaves; what a killed one has told does not count, as it may lie in shards that
+    were read.  So the number may be too small, until the commit counts what is there.  It is too large only where two
+    have captured the same unit.
+
+    num_unreadable  rows of the plan
+    num_before      examples that earlier sessions have left out
+    num_found       by this process
+    """
 
     claims: Claims
-    num_known: int
+    num_unreadable: int
     allowed: int
+    num_before: int
     num_found: int = 0
 
     def count(self, reason: str) -> None:
         """Raises   DataError  when one more than allowed is left out"""
         self.num_found += 1
         self.claims.claimant.tell(refused=self.num_found)
-        number = self.num_known + sum(int(facts.get("refused", 0)) for facts in self.claims.told_so_far())
+        told = [facts for facts in self.claims.told_so_far() if not is_gone(facts)]
+        self.num_before = max([self.num_before, *(int(facts.get("refused_before", 0)) for facts in told)])
+        number = self.num_unreadable + self.num_before + sum(int(facts.get("refused", 0)) for facts in told)
         if number > self.allowed:
             raise DataError(f"{reason}. That makes {number} left out, data.max_dropped allows {self.allowed}")
 
@@ -441,7 +498,8 @@ def stopped(
     if world.is_main:
         if world.size > 1:
             claims.told(job=assignment.job)  # which waits for them
-        with writer.locked():
+        deadline = time.monotonic() + LAST_WORD_S
+        with contextlib.suppress(CacheBusyError), writer.locked(lambda: time.monotonic() >= deadline):
             writer.log("interrupted")
         units = assignment.plan.units
         published = {name.rpartition("/")[2].partition("-")[0] for name in shard_names(writer.folder)}

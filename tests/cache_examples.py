@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +29,7 @@ from shared.cache import (
 )
 from shared.cache.format import sha256_hex
 from shared.cache.index import KeyIndex
-from shared.cache.layout import index_name
+from shared.cache.layout import LOCK_NAME, index_name
 from shared.cache.manifest import content_hash
 from shared.recipes.policies import Policy, Threshold, VisualGain
 from shared.sparse import SparseTargets, position_seeds, sparsify
@@ -160,3 +164,49 @@ def as_version_1(cache: Path) -> Manifest:
     tree["sha256"] = content_hash(tree)
     (cache / "manifest.json").write_text(json.dumps(tree, sort_keys=True, indent=1) + "\n")
     return CacheReader(str(cache)).manifest
+
+
+@contextmanager
+def locked_by_another(folder: Path, text: str) -> Iterator[Callable[[], None]]:
+    """Another process has the folder's lock, with this text in it, until what this gives is called, or the end."""
+    fork = multiprocessing.get_context("fork")
+    has_it, may_end = fork.Event(), fork.Event()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def hold() -> None:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        os.pwrite(descriptor, text.encode(), 0)
+        has_it.set()
+        may_end.wait()
+        os._exit(0)
+
+    process = fork.Process(target=hold, daemon=True)
+    process.start()
+    assert has_it.wait(timeout=60)
+
+    def release() -> None:
+        may_end.set()
+        process.join()
+
+    try:
+        yield release
+    finally:
+        release()
+
+
+class Clock:
+    """Time that passes in sleeps alone; in the place of the module ``time``.
+
+    at_sleep  called with the time after each
+    """
+
+    def __init__(self, at_sleep: Callable[[float], object] = lambda _: None) -> None:
+        self.now, self._at_sleep = 0.0, at_sleep
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self._at_sleep(self.now)

@@ -64,7 +64,7 @@ def test_a_file_url_is_a_local_folder(tmp_path: Path) -> None:
 
 
 def test_two_captures_at_once_cannot_damage_each_other(staging: Path) -> None:
-    """Object stores have no locks.  Other data, and some examples of both."""
+    """Object stores have no locks.  Other data, and some examples of both; the plan that was stored last counts."""
     url = f"memory://together-{time.time_ns()}/cache"
     writers = [CacheWriter.open(url, make_identity(), created_by=VERSIONS) for _ in range(2)]
     plans = []
@@ -76,11 +76,17 @@ def test_two_captures_at_once_cannot_damage_each_other(staging: Path) -> None:
                 with writer.unit(unit) as shard:
                     for number in unit.rows:
                         shard.add(make_row(int(number)))
-    for writer, plan, examples in zip(writers, plans, (10, 15), strict=True):
-        writer.commit(plan)
-        reader = CacheReader(url)
-        assert len(reader) == examples
-        assert len(reader.rows(list(reader.keys()))) == examples
+    with pytest.raises(CacheFormatError, match="changed since it was planned; run the same command again"):
+        writers[0].commit(plans[0])
+    writers[1].commit(plans[1])
+    assert len(CacheReader(url)) == 15
+    again = CacheWriter.open(url, make_identity(), created_by=VERSIONS)
+    plan = again.plan(keys_and_rows(range(10)), examples_per_shard=5)
+    assert [again.is_finished(unit) for unit in plan.units] == [True]
+    again.commit(plan)
+    reader = CacheReader(url)
+    assert len(reader) == 20
+    assert len(reader.rows(list(reader.keys()))) == 20
 
 
 def check_life_of_a_cache(url: str, tmp_path: Path) -> None:

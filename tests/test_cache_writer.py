@@ -13,15 +13,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_key, make_row
+from cache_examples import (
+    VERSIONS,
+    Clock,
+    capture,
+    files_of,
+    keys_and_rows,
+    locked_by_another,
+    make_identity,
+    make_key,
+    make_row,
+)
 
 from shared.cache import CacheBusyError, CacheReader, CacheWriter, DataSource, SkippedRow, Unit
+from shared.cache import lock as lock_module
 from shared.cache import storage as storage_module
+from shared.cache.lock import CaptureLock, WaitStoppedError
 from shared.cache.log import log_records
 from shared.cache.merge import merge
 from shared.cache.shard import encode_shard
 from shared.cache.verify import verify
-from shared.errors import CacheFormatError, CacheMismatchError
+from shared.errors import CacheFormatError, CacheMismatchError, DataError
 from shared.recipes.policies import TopK
 
 IDENTITY = make_identity()
@@ -400,6 +412,22 @@ def test_a_line_of_the_log_that_does_not_fit_leaves_the_others(
         assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
+def test_a_commit_counts_the_rows_that_are_left_out(tmp_path: Path) -> None:
+    row = SkippedRow(row="train[9]", reason="no answer")
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(4)), examples_per_shard=2, skipped=[row])
+        for unit in plan.units:
+            with writer.unit(unit) as shard:
+                shard.add(make_row(int(unit.rows[0])))
+                shard.skip(unit.keys[1], row=f"train[{unit.rows[1]}]", reason="torn")
+        assert [writer.num_skipped(unit) for unit in plan.units] == [1, 1]
+        before = files_of(tmp_path)
+        with pytest.raises(DataError, match=r"3 row.s. are left out so far, data.max_dropped allows 2"):
+            writer.commit(plan, max_skipped=2)
+        assert files_of(tmp_path) == before
+        assert writer.commit(plan, max_skipped=3).totals.skipped == 3
+
+
 def test_one_capture_at_a_time(tmp_path: Path) -> None:
     with open_writer(tmp_path):
         with pytest.raises(CacheBusyError, match="this very process is writing"):
@@ -415,6 +443,61 @@ CacheWriter.open({str(tmp_path)!r}, make_identity(), created_by=VERSIONS)
         assert "is writing to it. Wait until it has ended" in ended.stderr
     open_writer(tmp_path).close()
     assert not list(tmp_path.iterdir())
+
+
+OF_ANOTHER = ["", "process 1 on far\n", "process 1 on far for a moment\n"]
+
+
+@pytest.mark.parametrize("text", OF_ANOTHER)
+def test_a_lock_that_is_given_back_soon_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Its new owner may not have written its name yet, nor taken out that of one who was killed."""
+    with locked_by_another(tmp_path, text) as release:
+        clock = Clock(lambda _: release())
+        monkeypatch.setattr(lock_module, "time", clock)
+        CaptureLock.in_folder(tmp_path, for_a_moment=True).close()
+        assert clock.now == lock_module.POLL_S
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("", "another process"), ("process 1 on far\n", "process 1 on far")]
+)
+def test_one_who_stays_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, name: str
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(lock_module, "time", clock)
+    with (
+        locked_by_another(tmp_path, text),
+        pytest.raises(CacheBusyError, match=f"{name} is writing to it. Wait until it has ended"),
+    ):
+        CaptureLock.in_folder(tmp_path, for_a_moment=True)
+    assert 0 < clock.now < 60
+
+
+def test_a_long_wait_is_told_and_has_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked_by_another(tmp_path, OF_ANOTHER[2]) as release:
+        clock = Clock(lambda now: now > 1000 and release())
+        monkeypatch.setattr(lock_module, "time", clock)
+        CaptureLock.in_folder(tmp_path).close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"cache {tmp_path}: waiting for process 1 on far, which plans or commits there"
+
+
+@pytest.mark.parametrize("text", OF_ANOTHER)
+def test_a_stop_ends_the_wait_for_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    clock = Clock()
+    monkeypatch.setattr(lock_module, "time", clock)
+    with (
+        locked_by_another(tmp_path, text),
+        pytest.raises(WaitStoppedError, match="this process was waiting for"),
+    ):
+        CaptureLock.in_folder(tmp_path, for_a_moment=True, is_stopped=lambda: clock.now >= 0.5)
+    assert clock.now < 0.6
+    CaptureLock.in_folder(tmp_path, is_stopped=lambda: True).close()  # free: there is no wait
 
 
 @pytest.mark.parametrize("name", ["shards/000000.tar", "shards/0123456789abcdef-copy.arrow", "index-a.html"])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +177,16 @@ def test_another_policy_on_the_same_folder_is_refused_with_both_sides(tree: dict
         run(other)
 
 
-def spoiled(tree: dict[str, Any], folder: Path, *, content: bytes | None = None) -> dict[str, Any]:
-    """The same data with a picture in row 5 that is cut in the middle, or with other bytes in its place."""
+def spoiled(
+    tree: dict[str, Any], folder: Path, *, content: bytes | None = None, rows: Sequence[int] = (5,)
+) -> dict[str, Any]:
+    """The same data with pictures that are cut in the middle, or with other bytes in their place."""
     source = tree["data"]["source"]
     table = datasets.load_dataset("parquet", data_files=f"{source}/train-*.parquet", split="train")
     table = table.cast_column("image_id", datasets.Image(decode=False))
 
     def cut(row: dict[str, Any], index: int) -> dict[str, Any]:
-        if index == 5:
+        if index in rows:
             row["image_id"] = {"bytes": content or row["image_id"]["bytes"][:60], "path": None}
         return row
 

@@ -9,7 +9,8 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import fsspec
 import pytest
 from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_row
 
-from shared.cache import CacheWriter, Claims, Plan, Unit
+from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims, DataSource, Plan, Unit, Wanted
 from shared.cache.claimant import Claimant, Onlooker, claimant_files, remove_claims, somebody_at_work
 from shared.cache.layout import CLAIMS, PLAN_NAME, claim_name, claimant_file
 from shared.cache.storage import Folder, LocalFolder, open_folder
+from shared.capture.opening import open_planned
 from shared.errors import CacheFormatError
 
 IDENTITY = make_identity()
@@ -298,6 +300,125 @@ def test_another_job_is_not_waited_for(planned: tuple[CacheWriter, Plan]) -> Non
         begin = time.monotonic()
         assert [facts["examples"] for facts in claims.told(job="ours")] == [3]
         assert time.monotonic() - begin < 1
+
+
+# --- plans ------------------------------------------------------------------------------------------------
+
+
+def planned_with_others(
+    location: str, numbers: Sequence[int], stack: ExitStack
+) -> tuple[CacheWriter, Plan, list[Unit]]:
+    """As a capture plans that others may join: of these rows, whose data set has a fingerprint of its own."""
+    wanted = Wanted.of_pairs(keys_and_rows(numbers))
+    source = DataSource(name="drawn", split="train", fingerprint=f"of {list(numbers)}", rows=1)
+    opened = open_planned(
+        location,
+        make_identity(data=(source,)),
+        wanted.keys,
+        wanted.rows,
+        examples_per_shard=1,
+        with_others=stack,
+        timeout_s=LONG_S,
+    )
+    return opened.writer, opened.plan, opened.pending
+
+
+def test_another_plan_is_refused_from_the_moment_that_one_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there are claims: while what is finished is read, which takes long, and while ranks are told."""
+    location, num_skipped, seen = str(tmp_path / "cache"), CacheWriter.num_skipped, []
+    with ExitStack() as stack:
+        writer, plan, pending = planned_with_others(location, range(10), stack)
+        assert pending == list(plan.units)
+        publish(writer, plan.units[0])
+
+    def is_refused() -> None:
+        with pytest.raises(CacheBusyError, match=f"process {os.getpid()} on .* by another plan"):
+            planned_with_others(location, range(5, 30), stack)
+
+    def reading(writer: CacheWriter, unit: Unit) -> int | None:
+        if not seen:
+            seen.append(unit)
+            is_refused()
+        return num_skipped(writer, unit)
+
+    monkeypatch.setattr(CacheWriter, "num_skipped", reading)
+    with ExitStack() as stack:
+        writer, plan, pending = planned_with_others(location, range(10), stack)
+        assert seen
+        is_refused()
+        with Claims(writer.folder, pending, timeout_s=LONG_S) as claims:
+            stack.close()
+            is_refused()
+            assert capture_all(writer, claims) == list(plan.units[1:])  # alone, so in order
+    assert writer.folder.names(CLAIMS) == []
+    with ExitStack() as stack:
+        assert len(planned_with_others(location, range(5, 30), stack)[1].units) == 25
+
+
+def test_two_that_plan_the_same_at_once_both_read_what_is_finished(tmp_path: Path) -> None:
+    """One that has only planned has not read it yet, so the other one may not trust it."""
+    location = str(tmp_path / "cache")
+    with ExitStack() as stack:
+        writer, plan, _ = planned_with_others(location, range(4), stack)
+        publish(writer, plan.units[0])
+        (shard,) = (tmp_path / "cache" / "shards").iterdir()
+        shard.write_bytes(b"damaged")
+        assert planned_with_others(location, range(4), stack)[2][0].unit_id == plan.units[0].unit_id
+        assert not shard.exists()
+
+
+def test_a_commit_whose_plan_was_replaced_changes_nothing(tmp_path: Path) -> None:
+    """Where nothing locks, or a process was taken to be dead."""
+    location = str(tmp_path / "cache")
+    with ExitStack() as stack:
+        first, plan, _ = planned_with_others(location, range(10), stack)
+    with ExitStack() as stack:
+        other, other_plan, _ = planned_with_others(location, range(5, 30), stack)
+    for writer, units in ((other, other_plan.units[:15]), (first, plan.units)):
+        for unit in units:
+            publish(writer, unit)
+    before = files_of(tmp_path / "cache")
+    with pytest.raises(CacheFormatError, match="changed since it was planned"), first.locked():
+        first.commit(plan)
+    assert files_of(tmp_path / "cache") == before
+    for unit in other_plan.units[15:]:
+        publish(other, unit)
+    with other.locked():
+        other.commit(other_plan)
+    assert CacheReader(location).contains([key for key, _ in keys_and_rows(range(5, 30))]).all()
+    with pytest.raises(CacheFormatError, match="changed since it was planned"):
+        first.require_committed(plan)
+    other.require_committed(other_plan)
+
+
+@pytest.mark.parametrize("left", ["its plan", "no plan", "the plan of another"])
+def test_a_plan_that_was_committed_already_is_not_committed_again(tmp_path: Path, left: str) -> None:
+    """Its process was killed before it could remove the plan, or was taken to be dead when it was not."""
+    location, shards = str(tmp_path / "cache"), tmp_path / "cache" / "shards"
+    with ExitStack() as stack:
+        first, plan, _ = planned_with_others(location, range(10), stack)
+        late = CacheWriter.join(location, first.identity, created_by={"teachonce": "another"})
+    for unit in plan.units:
+        publish(first, unit)
+    stored = first.folder.read(PLAN_NAME)
+    with first.locked():
+        manifest = first.commit(plan)
+    num_shards = 10
+    if left == "its plan":
+        first.folder.publish(PLAN_NAME, stored)
+    elif left == "the plan of another":
+        with ExitStack() as stack:
+            other, _, pending = planned_with_others(location, range(30), stack)
+        publish(other, pending[0])
+        stored, num_shards = first.folder.read(PLAN_NAME), 11
+    with late.locked():
+        assert late.commit(plan) == manifest
+    assert len(list(shards.iterdir())) == num_shards
+    assert (first.folder.size(PLAN_NAME) is None) == (left != "the plan of another")
+    if left == "the plan of another":
+        assert first.folder.read(PLAN_NAME) == stored
 
 
 # --- claimants --------------------------------------------------------------------------------------------

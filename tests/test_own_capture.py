@@ -191,6 +191,30 @@ def test_an_example_that_cannot_be_used_is_counted(tmp_path: Path, processor: Ex
     assert manifest.totals.examples == 2
 
 
+def test_examples_left_out_are_counted_over_all_sessions(tmp_path: Path, processor: ExampleProcessor) -> None:
+    class MoreUnusable(SomeUnusable):
+        def __getitem__(self, number: Any) -> Any:
+            if number == 3:
+                raise DataError("examples[3]: torn")
+            return super().__getitem__(number)
+
+    examples, logits = (
+        MoreUnusable(Text(number) for number in range(4)),
+        torch.randn(3, processor.num_token_ids),
+    )
+
+    def some(num_batches: int, max_dropped: int) -> None:
+        with texts(tmp_path, processor, examples, max_dropped=max_dropped, examples_per_shard=2) as cache:
+            for batch in islice(cache.batches(8), num_batches):
+                cache.add(batch, logits)
+
+    with pytest.raises(CacheFormatError, match="1 of 2 units are not captured"):
+        some(1, max_dropped=1)
+    with pytest.raises(DataError, match=r"examples.3.: torn. That makes 2 left out, 1 allowed"):
+        some(2, max_dropped=1)
+    some(2, max_dropped=2)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path, processor: ExampleProcessor) -> None:
     examples, logits = [Text(0), Text(1)], torch.randn(6, processor.num_token_ids)
 

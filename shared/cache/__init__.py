@@ -12,11 +12,13 @@ Writing (stage one).  ``location`` is a path or any fsspec URL; the first proces
     plan.units                      tuple[Unit]: unit_id, keys (tuple of bytes), rows (n,) int64, len()
     plan.skipped, plan.duplicates, plan.num_examples
     writer.is_finished(unit)        -> bool           reads and hashes the shard
+    writer.num_skipped(unit)        -> int | None     the same: the examples that it leaves out
     with writer.unit(unit) as shard: shard.add(Row(...)); shard.skip(key, row="train[17]", reason="...")
     with Claims(folder, units, timeout_s=...) as claims: ...      who does which unit; see shared.cache.claims
     with writer.locked(): ...       for log and commit, where the writer has joined
     writer.log(event, **facts)      a line of log.jsonl; by one process at a time
-    writer.commit(plan, *, settle_s=0.0) -> Manifest
+    writer.commit(plan, *, settle_s=0.0, max_skipped=None) -> Manifest
+    writer.require_committed(plan, *, settle_s=0.0)   by whichever process
     writer.close()                  or use the writer as a context manager
 
     Row(key, answer_ids (n,) int32, num_entries, ce_sum, entropy_sums (T,) float64, payload, truncated=False,

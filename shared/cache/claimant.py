@@ -36,16 +36,17 @@ MAX_BYTES = 1 << 16
 class Claimant:
     """This process's file, written again and again by a thread until :meth:`close`.
 
-    job        that it is of, for those who ask of their own; empty: of none
     timeout_s  after which the others take its silence for its end
     patience_s  for how long it may do without :meth:`check`; beyond that it hangs, and the thread falls silent
+    facts      for others to read from the start: ``job``, for those who ask of their own; ``plans`` of one that has
+               not read yet what is finished
     """
 
-    def __init__(self, folder: Folder, *, timeout_s: float, patience_s: float = 600.0, job: str = "") -> None:
+    def __init__(self, folder: Folder, *, timeout_s: float, patience_s: float = 600.0, **facts: Any) -> None:
         host = re.sub(r"[^A-Za-z0-9-]", "", socket.gethostname())[:40] or "host"
         self.name = f"{host}.{os.getpid()}.{secrets.token_hex(4)}"
         self._folder, self._timeout_s, self._patience_s = folder, timeout_s, patience_s
-        self._facts: dict[str, Any] = {"job": job}
+        self._facts: dict[str, Any] = facts
         self._num_beats = 0
         self._writing = threading.Lock()
         self._ended = threading.Event()
@@ -169,6 +170,12 @@ def somebody_at_work(folder: Folder, *, timeout_s: float) -> str | None:
 def somebody_may_be_at_work(folder: Folder) -> bool:
     """Whether there is a claimant that is not known to be dead; does not wait until it is clear."""
     return not all(is_gone(facts_of(folder, name)) for name in claimant_files(folder))
+
+
+def somebody_may_capture(folder: Folder) -> bool:
+    """The same, of those that have read what was finished when they began."""
+    told = [facts_of(folder, name) for name in claimant_files(folder)]
+    return any(not is_gone(facts) and not facts.get("plans") for facts in told)
 
 
 def remove_claims_of_the_dead(folder: Folder) -> None:

@@ -58,9 +58,9 @@ class Claims:
     """What this process has in hand, and what it sees of the others.
 
     units       those without a shard, in the order of the plan
-    job         that this process is of, as ``told`` asks for it
     timeout_s   after which a silent process is taken to be dead
     patience_s  for how long this one may neither claim nor wait before it is taken to hang
+    facts       for the others, as of a claimant: ``job``, as ``told`` asks for it
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Claims:
         *,
         timeout_s: float,
         patience_s: float = 600.0,
-        job: str = "",
+        **facts: Any,
     ) -> None:
         self.folder = folder
         self._left = {unit.unit_id: unit for unit in units}
@@ -81,7 +81,7 @@ class Claims:
         self._num_claimants = 1
         self.num_examples_of_others = 0  # finished since the start, as far as this process has looked
         self._onlooker = Onlooker(folder, timeout_s=timeout_s)
-        self.claimant = Claimant(folder, timeout_s=timeout_s, patience_s=patience_s, job=job)
+        self.claimant = Claimant(folder, timeout_s=timeout_s, patience_s=patience_s, **facts)
         self._chance = random.Random(self.claimant.name)
 
     @property

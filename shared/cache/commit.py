@@ -20,7 +20,7 @@ from shared.cache.plan import REMEDY, Plan
 from shared.cache.segments import FileInfo, Segment, spans
 from shared.cache.shard import ShardView
 from shared.cache.shard_list import ShardInfo, ShardList
-from shared.errors import CacheFormatError
+from shared.errors import CacheFormatError, DataError
 
 MAX_PLACES = 1 << 32  # of one segment: places in its index are 32 bits wide
 Publish = Callable[[str, pa.Buffer], None]
@@ -209,3 +209,12 @@ def older_skips(base: Manifest | None, identity: Identity) -> Sequence[SkippedRo
     """Skipped rows of the old manifest, unless this capture speaks for all the data again."""
     speaks_for_all = len(grown_identity(base, identity).data) == len(identity.data)
     return () if base is None or speaks_for_all else base.skipped
+
+
+def require_few_skipped(number: int, *, max_skipped: int, where: str) -> None:
+    """Raises   DataError  when more rows are left out than may be"""
+    if number > max_skipped:
+        raise DataError(
+            f"{where}: {number} row(s) are left out so far, data.max_dropped allows {max_skipped}. "
+            "Raise it and run the same command again, which captures nothing twice; or mend these rows"
+        )

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -26,7 +26,14 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from shared.cache.commit import Contents, NewShard, grown_identity, older_skips, require_places
+from shared.cache.commit import (
+    Contents,
+    NewShard,
+    grown_identity,
+    older_skips,
+    require_few_skipped,
+    require_places,
+)
 from shared.cache.format import as_buffer, sha256_hex
 from shared.cache.identity import Identity
 from shared.cache.index import CacheIndex
@@ -41,14 +48,14 @@ from shared.cache.layout import (
     table_names,
     unit_in,
 )
-from shared.cache.lock import CaptureLock
+from shared.cache.lock import CaptureLock, never
 from shared.cache.log import MAX_LOG_BYTES
 from shared.cache.manifest import Manifest, SkippedRow, load_manifest
 from shared.cache.mending import mend_tables
 from shared.cache.plan import MAX_PLAN_BYTES, Plan, Unit
 from shared.cache.planning import Wanted, cut_units
 from shared.cache.segments import FileInfo, open_shards, read_file
-from shared.cache.shard import view_shard
+from shared.cache.shard import open_shard, view_shard
 from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.cache.unit import UnitWriter
 from shared.cache.verified import VerifiedFiles
@@ -73,20 +80,28 @@ class CacheWriter:
 
     @classmethod
     def open(
-        cls, location: str, identity: Identity, *, created_by: Mapping[str, str], for_a_moment: bool = False
+        cls,
+        location: str,
+        identity: Identity,
+        *,
+        created_by: Mapping[str, str],
+        for_a_moment: bool = False,
+        is_stopped: Callable[[], bool] = never,
     ) -> Self:
         """Opens the cache for a process that plans, or commits; the folder may be new.
 
         for_a_moment  until a near :meth:`close`, for which others wait
+        is_stopped    asked while it waits for those
 
-        Raises   CacheBusyError      when another capture is at work there (local folders)
+        Raises   CacheBusyError      when another capture is at work there (local folders); WaitStoppedError, which
+                                     is one, when the wait was stopped
                  CacheMismatchError  when what is there was captured otherwise: every difference, both sides
                  CacheFormatError    when the folder holds other things, or lists and indices are lost together with
                                      shards
         """
         folder = open_folder(location)
         lock = (
-            CaptureLock.in_folder(folder.path, for_a_moment=for_a_moment)
+            CaptureLock.in_folder(folder.path, for_a_moment=for_a_moment, is_stopped=is_stopped)
             if isinstance(folder, LocalFolder)
             else None
         )
@@ -120,10 +135,13 @@ class CacheWriter:
             self._lock = None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """The folder is this process's alone for a moment: for the commit, where others take part."""
+    def locked(self, is_stopped: Callable[[], bool] = never) -> Iterator[None]:
+        """The folder is this process's alone for a moment: for the commit, where others take part.
+
+        Raises   as :meth:`open`, of the lock
+        """
         if self._lock is None and isinstance(self.folder, LocalFolder):
-            self._lock = CaptureLock.in_folder(self.folder.path, for_a_moment=True)
+            self._lock = CaptureLock.in_folder(self.folder.path, for_a_moment=True, is_stopped=is_stopped)
         try:
             yield
         finally:
@@ -131,10 +149,13 @@ class CacheWriter:
 
     def stored_plan(self) -> Plan | None:
         """The plan in the folder, if it is for this very identity, data included, and this manifest."""
-        plan = self._read_plan()
+        plan, there = self._read_plan(), shard_names(self.folder)
         if plan is None or plan.identity != self.identity or plan.base != self._base:
             return None
-        return plan if set(self._missing_shards(shard_names(self.folder))) <= set(plan.lost) else None
+        if not set(self._missing_shards(there)) <= set(plan.lost):
+            return None
+        self._look(there)
+        return plan
 
     def plan(
         self,
@@ -180,20 +201,25 @@ class CacheWriter:
         return plan
 
     def is_finished(self, unit: Unit) -> bool:
-        """Whether the unit's shard is there and whole; a damaged one is removed.
+        """Whether the unit's shard was there when the plan was read or made, and is whole; a damaged one is removed.
 
-        Looks into the folder once: of what other processes finish later it knows nothing.
+        Of what other processes finish later it knows nothing.
         """
+        return self.num_skipped(unit) is not None
+
+    def num_skipped(self, unit: Unit) -> int | None:
+        """How many examples the shard of a finished unit leaves out; None where it is not finished."""
         found = self._look(shard_names(self.folder)) if self._found is None else self._found
         for name in list(found.get(unit.unit_id, ())):
             try:
-                if sha256_hex(self.folder.read(name)) == sha256_in(name):
-                    return True
+                data = self.folder.read(name)
+                if sha256_hex(data) == sha256_in(name):
+                    return len(open_shard(data, where=f"{self.folder.where}, {name}").metadata["skipped"])
             except FileNotFoundError:
                 pass
             found[unit.unit_id].remove(name)
             self.folder.remove(name)
-        return False
+        return None
 
     def unit(self, unit: Unit) -> UnitWriter:
         """The writer of one unit's shard, a context manager."""
@@ -204,20 +230,38 @@ class CacheWriter:
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **facts})
         self.folder.append(LOG_NAME, line.encode(), max_bytes=MAX_LOG_BYTES)
 
-    def commit(self, plan: Plan, *, settle_s: float = 0.0) -> Manifest:
+    def commit(self, plan: Plan, *, settle_s: float = 0.0, max_skipped: int | None = None) -> Manifest:
         """Writes lists, indices and manifest: from here on the folder is a cache of all that was planned.
 
         Segments that did not change are named as they are: what is written depends on what is new.
 
+        A plan that was committed already, by a process that was killed before it removed the plan or was taken to be
+        dead, is not committed again.
+
         ``settle_s``: how long to wait for the shards of other machines to show up on a network file system.
-        Raises   CacheFormatError  when units are missing; the finished ones stay
+        Raises   CacheFormatError  when units are missing, or another plan was stored or committed meanwhile; the
+                                   finished ones stay
+                 DataError         when the plan and its shards leave out more rows than ``max_skipped``
         """
+        is_stored, current = self._is_stored(plan), load_manifest(self.folder)
+        has_moved = plan.base != (None if current is None else current.sha256)
+        if current is not None and has_moved and _has_shards_of(current, plan):
+            self.manifest, self._index, self._committed = current, None, None
+            if is_stored:
+                self._remove_plan(plan)
+            return current
+        if has_moved or not is_stored:
+            raise self._has_changed()
         there, names = self._shards_of_units(plan, settle_s=settle_s)
         if plan.base != self._base or not set(self._missing_shards(there)) <= set(plan.lost):
             raise self._has_changed()
         new = [self._new_shard(names[unit.unit_id]) for unit in plan.units]
-        contents = Contents.of_plan(plan, self.manifest, self._base_index(), new)
         skipped = [row for shard in new for row in shard.skipped]
+        if max_skipped is not None:
+            require_few_skipped(
+                len(plan.skipped) + len(skipped), max_skipped=max_skipped, where=self.folder.where
+            )
+        contents = Contents.of_plan(plan, self.manifest, self._base_index(), new)
         identity = grown_identity(self.manifest, self.identity)
         skipped = [*older_skips(self.manifest, self.identity), *plan.skipped, *skipped]
         created_by = {**(self.manifest.created_by if self.manifest else {}), **self._created_by}
@@ -239,11 +283,31 @@ class CacheWriter:
             self._require_files(manifest)
             self.folder.publish(MANIFEST_NAME, manifest.dumps())
             self.manifest, self._index, self._committed = manifest, None, None
+        self._remove_plan(plan)
+        return self.manifest
+
+    def require_committed(self, plan: Plan, *, settle_s: float = 0.0) -> None:
+        """By whichever process.
+
+        settle_s  how long to wait for the manifest of another machine to show up on a network file system
+        Raises   CacheFormatError  unless the manifest that is there has a shard of each of the plan's units
+        """
+        deadline = time.monotonic() + settle_s
+        while (manifest := load_manifest(self.folder)) is None or not _has_shards_of(manifest, plan):
+            if time.monotonic() >= deadline:
+                raise self._has_changed()
+            time.sleep(min(1.0, settle_s / 10))
+
+    def _is_stored(self, plan: Plan) -> bool:
+        stored = self._read_plan()
+        return stored is not None and stored.request == plan.request
+
+    def _remove_plan(self, plan: Plan) -> None:
+        """After its commit, with what else it has left."""
         self.folder.remove(PLAN_NAME)
-        self._discard_shards(there, plan.units, keep=set())
+        self._discard_shards(shard_names(self.folder), plan.units, keep=set())
         if isinstance(self.folder, LocalFolder):
             self.folder.remove_temporaries(alive_too=False)  # of those that died meanwhile
-        return self.manifest
 
     @property
     def _base(self) -> str | None:
@@ -395,3 +459,8 @@ class CacheWriter:
     def _note(self, name: str) -> None:
         if self._found is not None:
             self._found.setdefault(unit_in(name), []).append(name)
+
+
+def _has_shards_of(manifest: Manifest, plan: Plan) -> bool:
+    """Whether each of the plan's units has one: their ids say what is captured, and of which keys."""
+    return {unit.unit_id for unit in plan.units} <= {unit_in(name) for name in manifest.shards.names()}

@@ -27,17 +27,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from shared.cache import (
-    CacheWriter,
     DataSource,
     Identity,
     InputsIdentity,
-    Plan,
     TargetsIdentity,
     TeacherIdentity,
     Unit,
 )
 from shared.cache.index import as_key_array
-from shared.capture.opening import open_planned
+from shared.capture.opening import Opened, open_planned
 from shared.capture.planning import NumberedRows, identity_of, survey
 from shared.capture.targets import AnsweredExample, label_gain, label_losses, rows_of, sparse_targets
 from shared.capture.units import Refused, UnitCollector
@@ -69,20 +67,19 @@ class Capture(Generic[Example]):
 
     def __init__(
         self,
-        writer: CacheWriter,
-        plan: Plan,
-        pending: Sequence[Unit],
+        opened: Opened,
         examples: Examples[Example],
         *,
         name: Callable[[int], str],
         max_dropped: int,
     ) -> None:
-        self._plan, self._pending, self._examples, self._name = plan, pending, examples, name
-        self._targets, self._vocab_size = writer.identity.targets, writer.identity.inputs.vocab_size
-        self._collector = UnitCollector(writer, pending)
+        identity = opened.writer.identity
+        self._pending, self._examples, self._name = opened.pending, examples, name
+        self._targets, self._vocab_size = identity.targets, identity.inputs.vocab_size
+        self._collector = UnitCollector(opened.writer, opened.pending)
         self._unit_ids: dict[bytes, str] = {}  # of examples that have been handed out
-        self._num_dropped, self._max_dropped = len(plan.skipped), max_dropped
-        self.num_missing = sum(map(len, pending))
+        self._num_dropped, self._max_dropped = len(opened.plan.skipped) + opened.num_skipped, max_dropped
+        self.num_missing = sum(map(len, opened.pending))
         self.counts = {"examples": 0, "positions": 0, "entries": 0, "bytes": 0}
 
     def batches(self, size: int) -> Iterator[list[Example]]:
@@ -209,7 +206,7 @@ def capture(
     data = survey(recipe, processor)
     rows = NumberedRows(tuple(part.split for part in data.keyed))
     begin = time.monotonic()
-    writer, plan, pending = open_planned(
+    opened = open_planned(
         recipe.cache.location,
         identity_of(recipe, processor, data, weights_fingerprint=weights_fingerprint),
         data.keys,
@@ -217,11 +214,11 @@ def capture(
         examples_per_shard=recipe.cache.examples_per_shard,
         skipped=data.unreadable(),
     )
-    with writer:
+    with opened.writer:
         examples = _EncodedRows(rows, processor, recipe.cache.visual_gain)
-        one = Capture(writer, plan, pending, examples, name=rows.name, max_dropped=recipe.data.max_dropped)
+        one = Capture(opened, examples, name=rows.name, max_dropped=recipe.data.max_dropped)
         yield one
-        _commit(writer, one, plan, begin, recipe=dump_recipe(recipe))
+        _commit(opened, one, begin, max_dropped=recipe.data.max_dropped, recipe=dump_recipe(recipe))
 
 
 @contextmanager
@@ -257,17 +254,17 @@ def capture_examples(
     fingerprint = keys_fingerprint(key_array)
     source = DataSource(name="examples", split="all", fingerprint=fingerprint, rows=len(keys))
     begin = time.monotonic()
-    writer, plan, pending = open_planned(
+    opened = open_planned(
         location,
         Identity(teacher=teacher, inputs=inputs, targets=targets, data=(source,)),
         key_array,
         np.arange(len(keys)),
         examples_per_shard=examples_per_shard,
     )
-    with writer:
-        one = Capture(writer, plan, pending, examples, name="examples[{}]".format, max_dropped=max_dropped)
+    with opened.writer:
+        one = Capture(opened, examples, name="examples[{}]".format, max_dropped=max_dropped)
         yield one
-        _commit(writer, one, plan, begin)
+        _commit(opened, one, begin, max_dropped=max_dropped)
 
 
 def text_inputs(
@@ -286,12 +283,12 @@ def text_inputs(
     )
 
 
-def _commit(writer: CacheWriter, one: Capture[Any], plan: Plan, begin: float, **facts: Any) -> None:
+def _commit(opened: Opened, one: Capture[Any], begin: float, *, max_dropped: int, **facts: Any) -> None:
     """The end of a block that raised nothing."""
     if one.counts["examples"]:
         seconds = round(time.monotonic() - begin, 3)
-        writer.log("captured", seconds=seconds, **one.counts, **environment(), **facts)
-    writer.commit(plan)
+        opened.writer.log("captured", seconds=seconds, **one.counts, **environment(), **facts)
+    opened.writer.commit(opened.plan, max_skipped=max_dropped)
 
 
 class _EncodedRows:
