@@ -89,12 +89,16 @@ class Seed(ABC):
         require(make_cache(self.recipe, self.settings, nproc=1))
 
     def key(self, name: str, changes: Sequence[str], *facts: Any) -> str:
-        """Of figures; another one where the recipe, its teacher's, the drawn set or another fact is another one."""
+        """Of figures; another one where the recipe, its teacher's, the drawn set or another fact is another one.
+
+        Settings count where they are not those by default: a new one must not make all figures unknown.
+        """
         plans = [load_recipe(self.recipe, overrides=(*self.given, *changes))]
         if plans[0].teacher is not None and plans[0].teacher.trained_by is not None:
             shared = settings_of_teacher(self.given)
             plans.append(load_recipe(plans[0].teacher.trained_by, overrides=tuple(shared)))
-        text = json.dumps([*map(dump_recipe, plans), *facts, DRAWING_VERSION], sort_keys=True)
+        chosen = [plan.model_dump(mode="json", exclude_defaults=True) for plan in plans]
+        text = json.dumps([*chosen, *facts, DRAWING_VERSION], sort_keys=True)
         return f"seed {self.number}, {name}, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
