@@ -222,7 +222,7 @@ def test_shares_prompts_and_earlier_rounds(tree: dict[str, Any], tmp_path: Path)
 
 
 def test_later_rounds_may_be_shorter_and_slower(tree: dict[str, Any], tmp_path: Path) -> None:
-    rounds = rounds_of(tree, tmp_path, num_epochs=0.5, learning_rate=1e-3)
+    rounds = rounds_of(tree, tmp_path, round_epochs=0.5, round_learning_rate=1e-3)
     first, later = (rounds.of(number).training.optimization for number in (0, 1))
     assert (first.max_steps, first.num_epochs, first.learning_rate) == (2, None, 1e-2)
     assert (later.max_steps, later.num_epochs, later.learning_rate) == (None, 0.5, 1e-3)

@@ -125,8 +125,8 @@ class Round:
         if self.number == 0:
             return recipe
         config, written = self.rounds.config, tuple(str(folder.absolute()) for folder in self.sets)
-        length = {} if config.num_epochs is None else {"num_epochs": config.num_epochs, "max_steps": None}
-        rate = {} if config.learning_rate is None else {"learning_rate": config.learning_rate}
+        length = {} if config.round_epochs is None else {"num_epochs": config.round_epochs, "max_steps": None}
+        rate = {} if config.round_learning_rate is None else {"learning_rate": config.round_learning_rate}
         return _changed(
             recipe.of_a_run(),
             data={"written": written or None},

@@ -154,7 +154,7 @@ class RoundsConfig(Section):
     """Training prompts that are answered in a round; null: as many as `own_share` asks for."""
     earlier: Literal["fresh", "keep"] = "fresh"
     """`fresh`: a round trains on its own round's answers. `keep`: on those of all rounds so far."""
-    num_epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    round_epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Length of each of these rounds, in passes over the training rows; null: that of round 0."""
-    learning_rate: PositiveFloat | None = None
+    round_learning_rate: PositiveFloat | None = None
     """Its peak in these rounds; null: that of round 0. A lower one keeps more of what the student has learned."""
