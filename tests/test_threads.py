@@ -57,9 +57,7 @@ def test_every_command_starts_in_the_same_place() -> None:
     for path in started:
         if path.relative_to(ROOT) != Path("shared/recipes/__main__.py"):
             text = path.read_text()
-            assert re.search(r"^    run(_group)?\(\w+(, starts_ours=True)?\)$", text, flags=re.MULTILINE), (
-                path
-            )
+            assert re.search(r"^    run(_group)?\(\w+(, \w+=.+)?\)$", text, flags=re.MULTILINE), path
 
 
 @pytest.mark.parametrize(("num_processes", "threads"), [(1, 15), (2, 7), (4, 3), (8, 1), (16, 1), (40, 1)])
