@@ -90,9 +90,7 @@ def stopped_while_starting(*, goes_on: bool) -> Iterator[None]:
             return
         with suppress(OSError):
             os.write(1, f"{NOTHING_TO_SAVE}\n".encode())
-        os._exit(
-            INTERRUPTED_STATUS
-        )  # an exception would come up in the middle of an import, which may swallow it
+        os._exit(INTERRUPTED_STATUS)  # an import, in whose middle an exception would come up, may swallow it
 
     with restored_handlers():
         if not goes_on:
