@@ -94,14 +94,19 @@ def descendants(pid: int) -> list[int]:
     """Of a process, those that it has started and theirs."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
+        try:
+            children = task.read_text().split()
+        except OSError:  # it has ended meanwhile
+            continue
+        for child in map(int, children):
             found += [child, *descendants(child)]
     return found
 
 
 def agents(job: subprocess.Popen[str]) -> list[int]:
-    """The processes of torchrun on a job's nodes, oldest first."""
-    return sorted(pid for pid in descendants(job.pid) if _command_line(pid)[1:3] == ["-m", "shared.pipeline"])
+    """The processes of torchrun on a job's nodes, oldest first; not what one of them has forked for a moment."""
+    found = {pid for pid in descendants(job.pid) if _command_line(pid)[1:3] == ["-m", "shared.pipeline"]}
+    return sorted(found - {child for pid in found for child in descendants(pid)})
 
 
 def kill_machine(agent: int) -> None:
