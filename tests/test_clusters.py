@@ -27,7 +27,7 @@ from shared.runtime import distributed
 from shared.stopping import INTERRUPTED_STATUS, StopRequest
 from stage1_teacher.capture import capture
 
-NUM_UNITS, EXAMPLES = 40, 3
+NUM_UNITS, EXAMPLES = 200, 3  # of seconds: machines do not start at the same moment
 ALL = sorted(SCRIPTS.glob("*.sbatch"))
 
 
@@ -40,9 +40,9 @@ def slurm(tmp_path: Path) -> Slurm:
 def tree(
     tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path
 ) -> dict[str, Any]:
-    """Forty units of three examples."""
+    """Two hundred units of three examples."""
     data = tmp_path_factory.mktemp("drawn") / "data"
-    write_dataset(data, pictures={"train": 23, "validation": 1, "test": 1}, size=64)
+    write_dataset(data, pictures={"train": 119, "validation": 1, "test": 1}, size=64)
     return {
         "data": {"source": str(data), "max_answer_tokens": 32},
         "teacher": {"model": str(teacher_folder), "dtype": "float32"},
