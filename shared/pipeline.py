@@ -197,14 +197,20 @@ def make_student(
 
 def make_rounds(recipe: str, overrides: Sequence[str], *, nproc: Nproc) -> int:
     """Runs the rounds that the recipe asks for, those that are not finished; returns the exit status."""
-    from shared.rounds import Rounds, go_through, table_of  # which loads what takes seconds
+    from shared.rounds import (
+        Rounds,
+        go_through,
+        settings_of_round_0,
+        table_of,
+    )  # which loads what takes seconds
 
     plan = load_recipe(recipe, overrides=tuple(overrides))
     if plan.rounds is None:
         raise RecipeError(f"recipe {recipe}: it has no rounds section, which says how many there are to be")
-    if not is_finished(plan):
+    first = [*overrides, *settings_of_round_0(plan)]
+    if not is_finished(load_recipe(recipe, overrides=tuple(first))):
         resume = ["--resume"] if plan.run.path.exists() else []
-        status = make_student(recipe, overrides, nproc=nproc, stage_arguments=resume)
+        status = make_student(recipe, first, nproc=nproc, stage_arguments=resume)
         if status:
             return status
 

@@ -18,13 +18,14 @@ from shared.data.rows import open_split
 from shared.errors import RecipeError
 from shared.pipeline import make_rounds
 from shared.recipes import Recipe, load_recipe, recipe_text
-from shared.rounds import Rounds, go_through, table_of
+from shared.rounds import Rounds, go_through, settings_of_round_0, table_of
 from shared.rounds.plan import keep
 from shared.rounds.table import outcomes
 from shared.runtime import distributed
 from stage1_teacher.__main__ import commands as stage1
 from stage2_student.__main__ import commands as stage2
 from stage2_student.training.inputs import open_inputs
+from stage2_student.training.optim import learning_rate
 from stage2_student.training.order import Slot
 from stage2_student.training.own_answers import require_samples
 
@@ -73,7 +74,7 @@ class Commands:
 def begun(recipe: Recipe) -> Rounds:
     """With round 0 finished."""
     path = Path(recipe.run.root).parent / "recipe.yaml"
-    path.write_text(recipe_text(recipe))
+    path.write_text(recipe_text(Rounds(recipe, num_rows=12).of(0).training))
     for module, verb in (("stage1_teacher", "capture"), ("stage2_student", "run")):
         assert Commands()(module, verb, str(path), (), what="") == 0
     return Rounds.of_recipe(recipe)
@@ -222,11 +223,52 @@ def test_shares_prompts_and_earlier_rounds(tree: dict[str, Any], tmp_path: Path)
 
 
 def test_later_rounds_may_be_shorter_and_slower(tree: dict[str, Any], tmp_path: Path) -> None:
-    rounds = rounds_of(tree, tmp_path, round_epochs=0.5, round_learning_rate=1e-3)
+    rounds = rounds_of(tree, tmp_path, one_schedule=False, round_epochs=0.5, round_learning_rate=1e-3)
     first, later = (rounds.of(number).training.optimization for number in (0, 1))
     assert (first.max_steps, first.num_epochs, first.learning_rate) == (2, None, 1e-2)
     assert (later.max_steps, later.num_epochs, later.learning_rate) == (None, 0.5, 1e-3)
-    assert rounds_of(tree, tmp_path).of(1).training.optimization == first
+    assert rounds_of(tree, tmp_path, one_schedule=False).of(1).training.optimization == first
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({}, [(0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)]),
+        ({"rounds__round_epochs": 0.5}, [(0, 0.75), (0.75, 0.875), (0.875, 1)]),
+    ],
+    ids=["alike", "shorter"],
+)
+def test_all_rounds_go_through_one_schedule(
+    tree: dict[str, Any], tmp_path: Path, settings: dict[str, Any], parts: list[tuple[float, float]]
+) -> None:
+    """As a run of all their steps has it, but for the warm-ups."""
+    length = {"optimization__max_steps": None, "optimization__num_epochs": 3.0}
+    rounds = Rounds(recipe_in(tree, tmp_path, **length | settings), num_rows=12)
+    each = [one.training.optimization for one in rounds.all]
+    for config, part in zip(each, parts, strict=True):
+        assert config.schedule_part == pytest.approx(part)
+    lengths = [round((config.num_epochs or 0) * 2) for config in each]
+    rates = [
+        learning_rate(config, step=step, num_steps=num_steps)
+        for config, num_steps in zip(each, lengths, strict=True)
+        for step in range(num_steps)
+    ]
+    whole = sum(lengths)
+    plain = rounds.recipe.optimization
+    assert rates == pytest.approx([learning_rate(plain, step=n, num_steps=whole) for n in range(whole)])
+
+
+def test_a_run_of_its_own_schedule_is_no_round_of_one(tree: dict[str, Any], tmp_path: Path) -> None:
+    recipe = recipe_in(tree, tmp_path)
+    assert settings_of_round_0(recipe) == [f"optimization.schedule_part=[0.0, {1 / 3}]"]
+    recipe.run.path.mkdir(parents=True)
+    (recipe.run.path / "recipe.yaml").write_text(recipe_text(recipe))
+    with pytest.raises(RecipeError, match="not the first part of one for all rounds"):
+        settings_of_round_0(recipe)
+    assert settings_of_round_0(recipe_in(tree, tmp_path, rounds__one_schedule=False)) == []
+    part = recipe_in(tree, tmp_path, optimization__schedule_part=[0, 0.5])
+    with pytest.raises(RecipeError, match="the rounds set it"):
+        settings_of_round_0(part)
 
 
 @pytest.mark.parametrize(("role", "temperature"), [("student", 0.0), ("student", 0.7), ("teacher", 0.0)])
@@ -284,6 +326,8 @@ def test_a_rounds_recipe_loads_as_it_was(tree: dict[str, Any], tmp_path: Path, l
         ({"write__per_prompt": 2}, "rounds with write.per_prompt 2"),
         ({"data__written": ["set"]}, "rounds beside data.written"),
         ({"cache__path": ["a", "b"]}, "rounds beside several caches"),
+        ({"rounds__round_learning_rate": 1e-3}, "rounds.one_schedule beside rounds.round_learning_rate"),
+        ({"rounds__round_epochs": 1.0}, "give round 0's length as optimization.num_epochs"),
         ({"cache__label_log_prob": False}, "set cache.label_log_prob to true"),
         ({"write__temperature": 0.0}, "loss.reverse_kl in rounds with write.temperature 0"),
     ],

@@ -44,6 +44,25 @@ def test_a_warm_up_longer_than_the_run_is_only_a_warm_up() -> None:
     assert rates(config(num_warmup_steps=10), num_steps=4) == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_parts_of_a_schedule_have_the_rates_of_the_whole(schedule: str) -> None:
+    whole = rates(config(schedule=schedule, num_warmup_steps=5, min_learning_rate_ratio=0.1))
+    parts = [
+        rates(
+            config(schedule=schedule, num_warmup_steps=5, min_learning_rate_ratio=0.1, schedule_part=part), 50
+        )
+        for part in ((0.0, 0.5), (0.5, 1.0))
+    ]
+    assert parts[0] == pytest.approx(whole[:50])
+    assert parts[1][4:] == pytest.approx(whole[54:])  # behind a warm-up of its own
+    assert parts[1][:4] == pytest.approx([rate * (n + 1) / 5 for n, rate in enumerate(whole[50:54])])
+
+
+def test_a_part_of_a_schedule_must_rise() -> None:
+    with pytest.raises(ValueError, match=r"schedule_part \[0.5, 0.5\] has no step"):
+        config(schedule_part=(0.5, 0.5))
+
+
 def test_matrices_decay_norms_and_biases_do_not_and_frozen_parameters_are_unknown() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     model[2].requires_grad_(False)

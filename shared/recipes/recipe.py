@@ -158,8 +158,23 @@ class Recipe(Section):
             problems.append(
                 f"rounds with write.per_prompt {self.write.per_prompt}: a row learns one answer. Set it to 1"
             )
+        if self.rounds is not None and self.rounds.one_schedule:
+            problems += self._problems_of_one_schedule(self.rounds)
         if self.data.written is not None:
             problems.append("rounds beside data.written: the rounds set it. Leave it out")
+        return problems
+
+    def _problems_of_one_schedule(self, rounds: RoundsConfig) -> list[str]:
+        problems = []
+        if rounds.round_learning_rate is not None:
+            problems.append(
+                "rounds.one_schedule beside rounds.round_learning_rate: one schedule decides it for all rounds. Set "
+                "one_schedule to false, or leave round_learning_rate out"
+            )
+        if rounds.round_epochs is not None and self.optimization.num_epochs is None:
+            problems.append(
+                "rounds.one_schedule with rounds.round_epochs: give round 0's length as optimization.num_epochs, too"
+            )
         return problems
 
     def _problems_of_another_vocabulary(self, cache: CacheConfig) -> list[str]:

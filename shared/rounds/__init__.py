@@ -6,7 +6,7 @@ table    what came out, of all rounds
 """
 
 from shared.rounds.loop import go_through
-from shared.rounds.plan import Rounds
+from shared.rounds.plan import Rounds, settings_of_round_0
 from shared.rounds.table import table_of
 
-__all__ = ["Rounds", "go_through", "table_of"]
+__all__ = ["Rounds", "go_through", "settings_of_round_0", "table_of"]

@@ -122,15 +122,16 @@ class Round:
     def training(self) -> Recipe:
         """Of its capture and its run."""
         recipe = self.rounds.recipe
+        part = {"schedule_part": schedule_part(recipe, self.number)}
         if self.number == 0:
-            return recipe
+            return _changed(recipe, optimization=part)
         config, written = self.rounds.config, tuple(str(folder.absolute()) for folder in self.sets)
         length = {} if config.round_epochs is None else {"num_epochs": config.round_epochs, "max_steps": None}
         rate = {} if config.round_learning_rate is None else {"learning_rate": config.round_learning_rate}
         return _changed(
             recipe.of_a_run(),
             data={"written": written or None},
-            optimization=length | rate,
+            optimization=part | length | rate,
             student={"model": str(self.before.run / "export"), "revision": None, "init": "pretrained"},
             run={"name": f"{recipe.run.name}-round-{self.number}"},
         )
@@ -177,6 +178,38 @@ class Round:
             run={"name": f"{recipe.run.name}-round-{self.number}-greedy"},
             evaluation={"baseline": None},
         )
+
+
+def schedule_part(recipe: Recipe, number: int) -> tuple[float, float] | None:
+    """Of the learning rate's schedule, for the run of a round; None: all of it."""
+    rounds, optimization = recipe.rounds, recipe.optimization
+    if rounds is None or not rounds.one_schedule:
+        return optimization.schedule_part
+    length = 1.0  # of a later round, in lengths of round 0
+    if rounds.round_epochs is not None and optimization.num_epochs is not None:
+        length = rounds.round_epochs / optimization.num_epochs
+    ends = [1 + later * length for later in range(rounds.number + 1)]
+    return (0.0 if number == 0 else ends[number - 1] / ends[-1]), ends[number] / ends[-1]
+
+
+def settings_of_round_0(recipe: Recipe) -> list[str]:
+    """What its run has beside the user's settings.
+
+    Raises   RecipeError  when the run is there, and has gone through another part of its schedule
+    """
+    part, given = schedule_part(recipe, 0), recipe.optimization.schedule_part
+    if given not in (None, part):
+        raise RecipeError(
+            "rounds.one_schedule beside optimization.schedule_part: the rounds set it. Leave one of both out"
+        )
+    there = recipe.run.path / "recipe.yaml"
+    began = load_recipe(there).optimization.schedule_part if there.exists() else part
+    if began != part:
+        raise RecipeError(
+            f"{recipe.run.path}: this run's schedule is not the first part of one for all rounds. Choose another "
+            "run.name, or go on from it with rounds.one_schedule: false, and each round has its own schedule"
+        )
+    return [] if part is None else [f"optimization.schedule_part={list(part)}"]
 
 
 def keep(recipe: Recipe, path: Path) -> Path:

@@ -43,17 +43,20 @@ def learning_rate(config: OptimizationConfig, *, step: int, num_steps: int) -> f
 
     Holds    config.learning_rate at the last step of the warm-up; never above it; the floor would be the
              rate of the step after the last, so that the last one still learns
+             a part of the schedule has the rates that the whole one has there, but for a warm-up of its own
     """
-    if step < config.num_warmup_steps:
-        return config.learning_rate * (step + 1) / config.num_warmup_steps
-    done = (step + 1 - config.num_warmup_steps) / max(1, num_steps + 1 - config.num_warmup_steps)
+    num_warmup, (start, stop) = config.num_warmup_steps, config.schedule_part or (0.0, 1.0)
+    whole = num_steps / (stop - start)  # steps of the whole schedule
+    done = (start * whole + step + 1 - num_warmup) / max(1, whole + 1 - num_warmup)
+    done = min(1.0, max(0.0, done))
     remaining = {
-        "cosine": (1 + math.cos(math.pi * min(1.0, done))) / 2,
-        "linear": max(0.0, 1 - done),
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "linear": 1 - done,
         "constant": 1.0,
     }[config.schedule]
     floor = config.min_learning_rate_ratio
-    return config.learning_rate * (floor + (1 - floor) * remaining)
+    warm = min(1.0, (step + 1) / num_warmup) if num_warmup else 1.0
+    return config.learning_rate * (floor + (1 - floor) * remaining) * warm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

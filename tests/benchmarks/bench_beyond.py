@@ -31,6 +31,7 @@ GIVEN = "given answers"
 SHOWN = {"CE": ".3f", "KL": ".3f", "own CE": ".3f", "own KL": ".3f", RIGHT: ".1%"}
 NUM_ROUNDS = 2
 OWN_QUESTIONS = 400
+ONE_SCHEDULE = "rounds.one_schedule=true"
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ WAYS = {
     GIVEN: Way(""),
     "labels alone": Way("_labels", ("loss.kd_ratio=0",)),  # its KL is read from the cache
     "the teacher's answers": Way("-written", writes=True),
-    "rounds, half own answers": Way("-own", ("rounds.own_share=0.5",), rounds=True),
-    "rounds, given answers": Way("-again", ("rounds.own_share=0",), rounds=True),
+    "rounds, half own answers": Way("-own-one", (ONE_SCHEDULE, "rounds.own_share=0.5"), rounds=True),
+    "rounds, given answers": Way("-again-one", (ONE_SCHEDULE, "rounds.own_share=0"), rounds=True),
     "visual weight 0.5": Way("-visual", ("cache.visual_gain=blurred", "loss.visual_weight=0.5")),
     "positions 0.2, by the teacher": Way("-kept", ("loss.positions={keep: 0.2}",)),
     "positions 0.2, by the student": Way("-unsure", ("loss.positions={keep: 0.2, by: student_entropy}",)),
+    "the same, CE at all": Way("-unsure-all", ("loss.positions={keep: 0.2, by: student_entropy, ce: all}",)),
 }
 
 

@@ -156,5 +156,8 @@ class RoundsConfig(Section):
     """`fresh`: a round trains on its own round's answers. `keep`: on those of all rounds so far."""
     round_epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Length of each of these rounds, in passes over the training rows; null: that of round 0."""
+    one_schedule: bool = True
+    """Round 0 and these rounds go through one schedule of the learning rate, each through its part. false: each has
+    its own, so that round 0 can be a run that is there."""
     round_learning_rate: PositiveFloat | None = None
     """Its peak in these rounds; null: that of round 0. A lower one keeps more of what the student has learned."""

@@ -177,6 +177,9 @@ class OptimizationConfig(Section):
     """Of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after warm-up."""
+    schedule_part: tuple[Fraction, Fraction] | None = None
+    """The part of the schedule that this run goes through; null: all of it. A run that begins with another's export
+    can go on where that has ended: [0, 0.5] and [0.5, 1]. Each has its own warm-up, as its optimizer begins anew."""
     num_warmup_steps: NonNegativeInt = 0
     """Steps in which the learning rate rises linearly from 0."""
     min_learning_rate_ratio: Fraction = 0.0
@@ -185,3 +188,12 @@ class OptimizationConfig(Section):
     """Gradients are clipped to this norm; null: they are not."""
     max_skipped_steps: NonNegativeInt = 0
     """Steps with a loss or gradient that is not finite are skipped; one more ends the run."""
+
+    @model_validator(mode="after")
+    def _part_is_one(self) -> Self:
+        start, stop = self.schedule_part or (0, 1)
+        if start >= stop:
+            raise ValueError(
+                f"schedule_part [{start:g}, {stop:g}] has no step: it must rise, from 0 to 1 at most"
+            )
+        return self
