@@ -14,6 +14,7 @@ from test_write import rows_of
 
 from shared.cache import CacheReader
 from shared.completeness import cache_covers
+from shared.data.processing import ExampleProcessor
 from shared.data.rows import open_split
 from shared.errors import RecipeError
 from shared.pipeline import make_rounds
@@ -22,7 +23,9 @@ from shared.rounds import Rounds, go_through, settings_of_round_0, table_of
 from shared.rounds.plan import keep
 from shared.rounds.table import outcomes
 from shared.runtime import distributed
+from shared.stopping import StopRequest
 from stage1_teacher.__main__ import commands as stage1
+from stage1_teacher.capture import capture
 from stage2_student.__main__ import commands as stage2
 from stage2_student.training.inputs import open_inputs
 from stage2_student.training.optim import learning_rate
@@ -178,6 +181,36 @@ def test_reverse_kl_counts_at_the_students_own_answers(finished: tuple[Rounds, l
     assert len(alone) == 2
     for ours, theirs in zip(ranks, alone, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+def test_of_a_conversation_only_what_the_student_wrote_counts_for_reverse_kl(
+    tree: dict[str, Any], tmp_path: Path, processor: ExampleProcessor
+) -> None:
+    """Earlier answers are the data set's: no samples of the student, though they are learned."""
+    ids = processor.tokenizer("axial", add_special_tokens=False)["input_ids"]
+    writer = json.dumps({"role": "student", "run": "runs/own", "temperature": 1.0, "top_p": 1.0})
+    turns = [
+        ("user", "Which modality?"),
+        ("assistant", "MR"),
+        ("user", "Which plane?"),
+        ("assistant", "axial"),
+    ]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    rows = [row | {"answer_ids": ids, "answer_end": True, "written_by": writer}, row]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    splits = {"train": "train", "validation": None}
+    recipe = recipe_in(tree, tmp_path, data__source=str(data), data__splits=splits, rounds__number=1)
+    with distributed(device="cpu") as world:
+        assert capture(recipe, world, StopRequest()) == 0
+        source = open_inputs(recipe, world).training_source()
+    batch = source.microbatch(Slot(0, (0, 1)), [0, 1])
+    assert batch.label_logprobs is not None
+    own, given = (~batch.label_logprobs.isnan()).split(list(batch.lengths))
+    assert own.tolist() == [False] * (len(own) - len(ids) - 1) + [True] * (len(ids) + 1)
+    assert len(own) > len(ids) + 1
+    assert not bool(given.any())
 
 
 @pytest.mark.slow

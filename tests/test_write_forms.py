@@ -15,9 +15,12 @@ from stage2_runs import make_recipe
 from test_write import rows_of, written
 
 from shared.answering import Answered
+from shared.capture.planning import survey
+from shared.data.collation import Encoded
 from shared.data.processing import ExampleProcessor
-from shared.data.rows import open_split
+from shared.data.rows import Example, open_split
 from shared.errors import DataError, RecipeError
+from shared.runtime import distributed
 from shared.writing import loop
 
 TEXT = {"type": "text", "text": "Which plane?"}
@@ -55,6 +58,26 @@ FORMS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "a system's turn beside the turns": (
         [{"messages": LONG[-2:], "system": "Be brief."}],
         {},
+    ),
+    "a named column of pictures": (
+        [{"messages": LONG[-2:], "pics": ["0.png"]}],
+        {"columns": {"image": "pics"}},
+    ),
+    "a named column of one picture": (
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhich?"},
+                    {"from": "gpt", "value": "CT"},
+                ],
+                "pic": "0.png",
+            }
+        ],
+        {"columns": {"image": "pic"}},
+    ),
+    "a named column of system's turns": (
+        [{"messages": LONG[-2:], "instructions": "Be brief."}],
+        {"columns": {"system": "instructions"}},
     ),
     "pairs": (
         [{"texts": [{"user": "Which plane?", "assistant": "axial"}], "images": ["0.png"]}],
@@ -187,6 +210,81 @@ def test_answers_that_show_nothing_are_left_out_and_told(
         "left_out": 2,
         "equal": 0,
     }
+
+
+def test_an_answer_that_no_reader_takes_is_left_out(
+    tree: dict[str, Any], processor: ExampleProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tree, [{"question": f"Which {n}?", "answer": "axial", "images": []} for n in range(2)])
+    said = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("at <bbox>", "CT")]
+    says(monkeypatch, *[Answered(ids, is_whole=True) for ids in said])
+    recipe, folder = written(tree)
+    found = open_split(recipe.data.model_copy(update={"source": str(folder)}), "train")
+    assert [one.answer for one in found] == ["CT"]
+    (skipped,) = json.loads((folder / "written.json").read_text())["skipped"]
+    assert "says '<bbox>'" in skipped["reason"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which plane?"}],
+            "lists of turns",
+        ),
+        (
+            [{"role": "user", "content": [TEXT, {"type": "text", "text": "Be brief."}]}],
+            "several texts in a row",
+        ),
+    ],
+)
+def test_a_question_that_one_text_cannot_hold_is_refused_before_the_model_is_asked(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, prompt: list[Any], message: str
+) -> None:
+    rows = [{"prompt": prompt, "completion": [{"role": "assistant", "content": "axial"}]}]
+    save(tree, rows)
+    says(monkeypatch)
+    columns = {"question": "prompt", "answer": "completion", "image": None}
+    with pytest.raises(RecipeError, match=message):
+        written(tree | {"data": tree["data"] | {"columns": columns}})
+
+
+def test_a_prompt_refused_once_and_asked_later_is_finished(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that had an answer and cannot be read any more: a disk that comes and goes."""
+    save(tree, [{"question": f"Which {n}?", "answer": "axial", "image": f"{n}.png"} for n in range(3)])
+    encode, away = ExampleProcessor.encode_prompt, "Which 1?"
+
+    def unless_away(self: ExampleProcessor, example: Example) -> Encoded:
+        if away in example.turns[-2].parts:
+            raise DataError(f"{example.where}: stale file handle")
+        return encode(self, example)
+
+    monkeypatch.setattr(ExampleProcessor, "encode_prompt", unless_away)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Writing, "finish_if_done", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            written(tree, data__max_dropped=1)
+    away = "Which 2?"
+    _, folder = written(tree, data__max_dropped=1)
+    assert [row["source_row"] for row in rows_of(folder)] == [0, 1, 2]
+    assert json.loads((folder / "written.json").read_text())["counts"]["refused"] == 0
+
+
+def test_who_learned_from_written_answers_writes_to_the_same_prompts(
+    tree: dict[str, Any], tmp_path: Path, processor: ExampleProcessor
+) -> None:
+    """Its answers can be laid over the rows in their turn."""
+    save(tree, [{"question": f"Which {n}?", "answer": "axial", "images": []} for n in range(2)])
+    _, first = written(tree)
+    then = tree | {"data": tree["data"] | {"written": [str(first)]}}
+    recipe, second = written(then, write__path=str(tmp_path / "second"))
+    assert [row["source_key"] for row in rows_of(second)] == [row["source_key"] for row in rows_of(first)]
+    data = recipe.data.model_copy(update={"written": (str(second),)})
+    with distributed(device="cpu") as world:
+        found = survey(recipe.model_copy(update={"data": data}), processor, world, splits=["train"])
+    assert sum(len(part.keys) for part in found.keyed) == 2
 
 
 def test_equal_rows_are_asked_once(tree: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from shared.data.conversations import place_of_another_tool
 from shared.data.texts import is_visible
 from shared.errors import DataError, shortened
 
@@ -86,6 +87,10 @@ class WrittenIds:
         """Why a text that a model wrote cannot be a row's answer; None: it can."""
         if not text:
             return "the answer is empty"
+        if place := place_of_another_tool(text, "assistant"):
+            return (
+                f"the answer says {shortened(repr(place))}, which another tool replaces by what it stands for"
+            )
         return None if is_visible(text) else "the answer has no visible character"
 
     def require(self, ids: Sequence[int], text: str, *, where: str) -> None:

@@ -30,6 +30,7 @@ class Encoded:
     Shapes   input_ids, labels (S,) int64; labels are -100 wherever nothing is to be learned
              per_token: what else there is for each token, (S, ...) each
              per_picture: what there is for the pictures, joined along the first axis; {} without pictures
+    num_last  of the labels, those of the last answer; earlier answers of a conversation may have others
     unseen   the same example, its pictures blurred or removed, where a capture asks for it: see ``data.unseen``
     """
 
@@ -40,6 +41,7 @@ class Encoded:
     per_picture: dict[str, Tensor]
     num_positions: int
     truncated: bool
+    num_last: int = 0
     unseen: Encoded | None = None
 
     @property
@@ -54,7 +56,7 @@ class Encoded:
 
     def without_labels(self) -> Self:
         """As a model's input alone: nothing of it is learned, or counted."""
-        return replace(self, labels=torch.full_like(self.labels, IGNORE_INDEX), num_positions=0)
+        return replace(self, labels=torch.full_like(self.labels, IGNORE_INDEX), num_positions=0, num_last=0)
 
     @property
     def answer_ids(self) -> Tensor:

@@ -380,15 +380,20 @@ def _turn(role: Role, given: Parts, *, where: str) -> Turn:
     return Turn(role, tuple(parts))
 
 
-def require_no_other_places(text: str, role: Role, *, where: str) -> None:
-    """What an assistant says of pictures is learned as it is: a model may have written it.
+def place_of_another_tool(text: str, role: Role) -> str | None:
+    """The first place for something, in a form of another tool.
 
-    Raises   DataError  where a text has a place for something, in a form of another tool
+    What an assistant says of pictures is learned as it is: a model may have written it.
     """
     found = _OF_REGIONS.search(text) or (_OF_PICTURES.search(text) if role != "assistant" else None)
-    if found:
+    return None if found is None else found[0]
+
+
+def require_no_other_places(text: str, role: Role, *, where: str) -> None:
+    """Raises   DataError  where a text has a place for something, in a form of another tool"""
+    if place := place_of_another_tool(text, role):
         raise DataError(
-            f"{where}: a text has {shortened(found[0])!r}, which another tool replaces by what it stands for. Write "
+            f"{where}: a text has {shortened(place)!r}, which another tool replaces by what it stands for. Write "
             f"{PLACEHOLDER} for a picture, and names and boxes as texts"
         )
 

@@ -352,6 +352,7 @@ class ExampleProcessor:
             per_picture=pictures,
             num_positions=int((labels != IGNORE_INDEX).sum()),
             truncated=is_cut or num_short > 0,
+            num_last=len(answer),
         )
 
     def _earlier_labels(self, ids: Tensor, answered: Sequence[Answered]) -> tuple[Tensor, int]:

@@ -93,7 +93,7 @@ def commit(folder: SetFolder, plan: Plan, prompts: CaptureData) -> dict[str, int
         told = folder.told_by(unit, plan)
         if told is None:
             raise DataError(
-                f"{folder.path / unit.file}: it was written, and is gone. Run the same command again"
+                f"{folder.path / unit.file}: it is not there. Run the same command again, which writes it"
             )
         skipped += told["skipped"]
         counts = {name: counts.get(name, 0) + number for name, number in told["counts"].items()}

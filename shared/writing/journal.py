@@ -37,6 +37,26 @@ class Entry:
     reason: str = ""
 
 
+def settled(found: Sequence[Entry], rows: Sequence[int], *, per_prompt: int) -> list[Entry] | None:
+    """Of each row all of its answers, or why it has none; None where something of a row is missing.
+
+    A row that could not be asked once and has its answers all the same is one with answers.
+    """
+    answers: dict[int, list[Entry]] = {row: [] for row in rows}
+    refusals: dict[int, Entry] = {}
+    for one in found:
+        if one.draw == REFUSED:
+            refusals[one.row] = one
+        else:
+            answers[one.row].append(one)
+    kept: list[Entry] = []
+    for row, some in answers.items():
+        if len(some) < per_prompt and row not in refusals:
+            return None
+        kept += some if len(some) == per_prompt else [refusals[row]]
+    return kept
+
+
 class Journal:
     """The file of one unit, which one process at a time appends to."""
 

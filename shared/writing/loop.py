@@ -36,9 +36,9 @@ from shared.sparse import position_seeds
 from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on
 from shared.writing.copies import Agreed, Copy, Halt
 from shared.writing.files import commit, finish, num_kept
-from shared.writing.journal import REFUSED, Entry, Journal
+from shared.writing.journal import REFUSED, Entry, Journal, settled
 from shared.writing.plan import Plan, SetFolder, Unit, Writer, choice, identity_of, units_of
-from shared.writing.tables import require_columns
+from shared.writing.tables import require_columns, require_form
 
 LOG = ".write.log"  # what libraries said
 _jobs = itertools.count()  # of this process, and so of all ranks: each has counters of its own
@@ -82,8 +82,14 @@ def asked(recipe: Recipe, processor: ExampleProcessor, config: WriteConfig, worl
         raise RecipeError(f"write.splits {', '.join(config.splits)}: the recipe's data have none of them")
     if odd := [named[name] for name in splits if "/" in named[name]]:
         raise RecipeError(f"split {odd[0]!r}: its name cannot be a file's; answers are in files of that name")
-    found = survey(recipe, processor, world, splits=splits)
+    data = recipe.data.model_copy(update={"written": None})  # a last answer is no part of the prompt
+    found = survey(recipe.model_copy(update={"data": data}), processor, world, splits=splits)
     require_columns(found.keyed[0].split)
+    for part in (
+        found.keyed
+    ):  # a first row stands for the others: to read them all takes longer than to find out late
+        if len(part.rows):
+            require_form(part.split[int(part.rows[0])])
     if config.prompts is None:
         return found
     chosen = (part.at(choice(part.keys, config)) for part in found.keyed)
@@ -204,26 +210,25 @@ class Writing:
     def finish_if_done(self, unit_id: str, plan: Plan) -> None:
         """Writes the unit's file when there is an entry for each answer, or for a prompt that could not be asked."""
         unit, journal = self.journals[unit_id]
-        num_refused = sum(one.draw == REFUSED for one in journal.found)
-        wanted = (len(unit.keys) - num_refused) * self.config.per_prompt + num_refused
-        if len(journal.done) == wanted and self.folder.told_by(unit, plan) is None:
-            finish(self.folder, plan, unit, journal.found, self.rows, self.processor)
+        entries = settled(journal.found, unit.rows.tolist(), per_prompt=self.config.per_prompt)
+        if entries is not None and self.folder.told_by(unit, plan) is None:
+            finish(self.folder, plan, unit, entries, self.rows, self.processor)
             journal.remove()
 
     def answered(self, window: EncodedWindow, num_refused: int) -> Iterator[list[Entry]]:
         """What is not in the journal yet, batch by batch."""
         unit, journal = self.journals[window.unit_id]
         number_of = dict(zip(unit.keys, unit.rows.tolist(), strict=True))
-        done = journal.done
+        done, draws = journal.done, range(self.config.per_prompt)
         refused = [
-            Entry(number_of[one.key], REFUSED, reason=one.reason)
+            Entry(row, REFUSED, reason=one.reason)
             for one in window.refused
-            if (number_of[one.key], REFUSED) not in done
+            if ((row := number_of[one.key]), REFUSED) not in done
+            and not all((row, draw) in done for draw in draws)
         ]
         if refused:
             self.require_few(refused, num_refused)
             yield refused
-        draws = range(self.config.per_prompt)
         wanted = [(one, number_of[one.key], draw) for one in window.encoded for draw in draws]
         lengths = [len(one.input_ids) + self.max_new_tokens for one, _, _ in wanted]
         names = [name for name in window.names for _ in draws]
@@ -282,8 +287,9 @@ def _assigned(folder: SetFolder, plan: Plan, num_unreadable: int) -> Assignment:
         if told is None:
             pending.append(unit)
             found = Journal(folder.journal(unit)).found
+            answered = {one.row for one in found if one.draw != REFUSED}
             num_kept += len(found)
-            num_refused += sum(one.draw == REFUSED for one in found)
+            num_refused += sum(one.draw == REFUSED and one.row not in answered for one in found)
         else:
             num_refused += told["counts"]["refused"]
     return Assignment(plan, tuple(pending), num_kept, num_refused)

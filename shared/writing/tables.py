@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,22 @@ def require_columns(split: VqaSplit) -> None:
         )
 
 
+def require_form(example: Example) -> None:
+    """Raises   RecipeError  when no row can hold this prompt and a written answer"""
+    if example.form == "question_answer":
+        _question(example)
+
+
 def picture_column(split: VqaSplit) -> str | None:
     """Of questions and answers; None for rows of text alone.  Conversations bring their pictures themselves."""
     if split.settings.columns.image is None or "question_answer" not in split.forms:
         return None
     return split.pictures[0] if split.pictures else "images"
+
+
+def _empty_columns(split: VqaSplit) -> list[str]:
+    """Of pictures that a written conversation has among its turns: the recipe may name the column all the same."""
+    return [] if picture_column(split) else list(split.pictures[:1])
 
 
 def schema_of(split: VqaSplit) -> pa.Schema:
@@ -65,7 +77,8 @@ def schema_of(split: VqaSplit) -> pa.Schema:
     for form, (role, content, _) in ROLE_KEYS.items():
         if form in split.forms:
             features[getattr(names, form)] = datasets.List({role: text, content: datasets.List(part)})
-    features |= {split.columns[name]: text for name in ("kind", "case") if name in split.columns}
+    features |= {name: datasets.List(datasets.Image()) for name in _empty_columns(split)}
+    features |= {split.columns[name]: text for name in ("kind", "case", "system") if name in split.columns}
     features |= {
         str(names.answer_ids): datasets.List(datasets.Value("int32")),
         str(names.answer_end): datasets.Value("bool"),
@@ -89,11 +102,14 @@ def record(
     for name, value in (("kind", example.kind), ("case", example.case)):
         if name in split.columns:
             found[split.columns[name]] = value or None
+    found |= {name: [] for name in _empty_columns(split)}
     if example.form == "question_answer":
         if (column := picture_column(split)) is not None:
             found[column] = [_picture(image) for image in example.images]
         return found | {names.question: _question(example), names.answer: answer}
-    role, content, roles = ROLE_KEYS[example.form]
+    role, content, roles = ROLE_KEYS[
+        example.form
+    ]  # a system's turn that stood beside them is among the turns
     pictures = iter(example.images)
     turns = [*example.turns[:-1], Turn("assistant", (answer,))]
     found[getattr(names, example.form)] = [
@@ -139,13 +155,18 @@ def told_by(path: Path) -> dict[str, Any]:
 def _question(example: Example) -> str:
     """With the places of its pictures, where they are not all in front of it.
 
-    Raises   RecipeError  when the row's question is a list of turns
+    Raises   RecipeError  when it is a list of several turns, or a turn of texts in a row: one text may not equal it
     """
     asked, *rest = example.turns
     if len(rest) != 1:
         raise RecipeError(
             f"{example.where}: its question and answer are lists of turns; a model can write answers to rows that "
             "have all turns in one column (data.columns.messages)"
+        )
+    if any(one is not None and other is not None for one, other in pairwise(asked.parts)):
+        raise RecipeError(
+            f"{example.where}: its question is a turn of several texts in a row; a model can write answers to rows "
+            "that have all turns in one column (data.columns.messages), or a question of one text"
         )
     if None not in asked.parts[asked.num_pictures :]:
         return asked.text

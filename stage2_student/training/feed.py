@@ -223,7 +223,7 @@ class MicrobatchSource(Dataset):
             cached = self._cached(self.cache, used)
         targets, coverage = self._targets(cached, used if slot.counts else [])
         if self.cache is not None and self.scores_own:
-            label_logprobs = self._label_logprobs(self.cache, cached, [one.writer for one in used])
+            label_logprobs = self._label_logprobs(self.cache, cached, used)
         lengths = tuple(one.num_positions for one in encoded)
         weighing = None
         if self.emphasis is not None:
@@ -249,14 +249,18 @@ class MicrobatchSource(Dataset):
         )
 
     def _label_logprobs(
-        self, cache: Cache, cached: Sequence[Row | MixedRow], writers: Sequence[str]
+        self, cache: Cache, cached: Sequence[Row | MixedRow], used: Sequence[_Used]
     ) -> Tensor:
-        """(N,) fp32, NaN where the student did not write the label."""
+        """(N,) fp32, NaN where the student did not write the label: of a row it wrote the last answer."""
         rows = [row for row in cached if isinstance(row, Row)]  # a mix has none of them
-        lengths = torch.tensor([row.num_positions for row in rows], dtype=torch.int64)
-        own = torch.tensor([is_own(writer) for writer in writers][: len(rows)], dtype=torch.bool)
+        is_drawn = torch.zeros(sum(row.num_positions for row in rows), dtype=torch.bool)
+        end = 0
+        for row, one in zip(rows, used, strict=False):  # no row is cached for company alone
+            end += row.num_positions
+            if is_own(one.writer):
+                is_drawn[end - one.encoded.num_last : end] = True
         assert not isinstance(cache, CacheMix)
-        return cache.label_log_probs(rows).masked_fill(~own.repeat_interleave(lengths), torch.nan)
+        return cache.label_log_probs(rows).masked_fill(~is_drawn, torch.nan)
 
     def _usable(self, rows: list[int]) -> tuple[list[_Used], list[str]]:
         """Those of the rows that can be used, and why others are left out."""
