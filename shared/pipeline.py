@@ -48,7 +48,10 @@ AUTO: Literal["auto"] = "auto"
 Nproc = int | Literal["auto"]  # processes on this machine, as ``num_processes`` counts them
 SETTINGS_A_TEACHER_SHARES = ("data.", "data=", "bootstrap.", "bootstrap=")
 MISTAKES = "bootstrap.phantom.mistaken="  # of the students' data; how a teacher learns is its own recipe's
-SETTINGS_OF_A_RUN_ALONE = ("loss.", "loss=", "run.name=", "run=", "evaluation.baseline=", "evaluation=")
+SETTINGS_OF_A_RUN_ALONE = (
+    *("loss.", "loss=", "run.name=", "run=", "evaluation.baseline=", "evaluation="),
+    *("rounds.", "rounds=", "write.", "write=", "optimization.schedule_part="),
+)
 # Of torchrun, which kills after 30 s what still saves its work; a second signal ends it all the same.
 PATIENCE_S = 7 * 24 * 3600
 POLL_S = 0.2

@@ -17,11 +17,12 @@ from shared.completeness import cache_covers
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import open_split
 from shared.errors import RecipeError
+from shared.finished import run_is_finished
 from shared.pipeline import make_rounds
 from shared.recipes import Recipe, load_recipe, recipe_text
 from shared.rounds import Rounds, go_through, settings_of_round_0, table_of
 from shared.rounds.plan import keep
-from shared.rounds.table import outcomes
+from shared.rounds.table import captured_so_far, outcomes
 from shared.runtime import distributed
 from shared.stopping import StopRequest
 from stage1_teacher.__main__ import commands as stage1
@@ -221,6 +222,66 @@ def test_finished_rounds_run_nothing(finished: tuple[Rounds, list[Any]]) -> None
     assert go_through(rounds, again, cache_covers) == 0
     assert again.ran == []
     assert files_of(rounds.folder) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimization__max_steps": 3}, r"max_steps: 2 there, 3 now"),
+        ({"rounds__number": 3}, r"not the first part of one for all rounds"),
+        ({"evaluation__max_examples": 2}, r"write\.prompts: 3 there, 2 now"),
+    ],
+)
+def test_rounds_of_another_length_are_refused_before_anything_runs(
+    finished: tuple[Rounds, list[Any]], settings: dict[str, Any], message: str
+) -> None:
+    """Answers and losses that are there would be of students that are no more."""
+    rounds, _ = finished
+    other = make_recipe(rounds.recipe.model_dump(mode="json"), **settings)
+    again = Commands(dies_at=0)
+
+    def as_make_rounds() -> None:
+        settings_of_round_0(other)
+        go_through(Rounds(other, rounds.num_rows), again, cache_covers)
+
+    with pytest.raises(RecipeError, match=message):
+        as_make_rounds()
+    assert again.ran == []
+
+
+@pytest.mark.slow
+def test_rounds_are_added_with_schedules_of_their_own(finished: tuple[Rounds, list[Any]]) -> None:
+    rounds, _ = finished
+    more = {"number": 3, "one_schedule": False}
+    longer = make_recipe(rounds.recipe.model_dump(mode="json") | {"rounds": more})
+    assert settings_of_round_0(longer) == [f"optimization.schedule_part=[0.0, {1 / 3}]"]
+    planned = Rounds(longer, rounds.num_rows)
+    assert [run_is_finished(one.training) for one in planned.all] == [True, True, True, False]
+    assert planned.of(3).training.optimization.schedule_part is None
+    again = Commands(dies_at=0)
+    assert go_through(planned, again, cache_covers) == DIED  # at the first command of round 3
+
+
+@pytest.mark.slow
+def test_a_stopped_capture_is_counted_in_its_round(finished: tuple[Rounds, list[Any]]) -> None:
+    """The log of a cache has what its last session captured."""
+    rounds, _ = finished
+    assert rounds.recipe.cache is not None
+    log = Path(rounds.recipe.cache.location) / "log.jsonl"
+    before, text = captured_so_far(rounds), log.read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    log.write_text("\n".join(json.dumps(line | {"positions": 1}) for line in lines) + "\n")
+    found = captured_so_far(rounds)
+    log.write_text(text)
+    assert found == before
+
+
+@pytest.mark.slow
+def test_round_0_is_shown_by_the_ordinary_command(finished: tuple[Rounds, list[Any]]) -> None:
+    rounds, _ = finished
+    assert run_is_finished(rounds.recipe)
+    assert not run_is_finished(rounds.recipe.of_a_run())  # whose schedule is a whole one
 
 
 @pytest.mark.slow

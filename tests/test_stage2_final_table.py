@@ -147,6 +147,7 @@ def test_a_run_on_other_data_is_no_baseline(tmp_path: Path) -> None:
 def test_a_baseline_is_trained_as_its_run_but_for_loss_and_name() -> None:
     given = ["loss.kd_ratio=1.0", "run.name=soft", "run.seed=3", "optimization.num_epochs=1", "data.limit=9"]
     given += ["evaluation.max_examples=7", "evaluation.baseline=mine.yaml", "loss={kd_ratio: 1.0}"]
+    given += ["rounds.number=3", "write={temperature: 1}", "optimization.schedule_part=[0, 0.25]"]
     kept = settings_of_baseline(given)
     assert kept == ["run.seed=3", "optimization.num_epochs=1", "data.limit=9", "evaluation.max_examples=7"]
     one = dump_recipe(load_recipe("phantom", overrides=kept))

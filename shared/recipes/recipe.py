@@ -230,8 +230,13 @@ class Recipe(Section):
         return self.model_copy(update={"cache": self.cache.model_copy(update={"shuffle_window": shards})})
 
     def as_it_began(self, began: Recipe) -> Recipe:
-        """With the day of its prompts and the window of its order that a run chose at its beginning, unless given."""
+        """With what a run chose at its beginning, unless given: the day of its prompts, the window of its order, and
+        the part of its schedule as round 0.
+        """
         recipe = self.of_day(began.data.date) if self.data.date is None else self
+        if self.rounds is not None and self.optimization.schedule_part is None:
+            part = {"schedule_part": began.optimization.schedule_part}
+            recipe = recipe.model_copy(update={"optimization": self.optimization.model_copy(update=part)})
         if self.cache is None or began.cache is None or self.cache.shuffle_window != "auto":
             return recipe
         chosen = began.cache.shuffle_window

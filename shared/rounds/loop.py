@@ -19,7 +19,7 @@ from shared.data.written import WRITTEN
 from shared.finished import run_is_finished
 from shared.recipes import Recipe
 from shared.regular_files import read_regular
-from shared.rounds.plan import Round, Rounds, keep
+from shared.rounds.plan import Round, Rounds, keep, require_as_begun
 from shared.vouched import opened
 
 
@@ -36,6 +36,9 @@ def go_through(rounds: Rounds, command: Command, covers: Callable[[Recipe], bool
     Raises   RecipeError  when a round was begun with other settings
     """
     for one in rounds.all:
+        require_as_begun(one)
+    keep(rounds.of(0).training.of_a_run(), rounds.of(0).train)
+    for one in rounds.all:
         status = 0 if one.number == 0 else _train(one, command, covers)
         status = status or (measure(one, command, covers) if rounds.measures else 0)
         if status:
@@ -45,7 +48,7 @@ def go_through(rounds: Rounds, command: Command, covers: Callable[[Recipe], bool
 
 def _train(one: Round, command: Command, covers: Callable[[Recipe], bool]) -> int:
     """The student before writes, the teacher is captured on that, and the round's student trains."""
-    training, status = keep(one.training, one.folder / "train.yaml"), 0
+    training, status = keep(one.training, one.train), 0
     if one.rounds.num_prompts:
         writing = keep(one.writing, one.folder / "write.yaml")
         if run_is_finished(one.training):
@@ -71,9 +74,9 @@ def _train(one: Round, command: Command, covers: Callable[[Recipe], bool]) -> in
 
 def measure(one: Round, command: Command, covers: Callable[[Recipe], bool]) -> int:
     """CE and KL along what the round's student says to held-out prompts."""
+    writing = keep(one.greedy_writing, one.folder / "greedy-write.yaml")
     if one.losses.exists():
         return 0
-    writing = keep(one.greedy_writing, one.folder / "greedy-write.yaml")
     status = _write(
         one.run, writing, one.greedy, command, f"round {one.number}: the student answers held-out prompts"
     )

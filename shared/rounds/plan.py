@@ -2,6 +2,7 @@
 
 ROOT/NAME                      the run of round 0, on the given answers
 ROOT/NAME-round-1              the run of round 1
+ROOT/NAME-rounds/round-0/train.yaml    what that run was
 ROOT/NAME-rounds/round-1/
     write.yaml, answers/       how the student of round 0 writes, and what it wrote
     train.yaml                 the capture and the run: the given rows, with the student's own answers laid over some
@@ -18,11 +19,13 @@ from typing import Any
 from shared.cache.storage import LocalFolder
 from shared.data.rows import open_split
 from shared.errors import RecipeError, listed
-from shared.recipes import Recipe, RoundsConfig, WriteConfig, load_recipe, recipe_text
+from shared.recipes import Recipe, RoundsConfig, RunConfig, WriteConfig, load_recipe, recipe_text
 from shared.same_prompts import prompt_date_of
 
-# What decides the answers, of a `write` section.
+# What decides the answers, of a `write` section, and what a run learns, of `optimization`: another one would leave
+# answers and losses of a student that is no more.
 OF_ANSWERS = ("splits", "prompts", "part", "temperature", "top_p", "per_prompt", "max_new_tokens", "seed")
+OF_LENGTH = ("max_steps", "num_epochs", "schedule_part")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,17 @@ class Round:
     @property
     def run(self) -> Path:
         """The folder of its run."""
-        return self.training.run.path
+        return self._run.path
+
+    @property
+    def _run(self) -> RunConfig:
+        run = self.rounds.recipe.run
+        return run if self.number == 0 else run.model_copy(update={"name": f"{run.name}-round-{self.number}"})
+
+    @property
+    def train(self) -> Path:
+        """The recipe of its capture and its run."""
+        return self.folder / "train.yaml"
 
     @property
     def answers(self) -> Path:
@@ -122,7 +135,7 @@ class Round:
     def training(self) -> Recipe:
         """Of its capture and its run."""
         recipe = self.rounds.recipe
-        part = {"schedule_part": schedule_part(recipe, self.number)}
+        part = {"schedule_part": schedule_part(recipe, self.number, self.run)}
         if self.number == 0:
             return _changed(recipe, optimization=part)
         config, written = self.rounds.config, tuple(str(folder.absolute()) for folder in self.sets)
@@ -133,7 +146,7 @@ class Round:
             data={"written": written or None},
             optimization=part | length | rate,
             student={"model": str(self.before.run / "export"), "revision": None, "init": "pretrained"},
-            run={"name": f"{recipe.run.name}-round-{self.number}"},
+            run={"name": self._run.name},
         )
 
     @property
@@ -180,11 +193,15 @@ class Round:
         )
 
 
-def schedule_part(recipe: Recipe, number: int) -> tuple[float, float] | None:
-    """Of the learning rate's schedule, for the run of a round; None: all of it."""
+def schedule_part(recipe: Recipe, number: int, run: Path) -> tuple[float, float] | None:
+    """Of the learning rate's schedule, for the run of a round; None: all of it.
+
+    run  its folder: with a schedule for each round, a run that is there has the one that it has
+    """
     rounds, optimization = recipe.rounds, recipe.optimization
     if rounds is None or not rounds.one_schedule:
-        return optimization.schedule_part
+        began = run / "recipe.yaml"
+        return load_recipe(began).optimization.schedule_part if began.exists() else optimization.schedule_part
     length = 1.0  # of a later round, in lengths of round 0
     if rounds.round_epochs is not None and optimization.num_epochs is not None:
         length = rounds.round_epochs / optimization.num_epochs
@@ -195,45 +212,57 @@ def schedule_part(recipe: Recipe, number: int) -> tuple[float, float] | None:
 def settings_of_round_0(recipe: Recipe) -> list[str]:
     """What its run has beside the user's settings.
 
-    Raises   RecipeError  when the run is there, and has gone through another part of its schedule
+    Raises   RecipeError  when the run is there, and is not round 0 of these rounds
     """
-    part, given = schedule_part(recipe, 0), recipe.optimization.schedule_part
+    first = Rounds(recipe, num_rows=0).of(0)
+    part, given = first.training.optimization.schedule_part, recipe.optimization.schedule_part
     if given not in (None, part):
         raise RecipeError(
             "rounds.one_schedule beside optimization.schedule_part: the rounds set it. Leave one of both out"
         )
-    there = recipe.run.path / "recipe.yaml"
-    began = load_recipe(there).optimization.schedule_part if there.exists() else part
-    if began != part:
+    there = first.run / "recipe.yaml"
+    if there.exists() and load_recipe(there).optimization.schedule_part != part:
         raise RecipeError(
-            f"{recipe.run.path}: this run's schedule is not the first part of one for all rounds. Choose another "
-            "run.name, or go on from it with rounds.one_schedule: false, and each round has its own schedule"
+            f"{first.run}: this run's schedule is not the first part of one for all rounds. Choose another run.name, "
+            "or go on from it with rounds.one_schedule: false, and each further round has a schedule of its own"
         )
+    require_as_begun(first)
     return [] if part is None else [f"optimization.schedule_part={list(part)}"]
+
+
+def require_as_begun(one: Round) -> None:
+    """Raises   RecipeError  when a round was begun with another length, so that answers and losses would not fit"""
+    if one.train.exists():
+        _require_same(load_recipe(one.train), one.training, one.train)
 
 
 def keep(recipe: Recipe, path: Path) -> Path:
     """Writes a round's recipe where it is not there yet.
 
-    Raises   RecipeError  when the one that is there writes other answers
+    Raises   RecipeError  when the one that is there writes other answers, or trains for another length
     """
     if path.exists():
-        there, now = load_recipe(path).write, recipe.write
-        if there is not None and now is not None:
-            differing = [
-                f"write.{name}: {getattr(there, name)!r} there, {getattr(now, name)!r} now"
-                for name in OF_ANSWERS
-                if getattr(there, name) != getattr(now, name)
-            ]
-            if differing:
-                raise RecipeError(
-                    f"{path}: this round was begun otherwise:\n{listed(differing)}\nGive these back (they follow "
-                    "from rounds, write and the number of rows), choose another run.name, or delete "
-                    f"{path.parent.parent} and the runs of its rounds"
-                )
+        _require_same(load_recipe(path), recipe, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     LocalFolder(path.parent).publish(path.name, recipe_text(recipe).encode())
     return path
+
+
+def _require_same(there: Recipe, now: Recipe, path: Path) -> None:
+    sections = [("write", OF_ANSWERS), ("optimization", OF_LENGTH)]
+    differing = [
+        f"{section}.{name}: {getattr(before, name)!r} there, {getattr(after, name)!r} now"
+        for section, names in sections
+        if (before := getattr(there, section)) is not None and (after := getattr(now, section)) is not None
+        for name in names
+        if getattr(before, name) != getattr(after, name)
+    ]
+    if differing:
+        raise RecipeError(
+            f"{path}: this round was begun otherwise:\n{listed(differing)}\nGive these back (they follow from "
+            "rounds, write, optimization and the number of rows), choose another run.name, or delete "
+            f"{path.parent.parent} and the runs of its rounds"
+        )
 
 
 def _changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:

@@ -6,7 +6,6 @@ click.echo("\\n".join(table_of(rounds)))        # also written to NAME-rounds/ro
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -17,6 +16,7 @@ from shared.cache.log import log_records
 from shared.cache.manifest import load_manifest
 from shared.cache.storage import LocalFolder, open_folder
 from shared.data.rows import open_split
+from shared.data.written import WRITTEN
 from shared.regular_files import read_regular
 from shared.rounds.plan import Round, Rounds
 from shared.vouched import opened, vouched
@@ -103,19 +103,29 @@ def outcomes(rounds: Rounds) -> Iterable[Outcome]:
 def captured_so_far(rounds: Rounds) -> list[int]:
     """Positions that the cache has for each round: all, but for what later rounds, or other runs' rounds, have added.
 
-    The cache's log says what these were.
+    What other runs have added is what the cache's log says.
     """
     assert rounds.recipe.cache is not None
     folder = open_folder(rounds.recipe.cache.location)
     manifest = load_manifest(folder)
     total = 0 if manifest is None else manifest.totals.positions
-    written: Counter[str] = Counter()  # positions of written answers, by the run that they were captured for
+    names = {one.run.name for one in rounds.all}
     for record in log_records(folder):
         recipe = record.get("recipe") or {}
-        if record.get("event") == "captured" and recipe.get("data", {}).get("written"):
-            written[recipe["run"]["name"]] += int(record.get("positions", 0))
-    given = total - written.total()
-    return list(accumulate((written[one.training.run.name] for one in rounds.all), initial=given))[1:]
+        is_of_rounds = record.get("event") == "captured" and recipe.get("data", {}).get("written")
+        if is_of_rounds and recipe["run"]["name"] not in names:
+            total -= int(record.get("positions", 0))
+    added = [_written_positions(one) for one in rounds.all]
+    return list(accumulate(added, initial=total - sum(added)))[1:]
+
+
+def _written_positions(one: Round) -> int:
+    """Of the answers that a round has added, ends of turns among them."""
+    try:
+        counts = opened(json.loads(read_regular(one.answers / WRITTEN)))["counts"]
+    except FileNotFoundError:
+        return 0
+    return int(counts["tokens"] + counts["answers"] - counts["cut"])
 
 
 def _own_rows(one: Round) -> int:
