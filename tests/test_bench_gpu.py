@@ -53,13 +53,30 @@ def test_it_goes_on_where_it_was_and_tells_what_failed(
     broken.clear()
     main()
     assert ran[len(PARTS) :] == ["student"]
-    assert list(json.loads((tmp_path / "bench-gpu.json").read_text())["parts"])[-1] == "student"
+    path = tmp_path / "tiny" / "bench-gpu.json"
+    assert list(json.loads(path.read_text())["parts"])[-1] == "student"
 
-    path = tmp_path / "bench-gpu.json"
     path.write_text(path.read_text().replace("tiny shapes", "another"))
     main()
     assert ran[len(PARTS) + 1 :] == list(PARTS)  # of another machine: all again
     assert path.with_suffix(".old.json").exists()
+
+
+def test_tiny_models_are_never_those_of_a_full_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+
+    def in_own_process(name: str, out: Path, *, tiny: bool) -> None:
+        folders.append(out)
+
+    monkeypatch.setattr(bench_gpu, "in_own_process", in_own_process)
+    monkeypatch.setattr(bench_gpu, "machine", lambda *, tiny: {"device": f"tiny {tiny}"})
+    monkeypatch.setattr(bench_gpu, "table", str)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for more in ["--tiny"], []:
+        monkeypatch.setattr(sys, "argv", ["bench_gpu", "--only", "loss", "--out", str(tmp_path), *more])
+        with pytest.raises(SystemExit, match="failed: loss"):
+            main()
+    assert folders == [tmp_path / "tiny", tmp_path / "full"]
 
 
 def test_the_core_does_without_what_models_need() -> None:

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.bench_gpu [--out bench-gpu] [--minutes 25] [--only PART ...] [--tiny]
 
 The parts run one after the other, the most important first, each in a process of its own.  The figures of each are
-written to ``bench-gpu.json`` when it is done; the same command goes on with the parts that are missing.  No part
-begins when the minutes are over.  ``--tiny`` runs all of them on a CPU, with small shapes, to see that they work;
-their figures say nothing.
+written to ``full/bench-gpu.json`` when it is done; the same command goes on with the parts that are missing.  No part
+begins when the minutes are over.  ``--tiny`` runs all of them on a CPU, with small shapes and in the folder ``tiny``,
+to see that they work; their figures say nothing.
 """
 
 from __future__ import annotations
@@ -167,12 +167,13 @@ def main() -> None:
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     out = chosen.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     if chosen.part:
         measure(chosen.part, out, tiny=chosen.tiny)
         return
     if not chosen.tiny and not torch.cuda.is_available():
         raise SystemExit("bench_gpu: no NVIDIA GPU here. See that it works on a CPU with --tiny")
+    out /= "tiny" if chosen.tiny else "full"  # apart, as models and rows that are there are not made again
+    out.mkdir(parents=True, exist_ok=True)
     begin, path = time.monotonic(), out / "bench-gpu.json"
     found = load(path, machine(tiny=chosen.tiny))
     failed = []
