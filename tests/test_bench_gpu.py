@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from tests.benchmarks import bench_gpu, full_shapes, gpu_loss
+from shared.recipes import Recipe
+from shared.stopping import INTERRUPTED_STATUS
+from tests.benchmarks import bench_gpu, full_shapes, gpu_loss, gpu_models
 from tests.benchmarks.bench_gpu import PARTS, main, measure
 from tests.benchmarks.gpu_figures import Figure
 
@@ -30,6 +35,86 @@ def test_a_part_of_it_writes_its_figures(part: str, tmp_path: Path) -> None:
     found = json.loads((tmp_path / f"{part}.json").read_text())
     assert found["figures"]
     assert all(figure["value"] >= 0 and figure["goal"] is None for figure in found["figures"])
+
+
+def test_a_capture_is_measured_again_where_one_was(tmp_path: Path) -> None:
+    for _ in range(2):
+        measure("capture", tmp_path, tiny=True)
+
+
+def test_what_is_made_once_is_whole_or_not_there(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+
+    def make(new: Path, *, fails: bool) -> None:
+        new.mkdir()
+        (new / "first").touch()
+        if fails:
+            raise KeyboardInterrupt
+        (new / "second").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        full_shapes.made_once(folder, partial(make, fails=True))
+    assert not folder.exists()
+    for fails in False, True:  # the second time nothing is made
+        assert full_shapes.made_once(folder, partial(make, fails=fails)) == folder
+    assert {path.name for path in folder.iterdir()} == {"first", "second"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_cache_that_is_not_whole_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_models, "capture", lambda *_: INTERRUPTED_STATUS)
+    with pytest.raises(RuntimeError, match="the student's cache: status 75"):
+        list(gpu_models.student(tmp_path, CPU, tiny=True))
+
+
+def test_the_second_attempt_has_the_memory_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[weakref.ref[torch.nn.Module]] = []
+
+    def attempt(recipe: Recipe, device: torch.device) -> Iterator[Figure]:
+        if recipe.student.param_dtype == "float32":
+            model = torch.nn.Linear(1, 1)
+            first.append(weakref.ref(model))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        assert first[0]() is None
+        yield Figure("in bf16", 1.0, "")
+
+    monkeypatch.setattr(gpu_models, "capture", lambda *_: 0)
+    monkeypatch.setattr(gpu_models, "_student", attempt)
+    assert list(gpu_models.student(tmp_path, CPU, tiny=True)) == [Figure("in bf16", 1.0, "")]
+
+
+@pytest.mark.parametrize(
+    ("name", "tera_flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_the_peak_is_that_of_the_card(
+    name: str, tera_flops: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    peak = gpu_models.peak_flops(torch.device("cuda"))
+    assert peak == (None if tera_flops is None else tera_flops * 1e12)
+
+
+@pytest.mark.parametrize(
+    "folder", ["student_folder", "teacher_folder"]
+)  # embeddings tied to the head, and apart
+def test_the_head_counts_at_answer_positions_alone(folder: str, request: pytest.FixtureRequest) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(request.getfixturevalue(folder))
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    others = sum(p.numel() for p in model.parameters() if p is not head and p is not embeddings)
+    found = gpu_models.step_flops(model, num_tokens=100, num_positions=10)
+    assert found == 6 * (others * 100 + head.numel() * 10)
+    head.requires_grad_(False)
+    assert gpu_models.step_flops(model, num_tokens=100, num_positions=10) == 6 * others * 100
 
 
 def test_it_goes_on_where_it_was_and_tells_what_failed(
