@@ -171,6 +171,22 @@ def test_the_core_does_without_what_models_need() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=bench_gpu.ROOT, check=True)
 
 
+@pytest.mark.slow
+def test_the_files_with_gpu_tests_are_all_that_have_some() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu"]
+    done = subprocess.run([*command, "tests"], cwd=bench_gpu.ROOT, capture_output=True, text=True)
+    found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert found == {f"tests/{Path(file).name}" for file in bench_gpu.files_with_gpu_tests()}
+
+
+def test_without_pytest_its_part_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.executable", "false")  # as a Python without that package ends
+    assert list(bench_gpu.run_tests(tmp_path, CPU, True)) == []
+    assert "left out: pytest wrote no report (status 1); is the extra `test`" in capsys.readouterr().out
+
+
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_gpu", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"no NVIDIA GPU here.*--tiny"):
