@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,40 +120,114 @@ def test_the_head_counts_at_answer_positions_alone(folder: str, request: pytest.
     assert gpu_models.step_flops(model, num_tokens=100, num_positions=10) == 6 * others * 100
 
 
+def figures_of(name: str, *, is_whole: bool = True, count: int = 1) -> dict[str, Any]:
+    figures = [{"name": f"time of {name}", "value": 2.0, "unit": "ms", "goal": 1.0}] * count
+    return {"date": "2026-01-01", "seconds": 1.0, "is_whole": is_whole, "figures": figures}
+
+
 def test_it_goes_on_where_it_was_and_tells_what_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran = []
-    broken = {"student"}
+    broken: dict[str, dict[str, Any] | None] = {
+        "student": None,
+        "capture": figures_of("capture", is_whole=False, count=2),
+    }
 
-    def in_own_process(name: str, out: Path, *, tiny: bool) -> dict[str, object] | None:
+    def in_own_process(name: str, out: Path, *, tiny: bool, limit_s: float) -> dict[str, Any] | None:
+        assert 0 < limit_s <= 25 * 60
         ran.append(name)
-        figures = [{"name": f"time of {name}", "value": 2.0, "unit": "ms", "goal": 1.0}]
-        return None if name in broken else {"date": "2026-01-01", "seconds": 1.0, "figures": figures}
+        return broken.get(name, figures_of(name))
 
     monkeypatch.setattr(bench_gpu, "in_own_process", in_own_process)
     monkeypatch.setattr(sys, "argv", ["bench_gpu", "--tiny", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="failed: student"):
+    with pytest.raises(SystemExit, match="failed or cut short: student, capture"):
         main()
     assert ran == list(PARTS)
-    assert "| time of loss | 2 ms | 1 ms **missed** |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| time of loss | 2 ms | 1 ms **missed** |" in told
+    assert told.count("| time of capture |") == 2
+    assert "| `capture` is not whole | | |" in told
+
+    broken["capture"] = figures_of("capture", is_whole=False)
+    with pytest.raises(SystemExit, match="failed or cut short: student, capture"):
+        main()
+    assert capsys.readouterr().out.count("| time of capture |") == 2  # more is known from before
+    assert ran[len(PARTS) :] == ["student", "capture"]
 
     broken.clear()
     main()
-    assert ran[len(PARTS) :] == ["student"]
     path = tmp_path / "tiny" / "bench-gpu.json"
-    assert list(json.loads(path.read_text())["parts"])[-1] == "student"
+    assert list(json.loads(path.read_text())["parts"])[-2:] == ["student", "capture"]
+    assert "not whole" not in capsys.readouterr().out
+    del ran[:]
+    main()
+    assert ran == []
 
     path.write_text(path.read_text().replace("tiny shapes", "another"))
     main()
-    assert ran[len(PARTS) + 1 :] == list(PARTS)  # of another machine: all again
+    assert ran == list(PARTS)  # of another machine: all again
     assert path.with_suffix(".old.json").exists()
+
+
+def test_a_part_that_is_left_out_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def in_own_process(name: str, out: Path, *, tiny: bool, limit_s: float) -> dict[str, Any]:
+        ran.append(name)
+        return figures_of(name, count=0)
+
+    monkeypatch.setattr(bench_gpu, "in_own_process", in_own_process)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--tiny", "--only", "tests", "--out", str(tmp_path)])
+    main()
+    main()
+    assert ran == ["tests", "tests"]
+
+
+def test_a_failure_late_in_a_part_keeps_the_figures_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def part(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
+        yield Figure("early", 1.0, "ms")
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(PARTS, "loss", part)
+    with pytest.raises(torch.OutOfMemoryError):
+        measure("loss", tmp_path, tiny=True)
+    found = json.loads((tmp_path / "loss.json").read_text())
+    assert [figure["name"] for figure in found["figures"]] == ["early"]
+    assert not found["is_whole"]
+
+
+def test_a_part_that_hangs_ends_with_all_that_it_started() -> None:
+    """A pipe is at its end when the last process that could write has ended."""
+    read_end, write_end = os.pipe()
+    begin = time.monotonic()
+    with open(write_end) as file:
+        assert not bench_gpu.run_at_most(["sh", "-c", "sleep 300 & sleep 300"], 0.5, stdout=file)
+    with open(read_end) as file:
+        assert file.read() == ""
+    assert time.monotonic() - begin < 60
+    assert bench_gpu.run_at_most(["false"], 60)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", None])
+def test_memory_is_one_segment_unless_it_is_set(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in bench_gpu.ALLOCATOR:
+        monkeypatch.delenv(one, raising=False)
+    if name is not None:
+        monkeypatch.setenv(name, "backend:native")
+    found = bench_gpu.environment(tiny=False)
+    told = {key: value for key, value in found.items() if key in bench_gpu.ALLOCATOR}
+    assert told == {
+        name or "PYTORCH_CUDA_ALLOC_CONF": "backend:native" if name else "expandable_segments:True"
+    }
 
 
 def test_tiny_models_are_never_those_of_a_full_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = []
 
-    def in_own_process(name: str, out: Path, *, tiny: bool) -> None:
+    def in_own_process(name: str, out: Path, *, tiny: bool, limit_s: float) -> None:
         folders.append(out)
 
     monkeypatch.setattr(bench_gpu, "in_own_process", in_own_process)
@@ -159,7 +236,7 @@ def test_tiny_models_are_never_those_of_a_full_run(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for more in ["--tiny"], []:
         monkeypatch.setattr(sys, "argv", ["bench_gpu", "--only", "loss", "--out", str(tmp_path), *more])
-        with pytest.raises(SystemExit, match="failed: loss"):
+        with pytest.raises(SystemExit, match="failed or cut short: loss"):
             main()
     assert folders == [tmp_path / "tiny", tmp_path / "full"]
 
