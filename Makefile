@@ -21,7 +21,8 @@ STAMP     := $(VENV)/.installed
 FOR_TESTS := test lora report s3 tracking
 FILES     := files-$(firstword $(shell cat pyproject.toml constraints.txt | cksum))
 WANTED    := $(subst $(comma),$(space),$(EXTRAS)) \
-             $(if $(filter test torture,$(MAKECMDGOALS)),$(FOR_TESTS)) $(if $(filter torture,$(MAKECMDGOALS)),fuzz) \
+             $(if $(filter test torture bench-gpu,$(MAKECMDGOALS)),$(FOR_TESTS)) $(if $(filter bench-gpu,$(MAKECMDGOALS)),peers) \
+             $(if $(filter torture,$(MAKECMDGOALS)),fuzz) \
              $(if $(filter bench-real,$(MAKECMDGOALS)),real-weights) $(if $(filter check lint,$(MAKECMDGOALS)),dev $(FOR_TESTS))
 INSTALLED := $(shell cat $(STAMP) 2>/dev/null)
 MISSING   := $(filter-out $(INSTALLED),$(FILES) $(WANTED))

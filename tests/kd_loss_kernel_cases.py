@@ -21,6 +21,7 @@ from shared.sparse import position_seeds, sparsify
 from tests.kd_loss_tail_cases import TAILS, TEACHERS, assert_rows_agree, tail_case
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # by which the GPU is left visible
 FIRST = 2  # the chunk begins at the teacher's third position
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+import weakref
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from tests.benchmarks import bench_gpu, full_shapes, gpu_loss
+from shared.recipes import Recipe
+from shared.stopping import INTERRUPTED_STATUS
+from tests.benchmarks import bench_gpu, full_shapes, gpu_loss, gpu_models
 from tests.benchmarks.bench_gpu import PARTS, main, measure
 from tests.benchmarks.gpu_figures import Figure
 
@@ -32,34 +40,205 @@ def test_a_part_of_it_writes_its_figures(part: str, tmp_path: Path) -> None:
     assert all(figure["value"] >= 0 and figure["goal"] is None for figure in found["figures"])
 
 
+def test_a_capture_is_measured_again_where_one_was(tmp_path: Path) -> None:
+    for _ in range(2):
+        measure("capture", tmp_path, tiny=True)
+
+
+def test_what_is_made_once_is_whole_or_not_there(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+
+    def make(new: Path, *, fails: bool) -> None:
+        new.mkdir()
+        (new / "first").touch()
+        if fails:
+            raise KeyboardInterrupt
+        (new / "second").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        full_shapes.made_once(folder, partial(make, fails=True))
+    assert not folder.exists()
+    for fails in False, True:  # the second time nothing is made
+        assert full_shapes.made_once(folder, partial(make, fails=fails)) == folder
+    assert {path.name for path in folder.iterdir()} == {"first", "second"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_cache_that_is_not_whole_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_models, "capture", lambda *_: INTERRUPTED_STATUS)
+    with pytest.raises(RuntimeError, match="the student's cache: status 75"):
+        list(gpu_models.student(tmp_path, CPU, tiny=True))
+
+
+def test_the_second_attempt_has_the_memory_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[weakref.ref[torch.nn.Module]] = []
+
+    def attempt(recipe: Recipe, device: torch.device) -> Iterator[Figure]:
+        if recipe.student.param_dtype == "float32":
+            model = torch.nn.Linear(1, 1)
+            first.append(weakref.ref(model))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        assert first[0]() is None
+        yield Figure("in bf16", 1.0, "")
+
+    monkeypatch.setattr(gpu_models, "capture", lambda *_: 0)
+    monkeypatch.setattr(gpu_models, "_student", attempt)
+    assert list(gpu_models.student(tmp_path, CPU, tiny=True)) == [Figure("in bf16", 1.0, "")]
+
+
+@pytest.mark.parametrize(
+    ("name", "tera_flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_the_peak_is_that_of_the_card(
+    name: str, tera_flops: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    peak = gpu_models.peak_flops(torch.device("cuda"))
+    assert peak == (None if tera_flops is None else tera_flops * 1e12)
+
+
+@pytest.mark.parametrize(
+    "folder", ["student_folder", "teacher_folder"]
+)  # embeddings tied to the head, and apart
+def test_the_head_counts_at_answer_positions_alone(folder: str, request: pytest.FixtureRequest) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(request.getfixturevalue(folder))
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    others = sum(p.numel() for p in model.parameters() if p is not head and p is not embeddings)
+    found = gpu_models.step_flops(model, num_tokens=100, num_positions=10)
+    assert found == 6 * (others * 100 + head.numel() * 10)
+    head.requires_grad_(False)
+    assert gpu_models.step_flops(model, num_tokens=100, num_positions=10) == 6 * others * 100
+
+
+def figures_of(name: str, *, is_whole: bool = True, count: int = 1) -> dict[str, Any]:
+    figures = [{"name": f"time of {name}", "value": 2.0, "unit": "ms", "goal": 1.0}] * count
+    return {"date": "2026-01-01", "seconds": 1.0, "is_whole": is_whole, "figures": figures}
+
+
 def test_it_goes_on_where_it_was_and_tells_what_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran = []
-    broken = {"student"}
+    broken: dict[str, dict[str, Any] | None] = {
+        "student": None,
+        "capture": figures_of("capture", is_whole=False, count=2),
+    }
 
-    def in_own_process(name: str, out: Path, *, tiny: bool) -> dict[str, object] | None:
+    def in_own_process(name: str, out: Path, *, tiny: bool, limit_s: float) -> dict[str, Any] | None:
+        assert 0 < limit_s <= 25 * 60
         ran.append(name)
-        figures = [{"name": f"time of {name}", "value": 2.0, "unit": "ms", "goal": 1.0}]
-        return None if name in broken else {"date": "2026-01-01", "seconds": 1.0, "figures": figures}
+        return broken.get(name, figures_of(name))
 
     monkeypatch.setattr(bench_gpu, "in_own_process", in_own_process)
     monkeypatch.setattr(sys, "argv", ["bench_gpu", "--tiny", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="failed: student"):
+    with pytest.raises(SystemExit, match="failed or cut short: student, capture"):
         main()
     assert ran == list(PARTS)
-    assert "| time of loss | 2 ms | 1 ms **missed** |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| time of loss | 2 ms | 1 ms **missed** |" in told
+    assert told.count("| time of capture |") == 2
+    assert "| `capture` is not whole | | |" in told
+
+    broken["capture"] = figures_of("capture", is_whole=False)
+    with pytest.raises(SystemExit, match="failed or cut short: student, capture"):
+        main()
+    assert capsys.readouterr().out.count("| time of capture |") == 2  # more is known from before
+    assert ran[len(PARTS) :] == ["student", "capture"]
 
     broken.clear()
     main()
-    assert ran[len(PARTS) :] == ["student"]
-    assert list(json.loads((tmp_path / "bench-gpu.json").read_text())["parts"])[-1] == "student"
+    path = tmp_path / "tiny" / "bench-gpu.json"
+    assert list(json.loads(path.read_text())["parts"])[-2:] == ["student", "capture"]
+    assert "not whole" not in capsys.readouterr().out
+    del ran[:]
+    main()
+    assert ran == []
 
-    path = tmp_path / "bench-gpu.json"
     path.write_text(path.read_text().replace("tiny shapes", "another"))
     main()
-    assert ran[len(PARTS) + 1 :] == list(PARTS)  # of another machine: all again
+    assert ran == list(PARTS)  # of another machine: all again
     assert path.with_suffix(".old.json").exists()
+
+
+def test_a_part_that_is_left_out_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def in_own_process(name: str, out: Path, *, tiny: bool, limit_s: float) -> dict[str, Any]:
+        ran.append(name)
+        return figures_of(name, count=0)
+
+    monkeypatch.setattr(bench_gpu, "in_own_process", in_own_process)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--tiny", "--only", "tests", "--out", str(tmp_path)])
+    main()
+    main()
+    assert ran == ["tests", "tests"]
+
+
+def test_a_failure_late_in_a_part_keeps_the_figures_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def part(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
+        yield Figure("early", 1.0, "ms")
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(PARTS, "loss", part)
+    with pytest.raises(torch.OutOfMemoryError):
+        measure("loss", tmp_path, tiny=True)
+    found = json.loads((tmp_path / "loss.json").read_text())
+    assert [figure["name"] for figure in found["figures"]] == ["early"]
+    assert not found["is_whole"]
+
+
+def test_a_part_that_hangs_ends_with_all_that_it_started() -> None:
+    """A pipe is at its end when the last process that could write has ended."""
+    read_end, write_end = os.pipe()
+    begin = time.monotonic()
+    with open(write_end) as file:
+        assert not bench_gpu.run_at_most(["sh", "-c", "sleep 300 & sleep 300"], 0.5, stdout=file)
+    with open(read_end) as file:
+        assert file.read() == ""
+    assert time.monotonic() - begin < 60
+    assert bench_gpu.run_at_most(["false"], 60)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", None])
+def test_memory_is_one_segment_unless_it_is_set(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in bench_gpu.ALLOCATOR:
+        monkeypatch.delenv(one, raising=False)
+    if name is not None:
+        monkeypatch.setenv(name, "backend:native")
+    found = bench_gpu.environment(tiny=False)
+    told = {key: value for key, value in found.items() if key in bench_gpu.ALLOCATOR}
+    assert told == {
+        name or "PYTORCH_CUDA_ALLOC_CONF": "backend:native" if name else "expandable_segments:True"
+    }
+
+
+def test_tiny_models_are_never_those_of_a_full_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+
+    def in_own_process(name: str, out: Path, *, tiny: bool, limit_s: float) -> None:
+        folders.append(out)
+
+    monkeypatch.setattr(bench_gpu, "in_own_process", in_own_process)
+    monkeypatch.setattr(bench_gpu, "machine", lambda *, tiny: {"device": f"tiny {tiny}"})
+    monkeypatch.setattr(bench_gpu, "table", str)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for more in ["--tiny"], []:
+        monkeypatch.setattr(sys, "argv", ["bench_gpu", "--only", "loss", "--out", str(tmp_path), *more])
+        with pytest.raises(SystemExit, match="failed or cut short: loss"):
+            main()
+    assert folders == [tmp_path / "tiny", tmp_path / "full"]
 
 
 def test_the_core_does_without_what_models_need() -> None:
@@ -67,6 +246,22 @@ def test_the_core_does_without_what_models_need() -> None:
     hidden = "import sys; sys.modules |= dict.fromkeys(['datasets', 'xdist', 'PIL', 'pyarrow'])"
     code = f"{hidden}; import torch; from tests.benchmarks.bench_gpu import measure, Path"
     subprocess.run([sys.executable, "-c", code], cwd=bench_gpu.ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_the_files_with_gpu_tests_are_all_that_have_some() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu"]
+    done = subprocess.run([*command, "tests"], cwd=bench_gpu.ROOT, capture_output=True, text=True)
+    found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert found == {f"tests/{Path(file).name}" for file in bench_gpu.files_with_gpu_tests()}
+
+
+def test_without_pytest_its_part_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.executable", "false")  # as a Python without that package ends
+    assert list(bench_gpu.run_tests(tmp_path, CPU, True)) == []
+    assert "left out: pytest wrote no report (status 1); is the extra `test`" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

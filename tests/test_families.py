@@ -670,6 +670,17 @@ def test_both_stages_refuse_it_before_they_begin_sharded_too(
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
+def test_what_equal_rows_of_a_batch_differ_by_is_rounding(folder_of: Callable[[str], Path]) -> None:
+    """As on a GPU, whose kernels may add in another order for another row."""
+    processor, examples, model = examples_of(folder_of("gemma3"))
+
+    def differing(norm: Any, inputs: Any, states_BSD: torch.Tensor) -> torch.Tensor:
+        return states_BSD * (1 + 2e-4 * torch.arange(len(states_BSD)))[:, None, None]
+
+    model.model.language_model.norm.register_forward_hook(differing)
+    check_model(model, processor, examples, device=CPU)
+
+
 def test_logits_that_are_no_product_of_the_head_are_refused(folder_of: Callable[[str], Path]) -> None:
     processor, examples, model = examples_of(folder_of("gemma3"))
     model.config.text_config.final_logit_softcapping = 2.0  # which this class never applies

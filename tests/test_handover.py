@@ -97,6 +97,18 @@ def test_the_queue_is_bounded() -> None:
                 assert put <= 3 + 1  # three wait, one is being written
 
 
+def test_the_thread_works_on_the_rank_s_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[str, int]] = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr(
+        "torch.cuda.set_device", lambda device: chosen.append((threading.current_thread().name, device))
+    )
+    with BackgroundWriter[int](lambda item: None, max_pending=1) as writer:
+        writer.put(0)
+    assert chosen == [("cache-writer", 3)]
+
+
 def test_a_host_copy_of_host_tensors_is_the_tensors() -> None:
     tensor = torch.arange(3)
     assert HostCopy({"a": tensor}).wait()["a"] is tensor

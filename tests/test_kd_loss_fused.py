@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.errors import CacheMismatchError, RecipeError
-from shared.kd_loss import Divergence, LossSums, ce_kd_by_position, fused_ce_kd, gradients
+from shared.kd_loss import Divergence, LossSums, ce_kd_by_position, chunk, fused_ce_kd, gradients
 from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from tests import reference_losses as reference
@@ -538,3 +539,40 @@ def test_positions_without_targets_have_no_kd() -> None:
     each = ce_kd_by_position(problem.hidden, problem.weight, problem.labels)
     assert each.kd_N.tolist() == [0, 0, 0]
     assert (each.ce_N > 0).all()
+
+
+class Kernel:
+    """Stands for the kernel's module, where its first launch ends so."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    def chunk_loss_(self, *arguments: object, **options: object) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def chosen(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> object:
+    found = SimpleNamespace(find_spec=lambda name: object())
+    monkeypatch.setattr(chunk, "importlib", SimpleNamespace(util=found, import_module=lambda name: kernel))
+    chunk._kernel.cache_clear()
+    try:
+        return chunk._kernel(torch.device("cpu"))
+    finally:
+        chunk._kernel.cache_clear()
+
+
+def test_without_a_compiler_pytorch_makes_the_loss(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    works = Kernel(None)
+    assert chosen(works, monkeypatch) is works
+    assert not caplog.records
+    broken = Kernel(RuntimeError("Failed to find C compiler. Please specify via CC\nor else"))
+    assert chosen(broken, monkeypatch) is None
+    assert "cannot be used on this machine (RuntimeError: Failed to find C compiler" in caplog.text
+
+
+def test_a_full_gpu_is_no_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        chosen(Kernel(torch.OutOfMemoryError("CUDA out of memory")), monkeypatch)

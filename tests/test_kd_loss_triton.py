@@ -14,6 +14,7 @@ import pytest
 import torch
 
 CASES = Path(__file__).with_name("kd_loss_kernel_cases.py")
+PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
 def run(arguments: list[str], **environment: str) -> None:
@@ -24,13 +25,18 @@ def run(arguments: list[str], **environment: str) -> None:
 
 
 def test_cases_in_the_interpreter() -> None:
-    run(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)], TRITON_INTERPRET="1")
+    run([*PYTEST, str(CASES)], TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_cases_on_the_gpu() -> None:
-    run(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)], TRITON_INTERPRET="0")
+    run([*PYTEST, "-m", "gpu", str(CASES)], TRITON_INTERPRET="0")
+
+
+def test_cases_for_a_gpu_are_marked_so() -> None:
+    """Else the second pytest hides the GPU (``pytest_configure``)."""
+    run([*PYTEST, "--collect-only", "-m", "gpu", str(CASES)], TRITON_INTERPRET="0")
 
 
 COMPILE = """

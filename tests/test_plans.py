@@ -15,7 +15,7 @@ from documents import ROOT
 from families import FAMILIES, MISSING, make_family, stir
 from samples import ANSWERS, QUESTIONS, encoded_picture
 from stage2_runs import on_ranks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
@@ -27,7 +27,7 @@ from shared.errors import RecipeError
 from shared.kd_loss import fused_ce_kd
 from shared.models import plans
 from shared.models.plans import Plan, apply_plan, has_plans, plan_of
-from shared.models.sharding import fill
+from shared.models.sharding import fill, move_buffers
 from shared.models.vlm import empty_vlm, in_dtype_of, last_hidden_states, load_config, load_vlm, split
 from shared.recipes import DataConfig
 from shared.runtime import World
@@ -348,3 +348,12 @@ def test_towers_and_connector_stay_whole(tmp_path: Path, monkeypatch: pytest.Mon
         inside = ("language_model.", "model.language_model.", "lm_head")
         assert plan.tensor
         assert all(name.startswith(inside) for name in plan.tensor)
+
+
+def test_buffers_move_where_parameters_stay() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)))
+    model[1].register_buffer("table", torch.ones(2), persistent=False)
+    move_buffers(model, torch.device("meta"))
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert "1.table" not in model.state_dict()

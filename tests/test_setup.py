@@ -76,6 +76,7 @@ def test_goals_bring_what_they_need(checkout: Checkout) -> None:
     assert checkout.installed_by("setup", "EXTRAS=report,s3") == []
     assert checkout.installed_by("check") == [for_tests | {"dev"}]
     assert checkout.installed_by("lint") == checkout.installed_by("test") == []
+    assert checkout.installed_by("bench-gpu") == [for_tests | {"dev", "peers"}]
 
 
 def test_who_only_trains_downloads_nothing_for_tests(checkout: Checkout) -> None:

@@ -1,8 +1,8 @@
 """The work on one chunk's logits: normaliser, CE, KD, and the gradient written over the logits.
 
-On a GPU one Triton kernel does it; everywhere else, and for what the kernels do not cover (a vocabulary split over
-ranks), PyTorch does.  On a CPU the rows are taken a few at a time, so
-that they stay in its cache between the passes.
+On a GPU one Triton kernel does it; everywhere else, where Triton cannot compile, and for what the kernels do not
+cover (a vocabulary split over ranks), PyTorch does.  On a CPU the rows are taken a few at a time, so that they stay
+in its cache between the passes.
 
 C positions of a chunk, V vocabulary of the head, or of this rank's part.
 """
@@ -12,11 +12,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from shared.errors import is_out_of_memory, shortened
 from shared.kd_loss.teacher import SparseTeacher
 from shared.kd_loss.tile import LossSettings, tile_loss_
 from shared.kd_loss.vocab_parallel import VocabShard
@@ -55,7 +57,7 @@ def chunk_loss_(
     Holds    kernel and PyTorch agree
     """
     if logits_CV.device.type == "cuda" and fits_kernel(logits_CV.dtype, settings):
-        kernel = _kernel()
+        kernel = _kernel(logits_CV.device)
         if kernel is not None:
             arguments = (logits_CV, labels_C, weights_C, teacher, first, settings)
             return kernel.chunk_loss_(
@@ -74,11 +76,30 @@ def fits_kernel(dtype: torch.dtype, settings: LossSettings) -> bool:
 
 
 @functools.cache
-def _kernel() -> ModuleType | None:
-    """The kernel's module, where Triton is installed: it comes with the CUDA builds of PyTorch."""
+def _kernel(device: torch.device) -> ModuleType | None:
+    """The kernel's module, where Triton is installed and works: it comes with the CUDA builds of PyTorch.
+
+    It compiles with a C compiler and Python's headers, which a machine may lack: the first launch tells.
+    """
     if importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("shared.kd_loss.triton_kernel")
+    try:
+        kernel = importlib.import_module("shared.kd_loss.triton_kernel")
+        labels_C = torch.zeros(1, dtype=torch.int64, device=device)
+        settings = LossSettings(kd_ratio=0.0, temperature=1.0, num_vocab_ids=PADDED_TO)
+        logits_CV = torch.zeros(1, PADDED_TO, device=device)
+        kernel.chunk_loss_(logits_CV, labels_C, None, None, 0, settings, with_grad=False)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        why = shortened((str(error).strip() or "nothing more is said").splitlines()[0])
+        logging.getLogger(__name__).warning(
+            "the loss's Triton kernel cannot be used on this machine (%s: %s); PyTorch makes the loss, more slowly",
+            type(error).__name__,
+            why,
+        )
+        return None
+    return kernel
 
 
 def chunk_loss_torch_(

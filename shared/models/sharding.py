@@ -50,6 +50,13 @@ def fill(model: nn.Module, source: nn.Module | None, world: World) -> None:
             _scatter(whole, own)
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Nobody brings them to the device of the computation, as is done for parameters that are offloaded."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
 def _require_same_tensors(model: nn.Module, source: nn.Module | None) -> None:
     """A scale left behind would make weights that are thousands of times too large, of finite numbers all of them."""
     if source is not None and (odd := first_difference(source, model)) is not None:

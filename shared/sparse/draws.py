@@ -49,7 +49,10 @@ def substream(seeds: Tensor, counter: int) -> Tensor:
 
 def _hash(seeds: Tensor, counters: Tensor | int) -> Tensor:
     """Output number ``counters`` of the splitmix64 generator whose state is ``seeds``; wraps like uint64."""
-    mixed = seeds + (counters + 1) * torch.tensor(_GAMMA, device=seeds.device)
+    if isinstance(counters, int):  # as a number: a tensor of it would be a copy that the host waits for
+        mixed = seeds + _signed((counters + 1) * _GAMMA % (1 << 64))
+    else:
+        mixed = seeds + (counters + 1) * _GAMMA
     mixed = (mixed ^ _shift_right(mixed, 30)) * _MIX_1
     mixed = (mixed ^ _shift_right(mixed, 27)) * _MIX_2
     return mixed ^ _shift_right(mixed, 31)

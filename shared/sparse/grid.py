@@ -49,6 +49,12 @@ def logprob_grid(policy: Policy, temperatures: tuple[float, ...]) -> npt.NDArray
     return grid
 
 
+@functools.lru_cache(maxsize=16)
+def grid_on(policy: Policy, temperatures: tuple[float, ...], device: torch.device) -> Tensor:
+    """``logprob_grid`` (G,) fp16 on a device, copied there once: the host waits for each copy."""
+    return torch.from_numpy(logprob_grid(policy, temperatures)).to(device)
+
+
 def _all_fp16(lowest: float) -> npt.NDArray[np.float16]:
     """All fp16 numbers from ``lowest`` to 0: below zero, falling bit patterns are rising numbers."""
     first = int(np.float16(lowest).view(np.uint16))
@@ -56,21 +62,18 @@ def _all_fp16(lowest: float) -> npt.NDArray[np.float16]:
     return np.append(rising, 0).astype(np.uint16).view(np.float16)
 
 
-def round_unbiased(
-    logprobs: Tensor, chance: Tensor, grid: npt.NDArray[np.float16], *, share: Share | None = None
-) -> Tensor:
+def round_unbiased(logprobs: Tensor, chance: Tensor, grid: Tensor, *, share: Share | None = None) -> Tensor:
     """One of the two neighbours in the grid, such that the mean *probability* is exact, or what ``share`` wants.
 
-    Shapes   logprobs (E,) fp32, none below the grid's first; chance (E,), uniform in [0, 1)
+    Shapes   logprobs (E,) fp32, none below the grid's first; chance (E,), uniform in [0, 1); grid (G,) fp16
              share of logprobs and both neighbours (E,) fp32: how often the upper one is to be taken
     Returns  (E,) fp16
     """
-    values = torch.from_numpy(grid).to(logprobs.device)
-    exact = values.float()
+    exact = grid.float()
     low = (torch.searchsorted(exact, logprobs, right=True) - 1).clamp_min_(0)
-    high = (low + 1).clamp_max_(len(values) - 1)
+    high = (low + 1).clamp_max_(len(grid) - 1)
     upper = (share or share_of_mass(1.0))(logprobs, exact[low], exact[high])
-    return torch.where(chance < upper, values[high], values[low])  # NaN at the grid's end, where both are one
+    return torch.where(chance < upper, grid[high], grid[low])  # NaN at the grid's end, where both are one
 
 
 Share = Callable[[Tensor, Tensor, Tensor], Tensor]

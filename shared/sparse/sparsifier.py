@@ -16,7 +16,7 @@ from torch import Tensor
 from shared.errors import DataError, RecipeError
 from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse.draws import Independent, Systematic, draw, padded_width, row_sums, substream, uniforms
-from shared.sparse.grid import has_floor, logprob_grid, round_unbiased, share_of_mass, share_of_mean
+from shared.sparse.grid import grid_on, has_floor, round_unbiased, share_of_mass, share_of_mean
 from shared.sparse.targets import (
     SparseTargets,
     random_log_ratio,
@@ -191,7 +191,7 @@ def _threshold(logprobs_NV: Tensor, mass_NV: Tensor, policy: Threshold, seeds_N:
     logprobs = logprobs_NV[position, ids]
     logprobs[num_certain:] = policy.log_tau
     chance = _chance(seeds_N, 1, position, ids)
-    return _Kept(position, ids, round_unbiased(logprobs, chance, logprob_grid(policy, (1.0,))))
+    return _Kept(position, ids, round_unbiased(logprobs, chance, grid_on(policy, (1.0,), logprobs.device)))
 
 
 def _threshold_at_several(
@@ -215,7 +215,7 @@ def _threshold_at_several(
     share = share_of_mass(1.0 if 1.0 in temperatures else temperatures[0])
     exact = logprobs_NV[position, ids].clamp_min_(_LOWEST_FP16)
     chance = _chance(seeds_N, 1, position, ids)
-    stored = round_unbiased(exact, chance, logprob_grid(policy, temperatures), share=share)
+    stored = round_unbiased(exact, chance, grid_on(policy, temperatures, exact.device), share=share)
     logprobs_TE = tempered_logprobs(stored.float(), normalizers_NT[position], temperatures)
     included = threshold_log_inclusion(logprobs_TE, policy).double().exp()
     is_kept = _chance(seeds_N, 2, position, ids) * chosen < included
@@ -283,7 +283,7 @@ def _random(
 
     exact = logprobs_NV[position, ids].clamp_min_(_LOWEST_FP16)
     chance = _chance(seeds_N, 1, position, ids)
-    grid = logprob_grid(policy, temperatures)
+    grid = grid_on(policy, temperatures, exact.device)
     return _Kept(position, ids, round_unbiased(exact, chance, grid, share=share_of_mean(ratio)), draw_counts)
 
 

@@ -55,6 +55,7 @@ class BackgroundWriter(Generic[Item]):
         self._queue: queue.Queue[Item | None] = queue.Queue(max_pending)
         self._error: BaseException | None = None
         self._abandoned = threading.Event()
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = threading.Thread(target=self._run, name="cache-writer", daemon=True)
         self._thread.start()
 
@@ -93,6 +94,10 @@ class BackgroundWriter(Generic[Item]):
 
     def _run(self) -> None:
         try:
+            if (
+                self._device is not None
+            ):  # a thread's own setting, the first GPU: each rank would take memory there
+                torch.cuda.set_device(self._device)
             while not self._abandoned.is_set():
                 try:
                     item = self._queue.get(timeout=POLL_S)

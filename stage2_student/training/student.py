@@ -43,7 +43,7 @@ from shared.models.packing import examples_of, is_packed, require_packing
 from shared.models.plans import Plan, apply_plan, plan_of
 from shared.models.quantized import without_quantization
 from shared.models.router import RouterLoss, num_experts, require_same_router_loss
-from shared.models.sharding import blocks, fill
+from shared.models.sharding import blocks, fill, move_buffers
 from shared.models.vlm import (
     empty_vlm,
     hidden_and_router_logits,
@@ -306,6 +306,7 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
         source = full_model(recipe.student, seed=recipe.run.seed)
         choose_trained(source, recipe.student, seed=recipe.run.seed)
     fill(skeleton, source, world)
+    move_buffers(student, world.device)
     for module in fsdp_modules(
         student
     ):  # a block that no row has run yet, as of a tower without pictures, has no

@@ -8,6 +8,7 @@ targets, the hand-over, payloads, and the shards on disk.  Pictures are decoded 
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -132,8 +133,10 @@ def measure(recipe: Recipe, folder: Path, *, device: torch.device, rounds: int =
         forward()
         for round_index in range(rounds):
             base_s = timed(forward, device)
+            path = folder / f"cache{round_index}"
+            shutil.rmtree(path, ignore_errors=True)  # of a run before: nothing would be left to capture
             at_work_s = -teacher.stopwatch.seconds()
-            seconds.append(timed(partial(captured, folder / f"cache{round_index}"), device))
+            seconds.append(timed(partial(captured, path), device))
             at_work_s += teacher.stopwatch.seconds()
             ratios.append(seconds[-1] / base_s)
             outside.append(1 - at_work_s / seconds[-1])

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.bench_gpu [--out bench-gpu] [--minutes 25] [--only PART ...] [--tiny]
 
 The parts run one after the other, the most important first, each in a process of its own.  The figures of each are
-written to ``bench-gpu.json`` when it is done; the same command goes on with the parts that are missing.  No part
-begins when the minutes are over.  ``--tiny`` runs all of them on a CPU, with small shapes, to see that they work;
-their figures say nothing.
+written to ``full/bench-gpu.json`` when it ends; the same command goes on with the parts that are missing or not
+whole.  A part that runs when the minutes are over is ended, and its figures so far stay.  ``--tiny`` runs all of them
+on a CPU, with small shapes and in the folder ``tiny``, to see that they work; their figures say nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -32,8 +34,17 @@ from tests.benchmarks.tables import commit, versions
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "liger-kernel")
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the settings' older and newer name
+GPU_MARK = re.compile(r"\bpytest\.mark\.gpu\b")
 
 Part = Callable[[Path, torch.device, bool], Iterator[Figure]]
+
+
+def files_with_gpu_tests() -> list[str]:
+    """Pytest is given no others, each of which may want a package that is not here."""
+    return [
+        str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if GPU_MARK.search(path.read_text())
+    ]
 
 
 def run_tests(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
@@ -41,7 +52,12 @@ def run_tests(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
     report = root / "tests.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT)
+    done = subprocess.run([*command, f"--junitxml={report}", *files_with_gpu_tests()], cwd=ROOT)
+    if not report.exists():
+        print(
+            f"  left out: pytest wrote no report (status {done.returncode}); is the extra `test` installed?"
+        )
+        return
     suite = ElementTree.parse(report).getroot()[0]
     total, skipped, failures, errors = (
         int(suite.attrib[name]) for name in ("tests", "skipped", "failures", "errors")
@@ -115,32 +131,66 @@ def save(path: Path, found: dict[str, Any]) -> None:
 
 
 def measure(name: str, out: Path, *, tiny: bool) -> None:
-    """One part, in this process; its figures go to a file."""
+    """One part, in this process; its figures go to a file, each when it is known."""
     device = torch.device("cpu" if tiny else "cuda")
     begin = time.monotonic()
-    figures = []
+    figures: list[dict[str, Any]] = []
+
+    def keep(*, is_whole: bool) -> None:
+        of_part = {"date": time.strftime("%Y-%m-%d"), "seconds": time.monotonic() - begin}
+        save(out / f"{name}.json", of_part | {"is_whole": is_whole, "figures": figures})
+
     for figure in PARTS[name](out, device, tiny):
         shown = replace(figure, goal=None) if tiny else figure
         print(shown, flush=True)
         figures.append(asdict(shown))
-    save(
-        out / f"{name}.json",
-        {"date": time.strftime("%Y-%m-%d"), "seconds": time.monotonic() - begin, "figures": figures},
-    )
+        keep(is_whole=False)
+    keep(is_whole=True)
 
 
-def in_own_process(name: str, out: Path, *, tiny: bool) -> dict[str, Any] | None:
-    """The part's figures; None where it failed, which its own output has explained."""
+def environment(*, tiny: bool) -> dict[str, str]:
+    """Of a part's process.  Segments that grow leave fewer holes in a GPU's memory, which one model nearly fills."""
+    if tiny:
+        return os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    if any(name in os.environ for name in ALLOCATOR):
+        return dict(os.environ)
+    return os.environ | {ALLOCATOR[0]: "expandable_segments:True"}
+
+
+def run_at_most(command: list[str], limit_s: float, **options: Any) -> bool:
+    """Whether it ended by itself in that time, well or not; else it is killed, with all processes that it started."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        process.wait(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return False
+    finally:  # after Ctrl-C, too, which does not reach another session
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return True
+
+
+def in_own_process(name: str, out: Path, *, tiny: bool, limit_s: float) -> dict[str, Any] | None:
+    """The part's figures, as far as it came; None where there are none, which its own output has explained."""
     path = out / f"{name}.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "tests.benchmarks.bench_gpu", "--part", name, "--out", str(out)]
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if tiny else {})
-    subprocess.run(command + ["--tiny"] * tiny, cwd=ROOT, env=environment)
+    if not run_at_most(command + ["--tiny"] * tiny, limit_s, cwd=ROOT, env=environment(tiny=tiny)):
+        print("  ended: the minutes are over", flush=True)
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text())
     path.unlink()
     return found
+
+
+def add(parts: dict[str, Any], name: str, figures: dict[str, Any]) -> None:
+    """What is not whole takes no place of more; what was left out has no figures, and is tried again."""
+    before = parts.get(name, {"figures": []})
+    if len(figures["figures"]) > (0 if figures["is_whole"] else len(before["figures"])):
+        parts.pop(name, None)
+        parts[name] = figures
 
 
 def table(found: dict[str, Any]) -> str:
@@ -155,6 +205,7 @@ def table(found: dict[str, Any]) -> str:
     for name in PARTS:
         if name in found["parts"]:
             lines += [str(Figure(**figure)) for figure in found["parts"][name]["figures"]]
+            lines += [f"| `{name}` is not whole | | |"] * (not found["parts"][name]["is_whole"])
     return "\n".join(lines)
 
 
@@ -167,32 +218,37 @@ def main() -> None:
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     out = chosen.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     if chosen.part:
         measure(chosen.part, out, tiny=chosen.tiny)
         return
     if not chosen.tiny and not torch.cuda.is_available():
         raise SystemExit("bench_gpu: no NVIDIA GPU here. See that it works on a CPU with --tiny")
+    out /= "tiny" if chosen.tiny else "full"  # apart, as models and rows that are there are not made again
+    out.mkdir(parents=True, exist_ok=True)
     begin, path = time.monotonic(), out / "bench-gpu.json"
     found = load(path, machine(tiny=chosen.tiny))
-    failed = []
+    parts, failed = found["parts"], []
     for name in chosen.only:
-        if name in found["parts"]:
+        if name in parts and parts[name]["is_whole"]:
             continue
-        if time.monotonic() - begin > 60 * chosen.minutes:
+        left_s = 60 * chosen.minutes - (time.monotonic() - begin)
+        if left_s <= 0:
             print(f"{chosen.minutes:g} minutes are over. The same command goes on with {name}")
             break
         print(f"\n=== {name}", flush=True)
-        figures = in_own_process(name, out, tiny=chosen.tiny)
-        if figures is None:
+        figures = in_own_process(name, out, tiny=chosen.tiny, limit_s=left_s)
+        if figures is not None:
+            add(parts, name, figures)
+            save(path, found)
+        if figures is None or not figures["is_whole"]:
             failed.append(name)
-            continue
-        found["parts"][name] = figures
-        save(path, found)
     print(f"\n{table(found)}\n\n{path}")
     if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}")
+        raise SystemExit(f"failed or cut short: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+    )  # so that the part's process ends, too
     main()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -103,26 +104,32 @@ def write_rows(folder: Path, rows: Rows) -> None:
     pq.write_table(pa.Table.from_pylist(list(drawn())), folder / "train-00000-of-00001.parquet")
 
 
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder, which ``make`` writes where it is not there: beside it first, so that it is never half there."""
+    if not folder.exists():
+        new = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        make(new)
+        new.rename(folder)
+    return folder
+
+
 def prepare(root: Path, size: str, *, device: torch.device, tiny: bool) -> Path:
     """Rows, tokenizer and the model of that size, each made if it is not there; returns the model's folder."""
-    data, tokenizer, model = root / "data", root / "tokenizer", root / size
-    if not data.exists():
-        write_rows(data, TINY_ROWS if tiny else Rows())
-    if not tokenizer.exists():
-        make_tokenizer(tokenizer, num_ids=None if tiny else NUM_IDS)
-    if not model.exists() and tiny:
-        make_small_model(
-            model,
-            tokenizer=tokenizer,
-            hidden_size=64,
-            num_layers=2,
-            vision_hidden_size=32,
-            vision_depth=1,
-            seed=0,
-        )
-    elif not model.exists():
-        make_model(model, size, tokenizer, device=device)
-    return model
+    made_once(root / "data", partial(write_rows, rows=TINY_ROWS if tiny else Rows()))
+    num_ids = None if tiny else NUM_IDS
+    tokenizer = made_once(root / "tokenizer", partial(make_tokenizer, num_ids=num_ids))
+    full = partial(make_model, size=size, tokenizer=tokenizer, device=device)
+    small = partial(
+        make_small_model,
+        tokenizer=tokenizer,
+        hidden_size=64,
+        num_layers=2,
+        vision_hidden_size=32,
+        vision_depth=1,
+        seed=0,
+    )
+    return made_once(root / size, small if tiny else full)
 
 
 def make_recipe(root: Path, model: Path, *, tiny: bool, **student: Any) -> Recipe:

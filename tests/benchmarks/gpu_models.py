@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
+from shared.models.vlm import split
 from shared.recipes import Recipe
 from shared.runtime import distributed
 from shared.stopping import StopRequest
@@ -23,17 +25,31 @@ from tests.benchmarks.full_shapes import make_recipe, prepare
 from tests.benchmarks.gpu_figures import GIB, MODULE_OF_FLA, Figure, taking_turns
 
 BF16_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "A100": 312e12,
     "B200": 2250e12,
-}  # dense, from NVIDIA's data sheets
+}  # dense, from NVIDIA's data sheets; the first name that fits counts
 MOST_AGAINST_FINE_TUNING, MOST_WAITING, MOST_AGAINST_FORWARD = 1.02, 2.0, 1.03
 
 
 def peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     return next((flops for short, flops in BF16_FLOPS.items() if short in name), None)
+
+
+def step_flops(model: PreTrainedModel, *, num_tokens: int, num_positions: int) -> int:
+    """What training needs: 6 for each trained number and token, of the head for each answer position.
+
+    Embeddings apart from the head are only looked up.  What is computed again, and what is frozen, do not count.
+    """
+    trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    head = trained.pop(id(split(model)[1].weight_VD), 0)
+    trained.pop(id(model.get_input_embeddings().weight), 0)
+    return 6 * (sum(trained.values()) * num_tokens + head * num_positions)
 
 
 def release(device: torch.device) -> None:
@@ -47,16 +63,17 @@ def student(root: Path, device: torch.device, *, tiny: bool) -> Iterator[Figure]
     """A step of 16 examples: distilling against fine-tuning."""
     model = prepare(root, "4B", device=device, tiny=tiny)
     recipe = make_recipe(root, model, tiny=tiny)
-    if not Path(recipe.cache.path if recipe.cache else "").exists():
-        with distributed(device=device.type) as world:
-            capture(recipe, world, StopRequest())
-        release(device)
+    with distributed(device=device.type) as world:
+        if status := capture(recipe, world, StopRequest()):
+            raise RuntimeError(f"the capture of the student's cache: status {status}")
+    release(device)
     try:
         yield from _student(recipe, device)
+        return
     except torch.OutOfMemoryError as error:
         print(f"  with fp32 parameters: {str(error).splitlines()[0]}. In bf16:")
-        release(device)
-        yield from _student(make_recipe(root, model, tiny=tiny, param_dtype="bfloat16"), device)
+    release(device)  # not within ``except``: the error's traceback holds the first attempt
+    yield from _student(make_recipe(root, model, tiny=tiny, param_dtype="bfloat16"), device)
 
 
 def _student(recipe: Recipe, device: torch.device) -> Iterator[Figure]:
@@ -84,9 +101,8 @@ def _student(recipe: Recipe, device: torch.device) -> Iterator[Figure]:
         yield Figure("- answer positions", num_positions / distil_ms * 1e3, "/s")
         yield Figure("- waiting for data, two workers", 100 * wait, "%", MOST_WAITING)
         if flops := peak_flops(device):
-            # 6 for a token and a trained parameter; what is computed again, and the frozen tower, do not count
-            used = 6 * num_trained * num_tokens / (distil_ms / 1e3)
-            yield Figure("- model FLOPS utilization", 100 * used / flops, "%")
+            used = step_flops(step.student.model, num_tokens=num_tokens, num_positions=num_positions)
+            yield Figure("- model FLOPS utilization", 100 * used / (distil_ms / 1e3) / flops, "%")
         if is_cuda:
             yield Figure("- peak memory", torch.cuda.max_memory_allocated() / GIB, "GiB")
         step.student = step.optimizer = None  # type: ignore[assignment]
