@@ -94,9 +94,7 @@ class BackgroundWriter(Generic[Item]):
 
     def _run(self) -> None:
         try:
-            if (
-                self._device is not None
-            ):  # a thread's own setting, the first GPU: each rank would take memory there
+            if self._device is not None:  # else a thread takes the first GPU, and memory there for each rank
                 torch.cuda.set_device(self._device)
             while not self._abandoned.is_set():
                 try:
