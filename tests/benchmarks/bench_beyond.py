@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.data.written import WRITTEN
 from shared.pipeline import covers, launch, make_rounds, make_student
 from shared.recipes import Recipe, load_recipe
 from shared.rounds import Rounds
@@ -28,7 +29,8 @@ from shared.rounds.table import outcomes
 from tests.benchmarks.seeds import RIGHT, Seed, require, show
 
 GIVEN = "given answers"
-SHOWN = {"CE": ".3f", "KL": ".3f", "own CE": ".3f", "own KL": ".3f", RIGHT: ".1%"}
+CUT = "cut"  # share of own greedy answers that have not ended at the limit: mostly they repeat themselves
+SHOWN = {"CE": ".3f", "KL": ".3f", "own CE": ".3f", "own KL": ".3f", CUT: ".1%", RIGHT: ".1%"}
 NUM_ROUNDS = 2
 OWN_QUESTIONS = 400
 ONE_SCHEDULE = "rounds.one_schedule=true"
@@ -138,8 +140,10 @@ class Students(Seed):
 
 
 def _along(one: Round) -> dict[str, Any]:
-    """CE and KL along own answers; empty where no answer shows anything."""
-    return _read(one.losses)[0] if one.losses.exists() else {}
+    """CE and KL along own answers, empty where no answer shows anything; and the share of them that was cut."""
+    counts = _read(one.greedy / WRITTEN)["counts"]
+    losses = _read(one.losses)[0] if one.losses.exists() else {}
+    return {**losses, CUT: counts["cut"] / max(1, counts["answers"])}
 
 
 def _figures(run: Path, own: dict[str, Any]) -> dict[str, float]:
@@ -150,6 +154,7 @@ def _figures(run: Path, own: dict[str, Any]) -> dict[str, float]:
         "KL": after["kl"],
         "own CE": own.get("ce", math.nan),
         "own KL": own.get("kl", math.nan),
+        CUT: own[CUT],
         RIGHT: results["answers"]["accuracy"]["mean"],
     }
 

@@ -172,7 +172,10 @@ def lines(
     for way, of_seed in found.items():
         row = [way, f"{len(of_seed)}"]
         for name, form in columns.items():
-            row.append(mean([one[name] for one in of_seed.values()], form))
+            values = [
+                one[name] for one in of_seed.values() if name in one
+            ]  # one of later days may be missing
+            row.append(mean(values, form) if values else "-")
             if name in ratios:
                 both = [number for number in of_seed if number in first]
                 row.append(mean([of_seed[number][name] / first[number][name] for number in both], ".3f"))
