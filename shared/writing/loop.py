@@ -85,9 +85,8 @@ def asked(recipe: Recipe, processor: ExampleProcessor, config: WriteConfig, worl
     data = recipe.data.model_copy(update={"written": None})  # a last answer is no part of the prompt
     found = survey(recipe.model_copy(update={"data": data}), processor, world, splits=splits)
     require_columns(found.keyed[0].split)
-    for part in (
-        found.keyed
-    ):  # a first row stands for the others: to read them all takes longer than to find out late
+    # A first row stands for the others: to read them all takes longer than to find out late.
+    for part in found.keyed:
         if len(part.rows):
             require_form(part.split[int(part.rows[0])])
     if config.prompts is None:

@@ -60,7 +60,9 @@ def picture_column(split: VqaSplit) -> str | None:
 
 
 def _empty_columns(split: VqaSplit) -> list[str]:
-    """Of pictures that a written conversation has among its turns: the recipe may name the column all the same."""
+    """Of pictures that a written conversation has among its turns, as it has a system's turn that stood beside them:
+    the recipe may name the column all the same.
+    """
     return [] if picture_column(split) else list(split.pictures[:1])
 
 
@@ -107,9 +109,7 @@ def record(
         if (column := picture_column(split)) is not None:
             found[column] = [_picture(image) for image in example.images]
         return found | {names.question: _question(example), names.answer: answer}
-    role, content, roles = ROLE_KEYS[
-        example.form
-    ]  # a system's turn that stood beside them is among the turns
+    role, content, roles = ROLE_KEYS[example.form]
     pictures = iter(example.images)
     turns = [*example.turns[:-1], Turn("assistant", (answer,))]
     found[getattr(names, example.form)] = [

@@ -172,9 +172,8 @@ def lines(
     for way, of_seed in found.items():
         row = [way, f"{len(of_seed)}"]
         for name, form in columns.items():
-            values = [
-                one[name] for one in of_seed.values() if name in one
-            ]  # one of later days may be missing
+            # Seeds of earlier days lack the figures that came later.
+            values = [one[name] for one in of_seed.values() if name in one]
             row.append(mean(values, form) if values else "-")
             if name in ratios:
                 both = [number for number in of_seed if number in first]
