@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shared.data.loading import HANDOVER_DESCRIPTORS, PackedDataset, begin_worker, loaded_items
+from shared.data.loading import (
+    HANDOVER_DESCRIPTORS,
+    PackedDataset,
+    _end_without_descriptors,
+    begin_worker,
+    loaded_items,
+)
 from shared.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +50,14 @@ def load(fault: Callable[[], None] = lambda: None) -> list[Any]:
         source, sampler=range(8), batch_size=None, num_workers=1, worker_init_fn=begin_worker
     )
     return list(loaded_items(loader, workers_setting="run.num_workers"))
+
+
+def end_late(delay_s: float, *exception: Any) -> None:
+    """As where cores are busy: the connection is gone, and the process not yet."""
+    if delay_s:
+        resource_sharer._resource_sharer._listener.close()
+        time.sleep(delay_s)
+    _end_without_descriptors(*exception)
 
 
 def without_memory() -> None:
@@ -86,11 +101,13 @@ def test_a_worker_without_descriptors_is_one_error_and_no_wait(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("delay_s", [0, 1])
 def test_a_worker_ends_where_the_last_descriptor_goes_in_mid_handover(
-    monkeypatch: pytest.MonkeyPatch,
+    delay_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other threads of the worker take them between the look and the handover."""
+    """Other threads of the worker take them between the look and the handover; its end may come late."""
     monkeypatch.setattr("shared.data.loading.HANDOVER_DESCRIPTORS", 0)
+    monkeypatch.setattr("shared.data.loading._end_without_descriptors", functools.partial(end_late, delay_s))
 
     def few(left: int) -> None:
         """So many are left, whatever gaps there are among the numbers in use."""

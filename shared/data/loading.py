@@ -21,6 +21,7 @@ import io
 import math
 import mmap
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import resource
@@ -28,6 +29,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import DupFd, ForkingPickler
@@ -44,7 +46,7 @@ ALIGNMENT = 64  # bytes; more than any dtype asks for
 SHARED_MEMORY = "/dev/shm"
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 NICENESS = 10  # of workers
-ENDING_S = 0.2  # until a worker that ends has ended
+ENDING_S = 10  # at most, until a worker that ends has ended; cores may be busy, and it is nice
 HANDOVER_DESCRIPTORS = 3  # that a worker needs beside a buffer's own, to pass it on
 
 
@@ -269,10 +271,12 @@ def loaded_items(loader: DataLoader, *, workers_setting: str) -> Iterator[Any]:
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            if getattr(error, "errno", None) in OUT_OF_DESCRIPTORS or _ended_without_descriptors(loaded):
+            if getattr(error, "errno", None) in OUT_OF_DESCRIPTORS:
                 raise _without_descriptors(workers_setting) from error
             if not _says_that_a_worker_died(error):
                 raise
+            if _ended_without_descriptors(loaded):
+                raise _without_descriptors(workers_setting) from error
             raise TrainingError(
                 f"a data-loader worker died: {_first_line(error)}. Often the host's memory did not "
                 f"suffice; lower {workers_setting}"
@@ -308,11 +312,17 @@ def _started(loader: DataLoader, workers_setting: str) -> Iterator[Any]:
 
 
 def _ended_without_descriptors(loaded: Iterator[Any]) -> bool:
-    """Whether that is why one of its workers is gone, or about to be."""
-    for worker in getattr(loaded, "_workers", ()):
-        worker.join(timeout=ENDING_S)
-        if worker.exitcode == errno.EMFILE:
-            return True
+    """Whether that is why a worker died; its connection breaks before it has a status."""
+    workers = getattr(loaded, "_workers", ())
+    deadline = time.monotonic() + ENDING_S
+    while (left := deadline - time.monotonic()) > 0:
+        statuses = {worker.exitcode for worker in workers}
+        if statuses - {None, 0}:
+            return errno.EMFILE in statuses
+        running = [worker.sentinel for worker in workers if worker.exitcode is None]
+        if not running:
+            return False
+        multiprocessing.connection.wait(running, left)
     return False
 
 
