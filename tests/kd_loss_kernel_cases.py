@@ -60,6 +60,7 @@ def assert_kernel_agrees(
     with_grad: bool = True,
     padding: int = 0,
     label_logprobs: torch.Tensor | None = None,
+    kd_ratios: torch.Tensor | None = None,
 ) -> None:
     """padding  elements after each row, which mean nothing and may hold anything"""
     generator = torch.Generator().manual_seed(1)
@@ -70,7 +71,7 @@ def assert_kernel_agrees(
     got_logits, want_logits = buffer[:, :num_ids], logits.float().clone()
     got_logits.copy_(logits)
     arguments = (labels, weights, teacher, FIRST, settings)
-    options = {"with_grad": with_grad, "label_logprobs_C": label_logprobs}
+    options = {"with_grad": with_grad, "label_logprobs_C": label_logprobs, "kd_ratios_C": kd_ratios}
     got = triton_kernel.chunk_loss_(got_logits, *arguments, row_width=num_ids + padding, **options)
     want = chunk.chunk_loss_torch_(want_logits, *arguments, **options)
     for value, other in zip(got, want, strict=True):
@@ -99,6 +100,14 @@ def test_kd_at_some_of_the_rows(policy: Policy, temperature: float) -> None:
     some = replace(teacher, rows=teacher.rows.weighed(factors))
     settings = LossSettings(0.4, temperature, 500 - 500 // 9)
     assert_kernel_agrees(3, 500, torch.float32, some, settings)
+
+
+@pytest.mark.parametrize("policy", [Threshold(tau=0.05), TopK(k=3)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_ratios_of_rows(policy: Policy, temperature: float) -> None:
+    teacher = teacher_of(3, 500, policy, temperature, "ghost")
+    settings, ratios = LossSettings(0.4, temperature, 500 - 500 // 9), torch.tensor([1.0, 0.0, 0.3])
+    assert_kernel_agrees(3, 500, torch.float32, teacher, settings, kd_ratios=ratios.to(DEVICE))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -62,7 +62,7 @@ class Problem:
     def expected(
         self,
         *,
-        kd_ratio: float,
+        kd_ratio: float | Tensor,
         temperature: float = 1.0,
         bias: bool = False,
         softcap: float | None = None,
@@ -75,7 +75,8 @@ class Problem:
         """Loss, CE, KD, and the loss's gradients by hidden states, weight, bias; in fp64."""
         inputs = [t.detach().double().requires_grad_() for t in (self.hidden, self.weight, self.bias)]
         logits = reference.head_logits(inputs[0], inputs[1], inputs[2] if bias else None, softcap)
-        ce = kd = (inputs[0].sum() + inputs[1].sum() + inputs[2].sum()) * 0
+        loss = ce = kd = (inputs[0].sum() + inputs[1].sum() + inputs[2].sum()) * 0
+        ratios = torch.as_tensor(kd_ratio, dtype=torch.float64).expand(len(self.labels)).tolist()
         masses, offsets = self.targets.weights(temperature), self.targets.offsets.tolist()
         column = self.targets.temperatures.index(temperature)
         for n, label in enumerate(self.labels.tolist()):
@@ -83,15 +84,16 @@ class Problem:
                 continue
             factor = float(self.weights[n]) if weights else 1.0
             ids, mass = self.targets.ids[offsets[n] : offsets[n + 1]], masses[offsets[n] : offsets[n + 1]]
-            ce = ce + factor * reference.cross_entropy(logits[n], label)
+            ce_n = factor * reference.cross_entropy(logits[n], label)
             if self.targets.policy.is_sampled:
                 entropy = self.targets.entropy[n, column]
-                kd = kd + factor * reference.sampled_kd(logits[n], ids, mass, entropy, temperature)
+                kd_n = factor * reference.sampled_kd(logits[n], ids, mass, entropy, temperature)
             else:
-                kd = kd + factor * reference.truncated_kd(
+                kd_n = factor * reference.truncated_kd(
                     logits[n], ids, mass, temperature, tail, kind=kind, beta=beta, num_vocab_ids=num_vocab_ids
                 )
-        loss = (1 - kd_ratio) * ce + kd_ratio * kd
+            ce, kd = ce + ce_n, kd + kd_n
+            loss = loss + (1 - ratios[n]) * ce_n + ratios[n] * kd_n
         return loss.detach(), ce.detach(), kd.detach(), list(torch.autograd.grad(loss, inputs))
 
 
@@ -506,6 +508,30 @@ def test_settings_that_are_refused() -> None:
         Divergence("kl")
     with pytest.raises(RecipeError, match="between 0 and 1"):
         Divergence("jensen_shannon", 1.0)
+
+
+@pytest.mark.parametrize("policy", [THRESHOLD, Random(draws=8), TopK(k=3)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("chunk_size", [4, 512])
+def test_each_position_may_have_its_own_ratio(policy: Policy, temperature: float, chunk_size: int) -> None:
+    """None of CE, none of KD, and between; of ignored positions it does not matter."""
+    problem = Problem(7, 11, policy)
+    problem.labels[3] = IGNORED
+    ratios = torch.tensor([1.0, 0.0, 0.25, 0.5, 1.0, 0.5, 0.75])
+    options = {"kd_ratio": ratios, "temperature": temperature}
+    sums = problem.fused(**options, weights_N=problem.weights, chunk_size=chunk_size)
+    assert_close(sums, problem, problem.expected(**options, weights=True))
+
+
+def test_ratios_of_positions_lie_between_none_and_all_and_need_targets() -> None:
+    problem = Problem(2, 5, THRESHOLD)
+    with pytest.raises(RecipeError, match=r"kd_ratio is 1\.5; it must lie between 0"):
+        problem.fused(kd_ratio=torch.tensor([0.5, 1.5]))
+    with pytest.raises(ValueError, match=r"ratios have \[2, 2, 2, 3\] positions"):
+        problem.fused(kd_ratio=torch.ones(3))
+    problem.targets = None  # type: ignore[assignment]
+    with pytest.raises(RecipeError, match="but there are no targets"):
+        problem.fused(kd_ratio=torch.ones(2))
 
 
 @pytest.mark.parametrize("policy", [THRESHOLD, TopK(k=3), Random(draws=4)])

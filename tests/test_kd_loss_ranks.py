@@ -119,11 +119,12 @@ def compare_fused(
 ) -> None:
     hidden, weight, bias, labels, teacher = problem()
     drawn = torch.where(torch.arange(NUM_POSITIONS) % 3 == 0, torch.nan, -torch.arange(NUM_POSITIONS) / 3)
+    ratios = {1.0: 0.4, 2.0: torch.arange(NUM_POSITIONS) / NUM_POSITIONS}
     for policy, tail, kind in cases:
         for temperature in (1.0, 2.0):
             options = {
-                "kd_ratio": 0.4, "temperature": temperature, "chunk_size": 4, "softcap": 3.0, "tail": tail,
-                "divergence": Divergence(kind), "weights_N": torch.arange(NUM_POSITIONS) / 4,
+                "kd_ratio": ratios[temperature], "temperature": temperature, "chunk_size": 4, "softcap": 3.0,
+                "tail": tail, "divergence": Divergence(kind), "weights_N": torch.arange(NUM_POSITIONS) / 4,
                 "reverse_kl": 0.6, "label_logprobs_N": drawn,
             }  # fmt: skip
             targets = targets_from(teacher, policy)

@@ -53,8 +53,9 @@ TYPES = {"labels_ptr": "*i64", "first": "i32", "num_ids": "i32", "row_width": "i
          "beta": "fp32"}
 ALIGNED = ("logits_ptr", "row_stride", "row_width")  # num_ids need not be: a row is padded in memory
 ASSEMBLERS = sorted(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*"))
-LINEAR = ["HAS_WEIGHTS", "HAS_DRAWN", "HAS_TEACHER", "HAS_SPREAD", "HAS_SOFTCAP", "IS_SOFTENED", "WITH_GRAD"]
-BUCKET = ["HAS_WEIGHTS", "HAS_DRAWN", "HAS_FACTOR", "HAS_SOFTCAP", "IS_SOFTENED", "KIND", "WITH_GRAD"]
+BOTH = ["HAS_WEIGHTS", "HAS_DRAWN", "HAS_RATIOS"]
+LINEAR = [*BOTH, "HAS_TEACHER", "HAS_SPREAD", "HAS_SOFTCAP", "IS_SOFTENED", "WITH_GRAD"]
+BUCKET = [*BOTH, "HAS_FACTOR", "HAS_SOFTCAP", "IS_SOFTENED", "KIND", "WITH_GRAD"]
 
 def assembled(ptx, capability):
     for assembler in ASSEMBLERS:
@@ -91,12 +92,12 @@ def check(kernel, logits, flags, values, has_entries):
         assert len(re.findall(r"st\\.global\\.v4", ptx)) >= 2 * with_grad, ptx
 
 for logits in ("*bf16", "*fp32"):
-    for on in ([1, 0, 1, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]):
-        check(linear, logits, LINEAR, [bool(one) for one in on], has_entries=bool(on[2]))
+    for on in ("10010001", "11111111", "10000001", "00000000"):
+        check(linear, logits, LINEAR, [one == "1" for one in on], has_entries=on[3] == "1")
     for kind in range(4):
-        check(bucket, logits, BUCKET, [True, False, False, False, False, kind, True], has_entries=True)
-    check(bucket, logits, BUCKET, [True, True, True, True, True, 2, True], has_entries=True)
-    check(bucket, logits, BUCKET, [False, False, False, False, False, 0, False], has_entries=True)
+        check(bucket, logits, BUCKET, [True, False, False, False, False, False, kind, True], has_entries=True)
+    check(bucket, logits, BUCKET, [True, True, True, True, True, True, 2, True], has_entries=True)
+    check(bucket, logits, BUCKET, [False, False, False, False, False, False, 0, False], has_entries=True)
 """
 
 

@@ -184,10 +184,10 @@ def test_reverse_kl_counts_at_the_students_own_answers(finished: tuple[Rounds, l
         assert ours == pytest.approx(theirs, rel=2e-5)
 
 
-def test_of_a_conversation_only_what_the_student_wrote_counts_for_reverse_kl(
+def test_of_a_conversation_only_what_the_student_wrote_counts_as_its_own(
     tree: dict[str, Any], tmp_path: Path, processor: ExampleProcessor
 ) -> None:
-    """Earlier answers are the data set's: no samples of the student, though they are learned."""
+    """Earlier answers are the data set's: no samples of the student, though they are learned, as labels too."""
     ids = processor.tokenizer("axial", add_special_tokens=False)["input_ids"]
     writer = json.dumps({"role": "student", "run": "runs/own", "temperature": 1.0, "top_p": 1.0})
     turns = [
@@ -202,7 +202,15 @@ def test_of_a_conversation_only_what_the_student_wrote_counts_for_reverse_kl(
     data.mkdir()
     (data / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     splits = {"train": "train", "validation": None}
-    recipe = recipe_in(tree, tmp_path, data__source=str(data), data__splits=splits, rounds__number=1)
+    recipe = recipe_in(
+        tree,
+        tmp_path,
+        data__source=str(data),
+        data__splits=splits,
+        rounds__number=1,
+        loss__kd_ratio=0.25,
+        loss__own_kd_ratio=1.0,
+    )
     with distributed(device="cpu") as world:
         assert capture(recipe, world, StopRequest()) == 0
         source = open_inputs(recipe, world).training_source()
@@ -212,6 +220,12 @@ def test_of_a_conversation_only_what_the_student_wrote_counts_for_reverse_kl(
     assert own.tolist() == [False] * (len(own) - len(ids) - 1) + [True] * (len(ids) + 1)
     assert len(own) > len(ids) + 1
     assert not bool(given.any())
+    assert batch.weighing is not None
+    assert batch.weighing.kd_ratio_N is not None
+    assert batch.weighing.kd_ratio_N.tolist() == [1.0 if one else 0.25 for one in [*own, *given]]
+    without = source.microbatch(Slot(0, (1,)), [1])
+    assert without.weighing is not None
+    assert without.weighing.kd_ratio_N is None  # nothing of its own
 
 
 @pytest.mark.slow
@@ -397,6 +411,7 @@ def test_rounds_without_a_section_are_one_message() -> None:
     "loss",
     [
         {"reverse_kl": 0.5},
+        {"own_kd_ratio": 1.0},
         {"reverse_kl": None, "visual_weight": 0.5},
         {"reverse_kl": None, "positions": {"keep": 0.5, "by": "kl"}},
         {"reverse_kl": None, "positions": {"keep": 0.5, "ce": "all"}},

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import logging
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ def chunk_loss_(
     with_grad: bool,
     row_width: int | None = None,
     label_logprobs_C: Tensor | None = None,
+    kd_ratios_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """CE and KD of a chunk; its logits are consumed: overwritten by their gradient if ``with_grad``.
 
@@ -53,21 +55,17 @@ def chunk_loss_(
              the chunk's positions are ``first`` to ``first + C`` of the teacher's
              label_logprobs_C (C,) the teacher's log-prob of labels that the student drew, else NaN: adds the gradient
              of ``settings.reverse_kl``
+             kd_ratios_C (C,) fp32, in the place of ``settings.kd_ratio``
     Returns  ce_C, kd_C (C,) nats, fp32 (fp64 for fp64 logits); KD times T squared; both without weights
     Holds    kernel and PyTorch agree
     """
+    arguments = (logits_CV, labels_C, weights_C, teacher, first, settings)
+    optional: dict[str, Any] = {"label_logprobs_C": label_logprobs_C, "kd_ratios_C": kd_ratios_C}
     if logits_CV.device.type == "cuda" and fits_kernel(logits_CV.dtype, settings):
         kernel = _kernel(logits_CV.device)
         if kernel is not None:
-            arguments = (logits_CV, labels_C, weights_C, teacher, first, settings)
-            return kernel.chunk_loss_(
-                *arguments, with_grad=with_grad, row_width=row_width, label_logprobs_C=label_logprobs_C
-            )
-    return chunk_loss_torch_(
-        *(logits_CV, labels_C, weights_C, teacher, first, settings),
-        with_grad=with_grad,
-        label_logprobs_C=label_logprobs_C,
-    )
+            return kernel.chunk_loss_(*arguments, with_grad=with_grad, row_width=row_width, **optional)
+    return chunk_loss_torch_(*arguments, with_grad=with_grad, **optional)
 
 
 def fits_kernel(dtype: torch.dtype, settings: LossSettings) -> bool:
@@ -112,6 +110,7 @@ def chunk_loss_torch_(
     *,
     with_grad: bool,
     label_logprobs_C: Tensor | None = None,
+    kd_ratios_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``chunk_loss_`` in PyTorch, on any device."""
     num_rows = logits_CV.shape[0]
@@ -131,6 +130,7 @@ def chunk_loss_torch_(
             settings,
             with_grad=with_grad,
             label_logprobs_R=None if label_logprobs_C is None else label_logprobs_C[start:stop].to(dtype),
+            kd_ratios_R=None if kd_ratios_C is None else kd_ratios_C[start:stop].to(dtype),
         )
         if with_grad and tile_RV is not part_RV:
             part_RV.copy_(tile_RV)

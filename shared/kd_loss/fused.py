@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class LossSums(NamedTuple):
     """Sums over positions, () fp32 nats; only ``loss`` carries a graph.
 
-    loss             (1 - kd_ratio) * ce + kd_ratio * kd
+    loss             (1 - kd_ratio) * ce + kd_ratio * kd, each position with its ratio
     ce               cross-entropy with the labels
     kd               KL from teacher to student, times T squared; 0 where no targets were given
     teacher_entropy  of the teacher at the temperature: kd / T**2 + teacher_entropy is the soft cross-entropy
@@ -81,7 +81,7 @@ def fused_ce_kd(
     labels_N: Tensor,
     targets: Targets | None = None,
     *,
-    kd_ratio: float,
+    kd_ratio: float | Tensor,
     temperature: float = 1.0,
     chunk_size: int = 512,
     bias_V: Tensor | None = None,
@@ -109,6 +109,7 @@ def fused_ce_kd(
     of the label.  Such a label must be a sample of the student; elsewhere the log-prob is NaN.
 
     Shapes   hidden_ND (N, D), weight_VD (V, D), bias_V (V,)  fp64, fp32, bf16 or fp16
+             kd_ratio between 0 and 1, or (N,) of them
              labels_N (N,) int64, ``ignore_index`` where a position does not count
              targets of N positions; weights_N (N,) of positions: factors of all sums but those that count
              kd_factors_N (N,), 0 or above: further factors of ``kd`` and ``teacher_entropy``
@@ -185,7 +186,7 @@ def _prepared(
     labels_N: Tensor,
     targets: Targets | None,
     *,
-    kd_ratio: float,
+    kd_ratio: float | Tensor,
     temperature: float,
     ignore_index: int,
     chunk_size: int = 512,
@@ -212,19 +213,29 @@ def _prepared(
     shard = None if group is None else VocabShard.agree(group, weight_VD.shape[0], labels_N)
     num_ids = weight_VD.shape[0] if shard is None else shard.total_ids
     num_vocab_ids = num_ids if num_vocab_ids is None else num_vocab_ids
-    settings = LossSettings(kd_ratio, temperature, num_vocab_ids, softcap, divergence, shard, reverse_kl)
+    kd_ratios_N = kd_ratio.detach().float() if isinstance(kd_ratio, Tensor) else None
+    ratio = kd_ratio if not isinstance(kd_ratio, Tensor) else _some_ratio(kd_ratio)
+    settings = LossSettings(ratio, temperature, num_vocab_ids, softcap, divergence, shard, reverse_kl)
     _check(settings, chunk_size, num_ids, has_targets=targets is not None)
     if reverse_kl and label_logprobs_N is None:
         raise RecipeError(
             f"reverse_kl is {reverse_kl} but there are no log-probs of the labels; give label_logprobs_N"
         )
     positions = counted_positions(
-        hidden_ND, labels_N, weights_N, targets, ignore_index, label_logprobs_N, kd_factors_N
+        hidden_ND, labels_N, weights_N, targets, ignore_index, label_logprobs_N, kd_factors_N, kd_ratios_N
     )
     positions = with_checked_ids(positions, num_ids, num_vocab_ids)
     teacher_of = _teacher_source(positions, settings, tail)
     work = _Work(positions, teacher_of, settings, chunk_size, with_grad=torch.is_grad_enabled())
     return weight_VD, bias_V, work
+
+
+def _some_ratio(kd_ratio_N: Tensor) -> float:
+    """One for a check of them all; on a GPU not one of theirs, which would make the host wait."""
+    if kd_ratio_N.device.type != "cpu":
+        return 1.0
+    outside = kd_ratio_N[~((kd_ratio_N >= 0) & (kd_ratio_N <= 1))].tolist()
+    return next(iter(outside), 1.0)
 
 
 def _check(settings: LossSettings, chunk_size: int, num_ids: int, *, has_targets: bool) -> None:
@@ -296,7 +307,9 @@ class _FusedLoss(torch.autograd.Function):
         values_4N, grads = _in_one_dtype(list(inputs), work, needs)
         positions = work.positions
         sums = _sums(
-            values_4N, positions.weights_N, work.settings, positions.count, positions.label_logprobs_N
+            *(values_4N, positions.weights_N, work.settings, positions.count),
+            logprobs_N=positions.label_logprobs_N,
+            kd_ratios_N=positions.kd_ratios_N,
         )
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
@@ -336,7 +349,7 @@ def _values_and_grads(
     grad_bias_V = torch.zeros(num_ids, dtype=dtype, device=weight_VD.device) if needs[2] else None
     buffer_CW = logits_buffer(min(work.chunk_size, num_positions), num_ids, like=hidden_ND)
     values_4N = hidden_ND.new_zeros(4, num_positions, dtype=dtype)
-    logprobs_N = work.positions.label_logprobs_N
+    logprobs_N, kd_ratios_N = work.positions.label_logprobs_N, work.positions.kd_ratios_N
     for start in range(0, num_positions, work.chunk_size):
         chunk = slice(start, min(start + work.chunk_size, num_positions))
         hidden_CD, logits_CV = hidden_ND[chunk], buffer_CW[: chunk.stop - start, :num_ids]
@@ -357,6 +370,7 @@ def _values_and_grads(
             with_grad=any(needs),
             row_width=buffer_CW.shape[1],
             label_logprobs_C=None if logprobs_N is None else logprobs_N[chunk],
+            kd_ratios_C=None if kd_ratios_N is None else kd_ratios_N[chunk],
         )
         if logprobs_N is not None:
             values_4N[3, chunk] = drawn_reverse_kl(values_4N[0, chunk], logprobs_N[chunk])
@@ -379,6 +393,7 @@ def _sums(
     settings: LossSettings,
     count: Tensor,
     logprobs_N: Tensor | None = None,
+    kd_ratios_N: Tensor | None = None,
 ) -> LossSums:
     """Added up in fp64, as KL is a small difference of large sums.  Reverse KL comes last, or is not there."""
     wide_XN = values_XN.double()
@@ -386,7 +401,11 @@ def _sums(
         wide_XN = torch.where(weights_N != 0, wide_XN * weights_N, 0)
     ce, kd, entropy, *rest = wide_XN.sum(-1)
     reverse = rest[0] if rest else torch.zeros_like(ce)
-    loss = (1 - settings.kd_ratio) * ce + settings.kd_ratio * kd + settings.reverse_kl * reverse
+    if kd_ratios_N is None:
+        loss = (1 - settings.kd_ratio) * ce + settings.kd_ratio * kd
+    else:
+        loss = ((1 - kd_ratios_N) * wide_XN[0] + kd_ratios_N * wide_XN[1]).sum()
+    loss = loss + settings.reverse_kl * reverse
     dtype, num_drawn = values_XN.dtype, torch.zeros_like(count)
     if logprobs_N is not None:
         counts_N = ~logprobs_N.isnan() if weights_N is None else ~logprobs_N.isnan() & (weights_N != 0)

@@ -25,6 +25,7 @@ class Positions:
              label_logprobs_N (N,) fp32, the teacher's of the labels that the student drew, else NaN
              count () int64: how many of the positions given count
              kd_factors_N (N,) of KD alone, None for one
+             kd_ratios_N (N,) fp32, each position's own; None: that of the loss
     """
 
     hidden_ND: Tensor
@@ -34,6 +35,7 @@ class Positions:
     count: Tensor
     label_logprobs_N: Tensor | None = None
     kd_factors_N: Tensor | None = None
+    kd_ratios_N: Tensor | None = None
 
 
 def counted_positions(
@@ -44,6 +46,7 @@ def counted_positions(
     ignore_index: int,
     label_logprobs_N: Tensor | None = None,
     kd_factors_N: Tensor | None = None,
+    kd_ratios_N: Tensor | None = None,
 ) -> Positions:
     """The positions that count, with a graph to ``hidden_ND`` even if there are none.
 
@@ -51,11 +54,11 @@ def counted_positions(
     """
     counts = [len(hidden_ND), len(labels_N)]
     counts += [] if targets is None else [targets.num_positions]
-    optional = (weights_N, label_logprobs_N, kd_factors_N)
+    optional = (weights_N, label_logprobs_N, kd_factors_N, kd_ratios_N)
     counts += [len(each_N) for each_N in optional if each_N is not None]
     if len(set(counts)) > 1:
         raise ValueError(
-            f"hidden states, labels, targets, weights and log-probs have {counts} positions; all need the same"
+            f"hidden states, labels, targets, weights, log-probs and ratios have {counts} positions, not one number"
         )
     is_counted_N = labels_N != ignore_index
     if weights_N is not None:
@@ -66,7 +69,7 @@ def counted_positions(
         label_logprobs_N = label_logprobs_N.detach().float().masked_fill(~is_counted_N, torch.nan)
     if hidden_ND.device.type != "cpu" and weights_N is None:
         labels_N = torch.where(is_counted_N, labels_N, 0)
-        others = (label_logprobs_N, kd_factors_N)
+        others = (label_logprobs_N, kd_factors_N, kd_ratios_N)
         return Positions(hidden_ND, labels_N, is_counted_N.float(), targets, count, *others)
     if int(count) < len(labels_N):
         index = is_counted_N.nonzero().squeeze(1)
@@ -75,7 +78,10 @@ def counted_positions(
         targets = None if targets is None else targets.select(index)
         label_logprobs_N = None if label_logprobs_N is None else label_logprobs_N[index]
         kd_factors_N = None if kd_factors_N is None else kd_factors_N[index]
-    return Positions(hidden_ND, labels_N, weights_N, targets, count, label_logprobs_N, kd_factors_N)
+        kd_ratios_N = None if kd_ratios_N is None else kd_ratios_N[index]
+    return Positions(
+        hidden_ND, labels_N, weights_N, targets, count, label_logprobs_N, kd_factors_N, kd_ratios_N
+    )
 
 
 def with_checked_ids(positions: Positions, num_ids: int, num_vocab_ids: int) -> Positions:

@@ -20,7 +20,11 @@ from shared.kd_loss.vocab_parallel import VocabShard
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The constants of one loss.  The teacher's mass lies on the first ``num_vocab_ids`` ids of the head."""
+    """The constants of one loss.
+
+    kd_ratio       of positions that have no ratio of their own
+    num_vocab_ids  the teacher's mass lies on so many ids of the head, the first
+    """
 
     kd_ratio: float
     temperature: float
@@ -46,6 +50,7 @@ def tile_loss_(
     *,
     with_grad: bool,
     label_logprobs_R: Tensor | None = None,
+    kd_ratios_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     slope_RV = _softcap_(logits_RV, settings.softcap, with_slope=with_grad)
     temperature, kd, normalizer = settings.temperature, None, None
@@ -60,8 +65,13 @@ def tile_loss_(
         normalizer = _softmax_(logits_RV, settings.shard)
     ce_R = -normalizer.logq(label_logits_R)
     if with_grad:
-        share_R = ce_share(ce_R, label_logprobs_R, settings)
-        _gradient_(logits_RV, softened_RV, labels_R, weights_R, share_R, teacher, kd, settings)
+        kd_ratio_R = settings.kd_ratio if kd_ratios_R is None else kd_ratios_R
+        share_R = 1 - kd_ratio_R
+        if (
+            label_logprobs_R is not None
+        ):  # reverse KL's gradient is (log q(y) - log p(y)) times that of log q(y)
+            share_R = share_R - settings.reverse_kl * reverse_kl(ce_R, label_logprobs_R)
+        _gradient_(logits_RV, softened_RV, labels_R, weights_R, share_R, kd_ratio_R, teacher, kd, settings)
         if slope_RV is not None:
             logits_RV.mul_(slope_RV)
     return ce_R, torch.zeros_like(ce_R) if kd is None else kd.value_N * temperature**2
@@ -70,13 +80,6 @@ def tile_loss_(
 def reverse_kl(ce_N: Tensor, label_logprobs_N: Tensor) -> Tensor:
     """log q(y) - log p(y) of labels y that the student drew, (N,) nats; 0 where ``label_logprobs_N`` is NaN."""
     return torch.where(label_logprobs_N.isnan(), 0, -ce_N - label_logprobs_N)
-
-
-def ce_share(ce_R: Tensor, label_logprobs_R: Tensor | None, settings: LossSettings) -> Tensor | float:
-    """The factor of CE's gradient: reverse KL's, (log q(y) - log p(y)) times that of log q(y), is a part of it."""
-    if label_logprobs_R is None:
-        return 1 - settings.kd_ratio
-    return (1 - settings.kd_ratio) - settings.reverse_kl * reverse_kl(ce_R, label_logprobs_R)
 
 
 class _Normalizer(NamedTuple):
@@ -198,6 +201,7 @@ def _gradient_(
     labels_R: Tensor,
     weights_R: Tensor | None,
     share_R: Tensor | float,
+    kd_ratio_R: Tensor | float,
     teacher: TeacherRows | None,
     kd: KdRows | None,
     settings: LossSettings,
@@ -214,7 +218,7 @@ def _gradient_(
     if kd is None or teacher is None or softened_RV is None:
         row_RV.mul_(ce_R[:, None])
     else:
-        kd_R = weights_R * (settings.kd_ratio * settings.temperature)
+        kd_R = weights_R * (kd_ratio_R * settings.temperature)
         row_E, values_E = teacher.row_E, kd_R[teacher.row_E] * kd.entry_E
         if softened_RV is not row_RV:
             row_RV.mul_(ce_R[:, None]).addcmul_(softened_RV, (kd_R * kd.scale_N)[:, None])

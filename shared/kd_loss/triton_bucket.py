@@ -40,6 +40,7 @@ def bucket_loss_(
     with_grad: bool,
     row_width: int,
     label_logprobs_C: Tensor | None,
+    kd_ratios_C: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``chunk.chunk_loss_`` for a teacher with a bucket; the logits are consumed without a gradient, too."""
     num_rows, num_ids = logits_CV.shape
@@ -51,6 +52,7 @@ def bucket_loss_(
         labels_C,
         unused if weights_C is None else weights_C,
         unused if label_logprobs_C is None else label_logprobs_C,
+        unused if kd_ratios_C is None else kd_ratios_C,
         teacher.offsets,
         rows.ids_E,
         rows.mass_E,
@@ -70,6 +72,7 @@ def bucket_loss_(
         float(settings.divergence.beta),
         HAS_WEIGHTS=weights_C is not None,
         HAS_DRAWN=label_logprobs_C is not None,
+        HAS_RATIOS=kd_ratios_C is not None,
         HAS_FACTOR=rows.factor_N is not None,
         HAS_SOFTCAP=settings.softcap is not None,
         IS_SOFTENED=settings.temperature != 1.0,
@@ -116,6 +119,7 @@ def _bucket_kernel(  # type: ignore[no-untyped-def]
     labels_ptr,
     weights_ptr,
     label_logprobs_ptr,
+    kd_ratios_ptr,
     offsets_ptr,
     ids_ptr,
     mass_ptr,
@@ -135,6 +139,7 @@ def _bucket_kernel(  # type: ignore[no-untyped-def]
     beta,
     HAS_WEIGHTS: tl.constexpr,
     HAS_DRAWN: tl.constexpr,
+    HAS_RATIOS: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_SOFTENED: tl.constexpr,
@@ -225,6 +230,8 @@ def _bucket_kernel(  # type: ignore[no-untyped-def]
         weight = tl.load(weights_ptr + row)
     if HAS_DRAWN:
         label_logprob = tl.load(label_logprobs_ptr + row)
+    if HAS_RATIOS:
+        kd_ratio = tl.load(kd_ratios_ptr + row)
     if HAS_FACTOR:
         factor = tl.load(factor_ptr + position)
     log_ratio = (label_logit - largest) - log_sum - label_logprob

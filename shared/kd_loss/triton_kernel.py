@@ -39,6 +39,7 @@ def chunk_loss_(
     with_grad: bool,
     row_width: int | None = None,
     label_logprobs_C: Tensor | None = None,
+    kd_ratios_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``chunk.chunk_loss_``; never makes the host wait."""
     num_rows, num_ids = logits_CV.shape
@@ -48,9 +49,12 @@ def chunk_loss_(
         return ce_C, kd_C
     row_width = num_ids if row_width is None else row_width
     if teacher is not None and teacher.rows.rest_N is not None:
-        arguments = (logits_CV, labels_C, weights_C, teacher, first, settings)
         return bucket_loss_(
-            *arguments, with_grad=with_grad, row_width=row_width, label_logprobs_C=label_logprobs_C
+            *(logits_CV, labels_C, weights_C, teacher, first, settings),
+            with_grad=with_grad,
+            row_width=row_width,
+            label_logprobs_C=label_logprobs_C,
+            kd_ratios_C=kd_ratios_C,
         )
     rows = None if teacher is None else teacher.rows
     unused = ce_C  # stands for tensors that the kernel does not touch
@@ -59,6 +63,7 @@ def chunk_loss_(
         labels_C,
         unused if weights_C is None else weights_C,
         unused if label_logprobs_C is None else label_logprobs_C,
+        unused if kd_ratios_C is None else kd_ratios_C,
         unused if teacher is None else teacher.offsets,
         unused if rows is None else rows.ids_E,
         unused if rows is None else rows.mass_E,
@@ -79,6 +84,7 @@ def chunk_loss_(
         float(settings.reverse_kl),
         HAS_WEIGHTS=weights_C is not None,
         HAS_DRAWN=label_logprobs_C is not None,
+        HAS_RATIOS=kd_ratios_C is not None,
         HAS_TEACHER=rows is not None,
         HAS_SPREAD=rows is not None and rows.spread_N is not None,
         HAS_SOFTCAP=settings.softcap is not None,
@@ -98,6 +104,7 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
     labels_ptr,
     weights_ptr,
     label_logprobs_ptr,
+    kd_ratios_ptr,
     offsets_ptr,
     ids_ptr,
     mass_ptr,
@@ -118,6 +125,7 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
     reverse_kl,
     HAS_WEIGHTS: tl.constexpr,
     HAS_DRAWN: tl.constexpr,
+    HAS_RATIOS: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     HAS_SPREAD: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -158,6 +166,8 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
     label_logit = capped(tl.load(logits_ptr + label), softcap, HAS_SOFTCAP)
     tl.store(ce_ptr + row, (largest - label_logit) + log_sum)
     label_logprob, kd_scale = 0.0, 0.0
+    if HAS_RATIOS:
+        kd_ratio = tl.load(kd_ratios_ptr + row)
     if HAS_DRAWN:
         label_logprob = tl.load(label_logprobs_ptr + row)
     log_ratio = (label_logit - largest) - log_sum - label_logprob

@@ -187,7 +187,8 @@ class Round:
             recipe.of_a_run(),
             data=data,
             cache={"path": str((self.rounds.folder / "greedy-cache").absolute()), "splits": ("validation",)},
-            loss={"kd_ratio": 0.0, "reverse_kl": None, "visual_weight": None, "positions": None},
+            loss=dict.fromkeys(("own_kd_ratio", "reverse_kl", "visual_weight", "positions"))
+            | {"kd_ratio": 0.0},
             run={"name": f"{recipe.run.name}-round-{self.number}-greedy"},
             evaluation={"baseline": None},
         )

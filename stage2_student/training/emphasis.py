@@ -1,15 +1,15 @@
-"""Which positions count in training, and how much: ``loss.visual_weight`` and ``loss.positions``.
+"""How positions count in training: ``loss.visual_weight``, ``loss.positions`` and ``loss.own_kd_ratio``.
 
-    emphasis = Emphasis.of(recipe, cache, keys)            # None where all count alike
-    weighing = emphasis.weigh(cache, rows, targets, lengths)    # of a microbatch, in a data-loader worker
+    emphasis = Emphasis.of(recipe, cache, keys, writers)        # None where all count alike
+    weighing = emphasis.weigh(cache, rows, targets, lengths, own_N)    # of a microbatch, in a data-loader worker
     scores("kl", weighing, labels_N, targets, ...)              # in the forward: what positions are chosen by
 
-Both depend on the example alone, so the numbers of positions that divide a step are known before its forward.
+All depend on the example alone, so the numbers of positions that divide a step are known before its forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +22,10 @@ from shared.kd_loss import ce_kd_by_position
 from shared.kd_loss.kept import num_kept
 from shared.kd_loss.uncertainty import same_on_all, student_entropy
 from shared.kd_loss.vocab_parallel import local_part
-from shared.recipes import PositionsConfig, Recipe
+from shared.recipes import LossConfig, Recipe
 from shared.sparse import RegroupedTargets, Targets
 from shared.sparse.entropies import teacher_entropy
+from stage2_student.training.own_answers import is_own
 from stage2_student.training.visual_weight import VisualWeight
 
 
@@ -38,6 +39,7 @@ class Weighing:
     entropy_N   the teacher's, (N,) fp32 nats, where positions are chosen by it
     kd_scale    factor of KD at a kept position, where CE is over all: so many positions of the step are there for
                 each that is kept
+    kd_ratio_N  (N,) fp32; None: that of the loss
     """
 
     weights_N: Tensor | None
@@ -45,6 +47,7 @@ class Weighing:
     keep: float | None = None
     entropy_N: Tensor | None = None
     kd_scale: float = 1.0
+    kd_ratio_N: Tensor | None = None
 
     @property
     def num_kept(self) -> int:
@@ -52,25 +55,32 @@ class Weighing:
 
     def each(self, move: Callable[[Tensor], Tensor]) -> Weighing:
         """With its tensors as ``move`` makes them."""
-        moved = [None if one is None else move(one) for one in (self.weights_N, self.entropy_N)]
-        return replace(self, weights_N=moved[0], entropy_N=moved[1])
+        moved = [
+            None if one is None else move(one) for one in (self.weights_N, self.entropy_N, self.kd_ratio_N)
+        ]
+        return replace(self, weights_N=moved[0], entropy_N=moved[1], kd_ratio_N=moved[2])
 
 
 @dataclass(frozen=True)
 class Emphasis:
-    """temperature  of the loss, at which the teacher's entropy is taken"""
+    """loss  the recipe's"""
 
     visual: VisualWeight | None
-    positions: PositionsConfig | None
-    temperature: float
+    loss: LossConfig
 
     @classmethod
-    def of(cls, recipe: Recipe, cache: Cache | None, keys: Keys) -> Emphasis | None:
-        """None where all positions count alike; ``keys`` of the training rows.  Raises as ``VisualWeight.of``."""
+    def of(cls, recipe: Recipe, cache: Cache | None, keys: Keys, writers: Iterable[str]) -> Emphasis | None:
+        """None where all positions count alike; ``keys`` of the training rows, and who ``writers`` of answers are.
+
+        Raises as ``VisualWeight.of``
+        """
+        loss = recipe.loss
         visual = None if cache is None else VisualWeight.of(recipe, cache, keys)
-        if visual is None and recipe.loss.positions is None:
+        if loss.own_kd_ratio is not None and not any(map(is_own, writers)):
+            loss = loss.model_copy(update={"own_kd_ratio": None})
+        if visual is None and loss.positions is None and loss.own_kd_ratio is None:
             return None
-        return cls(visual, recipe.loss.positions, recipe.loss.temperature)
+        return cls(visual, loss)
 
     def weigh(
         self,
@@ -78,17 +88,24 @@ class Emphasis:
         rows: Sequence[Row | MixedRow],
         targets: Targets | None,
         lengths: Sequence[int],
+        own_N: Tensor,
     ) -> Weighing:
-        """Of the examples of some rows; no cache and no targets where training has none."""
-        weights_N = entropy_N = None
+        """Of the examples of some rows; no cache and no targets where training has none.
+
+        Shapes   own_N (N,) bool, whether the student wrote the label
+        """
+        loss = self.loss
+        weights_N = entropy_N = kd_ratio_N = None
         if self.visual is not None and cache is not None:
             gains_N = cache.label_gains(rows)  # type: ignore[arg-type]  # its own rows
             weights_N = self.visual.of_positions(gains_N)
-        if self.positions is not None and self.positions.by == "teacher_entropy" and targets is not None:
+        if loss.positions is not None and loss.positions.by == "teacher_entropy" and targets is not None:
             assert not isinstance(targets, RegroupedTargets)  # which the recipe refuses
-            entropy_N = teacher_entropy(targets, lengths, temperature=self.temperature)
-        keep = None if self.positions is None else self.positions.keep
-        return Weighing(weights_N, tuple(lengths), keep, entropy_N)
+            entropy_N = teacher_entropy(targets, lengths, temperature=loss.temperature)
+        if loss.own_kd_ratio is not None and own_N.any():
+            kd_ratio_N = torch.full(own_N.shape, loss.kd_ratio).masked_fill(own_N, loss.own_kd_ratio)
+        keep = None if loss.positions is None else loss.positions.keep
+        return Weighing(weights_N, tuple(lengths), keep, entropy_N, kd_ratio_N=kd_ratio_N)
 
 
 @torch.no_grad()

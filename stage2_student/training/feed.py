@@ -222,12 +222,14 @@ class MicrobatchSource(Dataset):
         if self.cache is not None and slot.counts:
             cached = self._cached(self.cache, used)
         targets, coverage = self._targets(cached, used if slot.counts else [])
+        own_N = _own_positions(used if slot.counts else [])
         if self.cache is not None and self.scores_own:
-            label_logprobs = self._label_logprobs(self.cache, cached, used)
+            assert not isinstance(self.cache, CacheMix)  # which the recipe refuses
+            label_logprobs = self.cache.label_log_probs(cached).masked_fill(~own_N, torch.nan)  # type: ignore[arg-type]  # its own rows
         lengths = tuple(one.num_positions for one in encoded)
         weighing = None
         if self.emphasis is not None:
-            weighing = self.emphasis.weigh(self.cache, cached, targets, lengths)
+            weighing = self.emphasis.weigh(self.cache, cached, targets, lengths, own_N)
         return Microbatch(
             slot=slot,
             inputs=batch.inputs,
@@ -247,20 +249,6 @@ class MicrobatchSource(Dataset):
             label_logprobs=label_logprobs,
             coverage=coverage,
         )
-
-    def _label_logprobs(
-        self, cache: Cache, cached: Sequence[Row | MixedRow], used: Sequence[_Used]
-    ) -> Tensor:
-        """(N,) fp32, NaN where the student did not write the label: of a row it wrote the last answer."""
-        rows = [row for row in cached if isinstance(row, Row)]  # a mix has none of them
-        is_drawn = torch.zeros(sum(row.num_positions for row in rows), dtype=torch.bool)
-        end = 0
-        for row, one in zip(rows, used, strict=False):  # no row is cached for company alone
-            end += row.num_positions
-            if is_own(one.writer):
-                is_drawn[end - one.encoded.num_last : end] = True
-        assert not isinstance(cache, CacheMix)
-        return cache.label_log_probs(rows).masked_fill(~is_drawn, torch.nan)
 
     def _usable(self, rows: list[int]) -> tuple[list[_Used], list[str]]:
         """Those of the rows that can be used, and why others are left out."""
@@ -315,6 +303,17 @@ class MicrobatchSource(Dataset):
             if one.teacher_ids != row.answer_ids.tolist():
                 raise CacheMismatchError(_different_answers(name, row.answer_ids.tolist(), one.teacher_ids))
         return cached
+
+
+def _own_positions(used: Sequence[_Used]) -> Tensor:
+    """(N,) bool: whether the student wrote the label; of a row it wrote the last answer."""
+    own_N = torch.zeros(sum(one.encoded.num_positions for one in used), dtype=torch.bool)
+    end = 0
+    for one in used:
+        end += one.encoded.num_positions
+        if is_own(one.writer):
+            own_N[end - one.encoded.num_last : end] = True
+    return own_N
 
 
 def feed(

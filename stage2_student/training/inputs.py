@@ -157,7 +157,7 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
                 "a model wrote answers of the validation split: CE, KL and right answers are against these. To keep "
                 "the given ones, let it answer the training prompts alone (write.splits: [train], data.written)",
             )
-    emphasis = world.by_main(lambda: Emphasis.of(recipe, cache, train.keys))
+    emphasis = world.by_main(lambda: Emphasis.of(recipe, cache, train.keys, train.written_by))
     window = world.by_main(lambda: shuffle_window(recipe, cache))  # machines may have other staging folders
     if window and cache is not None:
         notices += (

@@ -1,6 +1,6 @@
-"""Rows that the student itself wrote, as their set says, and whether they are samples: for ``loss.reverse_kl``.
+"""Rows that the student itself wrote, as their set says: for ``loss.own_kd_ratio`` and ``loss.reverse_kl``.
 
-The loss is an average over what the student draws at temperature 1.  Greedy answers, and samples at other
+The latter is an average over what the student draws at temperature 1.  Greedy answers, and samples at other
 temperatures or of the likeliest tokens alone, are averages over something else, so they are refused.
 """
 

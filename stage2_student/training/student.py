@@ -189,7 +189,7 @@ class StudentWithLoss(nn.Module):
         label_logprobs: Tensor | None,
         weighing: Weighing,
     ) -> LossSums:
-        weights_N, kd_factors_N = weighing.weights_N, None
+        weights_N, kd_factors_N, kd_ratio_N = weighing.weights_N, None, weighing.kd_ratio_N
         if weighing.keep is not None and self.loss.positions is not None:
             scores_N = scores(
                 self.loss.positions.by,
@@ -205,9 +205,12 @@ class StudentWithLoss(nn.Module):
                 targets = None if targets is None else targets.select(index)
                 weights_N = None if weights_N is None else weights_N[index]
                 label_logprobs = None if label_logprobs is None else label_logprobs[index]
+                kd_ratio_N = None if kd_ratio_N is None else kd_ratio_N[index]
             else:
                 kd_factors_N = torch.zeros_like(scores_N).index_fill(0, index, weighing.kd_scale)
-        factors = {"weights_N": weights_N, "kd_factors_N": kd_factors_N}
+        factors: dict[str, Any] = {"weights_N": weights_N, "kd_factors_N": kd_factors_N}
+        if kd_ratio_N is not None:
+            factors["kd_ratio"] = kd_ratio_N
         losses = self._losses(hidden_ND, labels, targets, label_logprobs, **factors)
         # It divides a step's loss: a position of weight 0 is one of those whose weights average one.
         return losses._replace(num_positions=torch.full_like(losses.num_positions, len(labels)))
@@ -223,12 +226,11 @@ class StudentWithLoss(nn.Module):
         return fused_ce_kd(
             labels_N=labels,
             targets=targets,
-            **factors,
-            kd_ratio=self.loss.kd_ratio,
             temperature=self._temperature,
             reverse_kl=0.0 if label_logprobs is None else self.loss.reverse_kl or 0.0,
             label_logprobs_N=label_logprobs,
             **self._loss_inputs(hidden_ND),
+            **{"kd_ratio": self.loss.kd_ratio, **factors},
         )
 
     def _loss_inputs(self, hidden_ND: Tensor) -> dict[str, Any]:

@@ -57,6 +57,9 @@ WAYS = {
     "labels alone": Way("_labels", ("loss.kd_ratio=0",)),  # its KL is read from the cache
     "the teacher's answers": Way("-written", writes=True),
     "rounds, half own answers": Way("-own-one", (ONE_SCHEDULE, "rounds.own_share=0.5"), rounds=True),
+    "rounds, own answers by KD alone": Way(
+        "-own-kd", (ONE_SCHEDULE, "rounds.own_share=0.5", "loss.own_kd_ratio=1"), rounds=True
+    ),
     "rounds, given answers": Way("-again-one", (ONE_SCHEDULE, "rounds.own_share=0"), rounds=True),
     "visual weight 0.5": Way("-visual", ("cache.visual_gain=blurred", "loss.visual_weight=0.5")),
     "positions 0.2, by the teacher": Way("-kept", ("loss.positions={keep: 0.2}",)),

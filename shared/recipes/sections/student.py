@@ -113,6 +113,9 @@ class LossConfig(Section):
 
     kd_ratio: Fraction = 0.5
     """Share of the distillation loss; 0 is plain fine-tuning and needs no cache."""
+    own_kd_ratio: Fraction | None = None
+    """`kd_ratio` at answers that the student itself wrote, as in rounds; null: the same. 1: these are no labels, and
+    only what the teacher says of them is learned."""
     temperature: Temperature = 1.0
     """One of `cache.temperatures`."""
     chunk_size: PositiveInt | Literal["auto"] = "auto"
@@ -129,6 +132,15 @@ class LossConfig(Section):
     `cache.visual_gain`."""
     positions: PositionsConfig | None = None
     """null: all positions are trained on."""
+
+    @model_validator(mode="after")
+    def _own_answers_have_a_teacher(self) -> Self:
+        if self.own_kd_ratio is not None and self.kd_ratio == 0:
+            raise ValueError(
+                f"own_kd_ratio {self.own_kd_ratio:g} beside kd_ratio 0: training reads no cache, so there is no "
+                "teacher. Set kd_ratio above 0, or leave own_kd_ratio out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _positions_have_a_loss(self) -> Self:
