@@ -25,6 +25,7 @@ from shared.rounds.plan import keep
 from shared.rounds.table import captured_so_far, outcomes
 from shared.runtime import distributed
 from shared.stopping import StopRequest
+from shared.vouched import opened
 from stage1_teacher.__main__ import commands as stage1
 from stage1_teacher.capture import capture
 from stage2_student.__main__ import commands as stage2
@@ -136,6 +137,9 @@ def test_the_table_has_all_rounds_and_what_they_took_of_the_teacher(
         assert (one.ce, one.kl) == (results["after"]["ce_loss"], results["after"]["kl"])
         assert one.own_kl is not None
         assert one.own_kl > 0
+        kept = opened(json.loads(each.losses.read_text())[0])
+        assert kept["by_row"]["rows"] == len(rows_of(each.greedy)) > 1
+        assert one.own_row_kl == kept["by_row"]["kl"] != one.own_kl
         assert one.right is not None
     steps = [sum(one["num_positions"] for one in step_records(each.training)) for each in rounds.all]
     assert [one.live for one in found] == [steps[0], steps[0] + steps[1], sum(steps)]

@@ -80,6 +80,10 @@ def test_it_is_told_by_place_in_the_answer_and_by_kind_on_any_number_of_ranks(tr
             assert shared[group][name] == pytest.approx(means[name], rel=1e-5)
         assert (shared[group]["names"], shared[group]["positions"]) == (means["names"], means["positions"])
     split = open_split(one.data, "validation")
+    assert alone["by_row"]["rows"] == shared["by_row"]["rows"] == len(split)
+    for name, total in (("ce", alone["ce_loss"]), ("kl", alone["kl"])):
+        assert shared["by_row"][name] == pytest.approx(alone["by_row"][name], rel=1e-5)
+        assert alone["by_row"][name] != pytest.approx(total, rel=1e-5)  # the answers differ in length
     assert alone["by_place"]["positions"][0] == len(split)
     assert alone["by_kind"]["names"] == sorted({example.kind for example in split})
 

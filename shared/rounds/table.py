@@ -23,13 +23,14 @@ from shared.vouched import opened, vouched
 
 JSON = "rounds.json"
 HEAD = f"{'round':>5}{'own rows':>10}" + "".join(
-    f"{name:>8}" for name in ("CE", "KL", "own CE", "own KL", "right")
+    f"{name:>8}" for name in ("CE", "KL", "own CE", "own KL", "a row", "right")
 )
 HEAD += f"{'captured':>12}{'live':>12}"
 LEGEND = (
     "CE, KL: nats a position, over held-out rows with the given answers; own: along the student's own",
-    "greedy answers to held-out prompts. right: of the short answers. captured: positions of the teacher",
-    "so far, each row once; live: of a teacher that takes part in every step.",
+    "greedy answers to held-out prompts; a row: own KL with each answer counted alike. right: of the short",
+    "answers. captured: positions of the teacher so far, each row once; live: of a teacher that takes part",
+    "in every step.",
 )
 
 
@@ -40,6 +41,7 @@ class Outcome:
     own_rows   training rows with the student's own answers
     ce, kl     over held-out rows with the given answers, nats a position
     own_ce, own_kl   along the student's own greedy answers to held-out prompts
+    own_row_kl       the same, a mean over answers of their means over positions
     right      share of the short answers
     captured   positions that the teacher has computed for the training's cache so far
     live       positions that it had computed so far if it took part in every step
@@ -53,13 +55,16 @@ class Outcome:
     kl: float | None
     own_ce: float | None
     own_kl: float | None
+    own_row_kl: float | None
     right: float | None
     captured: int
     live: int
     steps: int
 
     def line(self) -> str:
-        losses = "".join(_cell(value, ".3f", 8) for value in (self.ce, self.kl, self.own_ce, self.own_kl))
+        losses = "".join(
+            _cell(value, ".3f", 8) for value in (self.ce, self.kl, self.own_ce, self.own_kl, self.own_row_kl)
+        )
         counts = f"{_cell(self.right, '.1%', 8)}{self.captured:>12,}{self.live:>12,}"
         return f"{self.round:>5}{self.own_rows:>10,}{losses}{counts}"
 
@@ -93,6 +98,7 @@ def outcomes(rounds: Rounds) -> Iterable[Outcome]:
             kl=after.get("kl"),
             own_ce=own.get("ce"),
             own_kl=own.get("kl"),
+            own_row_kl=own.get("by_row", {}).get("kl"),
             right=(answers.get("accuracy") or {}).get("mean"),
             captured=captured[one.number],
             live=live,

@@ -88,6 +88,7 @@ def evaluate(
                 step=exported_step(source.model),
                 by_teacher=losses.by_teacher,
                 soft_ce=losses.soft_ce,
+                by_row=losses.by_row,
             )
         world.release_memory()
 

@@ -25,6 +25,7 @@ class Evaluated:
 
     step        of the run that exported it; None for a model from elsewhere
     soft_ce     with a teacher of another tokenizer, in the place of KL: nats a unit of its mass at shared positions
+    by_row      number of rows, and means over rows of their means over positions: rows, ce, kl
     by_teacher  of the targets, where the caches are of several: names, positions, ce, kl, teacher_ce
     """
 
@@ -36,6 +37,7 @@ class Evaluated:
     step: int | None = None
     by_teacher: dict[str, list[Any]] = field(default_factory=dict)
     soft_ce: float | None = None
+    by_row: dict[str, Any] = field(default_factory=dict)
 
     def intervals(self, kind: str | None = None) -> dict[str, Interval | None]:
         """Of one kind of question, or of all."""
@@ -83,6 +85,7 @@ class Evaluated:
             "ce": self.ce,
             "kl": self.kl,
             **({} if self.soft_ce is None else {"soft_ce": self.soft_ce}),
+            **({"by_row": self.by_row} if self.by_row else {}),
             **({"by_teacher": self.by_teacher} if self.by_teacher else {}),
             **plain(None),
             "by_kind": {kind: plain(kind) for kind in self.kinds},

@@ -32,6 +32,7 @@ class ModelLosses:
 
     kl          to the teacher at temperature 1; None where it was not measured
     soft_ce     with a teacher of another tokenizer, in the place of KL; None where there is no such teacher
+    by_row      number of rows, and means over rows of their means over positions: rows, ce, kl; else empty
     by_teacher  of the targets, where the caches are of several: names, positions, ce, kl, teacher_ce; else empty
     """
 
@@ -39,6 +40,7 @@ class ModelLosses:
     kl: float | None = None
     by_teacher: dict[str, list[Any]] = field(default_factory=dict)
     soft_ce: float | None = None
+    by_row: dict[str, Any] = field(default_factory=dict)
 
 
 def losses_of(
@@ -73,8 +75,9 @@ def losses_of(
         else:
             by_teacher = found.groups.to_json().get("by_teacher", {})
             losses = found.losses
-            return ModelLosses(losses.ce, losses.kl, by_teacher, losses.soft_ce)
-    return ModelLosses(validated(with_kl=False).losses.ce)
+            return ModelLosses(losses.ce, losses.kl, by_teacher, losses.soft_ce, found.groups.of_rows())
+    found = validated(with_kl=False)
+    return ModelLosses(found.losses.ce, by_row=found.groups.of_rows())
 
 
 def _validated(

@@ -41,7 +41,16 @@ LOCK_NAME = "train.lock"
 SHUFFLED = "shuffled-pictures-"  # begins the names of answers to them, among the evaluations
 IN_STEPS = ("step_s", "data_wait", "num_positions", "peak_memory_gib")
 # Groups are looked at where they are drawn.
-NO_FIGURES = ("event", "digest", "by_place", "by_kind", "by_teacher", "reliability", "teacher_reliability")
+NO_FIGURES = (
+    "event",
+    "digest",
+    "by_row",
+    "by_place",
+    "by_kind",
+    "by_teacher",
+    "reliability",
+    "teacher_reliability",
+)
 IN_RESULTS = (
     *("run", "step", "before", "after", "answers", "cache", "times_s"),
     *("positions_per_s", "data_wait", "export"),

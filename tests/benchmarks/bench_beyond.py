@@ -30,7 +30,8 @@ from tests.benchmarks.seeds import RIGHT, Seed, require, show
 
 GIVEN = "given answers"
 CUT = "cut"  # share of own greedy answers that have not ended at the limit: mostly they repeat themselves
-SHOWN = {"CE": ".3f", "KL": ".3f", "own CE": ".3f", "own KL": ".3f", CUT: ".1%", RIGHT: ".1%"}
+ROW_KL = "own KL, a row"  # each answer counted alike
+SHOWN = {"CE": ".3f", "KL": ".3f", "own CE": ".3f", "own KL": ".3f", ROW_KL: ".3f", CUT: ".1%", RIGHT: ".1%"}
 NUM_ROUNDS = 2
 OWN_QUESTIONS = 400
 ONE_SCHEDULE = "rounds.one_schedule=true"
@@ -157,6 +158,7 @@ def _figures(run: Path, own: dict[str, Any]) -> dict[str, float]:
         "KL": after["kl"],
         "own CE": own.get("ce", math.nan),
         "own KL": own.get("kl", math.nan),
+        **({ROW_KL: own["by_row"]["kl"]} if "kl" in own.get("by_row", {}) else {}),
         CUT: own[CUT],
         RIGHT: results["answers"]["accuracy"]["mean"],
     }
@@ -173,7 +175,7 @@ def main() -> None:
         list(WAYS),
         title="Students that are taught by more than the given answers",
         columns=SHOWN,
-        ratios=["KL", "own KL"],
+        ratios=["KL", "own KL", ROW_KL],
         description=__doc__,
     )
 

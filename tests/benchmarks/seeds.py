@@ -174,10 +174,11 @@ def lines(
         for name, form in columns.items():
             # Seeds of earlier days lack the figures that came later.
             values = [one[name] for one in of_seed.values() if name in one]
-            row.append(mean(values, form) if values else "-")
+            row.append(mean(values, form))
             if name in ratios:
-                both = [number for number in of_seed if number in first]
-                row.append(mean([of_seed[number][name] / first[number][name] for number in both], ".3f"))
+                both = [(one, first.get(number, {})) for number, one in of_seed.items()]
+                parts = [one[name] / other[name] for one, other in both if name in one and name in other]
+                row.append(mean(parts, ".3f"))
         rows.append(row)
     return head, rows
 
