@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.errors import CacheMismatchError, RecipeError
 from shared.kd_loss import Divergence, LossSums, ce_kd_by_position, chunk, fused_ce_kd, gradients
+from shared.kd_loss.positions import counted_positions
 from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from tests import reference_losses as reference
@@ -523,15 +524,34 @@ def test_each_position_may_have_its_own_ratio(policy: Policy, temperature: float
     assert_close(sums, problem, problem.expected(**options, weights=True))
 
 
+def test_ratios_of_ignored_positions_mean_nothing_and_need_not_be_dense() -> None:
+    """Kernels read what lies one after the other."""
+    problem = Problem(4, 5, THRESHOLD)
+    problem.labels[1] = IGNORED
+    two = torch.stack([torch.tensor([0.5, torch.nan, 1.0, 0.25]), torch.zeros(4)], dim=1)
+    want = problem.fused(kd_ratio=torch.tensor([0.5, 0.5, 1.0, 0.25]))
+    assert torch.equal(problem.fused(kd_ratio=two[:, 0]).loss, want.loss)
+    given = {"kd_ratios_N": two[:, 0], "kd_factors_N": two[:, 1]}
+    positions = counted_positions(problem.hidden, problem.labels * 0, None, problem.targets, IGNORED, **given)
+    assert positions.kd_ratios_N is not None
+    assert positions.kd_factors_N is not None
+    assert positions.kd_ratios_N.is_contiguous()
+    assert positions.kd_factors_N.is_contiguous()
+    one = problem.fused(kd_ratio=torch.tensor(0.5))
+    torch.testing.assert_close(one.loss, problem.fused(kd_ratio=0.5).loss)
+
+
 def test_ratios_of_positions_lie_between_none_and_all_and_need_targets() -> None:
     problem = Problem(2, 5, THRESHOLD)
     with pytest.raises(RecipeError, match=r"kd_ratio is 1\.5; it must lie between 0"):
         problem.fused(kd_ratio=torch.tensor([0.5, 1.5]))
-    with pytest.raises(ValueError, match=r"ratios have \[2, 2, 2, 3\] positions"):
-        problem.fused(kd_ratio=torch.ones(3))
+    for shape in ((3,), (2, 1)):
+        with pytest.raises(ValueError, match=r"kd_ratio has the shape .*, and there are 2 positions"):
+            problem.fused(kd_ratio=torch.ones(shape))
     problem.targets = None  # type: ignore[assignment]
     with pytest.raises(RecipeError, match="but there are no targets"):
         problem.fused(kd_ratio=torch.ones(2))
+    assert float(problem.fused(kd_ratio=torch.zeros(2)).kd) == 0.0
 
 
 @pytest.mark.parametrize("policy", [THRESHOLD, TopK(k=3), Random(draws=4)])

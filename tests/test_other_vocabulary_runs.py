@@ -228,6 +228,7 @@ def test_a_teacher_without_a_tokenizer_is_told(
             {"cache__policy": {"kind": "top_k", "k": 4}},
             "tail ghost of a top_k cache and a student with another",
         ),
+        ({"loss__own_kd_ratio": 1.0}, "student.other_vocabulary beside loss.own_kd_ratio"),
         ({"loss__visual_weight": 0.5}, "student.other_vocabulary beside loss.visual_weight"),
         ({"rounds": {"number": 1}}, "student.other_vocabulary beside loss.reverse_kl or rounds"),
         ({"teacher": None, "cache__teachers": "many"}, "student.other_vocabulary needs a teacher section"),

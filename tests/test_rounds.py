@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from stage2_runs import files_of, make_recipe, records, run_ranks, step_records
@@ -14,21 +16,24 @@ from test_write import rows_of
 
 from shared.cache import CacheReader
 from shared.completeness import cache_covers
-from shared.data.processing import ExampleProcessor
+from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import open_split
+from shared.data.written import is_students
 from shared.errors import RecipeError
 from shared.finished import run_is_finished
 from shared.pipeline import make_rounds
 from shared.recipes import Recipe, load_recipe, recipe_text
 from shared.rounds import Rounds, go_through, settings_of_round_0, table_of
 from shared.rounds.plan import keep
-from shared.rounds.table import captured_so_far, outcomes
+from shared.rounds.table import _new_positions, captured_so_far, outcomes
 from shared.runtime import distributed
 from shared.stopping import StopRequest
+from shared.surveying import survey_keys
 from shared.vouched import opened
 from stage1_teacher.__main__ import commands as stage1
 from stage1_teacher.capture import capture
 from stage2_student.__main__ import commands as stage2
+from stage2_student.runs.identity import OWN
 from stage2_student.training.inputs import open_inputs
 from stage2_student.training.optim import learning_rate
 from stage2_student.training.order import Slot
@@ -215,12 +220,18 @@ def test_of_a_conversation_only_what_the_student_wrote_counts_as_its_own(
         loss__kd_ratio=0.25,
         loss__own_kd_ratio=1.0,
     )
+    unnamed = recipe_in(recipe.model_dump(mode="json"), tmp_path, data__columns={"written_by": None})
     with distributed(device="cpu") as world:
         assert capture(recipe, world, StopRequest()) == 0
-        source = open_inputs(recipe, world).training_source()
+        inputs = open_inputs(recipe, world)
+        assert inputs.identity(recipe)[OWN] != open_inputs(unnamed, world).identity(unnamed)[OWN]
+    source = inputs.training_source()
     batch = source.microbatch(Slot(0, (0, 1)), [0, 1])
     assert batch.label_logprobs is not None
     own, given = (~batch.label_logprobs.isnan()).split(list(batch.lengths))
+    measuring = Rounds(recipe, num_rows=2).of(1).measuring
+    measured = open_processor(str(tree["student"]["model"]), measuring.data).encode(source.split[0])
+    assert measured.answer_ids.tolist()[:-1] == ids  # along the student's own answer alone
     assert own.tolist() == [False] * (len(own) - len(ids) - 1) + [True] * (len(ids) + 1)
     assert len(own) > len(ids) + 1
     assert not bool(given.any())
@@ -230,6 +241,27 @@ def test_of_a_conversation_only_what_the_student_wrote_counts_as_its_own(
     without = source.microbatch(Slot(0, (1,)), [1])
     assert without.weighing is not None
     assert without.weighing.kd_ratio_N is None  # nothing of its own
+
+
+def test_own_rows_are_found_among_any_number_of_writers(
+    tree: dict[str, Any], tmp_path: Path, processor: ExampleProcessor
+) -> None:
+    """Which a manifest names in part, and each shortened."""
+    student = json.dumps({"role": "student", "run": "r" * 3000, "temperature": 0.0, "top_p": 1.0})
+    writers = [f"annotator {number}" for number in range(101) for _ in range(2)]
+    lines = [
+        {"question": "Which plane?", "answer": f"axial {number}", "image": None, "written_by": writer}
+        for number, writer in enumerate([*writers[:90], student, *writers[90:]])
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    splits = {"train": "train", "validation": None}
+    source = {"data__source": str(tmp_path), "data__text_only": True, "data__splits": splits}
+    recipe = recipe_in(tree, tmp_path, **source)
+    found = survey_keys(recipe.data, "train", processor)
+    assert found.own.nonzero()[0].tolist() == [90]
+    assert found.own_writers == (student,)
+    with pytest.raises(RecipeError, match="they are no samples of the student"):
+        require_samples(recipe, found.own_writers)
 
 
 @pytest.mark.slow
@@ -293,6 +325,19 @@ def test_a_stopped_capture_is_counted_in_its_round(finished: tuple[Rounds, list[
     found = captured_so_far(rounds)
     log.write_text(text)
     assert found == before
+
+
+def test_an_answer_given_twice_is_captured_once(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Where rounds ask the same prompts, short answers often come out alike."""
+    rounds = rounds_of(tree, tmp_path, own_share=1.0)
+    names, seen = rounds.recipe.data.columns, set[tuple[Any, ...]]()
+    answers = {1: [("k", [5, 6, 7], True)], 2: [("k", [5, 6, 7], True), ("k", [5], False)]}
+    for number, rows in answers.items():
+        rounds.of(number).answers.mkdir(parents=True)
+        keys, ids, ends = (list(column) for column in zip(*rows, strict=True))
+        table = pa.table({"source_key": keys, str(names.answer_ids): ids, str(names.answer_end): ends})
+        pq.write_table(table, rounds.of(number).answers / "train-00000-of-00001.parquet")
+    assert [_new_positions(one, seen) for one in rounds.all] == [0, 4, 1]
 
 
 @pytest.mark.slow
@@ -390,13 +435,17 @@ def test_reverse_kl_asks_for_samples(
     recipe = recipe_in(tree, tmp_path)
     writer = json.dumps({"role": role, "run": "runs/own", "temperature": temperature, "top_p": 1.0})
     if role == "teacher":
-        (note,) = require_samples(recipe, [writer, "another tool"])
-        assert "no training row is one: it adds nothing" in note
+        assert not is_students(writer)
+        assert not is_students("another tool")
+        alone = recipe.model_copy(update={"rounds": None})
+        (note,) = require_samples(alone, [])
+        assert "loss.reverse_kl counts at rows that a student wrote, and no training row is one" in note
+        assert require_samples(recipe, []) == ()  # round 0 has none
         return
     with pytest.raises(
         RecipeError, match=r"runs/own were written at temperature .* no samples of the student"
     ):
-        require_samples(recipe, ["", writer])
+        require_samples(recipe, [writer])
     assert require_samples(recipe, [writer.replace(str(temperature), "1.0", 1)]) == ()
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from stage2_runs import make_recipe, run_alone, step_records
 from test_write import rows_of, tree, written  # noqa: F401  # a fixture
@@ -13,11 +17,13 @@ from test_write import rows_of, tree, written  # noqa: F401  # a fixture
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import open_split
+from shared.data.written import WRITTEN, answers_in
 from shared.errors import DataError, RecipeError
 from shared.recipes import WriteConfig
 from shared.runtime import distributed
 from shared.stopping import StopRequest
 from shared.surveying import Surveyors, survey_keys
+from shared.writing.card import card
 from shared.writing.plan import choice
 from stage1_teacher.capture import capture
 
@@ -47,6 +53,22 @@ def test_rows_keep_their_own_answers_but_for_those_that_were_answered(tree: dict
         else:
             assert now == before
     assert open_split(laid(tree, folder).data, "validation").written is None
+
+
+def test_splits_whose_names_begin_alike_or_look_like_patterns_are_kept_apart(tmp_path: Path) -> None:
+    for split in ("train-dev", "train[a]"):
+        pq.write_table(pa.table({"question": ["?"]}), tmp_path / f"{split}-00000-of-00001.parquet")
+    (tmp_path / WRITTEN).write_text("{}")
+    found = {
+        split: answers_in(str(tmp_path), split) for split in ("train", "train-dev", "train[a]", "train[b]")
+    }
+    assert found == {"train": False, "train-dev": True, "train[a]": True, "train[b]": False}
+    told = {"files": {f"{split}-00000-of-00002.parquet": "" for split in ("train", "train-dev", "train[a]")}}
+    text = card(told | {"written_by": {}, "counts": {}})
+    patterns = [json.loads(line.split(": ")[1]) for line in text.splitlines() if "path: " in line]
+    assert [[name for name in told["files"] if fnmatch.fnmatchcase(name, one)] for one in patterns] == [
+        [name] for name in told["files"]
+    ]
 
 
 def test_the_last_folder_counts(tree: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811

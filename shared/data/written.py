@@ -9,10 +9,13 @@ A set of written answers says of each of its rows which row was asked (``source_
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +29,21 @@ if TYPE_CHECKING:
 WRITTEN = "written.json"  # comes last: the set is whole
 ASKED = ("source_row", "source_key")
 NONE = -1
+
+
+def told_writer(written_by: str) -> dict[str, Any]:
+    """Who wrote an answer and how, as a written set's rows say it; empty for a text of another kind."""
+    try:
+        found = json.loads(written_by or "{}")
+    except (ValueError, RecursionError):  # of another tool, or cut
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@functools.lru_cache(maxsize=1024)
+def is_students(written_by: str) -> bool:
+    """Whether a student wrote the answer; ``written_by`` as the row says it."""
+    return told_writer(written_by).get("role") == "student"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +86,10 @@ def answers_in(folder: str, split: str) -> bool:
             f"data.written {folder}: no finished set of written answers (there is no {WRITTEN}). Name a folder that "
             "`train-student write` or `teacher-cache write` has finished"
         )
-    files = sorted(path.glob(f"{split}-*-of-*.parquet"))
+    name = re.compile(
+        re.escape(split) + r"-\d+-of-\d+\.parquet"
+    )  # as a pattern of a shell, [ were none of its own
+    files = sorted(file for file in path.iterdir() if name.fullmatch(file.name))
     try:
         return any(pq.read_metadata(file).num_rows for file in files)
     except (pa.ArrowException, OSError):  # whoever opens the rows says what is wrong

@@ -213,29 +213,42 @@ def _prepared(
     shard = None if group is None else VocabShard.agree(group, weight_VD.shape[0], labels_N)
     num_ids = weight_VD.shape[0] if shard is None else shard.total_ids
     num_vocab_ids = num_ids if num_vocab_ids is None else num_vocab_ids
-    kd_ratios_N = kd_ratio.detach().float() if isinstance(kd_ratio, Tensor) else None
-    ratio = kd_ratio if not isinstance(kd_ratio, Tensor) else _some_ratio(kd_ratio)
+    kd_ratios_N = _of_positions(kd_ratio, len(labels_N)) if isinstance(kd_ratio, Tensor) else None
+    positions = counted_positions(
+        hidden_ND, labels_N, weights_N, targets, ignore_index, label_logprobs_N, kd_factors_N, kd_ratios_N
+    )
+    ratio = kd_ratio if not isinstance(kd_ratio, Tensor) else _highest(positions.kd_ratios_N)
     settings = LossSettings(ratio, temperature, num_vocab_ids, softcap, divergence, shard, reverse_kl)
     _check(settings, chunk_size, num_ids, has_targets=targets is not None)
     if reverse_kl and label_logprobs_N is None:
         raise RecipeError(
             f"reverse_kl is {reverse_kl} but there are no log-probs of the labels; give label_logprobs_N"
         )
-    positions = counted_positions(
-        hidden_ND, labels_N, weights_N, targets, ignore_index, label_logprobs_N, kd_factors_N, kd_ratios_N
-    )
     positions = with_checked_ids(positions, num_ids, num_vocab_ids)
     teacher_of = _teacher_source(positions, settings, tail)
     work = _Work(positions, teacher_of, settings, chunk_size, with_grad=torch.is_grad_enabled())
     return weight_VD, bias_V, work
 
 
-def _some_ratio(kd_ratio_N: Tensor) -> float:
-    """One for a check of them all; on a GPU not one of theirs, which would make the host wait."""
-    if kd_ratio_N.device.type != "cpu":
+def _of_positions(kd_ratio: Tensor, num_positions: int) -> Tensor:
+    """(N,) of one number, or of so many."""
+    if kd_ratio.ndim and kd_ratio.shape != (num_positions,):
+        raise ValueError(
+            f"kd_ratio has the shape {list(kd_ratio.shape)}, and there are {num_positions} positions; give one "
+            "number, or one for each"
+        )
+    return kd_ratio.expand(num_positions)
+
+
+def _highest(kd_ratios_N: Tensor | None) -> float:
+    """The highest ratio, for a check of them all, or one that is out of range.
+
+    On a GPU, where to look would make the host wait, it is 1.
+    """
+    if kd_ratios_N is None or kd_ratios_N.device.type != "cpu":
         return 1.0
-    outside = kd_ratio_N[~((kd_ratio_N >= 0) & (kd_ratio_N <= 1))].tolist()
-    return next(iter(outside), 1.0)
+    outside = kd_ratios_N[~((kd_ratios_N >= 0) & (kd_ratios_N <= 1))]
+    return float(outside[0]) if len(outside) else max(kd_ratios_N.tolist(), default=0.0)
 
 
 def _check(settings: LossSettings, chunk_size: int, num_ids: int, *, has_targets: bool) -> None:

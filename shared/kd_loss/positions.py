@@ -51,6 +51,7 @@ def counted_positions(
     """The positions that count, with a graph to ``hidden_ND`` even if there are none.
 
     Raises   ValueError  for different numbers of positions
+    Holds    what is returned is dense: kernels read it by position
     """
     counts = [len(hidden_ND), len(labels_N)]
     counts += [] if targets is None else [targets.num_positions]
@@ -67,6 +68,10 @@ def counted_positions(
     count = is_counted_N.sum()
     if label_logprobs_N is not None:
         label_logprobs_N = label_logprobs_N.detach().float().masked_fill(~is_counted_N, torch.nan)
+    if kd_ratios_N is not None:
+        kd_ratios_N = torch.where(is_counted_N, kd_ratios_N.detach().float(), 0)
+    if kd_factors_N is not None:
+        kd_factors_N = kd_factors_N.contiguous()
     if hidden_ND.device.type != "cpu" and weights_N is None:
         labels_N = torch.where(is_counted_N, labels_N, 0)
         others = (label_logprobs_N, kd_factors_N, kd_ratios_N)

@@ -189,6 +189,11 @@ class Recipe(Section):
                 "student.other_vocabulary beside loss.reverse_kl or rounds: a student's own answers are token ids, "
                 "which its teacher's tokenizer does not have. Leave one of them out"
             )
+        if self.loss.own_kd_ratio is not None:
+            problems.append(
+                "student.other_vocabulary beside loss.own_kd_ratio: where the two tokenizers share no boundary the "
+                "label is the target, so a student's own answers would be labels after all. Leave one of them out"
+            )
         if self.loss.visual_weight is not None or self.loss.positions is not None:
             problems.append(
                 "student.other_vocabulary beside loss.visual_weight or loss.positions: what these weigh are "

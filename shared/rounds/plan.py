@@ -183,6 +183,7 @@ class Round:
         """Of the teacher's targets along these answers, and of the losses; training's cache gets nothing of it."""
         recipe = self.rounds.recipe
         data = {"source": str(self.greedy.absolute()), "revision": None, "config": None, "limit": None}
+        data["train_on"] = "last"  # the earlier answers of a conversation are given
         return _changed(
             recipe.of_a_run(),
             data=data,

@@ -12,11 +12,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from shared.cache.log import log_records
 from shared.cache.manifest import load_manifest
 from shared.cache.storage import LocalFolder, open_folder
 from shared.data.rows import open_split
-from shared.data.written import WRITTEN
 from shared.regular_files import read_regular
 from shared.rounds.plan import Round, Rounds
 from shared.vouched import opened, vouched
@@ -109,7 +110,8 @@ def outcomes(rounds: Rounds) -> Iterable[Outcome]:
 def captured_so_far(rounds: Rounds) -> list[int]:
     """Positions that the cache has for each round: all, but for what later rounds, or other runs' rounds, have added.
 
-    What other runs have added is what the cache's log says.
+    What other runs have added is what the cache's log says.  An answer that a later round gives once more is captured
+    once.
     """
     assert rounds.recipe.cache is not None
     folder = open_folder(rounds.recipe.cache.location)
@@ -121,17 +123,21 @@ def captured_so_far(rounds: Rounds) -> list[int]:
         is_of_rounds = record.get("event") == "captured" and recipe.get("data", {}).get("written")
         if is_of_rounds and recipe["run"]["name"] not in names:
             total -= int(record.get("positions", 0))
-    added = [_written_positions(one) for one in rounds.all]
+    seen: set[tuple[Any, ...]] = set()
+    added = [_new_positions(one, seen) for one in rounds.all]
     return list(accumulate(added, initial=total - sum(added)))[1:]
 
 
-def _written_positions(one: Round) -> int:
-    """Of the answers that a round has added, ends of turns among them."""
-    try:
-        counts = opened(json.loads(read_regular(one.answers / WRITTEN)))["counts"]
-    except FileNotFoundError:
-        return 0
-    return int(counts["tokens"] + counts["answers"] - counts["cut"])
+def _new_positions(one: Round, seen: set[tuple[Any, ...]]) -> int:
+    """Of the answers that a round has added to those ``seen``, ends of turns among them."""
+    names, total = one.rounds.recipe.data.columns, 0
+    for file in sorted(one.answers.glob("*.parquet")):
+        table = pq.read_table(file, columns=["source_key", names.answer_ids, names.answer_end])
+        for key, ids, is_whole in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            answer = (key, tuple(ids), is_whole)
+            total += 0 if answer in seen else len(ids) + is_whole
+            seen.add(answer)
+    return total
 
 
 def _own_rows(one: Round) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -22,7 +23,7 @@ from shared.data.images import decode_rgb, size_by_header
 from shared.data.pictures import PictureFile
 from shared.data.processing import KEY_BYTES, NO_TOKENS, ExampleProcessor, text_of
 from shared.data.rows import Example, VqaSplit
-from shared.data.written import NONE, Written
+from shared.data.written import NONE, Written, is_students
 from shared.errors import DataError
 
 SIZE = pa.struct([("width", pa.int32()), ("height", pa.int32())])
@@ -168,6 +169,19 @@ def writers_of(table: pa.Table) -> Counter[str]:
         for number, count in zip(counts.field("values"), counts.field("counts"), strict=True):
             found[names[number.as_py()]] += count.as_py()
     return found
+
+
+def own_of(table: pa.Table) -> tuple[npt.NDArray[np.bool_], tuple[str, ...]]:
+    """Which lines' answers a student wrote, (n,) bool, and what these say of it, each once and in order."""
+    chunks: list[npt.NDArray[np.bool_]] = []
+    writers: set[str] = set()
+    for chunk in table.column("written_by").chunks:
+        names = chunk.dictionary.to_pylist()
+        flags = np.array([is_students(name) for name in names], bool)
+        used = np.asarray(chunk.indices)
+        chunks.append(flags[used] if len(names) else np.zeros(len(used), bool))
+        writers.update(names[place] for place in np.unique(used).tolist() if flags[place])
+    return np.concatenate(chunks) if chunks else np.zeros(0, bool), tuple(sorted(writers))
 
 
 def reasons_of(table: pa.Table) -> tuple[tuple[int, str], ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,14 @@ from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit, open_split
 from shared.errors import DataError
 from shared.recipes import DataConfig, Split
-from shared.surveying.found import keys_of, num_pictures_of, picture_tokens_of, reasons_of, writers_of
+from shared.surveying.found import (
+    keys_of,
+    num_pictures_of,
+    own_of,
+    picture_tokens_of,
+    reasons_of,
+    writers_of,
+)
 from shared.surveying.sharing import Surveyors, survey_rows
 
 MAX_WRITERS, MAX_WRITER = 100, 2000  # named in a manifest; characters of one
@@ -37,6 +44,8 @@ class Keyed:
     num_outvoted  answers that are not used, of rows that hold lists of them
     has_pictures  whether any of the rows has one
     written_by  the models that wrote answers of the rows, as these say
+    own         (n,) bool, whether a student wrote the row's answer
+    own_writers what these rows say of it, in full
     """
 
     split: VqaSplit
@@ -48,10 +57,12 @@ class Keyed:
     num_outvoted: int = 0
     has_pictures: bool = True
     written_by: tuple[str, ...] = ()
+    own: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    own_writers: tuple[str, ...] = ()
 
     def at(self, places: np.ndarray) -> Keyed:
         """Some of the readable rows, by their places among these, (m,) int64."""
-        parts = {name: getattr(self, name)[places] for name in ("rows", "keys", "lengths", "pixels")}
+        parts = {name: getattr(self, name)[places] for name in ("rows", "keys", "lengths", "pixels", "own")}
         return replace(self, **parts)
 
     @property
@@ -89,6 +100,7 @@ def survey_keys(
     picture_tokens = picture_tokens_of(usable, processor)
     lengths = usable.column("text_tokens").to_numpy() + picture_tokens
     measured = surveyors.world.by_main(lambda: measure(split, rows, lengths, picture_tokens, processor))
+    own, own_writers = own_of(usable)
     return Keyed(
         split=split,
         rows=rows,
@@ -99,6 +111,8 @@ def survey_keys(
         num_outvoted=int(usable.column("outvoted").to_numpy().sum()),
         has_pictures=num_pictures_of(usable) > 0,
         written_by=told_writers(writers_of(usable)),
+        own=own,
+        own_writers=own_writers,
     )
 
 

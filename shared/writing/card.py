@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ def card(told: Mapping[str, Any]) -> str:
     """Of what ``written.json`` will say."""
     splits = dict.fromkeys(name.rpartition("-of-")[0].rpartition("-")[0] for name in told["files"])
     files = "\n".join(
-        f"  - split: {json.dumps(split)}\n    path: {json.dumps(f'{split}-*.parquet')}" for split in splits
+        f"  - split: {json.dumps(split)}\n    path: {json.dumps(_pattern(split))}" for split in splits
     )
     writer = "\n".join(f"| {name} | {_shown(value)} |" for name, value in told["written_by"].items())
     counts = "\n".join(f"| {name} | {number:,} |" for name, number in told["counts"].items())
@@ -42,6 +43,11 @@ that it wrote, `answer_end` says whether it ended the answer, `written_by` who w
 
 `written.json` lists what was left out, with reasons, and the SHA-256 of each file.
 """
+
+
+def _pattern(split: str) -> str:
+    """Of the split's files, and of no other split whose name begins like it; its own special characters are any."""
+    return re.sub(r"[^\w.-]", "?", split) + "-?????-of-?????.parquet"
 
 
 def _shown(value: Any) -> str:

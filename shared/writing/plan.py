@@ -118,6 +118,7 @@ def identity_of(
             {"split": part.split.name, "fingerprint": part.fingerprint, "prompts": len(part.keys)}
             for part in found.keyed
         ],
+        "columns": data.columns.model_dump(exclude_defaults=True),  # which name those of the files
         "image_processor": processor.image_processor_fingerprint,
         "date": processor.date,
         "prompts_per_file": config.prompts_per_file,

@@ -64,8 +64,9 @@ def run_identity(recipe: Recipe, *, contents: dict[str, Any]) -> dict[str, Any]:
     return dict(contents) | keys
 
 
+OWN = "data.own"  # which training rows' answers the student wrote, where the loss counts them otherwise
 # What changes with rows that were mended, left out or added.
-OF_DATA = {"data.train", "data.validation"}
+OF_DATA = {"data.train", "data.validation", OWN}
 # A cache gets a new manifest when rows are added to it: whoever compares the rows compares its teacher and targets.
 CACHE = "cache.manifest"
 MIX = "cache.mix"  # whose targets are added up, with which weights; there is none without a mix

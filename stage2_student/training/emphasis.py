@@ -1,6 +1,6 @@
 """How positions count in training: ``loss.visual_weight``, ``loss.positions`` and ``loss.own_kd_ratio``.
 
-    emphasis = Emphasis.of(recipe, cache, keys, writers)        # None where all count alike
+    emphasis = Emphasis.of(recipe, cache, keys, has_own=True)    # None where all count alike
     weighing = emphasis.weigh(cache, rows, targets, lengths, own_N)    # of a microbatch, in a data-loader worker
     scores("kl", weighing, labels_N, targets, ...)              # in the forward: what positions are chosen by
 
@@ -9,7 +9,7 @@ All depend on the example alone, so the numbers of positions that divide a step 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,6 @@ from shared.kd_loss.vocab_parallel import local_part
 from shared.recipes import LossConfig, Recipe
 from shared.sparse import RegroupedTargets, Targets
 from shared.sparse.entropies import teacher_entropy
-from stage2_student.training.own_answers import is_own
 from stage2_student.training.visual_weight import VisualWeight
 
 
@@ -69,14 +68,15 @@ class Emphasis:
     loss: LossConfig
 
     @classmethod
-    def of(cls, recipe: Recipe, cache: Cache | None, keys: Keys, writers: Iterable[str]) -> Emphasis | None:
-        """None where all positions count alike; ``keys`` of the training rows, and who ``writers`` of answers are.
+    def of(cls, recipe: Recipe, cache: Cache | None, keys: Keys, *, has_own: bool) -> Emphasis | None:
+        """None where all positions count alike; ``keys`` of the training rows.
 
+        has_own  whether the student wrote answers of some of them
         Raises as ``VisualWeight.of``
         """
         loss = recipe.loss
         visual = None if cache is None else VisualWeight.of(recipe, cache, keys)
-        if loss.own_kd_ratio is not None and not any(map(is_own, writers)):
+        if not has_own:
             loss = loss.model_copy(update={"own_kd_ratio": None})
         if visual is None and loss.positions is None and loss.own_kd_ratio is None:
             return None

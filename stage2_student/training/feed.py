@@ -25,6 +25,7 @@ from shared.data.collation import Encoded, packed, places_of
 from shared.data.loading import PackedDataset, begin_worker, loaded_items
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import VqaSplit
+from shared.data.written import is_students
 from shared.errors import (
     CacheMismatchError,
     DataError,
@@ -38,7 +39,6 @@ from shared.other_vocabulary import Aligned, Alignment, Coverage, StudentOfAnoth
 from shared.sparse import Targets
 from stage2_student.training.emphasis import Emphasis, Weighing
 from stage2_student.training.order import Slot
-from stage2_student.training.own_answers import is_own
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def _own_positions(used: Sequence[_Used]) -> Tensor:
     end = 0
     for one in used:
         end += one.encoded.num_positions
-        if is_own(one.writer):
+        if is_students(one.writer):
             own_N[end - one.encoded.num_last : end] = True
     return own_N
 

@@ -21,13 +21,13 @@ from shared.same_prompts import inputs_identity, open_student_processor_of, requ
 from shared.same_teacher import require_teacher
 from shared.shard_order import ShardLayout, window_of
 from stage2_student.runs.checkpoint import Checkpoint
-from stage2_student.runs.identity import CACHE, MIX, ORDER, run_identity
+from stage2_student.runs.identity import CACHE, MIX, ORDER, OWN, run_identity
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.data_change import keep_rows
 from stage2_student.training.emphasis import Emphasis
 from stage2_student.training.feed import MicrobatchSource
 from stage2_student.training.order import ORDER_OF_EXAMPLES
-from stage2_student.training.own_answers import require_samples
+from stage2_student.training.own_answers import counts_own, require_samples
 from stage2_student.training.student import KL_TEMPERATURE
 from stage2_student.training.survey import Survey, survey_once
 
@@ -125,6 +125,7 @@ class Inputs:
             "tokenizer": self.processor.tokenizer_fingerprint,
             "template": self.processor.template_fingerprint,
             **({} if self.processor.date is None else {"date": self.processor.date}),
+            **({OWN: self.train.own_fingerprint} if counts_own(recipe) else {}),
             "image_processor": self.processor.image_processor_fingerprint,
             CACHE: None if self.cache is None else self.cache.fingerprint,
             **({MIX: mix_identity(self.cache)} if isinstance(self.cache, CacheMix) else {}),
@@ -148,16 +149,17 @@ def open_inputs(recipe: Recipe, world: World) -> Inputs:
         distilled = cache
         notices += world.by_main(lambda: require_teacher(distilled, recipe.teacher))
     train = survey_once(recipe, "train", processor, cache, world)
-    notices += require_samples(recipe, train.written_by)
+    notices += require_samples(recipe, train.own_writers)
     validation = None
     if recipe.data.splits.validation is not None:
         validation = survey_once(recipe, "validation", processor, cache, world)
         if validation.written_by:
             notices += (
-                "a model wrote answers of the validation split: CE, KL and right answers are against these. To keep "
-                "the given ones, let it answer the training prompts alone (write.splits: [train], data.written)",
+                "the validation split's rows say who wrote their answers (column "
+                f"{recipe.data.columns.written_by}): CE, KL and right answers are against these. To keep the given "
+                "ones, let a model answer the training prompts alone (write.splits: [train], data.written)",
             )
-    emphasis = world.by_main(lambda: Emphasis.of(recipe, cache, train.keys, train.written_by))
+    emphasis = world.by_main(lambda: Emphasis.of(recipe, cache, train.keys, has_own=bool(train.own.any())))
     window = world.by_main(lambda: shuffle_window(recipe, cache))  # machines may have other staging folders
     if window and cache is not None:
         notices += (

@@ -6,35 +6,32 @@ temperatures or of the likeliest tokens alone, are averages over something else,
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Iterable
-from typing import Any
 
+from shared.data.written import told_writer
 from shared.errors import RecipeError, shortened
 from shared.recipes import Recipe
 
 
-@functools.cache
-def is_own(written_by: str) -> bool:
-    """Whether a student wrote the answer; ``written_by`` as the row says it."""
-    return _told(written_by).get("role") == "student"
+def counts_own(recipe: Recipe) -> bool:
+    """Whether the loss counts answers that the student wrote otherwise than others."""
+    return recipe.loss.own_kd_ratio is not None or recipe.loss.reverse_kl is not None
 
 
 def require_samples(recipe: Recipe, writers: Iterable[str]) -> tuple[str, ...]:
-    """What is worth saying about the rows that ``loss.reverse_kl`` counts at.
+    """What is worth saying about the rows that ``loss.own_kd_ratio`` and ``loss.reverse_kl`` count at.
 
-    writers  of the training rows' answers
-    Raises   RecipeError  when a student wrote some of them otherwise than by sampling at temperature 1
+    writers  of the training rows' answers that a student wrote
+    Raises   RecipeError  when ``loss.reverse_kl`` has some that were not sampled at temperature 1
     """
-    if recipe.loss.reverse_kl is None:
-        return ()
-    own = [_told(one) for one in writers if is_own(one)]
+    own = [told_writer(one) for one in writers]
     if not own:
-        return (
-            "loss.reverse_kl counts at rows that a student wrote, and no training row is one: it adds nothing",
+        return tuple(
+            f"loss.{name} counts at rows that a student wrote, and no training row is one: it has no effect"
+            for name in ("own_kd_ratio", "reverse_kl")
+            if getattr(recipe.loss, name) is not None and recipe.rounds is None
         )
-    for told in own:
+    for told in own if recipe.loss.reverse_kl is not None else ():
         if (told.get("temperature"), told.get("top_p")) != (1.0, 1.0):
             raise RecipeError(
                 f"loss.reverse_kl: answers of {shortened(str(told.get('run')))} were written at temperature "
@@ -42,11 +39,3 @@ def require_samples(recipe: Recipe, writers: Iterable[str]) -> tuple[str, ...]:
                 "answers with write.temperature 1 and top_p 1, or leave reverse_kl out"
             )
     return ()
-
-
-def _told(written_by: str) -> dict[str, Any]:
-    try:
-        found = json.loads(written_by or "{}")
-    except (ValueError, RecursionError):  # of another tool, or cut
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -37,6 +37,8 @@ class Survey:
     has_pictures whether any has one
     keys         (num_examples, 16) uint8, of the examples in order
     written_by   the models that wrote answers of the rows
+    own          (num_examples,) bool, whether a student wrote the answer
+    own_writers  what these rows say of it
     """
 
     split: VqaSplit
@@ -48,10 +50,17 @@ class Survey:
     has_pictures: bool = True
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, KEY_BYTES), np.uint8))
     written_by: tuple[str, ...] = ()
+    own: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    own_writers: tuple[str, ...] = ()
 
     @property
     def num_examples(self) -> int:
         return len(self.rows)
+
+    @property
+    def own_fingerprint(self) -> str:
+        """Hex, over which examples the student wrote answers to."""
+        return keys_fingerprint(self.own)
 
     @property
     def facts(self) -> dict[str, object]:
@@ -146,6 +155,8 @@ def survey(
         has_pictures=keyed.has_pictures,
         keys=keyed.keys[usable],
         written_by=keyed.written_by,
+        own=keyed.own[usable],
+        own_writers=keyed.own_writers,
     )
 
 

@@ -152,7 +152,8 @@ class LossConfig(Section):
                 f"positions.by {chosen.by} beside kd_ratio 0: by labels alone there is no teacher to choose by. Set "
                 "it to student_entropy, or kd_ratio above 0"
             )
-        if chosen.ce == "all" and self.kd_ratio in (0, 1):
+        has_ce = self.kd_ratio < 1 or self.own_kd_ratio not in (None, 1)
+        if chosen.ce == "all" and (self.kd_ratio == 0 or not has_ce):
             what = "no KD, so all positions would count" if self.kd_ratio == 0 else "no CE"
             raise ValueError(
                 f"positions.ce all beside kd_ratio {self.kd_ratio:g}: there is {what}. Set it to kept"
