@@ -64,7 +64,7 @@ rounds: setup  ## train a student, let it write, capture the teacher on that, tr
 	@$(BIN)/python -m shared.pipeline rounds "$(RECIPE)" --nproc $(NPROC) $(ARGS)
 
 test: setup  ## all tests, on NUM_WORKERS processes (default: as many as there are cores)
-	$(BIN)/python -m pytest -n $(NUM_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(NUM_WORKERS) --dist loadfile --no-loadscope-reorder
 
 torture: setup  ## hard conditions by chance, for MINUTES (default 60): kills, damage, small disks; SEED=N repeats
 	$(BIN)/python -m tests.torture --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
@@ -75,7 +75,7 @@ lint: setup  ## format, lint, types
 	$(BIN)/mypy
 
 check: lint  ## format, lint, types, fast tests: before every commit
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(NUM_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(NUM_WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: setup  ## ratios and counts, measured side by side (ARGS='--only NAME', ARGS='--record NAME' for docs/)
 	$(BIN)/python -m tests.benchmarks $(ARGS)

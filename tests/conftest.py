@@ -58,6 +58,21 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.ones((), requires_grad=True).backward()
 
 
+LONGEST = (
+    "test_end_to_end.py",
+    "test_documents.py",
+    "test_bench_gpu.py",
+    "test_kd_loss_triton.py",
+    "test_rounds.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that none of them is left for one process at the end."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 def _named_alike(init: Callable[..., None]) -> Callable[..., None]:
     """The first group of a process is always called the same.
 
