@@ -99,6 +99,7 @@ SENTENCES = st.sampled_from([part for text in ENGLISH[:3] for part in text.split
 @settings(max_examples=8)
 @given(text=st.one_of(TEXTS, SENTENCES), seed=st.integers(0, 1000))
 @example(text="33333333333\u4e2d\u4e2d", seed=0)
+@example(text="a\n    - a", seed=0)
 def test_targets_are_those_of_the_reference(teacher: str, student: str, text: str, seed: int) -> None:
     text = "x" + text  # a line's end or a blank in front belongs to what stands before it
     theirs, own = tokenizer(teacher, False), tokenizer(student, True)
@@ -172,6 +173,16 @@ def test_the_bytes_of_every_token_are_the_text() -> None:
             found = TokenBytes.of(tokens).each(ids_of(tokens, text))
             assert found is not None
             assert b"".join(found) == text.encode()
+
+
+def test_an_added_token_of_blanks_is_blanks() -> None:
+    """Gemma's tokenizers have these, and their model writes them as well."""
+    tokens = tokenizer("like Gemma", True)
+    ids = ids_of(tokens, "a\n    - a")
+    blanks = tokens.convert_tokens_to_ids("\u2581\u2581")
+    assert blanks in tokens.added_tokens_decoder
+    assert ids.count(blanks) == 2
+    assert TokenBytes.of(tokens)[blanks] == b"  "
 
 
 def test_bytes_that_are_no_character_keep_their_own_tokens() -> None:
