@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from stage2_runs import (
     make_recipe,
     records,
@@ -31,6 +33,8 @@ from shared.runtime import distributed
 from shared.same_prompts import open_student_processor_of
 from shared.small_models import TOKENIZER_FILES, make_small_model, train_tokenizer
 from shared.sparse import RegroupedTargets
+from shared.stopping import StopRequest
+from stage1_teacher.capture import capture
 from stage1_teacher.check import check_recipe as check_capture
 from stage2_student.check import check_recipe
 from stage2_student.evaluation.answers import ModelSource
@@ -370,6 +374,28 @@ def test_other_temperatures_are_taken_before_regrouping(tree: dict[str, Any], tm
     assert run_alone(recipe) == 0
     last = [one for one in records(recipe) if one["event"] == "validation"][-1]
     assert last["soft_ce"] > 0  # at temperature 1, whatever the loss's
+
+
+def test_soft_ce_is_of_a_unit_of_the_mass_that_the_loss_takes(
+    tree: dict[str, Any], other_student: Path, tmp_path: Path
+) -> None:
+    """A student without knowledge has the log of its vocabulary's size, whatever the tail mode."""
+    uniform = tmp_path / "uniform"
+    shutil.copytree(other_student, uniform)
+    weights = load_file(uniform / "model.safetensors")
+    (head,) = (name for name in weights if name.endswith("embed_tokens.weight"))
+    weights[head].zero_()
+    save_file(weights, uniform / "model.safetensors", metadata={"format": "pt"})
+    cache = tree["cache"] | {"path": str(tmp_path / "cache"), "policy": {"kind": "top_k", "k": 3}}
+    run = {"name": "run", "root": str(tmp_path), "num_workers": 0}
+    for tail in ("drop", "renormalize"):
+        recipe = make_recipe(tree | {"cache": cache, "run": run, "loss": {"tail": tail}})
+        with distributed(device="cpu") as world:
+            if tail == "drop":
+                assert capture(recipe, world, StopRequest()) == 0
+            source = ModelSource.student(recipe, str(uniform))
+            found = losses_of(recipe, source, world, split="validation")
+        assert found.soft_ce == pytest.approx(math.log(len(weights[head])), rel=1e-5)
 
 
 def test_the_processor_of_a_recipe_is_the_student_s_or_the_teacher_s(
