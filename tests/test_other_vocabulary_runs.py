@@ -161,6 +161,29 @@ def test_an_answer_given_by_the_teacher_s_ids_is_learned_as_its_text(
         own_processor.require_usable(replace(plain, answer_ids=(ids[0], 10_000)))
 
 
+@pytest.mark.parametrize("text", ["A mass \u4e2d\u6587", "A mass\u20ac", "A mass \u20ac"])
+def test_an_answer_that_was_cut_within_a_character_is_learned_up_to_it(
+    own_processor: StudentOfAnother, teacher_processor: ExampleProcessor, data_config: DataConfig, text: str
+) -> None:
+    plain = open_split(data_config, "train")[0]
+    ids = tuple(teacher_processor.tokenizer(text, add_special_tokens=False)["input_ids"][:-1])
+    told = teacher_processor.written.text(ids)
+    assert told.endswith("\ufffd")
+    answer = replace(plain.turns[-1], parts=(told,))
+    cut = replace(plain, turns=(*plain.turns[:-1], answer), answer_ids=ids, answer_end=False)
+    own_processor.require_usable(cut)
+    (learned,) = own_processor.learned(cut)
+    assert own_processor.tokenizer.decode(learned.ids) == text[:-1].rstrip()
+    assert not learned.is_ended
+    labels = own_processor.encode(cut).answer_ids.tolist()
+    assert labels == list(learned.ids)
+    alignment = own_processor.aligned(cut).alignment
+    assert alignment.num_unlike == 0
+    assert alignment.teacher_N[0] == 0
+    whole = replace(cut, answer_ids=None)  # a text that says it all the same is learned as it is
+    assert "\ufffd" in own_processor.tokenizer.decode(own_processor.learned(whole)[0].ids)
+
+
 def test_microbatches_have_targets_of_the_student_s_positions_and_ids(
     own_processor: StudentOfAnother, data_config: DataConfig, teacher_cache: Path
 ) -> None:
