@@ -248,6 +248,24 @@ def test_a_teacher_without_a_tokenizer_is_told(
         run_alone(recipe)
 
 
+def test_a_teacher_whose_tokenizer_is_not_the_cache_s_is_named(
+    tree: dict[str, Any], other_student: Path, tmp_path: Path
+) -> None:
+    """Also where it is the student's, so that both have the same."""
+    own = tmp_path / "teacher"
+    shutil.copytree(other_student, own)
+    template = own / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message.role + ':'", "message.role + ' says:'"))
+    for folder in (own, other_student):
+        recipe = make_recipe(
+            tree | {"run": {"name": "no", "root": str(tmp_path)}}, teacher__model=str(folder)
+        )
+        with pytest.raises(CacheMismatchError, match="tokenizer_fingerprint") as refused:
+            run_alone(recipe)
+        assert f"teacher.model {folder}" in str(refused.value)
+        assert "other_vocabulary: true" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
