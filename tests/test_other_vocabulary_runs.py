@@ -387,6 +387,29 @@ def test_check_says_how_much_is_covered(tree: dict[str, Any], tmp_path: Path) ->
     assert "(4 examples looked at)" in told["  of validation"]
 
 
+def test_check_fetches_no_teacher(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    run = {"name": "no", "root": str(tmp_path)}
+    report = check_recipe(make_recipe(tree | {"run": run}, teacher__model="nobody/teacher"), num_ranks=1)
+    assert report.problems == []
+    told = "nobody/teacher is not on this machine: its tokenizer is not looked at"
+    assert dict(report.facts)["  teacher's"] == told
+
+
+def test_check_tells_of_a_teacher_without_a_tokenizer_alone(
+    tree: dict[str, Any], teacher_folder: Path, tmp_path: Path
+) -> None:
+    """Not also that rows are not in the cache, which the student's own tokenizer cannot know."""
+    bare = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, bare, ignore=shutil.ignore_patterns(*TOKENIZER_FILES))
+    run = {"name": "no", "root": str(tmp_path)}
+    report = check_recipe(make_recipe(tree | {"run": run}, teacher__model=str(bare)), num_ranks=1)
+    (problem,) = report.problems
+    assert "its weights are not needed" in problem
+
+
 def test_check_of_a_capture_takes_the_teacher_s_tokenizer(tree: dict[str, Any], tmp_path: Path) -> None:
     recipe = make_recipe(tree | {"run": {"name": "no", "root": str(tmp_path)}})
     report = check_capture(recipe, num_ranks=1)
