@@ -203,6 +203,30 @@ def test_microbatches_have_targets_of_the_student_s_positions_and_ids(
     assert isinstance(source.blank_microbatch(Slot(0, ())).targets, RegroupedTargets)
 
 
+class OtherAnswers(CacheReader):
+    """A cache whose row for every key holds another answer: the first token is off by one."""
+
+    def rows(self, keys: Any, *, names: Any = ()) -> Any:
+        return [replace(row, answer_ids=row.answer_ids + 1) for row in super().rows(keys, names=names)]
+
+
+def test_messages_on_answers_and_prompts_name_the_teacher_whose_they_are(
+    own_processor: StudentOfAnother, data_config: DataConfig, teacher_cache: Path, tree: dict[str, Any]
+) -> None:
+    split = open_split(data_config, "train")
+    source = MicrobatchSource(split, np.arange(1), own_processor, OtherAnswers(str(teacher_cache)))
+    with pytest.raises(
+        CacheMismatchError, match=r"(?s)the teacher's labels are .* capture the cache with this teacher's"
+    ):
+        source.microbatch(Slot(0, (0,)), [0])
+    recipe = make_recipe(tree | {"run": {"name": "no"}}, data__system_prompt="Answer.")
+    (problem,) = check_recipe(recipe, num_ranks=1).problems
+    assert "the teacher's chat template" in problem
+    plain = tree | {"student": {"model": tree["teacher"]["model"]}, "run": {"name": "no"}}
+    (problem,) = check_recipe(make_recipe(plain, data__system_prompt="Answer."), num_ranks=1).problems
+    assert "the student's chat template" in problem
+
+
 def test_the_same_tokenizer_gives_the_ordinary_processor(
     student_folder: Path, data_config: DataConfig, teacher_processor: ExampleProcessor
 ) -> None:
