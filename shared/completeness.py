@@ -65,9 +65,10 @@ def _missing(cache: Cache, processor: ExampleProcessor, data: DataConfig, *, tol
         for (location, _), some in zip(found, differing, strict=True)
         for line in some
     ]
+    whose = "student" if processor.of_keys is processor else "teacher"
     return (
         f"{where}. The prompts differ from those of the cache:\n{listed(lines)}\nAsk as the cache does "
-        "(data.system_prompt, data.date, data.train_on, the student's chat template), or run teacher-cache again"
+        f"(data.system_prompt, data.date, data.train_on, the {whose}'s chat template), or run teacher-cache again"
     )
 
 

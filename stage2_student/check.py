@@ -104,16 +104,20 @@ def _describe_student(
     with report.collecting():
         processor = describe_tokenizer(report, recipe, student.model, revision=student.revision)
     if processor is not None and student.other_vocabulary and recipe.cache is not None:
+        processor = None
         with report.collecting():
             processor = _beside_the_teacher(report, recipe)
     return model, processor, plan
 
 
 def _beside_the_teacher(report: Report, recipe: Recipe) -> ExampleProcessor | None:
-    """The student's processor, which knows the teacher's tokenizer; None where that is not made yet."""
+    """The student's processor, which knows the teacher's tokenizer; None where that is not on this machine."""
     assert recipe.teacher is not None
-    if is_made_later(recipe, recipe.teacher.model):
-        report.add("  teacher's", f"{recipe.teacher.model} is not there yet: its tokenizer is not looked at")
+    teacher = recipe.teacher
+    is_later = is_made_later(recipe, teacher.model)
+    if is_later or would_be_fetched(teacher.model, teacher.revision):
+        lacking = "there yet" if is_later else "on this machine"
+        report.add("  teacher's", f"{teacher.model} is not {lacking}: its tokenizer is not looked at")
         return None
     return open_student_processor_of(recipe, recipe.student.model, revision=recipe.student.revision)
 

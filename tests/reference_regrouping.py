@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.decoders import ByteFallback, Fuse, Replace, Strip
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.decoders import Sequence as Decoders
@@ -40,7 +40,11 @@ def byte_level(
 
 
 def sentence_piece(texts: Sequence[str], vocab_size: int, *, prepends: bool) -> PreTrainedTokenizerFast:
-    """A BPE over characters that falls back to bytes, as Gemma has it, or Llama 2, which puts a blank in front."""
+    """A BPE over characters that falls back to bytes, as Gemma has it, or Llama 2, which puts a blank in front.
+
+    Gemma's has tokens of blanks alone, which are written down as added ones.
+    """
+    blanks = [] if prepends else ["\u2581\u2581"]
     blank = normalizers.Replace(" ", "\u2581")
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), blank]) if prepends else blank
@@ -48,20 +52,23 @@ def sentence_piece(texts: Sequence[str], vocab_size: int, *, prepends: bool) -> 
     made.decoder = Decoders([Replace("\u2581", " "), ByteFallback(), Fuse(), *strip])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<unk>", END, *(f"<0x{byte:02X}>" for byte in range(256))],
+        special_tokens=["<unk>", END, *(f"<0x{byte:02X}>" for byte in range(256)), *blanks],
         show_progress=False,
         max_token_length=8,
     )
     made.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_bytes_are_no_control(made), eos_token=END, unk_token="<unk>"
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=_bytes_are_no_control(made, blanks), eos_token=END, unk_token="<unk>"
     )
+    found.add_tokens([AddedToken(one, normalized=False) for one in blanks])
+    return found
 
 
-def _bytes_are_no_control(made: Tokenizer) -> Tokenizer:
+def _bytes_are_no_control(made: Tokenizer, blanks: Sequence[str]) -> Tokenizer:
     """The trainer writes its special tokens down as added ones; of these only the first two are."""
     content = json.loads(made.to_str())
     content["added_tokens"] = content["added_tokens"][:2]
+    content["model"]["merges"] += [[one[:1], one[1:]] for one in blanks]
     return Tokenizer.from_str(json.dumps(content))
 
 

@@ -99,6 +99,7 @@ SENTENCES = st.sampled_from([part for text in ENGLISH[:3] for part in text.split
 @settings(max_examples=8)
 @given(text=st.one_of(TEXTS, SENTENCES), seed=st.integers(0, 1000))
 @example(text="33333333333\u4e2d\u4e2d", seed=0)
+@example(text="a\n    - a", seed=0)
 def test_targets_are_those_of_the_reference(teacher: str, student: str, text: str, seed: int) -> None:
     text = "x" + text  # a line's end or a blank in front belongs to what stands before it
     theirs, own = tokenizer(teacher, False), tokenizer(student, True)
@@ -174,6 +175,16 @@ def test_the_bytes_of_every_token_are_the_text() -> None:
             assert b"".join(found) == text.encode()
 
 
+def test_an_added_token_of_blanks_is_blanks() -> None:
+    """Gemma's tokenizers have these, and their model writes them as well."""
+    tokens = tokenizer("like Gemma", True)
+    ids = ids_of(tokens, "a\n    - a")
+    blanks = tokens.convert_tokens_to_ids("\u2581\u2581")
+    assert blanks in tokens.added_tokens_decoder
+    assert ids.count(blanks) == 2
+    assert TokenBytes.of(tokens)[blanks] == b"  "
+
+
 def test_bytes_that_are_no_character_keep_their_own_tokens() -> None:
     """The euro sign is three bytes, cut after the first or second in either vocabulary."""
     for teacher in ("byte-level", "like Gemma"):
@@ -238,6 +249,67 @@ def test_answers_that_are_cut_share_what_both_have() -> None:
     assert other.num_unlike == 1
     assert (other.teacher_N == -1).all()
     assert (other.num_teacher_positions, len(other.teacher_N)) == (len(teacher_ids) + 1, len(student_ids))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own"),
+    [
+        ("Yes.\n", "Yes."),
+        ("Yes. ", "Yes."),
+        ("\nYes.", "Yes."),
+        ("\n\nYes.\u3000\n", "Yes."),
+        ("Yes.\n", "Yes. "),
+        ("Yes.", "\nYes.\n"),
+    ],
+)
+@pytest.mark.parametrize("student", ["byte-level", "like Gemma"])
+@pytest.mark.parametrize("teacher", ["byte-level", "like Gemma"])
+def test_blanks_and_line_ends_around_an_answer_are_allowed_for(
+    teacher: str, student: str, theirs: str, own: str
+) -> None:
+    """A teacher's ids may say them; the text of its answer does not.  The end of the turn must follow the same."""
+    answers, begins = [], []
+    for tokens, text in ((tokenizer(teacher, False), theirs), (tokenizer(student, True), own)):
+        ids = tokens(text, add_special_tokens=False)["input_ids"]
+        answers.append(Learned(tuple(ids), True))
+        lengths = [len(reference.spelled(tokens)(number)) for number in ids]
+        begins.append(np.cumsum([0, *lengths]) - text.index("Y"))
+    found = aligned(teacher, student, *answers)
+    assert found.num_unlike == 0
+    num_shared = len("Yes.") + (theirs.lstrip() == own.lstrip())
+    places = {begin: place for place, begin in enumerate(begins[0].tolist()) if 0 <= begin < num_shared}
+    assert found.teacher_N.tolist() == [places.get(begin, -1) for begin in begins[1].tolist()]
+    assert 0 in places
+    assert (found.lead_N == AS_IS).all()
+
+
+def test_an_end_of_the_turn_goes_with_an_end_alone() -> None:
+    """One of the two answers is cut behind the blank that the other has not."""
+    kinds = ("byte-level", "like Gemma")
+    tokens = (tokenizer("byte-level", False), tokenizer("like Gemma", True))
+    full, blank = (
+        [one(text, add_special_tokens=False)["input_ids"] for one in tokens] for text in ("Yes.", "Yes.\n")
+    )
+    for theirs, own in (
+        (Learned(tuple(blank[0]), False), Learned(tuple(full[1]), True)),
+        (Learned(tuple(full[0]), True), Learned(tuple(blank[1]), False)),
+    ):
+        found = aligned(*kinds, theirs, own)
+        assert found.num_unlike == 0
+        assert found.teacher_N[0] == 0
+        assert found.teacher_N[-1] == -1
+
+
+def test_an_answer_of_no_positions_has_no_boundary() -> None:
+    text = Learned(
+        tuple(tokenizer("like Llama 2", False)("axial", add_special_tokens=False)["input_ids"]), False
+    )
+    none = Learned((), False)
+    assert aligned("like Llama 2", "byte-level", text, none).teacher_N.tolist() == []
+    own = Learned(
+        tuple(tokenizer("like Llama 2", True)("axial", add_special_tokens=False)["input_ids"]), False
+    )
+    assert (aligned("byte-level", "like Llama 2", none, own).teacher_N == -1).all()
 
 
 def test_several_answers_stand_one_behind_the_other() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from stage2_runs import (
     make_recipe,
     records,
@@ -31,6 +33,8 @@ from shared.runtime import distributed
 from shared.same_prompts import open_student_processor_of
 from shared.small_models import TOKENIZER_FILES, make_small_model, train_tokenizer
 from shared.sparse import RegroupedTargets
+from shared.stopping import StopRequest
+from stage1_teacher.capture import capture
 from stage1_teacher.check import check_recipe as check_capture
 from stage2_student.check import check_recipe
 from stage2_student.evaluation.answers import ModelSource
@@ -157,6 +161,29 @@ def test_an_answer_given_by_the_teacher_s_ids_is_learned_as_its_text(
         own_processor.require_usable(replace(plain, answer_ids=(ids[0], 10_000)))
 
 
+@pytest.mark.parametrize("text", ["A mass \u4e2d\u6587", "A mass\u20ac", "A mass \u20ac"])
+def test_an_answer_that_was_cut_within_a_character_is_learned_up_to_it(
+    own_processor: StudentOfAnother, teacher_processor: ExampleProcessor, data_config: DataConfig, text: str
+) -> None:
+    plain = open_split(data_config, "train")[0]
+    ids = tuple(teacher_processor.tokenizer(text, add_special_tokens=False)["input_ids"][:-1])
+    told = teacher_processor.written.text(ids)
+    assert told.endswith("\ufffd")
+    answer = replace(plain.turns[-1], parts=(told,))
+    cut = replace(plain, turns=(*plain.turns[:-1], answer), answer_ids=ids, answer_end=False)
+    own_processor.require_usable(cut)
+    (learned,) = own_processor.learned(cut)
+    assert own_processor.tokenizer.decode(learned.ids) == text[:-1].rstrip()
+    assert not learned.is_ended
+    labels = own_processor.encode(cut).answer_ids.tolist()
+    assert labels == list(learned.ids)
+    alignment = own_processor.aligned(cut).alignment
+    assert alignment.num_unlike == 0
+    assert alignment.teacher_N[0] == 0
+    whole = replace(cut, answer_ids=None)  # a text that says it all the same is learned as it is
+    assert "\ufffd" in own_processor.tokenizer.decode(own_processor.learned(whole)[0].ids)
+
+
 def test_microbatches_have_targets_of_the_student_s_positions_and_ids(
     own_processor: StudentOfAnother, data_config: DataConfig, teacher_cache: Path
 ) -> None:
@@ -174,6 +201,30 @@ def test_microbatches_have_targets_of_the_student_s_positions_and_ids(
     assert isinstance(idle.targets, RegroupedTargets)
     assert idle.num_positions == idle.targets.num_positions == 0
     assert isinstance(source.blank_microbatch(Slot(0, ())).targets, RegroupedTargets)
+
+
+class OtherAnswers(CacheReader):
+    """A cache whose row for every key holds another answer: the first token is off by one."""
+
+    def rows(self, keys: Any, *, names: Any = ()) -> Any:
+        return [replace(row, answer_ids=row.answer_ids + 1) for row in super().rows(keys, names=names)]
+
+
+def test_messages_on_answers_and_prompts_name_the_teacher_whose_they_are(
+    own_processor: StudentOfAnother, data_config: DataConfig, teacher_cache: Path, tree: dict[str, Any]
+) -> None:
+    split = open_split(data_config, "train")
+    source = MicrobatchSource(split, np.arange(1), own_processor, OtherAnswers(str(teacher_cache)))
+    with pytest.raises(
+        CacheMismatchError, match=r"(?s)the teacher's labels are .* capture the cache with this teacher's"
+    ):
+        source.microbatch(Slot(0, (0,)), [0])
+    recipe = make_recipe(tree | {"run": {"name": "no"}}, data__system_prompt="Answer.")
+    (problem,) = check_recipe(recipe, num_ranks=1).problems
+    assert "the teacher's chat template" in problem
+    plain = tree | {"student": {"model": tree["teacher"]["model"]}, "run": {"name": "no"}}
+    (problem,) = check_recipe(make_recipe(plain, data__system_prompt="Answer."), num_ranks=1).problems
+    assert "the student's chat template" in problem
 
 
 def test_the_same_tokenizer_gives_the_ordinary_processor(
@@ -219,6 +270,24 @@ def test_a_teacher_without_a_tokenizer_is_told(
     recipe = make_recipe(tree | {"run": {"name": "no", "root": str(tmp_path)}}, teacher__model=str(bare))
     with pytest.raises(RecipeError, match=r"student\.other_vocabulary: .*weights are not needed"):
         run_alone(recipe)
+
+
+def test_a_teacher_whose_tokenizer_is_not_the_cache_s_is_named(
+    tree: dict[str, Any], other_student: Path, tmp_path: Path
+) -> None:
+    """Also where it is the student's, so that both have the same."""
+    own = tmp_path / "teacher"
+    shutil.copytree(other_student, own)
+    template = own / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message.role + ':'", "message.role + ' says:'"))
+    for folder in (own, other_student):
+        recipe = make_recipe(
+            tree | {"run": {"name": "no", "root": str(tmp_path)}}, teacher__model=str(folder)
+        )
+        with pytest.raises(CacheMismatchError, match="tokenizer_fingerprint") as refused:
+            run_alone(recipe)
+        assert f"teacher.model {folder}" in str(refused.value)
+        assert "other_vocabulary: true" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -343,6 +412,29 @@ def test_check_says_how_much_is_covered(tree: dict[str, Any], tmp_path: Path) ->
     assert "(4 examples looked at)" in told["  of validation"]
 
 
+def test_check_fetches_no_teacher(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    run = {"name": "no", "root": str(tmp_path)}
+    report = check_recipe(make_recipe(tree | {"run": run}, teacher__model="nobody/teacher"), num_ranks=1)
+    assert report.problems == []
+    told = "nobody/teacher is not on this machine: its tokenizer is not looked at"
+    assert dict(report.facts)["  teacher's"] == told
+
+
+def test_check_tells_of_a_teacher_without_a_tokenizer_alone(
+    tree: dict[str, Any], teacher_folder: Path, tmp_path: Path
+) -> None:
+    """Not also that rows are not in the cache, which the student's own tokenizer cannot know."""
+    bare = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, bare, ignore=shutil.ignore_patterns(*TOKENIZER_FILES))
+    run = {"name": "no", "root": str(tmp_path)}
+    report = check_recipe(make_recipe(tree | {"run": run}, teacher__model=str(bare)), num_ranks=1)
+    (problem,) = report.problems
+    assert "its weights are not needed" in problem
+
+
 def test_check_of_a_capture_takes_the_teacher_s_tokenizer(tree: dict[str, Any], tmp_path: Path) -> None:
     recipe = make_recipe(tree | {"run": {"name": "no", "root": str(tmp_path)}})
     report = check_capture(recipe, num_ranks=1)
@@ -371,6 +463,28 @@ def test_other_temperatures_are_taken_before_regrouping(tree: dict[str, Any], tm
     assert run_alone(recipe) == 0
     last = [one for one in records(recipe) if one["event"] == "validation"][-1]
     assert last["soft_ce"] > 0  # at temperature 1, whatever the loss's
+
+
+def test_soft_ce_is_of_a_unit_of_the_mass_that_the_loss_takes(
+    tree: dict[str, Any], other_student: Path, tmp_path: Path
+) -> None:
+    """A student without knowledge has the log of its vocabulary's size, whatever the tail mode."""
+    uniform = tmp_path / "uniform"
+    shutil.copytree(other_student, uniform)
+    weights = load_file(uniform / "model.safetensors")
+    (head,) = (name for name in weights if name.endswith("embed_tokens.weight"))
+    weights[head].zero_()
+    save_file(weights, uniform / "model.safetensors", metadata={"format": "pt"})
+    cache = tree["cache"] | {"path": str(tmp_path / "cache"), "policy": {"kind": "top_k", "k": 3}}
+    run = {"name": "run", "root": str(tmp_path), "num_workers": 0}
+    for tail in ("drop", "renormalize"):
+        recipe = make_recipe(tree | {"cache": cache, "run": run, "loss": {"tail": tail}})
+        with distributed(device="cpu") as world:
+            if tail == "drop":
+                assert capture(recipe, world, StopRequest()) == 0
+            source = ModelSource.student(recipe, str(uniform))
+            found = losses_of(recipe, source, world, split="validation")
+        assert found.soft_ce == pytest.approx(math.log(len(weights[head])), rel=1e-5)
 
 
 def test_the_processor_of_a_recipe_is_the_student_s_or_the_teacher_s(

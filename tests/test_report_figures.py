@@ -23,6 +23,7 @@ from shared.reports.text import label, shorten, token_text, visible
 from shared.sparse import SparseTargets, sparsify
 from stage1_teacher.inspection.plots import by_kind, by_place
 from stage1_teacher.inspection.positions import Positions, positions_of, top_entries
+from stage2_student.evaluation.compare import results
 from stage2_student.evaluation.curves import calibration_drawing, loss_drawings
 from stage2_student.evaluation.group_curves import group_drawings
 from stage2_student.evaluation.questions import Question
@@ -291,6 +292,22 @@ def test_a_loss_that_hardly_moves_has_one_linear_figure(axes: Any) -> None:
     assert list(drawn) == ["ce_loss"]
     drawn["ce_loss"].draw(axes)
     assert axes.get_yscale() == "linear"
+
+
+def test_the_teacher_s_ce_is_a_position_of_its_own_where_a_run_has_it_so(axes: Any) -> None:
+    """A student with another tokenizer divides it by its own positions."""
+    settings = {"loss.kd_ratio": 0.5, "teacher.model": "large"}
+    covered = {"event": "validation", "step": 100, "ce_loss": 0.6, "shared_positions": 0.7}
+    losses = {"ce_loss": 1.0, "kl": 0.5, "soft_ce": None}
+    known = {"settings": settings, "losses": losses}
+    other = a_run("other", [*falling(2.0, 0.6), covered], teacher_ce=0.3, **known)
+    plain = a_run("plain", falling(2.0, 0.6), teacher_ce=0.4, **known)
+    for runs, ce in (([other, plain], 0.4), ([plain, other], 0.4), ([other], 0.3)):
+        head, rows = results(runs)
+        assert rows[-1][head.index("CE")] == f"{ce:.4f}"
+        axes.clear()
+        loss_drawings(runs)["ce_loss"].draw(axes)
+        assert set(axes.lines[-1].get_ydata()) == {ce}
 
 
 def test_validation_does_not_hide_training_and_the_teacher_is_a_line(axes: Any) -> None:

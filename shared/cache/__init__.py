@@ -46,7 +46,7 @@ Reading (stage two)::
     reader.visual_gain              "blurred", "removed" or None;  reader.label_gains(rows) -> (N,) fp32
     reader.keys()                   all keys in stored order
     reader.require_student(inputs: InputsIdentity, *, temperature, policy=None, seed=None, temperatures=None,
-                            label_log_prob=False, visual_gain=None)     -> notices
+                            label_log_prob=False, visual_gain=None, teacher=None)   -> notices
     reader.parts, reader.fingerprint, reader.skipped, reader.lacking(keys), reader.teachers(keys)
     CacheList(locations, *, duplicates="refuse", teachers="one")    the same, of caches of different rows
     CacheMix(locations, *, weights=None)    the same, of caches of the same rows; targets(rows) -> MixedTargets

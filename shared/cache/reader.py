@@ -303,8 +303,12 @@ class CacheReader:
         temperatures: Sequence[float] | None = None,
         label_log_prob: bool = False,
         visual_gain: VisualGain | None = None,
+        teacher: str | None = None,
     ) -> tuple[str, ...]:
-        """Raises CacheMismatchError with all that keeps a student away; returns notices of the rest."""
+        """Raises CacheMismatchError with all that keeps a student away; returns notices of the rest.
+
+        teacher  the recipe's, if the inputs are made with its tokenizer, as of a student with another one
+        """
         comparison = self.manifest.identity.compare_student(
             inputs,
             temperature=temperature,
@@ -315,7 +319,13 @@ class CacheReader:
             visual_gain=visual_gain,
         )
         remedy = "Use the teacher's tokenizer and template and the cache's targets, or capture another cache."
-        if any(line.startswith(OF_TOKENIZERS) for line in comparison.refusals):
+        is_another = any(line.startswith(OF_TOKENIZERS) for line in comparison.refusals)
+        if is_another and teacher is not None:
+            remedy = (
+                f"Tokenizer and template are those of teacher.model {teacher} (and data.chat_template). Name the "
+                "teacher that this cache was captured with and the cache's targets, or capture another cache."
+            )
+        elif is_another:
             remedy += " To train a student with another tokenizer, set student.other_vocabulary: true."
         comparison.require(where=self._folder.where, remedy=remedy)
         return comparison.notices

@@ -96,6 +96,7 @@ class Together(ABC):
         temperatures: Sequence[float] | None = None,
         label_log_prob: bool = False,
         visual_gain: VisualGain | None = None,
+        teacher: str | None = None,
     ) -> tuple[str, ...]:
         """As ``CacheReader.require_student``, of each; all that keeps a student away is raised at once."""
         problems, notices = [], list(self.notices)
@@ -109,6 +110,7 @@ class Together(ABC):
                     temperatures=temperatures,
                     label_log_prob=label_log_prob,
                     visual_gain=visual_gain,
+                    teacher=teacher,
                 )
                 notices += [f"cache {part.location}: {one}" for one in found]
             except CacheMismatchError as error:

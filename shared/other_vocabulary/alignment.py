@@ -138,35 +138,46 @@ def align(
 def _align(
     vocabulary: VocabularyMap, teacher: Learned, student: Learned
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Positions and leads, as an ``Alignment`` has them, and whether the two texts are alike."""
+    """Positions and leads, as an ``Alignment`` has them, and whether the two texts are alike.
+
+    They are where they say the same as far as both go: an answer may be cut.  Blanks and line ends around it, which
+    one of them may have otherwise, do not count.
+    """
     teacher_N = np.full(student.num_positions, NO_POSITION, np.int64)
     lead_N = np.full(student.num_positions, AS_IS, np.int64)
     theirs, own = vocabulary.teacher.each(teacher.ids), vocabulary.student.each(student.ids)
-    if theirs is None or own is None or not _are_alike(theirs, own, teacher, student):
+    if theirs is None or own is None:
         return teacher_N, lead_N, False
-    blanks, own_blanks = _num_blanks(b"".join(theirs)), _num_blanks(b"".join(own))
-    begins = {begin - blanks: place for place, begin in enumerate(_begins(theirs, teacher))}
-    for place, begin in enumerate(_begins(own, student)):
-        teacher_N[place] = begins.get(begin - own_blanks, NO_POSITION)
-    if blanks != own_blanks:  # which only the first tokens can differ in
-        is_blank = np.array([begin < own_blanks for begin in _begins(own, student)], bool)
-        teacher_N[is_blank] = NO_POSITION
-        if {blanks, own_blanks} == {0, 1} and teacher_N[:1] == NO_POSITION:
+    head, body, tail = _split(b"".join(theirs))
+    own_head, own_body, own_tail = _split(b"".join(own))
+    is_cut = not (teacher.is_ended and student.is_ended)
+    if body != own_body and not (is_cut and (body.startswith(own_body) or own_body.startswith(body))):
+        return teacher_N, lead_N, False
+    text, own_text = body + tail, own_body + own_tail
+    differing = (place for place, (a, b) in enumerate(zip(text, own_text, strict=False)) if a != b)
+    num_same = next(differing, min(len(text), len(own_text)))
+    begins = {begin - len(head): place for place, begin in enumerate(_begins(theirs, teacher))}
+    own_begins = [begin - len(own_head) for begin in _begins(own, student)]
+    for place, begin in enumerate(own_begins):
+        if begin < num_same or text == own_text:  # both go on alike, or end
+            teacher_N[place] = begins.get(begin, NO_POSITION)
+    if head != own_head:  # which only the first tokens can differ in
+        teacher_N[np.array(own_begins, np.int64) < 0] = NO_POSITION
+        has_first = len(teacher_N) > 0 and teacher.num_positions > 0
+        if {head, own_head} == {b"", b" "} and has_first and teacher_N[0] == NO_POSITION:
             teacher_N[0] = 0  # both begin here, and a blank more or less can be allowed for
-            lead_N[0] = WITHOUT_BLANK if blanks else WITH_BLANK
+            lead_N[0] = WITHOUT_BLANK if head else WITH_BLANK
     return teacher_N, lead_N, True
 
 
-def _are_alike(theirs: Sequence[bytes], own: Sequence[bytes], teacher: Learned, student: Learned) -> bool:
-    """Whether they say the same, blanks in front aside, as far as both go: an answer may be cut."""
-    text, own_text = (b"".join(tokens).lstrip(b" ") for tokens in (theirs, own))
-    if teacher.is_ended and student.is_ended:
-        return text == own_text
-    return text.startswith(own_text) or own_text.startswith(text)
-
-
-def _num_blanks(text: bytes) -> int:
-    return len(text) - len(text.lstrip(b" "))
+def _split(text: bytes) -> tuple[bytes, bytes, bytes]:
+    """In three: what ``str.strip`` removes at either end of a row's answer, and ids may say, and what is left."""
+    whole = text.decode(errors="surrogateescape")
+    rest = whole.lstrip()
+    body = rest.rstrip()
+    parts = (whole[: len(whole) - len(rest)], body, rest[len(body) :])
+    head, middle, tail = (part.encode(errors="surrogateescape") for part in parts)
+    return head, middle, tail
 
 
 def _begins(tokens: Sequence[bytes], answer: Learned) -> list[int]:

@@ -5,21 +5,25 @@
     processor.encode(example)           # the student's tokens, labels and pixels
     processor.aligned(example)          # which position of the teacher each label belongs to
 
-A row whose answer is given by token ids has those of the teacher, which captured it so: the student learns its text.
+A row whose answer is given by token ids has those of the teacher, which captured it so: the student learns its text,
+without a character at its end that was cut.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shared.data.fingerprints import digest
 from shared.data.processing import ExampleProcessor, processor_parts
+from shared.data.prompts import Prompt
 from shared.data.rows import Example
 from shared.errors import DataError
 from shared.other_vocabulary.alignment import Alignment, align
 from shared.other_vocabulary.vocabulary_map import VocabularyMap
 from shared.recipes import DataConfig
+
+REPLACEMENT = "\ufffd"  # what bytes that are no character are read as
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,9 @@ class StudentOfAnother(ExampleProcessor):
     def _written_ids(self, example: Example) -> tuple[int, ...] | None:
         return None
 
+    def _last_answer(self, example: Example, prompt: Prompt) -> tuple[list[int], bool]:
+        return super()._last_answer(_without_cut_character(example), prompt)
+
     def aligned(self, example: Example) -> Aligned:
         """Raises   DataError  naming the row, when its conversation cannot be used, or the two learn others"""
         theirs, own = self._teacher.learned(example), self.learned(example)
@@ -80,6 +87,17 @@ class StudentOfAnother(ExampleProcessor):
             align(self.vocabulary, theirs, own, ends=ends),
             [number for one in theirs for number in one.labels(ends[0])],
         )
+
+
+def _without_cut_character(example: Example) -> Example:
+    """Without the replacement characters that stand for the first bytes of one, where a model's answer was cut."""
+    if example.answer_ids is None or example.answer_end:
+        return example
+    text = example.answer
+    if not text.endswith(REPLACEMENT):
+        return example
+    answer = replace(example.turns[-1], parts=(text.rstrip(REPLACEMENT).rstrip(),))
+    return replace(example, turns=(*example.turns[:-1], answer))
 
 
 def student_of_another(

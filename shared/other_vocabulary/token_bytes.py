@@ -24,6 +24,7 @@ from shared.errors import RecipeError
 
 BLANK = "\u2581"  # of SentencePiece
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
+Spell = Callable[[str], bytes | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class TokenBytes:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
         """Raises   RecipeError  for a tokenizer whose tokens are not stretches of the text's bytes"""
-        spelled = _spelling(tokenizer)
+        spelled, spelled_if_added = _spelling(tokenizer)
         vocabulary = tokenizer.get_vocab()
         found: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
         added = tokenizer.added_tokens_decoder
@@ -51,7 +52,7 @@ class TokenBytes:
                 found[number] = spelled(token)
         for number, one in added.items():
             if not one.special and one.content != unknown:
-                found[number] = one.content.encode()
+                found[number] = spelled_if_added(one.content)
         lengths = [len(one or b"") for one in found]
         return cls(
             blob=b"".join(one or b"" for one in found),
@@ -82,8 +83,12 @@ def _has_unknown(tokenizer: PreTrainedTokenizerBase) -> bool:
     return getattr(tokenizer.backend_tokenizer.model, "unk_token", None) is not None
 
 
-def _spelling(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes | None]:
-    """From a token of the vocabulary to its bytes."""
+def _spelling(tokenizer: PreTrainedTokenizerBase) -> tuple[Spell, Spell]:
+    """From a token of the vocabulary to its bytes, and from an added one that is text.
+
+    A byte-level tokenizer has its added tokens in plain letters.  The decoder of others reads them as all tokens:
+    Gemma's have runs of blanks among them, written as low lines.
+    """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = spelling_kind(content)
     if kind is None:
@@ -100,7 +105,7 @@ def _spelling(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes | Non
             found = [byte_of.get(character) for character in token]
             return None if None in found else bytes(found)  # type: ignore[arg-type]  # no None among them
 
-        return of_characters
+        return of_characters, str.encode
     falls_back = falls_back_to_bytes(content)
 
     def of_sentence_piece(token: str) -> bytes | None:
@@ -108,7 +113,7 @@ def _spelling(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes | Non
             return bytes([int(byte[1], 16)])
         return token.replace(BLANK, " ").encode("utf-8", "surrogatepass")
 
-    return of_sentence_piece
+    return of_sentence_piece, of_sentence_piece
 
 
 def spelling_kind(content: dict[str, Any]) -> Literal["byte-level", "sentencepiece"] | None:

@@ -15,7 +15,7 @@ from typing import Any
 from shared.regular_files import write_output
 from stage2_student.evaluation.cache_uses import cache_uses
 from stage2_student.evaluation.evaluated import STUDENT, TEACHER
-from stage2_student.evaluation.run_records import RunRecord, labels
+from stage2_student.evaluation.run_records import RunRecord, labels, teacher_ce_of
 from stage2_student.evaluation.scores import Scores
 
 UNIMPORTANT = ("run.name", "run.root", "bootstrap.")  # differ by nature, or make what is named elsewhere
@@ -89,7 +89,7 @@ def _teachers(runs: Sequence[RunRecord]) -> list[tuple[str, float | None, Scores
     found = []
     for name in dict.fromkeys(run.settings.get("teacher.model") for run in runs):
         of_it = [run for run in runs if name is not None and run.settings.get("teacher.model") == name]
-        ce = next((run.teacher_ce for run in of_it if run.teacher_ce is not None), None)
+        ce = teacher_ce_of(of_it)
         asked = next((run.asked for run in of_it if run.asked and TEACHER in run.asked.models), None)
         if ce is not None or asked is not None:
             found.append((_plain(name), ce, asked))

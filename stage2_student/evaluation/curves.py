@@ -25,7 +25,7 @@ from shared.reports.figures import (
     spans_much,
 )
 from shared.reports.reliability import Reliability, draw_reliability
-from stage2_student.evaluation.run_records import RunRecord, labels, points
+from stage2_student.evaluation.run_records import RunRecord, labels, points, teacher_ce_of
 
 SMOOTHED = 0.02  # of the steps: the width of the running mean over training losses
 MAX_MARKERS = 12  # of a curve
@@ -75,7 +75,7 @@ def loss_drawings(runs: Sequence[RunRecord], *, named: bool = False) -> dict[str
         if not every:
             continue
         told = _told(runs, field)
-        level = {"ce_loss": _teacher_ce(runs)}.get(field)
+        level = {"ce_loss": teacher_ce_of(runs)}.get(field)
         draw = partial(_draw_losses, runs=runs, field=field, level=level, named=named)
         caption = "Lines: training, smoothed. Open marks: validation." + (
             " Dashed: the teacher's own on the validation split." if level is not None else ""
@@ -114,11 +114,6 @@ def calibration_drawing(runs: Sequence[RunRecord]) -> Drawing | None:
         if teacher is not None:
             found.setdefault("teacher", (teacher, None))
     return draw_reliability(found) if found else None
-
-
-def _teacher_ce(runs: Sequence[RunRecord]) -> float | None:
-    """Of the first run that knows it."""
-    return next((run.teacher_ce for run in runs if run.teacher_ce is not None), None)
 
 
 def _told(runs: Sequence[RunRecord], field: str) -> str:

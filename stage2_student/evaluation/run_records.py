@@ -35,7 +35,8 @@ class RunRecord:
     settings         the resolved recipe, flat: ``loss.kd_ratio`` and so on
     losses           of the last validation, nats a position; None for what was not computed.  ``kl`` is at
                      temperature 1 for every run, where ``kd_loss`` is as the run's own loss has it
-    teacher_ce       of the same positions, from the cache; None where no validation had one
+    teacher_ce       of the same positions, from the cache; None where no validation had one.  ``teacher_ce_of`` has
+                     that of several
     answered         what was asked, the most questions first; empty where nothing was
     asked            which of them ``scores`` are of: those that the runs compared have in common
     positions_per_s  over all steps, waits for data included
@@ -75,6 +76,11 @@ class RunRecord:
     def last_validation(self) -> dict[str, Any]:
         """Its line of the log; empty where there was none."""
         return next((one for one in reversed(self.records) if one["event"] == "validation"), {})
+
+    @property
+    def has_other_vocabulary(self) -> bool:
+        """Than its teacher's, so that its teacher's losses are divided by the student's positions."""
+        return "shared_positions" in self.last_validation
 
     def to_json(self) -> dict[str, Any]:
         hidden = ("records", "answered", "asked")
@@ -210,6 +216,12 @@ def labels(runs: Sequence[RunRecord]) -> list[str]:
     """What to call each run: its name, or its folder where several have that name."""
     times = Counter(run.name for run in runs)
     return [run.name if times[run.name] == 1 else str(run.path) for run in runs]
+
+
+def teacher_ce_of(runs: Sequence[RunRecord]) -> float | None:
+    """Of the first run that knows it; a run with another vocabulary has it by its own positions, and comes last."""
+    found = [run for run in runs if run.teacher_ce is not None]
+    return next((run.teacher_ce for run in sorted(found, key=lambda run: run.has_other_vocabulary)), None)
 
 
 def points(run: RunRecord, event: str, field: str) -> list[tuple[int, float]]:

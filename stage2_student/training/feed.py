@@ -301,7 +301,7 @@ class MicrobatchSource(Dataset):
         cached: Sequence[Row | MixedRow] = cache.rows([one.encoded.key for one in used], names=names)
         for one, name, row in zip(used, names, cached, strict=True):
             if one.teacher_ids != row.answer_ids.tolist():
-                raise CacheMismatchError(_different_answers(name, row.answer_ids.tolist(), one.teacher_ids))
+                raise CacheMismatchError(_different_answers(name, row.answer_ids.tolist(), one))
         return cached
 
 
@@ -351,11 +351,12 @@ def feed(
         yield step, time.perf_counter() - begin
 
 
-def _different_answers(where: str, cached: list[int], own: list[int]) -> str:
+def _different_answers(where: str, cached: list[int], used: _Used) -> str:
+    own, whose = used.teacher_ids, "student" if used.aligned is None else "teacher"
     pairs = zip(cached, own, strict=False)
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(cached), len(own)))
     return (
-        f"{where}: the cache holds an answer of {len(cached)} tokens, the student's labels are {len(own)}; "
+        f"{where}: the cache holds an answer of {len(cached)} tokens, the {whose}'s labels are {len(own)}; "
         f"they differ from token {place} on ({cached[place : place + 4]} and {own[place : place + 4]}). The "
-        "tokenizers or templates differ; capture the cache with this student's"
+        f"tokenizers or templates differ; capture the cache with this {whose}'s"
     )

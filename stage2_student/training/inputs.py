@@ -240,6 +240,7 @@ def open_targets(
         temperatures=recipe.cache.temperatures,
         label_log_prob=recipe.cache.label_log_prob,
         visual_gain=recipe.cache.visual_gain,
+        teacher=recipe.teacher.model if recipe.teacher and recipe.student.other_vocabulary else None,
     )
     require_same_rendering(cache, processor, recipe.data)
     return cache, notices

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.kd_loss import FORWARD_KL
+from shared.kd_loss.teacher import sparse_teacher
 from shared.progress import progress
 from shared.reports.reliability import NUM_BINS, Reliability
 from shared.runtime import World
@@ -63,7 +65,7 @@ def validate(
     """
     sums, num_tokens = Sums(world.device), 0
     kl_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    soft_ce_sum = torch.zeros_like(kl_sum)
+    soft_ce_sum, mass_sum = torch.zeros_like(kl_sum), torch.zeros_like(kl_sum)
     groups, teacher_ce_sum = Groups(), 0.0
     own_3B = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=world.device)
     teacher_3B = torch.zeros_like(own_3B)
@@ -81,7 +83,9 @@ def validate(
         sums.add(found.losses, found.router, one.coverage)
         num_tokens += step.num_tokens
         kl_sum += 0.0 if found.kl_N is None else found.kl_N.double().sum()
-        soft_ce_sum += 0.0 if found.soft_ce_N is None else found.soft_ce_N.double().sum()
+        if found.soft_ce_N is not None and isinstance(one.targets, RegroupedTargets):
+            soft_ce_sum += found.soft_ce_N.double().sum()
+            mass_sum += _mass(one.targets, student)
         groups.add(one, found.ce_N, found.kl_N)
         teacher_ce_sum += one.teacher_ce
         own_3B += found.reliability
@@ -90,19 +94,34 @@ def validate(
     student.train()
     reshard(student)
     means, cache = sums.means(student.router, world, num_tokens=num_tokens), source.cache
-    teacher = torch.tensor([kl_sum.item(), teacher_ce_sum, soft_ce_sum.item()], dtype=torch.float64)
-    kl_of_all, teacher_ce, soft_ce = world.sum_over_data(teacher).tolist()
+    teacher = torch.tensor(
+        [kl_sum.item(), teacher_ce_sum, soft_ce_sum.item(), mass_sum.item()], dtype=torch.float64
+    )
+    kl_of_all, teacher_ce, soft_ce, mass = world.sum_over_data(teacher).tolist()
     count, coverage = max(1, means.num_positions), means.coverage
     has_kl = cache is not None and KL_TEMPERATURE in cache.temperatures
     losses_of_all = replace(
         means,
         kl=kl_of_all / count if has_kl and coverage is None else None,
         teacher_ce=None if cache is None else teacher_ce / count,
-        soft_ce=soft_ce / coverage.mapped if has_kl and coverage is not None and coverage.mapped else None,
+        soft_ce=soft_ce / mass if mass else None,
     )
     own, teachers = _reliability(own_3B, world), _reliability(teacher_3B, world)
     is_alike = cache is not None and coverage is None
     return Validation(losses_of_all, groups.of_all_ranks(world), own, teachers if is_alike else None)
+
+
+def _mass(targets: RegroupedTargets, student: StudentWithLoss) -> Tensor:
+    """() fp64, the teacher's at shared positions as the loss takes it: ``renormalize`` comes before the map."""
+    teacher = sparse_teacher(
+        targets,
+        temperature=KL_TEMPERATURE,
+        divergence=FORWARD_KL,
+        tail=student.loss.tail or "ghost",
+        num_vocab_ids=student.num_token_ids,
+        dtype=torch.float32,
+    )
+    return (teacher.rows.total_N * targets.is_shared_N).double().sum()
 
 
 def _reliability(sums_3B: Tensor, world: World) -> Reliability:
