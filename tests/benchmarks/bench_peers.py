@@ -35,6 +35,7 @@ from shared.runtime import distributed
 from tests.benchmarks import full_shapes
 from tests.benchmarks.bench_real_weights import draw_rows
 from tests.benchmarks.bench_students import TAUS, policies_of_equal_size, prepare
+from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.hidden_states import HiddenStates
 from tests.benchmarks.peers.live import MODULES, LiveTeacher, is_installed
 from tests.benchmarks.peers.polynomial import Polynomial
@@ -44,7 +45,6 @@ from tests.benchmarks.student_runs import (
     TIMED_STEPS,
     Job,
     Teaching,
-    in_own_process,
     run_missing,
     time_missing,
 )

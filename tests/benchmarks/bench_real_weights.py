@@ -40,11 +40,12 @@ from shared.runtime import distributed
 from tests.benchmarks import full_shapes
 from tests.benchmarks.bench_students import policies_of_equal_size, timed_jobs
 from tests.benchmarks.bench_targets import Line, measure, scheme, show_errors, table
+from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.live import LiveTeacher
 from tests.benchmarks.pretrained_gemma import TINY_VISION, read_package, save_vlm, shorten, tiny_model
 from tests.benchmarks.real_teacher import batches, distributions
 from tests.benchmarks.student_results import LABELS, LEARNED, LIVE, Results, done
-from tests.benchmarks.student_runs import Job, Teaching, in_own_process, run_missing, time_missing
+from tests.benchmarks.student_runs import Job, Teaching, run_missing, time_missing
 from tests.benchmarks.synthetic_teacher import Positions
 from tests.benchmarks.tables import Bench
 

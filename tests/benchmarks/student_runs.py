@@ -9,11 +9,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +34,7 @@ from stage2_student.training.order import step_shape, total_steps, training_slot
 from stage2_student.training.step import seed_step, train_step
 from stage2_student.training.student import StudentWithLoss, build_student
 from tests.benchmarks.bench_loss import status_bytes
+from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.method import Lesson, Method
 from tests.benchmarks.peers.store import StoredMethod
 from tests.benchmarks.student_measures import measure, plain_model
@@ -242,11 +242,6 @@ def time_missing(jobs: list[Job], results: Path | None = None, *, num_turns: int
         capture_for(job)
     for job, ratio in zip(jobs, in_own_process(time_steps, jobs, num_turns), strict=True):
         keep(job.key, {"step": ratio}, results)
-
-
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def capture_for(job: Job) -> None:
