@@ -12,8 +12,8 @@ against the teacher's whole distributions on held-out rows.  Memory counts the t
 Packages that are missing are named: ``make setup EXTRAS=peers`` installs them.
 
 As in ``bench_students``, every run is a process of its own on one thread, and steps are timed apart, in turns.  What
-is done is kept in work/benchmarks/peers.jsonl and not done again: delete the file to begin anew.  ``--tiny`` tries
-everything in a minute with small random models and drawn rows.
+is done is kept in work/benchmarks/peers.jsonl and peers.turns.jsonl and not done again: delete both to begin anew.
+``--tiny`` tries everything in a minute with small random models and drawn rows.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ from tests.benchmarks.student_results import FOLDER, LABELS, LENGTHS, LIVE, TIME
 from tests.benchmarks.student_runs import (
     TIMED_STEPS,
     Job,
+    Key,
     Teaching,
+    require_all,
     run_missing,
     time_missing,
 )
@@ -103,8 +105,8 @@ def variants(recipe_name: str) -> dict[str, tuple[Teaching, str | None]]:
     return found | forms
 
 
-def measure(plan: Plan) -> list[list[str]]:
-    """Runs what is not done yet, seed by seed; the rows of the table."""
+def measure(plan: Plan) -> tuple[list[list[str]], list[Key]]:
+    """Runs what is not done yet, seed by seed; the rows of the table, and the runs that failed."""
     found: dict[str, tuple[Teaching, str | None]] = in_own_process(variants, plan.recipe)
 
     def jobs_of(length: str, seed: int) -> list[Job]:
@@ -113,12 +115,14 @@ def measure(plan: Plan) -> list[list[str]]:
             for name, (teaching, tail) in found.items()
         ]
 
+    failed: list[Key] = []
     for seed in plan.seeds:
         for length in plan.lengths:
-            run_missing(jobs_of(length, seed), plan.results)
-    time_missing(jobs_of(TIMED, plan.seeds[0]), plan.results, num_turns=plan.num_turns)
+            failed += run_missing(jobs_of(length, seed), plan.results)
+    timed = jobs_of(TIMED, plan.seeds[0])
+    failed += time_missing(timed, plan.results, num_turns=plan.num_turns, but=failed)
     results = Results(Path(plan.recipe).stem, plan.kd_ratio, plan.results)
-    return table(results, list(found), plan.lengths)
+    return table(results, list(found), plan.lengths), failed
 
 
 def head(lengths: tuple[str, ...]) -> list[str]:
@@ -207,6 +211,7 @@ def main() -> None:
     folder = (asked.folder / "tiny" if asked.tiny else asked.folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench("peers", goes_on=(folder / RESULTS_NAME).exists())
+    failed: list[Key] = []
     for name in [tiny_recipe(folder)] if asked.tiny else asked.recipes:
         if name == "medpix_sample" and not Path(load_recipe(name).data.source).exists():
             print(f"{name}: its records are not here, left out")
@@ -222,13 +227,16 @@ def main() -> None:
             num_turns=2 if asked.tiny else asked.turns,
         )
         stem = Path(name).stem
+        rows, some = measure(plan)
+        failed += some
         bench.show(
             f"peers-{stem}-{plan.kd_ratio:g}",
             f"Ways to distil, `{stem}`, `kd_ratio: {plan.kd_ratio:g}`",
             head(plan.lengths),
-            measure(plan),
+            rows,
             notes="Means over seeds, half their range in brackets.",
         )
+    require_all(failed)
 
 
 if __name__ == "__main__":

@@ -312,8 +312,8 @@ def _sizes(plan: Plan) -> list[tuple[str, int]]:
 
 
 def students(plan: Plan) -> dict[str, Any]:
-    run_missing(jobs_of(plan), plan.results)
-    return {"table": Results("student", plan.kd_ratio, plan.results).table()}
+    failed = run_missing(jobs_of(plan), plan.results)
+    return {"table": Results("student", plan.kd_ratio, plan.results).table(), "failed": failed}
 
 
 def steps(plan: Plan) -> dict[str, Any]:
@@ -333,9 +333,11 @@ def steps(plan: Plan) -> dict[str, Any]:
             str(plan.recipe("student")), everything, seeds=list(plan.seeds), kd_ratio=plan.kd_ratio
         )
     ]
-    time_missing(jobs, plan.results, num_turns=plan.num_turns)
+    path = plan.root / "students.json"
+    failed = json.loads(path.read_text())["failed"] if path.exists() else []
+    untimed = time_missing(jobs, plan.results, num_turns=plan.num_turns, but=failed)
     timed = (record for record in done(plan.results).values() if "step" in record)
-    return {"ratios": {record["key"][1]: record["step"] for record in timed}}
+    return {"ratios": {record["key"][1]: record["step"] for record in timed}, "failed": untimed}
 
 
 def show(bench: Bench, part: str, found: dict[str, Any]) -> None:

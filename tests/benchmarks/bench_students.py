@@ -8,7 +8,8 @@ over the first 240.  ``top_k`` and ``random`` get the largest caches that are no
 What counts is measured against the teacher's *whole* distributions on held-out rows.
 
 Every run is a process of its own, on one thread.  Steps are timed apart: all variants take turns in one process, step
-by step.  What is done is kept in work/benchmarks/students.jsonl and not done again: delete the file to begin anew.
+by step.  What is done is kept in work/benchmarks/students.jsonl, turns in students.turns.jsonl until all are there.
+It is not done again: delete both files to begin anew.  A run that fails is named at the end; the others go on.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from tests.benchmarks.student_results import (
     TIMED,
     Results,
 )
-from tests.benchmarks.student_runs import Job, Teaching, run_missing, time_missing
+from tests.benchmarks.student_runs import Job, Key, Teaching, require_all, run_missing, time_missing
 from tests.benchmarks.tables import Bench
 
 TAUS = (512, 2048, 64, 16)  # the default first
@@ -104,8 +105,8 @@ def largest_within(size: Callable[[int], int], wanted: int, *, most: int) -> int
 
 def run_all(
     name: str, *, seeds: list[int], kd_ratio: float, lengths: list[str], tails: list[str] | None
-) -> None:
-    """The runs of one recipe that are not done yet, seed by seed, so that variants take turns.
+) -> list[Key]:
+    """The runs of one recipe that are not done yet, seed by seed, so that variants take turns; those that failed.
 
     tails  top_k with each of these and nothing else; None: all variants
     """
@@ -120,10 +121,12 @@ def run_all(
         for variant, teaching in variants.items()
     ]
     if tails is not None:
-        run_missing([one for job in jobs if isinstance(job.policy, TopK) for one in of_tails(job, tails)])
-        return
-    run_missing(jobs)
-    time_missing(timed_jobs(name, variants, seeds=seeds, kd_ratio=kd_ratio))
+        return run_missing(
+            [one for job in jobs if isinstance(job.policy, TopK) for one in of_tails(job, tails)]
+        )
+    failed = run_missing(jobs)
+    timed = timed_jobs(name, variants, seeds=seeds, kd_ratio=kd_ratio)
+    return failed + time_missing(timed, but=failed)
 
 
 def of_tails(job: Job, tails: list[str]) -> list[Job]:
@@ -151,11 +154,12 @@ def main() -> None:
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
     bench = Bench("students", goes_on=RESULTS.exists())
+    failed: list[Key] = []
     for name in arguments.recipes:
         if name == "medpix_sample" and not Path(load_recipe(name).data.source).exists():
             print(f"{name}: its records are not here, left out")
             continue
-        run_all(
+        failed += run_all(
             name,
             seeds=arguments.seeds,
             kd_ratio=arguments.kd_ratio,
@@ -168,6 +172,7 @@ def main() -> None:
         notes = "Means over seeds, half their range in brackets."
         bench.show(table, f"What students learned, {about}", LEARNED, found.table(), notes=notes)
         bench.show(f"{table}-costs", f"Costs against labels alone, {about}", COSTS, found.costs())
+    require_all(failed)
 
 
 if __name__ == "__main__":

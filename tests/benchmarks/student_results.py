@@ -25,14 +25,25 @@ COSTS = ["taught by", "step", *(f"memory, {one}" for one in LENGTHS)]
 
 def done(results: Path | None = None) -> dict[str, dict[str, Any]]:
     """What was measured, by key; in RESULTS if no other file is given."""
-    path = results or RESULTS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {json.dumps(record["key"]): record for record in map(json.loads, lines)}
+    return {json.dumps(record["key"]): record for record in read_lines(results or RESULTS)}
 
 
 def keep(key: list[Any], found: dict[str, Any], results: Path | None = None) -> None:
-    with (results or RESULTS).open("a") as file:
-        file.write(json.dumps({"key": key} | found) + "\n")
+    append_line(results or RESULTS, {"key": key} | found)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON, one record a line; a last line without its end was cut off as it was written, and does not count."""
+    *lines, _ = path.read_text().split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines]
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """In the place of a last line that was cut off."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json.dumps(record) + "\n").encode())
 
 
 def mean(values: list[float], form: str) -> str:
