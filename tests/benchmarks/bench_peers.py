@@ -85,14 +85,14 @@ def packages() -> Iterator[tuple[str, LiveTeacher]]:
             print(f"  left out: {module} is not installed (make setup EXTRAS=peers)", flush=True)
 
 
-def variants(recipe_name: str) -> dict[str, tuple[Teaching, str | None]]:
-    """How students are taught, and the tail of their loss."""
+def variants(recipe_name: str) -> tuple[dict[str, tuple[Teaching, str | None]], dict[str, str]]:
+    """How students are taught, and the tail of their loss; which were made to have at most which one's bytes."""
     recipe = load_recipe(recipe_name)
     num_ids = open_processor(recipe.student.model, recipe.data).num_token_ids
     found: dict[str, tuple[Teaching, str | None]] = {LABELS: (None, None), LIVE: (LiveTeacher(), None)}
     found |= {name: (teaching, None) for name, teaching in packages()}
     with distributed(device="cpu") as world:
-        policies = policies_of_equal_size(recipe, world, taus=TAUS[:1], others_at=TAUS[:1])
+        policies, at_most = policies_of_equal_size(recipe, world, taus=TAUS[:1], others_at=TAUS[:1])
     for name, policy in policies.items():
         if isinstance(policy, TopK):
             found |= {f"{name}, {tail}": (policy, tail) for tail in TAIL_MODES}
@@ -102,12 +102,13 @@ def variants(recipe_name: str) -> dict[str, tuple[Teaching, str | None]]:
         for tail in DISTILLKIT_TAILS:
             found[f"DistillKit {method.k}, {tail}"] = method, tail
     forms = {f"hidden states {form}": (HiddenStates(form), None) for form in ("bf16", "int8")}
-    return found | forms
+    return found | forms, at_most
 
 
-def measure(plan: Plan) -> tuple[list[list[str]], list[Key]]:
-    """Runs what is not done yet, seed by seed; the rows of the table, and the runs that failed."""
-    found: dict[str, tuple[Teaching, str | None]] = in_own_process(variants, plan.recipe)
+def measure(plan: Plan) -> tuple[list[list[str]], str, list[Key]]:
+    """Runs what is not done yet, seed by seed; the rows of the table, its notes, and the runs that failed."""
+    found: dict[str, tuple[Teaching, str | None]]
+    found, at_most = in_own_process(variants, plan.recipe)
 
     def jobs_of(length: str, seed: int) -> list[Job]:
         return [
@@ -122,7 +123,7 @@ def measure(plan: Plan) -> tuple[list[list[str]], list[Key]]:
     timed = jobs_of(TIMED, plan.seeds[0])
     failed += time_missing(timed, plan.results, num_turns=plan.num_turns, but=failed)
     results = Results(Path(plan.recipe).stem, plan.kd_ratio, plan.results)
-    return table(results, list(found), plan.lengths), failed
+    return table(results, list(found), plan.lengths), results.notes(at_most), failed
 
 
 def head(lengths: tuple[str, ...]) -> list[str]:
@@ -227,14 +228,14 @@ def main() -> None:
             num_turns=2 if asked.tiny else asked.turns,
         )
         stem = Path(name).stem
-        rows, some = measure(plan)
-        failed += some
+        rows, notes, its_failed = measure(plan)
+        failed += its_failed
         bench.show(
             f"peers-{stem}-{plan.kd_ratio:g}",
             f"Ways to distil, `{stem}`, `kd_ratio: {plan.kd_ratio:g}`",
             head(plan.lengths),
             rows,
-            notes="Means over seeds, half their range in brackets.",
+            notes=notes,
         )
     require_all(failed)
 

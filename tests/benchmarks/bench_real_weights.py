@@ -54,6 +54,7 @@ TAUS = (512, 64, 16)  # the default first
 ERROR_TAUS = (16, 32, 64, 128, 512)
 ERROR_DRAWS = (50, 100, 200, 400, 800)
 ERROR_KS = (8, 32, 64, 128, 256)
+NUM_EXAMPLES = 32  # by which equal sizes are found
 NUM_DIRECTIONS = 48  # of the hidden states; a sum over 262,144 ids takes 4 bytes times so many
 
 
@@ -288,32 +289,42 @@ def jobs_of(plan: Plan) -> list[Job]:
 
 
 def variants(plan: Plan) -> dict[str, Teaching]:
-    path = plan.root / "sizes.json"
-    if not path.exists():
-        path.write_text(json.dumps(in_own_process(_sizes, plan)))
     found: dict[str, Teaching] = {LIVE: LiveTeacher()}
     kinds: dict[str, Callable[[int], Policy]] = {
         "tau": lambda n: Threshold(tau=1 / n),
         "top": lambda n: TopK(k=n),
         "random": lambda n: Random(draws=n),
     }
-    for kind, number in json.loads(path.read_text()):
-        found[f"{kind} 1/{number}" if kind == "tau" else f"{kind} {number}"] = kinds[kind](number)
+    for name in sizes(plan):
+        kind, number = name.split()
+        found[name] = kinds[kind](int(number.removeprefix("1/")))
     return found | {LABELS: None}
 
 
-def _sizes(plan: Plan) -> list[tuple[str, int]]:
+def sizes(plan: Plan) -> dict[str, str | None]:
+    """Names of variants with a cache, and of those whose bytes they have at most; chosen once."""
+    path = plan.root / "sizes.json"
+    if not path.exists():
+        path.write_text(json.dumps(in_own_process(_sizes, plan)))
+    found: dict[str, str | None] = json.loads(path.read_text())
+    return found
+
+
+def _sizes(plan: Plan) -> dict[str, str | None]:
     torch.set_num_threads(1)
     with distributed(device="cpu") as world:
-        found = policies_of_equal_size(
-            load_recipe(plan.recipe("student")), world, taus=TAUS, num_examples=8, most=4096
+        recipe = load_recipe(plan.recipe("student"))
+        found, at_most = policies_of_equal_size(
+            recipe, world, taus=TAUS, num_examples=NUM_EXAMPLES, most=4096
         )
-    return [(name.split()[0], int(name.split()[1].removeprefix("1/"))) for name in found]
+    return {name: at_most.get(name) for name in found}
 
 
 def students(plan: Plan) -> dict[str, Any]:
     failed = run_missing(jobs_of(plan), plan.results)
-    return {"table": Results("student", plan.kd_ratio, plan.results).table(), "failed": failed}
+    results = Results("student", plan.kd_ratio, plan.results)
+    at_most = {name: other for name, other in sizes(plan).items() if other is not None}
+    return {"table": results.table(), "notes": results.notes(at_most), "failed": failed}
 
 
 def steps(plan: Plan) -> dict[str, Any]:
@@ -357,8 +368,8 @@ def show(bench: Bench, part: str, found: dict[str, Any]) -> None:
         lines = [Line(**line) for line in found["lines"]]
         show_errors(bench, table, lines, notes=f"{found['positions']:,} positions.")
     elif part == "students":
-        notes = "Means over seeds, half their range in brackets."
-        bench.show(table, "Students of a pretrained teacher", LEARNED, found["table"], notes=notes)
+        title = "Students of a pretrained teacher"
+        bench.show(table, title, LEARNED, found["table"], notes=found["notes"])
     elif part == "steps":
         rows = [[name, f"{ratio:.3f}"] for name, ratio in found["ratios"].items()]
         bench.show(table, "Processor time of a step", ("taught by", "against labels alone"), rows)

@@ -81,6 +81,20 @@ class Results:
         ]
         return statistics.fmean(found) if found else 0.0
 
+    def notes(self, at_most: dict[str, str]) -> str:
+        """Of a table; it names those that are larger than the one whose bytes they should have at most.
+
+        Sizes were chosen by a sample.
+        """
+        larger = []
+        for variant in self.variants:
+            other = at_most.get(variant.split(",")[0], variant)
+            size, its_size = self.size(variant), self.size(other)
+            if size > its_size > 0:
+                larger.append(f"{variant} ({size:.1f} bytes, {other} has {its_size:.1f})")
+        notes = "Means over seeds, half their range in brackets."
+        return notes + (f" Larger than what they are compared with: {', '.join(larger)}." if larger else "")
+
     def _place(self, variant: str) -> tuple[int, float]:
         kinds = (LABELS, LIVE, "tau", "top", "random")
         kind = next((i for i, kind in enumerate(kinds) if variant.startswith(kind)), len(kinds))
