@@ -54,11 +54,18 @@ def mean(values: list[float], form: str) -> str:
 
 
 class Results:
-    """What has been measured of a recipe at a ``kd_ratio``, and of labels alone."""
+    """What has been measured of a recipe at a ``kd_ratio``, and of labels alone; of runs with that ``held_out``."""
 
-    def __init__(self, name: str, kd_ratio: float, results: Path | None = None) -> None:
+    def __init__(
+        self, name: str, kd_ratio: float, results: Path | None = None, *, held_out: int | None = None
+    ) -> None:
         self.name, self.kd_ratio = name, kd_ratio
-        kept = [r for r in done(results).values() if r["key"][0] == name and r["key"][4] in (0.0, kd_ratio)]
+        rows = [] if held_out is None else [held_out]
+        kept = [
+            record
+            for record in done(results).values()
+            if record["key"][0] == name and record["key"][4] in (0.0, kd_ratio) and record["key"][5:] == rows
+        ]
         self.records = sorted(kept, key=lambda record: record["key"][3])
         found = (r["key"][1] for r in self.records if r["key"][2] in LENGTHS)
         self.variants = sorted(dict.fromkeys(found), key=self._place)

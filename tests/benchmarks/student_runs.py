@@ -58,7 +58,7 @@ Key = list[Any]  # of a job
 
 @dataclass(frozen=True)
 class Job:
-    """One run; the ``key`` of labels alone has kd_ratio 0.
+    """One run; the ``key`` of labels alone has kd_ratio 0, and ends with ``held_out`` where that is set.
 
     recipe    a name, or a file
     teaching  the policy of a cache, or another method; None: labels alone
@@ -85,7 +85,8 @@ class Job:
     @property
     def key(self) -> Key:
         kd_ratio = 0.0 if self.variant == LABELS else self.kd_ratio
-        return [self.name, self.variant, self.length, self.seed, kd_ratio]
+        rows = [] if self.held_out is None else [self.held_out]
+        return [self.name, self.variant, self.length, self.seed, kd_ratio, *rows]
 
     @property
     def policy(self) -> Policy | None:
