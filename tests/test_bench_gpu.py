@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -182,6 +183,69 @@ def test_a_part_that_is_left_out_is_tried_again(tmp_path: Path, monkeypatch: pyt
     main()
     main()
     assert ran == ["tests", "tests"]
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("place", ["here", "another machine"])
+def test_figures_of_a_part_survive_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_whole: bool, place: str
+) -> None:
+    """The command was killed while the part ran; this time it brings nothing."""
+    ran = []
+
+    def in_own_process(name: str, out: Path, *, tiny: bool, limit_s: float) -> None:
+        ran.append(name)
+
+    out = tmp_path / "tiny"
+    out.mkdir()
+    monkeypatch.setattr(bench_gpu, "in_own_process", in_own_process)
+    monkeypatch.setattr(bench_gpu, "machine", lambda *, tiny: machine)
+    monkeypatch.setattr(bench_gpu, "table", str)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--tiny", "--only", "loss", "--out", str(tmp_path)])
+    machine = {"device": place}
+    (out / "loss.json").write_text(json.dumps(figures_of("loss", is_whole=is_whole) | {"machine": machine}))
+    machine = {"device": "here"}
+    is_kept = place == "here"
+    with contextlib.ExitStack() as stack:
+        if not (is_kept and is_whole):
+            stack.enter_context(pytest.raises(SystemExit, match="cut short: loss"))
+        main()
+    assert ran == ([] if is_kept and is_whole else ["loss"])
+    kept = json.loads((out / "bench-gpu.json").read_text())["parts"] if is_kept else {}
+    assert kept == ({"loss": figures_of("loss", is_whole=is_whole)} if is_kept else {})
+    assert not (out / "loss.json").exists()
+
+
+def test_the_products_are_made_in_the_memory_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU its rows are padded, which is faster for odd vocabularies; here they are padded by hand."""
+    inputs = gpu_loss.Inputs.make(gpu_loss.Shape(101, 8, 20, 8), CPU)
+    strides = []
+
+    def padded(num_rows: int, num_ids: int, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(num_rows, num_ids + 11)
+
+    def add_product_(grad_VD: torch.Tensor, logits_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
+        strides.append(logits_CV.stride())
+        torch.testing.assert_close(logits_CV, hidden_CD @ inputs.weight_VD.detach().t())
+
+    monkeypatch.setattr(gpu_loss, "logits_buffer", padded)
+    monkeypatch.setattr(gpu_loss, "add_product_", add_product_)
+    gpu_loss.products(inputs)
+    assert strides == [(112, 1)] * 3
+
+
+def test_the_time_of_a_step_is_known_before_workers_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def data_wait(step: object) -> float:
+        raise OSError("no memory for workers")
+
+    monkeypatch.setattr(gpu_models, "data_wait", data_wait)
+    figures = gpu_models.student(tmp_path, CPU, tiny=True)
+    found = [next(figures).name.split(": ")[-1] for _ in range(4)]
+    assert found == ["distilling", "- against fine-tuning", "- tokens", "- answer positions"]
+    with pytest.raises(OSError, match="no memory for workers"):
+        next(figures)
 
 
 def test_a_failure_late_in_a_part_keeps_the_figures_before(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.benchmarks.peers.hidden_states import HiddenStates, ce_kd_with_head
 from tests.benchmarks.peers.live import MODULES, Package, is_installed, liger_losses, trl_kd
 from tests.benchmarks.peers.method import plain_weight
 from tests.benchmarks.peers.polynomial import Polynomial, pack, unpack
-from tests.benchmarks.peers.store import Store
+from tests.benchmarks.peers.store import ONCE, Store
 from tests.benchmarks.student_results import LABELS, LIVE, done
 from tests.benchmarks.student_runs import Job, run
 
@@ -195,6 +196,24 @@ def test_positions_are_read_by_the_key_of_their_example(tmp_path: Path) -> None:
         store.read(keys[:1] + 1)
     assert write(-column).read(keys)["hidden"].tolist() == (-column).tolist()
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_what_is_stored_once_is_in_memory_from_the_start(tmp_path: Path) -> None:
+    """Pages of a file that come with the first step would be counted as a part of that, beside ``held_bytes``."""
+    keys, columns = np.zeros((1, 16), dtype=np.uint8), {"hidden": torch.zeros(1, 2)}
+    Store.write(
+        tmp_path / "store",
+        keys,
+        [1],
+        columns,
+        once={"weight": torch.ones(4096, 2)},
+        identity={"teacher": "a"},
+    )
+    store = Store(tmp_path / "store")
+    with (tmp_path / "store" / ONCE).open("r+b") as file:
+        file.seek(-8 * 4096, os.SEEK_END)
+        file.write(bytes(8 * 4096))
+    assert store.once["weight"].eq(1).all()
 
 
 # --- all of it -------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from shared.recipes import DataConfig
 from stage1_teacher.__main__ import commands as teacher_cache
 from stage2_student.__main__ import commands as train_student
 from tests.benchmarks import bench_real_weights, pretrained_gemma, student_runs, tables
-from tests.benchmarks.student_results import LABELS, LIVE, done
+from tests.benchmarks.bench_real_weights import Plan
+from tests.benchmarks.student_results import LABELS, LIVE, Results, done, keep
 
 TEXTS = ["Which plane is this?\nIt is an axial scan of the chest. user model\n"] * 4
 
@@ -89,6 +90,61 @@ def test_a_student_has_some_layers_of_its_teacher(base: Path, tmp_path: Path) ->
     torch.testing.assert_close(ours.lm_head.weight, theirs.lm_head.weight, rtol=0, atol=0)
 
 
+def plan_of(root: Path, **settings: Any) -> Plan:
+    asked: dict[str, Any] = {
+        "tiny": True,
+        "rows": None,
+        "seeds": (0,),
+        "lengths": ("1 epoch",),
+        "kd_ratio": 0.5,
+        "held_out": 4,
+        "positions": 48,
+        "num_turns": 2,
+    }
+    return Plan(root, **asked | settings)
+
+
+def test_a_folder_goes_on_with_its_own_settings_alone(tmp_path: Path) -> None:
+    plan_of(tmp_path).keep()
+    plan_of(tmp_path, seeds=(0, 1), lengths=("1 epoch", "20 epochs")).keep()
+    asked = "--rows was None, now it is 256; --held-out was 4, now it is 64. Give those again"
+    with pytest.raises(SystemExit, match=asked):
+        plan_of(tmp_path, rows=256, held_out=64).keep()
+    plan_of(tmp_path).write_recipes()
+    plan_of(tmp_path).keep()
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(SystemExit, match=r"begun without a plan\.json"):
+        plan_of(tmp_path).keep()
+
+
+def test_students_that_were_measured_on_other_rows_are_others(tmp_path: Path) -> None:
+    jobs = [student_runs.Job("student", LABELS, "1 epoch", 0, 0.5, None, held_out=n) for n in (4, 64, None)]
+    for number, job in enumerate(jobs):
+        keep(job.key, {"kl": float(number)}, tmp_path / "students.jsonl")
+    for number, job in enumerate(jobs):
+        results = Results("student", 0.5, tmp_path / "students.jsonl", held_out=job.held_out)
+        assert results.values(LABELS, "1 epoch", "kl") == {0: number}
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, folder, asked = plan_of(tmp_path), tmp_path / "runs" / "teacher", []
+
+    def command(*arguments: object) -> str:
+        asked.append(arguments[3:])
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(asked) == 2:
+            (folder / "results.json").write_text('{"step": 4}')
+        return ""
+
+    monkeypatch.setattr(bench_real_weights, "command", command)
+    with pytest.raises(FileNotFoundError):
+        bench_real_weights.run_of(plan, "teacher")
+    assert bench_real_weights.run_of(plan, "teacher") == {"step": 4}
+    assert asked == [(), ("--resume",)]
+
+
 @pytest.mark.slow
 def test_all_parts_run_and_are_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -110,7 +166,7 @@ def test_all_parts_run_and_are_not_done_again(
     monkeypatch.setattr(student_runs, "in_own_process", here)
     monkeypatch.setattr(bench_real_weights, "TAUS", (64,))
     monkeypatch.setattr(tables, "KEPT", tmp_path / "tables")
-    arguments = ["--tiny", "--root", str(tmp_path), "--positions", "48", "--turns", "2", "--seeds", "0"]
+    arguments = ["--tiny", "--root", str(tmp_path), "--positions", "48", "--seeds", "0"]
     monkeypatch.setattr(sys, "argv", ["bench_real_weights", *arguments, "--held-out", "4"])
     bench_real_weights.main()
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in bench_real_weights.PARTS}
@@ -120,9 +176,18 @@ def test_all_parts_run_and_are_not_done_again(
     assert found["steps"]["ratios"][LABELS] == 1
     variants = [record["key"][1] for record in done(tmp_path / "students.jsonl").values()]
     assert {LABELS, LIVE, "tau 1/64"} < set(variants)
-    assert "| tau 1/64 |" in capsys.readouterr().out
+    assert found["targets"]["positions"] >= 48
+    told = capsys.readouterr().out
+    assert "| tau 1/64 |" in told
     parts = {path.stem.removeprefix("real_weights-") for path in (tmp_path / "tables").iterdir()}
     assert parts >= {"teacher", "targets-schemes", "further-ratios", "students", "steps"}
 
     monkeypatch.setattr(bench_real_weights, "command", None)
+    monkeypatch.setattr(student_runs, "run", None)
+    monkeypatch.setattr(student_runs, "time_steps", None)
     bench_real_weights.main()
+    lines, again = (
+        [line for line in text.splitlines() if line.startswith("| ")]
+        for text in (told, capsys.readouterr().out)
+    )
+    assert again == lines

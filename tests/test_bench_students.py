@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.benchmarks import student_results
-from tests.benchmarks.bench_students import largest_within, timed_jobs
+from tests.benchmarks.bench_students import bounded, drawn, largest_within, timed_jobs
 from tests.benchmarks.peers.live import LiveTeacher
 from tests.benchmarks.student_results import LABELS, LIVE, TIMED, Results
 
@@ -41,3 +44,35 @@ def test_times_of_any_seed_are_shown(
 def test_equal_size_is_the_largest_that_is_not_above(wanted: int, found: int) -> None:
     """Not the nearest: another policy must not win by a larger cache.  One where even that is above."""
     assert largest_within(lambda number: 10 * number, wanted, most=100) == found
+
+
+@pytest.mark.parametrize(("num_examples", "number"), [(4000, 256), (1200, 256), (1200, 32)])
+def test_sizes_are_chosen_by_examples_of_each_kind(num_examples: int, number: int) -> None:
+    """``phantom`` has five questions a picture, and only one of them asks for a long answer."""
+    places = drawn(num_examples, number)
+    assert len(set(places)) == number
+    of_kind = np.bincount(places % 5, minlength=5)
+    assert (of_kind > number / 5 / 4).all(), of_kind
+    assert len(drawn(7, number)) == 7
+
+
+@pytest.mark.parametrize(("most", "found"), [(0, [3]), (7, [3, 4]), (8, [3, 4]), (100, [3, 4, 5, 1])])
+def test_what_sizes_are_chosen_by_fits_into_memory(most: int, found: list[int]) -> None:
+    examples: Any = [SimpleNamespace(num_positions=number) for number in (3, 4, 5, 1)]
+    assert [one.num_positions for one in bounded(examples, most)] == found
+
+
+def test_a_cache_that_came_out_larger_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "students.jsonl"
+    for variant, size in {
+        "tau 1/512": 34.0,
+        "tau 1/64": 18.0,
+        "top 11, ghost": 42.4,
+        "random 74": 17.0,
+    }.items():
+        key = ["phantom", variant, "1 epoch", 0, 0.5]
+        student_results.keep(key, {"bytes_per_position": size}, path)
+    found = Results("phantom", 0.5, path)
+    at_most = {"top 11": "tau 1/512", "random 74": "tau 1/64", "random 593": "tau 1/512"}
+    assert found.notes(at_most).endswith(" compared with: top 11, ghost (42.4 bytes, tau 1/512 has 34.0).")
+    assert found.notes({"random 74": "tau 1/64"}) == "Means over seeds, half their range in brackets."

@@ -4,8 +4,9 @@
 
 The parts run one after the other, the most important first, each in a process of its own.  The figures of each are
 written to ``full/bench-gpu.json`` when it ends; the same command goes on with the parts that are missing or not
-whole.  A part that runs when the minutes are over is ended, and its figures so far stay.  ``--tiny`` runs all of them
-on a CPU, with small shapes and in the folder ``tiny``, to see that they work; their figures say nothing.
+whole.  A part that runs when the minutes are over is ended, and its figures so far stay; they stay, too, where the
+command itself is killed.  ``--tiny`` runs all of them on a CPU, with small shapes and in the folder ``tiny``, to see
+that they work; their figures say nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from tests.benchmarks.tables import commit, versions
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "liger-kernel")
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the settings' older and newer name
+NAME = "bench-gpu.json"
 GPU_MARK = re.compile(r"\bpytest\.mark\.gpu\b")
 
 Part = Callable[[Path, torch.device, bool], Iterator[Figure]]
@@ -132,13 +134,13 @@ def save(path: Path, found: dict[str, Any]) -> None:
 
 def measure(name: str, out: Path, *, tiny: bool) -> None:
     """One part, in this process; its figures go to a file, each when it is known."""
-    device = torch.device("cpu" if tiny else "cuda")
+    device, here = torch.device("cpu" if tiny else "cuda"), machine(tiny=tiny)
     begin = time.monotonic()
     figures: list[dict[str, Any]] = []
 
     def keep(*, is_whole: bool) -> None:
         of_part = {"date": time.strftime("%Y-%m-%d"), "seconds": time.monotonic() - begin}
-        save(out / f"{name}.json", of_part | {"is_whole": is_whole, "figures": figures})
+        save(out / f"{name}.json", of_part | {"is_whole": is_whole, "figures": figures, "machine": here})
 
     for figure in PARTS[name](out, device, tiny):
         shown = replace(figure, goal=None) if tiny else figure
@@ -173,16 +175,19 @@ def run_at_most(command: list[str], limit_s: float, **options: Any) -> bool:
 
 def in_own_process(name: str, out: Path, *, tiny: bool, limit_s: float) -> dict[str, Any] | None:
     """The part's figures, as far as it came; None where there are none, which its own output has explained."""
-    path = out / f"{name}.json"
-    path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "tests.benchmarks.bench_gpu", "--part", name, "--out", str(out)]
     if not run_at_most(command + ["--tiny"] * tiny, limit_s, cwd=ROOT, env=environment(tiny=tiny)):
         print("  ended: the minutes are over", flush=True)
+    return left_by(name, out, machine(tiny=tiny))
+
+
+def left_by(name: str, out: Path, here: dict[str, Any]) -> dict[str, Any] | None:
+    """What is in the part's own file; None where there is none, or of another machine or commit."""
+    path = out / f"{name}.json"
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text())
-    path.unlink()
-    return found
+    return found if found.pop("machine") == here else None
 
 
 def add(parts: dict[str, Any], name: str, figures: dict[str, Any]) -> None:
@@ -191,6 +196,14 @@ def add(parts: dict[str, Any], name: str, figures: dict[str, Any]) -> None:
     if len(figures["figures"]) > (0 if figures["is_whole"] else len(before["figures"])):
         parts.pop(name, None)
         parts[name] = figures
+
+
+def take_in(name: str, figures: dict[str, Any] | None, out: Path, found: dict[str, Any]) -> None:
+    """Figures of a part, if there are any, go to those of the others; the part's own file is then removed."""
+    if figures is not None:
+        add(found["parts"], name, figures)
+        save(out / NAME, found)
+    (out / f"{name}.json").unlink(missing_ok=True)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -225,10 +238,11 @@ def main() -> None:
         raise SystemExit("bench_gpu: no NVIDIA GPU here. See that it works on a CPU with --tiny")
     out /= "tiny" if chosen.tiny else "full"  # apart, as models and rows that are there are not made again
     out.mkdir(parents=True, exist_ok=True)
-    begin, path = time.monotonic(), out / "bench-gpu.json"
+    begin, path = time.monotonic(), out / NAME
     found = load(path, machine(tiny=chosen.tiny))
     parts, failed = found["parts"], []
     for name in chosen.only:
+        take_in(name, left_by(name, out, found["machine"]), out, found)  # by a command that was killed
         if name in parts and parts[name]["is_whole"]:
             continue
         left_s = 60 * chosen.minutes - (time.monotonic() - begin)
@@ -237,9 +251,7 @@ def main() -> None:
             break
         print(f"\n=== {name}", flush=True)
         figures = in_own_process(name, out, tiny=chosen.tiny, limit_s=left_s)
-        if figures is not None:
-            add(parts, name, figures)
-            save(path, found)
+        take_in(name, figures, out, found)
         if figures is None or not figures["is_whole"]:
             failed.append(name)
     print(f"\n{table(found)}\n\n{path}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch import Tensor
 from shared.kd_loss import KDLoss, fused_ce_kd
 from shared.recipes.policies import Threshold
 from shared.sparse import SparseTargets, position_seeds, sparsify
+from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.tables import FIGURES, Bench, figure
 
 V, D, NUM_POSITIONS, CHUNK = 64_000, 256, 4096, 512
@@ -156,8 +156,8 @@ def _measure_kept(chunk_size: int, num_positions: int, num_threads: int) -> int:
 
 
 def in_fresh_process(function: Callable[..., int], *arguments: object) -> int:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, (*arguments, torch.get_num_threads()))
+    found: int = in_own_process(function, *arguments, torch.get_num_threads())
+    return found
 
 
 def rows() -> list[tuple[str, str, str]]:

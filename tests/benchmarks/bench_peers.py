@@ -12,8 +12,8 @@ against the teacher's whole distributions on held-out rows.  Memory counts the t
 Packages that are missing are named: ``make setup EXTRAS=peers`` installs them.
 
 As in ``bench_students``, every run is a process of its own on one thread, and steps are timed apart, in turns.  What
-is done is kept in work/benchmarks/peers.jsonl and not done again: delete the file to begin anew.  ``--tiny`` tries
-everything in a minute with small random models and drawn rows.
+is done is kept in work/benchmarks/peers.jsonl and peers.turns.jsonl and not done again: delete both to begin anew.
+``--tiny`` tries everything in a minute with small random models and drawn rows.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from shared.runtime import distributed
 from tests.benchmarks import full_shapes
 from tests.benchmarks.bench_real_weights import draw_rows
 from tests.benchmarks.bench_students import TAUS, policies_of_equal_size, prepare
+from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.hidden_states import HiddenStates
 from tests.benchmarks.peers.live import MODULES, LiveTeacher, is_installed
 from tests.benchmarks.peers.polynomial import Polynomial
@@ -43,8 +44,9 @@ from tests.benchmarks.student_results import FOLDER, LABELS, LENGTHS, LIVE, TIME
 from tests.benchmarks.student_runs import (
     TIMED_STEPS,
     Job,
+    Key,
     Teaching,
-    in_own_process,
+    require_all,
     run_missing,
     time_missing,
 )
@@ -83,14 +85,14 @@ def packages() -> Iterator[tuple[str, LiveTeacher]]:
             print(f"  left out: {module} is not installed (make setup EXTRAS=peers)", flush=True)
 
 
-def variants(recipe_name: str) -> dict[str, tuple[Teaching, str | None]]:
-    """How students are taught, and the tail of their loss."""
+def variants(recipe_name: str) -> tuple[dict[str, tuple[Teaching, str | None]], dict[str, str]]:
+    """How students are taught, and the tail of their loss; which were made to have at most which one's bytes."""
     recipe = load_recipe(recipe_name)
     num_ids = open_processor(recipe.student.model, recipe.data).num_token_ids
     found: dict[str, tuple[Teaching, str | None]] = {LABELS: (None, None), LIVE: (LiveTeacher(), None)}
     found |= {name: (teaching, None) for name, teaching in packages()}
     with distributed(device="cpu") as world:
-        policies = policies_of_equal_size(recipe, world, taus=TAUS[:1], others_at=TAUS[:1])
+        policies, at_most = policies_of_equal_size(recipe, world, taus=TAUS[:1], others_at=TAUS[:1])
     for name, policy in policies.items():
         if isinstance(policy, TopK):
             found |= {f"{name}, {tail}": (policy, tail) for tail in TAIL_MODES}
@@ -100,12 +102,13 @@ def variants(recipe_name: str) -> dict[str, tuple[Teaching, str | None]]:
         for tail in DISTILLKIT_TAILS:
             found[f"DistillKit {method.k}, {tail}"] = method, tail
     forms = {f"hidden states {form}": (HiddenStates(form), None) for form in ("bf16", "int8")}
-    return found | forms
+    return found | forms, at_most
 
 
-def measure(plan: Plan) -> list[list[str]]:
-    """Runs what is not done yet, seed by seed; the rows of the table."""
-    found: dict[str, tuple[Teaching, str | None]] = in_own_process(variants, plan.recipe)
+def measure(plan: Plan) -> tuple[list[list[str]], str, list[Key]]:
+    """Runs what is not done yet, seed by seed; the rows of the table, its notes, and the runs that failed."""
+    found: dict[str, tuple[Teaching, str | None]]
+    found, at_most = in_own_process(variants, plan.recipe)
 
     def jobs_of(length: str, seed: int) -> list[Job]:
         return [
@@ -113,12 +116,14 @@ def measure(plan: Plan) -> list[list[str]]:
             for name, (teaching, tail) in found.items()
         ]
 
+    failed: list[Key] = []
     for seed in plan.seeds:
         for length in plan.lengths:
-            run_missing(jobs_of(length, seed), plan.results)
-    time_missing(jobs_of(TIMED, plan.seeds[0]), plan.results, num_turns=plan.num_turns)
+            failed += run_missing(jobs_of(length, seed), plan.results)
+    timed = jobs_of(TIMED, plan.seeds[0])
+    failed += time_missing(timed, plan.results, num_turns=plan.num_turns, but=failed)
     results = Results(Path(plan.recipe).stem, plan.kd_ratio, plan.results)
-    return table(results, list(found), plan.lengths)
+    return table(results, list(found), plan.lengths), results.notes(at_most), failed
 
 
 def head(lengths: tuple[str, ...]) -> list[str]:
@@ -207,6 +212,7 @@ def main() -> None:
     folder = (asked.folder / "tiny" if asked.tiny else asked.folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench("peers", goes_on=(folder / RESULTS_NAME).exists())
+    failed: list[Key] = []
     for name in [tiny_recipe(folder)] if asked.tiny else asked.recipes:
         if name == "medpix_sample" and not Path(load_recipe(name).data.source).exists():
             print(f"{name}: its records are not here, left out")
@@ -222,13 +228,16 @@ def main() -> None:
             num_turns=2 if asked.tiny else asked.turns,
         )
         stem = Path(name).stem
+        rows, notes, its_failed = measure(plan)
+        failed += its_failed
         bench.show(
             f"peers-{stem}-{plan.kd_ratio:g}",
             f"Ways to distil, `{stem}`, `kd_ratio: {plan.kd_ratio:g}`",
             head(plan.lengths),
-            measure(plan),
-            notes="Means over seeds, half their range in brackets.",
+            rows,
+            notes=notes,
         )
+    require_all(failed)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@
     steps     the time of a step of each against that of labels alone
 
 Teacher, cache and first student are made by the ordinary commands.  Weights and moments are fp32, and computation is
-in bf16, on one thread.  All of it is kept in the folder, and the same command goes on where it was: delete the folder
-to begin anew.  ``--tiny`` tries everything in a minute with a small random model and drawn rows.
+in bf16, on one thread.  All of it is kept in the folder, and the same command goes on where it was, also with more
+seeds, lengths or parts; with other settings it is refused.  Delete the folder to begin anew.  ``--tiny`` tries
+everything in a minute with a small random model and drawn rows.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ from shared.runtime import distributed
 from tests.benchmarks import full_shapes
 from tests.benchmarks.bench_students import policies_of_equal_size, timed_jobs
 from tests.benchmarks.bench_targets import Line, measure, scheme, show_errors, table
+from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.live import LiveTeacher
 from tests.benchmarks.pretrained_gemma import TINY_VISION, read_package, save_vlm, shorten, tiny_model
 from tests.benchmarks.real_teacher import batches, distributions
-from tests.benchmarks.student_results import LABELS, LEARNED, LIVE, Results, done
-from tests.benchmarks.student_runs import Job, Teaching, in_own_process, run_missing, time_missing
+from tests.benchmarks.student_results import LABELS, LEARNED, LENGTHS, LIVE, Results, done
+from tests.benchmarks.student_runs import Job, Key, Teaching, require_all, run_missing, time_missing
 from tests.benchmarks.synthetic_teacher import Positions
 from tests.benchmarks.tables import Bench
 
@@ -53,6 +55,7 @@ TAUS = (512, 64, 16)  # the default first
 ERROR_TAUS = (16, 32, 64, 128, 512)
 ERROR_DRAWS = (50, 100, 200, 400, 800)
 ERROR_KS = (8, 32, 64, 128, 256)
+NUM_EXAMPLES = 32  # by which equal sizes are found
 NUM_DIRECTIONS = 48  # of the hidden states; a sum over 262,144 ids takes 4 bytes times so many
 
 
@@ -62,7 +65,7 @@ class Plan:
 
     rows       of the training split; None: all
     held_out   rows on which students are measured
-    positions  of the errors of the head's gradient
+    positions  of the errors of the head's gradient, at least: whole batches
     """
 
     root: Path
@@ -74,6 +77,43 @@ class Plan:
     held_out: int
     positions: int
     num_turns: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must stay as it is while a folder is in use, by the names of the options."""
+        return {
+            "tiny": self.tiny,
+            "rows": self.rows,
+            "kd-ratio": self.kd_ratio,
+            "held-out": self.held_out,
+            "positions": self.positions,
+            "turns": self.num_turns,
+        }
+
+    def keep(self) -> None:
+        """Writes the settings down, or compares them with those that the folder began with.
+
+        Raises   SystemExit  that says what differs
+        """
+        path, recipes = self.root / "plan.json", [self.recipe(name) for name in ("teacher", "student")]
+        if not path.exists():
+            if any(recipe.exists() for recipe in recipes):
+                raise SystemExit(
+                    f"{self.root}: it was begun without a plan.json, so nobody knows with which settings. Delete it, "
+                    "or choose another --root"
+                )
+            path.write_text(json.dumps(self.settings, indent=1) + "\n")
+        began = json.loads(path.read_text())
+        different = [
+            f"--{name} was {began.get(name)}, now it is {value}"
+            for name, value in self.settings.items()
+            if began.get(name) != value
+        ]
+        if different:
+            raise SystemExit(
+                f"{self.root} was begun with other settings: {'; '.join(different)}. Give those again, or choose "
+                "another --root"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -154,7 +194,7 @@ def run_of(plan: Plan, name: str) -> dict[str, Any]:
     """The results of that recipe's run, which is begun, or gone on with, where it is not finished."""
     folder = plan.root / "runs" / name
     if not (folder / "results.json").exists():
-        resume = ["--resume"] if (folder / "checkpoints").exists() else []
+        resume = ["--resume"] if folder.exists() else []  # there may be no checkpoint yet
         command("stage2_student", "run", plan.recipe(name), *resume)
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return found
@@ -238,7 +278,7 @@ def _errors(plan: Plan, student: Path) -> dict[str, Any]:
     schemes = [scheme(name, policy.kind, policy) for name, policy in policies.items()]
     error, answers = measure(_positions(plan, student), schemes)
     lines = table(schemes, error, answers)
-    return {"positions": plan.positions, "lines": [vars(line) for line in lines]}
+    return {"positions": answers.shape[1], "lines": [vars(line) for line in lines]}
 
 
 @torch.inference_mode()
@@ -287,32 +327,42 @@ def jobs_of(plan: Plan) -> list[Job]:
 
 
 def variants(plan: Plan) -> dict[str, Teaching]:
-    path = plan.root / "sizes.json"
-    if not path.exists():
-        path.write_text(json.dumps(in_own_process(_sizes, plan)))
     found: dict[str, Teaching] = {LIVE: LiveTeacher()}
     kinds: dict[str, Callable[[int], Policy]] = {
         "tau": lambda n: Threshold(tau=1 / n),
         "top": lambda n: TopK(k=n),
         "random": lambda n: Random(draws=n),
     }
-    for kind, number in json.loads(path.read_text()):
-        found[f"{kind} 1/{number}" if kind == "tau" else f"{kind} {number}"] = kinds[kind](number)
+    for name in sizes(plan):
+        kind, number = name.split()
+        found[name] = kinds[kind](int(number.removeprefix("1/")))
     return found | {LABELS: None}
 
 
-def _sizes(plan: Plan) -> list[tuple[str, int]]:
+def sizes(plan: Plan) -> dict[str, str | None]:
+    """Names of variants with a cache, and of those whose bytes they have at most; chosen once."""
+    path = plan.root / "sizes.json"
+    if not path.exists():
+        path.write_text(json.dumps(in_own_process(_sizes, plan)))
+    found: dict[str, str | None] = json.loads(path.read_text())
+    return found
+
+
+def _sizes(plan: Plan) -> dict[str, str | None]:
     torch.set_num_threads(1)
     with distributed(device="cpu") as world:
-        found = policies_of_equal_size(
-            load_recipe(plan.recipe("student")), world, taus=TAUS, num_examples=8, most=4096
+        recipe = load_recipe(plan.recipe("student"))
+        found, at_most = policies_of_equal_size(
+            recipe, world, taus=TAUS, num_examples=NUM_EXAMPLES, most=4096
         )
-    return [(name.split()[0], int(name.split()[1].removeprefix("1/"))) for name in found]
+    return {name: at_most.get(name) for name in found}
 
 
 def students(plan: Plan) -> dict[str, Any]:
-    run_missing(jobs_of(plan), plan.results)
-    return {"table": Results("student", plan.kd_ratio, plan.results).table()}
+    failed = run_missing(jobs_of(plan), plan.results)
+    results = Results("student", plan.kd_ratio, plan.results, held_out=plan.held_out)
+    at_most = {name: other for name, other in sizes(plan).items() if other is not None}
+    return {"table": results.table(), "notes": results.notes(at_most), "failed": failed}
 
 
 def steps(plan: Plan) -> dict[str, Any]:
@@ -332,9 +382,13 @@ def steps(plan: Plan) -> dict[str, Any]:
             str(plan.recipe("student")), everything, seeds=list(plan.seeds), kd_ratio=plan.kd_ratio
         )
     ]
-    time_missing(jobs, plan.results, num_turns=plan.num_turns)
-    timed = (record for record in done(plan.results).values() if "step" in record)
-    return {"ratios": {record["key"][1]: record["step"] for record in timed}}
+    path = plan.root / "students.json"
+    failed = json.loads(path.read_text())["failed"] if path.exists() else []
+    untimed = time_missing(jobs, plan.results, num_turns=plan.num_turns, but=failed)
+    found = done(plan.results)
+    timed = [job for job in jobs if json.dumps(job.key) in found]
+    ratios = {job.variant: found[json.dumps(job.key)]["step"] for job in timed}
+    return {"ratios": ratios, "failed": untimed}
 
 
 def show(bench: Bench, part: str, found: dict[str, Any]) -> None:
@@ -354,8 +408,8 @@ def show(bench: Bench, part: str, found: dict[str, Any]) -> None:
         lines = [Line(**line) for line in found["lines"]]
         show_errors(bench, table, lines, notes=f"{found['positions']:,} positions.")
     elif part == "students":
-        notes = "Means over seeds, half their range in brackets."
-        bench.show(table, "Students of a pretrained teacher", LEARNED, found["table"], notes=notes)
+        title = "Students of a pretrained teacher"
+        bench.show(table, title, LEARNED, found["table"], notes=found["notes"])
     elif part == "steps":
         rows = [[name, f"{ratio:.3f}"] for name, ratio in found["ratios"].items()]
         bench.show(table, "Processor time of a step", ("taught by", "against labels alone"), rows)
@@ -369,6 +423,7 @@ PARTS: dict[str, Callable[[Plan], dict[str, Any]]] = {
     "students": students,
     "steps": steps,
 }
+GO_ON = ("students", "steps")  # parts that find out by themselves what is missing
 
 
 def main() -> None:
@@ -378,12 +433,18 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT / "work" / "real")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--rows", type=int, help="of the training split; all by default")
-    parser.add_argument("--lengths", nargs="+", default=["1 epoch"])
+    parser.add_argument("--lengths", nargs="+", default=["1 epoch"], choices=list(LENGTHS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--kd-ratio", type=float, default=0.5)
     parser.add_argument("--held-out", type=int, default=64, help="validation rows for the students' KL")
-    parser.add_argument("--positions", type=int, default=4096, help="for the errors of the gradient")
-    parser.add_argument("--turns", type=int, default=20, help="timed steps of each variant")
+    parser.add_argument(
+        "--positions", type=int, default=4096, help="for the errors of the gradient, at least"
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        help="timed steps of each variant, at most those of an epoch; 20, or 2 with --tiny",
+    )
     parser.add_argument("--tiny", action="store_true", help="a small random model, drawn rows")
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -397,24 +458,27 @@ def main() -> None:
         kd_ratio=asked.kd_ratio,
         held_out=asked.held_out,
         positions=asked.positions,
-        num_turns=asked.turns,
+        num_turns=asked.turns or (2 if asked.tiny else 20),
     )
     bench = Bench("real_weights", goes_on=plan.root.exists())
     plan.root.mkdir(parents=True, exist_ok=True)
+    plan.keep()
     plan.write_recipes()
+    failed: list[Key] = []
     for name in asked.only:
         path = plan.root / f"{name}.json"
-        if path.exists():
+        if path.exists() and name not in GO_ON:
+            show(bench, name, json.loads(path.read_text()))
             continue
         print(f"\n=== {name}", flush=True)
         begin = time.monotonic()
         found = PARTS[name](plan) | {"date": time.strftime("%Y-%m-%d"), "seconds": time.monotonic() - begin}
         path.write_text(json.dumps(found, indent=1) + "\n")
         show(bench, name, found)
-        print(
-            json.dumps({key: value for key, value in found.items() if key not in ("lines", "table")}),
-            flush=True,
-        )
+        told = {key: value for key, value in found.items() if key not in ("lines", "table")}
+        print(json.dumps(told), flush=True)
+        failed += found.get("failed", [])
+    require_all(failed)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.kd_loss import fused_ce_kd
+from shared.kd_loss.chunk import logits_buffer
 from shared.kd_loss.gradients import add_product_
 from shared.models.chunks import chunk_positions
 from shared.recipes.policies import Policy, Threshold, TopK
@@ -109,10 +110,11 @@ def fused(inputs: Inputs, *, kd_ratio: float) -> None:
 
 @torch.no_grad()
 def products(inputs: Inputs) -> None:
-    """The three products of the fused loss, in its chunks."""
+    """The three products of the fused loss, in its chunks and its memory: padded rows are faster for any V."""
     hidden_ND, weight_VD = inputs.hidden_ND.detach(), inputs.weight_VD.detach()
     grad_VD = torch.zeros(weight_VD.shape, device=weight_VD.device)
-    buffer_CV = hidden_ND.new_empty(inputs.chunk_size, len(weight_VD))
+    num_ids = len(weight_VD)
+    buffer_CV = logits_buffer(inputs.chunk_size, num_ids, like=hidden_ND)[:, :num_ids]
     for hidden_CD in hidden_ND.split(inputs.chunk_size):
         logits_CV = torch.mm(hidden_CD, weight_VD.t(), out=buffer_CV[: len(hidden_CD)])
         torch.mm(logits_CV, weight_VD)

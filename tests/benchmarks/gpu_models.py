@@ -87,7 +87,6 @@ def _student(recipe: Recipe, device: torch.device) -> Iterator[Figure]:
         distil_ms, finetune_ms = taking_turns(
             [partial(step.distil, microbatches), partial(step.finetune, microbatches)], device
         )
-        wait = data_wait(step)
         num_positions = sum(one.num_positions for one in microbatches)
         num_tokens = sum(one.num_tokens for one in microbatches)
         text = [p for p in step.student.parameters() if p.requires_grad]
@@ -99,10 +98,10 @@ def _student(recipe: Recipe, device: torch.device) -> Iterator[Figure]:
         yield Figure("- against fine-tuning", distil_ms / finetune_ms, "", MOST_AGAINST_FINE_TUNING)
         yield Figure("- tokens", num_tokens / distil_ms * 1e3, "/s")
         yield Figure("- answer positions", num_positions / distil_ms * 1e3, "/s")
-        yield Figure("- waiting for data, two workers", 100 * wait, "%", MOST_WAITING)
         if flops := peak_flops(device):
             used = step_flops(step.student.model, num_tokens=num_tokens, num_positions=num_positions)
             yield Figure("- model FLOPS utilization", 100 * used / (distil_ms / 1e3) / flops, "%")
+        yield Figure("- waiting for data, two workers", 100 * data_wait(step), "%", MOST_WAITING)
         if is_cuda:
             yield Figure("- peak memory", torch.cuda.max_memory_allocated() / GIB, "GiB")
         step.student = step.optimizer = None  # type: ignore[assignment]

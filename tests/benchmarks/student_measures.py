@@ -88,4 +88,5 @@ def measure(
             row = inputs.validation.split[int(inputs.validation.rows[example])]
             if len(row.answer.split()) <= recipe.evaluation.short_answer_words:
                 right.append(bool(hit_N[example_N == place].all()))
+        del teacher_NV, logq_NV  # before the next ones are made
     return {"kl": kl / count, "ce": ce / count, "accuracy": statistics.fmean(right) if right else None}

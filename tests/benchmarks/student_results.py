@@ -25,14 +25,25 @@ COSTS = ["taught by", "step", *(f"memory, {one}" for one in LENGTHS)]
 
 def done(results: Path | None = None) -> dict[str, dict[str, Any]]:
     """What was measured, by key; in RESULTS if no other file is given."""
-    path = results or RESULTS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {json.dumps(record["key"]): record for record in map(json.loads, lines)}
+    return {json.dumps(record["key"]): record for record in read_lines(results or RESULTS)}
 
 
 def keep(key: list[Any], found: dict[str, Any], results: Path | None = None) -> None:
-    with (results or RESULTS).open("a") as file:
-        file.write(json.dumps({"key": key} | found) + "\n")
+    append_line(results or RESULTS, {"key": key} | found)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON, one record a line; a last line without its end was cut off as it was written, and does not count."""
+    *lines, _ = path.read_text().split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines]
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """In the place of a last line that was cut off."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json.dumps(record) + "\n").encode())
 
 
 def mean(values: list[float], form: str) -> str:
@@ -43,11 +54,18 @@ def mean(values: list[float], form: str) -> str:
 
 
 class Results:
-    """What has been measured of a recipe at a ``kd_ratio``, and of labels alone."""
+    """What has been measured of a recipe at a ``kd_ratio``, and of labels alone; of runs with that ``held_out``."""
 
-    def __init__(self, name: str, kd_ratio: float, results: Path | None = None) -> None:
+    def __init__(
+        self, name: str, kd_ratio: float, results: Path | None = None, *, held_out: int | None = None
+    ) -> None:
         self.name, self.kd_ratio = name, kd_ratio
-        kept = [r for r in done(results).values() if r["key"][0] == name and r["key"][4] in (0.0, kd_ratio)]
+        rows = [] if held_out is None else [held_out]
+        kept = [
+            record
+            for record in done(results).values()
+            if record["key"][0] == name and record["key"][4] in (0.0, kd_ratio) and record["key"][5:] == rows
+        ]
         self.records = sorted(kept, key=lambda record: record["key"][3])
         found = (r["key"][1] for r in self.records if r["key"][2] in LENGTHS)
         self.variants = sorted(dict.fromkeys(found), key=self._place)
@@ -69,6 +87,20 @@ class Results:
             for value in self.values(variant, length, "bytes_per_position").values()
         ]
         return statistics.fmean(found) if found else 0.0
+
+    def notes(self, at_most: dict[str, str]) -> str:
+        """Of a table; it names those that are larger than the one whose bytes they should have at most.
+
+        Sizes were chosen by a sample.
+        """
+        larger = []
+        for variant in self.variants:
+            other = at_most.get(variant.split(",")[0], variant)
+            size, its_size = self.size(variant), self.size(other)
+            if size > its_size > 0:
+                larger.append(f"{variant} ({size:.1f} bytes, {other} has {its_size:.1f})")
+        notes = "Means over seeds, half their range in brackets."
+        return notes + (f" Larger than what they are compared with: {', '.join(larger)}." if larger else "")
 
     def _place(self, variant: str) -> tuple[int, float]:
         kinds = (LABELS, LIVE, "tau", "top", "random")

@@ -1,7 +1,8 @@
 """Students that differ in how they are taught, and in nothing else: trained, measured, and timed in turns.
 
-    run_missing(jobs)     each in a process of its own; what is done is not done again
-    time_missing(jobs)    all of them step by step in one process
+    failed = run_missing(jobs)      each in a process of its own; what is done is not done again
+    failed += time_missing(jobs)    all of them step by step in one process
+    require_all(failed)             an error in the end, where some failed
 
 ``bench_students``, ``bench_peers`` and ``bench_real_weights`` say which jobs there are.
 """
@@ -9,11 +10,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from shared.recipes import LossConfig, Recipe, load_recipe
+from shared.recipes import Recipe, load_recipe
 from shared.recipes.policies import Policy
 from shared.recipes.schema import Section
 from shared.runtime import World, distributed
@@ -35,18 +36,29 @@ from stage2_student.training.order import step_shape, total_steps, training_slot
 from stage2_student.training.step import seed_step, train_step
 from stage2_student.training.student import StudentWithLoss, build_student
 from tests.benchmarks.bench_loss import status_bytes
+from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.method import Lesson, Method
 from tests.benchmarks.peers.store import StoredMethod
 from tests.benchmarks.student_measures import measure, plain_model
-from tests.benchmarks.student_results import FOLDER, LABELS, LENGTHS, done, keep
+from tests.benchmarks.student_results import (
+    FOLDER,
+    LABELS,
+    LENGTHS,
+    RESULTS,
+    append_line,
+    done,
+    keep,
+    read_lines,
+)
 
 TIMED_STEPS = 70
 Teaching = Policy | Method | None
+Key = list[Any]  # of a job
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run; the ``key`` of labels alone has kd_ratio 0.
+    """One run; the ``key`` of labels alone has kd_ratio 0, and ends with ``held_out`` where that is set.
 
     recipe    a name, or a file
     teaching  the policy of a cache, or another method; None: labels alone
@@ -71,9 +83,10 @@ class Job:
         return Path(self.recipe).stem
 
     @property
-    def key(self) -> list[Any]:
+    def key(self) -> Key:
         kd_ratio = 0.0 if self.variant == LABELS else self.kd_ratio
-        return [self.name, self.variant, self.length, self.seed, kd_ratio]
+        rows = [] if self.held_out is None else [self.held_out]
+        return [self.name, self.variant, self.length, self.seed, kd_ratio, *rows]
 
     @property
     def policy(self) -> Policy | None:
@@ -86,21 +99,29 @@ class Job:
     def load(self) -> Recipe:
         """The recipe of this run; without a cache it is that of plain fine-tuning, whatever is done with it."""
         recipe = load_recipe(self.recipe)
-        sizes = LENGTHS[self.length.removesuffix(", timed")]
-        limit = sizes["limit"] or recipe.data.limit
+        limits = [limit for limit in (self._sizes["limit"], recipe.data.limit) if limit is not None]
         assert recipe.cache is not None
         loss = {"kd_ratio": self.kd_ratio if self.policy is not None else 0.0, "tail": self.tail}
         return recipe.model_copy(
             update={
-                "data": recipe.data.model_copy(update={"limit": limit}),
+                "data": recipe.data.model_copy(update={"limit": min(limits, default=None)}),
                 "cache": recipe.cache.model_copy(update=self._cache()),
                 "loss": recipe.loss.model_copy(update=loss),
                 "optimization": recipe.optimization.model_copy(
-                    update={"num_epochs": sizes["num_epochs"], "max_steps": None}
+                    update={"num_epochs": self._sizes["num_epochs"], "max_steps": None}
                 ),
                 "run": recipe.run.model_copy(update={"seed": self.seed, "num_workers": 0}),
             }
         )
+
+    @property
+    def rows_repeat(self) -> bool:
+        """Few of them, over many epochs."""
+        return self._sizes["limit"] is not None
+
+    @property
+    def _sizes(self) -> dict[str, int | None]:
+        return LENGTHS[self.length.removesuffix(", timed")]
 
     def _cache(self) -> dict[str, Any]:
         if self.policy is None:
@@ -129,39 +150,49 @@ class Training:
     def __init__(self, job: Job, world: World, *, beside: Training | None = None) -> None:
         self.recipe, self.world = job.load(), world
         self.inputs = open_inputs(self.recipe, world)
-        processor = self.inputs.processor
-        encode = lru_cache(maxsize=512)(processor.encode)  # what workers do beside the step elsewhere
-        processor.encode = encode  # type: ignore[method-assign]
-        num_ids = processor.num_token_ids
+        if job.rows_repeat:
+            self._encode_once()
+        num_ids = self.inputs.processor.num_token_ids
         if beside is None:
             self.student = build_student(self.recipe, world, num_token_ids=num_ids)
             self.optimizer = make_optimizer(self.student, self.recipe.optimization)
         else:
             self.student, self.optimizer = beside.student, beside.optimizer
         self.lesson = Lesson()
-        self.loss = LossConfig(kd_ratio=self.recipe.loss.kd_ratio, tail=self.recipe.loss.tail)
+        self.loss = self.recipe.loss
         if job.method is not None:
-            self.loss = LossConfig(kd_ratio=job.kd_ratio, tail=job.tail)
+            self.loss = self.loss.model_copy(update={"kd_ratio": job.kd_ratio})
             self.lesson = job.method.open(self.recipe, self.inputs, world, job.store)
         self.forward = MethodType(self.lesson.forward or StudentWithLoss.forward, self.student)
 
-    def steps(self) -> Iterator[float]:
-        """All steps; yields the processor seconds that each took on the one thread, without the reading of its data.
+        self.shape = step_shape(self.recipe, self.inputs.train.num_examples)
+        self.num_steps = total_steps(self.recipe, self.shape)
 
+    def _encode_once(self) -> None:
+        """All rows, before memory is looked at: pixels that are kept are no part of what a step needs."""
+        processor, train = self.inputs.processor, self.inputs.train
+        encode = lru_cache(maxsize=train.num_examples)(processor.encode)
+        processor.encode = encode  # type: ignore[method-assign]
+        for row in train.rows:
+            encode(train.split[int(row)])
+
+    def steps(self, *, begin: int = 0) -> Iterator[float]:
+        """All steps from that one on; yields the processor seconds that each took on the one thread.
+
+        The reading of its data is not counted.
         Processor time, because several runs may share the machine.
         """
         recipe, student, optimizer = self.recipe, self.student, self.optimizer
-        shape = step_shape(recipe, self.inputs.train.num_examples)
-        num_steps = total_steps(recipe, shape)
+        shape, num_steps = self.shape, self.num_steps
         work = self.inputs.train.work(0.0, packed=False)
-        slots = training_slots(shape, work, steps=range(num_steps), rank=0, num_ranks=1)
+        slots = training_slots(shape, work, steps=range(begin, num_steps), rank=0, num_ranks=1)
         fed = feed(self.inputs.training_source(), slots, num_workers=0, pin_memory=False)
-        for step, (microbatches, _) in enumerate(fed):
+        for step, (microbatches, _) in enumerate(fed, begin):
             set_learning_rate(optimizer, learning_rate(recipe.optimization, step=step, num_steps=num_steps))
             seed_step(recipe.run.seed, step=step, data_rank=0)
             student.loss, student.forward = self.loss, self.forward  # type: ignore[method-assign]
             read = [self.lesson.read(one) for one in microbatches]
-            begin = time.process_time()
+            began = time.process_time()
             taught = [self.lesson.teach(one) for one in read]
             count = sum(one.num_positions for one in taught)
             num_tokens = sum(one.num_tokens for one in taught)
@@ -174,7 +205,7 @@ class Training:
                 num_tokens=num_tokens,
                 max_grad_norm=1.0,
             )
-            yield time.process_time() - begin
+            yield time.process_time() - began
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -198,55 +229,91 @@ def run(job: Job) -> dict[str, Any]:
     return measured | {"num_steps": num_steps} | sizes
 
 
-def time_steps(jobs: list[Job], num_turns: int) -> list[float]:
+def time_steps(jobs: list[Job], num_turns: int, kept: Path) -> list[float]:
     """The median ratio of each one's step to the first one's; they take turns, another one first each time.
 
     All train one student: what a step takes hardly depends on what was learned.  A ratio is of steps over the same
     examples: their answers, and so their times, differ in length.
+
+    num_turns  at most: an epoch may have fewer steps
+    kept       where the seconds of each turn are, and where those of a run before are found
     """
     torch.set_num_threads(1)
-    seconds: list[list[float]] = [[] for _ in jobs]
+    keys = [job.key for job in jobs]
+    turns: list[list[float]] = [one["seconds"] for one in read_lines(kept) if one["keys"] == keys]
     with distributed(device="cpu") as world:
         first = Training(jobs[0], world)
         others = [Training(job, world, beside=first) for job in jobs[1:]]
-        trainings = [training.steps() for training in (first, *others)]
-        for turn in range(num_turns):
+        num_turns = min(num_turns, first.num_steps)
+        trainings = [training.steps(begin=len(turns)) for training in (first, *others)]
+        for turn in range(len(turns), num_turns):
+            seconds = [0.0] * len(jobs)
             for place in range(len(jobs)):
                 number = (turn + place) % len(jobs)
-                seconds[number].append(next(trainings[number]))
-                told = f"  turn {turn}, {jobs[number].variant}: {seconds[number][-1]:.2f} s"
+                seconds[number] = next(trainings[number])
+                told = f"  turn {turn}, {jobs[number].variant}: {seconds[number]:.2f} s"
                 print(told, file=sys.stderr, flush=True)
+            turns.append(seconds)
+            append_line(kept, {"keys": keys, "turn": turn, "seconds": seconds})
         del trainings, first, others
+    columns = list(zip(*turns[:num_turns], strict=True))
     return [
-        statistics.median(one / other for one, other in zip(column, seconds[0], strict=True))
-        for column in seconds
+        statistics.median(one / other for one, other in zip(column, columns[0], strict=True))
+        for column in columns
     ]
 
 
-def run_missing(jobs: list[Job], results: Path | None = None) -> None:
-    """Those without a result, in order, each in a process of its own."""
+def run_missing(jobs: list[Job], results: Path | None = None) -> list[Key]:
+    """Those without a result, in order, each in a process of its own; returns those that failed."""
+    failed: list[Key] = []
     for job in jobs:
         if json.dumps(job.key) in done(results):
             continue
-        capture_for(job)
-        found = in_own_process(run, job)
+        try:
+            capture_for(job)
+            found = in_own_process(run, job)
+        except Exception:
+            traceback.print_exc()
+            failed.append(job.key)
+            continue
         keep(job.key, found, results)
         print(f"  {' | '.join(map(str, job.key))}: KL {found['kl']:.4f}", file=sys.stderr, flush=True)
+    return failed
 
 
-def time_missing(jobs: list[Job], results: Path | None = None, *, num_turns: int = TIMED_STEPS) -> None:
-    """All of them anew, where one has no result."""
+def time_missing(
+    jobs: list[Job], results: Path | None = None, *, num_turns: int = TIMED_STEPS, but: list[Key]
+) -> list[Key]:
+    """All of them anew, where one has no result; returns those that could not be timed.
+
+    but  runs that failed: their variants are left out
+    """
+    variants = {variant for _, variant, *_ in but}
+    jobs = [job for job in jobs if job.variant not in variants]
     if all(json.dumps(job.key) in done(results) for job in jobs):
-        return
-    for job in jobs:
-        capture_for(job)
-    for job, ratio in zip(jobs, in_own_process(time_steps, jobs, num_turns), strict=True):
+        return []
+    if LABELS in variants:
+        print(f"  no steps are timed: there is nothing to compare with where {LABELS} fail", file=sys.stderr)
+        return [job.key for job in jobs]
+    turns = (results or RESULTS).with_suffix(".turns.jsonl")
+    try:
+        for job in jobs:
+            capture_for(job)
+        ratios = in_own_process(time_steps, jobs, num_turns, turns)
+    except Exception:
+        traceback.print_exc()
+        return [job.key for job in jobs]
+    for job, ratio in zip(jobs, ratios, strict=True):
         keep(job.key, {"step": ratio}, results)
+    turns.unlink()
+    return []
 
 
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+def require_all(failed: list[Key]) -> None:
+    """Raises   SystemExit  that names those that failed, where there are some"""
+    if failed:
+        names = "".join(f"\n  - {' | '.join(map(str, key))}" for key in failed)
+        raise SystemExit(f"failed; the same command tries them again, and the errors are above:{names}")
 
 
 def capture_for(job: Job) -> None:

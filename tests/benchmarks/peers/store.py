@@ -44,7 +44,10 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self._file = safe_open(folder / POSITIONS, "pt")
-        self.once: dict[str, Tensor] = load_file(folder / ONCE) if (folder / ONCE).exists() else {}
+        once = load_file(folder / ONCE) if (folder / ONCE).exists() else {}
+        self.once: dict[str, Tensor] = {
+            name: one.clone() for name, one in once.items()
+        }  # not the file's pages
         keys = self._file.get_tensor(KEYS).numpy()
         self._place = {key.tobytes(): place for place, key in enumerate(keys)}
         self._offsets: list[int] = self._file.get_tensor(OFFSETS).tolist()
