@@ -32,7 +32,7 @@ from shared.finished import run_is_finished
 from shared.recipes import Recipe, load_recipe, recipe_text
 from shared.runtime import World, distributed
 from shared.stopping import INTERRUPTED_STATUS
-from stage2_student.runs.identity import ORDER, require_same
+from stage2_student.runs.identity import ORDER, OWN, require_same
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.train import train
 from stage2_student.training.export import export_checkpoint
@@ -436,6 +436,16 @@ def test_what_may_change_may_change(unbroken: Recipe, tree: dict[str, Any]) -> N
     assert other.run.path == stopped.run.path
     assert run_alone(other, resume=True) == 0
     assert step_records(other)[-1]["step"] == 19
+
+
+def test_which_rows_are_the_students_own_is_part_of_a_run() -> None:
+    """A release before did not write it down; alone it is no change of the data that could be accepted."""
+    now = {"data.train": "a", OWN: "b"}
+    require_same({"data.train": "a"}, now, where="here")
+    other = now | {OWN: "c"}
+    with pytest.raises(CheckpointError, match=r"data\.own: the run has 'c', now it is 'b'"):
+        require_same(other, now, where="here", accept_data_change=True)
+    require_same(other | {"data.train": "d"}, now, where="here", accept_data_change=True)
 
 
 def test_a_run_whose_examples_came_in_another_order_says_which_release_goes_on_with_it() -> None:

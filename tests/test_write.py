@@ -31,6 +31,7 @@ from shared.runtime import distributed
 from shared.stopping import INTERRUPTED_STATUS, StopRequest
 from shared.writing import loop
 from shared.writing.journal import Entry, Journal
+from shared.writing.plan import _differences
 from stage1_teacher.capture import capture
 from stage1_teacher.write import write
 
@@ -316,6 +317,16 @@ def test_another_way_of_writing_needs_another_folder(tree: dict[str, Any], stude
     ]:
         with pytest.raises(RecipeError, match=message):
             written(tree, **change)
+
+
+def test_columns_of_other_names_need_another_folder() -> None:
+    """They name those of the files; a plan of a release before does not tell them."""
+    asked = {"columns": {"answer_ids": "tokens"}, "seed": 0}
+    assert _differences({"seed": 0}, asked) == []
+    assert _differences({"columns": {}, "seed": 0}, {"columns": {}, "seed": 0}) == []
+    assert _differences({"columns": {}, "seed": 0}, asked) == [
+        "columns.answer_ids: None there, 'tokens' asked for"
+    ]
 
 
 def test_a_folder_of_something_else_is_left_alone(tree: dict[str, Any], tmp_path: Path) -> None:

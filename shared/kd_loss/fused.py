@@ -213,7 +213,9 @@ def _prepared(
     shard = None if group is None else VocabShard.agree(group, weight_VD.shape[0], labels_N)
     num_ids = weight_VD.shape[0] if shard is None else shard.total_ids
     num_vocab_ids = num_ids if num_vocab_ids is None else num_vocab_ids
-    kd_ratios_N = _of_positions(kd_ratio, len(labels_N)) if isinstance(kd_ratio, Tensor) else None
+    kd_ratios_N = (
+        _of_positions(kd_ratio.to(labels_N.device), len(labels_N)) if isinstance(kd_ratio, Tensor) else None
+    )
     positions = counted_positions(
         hidden_ND, labels_N, weights_N, targets, ignore_index, label_logprobs_N, kd_factors_N, kd_ratios_N
     )

@@ -110,8 +110,8 @@ def outcomes(rounds: Rounds) -> Iterable[Outcome]:
 def captured_so_far(rounds: Rounds) -> list[int]:
     """Positions that the cache has for each round: all, but for what later rounds, or other runs' rounds, have added.
 
-    What other runs have added is what the cache's log says.  An answer that a later round gives once more is captured
-    once.
+    What other runs have added is what the cache's log says.  An answer that a later round gives to a row once
+    more is captured once.
     """
     assert rounds.recipe.cache is not None
     folder = open_folder(rounds.recipe.cache.location)

@@ -317,7 +317,8 @@ def as_it_began(recipe: Recipe, folder: SetFolder) -> Recipe:
 
 def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """What is not the same, both sides; names of models and the release do not count."""
-    flat, ours = _flat(stored), _flat(asked)
+    # A release before had no columns in a plan.
+    flat, ours = _flat(stored), _flat(asked if "columns" in stored else {**asked, "columns": {}})
     return [
         f"{name}: {flat.get(name)!r} there, {ours.get(name)!r} asked for"
         for name in sorted({*flat, *ours})

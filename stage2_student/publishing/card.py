@@ -195,7 +195,9 @@ def _made_of(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for cache in caches:
         yield from _taught_by(cache)
     if caches:
-        yield "loss", f"kd_ratio {loss['kd_ratio']:g}, temperature {loss['temperature']:g}"
+        own = loss.get("own_kd_ratio")
+        told = "" if own is None else f", own_kd_ratio {own:g}"
+        yield "loss", f"kd_ratio {loss['kd_ratio']:g}{told}, temperature {loss['temperature']:g}"
     elif loss["kd_ratio"] == 0:
         yield "loss", "cross-entropy with the labels alone; no teacher"
     yield "steps", f"{facts['step']}, of {recipe['optimization']['global_batch_size']} examples"

@@ -75,13 +75,19 @@ ACCEPT = "--accept-data-change"
 # Settings that make something else of the same rows: who changes one has not mended a row.
 OF_ROWS = (
     *("data.format", "data.answers", "data.text_only", "data.train_on"),
-    *(f"data.columns.{name}" for name in ("image", "question", "answer", "messages", "conversations")),
+    *(
+        f"data.columns.{name}"
+        for name in ("image", "question", "answer", "messages", "conversations", "written_by")
+    ),
 )
 
 
 def differences(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Keys.  A setting that the run's version did not know is no difference as long as it is null."""
-    keys = sorted(found.keys() | now.keys())
+    """Keys.  A setting that the run's version did not know is no difference as long as it is null.
+
+    Nor is which rows are the student's own, where the run's version did not write that down.
+    """
+    keys = sorted(found.keys() | now.keys() - ({OWN} - found.keys()))
     return [key for key in keys if found.get(key) != now.get(key) and not _was_a_setting(key)]
 
 
@@ -112,7 +118,7 @@ def require_same(
     differing = differences(found, now)
     if set(differing) <= {CACHE}:
         return
-    of_data = set(differing) <= OF_DATA | {CACHE}
+    of_data = set(differing) <= OF_DATA | {CACHE} and differing != [OWN]  # without which no row has changed
     if of_data and accept_data_change and not settings:
         return
     lines = [*(settings if OF_DATA & set(differing) else ()), *_both_sides(found, now)]

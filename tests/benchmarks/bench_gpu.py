@@ -187,7 +187,7 @@ def left_by(name: str, out: Path, here: dict[str, Any]) -> dict[str, Any] | None
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text())
-    return found if found.pop("machine") == here else None
+    return found if found.pop("machine", None) == here else None
 
 
 def add(parts: dict[str, Any], name: str, figures: dict[str, Any]) -> None:
