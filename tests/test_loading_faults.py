@@ -155,9 +155,10 @@ def stop_where_a_worker_begins():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 def die_when_it_has_stopped():
-    signal.signal(signal.SIGCHLD, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    os.waitid(os.P_ALL, 0, os.WSTOPPED)  # no handler: the loader sets its own, perhaps before the worker stops
+    os.kill(os.getpid(), signal.SIGKILL)
 
-os.register_at_fork(before=die_when_it_has_stopped, after_in_child=stop_where_a_worker_begins)
+os.register_at_fork(after_in_parent=die_when_it_has_stopped, after_in_child=stop_where_a_worker_begins)
 load()
 """
 
