@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from stage2_runs import files_of, make_recipe, records, run_ranks, step_records
 from test_write import rows_of
@@ -38,6 +39,8 @@ from stage2_student.training.inputs import open_inputs
 from stage2_student.training.optim import learning_rate
 from stage2_student.training.order import Slot
 from stage2_student.training.own_answers import require_samples
+from stage2_student.training.step import forward
+from stage2_student.training.student import build_student
 
 DIED = 137
 STAGES = {"stage1_teacher": stage1, "stage2_student": stage2}
@@ -239,6 +242,17 @@ def test_of_a_conversation_only_what_the_student_wrote_counts_as_its_own(
     assert batch.weighing is not None
     assert batch.weighing.kd_ratio_N is not None
     assert batch.weighing.kd_ratio_N.tolist() == [1.0 if one else 0.25 for one in [*own, *given]]
+    with distributed(device="cpu") as world:
+        student = build_student(recipe, world, num_token_ids=source.processor.num_token_ids).eval()
+        losses, _ = forward(student, batch, world)
+        fed = (batch.inputs, batch.position_index, batch.labels, batch.targets, batch.num_rows)
+        found = student.measure(*fed)
+        del student
+        world.release_memory()
+    assert found.kl_N is not None
+    ratio_N = batch.weighing.kd_ratio_N
+    want = ((1 - ratio_N) * found.ce_N + ratio_N * found.kl_N).sum() + 0.5 * losses.reverse_kl
+    torch.testing.assert_close(losses.loss.detach(), want)
     without = source.microbatch(Slot(0, (1,)), [1])
     assert without.weighing is not None
     assert without.weighing.kd_ratio_N is None  # nothing of its own

@@ -86,9 +86,8 @@ def answers_in(folder: str, split: str) -> bool:
             f"data.written {folder}: no finished set of written answers (there is no {WRITTEN}). Name a folder that "
             "`train-student write` or `teacher-cache write` has finished"
         )
-    name = re.compile(
-        re.escape(split) + r"-\d+-of-\d+\.parquet"
-    )  # as a pattern of a shell, [ were none of its own
+    # As a pattern of a shell, [ would stand for others, and train- also begin train-dev-.
+    name = re.compile(re.escape(split) + r"-\d+-of-\d+\.parquet")
     files = sorted(file for file in path.iterdir() if name.fullmatch(file.name))
     try:
         return any(pq.read_metadata(file).num_rows for file in files)

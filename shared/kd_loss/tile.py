@@ -67,9 +67,8 @@ def tile_loss_(
     if with_grad:
         kd_ratio_R = settings.kd_ratio if kd_ratios_R is None else kd_ratios_R
         share_R = 1 - kd_ratio_R
-        if (
-            label_logprobs_R is not None
-        ):  # reverse KL's gradient is (log q(y) - log p(y)) times that of log q(y)
+        if label_logprobs_R is not None:
+            # Reverse KL's gradient is (log q(y) - log p(y)) times that of log q(y).
             share_R = share_R - settings.reverse_kl * reverse_kl(ce_R, label_logprobs_R)
         _gradient_(logits_RV, softened_RV, labels_R, weights_R, share_R, kd_ratio_R, teacher, kd, settings)
         if slope_RV is not None:

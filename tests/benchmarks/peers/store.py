@@ -45,9 +45,8 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self._file = safe_open(folder / POSITIONS, "pt")
         once = load_file(folder / ONCE) if (folder / ONCE).exists() else {}
-        self.once: dict[str, Tensor] = {
-            name: one.clone() for name, one in once.items()
-        }  # not the file's pages
+        # Not the file's pages, which would count once more when they are first read.
+        self.once: dict[str, Tensor] = {name: one.clone() for name, one in once.items()}
         keys = self._file.get_tensor(KEYS).numpy()
         self._place = {key.tobytes(): place for place, key in enumerate(keys)}
         self._offsets: list[int] = self._file.get_tensor(OFFSETS).tolist()
