@@ -203,6 +203,7 @@ def make_rounds(recipe: str, overrides: Sequence[str], *, nproc: Nproc) -> int:
     from shared.rounds import (
         Rounds,
         go_through,
+        require_possible,
         settings_of_round_0,
         table_of,
     )  # which loads what takes seconds
@@ -211,6 +212,7 @@ def make_rounds(recipe: str, overrides: Sequence[str], *, nproc: Nproc) -> int:
     if plan.rounds is None:
         raise RecipeError(f"recipe {recipe}: it has no rounds section, which says how many there are to be")
     first = [*overrides, *settings_of_round_0(plan)]
+    require_possible(plan)
     if not is_finished(load_recipe(recipe, overrides=tuple(first))):
         resume = ["--resume"] if plan.run.path.exists() else []
         status = make_student(recipe, first, nproc=nproc, stage_arguments=resume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,18 @@ from shared.completeness import cache_covers
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import open_split
 from shared.data.written import WRITTEN, is_students
-from shared.errors import RecipeError
+from shared.errors import CheckpointError, RecipeError
 from shared.finished import run_is_finished
 from shared.pipeline import make_rounds
 from shared.recipes import Recipe, load_recipe, recipe_text
-from shared.rounds import Rounds, go_through, settings_of_round_0, table_of
+from shared.rounds import Rounds, go_through, require_possible, settings_of_round_0, table_of
 from shared.rounds.plan import keep
+from shared.rounds.students import require_same_student
 from shared.rounds.table import _new_positions, captured_so_far, outcomes
 from shared.runtime import distributed
 from shared.stopping import StopRequest
 from shared.surveying import survey_keys
-from shared.vouched import opened
+from shared.vouched import opened, vouched
 from stage1_teacher.__main__ import commands as stage1
 from stage1_teacher.capture import capture
 from stage2_student.__main__ import commands as stage2
@@ -392,6 +394,40 @@ def test_shares_prompts_and_earlier_rounds(tree: dict[str, Any], tmp_path: Path)
     none = rounds_of(tree, tmp_path, own_share=0.0)
     assert (none.num_prompts, none.of(1).training.data.written) == (0, None)
     assert [one.writing.write.part for one in fresh.all[1:] if one.writing.write] == [0, 1]
+
+
+def test_answers_of_a_run_that_was_trained_anew_are_refused(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Its settings may have changed between, or not."""
+    rounds = rounds_of(tree, tmp_path)
+    first = rounds.of(0)
+    export = first.run / "export"
+
+    def trained(weights: str) -> None:
+        export.mkdir(parents=True, exist_ok=True)
+        told = {"sha256": {"model.safetensors": weights, "config.json": "other settings of Transformers"}}
+        (export / "teachonce.json").write_text(json.dumps(vouched(told)))
+
+    trained("one")
+    require_possible(rounds.recipe)
+    require_same_student(first)
+    require_same_student(first)
+    trained("two")
+    with pytest.raises(
+        CheckpointError, match=r"has been trained anew since\. Answers and losses in .*-rounds are"
+    ):
+        require_same_student(first)
+    shutil.rmtree(first.run)
+    with pytest.raises(CheckpointError, match=r"this run is gone"):
+        require_possible(rounds.recipe)
+
+
+@pytest.mark.parametrize("column", ["answer_ids", "answer_end", "written_by"])
+def test_rounds_without_columns_to_write_in_are_refused_before_they_begin(
+    tree: dict[str, Any], tmp_path: Path, column: str
+) -> None:
+    recipe = recipe_in(tree, tmp_path, data__columns={column: None})
+    with pytest.raises(RecipeError, match=rf"data\.columns\.{column} is null"):
+        require_possible(recipe)
 
 
 def test_later_rounds_may_be_shorter_and_slower(tree: dict[str, Any], tmp_path: Path) -> None:

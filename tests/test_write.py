@@ -169,6 +169,16 @@ def test_a_sample_depends_on_the_row_and_the_seed_alone(tree: dict[str, Any], tm
     assert max(map(len, by_row.values())) == 2  # two answers to a prompt differ
 
 
+def test_a_prompt_that_is_asked_again_has_other_noise(tree: dict[str, Any], tmp_path: Path) -> None:
+    sampling = {f"write__{name}": value for name, value in SAMPLED.items()}
+    parts = []
+    for part in range(2):
+        here = {"write__prompts": 16, "write__part": part, "write__path": f"{tmp_path}/{part}"}  # all of them
+        parts.append(ids_of(written(tree, **sampling | here)[1]))
+    assert {(row, draw) for row, draw, _ in parts[0]} == {(row, draw) for row, draw, _ in parts[1]}
+    assert not {ids for _, _, ids in parts[0]} & {ids for _, _, ids in parts[1] if len(ids) > 2}
+
+
 # --- stopping and going on -------------------------------------------------------------------------------
 
 

@@ -15,11 +15,14 @@ from typing import Protocol
 
 import click
 
+from shared.data.rows import open_split
+from shared.data.writable import require_writable
 from shared.data.written import WRITTEN
 from shared.finished import run_is_finished
 from shared.recipes import Recipe
 from shared.regular_files import read_regular
 from shared.rounds.plan import Round, Rounds, keep, require_as_begun
+from shared.rounds.students import require_not_gone, require_same_student
 from shared.vouched import opened
 
 
@@ -29,18 +32,35 @@ class Command(Protocol):
     def __call__(self, module: str, verb: str, about: str, arguments: Sequence[str], *, what: str) -> int: ...
 
 
+def require_possible(recipe: Recipe) -> None:
+    """What else would be found when round 0 is over; opens the data, where no command of ours makes them first.
+
+    Raises   RecipeError      when no files can hold what its students would write
+             CheckpointError  when round 0 was removed, and what it wrote is there
+    """
+    first = Rounds(recipe, num_rows=0).of(0)
+    require_not_gone(first)
+    if recipe.bootstrap.phantom is None:
+        for split in ("train", "validation") if first.rounds.measures else ("train",):
+            require_writable(open_split(recipe.data, split))
+
+
 def go_through(rounds: Rounds, command: Command, covers: Callable[[Recipe], bool]) -> int:
     """Makes all rounds after round 0, which is finished; returns the first bad exit status.
 
     covers   whether a committed cache holds all of a recipe's data
-    Raises   RecipeError  when a round was begun with other settings
+    Raises   RecipeError      when a round was begun with other settings
+             CheckpointError  when a run was trained anew since its student wrote
     """
     for one in rounds.all:
         require_as_begun(one)
     keep(rounds.of(0).training.of_a_run(), rounds.of(0).train)
     for one in rounds.all:
         status = 0 if one.number == 0 else _train(one, command, covers)
-        status = status or (measure(one, command, covers) if rounds.measures else 0)
+        if status:
+            return status
+        require_same_student(one)
+        status = measure(one, command, covers) if rounds.measures else 0
         if status:
             return status
     return 0

@@ -27,6 +27,7 @@ from shared.capture.planning import CaptureData, NumberedRows, survey
 from shared.capture.windows import EncodedWindow, WindowSource, encoded_windows
 from shared.data.collation import Encoded
 from shared.data.processing import ExampleProcessor
+from shared.data.writable import require_writable
 from shared.errors import DataError, RecipeError
 from shared.library_output import keep_library_output
 from shared.progress import progress
@@ -38,7 +39,6 @@ from shared.writing.copies import Agreed, Copy, Halt
 from shared.writing.files import commit, finish, num_kept
 from shared.writing.journal import REFUSED, Entry, Journal, settled
 from shared.writing.plan import Plan, SetFolder, Unit, Writer, choice, identity_of, units_of
-from shared.writing.tables import require_columns, require_form
 
 LOG = ".write.log"  # what libraries said
 _jobs = itertools.count()  # of this process, and so of all ranks: each has counters of its own
@@ -73,22 +73,17 @@ def asked(recipe: Recipe, processor: ExampleProcessor, config: WriteConfig, worl
     """The prompts of the splits that the data set has; called by all ranks, which share the reading.
 
     Raises   DataError    when more rows cannot be used than ``data.max_dropped`` allows
-             RecipeError  when there are no such splits, or no columns for what is written
+             RecipeError  when there are no such splits, or no files can hold what is written
     """
     named = {name: getattr(recipe.data.splits, name) for name in config.splits}
     first = {value: name for name, value in reversed(named.items()) if value is not None}
     splits = [name for name in config.splits if name in first.values()]
     if not splits:
         raise RecipeError(f"write.splits {', '.join(config.splits)}: the recipe's data have none of them")
-    if odd := [named[name] for name in splits if "/" in named[name]]:
-        raise RecipeError(f"split {odd[0]!r}: its name cannot be a file's; answers are in files of that name")
     data = recipe.data.model_copy(update={"written": None})  # a last answer is no part of the prompt
     found = survey(recipe.model_copy(update={"data": data}), processor, world, splits=splits)
-    require_columns(found.keyed[0].split)
-    # A first row stands for the others: to read them all takes longer than to find out late.
     for part in found.keyed:
-        if len(part.rows):
-            require_form(part.split[int(part.rows[0])])
+        require_writable(part.split, part.rows[:1].tolist())
     if config.prompts is None:
         return found
     chosen = (part.at(choice(part.keys, config)) for part in found.keyed)
@@ -253,13 +248,18 @@ class Writing:
             )
 
     def answers(self, prompts: Sequence[Encoded], draws: Sequence[int]) -> list[Answered]:
-        """Each draw of a prompt has a seed of its own, a function of the recipe's, the row's key and its number."""
+        """Each draw of a prompt has a seed of its own, a function of the recipe's, the row's key and its number.
+
+        Draws are counted through the parts, as a later one may ask a prompt again, of a student that has learned
+        from the draws before: with the same noise, its answers were no samples.
+        """
         if not prompts:
             return []
         config = self.config
+        numbers = [config.part * config.per_prompt + draw for draw in draws]
         seeds = [
-            position_seeds(config.seed, one.key, draw + 1)[draw:]
-            for one, draw in zip(prompts, draws, strict=True)
+            position_seeds(config.seed, one.key, number + 1)[number:]
+            for one, number in zip(prompts, numbers, strict=True)
         ]
         halt = Halt(self.copy, self.stop)
         return answer(

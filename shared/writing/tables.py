@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.data.conversations import PLACEHOLDER, Turn
+from shared.data.conversations import Turn
 from shared.data.rows import Example, VqaSplit
-from shared.errors import RecipeError
+from shared.data.writable import question_of
 
 ABOUT = b"teachonce"  # in a file's metadata
 ROLE_KEYS = {
@@ -34,22 +33,6 @@ ROLE_KEYS = {
 }
 GROUP_BYTES = 16 * 2**20  # of a row group's pictures: readers keep whole groups in memory
 MAX_GROUP = 256  # rows
-
-
-def require_columns(split: VqaSplit) -> None:
-    """Raises   RecipeError  when the recipe names no columns for what a model writes"""
-    columns = split.settings.columns
-    lacking = [name for name in ("answer_ids", "answer_end", "written_by") if getattr(columns, name) is None]
-    if lacking:
-        raise RecipeError(
-            f"data.columns.{lacking[0]} is null: what a model writes needs a column for it. Leave the key out"
-        )
-
-
-def require_form(example: Example) -> None:
-    """Raises   RecipeError  when no row can hold this prompt and a written answer"""
-    if example.form == "question_answer":
-        _question(example)
 
 
 def picture_column(split: VqaSplit) -> str | None:
@@ -108,7 +91,7 @@ def record(
     if example.form == "question_answer":
         if (column := picture_column(split)) is not None:
             found[column] = [_picture(image) for image in example.images]
-        return found | {names.question: _question(example), names.answer: answer}
+        return found | {names.question: question_of(example), names.answer: answer}
     role, content, roles = ROLE_KEYS[example.form]
     pictures = iter(example.images)
     turns = [*example.turns[:-1], Turn("assistant", (answer,))]
@@ -150,27 +133,6 @@ def told_by(path: Path) -> dict[str, Any]:
     if not isinstance(told, dict):
         raise ValueError(f"{path}: no file of written answers")
     return told
-
-
-def _question(example: Example) -> str:
-    """With the places of its pictures, where they are not all in front of it.
-
-    Raises   RecipeError  when it is a list of several turns, or a turn of texts in a row: one text may not equal it
-    """
-    asked, *rest = example.turns
-    if len(rest) != 1:
-        raise RecipeError(
-            f"{example.where}: its question and answer are lists of turns; a model can write answers to rows that "
-            "have all turns in one column (data.columns.messages)"
-        )
-    if any(one is not None and other is not None for one, other in pairwise(asked.parts)):
-        raise RecipeError(
-            f"{example.where}: its question is a turn of several texts in a row; a model can write answers to rows "
-            "that have all turns in one column (data.columns.messages), or a question of one text"
-        )
-    if None not in asked.parts[asked.num_pictures :]:
-        return asked.text
-    return "".join(PLACEHOLDER if part is None else part for part in asked.parts)
 
 
 def _picture(image: bytes) -> dict[str, Any]:
