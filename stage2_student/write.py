@@ -19,6 +19,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shared.data.processing import ExampleProcessor
+from shared.data.rows import open_split
+from shared.errors import RecipeError
 from shared.models.vlm import load_vlm, require_wide_head
 from shared.models.weights import weight_fingerprint
 from shared.recipes import Recipe, WriteConfig, load_recipe
@@ -56,6 +58,8 @@ def write(
     Raises   TeachonceError  of the kind that fits
     """
     config = recipe.write or WriteConfig()
+    if recipe.student.other_vocabulary:
+        world.by_main(lambda: _require_texts(recipe, config))
     folder = SetFolder(out or default_folder(run, checkpoint))
     with folder.taken(world):
         recipe = world.by_main(lambda: as_it_began(recipe, folder))
@@ -71,6 +75,20 @@ def write(
             )
         author = Author(model, Copy(), _writer(run, recipe, step, model) if world.is_main else None)
         return write_answers(recipe, config, processor, prompts, author, folder, world, stop)
+
+
+def _require_texts(recipe: Recipe, config: WriteConfig) -> None:
+    """Raises   RecipeError  when rows have answers as ids, which are those of the teacher's tokenizer"""
+    for name in config.splits:
+        if getattr(recipe.data.splits, name) is None:
+            continue
+        split = open_split(recipe.data, name)
+        if "answer_ids" in split.columns:
+            raise RecipeError(
+                f"data.source {split.source}: its rows have token ids of the teacher (column "
+                f"{split.columns['answer_ids']}), whose tokenizer is another one than this student's. Let it answer "
+                "the rows that the set was written to: give --recipe with these as data.source"
+            )
 
 
 @contextmanager

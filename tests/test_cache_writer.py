@@ -274,6 +274,15 @@ def test_data_of_a_second_split_join_the_first(tmp_path: Path) -> None:
     assert grown.totals.examples == 9
 
 
+def test_all_who_wrote_answers_of_a_split_stay_named(tmp_path: Path) -> None:
+    """Each round lays other answers over the same split, and the rows of earlier ones stay."""
+    for first, writers in ((0, ()), (6, ("round 1",)), (9, ("round 2",)), (12, ())):
+        source = DataSource(name="drawn", split="train", fingerprint=f"d{first}", rows=3, written_by=writers)
+        grown = capture(tmp_path, range(first, first + 3), identity=make_identity(data=(source,)))
+    assert [source.written_by for source in grown.identity.data] == [("round 1", "round 2")]
+    assert [source.fingerprint for source in grown.identity.data] == ["d12"]
+
+
 def test_a_lost_shard_is_captured_again_in_its_old_place(tmp_path: Path) -> None:
     manifest = capture(tmp_path, range(23))
     before = files_of(tmp_path)

@@ -28,7 +28,7 @@ from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, DataError, RecipeError
 from shared.other_vocabulary import StudentOfAnother, student_of_another
-from shared.recipes import DataConfig
+from shared.recipes import DataConfig, WriteConfig
 from shared.runtime import distributed
 from shared.same_prompts import open_student_processor_of
 from shared.small_models import TOKENIZER_FILES, make_small_model, train_tokenizer
@@ -45,6 +45,7 @@ from stage2_student.evaluation.model_losses import losses_of
 from stage2_student.evaluation.run_records import read_run
 from stage2_student.training.feed import MicrobatchSource
 from stage2_student.training.order import Slot
+from stage2_student.write import _require_texts
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,19 @@ def own_processor(
     found = student_of_another(str(other_student), data_config, teacher_processor)
     assert isinstance(found, StudentOfAnother)
     return found
+
+
+def test_rows_with_the_teacher_s_ids_are_not_asked_of_a_student(
+    tree: dict[str, Any], mixed_folder: Path, tmp_path: Path
+) -> None:
+    """A prompt has no last answer, and what is written has ids of the student: the two are kept apart."""
+    kept = shutil.copytree(mixed_folder, tmp_path / "rows")
+    for file in kept.glob("*.jsonl"):
+        rows = [json.loads(line) | {"answer_ids": [1, 2]} for line in file.read_text().splitlines()]
+        file.write_text("\n".join(map(json.dumps, rows)))
+    recipe = make_recipe(tree | {"run": {"name": "asked"}}, data__source=str(kept))
+    with pytest.raises(RecipeError, match=r"token ids of the teacher \(column answer_ids\).*as data\.source"):
+        _require_texts(recipe, WriteConfig())
 
 
 def test_keys_are_the_teacher_s_and_labels_the_student_s(

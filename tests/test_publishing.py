@@ -25,6 +25,8 @@ from stage2_runs import make_recipe, run_alone
 from shared.cache import CacheReader
 from shared.errors import CheckpointError, HubError, RecipeError
 from stage2_student.__main__ import commands
+from stage2_student.publishing.card import model_card
+from stage2_student.runs.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,20 @@ def test_names_of_the_hub_are_named_in_its_fields(run: Path, tmp_path: Path) -> 
     assert command("export", tmp_path / "run").return_value == 0
     card = ModelCard((tmp_path / "run" / "export" / "README.md").read_text())
     assert (card.data.base_model, card.data.datasets) == ("owner/base", ["owner/data"])
+
+
+def test_what_else_teaches_is_told(run: Path) -> None:
+    facts = json.loads((run / "export" / "teachonce.json").read_text())
+    facts["recipe"]["data"]["written"] = ["runs/mine-rounds/round-1/answers"]
+    facts["recipe"]["loss"] |= {
+        "reverse_kl": 0.5,
+        "own_kd_ratio": 1.0,
+        "positions": {"keep": 0.2, "by": "kl"},
+    }
+    text = model_card(facts, RunFolder(run), is_adapter=False)
+    assert "| written answers | `runs/mine-rounds/round-1/answers`: of the rows" in text
+    assert "own_kd_ratio 1, reverse_kl 0.5, positions (keep 0.2, by kl)" in text
+    assert "one question" not in text  # rows may be conversations
 
 
 def test_scores_come_at_the_end_of_the_run_and_with_each_evaluation(run: Path, tmp_path: Path) -> None:

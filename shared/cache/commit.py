@@ -197,12 +197,19 @@ def shard_info(name: str, view: ShardView) -> ShardInfo:
 
 
 def grown_identity(base: Manifest | None, identity: Identity) -> Identity:
-    """The identity, with those data of the old manifest that it does not list anew."""
+    """The identity, with those data of the old manifest that it does not list anew.
+
+    Of data that are listed anew, whoever wrote answers stays named: rows of theirs stay in the cache.
+    """
     if base is None:
         return identity
-    listed = {(source.name, source.split) for source in identity.data}
-    kept = [source for source in base.identity.data if (source.name, source.split) not in listed]
-    return identity.model_copy(update={"data": (*kept, *identity.data)})
+    before = {(source.name, source.split): source for source in base.identity.data}
+    anew = []
+    for source in identity.data:
+        old = before.pop((source.name, source.split), source)
+        writers = tuple(dict.fromkeys([*old.written_by, *source.written_by]))
+        anew.append(source.model_copy(update={"written_by": writers}))
+    return identity.model_copy(update={"data": (*before.values(), *anew)})
 
 
 def older_skips(base: Manifest | None, identity: Identity) -> Sequence[SkippedRow]:

@@ -33,6 +33,12 @@ SCORES = {
     "token_f1": "token F1",
     "rouge_l": "ROUGE-L",
 }
+BESIDE_KD = (
+    "own_kd_ratio",
+    "reverse_kl",
+    "visual_weight",
+    "positions",
+)  # of a loss, where a recipe sets them
 VERSIONS = ("teachonce", "commit", "python", "torch", "transformers", "datasets")
 
 LOADING = """\
@@ -192,12 +198,14 @@ def _made_of(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if student["lora"] is not None:
         yield "LoRA", f"rank {student['lora']['rank']}, alpha {student['lora']['alpha']:g}"
     yield "data", f"{_named(data['source'], data['revision'])}, split `{data['splits']['train']}`"
+    if data.get("written"):
+        sets = ", ".join(f"`{folder}`" for folder in data["written"])
+        yield "written answers", f"{sets}: of the rows that they answer, a model's answer is the label"
     for cache in caches:
         yield from _taught_by(cache)
     if caches:
-        own = loss.get("own_kd_ratio")
-        told = "" if own is None else f", own_kd_ratio {own:g}"
-        yield "loss", f"kd_ratio {loss['kd_ratio']:g}{told}, temperature {loss['temperature']:g}"
+        beside = [f", {name} {_setting(loss[name])}" for name in BESIDE_KD if loss.get(name) is not None]
+        yield "loss", f"kd_ratio {loss['kd_ratio']:g}, temperature {loss['temperature']:g}{''.join(beside)}"
     elif loss["kd_ratio"] == 0:
         yield "loss", "cross-entropy with the labels alone; no teacher"
     yield "steps", f"{facts['step']}, of {recipe['optimization']['global_batch_size']} examples"
@@ -220,6 +228,12 @@ def _taught_by(cache: dict[str, Any]) -> Iterator[tuple[str, str]]:
     )
 
 
+def _setting(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_setting(one)}" for key, one in value.items()) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _named(name: str, revision: str | None) -> str:
     return f"`{name}`" + (f", revision `{revision}`" if revision else "")
 
@@ -232,7 +246,7 @@ def _prompting(data: dict[str, Any]) -> str:
     )
     pixels = [f"{key} {data[key]}" for key in ("min_pixels", "max_pixels") if data[key] is not None]
     limits = f" Pictures: {', '.join(pixels)}." if pixels else ""
-    return f"Prompts are the chat template over one picture and one question. {said}{limits}"
+    return f"The chat template writes the prompts, with their pictures. {said}{limits}"
 
 
 def _validation(folder: RunFolder, step: int) -> Iterator[str]:
