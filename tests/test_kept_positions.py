@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stage2_runs import (
@@ -32,8 +34,8 @@ from shared.models.vlm import last_hidden_states, load_vlm
 from shared.recipes import Recipe
 from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.runtime import World
-from shared.sparse import SparseTargets, mix, position_seeds, sparsify
-from shared.sparse.entropies import teacher_entropy
+from shared.sparse import SparseTargets, position_seeds, sparsify
+from shared.sparse.entropies import position_entropies
 
 N, D, V = 11, 6, 19
 LENGTHS = (4, 1, 6)
@@ -103,12 +105,11 @@ def test_a_split_head_gives_every_rank_the_same_entropy() -> None:
 
 
 def targets_of(logits: Tensor, policy: Policy, temperatures: tuple[float, ...] = (1.0,)) -> SparseTargets:
-    """As a cache gives them: the entropy of a row is spread evenly over its positions."""
+    """As a cache gives them: it has kept the entropy of each row alone."""
     seeds = position_seeds(0, b"key", len(logits))
     targets = sparsify(logits.log_softmax(-1), policy, temperatures=temperatures, seeds=seeds)
-    rows = targets.entropy.split(LENGTHS)
-    spread = torch.cat([row.mean(0, keepdim=True).expand_as(row) for row in rows])
-    return SparseTargets(**{**vars(targets), "entropy": spread})
+    sums = torch.stack([row.double().sum(0) for row in targets.entropy.split(LENGTHS)]).numpy()
+    return replace(targets, entropy=position_entropies(targets, sums, LENGTHS))
 
 
 def teacher_logits() -> Tensor:
@@ -117,7 +118,10 @@ def teacher_logits() -> Tensor:
     return torch.randn(N, V, generator=generator) * sharpness[:, None]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("temperature", "captured"),
+    [(1.0, (1.0, 2.0)), (2.0, (1.0, 2.0)), (0.5, (0.5,)), (2.0, (2.0,))],
+)
 @pytest.mark.parametrize(
     ("policy", "close"),
     [
@@ -129,11 +133,11 @@ def teacher_logits() -> Tensor:
     ids=["whole", "whole by top_k", "threshold", "random"],
 )
 def test_the_teachers_entropy_comes_from_what_was_kept(
-    policy: Policy, close: float, temperature: float
+    policy: Policy, close: float, temperature: float, captured: tuple[float, ...]
 ) -> None:
     logits = teacher_logits()
-    targets = targets_of(logits, policy, (1.0, 2.0))
-    found = teacher_entropy(targets, LENGTHS, temperature=temperature)
+    targets = targets_of(logits, policy, captured)
+    found = targets.entropy[:, captured.index(temperature)]
     exact = torch.distributions.Categorical(logits=logits / temperature).entropy()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, atol=close, rtol=0)
@@ -141,9 +145,21 @@ def test_the_teachers_entropy_comes_from_what_was_kept(
         assert ours.sum() == pytest.approx(
             theirs.sum().item(), abs=2e-3
         )  # of a row exact, whatever was drawn
-    mixed = teacher_entropy(mix([targets, targets], shares=[0.4, 0.6]), LENGTHS, temperature=temperature)
-    torch.testing.assert_close(mixed, found)
-    assert len(teacher_entropy(targets.slice(0, 0), (), temperature=temperature)) == 0
+    none = position_entropies(targets.slice(0, 0), np.zeros((0, len(captured))), ())
+    assert none.shape == (0, len(captured))
+
+
+def test_the_kd_of_a_position_is_its_kl() -> None:
+    """Zero at each place for a student that is its teacher; for another one, nearly what a dense teacher gives."""
+    logits = teacher_logits()
+    targets = targets_of(logits, Threshold(tau=1 / 512))
+    labels = torch.zeros(N, dtype=torch.int64)
+    same = ce_kd_by_position(logits, torch.eye(V), labels, targets).kd_N
+    torch.testing.assert_close(same, torch.zeros(N), atol=0.05, rtol=0)
+    other = logits.roll(1, dims=1)
+    dense = (logits.softmax(-1) * (logits.log_softmax(-1) - other.log_softmax(-1))).sum(-1)
+    found = ce_kd_by_position(other, torch.eye(V), labels, targets).kd_N
+    torch.testing.assert_close(found, dense, atol=0.05, rtol=0.05)
 
 
 # --- KD at some positions -----------------------------------------------------------------------------------
@@ -231,7 +247,7 @@ def by_position(tree: dict[str, Any], student_folder: Path, teacher_cache: Path)
         "losses": losses,
         "lengths": lengths,
         "student_entropy": torch.distributions.Categorical(logits=hidden @ weight.t()).entropy(),
-        "teacher_entropy": teacher_entropy(targets, lengths, temperature=1.0),
+        "teacher_entropy": targets.entropy[:, 0],
         "kl": losses.kd_N,
     }
 

@@ -64,6 +64,41 @@ def test_students_of_labels_of_one_temperature_and_of_another_report_one_figure(
     assert all("kl" not in record for record in all_records(hard) if record["event"] == "step")
 
 
+def test_of_what_was_cut_off_it_is_one_figure_whatever_the_loss_s_tail(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    cache = {"path": str(tmp_path / "cut"), "policy": {"kind": "top_k", "k": 8}, "num_workers": 0}
+    recipe = make_recipe(tree | {"cache": cache}, optimization__max_steps=1)
+    with distributed(device="cpu") as world:
+        assert capture(recipe, world, StopRequest()) == 0
+    found = []
+    for tail in ("ghost", "uniform"):
+        one = make_recipe(tree | {"cache": cache}, run__name=tail, loss__tail=tail, optimization__max_steps=1)
+        assert run_alone(one) == 0
+        before, _ = (record for record in all_records(one) if record["event"] == "validation")
+        found.append((before["kl"], before["kd_loss"]))
+    (bound, ghost), (same, uniform) = found
+    assert same == bound == pytest.approx(ghost)
+    assert uniform > 1.1 * bound
+
+
+def test_it_is_alike_at_all_places_for_a_student_that_is_its_teacher(
+    tree: dict[str, Any], teacher_folder: Path, tmp_path: Path
+) -> None:
+    """A cache keeps the entropy of each row alone; nearly nothing is drawn here.
+
+    It is not zero: the student has mass at ids of its head that are no tokens.
+    """
+    cache = {"path": str(tmp_path / "whole"), "policy": {"kind": "threshold", "tau": 1e-6}, "num_workers": 0}
+    student = tree["student"] | {"model": str(teacher_folder)}
+    recipe = make_recipe(tree | {"student": student, "cache": cache}, optimization__max_steps=1)
+    with distributed(device="cpu") as world:
+        assert capture(recipe, world, StopRequest()) == 0
+    assert run_alone(recipe) == 0
+    before, _ = (record for record in all_records(recipe) if record["event"] == "validation")
+    assert before["by_place"]["kl"] == pytest.approx([before["kl"]] * len(before["by_place"]["kl"]), abs=0.02)
+
+
 def test_it_is_told_by_place_in_the_answer_and_by_kind_on_any_number_of_ranks(tree: dict[str, Any]) -> None:
     one = make_recipe(tree, run__name="one")
     two = make_recipe(tree, run__name="two")

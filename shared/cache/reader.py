@@ -37,6 +37,7 @@ from shared.errors import CacheFormatError, CacheMismatchError
 from shared.places import did_you_mean
 from shared.recipes.policies import Policy, VisualGain
 from shared.sparse import SparseTargets
+from shared.sparse.entropies import position_entropies
 
 MAX_OPEN_SHARDS = 512  # each holds a file descriptor; processes often may have 1,024
 MAX_MAPPED_BYTES = 256 << 20  # what streaming adds to the memory of a process, at most
@@ -169,7 +170,7 @@ class CacheReader:
         """The rows of these keys, in their order.
 
         Returns  answer_ids: one (n,) int32 tensor for each key; targets: all their positions, one after the
-                 other, each row's entropy spread evenly over its positions
+                 other; entropies as ``shared.sparse.entropies`` has them: exact in sum over a row
         Raises   CacheMismatchError  for a key that is not in the cache; ``names`` say which example that is
                  CacheFormatError    when a shard is damaged
         """
@@ -201,8 +202,7 @@ class CacheReader:
         sums = np.array([row.entropy_sums for row in rows], dtype=np.float64).reshape(
             len(rows), len(self.temperatures)
         )
-        means = (sums / np.maximum(lengths, 1)[:, None]).astype(np.float32)
-        return replace(targets, entropy=torch.from_numpy(np.repeat(means, lengths, axis=0)))
+        return replace(targets, entropy=position_entropies(targets, sums, lengths.tolist()))
 
     def label_log_probs(self, rows: Sequence[Row]) -> torch.Tensor:
         """The teacher's log-prob of each written token at temperature 1, (N,) fp32, one row after the other.

@@ -16,6 +16,7 @@ from shared.recipes.schema import Section
 
 # Where a deterministic policy's missing mass goes; the sampled policies miss none.
 TAIL_MODES = ("ghost", "uniform", "renormalize", "drop")
+DEFAULT_TAIL = "ghost"
 VisualGain = Literal["blurred", "removed"]  # what becomes of pictures in the teacher's second pass
 
 

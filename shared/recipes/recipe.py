@@ -21,6 +21,7 @@ from pydantic import model_validator
 from shared.recipes import yaml12
 from shared.recipes.files import read_recipe_tree, validate_tree
 from shared.recipes.policies import (
+    DEFAULT_TAIL,
     TAILS_OF_ANOTHER_VOCABULARY,
     ghost_of_several,
     tail_of_another_vocabulary,
@@ -199,7 +200,7 @@ class Recipe(Section):
                 "student.other_vocabulary beside loss.visual_weight or loss.positions: what these weigh are "
                 "positions of the teacher, and the student's are others. Leave one of them out"
             )
-        tail = self.loss.tail or "ghost"
+        tail = self.loss.tail or DEFAULT_TAIL
         if not cache.policy.is_sampled and tail not in TAILS_OF_ANOTHER_VOCABULARY:
             problems.append(tail_of_another_vocabulary(cache.policy.kind, tail))
         return problems

@@ -15,39 +15,36 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shared.recipes.policies import Threshold
-from shared.sparse.mixture import MixedTargets
+from shared.recipes.policies import Random, Threshold
 from shared.sparse.targets import SparseTargets, tempered_logprobs
 
 Floats = npt.NDArray[np.float64]
 SMALL = 1e-6  # mass below which a row counts as kept whole
 
 
-def teacher_entropy(
-    targets: SparseTargets | MixedTargets, lengths: Sequence[int], *, temperature: float
-) -> Tensor:
-    """(N,) fp32 nats, at a captured temperature; of a mix the mean of its teachers' by their shares.
+def position_entropies(targets: SparseTargets, sums_RT: Floats, lengths: Sequence[int]) -> Tensor:
+    """(N, T) fp32 nats at each captured temperature, whose sums over rows are ``sums_RT``.
 
-    lengths  positions of each row; targets as a cache gives them, on the CPU
+    lengths  positions of each row; targets on the CPU
     """
-    if isinstance(targets, MixedTargets):
-        parts = [teacher_entropy(part, lengths, temperature=temperature) for part in targets.parts]
-        return torch.stack([part * share for part, share in zip(parts, targets.shares, strict=True)]).sum(0)
     row_N = np.repeat(np.arange(len(lengths)), np.array(lengths, dtype=np.int64))
-    column = targets.temperatures.index(temperature)
-    sums_R = np.bincount(row_N, targets.entropy[:, column].double().numpy(), len(lengths)).astype(np.float64)
-    return torch.from_numpy(entropies(targets, sums_R, row_N, temperature=temperature).astype(np.float32))
+    columns = [
+        entropies(targets, sums_R, row_N, temperature=temperature)
+        for temperature, sums_R in zip(targets.temperatures, sums_RT.T, strict=True)
+    ]
+    return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
 
 
 def entropies(
     targets: SparseTargets, sums_R: Floats, row_N: npt.NDArray[np.int64], *, temperature: float
 ) -> Floats:
     """(N,) nats, whose sums over rows are ``sums_R``."""
-    log_E = tempered_logprobs(
-        targets.logprobs.double(),
-        targets.log_normalizers.double()[targets.position_index],
-        targets.temperatures,
-    )[targets.temperatures.index(temperature)]
+    log_E = targets.logprobs.double()
+    if not is_share(targets):
+        normalizers_E = targets.log_normalizers.double()[targets.position_index]
+        log_E = tempered_logprobs(log_E, normalizers_E, targets.temperatures)[
+            targets.temperatures.index(temperature)
+        ]
     weights_E = targets.weights(temperature).double().numpy()
 
     def per_position(values_E: Floats) -> Floats:
@@ -55,6 +52,11 @@ def entropies(
 
     left_N = np.clip(1 - per_position(weights_E * is_exact(targets)), 0, None)
     return shared_out(per_position(-weights_E * log_E.numpy()), left_N, sums_R, row_N)
+
+
+def is_share(targets: SparseTargets) -> bool:
+    """Whether the entries' log-probs are logs of shares of the draws, at the only temperature that was captured."""
+    return isinstance(targets.policy, Random) and len(targets.temperatures) == 1
 
 
 def is_exact(targets: SparseTargets) -> npt.NDArray[np.bool_]:

@@ -26,9 +26,9 @@ class SparseTargets(Ragged):
 
     Shapes   offsets (N + 1,) int64: entries of position n are ``offsets[n]:offsets[n + 1]``
              ids (E,) int32
-             logprobs (E,) fp16, natural logs at temperature 1.  Where temperature 1 alone was captured by a
-             sampled policy they are the logs of the entries' *weights*: for ``threshold`` a kept token's
-             log-prob, or ``policy.log_tau`` of a drawn one; for ``random`` ``log(count / draws)``
+             logprobs (E,) fp16, natural logs at temperature 1.  Where temperature 1 alone was captured by
+             ``threshold`` they are the logs of the entries' *weights*: a kept token's log-prob, or
+             ``policy.log_tau`` of a drawn one; by ``random`` at any one temperature ``log(count / draws)``
              log_normalizers (N, T') fp32: log sum_v p(v) ** (1 / t) for the captured t that are not 1
              entropy (N, T) fp32, nats, of the teacher's whole distribution at each captured temperature
              draw_counts (E,) int32: how often ``random`` drew each entry; empty (0,) for other policies

@@ -28,13 +28,13 @@ from shared.data.processing import ExampleProcessor
 from shared.errors import CacheMismatchError, DataError, RecipeError
 from shared.progress import by_examples, progress
 from shared.recipes import Recipe
+from shared.recipes.policies import DEFAULT_TAIL
 from shared.runtime import World
 from shared.same_prompts import inputs_identity, open_processor_of
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
 from stage1_teacher.inspection.comparison import AtTemperature, Comparison
 from stage1_teacher.inspection.head_gradient import BATCHES, Measured
 
-DEFAULT_TAIL = "ghost"  # that of the trainer's loss
 TRIES = 4  # rows looked at for each that is wanted: some may have been left out of the cache
 # Where no number of examples is asked for: as many as the largest batch needs, but not so many that all their
 # pictures, which are held at once, take much memory.

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from shared.cache import Row
 from shared.sparse import SparseTargets
-from shared.sparse.entropies import Floats, entropies, is_exact, shared_out
+from shared.sparse.entropies import Floats, is_exact, shared_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +63,8 @@ def positions_of(rows: Sequence[Row], targets: SparseTargets) -> Positions | Non
     def per_position(values_E: Floats) -> Floats:
         return np.bincount(position_E, values_E, num_positions).astype(np.float64)
 
-    entropy_sums_R = np.array([row.entropy_sums[column] for row in rows])
     ce_sums_R = np.array([row.ce_sum for row in rows])
-    entropy_N = entropies(targets, entropy_sums_R, row_N, temperature=1.0)
+    entropy_N = targets.entropy[:, column].double().numpy()
     is_label_E = (targets.ids.numpy() == labels_N[position_E]) & exact_E
     known_N = per_position(np.where(is_label_E, -logprobs_E, 0.0))
     is_open_N = per_position(is_label_E.astype(float)) == 0

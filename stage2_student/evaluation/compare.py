@@ -129,7 +129,8 @@ def table_by_teacher(runs: Sequence[RunRecord]) -> list[str]:
 def legend(runs: Sequence[RunRecord]) -> list[str]:
     """What the columns are, and what keeps the runs from being like."""
     lines = [
-        "CE and KL: nats a position over the whole validation split; KL to the teacher, at temperature 1 for all.",
+        "CE and KL: nats a position over the whole validation split; KL to the teacher, at temperature 1 for all, of "
+        "a top_k or top_p cache a lower bound.",
         "questions: how many were asked, and of which split; right: of those with short answers; F1: of all.",
     ]
     if any(run.losses["soft_ce"] is not None for run in runs):

@@ -24,7 +24,6 @@ from shared.kd_loss.uncertainty import same_on_all, student_entropy
 from shared.kd_loss.vocab_parallel import local_part
 from shared.recipes import LossConfig, Recipe
 from shared.sparse import RegroupedTargets, Targets
-from shared.sparse.entropies import teacher_entropy
 from stage2_student.training.visual_weight import VisualWeight
 
 
@@ -101,7 +100,7 @@ class Emphasis:
             weights_N = self.visual.of_positions(gains_N)
         if loss.positions is not None and loss.positions.by == "teacher_entropy" and targets is not None:
             assert not isinstance(targets, RegroupedTargets)  # which the recipe refuses
-            entropy_N = teacher_entropy(targets, lengths, temperature=loss.temperature)
+            entropy_N = targets.entropy[:, targets.temperatures.index(loss.temperature)]
         if loss.own_kd_ratio is not None and own_N.any():
             kd_ratio_N = torch.full(own_N.shape, loss.kd_ratio).masked_fill(own_N, loss.own_kd_ratio)
         keep = None if loss.positions is None else loss.positions.keep

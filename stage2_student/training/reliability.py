@@ -10,7 +10,8 @@ from torch import Tensor
 
 from shared.models.vlm import Head
 from shared.reports.reliability import NUM_BINS
-from shared.sparse import MixedTargets, SparseTargets
+from shared.sparse import MixedTargets, RegroupedTargets, SparseTargets, Targets
+from shared.sparse.entropies import is_share
 
 MAX_LOGITS = 2**24  # at once: 64 MiB as fp32
 
@@ -35,6 +36,17 @@ def student_reliability(hidden_ND: Tensor, head: Head, labels_N: Tensor) -> Tens
             largest_R, ids_R = logits_RV.max(-1)
             sums_3B += reliability_sums((largest_R - logits_RV.logsumexp(-1)).exp(), ids_R == labels_R)
     return sums_3B
+
+
+def tells_probabilities(targets: Targets) -> bool:
+    """Whether the teacher's likeliest token, and its probability at temperature 1, are known of a position.
+
+    Not of tokens of another vocabulary; nor of ``random`` at another temperature alone, which keeps shares of draws.
+    """
+    if isinstance(targets, RegroupedTargets):
+        return False
+    parts = targets.parts if isinstance(targets, MixedTargets) else [targets]
+    return not any(is_share(one) and one.temperatures != (1.0,) for one in parts)
 
 
 def teacher_reliability(targets: SparseTargets | MixedTargets, labels_N: Tensor) -> Tensor:

@@ -55,8 +55,9 @@ from shared.models.vlm import (
     split,
 )
 from shared.recipes import LossConfig, ParallelConfig, Recipe, StudentConfig
+from shared.recipes.policies import DEFAULT_TAIL
 from shared.runtime import World
-from shared.sparse import RegroupedTargets, Targets
+from shared.sparse import MixedTargets, RegroupedTargets, SparseTargets, Targets
 from stage2_student.training.emphasis import Weighing, scores
 from stage2_student.training.freezing import find_parts, freeze
 from stage2_student.training.lora import add_adapters, beside_adapters
@@ -93,6 +94,16 @@ class Measured(NamedTuple):
     kl_N: Tensor | None
     reliability: Tensor
     soft_ce_N: Tensor | None = None
+
+
+def kl_tail(targets: Targets | None) -> str | None:
+    """The tail of a KL that runs are compared by, whatever that of their loss is; None: the loss's own.
+
+    Of targets that are cut off.  With the bucket of ``ghost`` it is a lower bound of the dense KL; a mix has none.
+    """
+    if isinstance(targets, MixedTargets):
+        return None if targets.parts[0].policy.is_sampled else "uniform"
+    return None if not isinstance(targets, SparseTargets) or targets.policy.is_sampled else "ghost"
 
 
 class StudentWithLoss(nn.Module):
@@ -144,10 +155,11 @@ class StudentWithLoss(nn.Module):
         reliability = student_reliability(hidden_ND, split(self.model)[1], labels)
         is_measured = targets is not None and KL_TEMPERATURE in targets.temperatures
         temperature = KL_TEMPERATURE if is_measured else self._temperature
-        each = ce_kd_by_position(
-            labels_N=labels, targets=targets, temperature=temperature, **self._loss_inputs(hidden_ND)
-        )
-        if temperature == self._temperature:
+        own_tail = self.loss.tail or DEFAULT_TAIL
+        tail = kl_tail(targets) or own_tail
+        inputs = self._loss_inputs(hidden_ND) | {"tail": tail}
+        each = ce_kd_by_position(labels_N=labels, targets=targets, temperature=temperature, **inputs)
+        if (temperature, tail) == (self._temperature, own_tail):
             losses = each.sums(labels, kd_ratio=self.loss.kd_ratio)
         else:
             losses = self._losses(hidden_ND, labels, targets)

@@ -12,6 +12,7 @@ from torch import Tensor
 from shared.kd_loss import FORWARD_KL
 from shared.kd_loss.teacher import sparse_teacher
 from shared.progress import progress
+from shared.recipes.policies import DEFAULT_TAIL
 from shared.reports.reliability import NUM_BINS, Reliability
 from shared.runtime import World
 from shared.sparse import RegroupedTargets
@@ -19,7 +20,7 @@ from stage2_student.training.agreement import in_agreement
 from stage2_student.training.feed import MicrobatchSource, feed
 from stage2_student.training.groups import Groups
 from stage2_student.training.order import Slot
-from stage2_student.training.reliability import teacher_reliability
+from stage2_student.training.reliability import teacher_reliability, tells_probabilities
 from stage2_student.training.step import Losses, Sums
 from stage2_student.training.student import KL_TEMPERATURE, StudentWithLoss, reshard
 
@@ -89,7 +90,7 @@ def validate(
         groups.add(one, found.ce_N, found.kl_N)
         teacher_ce_sum += one.teacher_ce
         own_3B += found.reliability
-        if one.targets is not None and not isinstance(one.targets, RegroupedTargets):
+        if one.targets is not None and tells_probabilities(one.targets):
             teacher_3B += teacher_reliability(one.targets, one.labels)
     student.train()
     reshard(student)
@@ -107,8 +108,9 @@ def validate(
         soft_ce=soft_ce / mass if mass else None,
     )
     own, teachers = _reliability(own_3B, world), _reliability(teacher_3B, world)
-    is_alike = cache is not None and coverage is None
-    return Validation(losses_of_all, groups.of_all_ranks(world), own, teachers if is_alike else None)
+    return Validation(
+        losses_of_all, groups.of_all_ranks(world), own, teachers if any(teachers.count) else None
+    )
 
 
 def _mass(targets: RegroupedTargets, student: StudentWithLoss) -> Tensor:
@@ -117,7 +119,7 @@ def _mass(targets: RegroupedTargets, student: StudentWithLoss) -> Tensor:
         targets,
         temperature=KL_TEMPERATURE,
         divergence=FORWARD_KL,
-        tail=student.loss.tail or "ghost",
+        tail=student.loss.tail or DEFAULT_TAIL,
         num_vocab_ids=student.num_token_ids,
         dtype=torch.float32,
     )

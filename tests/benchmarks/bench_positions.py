@@ -19,7 +19,6 @@ from torch import Tensor
 from shared.kd_loss import ce_kd_by_position, fused_ce_kd
 from shared.kd_loss.kept import highest, num_kept
 from shared.kd_loss.uncertainty import student_entropy
-from shared.sparse.entropies import teacher_entropy
 from tests.benchmarks.bench_loss import CHUNK, D, Inputs, V, ratio, times_s
 from tests.benchmarks.tables import Bench
 
@@ -29,9 +28,9 @@ LENGTHS = [LENGTH] * (NUM_POSITIONS // LENGTH)
 
 
 def scores(inputs: Inputs, by: str) -> Tensor:
-    """What positions are chosen by; that of the teacher is computed here, in training by a data-loader worker."""
+    """What positions are chosen by; that of the teacher comes with the targets."""
     if by == "teacher_entropy":
-        return teacher_entropy(inputs.targets, LENGTHS, temperature=1.0)
+        return inputs.targets.entropy[:, 0]
     hidden_ND, weight_VD = inputs.hidden_ND.detach(), inputs.weight_VD.detach()
     if by == "student_entropy":
         return student_entropy(hidden_ND, weight_VD, inputs.labels_N, chunk_size=CHUNK)
