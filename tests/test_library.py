@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.metadata
 import re
 import subprocess
@@ -91,6 +92,20 @@ def test_both_commands_print_it(group: object, name: str) -> None:
     assert (shown.exit_code, shown.output) == (0, f"{name} (teachonce) {teachonce.__version__}\n")
 
 
+def gradient_of_a_step(names: dict, batch_size: int, accumulated: int) -> float:
+    """The norm, by the page's own trainer: of four rows whose answers differ in length."""
+    settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulated}
+    arguments = dataclasses.replace(names["arguments"], max_steps=1, learning_rate=0.0, **settings)
+    rows = [names["train"][number] for number in range(4)]
+    assert len({len(row.answer) for row in rows}) == 4
+    trainer = names["DistillationTrainer"](
+        names["student"], arguments, train_dataset=rows, data_collator=names["collate"]
+    )
+    trainer.model_accepts_loss_kwargs = names["trainer"].model_accepts_loss_kwargs
+    trainer.train()
+    return next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry)
+
+
 @pytest.mark.slow
 def test_the_page_from_top_to_bottom(
     tmp_path: Path,
@@ -120,6 +135,9 @@ def test_the_page_from_top_to_bottom(
     for block in blocks(PAGE):
         if block.language == "python":
             exec(compile(block.text, str(PAGE), "exec"), names)
+        if "trainer.train()" in block.text:
+            whole, halves = gradient_of_a_step(names, 4, 1), gradient_of_a_step(names, 2, 2)
+            assert halves == pytest.approx(whole, rel=1e-4)
         for line in block.lines if block.language == "sh" else ():
             done = CliRunner().invoke(student_commands, command_words(line)[1:], standalone_mode=False)
             assert (done.return_value, done.exception) == (0, None), done.output
