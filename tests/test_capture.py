@@ -354,6 +354,20 @@ def test_a_broken_shard_alone_is_captured_again(
     assert [record["examples"] for record in records if record["event"] == "captured"] == [16, 2]
 
 
+def test_a_lost_shard_whose_examples_were_all_refused_is_captured_again(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    allowed = with_values(spoiled(tree, tmp_path / "spoiled", rows=(4, 5)), "data", max_dropped=2)
+    allowed["data"]["source"] = str(tmp_path / "spoiled")
+    assert run(allowed) == 0
+    (lost,) = (one for one in CacheReader(str(tmp_path / "cache")).manifest.shards if not one.examples)
+    (tmp_path / "cache" / lost.name).unlink()
+    assert verify(str(tmp_path / "cache")).faults
+    assert run(allowed) == 0
+    assert not verify(str(tmp_path / "cache")).faults
+    assert CacheReader(str(tmp_path / "cache")).manifest.totals.skipped == 2
+
+
 def test_a_broken_shard_without_wanted_examples_is_no_work(tree: dict[str, Any], tmp_path: Path) -> None:
     run(tree)
     fewer = with_values(tree, "data", limit=4)

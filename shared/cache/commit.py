@@ -74,6 +74,9 @@ class Contents:
         added = [~number for number, slot in enumerate(slots) if slot < 0]
         is_lost = np.zeros(num_old, dtype=bool)
         is_lost[list(plan.lost)] = True
+        # A unit whose examples are refused once more has its shard of before, which is listed once.
+        if base is not None and (again := {one.info.name for one in new if not one.info.examples}):
+            is_lost |= [name in again for name in base.shards.names()]
         for number, slot in enumerate(slots):
             if slot >= 0:
                 order[slot], is_lost[slot] = ~number, False
