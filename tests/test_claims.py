@@ -161,6 +161,33 @@ def test_units_are_finished_by_one_thread_while_another_one_claims(tmp_path: Pat
         assert claims.is_complete
 
 
+def test_a_claim_whose_answer_is_lost_is_ours_all_the_same(
+    planned: tuple[CacheWriter, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that has no answer sends it once more, and the storage says that something is there."""
+    writer, plan = planned
+    create = LocalFolder.create
+    with (
+        Claims(writer.folder, plan.units, timeout_s=LONG_S) as other,
+        Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims,
+    ):
+        theirs = other.next()
+        monkeypatch.setattr(LocalFolder, "create", lambda *put: create(*put) and False)
+        mine = []
+        while (unit := claims.next()) is not None:
+            publish(writer, unit)
+            claims.finish(unit)
+            mine.append(unit)
+        assert theirs not in mine
+        assert len(mine) == 29
+        assert theirs is not None
+        publish(writer, theirs)
+        other.finish(theirs)
+        assert not claims.wait(never)
+        assert claims.is_to_commit(never)
+    assert claimed_units(writer.folder) == []
+
+
 def test_one_that_comes_late_finds_what_is_left(planned: tuple[CacheWriter, Plan]) -> None:
     writer, plan = planned
     with Claims(writer.folder, plan.units, timeout_s=LONG_S) as first:

@@ -244,10 +244,18 @@ class Claims:
         return free[begin:] + free[:begin]
 
     def _make(self, task: str, generation: int) -> bool:
-        if not self.folder.create(claim_name(task, generation), self.claimant.name.encode()):
+        name, ours = claim_name(task, generation), self.claimant.name.encode()
+        if not self.folder.create(name, ours) and not self._has_come_twice(name, ours):
             return False
         self._mine[task] = generation
         return True
+
+    def _has_come_twice(self, name: str, ours: bytes) -> bool:
+        """Whether a claim that is there is this one: its answer was lost, and a library had sent it once more."""
+        try:
+            return self.folder.read(name) == ours
+        except FileNotFoundError:  # given back
+            return False
 
     def _give_back(self, task: str) -> None:
         newest = self._mine.pop(task, -1)
