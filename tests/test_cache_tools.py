@@ -89,7 +89,6 @@ def test_a_sound_cache_has_no_faults(tmp_path: Path, policy, temperatures) -> No
         (lambda row: replace(row, answer_ids=row.answer_ids[:-1]), "5 positions, 4 needed"),
         (lambda row: replace(row, answer_ids=np.full(5, VOCAB_SIZE, np.int32)), "outside the vocabulary"),
         (lambda row: replace(row, answer_ids=np.full(5, -1, np.int32)), "outside the vocabulary"),
-        (lambda row: replace(row, answer_ids=np.zeros(33, np.int32)), "longer than max_answer_tokens"),
         (lambda row: replace(row, ce_sum=-0.5), "ce_sum is negative"),
         (lambda row: replace(row, entropy_sums=np.array([99.0])), "entropy sum is not between"),
         (lambda row: replace(row, entropy_sums=np.array([-1.0])), "entropy sum is not between"),
