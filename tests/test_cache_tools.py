@@ -258,6 +258,22 @@ def test_an_interrupted_merge_is_begun_anew(tmp_path: Path, monkeypatch: pytest.
     assert verify(out).faults == ()
 
 
+def test_a_killed_merge_of_other_caches_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, out = (str(tmp_path / name) for name in ("a", "b", "out"))
+    capture(a, range(12))
+    capture(b, range(12, 20))
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "dumps", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge([a, b], out, created_by=VERSIONS)
+    merge([b], out, created_by=VERSIONS)
+    merge([b], str(tmp_path / "whole"), created_by=VERSIONS)
+    assert files_of(Path(out)) == files_of(tmp_path / "whole")
+    assert verify(out).faults == verify(out).notes == ()
+
+
 def test_caches_captured_differently_are_not_merged(tmp_path: Path) -> None:
     a, b, out = (str(tmp_path / name) for name in ("a", "b", "out"))
     capture(a, range(3))
