@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,14 +16,12 @@ from queue import SimpleQueue
 from typing import Any
 
 import fsspec
-import numpy as np
 import pytest
-from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_key, make_row
+from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_row
 
 from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims, DataSource, Plan, Unit, Wanted
 from shared.cache.claimant import Claimant, Onlooker, claimant_files, remove_claims, somebody_at_work
 from shared.cache.layout import CLAIMS, PLAN_NAME, claim_name, claimant_file
-from shared.cache.plan import make_unit
 from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.capture.opening import open_planned
 from shared.errors import CacheFormatError
@@ -137,27 +134,33 @@ def test_alone_the_units_come_in_order_and_the_folder_is_looked_at_once_for_seve
     assert looks.count(CLAIMS) <= 100 / 5
 
 
-def test_units_are_finished_by_one_thread_while_another_one_claims(tmp_path: Path) -> None:
-    """Many of them, and often in turns: a claim looks at all that are left."""
-    units = [make_unit(IDENTITY.digest(), [make_key(n)], np.array([n])) for n in range(1000)]
+class LookedAtSlowly(dict[str, Unit]):
+    """Other threads run between two of its keys."""
+
+    def __iter__(self) -> Iterator[str]:
+        for key in super().__iter__():
+            time.sleep(0.0002)
+            yield key
+
+
+def test_units_are_finished_by_one_thread_while_another_one_claims(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
     captured: SimpleQueue[Unit | None] = SimpleQueue()
-    interval_s = sys.getswitchinterval()
-    with Claims(LocalFolder(tmp_path), units, timeout_s=LONG_S) as claims:
+    with Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims:
+        claims._left = LookedAtSlowly(claims._left)
 
         def finish() -> None:
             while (unit := captured.get()) is not None:
                 claims.finish(unit)
 
-        writer = threading.Thread(target=finish)
-        writer.start()
-        sys.setswitchinterval(1e-5)
+        thread = threading.Thread(target=finish)
+        thread.start()
         try:
             while (unit := claims.next()) is not None:
                 captured.put(unit)
         finally:
-            sys.setswitchinterval(interval_s)
             captured.put(None)
-            writer.join()
+            thread.join()
         assert claims.is_complete
 
 
