@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,10 +102,14 @@ def test_skipped_rows_are_listed_with_their_reasons(tmp_path: Path) -> None:
     assert make_key(2) not in CacheReader(str(tmp_path))
 
 
-def capture_but(path: Path, numbers: range, refused: set[int]) -> Manifest:
+def capture_but(
+    path: Path, numbers: range, refused: set[int], *, unreadable: Sequence[SkippedRow] = (), **changes
+) -> Manifest:
     """Two examples in each unit; some of them are refused."""
-    with open_writer(path) as writer:
-        plan = writer.stored_plan() or writer.plan(keys_and_rows(numbers), examples_per_shard=2)
+    with open_writer(path, **changes) as writer:
+        plan = writer.stored_plan() or writer.plan(
+            keys_and_rows(numbers), examples_per_shard=2, skipped=unreadable
+        )
         for unit in plan.units:
             if writer.is_finished(unit):
                 continue
@@ -140,6 +145,23 @@ def test_a_shard_without_rows_is_listed_once_however_often_its_examples_are_refu
     names = manifest.shards.names()
     assert len(names) == len(set(names)) == 4
     assert (manifest.totals.examples, manifest.totals.skipped) == (6, 2)
+    assert not verify(str(tmp_path)).faults
+
+
+def test_rows_are_left_out_as_the_last_capture_of_them_says(tmp_path: Path) -> None:
+    """Of two sets of data, each captured alone."""
+    first, second = (
+        make_identity(data=(DataSource(name="drawn", split=name, fingerprint=name, rows=9),))
+        for name in ("train", "validation")
+    )
+    odd = SkippedRow(row="train[9]", reason="no picture")
+    capture_but(tmp_path, range(4), {1, 2}, unreadable=[odd], identity=first)
+    capture_but(tmp_path, range(20, 22), {21}, identity=second)
+    for size in (6, 8):
+        manifest = capture_but(tmp_path, range(size), {2}, unreadable=[odd], identity=first)
+    assert [row.row for row in manifest.skipped] == ["train[9]", "train[2]", "train[21]"]
+    manifest = capture_but(tmp_path, range(20, 22), set(), identity=second)
+    assert [row.row for row in manifest.skipped] == ["train[9]", "train[2]"]
     assert not verify(str(tmp_path)).faults
 
 

@@ -12,7 +12,7 @@ from contextlib import closing, nullcontext
 import numpy as np
 import numpy.typing as npt
 
-from shared.cache.commit import Contents, NewShard
+from shared.cache.commit import Contents, NewShard, not_held
 from shared.cache.format import sha256_hex
 from shared.cache.identity import DataSource, Identity
 from shared.cache.index import KeyIndex, split_keys
@@ -149,6 +149,4 @@ def _teacher_facts(readers: Sequence[CacheReader]) -> dict[str, str]:
 def _joined_skips(readers: Sequence[CacheReader], index: KeyIndex) -> list[SkippedRow]:
     """All skipped rows, but those that another source holds."""
     skipped = list(dict.fromkeys(row for reader in readers for row in reader.manifest.skipped))
-    keyed = [bytes.fromhex(row.key) for row in skipped if row.key is not None]
-    held = {key for key, place in zip(keyed, index.find(keyed).tolist(), strict=True) if place >= 0}
-    return [row for row in skipped if row.key is None or bytes.fromhex(row.key) not in held]
+    return not_held(skipped, index)

@@ -29,8 +29,8 @@ import pyarrow as pa
 from shared.cache.commit import (
     Contents,
     NewShard,
+    all_skips,
     grown_identity,
-    older_skips,
     require_few_skipped,
     require_places,
 )
@@ -263,7 +263,7 @@ class CacheWriter:
             )
         contents = Contents.of_plan(plan, self.manifest, self._base_index(), new)
         identity = grown_identity(self.manifest, self.identity)
-        skipped = [*older_skips(self.manifest, self.identity), *plan.skipped, *skipped]
+        skipped = all_skips(contents, self.identity, [*plan.skipped, *skipped])
         created_by = {**(self.manifest.created_by if self.manifest else {}), **self._created_by}
         if self.manifest is None or not self.manifest.says(
             contents.shards,
