@@ -18,10 +18,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from shared.cache import CacheReader
+from shared.cache import CacheReader, CacheWriter
+from shared.cache.claimant import Claimant
 from shared.cache.index import as_key_array, split_keys
 from shared.cache.layout import PLAN_NAME
-from shared.cache.storage import LocalFolder
+from shared.cache.storage import LocalFolder, open_folder
 from shared.cache.verify import verify
 from shared.completeness import cache_covers
 from shared.data.processing import ExampleProcessor, open_processor
@@ -432,6 +433,31 @@ def test_killed_right_after_its_commit_a_capture_has_its_log_line_and_leaves_no_
     assert run(tree) == 0
     assert not (cache / PLAN_NAME).exists()
     assert len((cache / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_repair_that_is_killed_before_its_commit_leaves_no_plan(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    run(tree)
+    cache = tmp_path / "cache"
+    whole = files(cache)
+    sorted((cache / "shards").iterdir())[3].unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "commit", killed)
+        with pytest.raises(Killed):
+            run(tree)
+    assert files(cache).keys() - whole.keys() == {PLAN_NAME}
+    with Claimant(open_folder(str(cache)), timeout_s=60):
+        assert run(tree) == 0
+        assert (cache / PLAN_NAME).exists()  # somebody may be about to commit it
+    assert run(tree) == 0
+    assert files(cache) == whole
 
 
 def test_the_plan_of_a_capture_that_goes_on_is_left_alone(tree: dict[str, Any], tmp_path: Path) -> None:

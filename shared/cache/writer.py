@@ -245,7 +245,7 @@ class CacheWriter:
         """
         is_stored, current = self._is_stored(plan), load_manifest(self.folder)
         has_moved = plan.base != (None if current is None else current.sha256)
-        if current is not None and has_moved and _has_shards_of(current, plan):
+        if current is not None and has_moved and has_shards_of(current, plan):
             self.manifest, self._index, self._committed = current, None, None
             if is_stored:
                 self._remove_plan(plan)
@@ -293,7 +293,7 @@ class CacheWriter:
         Raises   CacheFormatError  unless the manifest that is there has a shard of each of the plan's units
         """
         deadline = time.monotonic() + settle_s
-        while (manifest := load_manifest(self.folder)) is None or not _has_shards_of(manifest, plan):
+        while (manifest := load_manifest(self.folder)) is None or not has_shards_of(manifest, plan):
             if time.monotonic() >= deadline:
                 raise self._has_changed()
             time.sleep(min(1.0, settle_s / 10))
@@ -461,6 +461,6 @@ class CacheWriter:
             self._found.setdefault(unit_in(name), []).append(name)
 
 
-def _has_shards_of(manifest: Manifest, plan: Plan) -> bool:
+def has_shards_of(manifest: Manifest, plan: Plan) -> bool:
     """Whether each of the plan's units has one: their ids say what is captured, and of which keys."""
     return {unit.unit_id for unit in plan.units} <= {unit_in(name) for name in manifest.shards.names()}
