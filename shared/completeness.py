@@ -108,7 +108,7 @@ def are_skipped(keys: np.ndarray, cache: Cache) -> np.ndarray:
 
 
 def broken_shards(reader: CacheReader, keys: Keys | None = None, *, hashed: bool = True) -> list[str]:
-    """Names of the shards that are gone or not what the manifest says, of those that hold any of the keys.
+    """Names of the shards that are gone or not what the manifest says, of those that hold any of the keys or nothing.
 
     keys    None: of all shards
     hashed  local files are hashed, as a reader does before their first use and only then: what is sound here
@@ -118,7 +118,9 @@ def broken_shards(reader: CacheReader, keys: Keys | None = None, *, hashed: bool
     if keys is not None:
         found = reader.index.find(keys)
         holding, _ = reader.index.locate(found[found >= 0])
-        shards = shards.take(np.unique(holding))
+        is_asked = shards.column("examples") == 0
+        is_asked[holding] = True
+        shards = shards.take(np.flatnonzero(is_asked))
     folder, verified = open_folder(reader.location), VerifiedFiles() if hashed else None
     return [shard.name for shard in shards if not _is_whole(folder, shard, verified)]
 

@@ -22,12 +22,18 @@ from tqdm import tqdm
 
 from shared.batching import BatchRunner
 from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims, Identity, Manifest, Plan, Unit
-from shared.cache.claimant import is_gone, remove_claims, remove_claims_of_the_dead
+from shared.cache.claimant import (
+    is_gone,
+    remove_claims,
+    remove_claims_of_the_dead,
+    somebody_may_be_at_work,
+)
 from shared.cache.commit import require_few_skipped
 from shared.cache.layout import CLAIMS, LIBRARY_LOG_NAME, PLAN_NAME, shard_names
 from shared.cache.lock import WaitStoppedError
 from shared.cache.plan import MAX_PLAN_BYTES
 from shared.cache.storage import open_folder
+from shared.cache.writer import has_shards_of
 from shared.capture.opening import created_by_versions, open_planned
 from shared.capture.planning import (
     CaptureData,
@@ -164,8 +170,9 @@ def parallel_facts(teacher: TeacherConfig) -> dict[str, str]:
 
 
 def remove_committed_plan(location: str, stop: StopRequest) -> None:
-    """Removes plan and claims that a capture killed right after its commit has left: they add to an older manifest.
+    """Removes plan and claims of a capture that was killed right after its commit: they add to an older manifest.
 
+    So do those of a repair killed right before: with the lost shards back, the cache was whole without a commit.
     Another capture's plan, which adds to this one, stays.
     """
     folder, identity = open_folder(location), CacheReader(location).manifest.identity
@@ -180,7 +187,11 @@ def remove_committed_plan(location: str, stop: StopRequest) -> None:
     ):
         if folder.size(PLAN_NAME) is not None:
             plan = Plan.decode(folder.read(PLAN_NAME, max_bytes=MAX_PLAN_BYTES), where=folder.where)
-            if writer.manifest is not None and plan.base != writer.manifest.sha256:
+            manifest = writer.manifest
+            if manifest is not None and (
+                plan.base != manifest.sha256
+                or (has_shards_of(manifest, plan) and not somebody_may_be_at_work(folder))
+            ):
                 folder.remove(PLAN_NAME)
         if folder.size(PLAN_NAME) is None:
             remove_claims_of_the_dead(folder)

@@ -148,6 +148,19 @@ def test_a_cache_in_memory(staging: Path, tmp_path: Path) -> None:
     check_life_of_a_cache("memory://elsewhere/caches/drawn", tmp_path)
 
 
+def test_a_cache_whose_path_looks_like_a_pattern(staging: Path) -> None:
+    url = "memory://bucket-[1]/what*/is this"
+    capture("memory://bucket-1/whatever/is this", range(5))
+    capture(url, range(7))
+    assert len(CacheReader(url)) == 7
+    assert verify(url).faults == ()
+    filesystem = fsspec.filesystem("memory")
+    for name in ("/bucket-[1]", "/bucket-1"):
+        for path in list(filesystem.store):
+            if path.startswith(name):
+                filesystem.rm_file(path)
+
+
 def test_a_cache_on_s3(s3: str, tmp_path: Path) -> None:
     check_life_of_a_cache(s3, tmp_path)
 

@@ -89,7 +89,6 @@ def test_a_sound_cache_has_no_faults(tmp_path: Path, policy, temperatures) -> No
         (lambda row: replace(row, answer_ids=row.answer_ids[:-1]), "5 positions, 4 needed"),
         (lambda row: replace(row, answer_ids=np.full(5, VOCAB_SIZE, np.int32)), "outside the vocabulary"),
         (lambda row: replace(row, answer_ids=np.full(5, -1, np.int32)), "outside the vocabulary"),
-        (lambda row: replace(row, answer_ids=np.zeros(33, np.int32)), "longer than max_answer_tokens"),
         (lambda row: replace(row, ce_sum=-0.5), "ce_sum is negative"),
         (lambda row: replace(row, entropy_sums=np.array([99.0])), "entropy sum is not between"),
         (lambda row: replace(row, entropy_sums=np.array([-1.0])), "entropy sum is not between"),
@@ -257,6 +256,22 @@ def test_an_interrupted_merge_is_begun_anew(tmp_path: Path, monkeypatch: pytest.
     assert merge([a, b], out, created_by=VERSIONS).totals.examples == 20  # killed before it could say so
     assert files_of(Path(out)) == before
     assert verify(out).faults == ()
+
+
+def test_a_killed_merge_of_other_caches_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, out = (str(tmp_path / name) for name in ("a", "b", "out"))
+    capture(a, range(12))
+    capture(b, range(12, 20))
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "dumps", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge([a, b], out, created_by=VERSIONS)
+    merge([b], out, created_by=VERSIONS)
+    merge([b], str(tmp_path / "whole"), created_by=VERSIONS)
+    assert files_of(Path(out)) == files_of(tmp_path / "whole")
+    assert verify(out).faults == verify(out).notes == ()
 
 
 def test_caches_captured_differently_are_not_merged(tmp_path: Path) -> None:

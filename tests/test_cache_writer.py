@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,9 @@ from shared.cache import lock as lock_module
 from shared.cache import storage as storage_module
 from shared.cache.lock import CaptureLock, WaitStoppedError
 from shared.cache.log import log_records
+from shared.cache.manifest import Manifest
 from shared.cache.merge import merge
+from shared.cache.plan import make_unit
 from shared.cache.shard import encode_shard
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError, DataError
@@ -97,6 +100,69 @@ def test_skipped_rows_are_listed_with_their_reasons(tmp_path: Path) -> None:
     assert (manifest.totals.examples, manifest.totals.skipped) == (1, 3)
     assert not verify(str(tmp_path)).faults
     assert make_key(2) not in CacheReader(str(tmp_path))
+
+
+def capture_but(
+    path: Path, numbers: range, refused: set[int], *, unreadable: Sequence[SkippedRow] = (), **changes
+) -> Manifest:
+    """Two examples in each unit; some of them are refused."""
+    with open_writer(path, **changes) as writer:
+        plan = writer.stored_plan() or writer.plan(
+            keys_and_rows(numbers), examples_per_shard=2, skipped=unreadable
+        )
+        for unit in plan.units:
+            if writer.is_finished(unit):
+                continue
+            with writer.unit(unit) as shard:
+                for number in unit.rows.tolist():
+                    if number in refused:
+                        shard.skip(make_key(number), row=f"train[{number}]", reason="NaN")
+                    else:
+                        shard.add(make_row(number))
+        return writer.commit(plan)
+
+
+def test_a_lost_shard_without_rows_leaves_no_unit_that_nobody_can_finish(tmp_path: Path) -> None:
+    manifest = capture_but(tmp_path, range(6), {2, 3})
+    before = files_of(tmp_path)
+    for shard in manifest.shards[:2]:
+        (tmp_path / shard.name).unlink()
+    with open_writer(tmp_path) as writer:
+        plan = writer.plan(keys_and_rows(range(6)), examples_per_shard=2)
+        assert [(unit.slot, unit.rows.tolist()) for unit in plan.units] == [(0, [0, 1]), (None, [2, 3])]
+        # As an earlier release planned it.
+        empty = make_unit(IDENTITY.digest(), [], np.empty(0, np.int64), slot=1)
+        writer.folder.publish("plan.arrow", replace(plan, units=(*plan.units, empty)).encode())
+    repaired = capture_but(tmp_path, range(6), {2, 3})
+    assert repaired.totals == manifest.totals
+    assert files_of(tmp_path).keys() >= {name for name in before if name.startswith("shards/")}
+    assert not verify(str(tmp_path)).faults
+
+
+def test_a_shard_without_rows_is_listed_once_however_often_its_examples_are_refused(tmp_path: Path) -> None:
+    for size in (4, 6, 8):
+        manifest = capture_but(tmp_path, range(size), {0, 1})
+    names = manifest.shards.names()
+    assert len(names) == len(set(names)) == 4
+    assert (manifest.totals.examples, manifest.totals.skipped) == (6, 2)
+    assert not verify(str(tmp_path)).faults
+
+
+def test_rows_are_left_out_as_the_last_capture_of_them_says(tmp_path: Path) -> None:
+    """Of two sets of data, each captured alone."""
+    first, second = (
+        make_identity(data=(DataSource(name="drawn", split=name, fingerprint=name, rows=9),))
+        for name in ("train", "validation")
+    )
+    odd = SkippedRow(row="train[9]", reason="no picture")
+    capture_but(tmp_path, range(4), {1, 2}, unreadable=[odd], identity=first)
+    capture_but(tmp_path, range(20, 22), {21}, identity=second)
+    for size in (6, 8):
+        manifest = capture_but(tmp_path, range(size), {2}, unreadable=[odd], identity=first)
+    assert [row.row for row in manifest.skipped] == ["train[9]", "train[2]", "train[21]"]
+    manifest = capture_but(tmp_path, range(20, 22), set(), identity=second)
+    assert [row.row for row in manifest.skipped] == ["train[9]", "train[2]"]
+    assert not verify(str(tmp_path)).faults
 
 
 def test_an_empty_capture_is_a_cache_without_examples(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from shared.cache import CacheReader
+from shared.cache import CacheReader, CacheWriter
+from shared.cache.claimant import Claimant
 from shared.cache.index import as_key_array, split_keys
 from shared.cache.layout import PLAN_NAME
-from shared.cache.storage import LocalFolder
+from shared.cache.storage import LocalFolder, open_folder
 from shared.cache.verify import verify
 from shared.completeness import cache_covers
 from shared.data.processing import ExampleProcessor, open_processor
@@ -354,6 +355,20 @@ def test_a_broken_shard_alone_is_captured_again(
     assert [record["examples"] for record in records if record["event"] == "captured"] == [16, 2]
 
 
+def test_a_lost_shard_whose_examples_were_all_refused_is_captured_again(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    allowed = with_values(spoiled(tree, tmp_path / "spoiled", rows=(4, 5)), "data", max_dropped=2)
+    allowed["data"]["source"] = str(tmp_path / "spoiled")
+    assert run(allowed) == 0
+    (lost,) = (one for one in CacheReader(str(tmp_path / "cache")).manifest.shards if not one.examples)
+    (tmp_path / "cache" / lost.name).unlink()
+    assert verify(str(tmp_path / "cache")).faults
+    assert run(allowed) == 0
+    assert not verify(str(tmp_path / "cache")).faults
+    assert CacheReader(str(tmp_path / "cache")).manifest.totals.skipped == 2
+
+
 def test_a_broken_shard_without_wanted_examples_is_no_work(tree: dict[str, Any], tmp_path: Path) -> None:
     run(tree)
     fewer = with_values(tree, "data", limit=4)
@@ -418,6 +433,31 @@ def test_killed_right_after_its_commit_a_capture_has_its_log_line_and_leaves_no_
     assert run(tree) == 0
     assert not (cache / PLAN_NAME).exists()
     assert len((cache / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_repair_that_is_killed_before_its_commit_leaves_no_plan(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    run(tree)
+    cache = tmp_path / "cache"
+    whole = files(cache)
+    sorted((cache / "shards").iterdir())[3].unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "commit", killed)
+        with pytest.raises(Killed):
+            run(tree)
+    assert files(cache).keys() - whole.keys() == {PLAN_NAME}
+    with Claimant(open_folder(str(cache)), timeout_s=60):
+        assert run(tree) == 0
+        assert (cache / PLAN_NAME).exists()  # somebody may be about to commit it
+    assert run(tree) == 0
+    assert files(cache) == whole
 
 
 def test_the_plan_of_a_capture_that_goes_on_is_left_alone(tree: dict[str, Any], tmp_path: Path) -> None:

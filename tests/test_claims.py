@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import fsspec
@@ -131,6 +132,63 @@ def test_alone_the_units_come_in_order_and_the_folder_is_looked_at_once_for_seve
     with Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims:
         assert capture_all(writer, claims) == list(plan.units)
     assert looks.count(CLAIMS) <= 100 / 5
+
+
+class LookedAtSlowly(dict[str, Unit]):
+    """Other threads run between two of its keys."""
+
+    def __iter__(self) -> Iterator[str]:
+        for key in super().__iter__():
+            time.sleep(0.0002)
+            yield key
+
+
+def test_units_are_finished_by_one_thread_while_another_one_claims(planned: tuple[CacheWriter, Plan]) -> None:
+    writer, plan = planned
+    captured: SimpleQueue[Unit | None] = SimpleQueue()
+    with Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims:
+        claims._left = LookedAtSlowly(claims._left)
+
+        def finish() -> None:
+            while (unit := captured.get()) is not None:
+                claims.finish(unit)
+
+        thread = threading.Thread(target=finish)
+        thread.start()
+        try:
+            while (unit := claims.next()) is not None:
+                captured.put(unit)
+        finally:
+            captured.put(None)
+            thread.join()
+        assert claims.is_complete
+
+
+def test_a_claim_whose_answer_is_lost_is_ours_all_the_same(
+    planned: tuple[CacheWriter, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that has no answer sends it once more, and the storage says that something is there."""
+    writer, plan = planned
+    create = LocalFolder.create
+    with (
+        Claims(writer.folder, plan.units, timeout_s=LONG_S) as other,
+        Claims(writer.folder, plan.units, timeout_s=LONG_S) as claims,
+    ):
+        theirs = other.next()
+        monkeypatch.setattr(LocalFolder, "create", lambda *put: create(*put) and False)
+        mine = []
+        while (unit := claims.next()) is not None:
+            publish(writer, unit)
+            claims.finish(unit)
+            mine.append(unit)
+        assert theirs not in mine
+        assert len(mine) == 29
+        assert theirs is not None
+        publish(writer, theirs)
+        other.finish(theirs)
+        assert not claims.wait(never)
+        assert claims.is_to_commit(never)
+    assert claimed_units(writer.folder) == []
 
 
 def test_one_that_comes_late_finds_what_is_left(planned: tuple[CacheWriter, Plan]) -> None:

@@ -17,6 +17,7 @@ from test_capture import files
 from test_conversations import of_one_type
 
 from shared.cache import CacheReader
+from shared.cache.verify import verify
 from shared.data.processing import open_processor
 from shared.data.rows import Example, open_split
 from shared.recipes import Recipe
@@ -133,6 +134,28 @@ def test_every_answer_of_every_row_is_in_the_cache(mixed: Recipe, tree: dict[str
     assert reader.manifest.identity.prompt is not None
     assert reader.manifest.identity.prompt.train_on == "all"
     assert step_records(mixed)[-1]["loss"] < step_records(mixed)[0]["loss"]
+
+
+def test_a_cache_of_several_answers_or_of_one_of_just_the_bound_is_sound(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """The bound is of each answer, and an answer of just that many tokens has its end of turn beside them."""
+    tokenizer = open_processor(tree["teacher"]["model"], make_recipe(tree).data).tokenizer
+    bound = len(tokenizer.encode("axial", add_special_tokens=False))
+    rows = [all_forms()[0], all_forms()[6]]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    for name in ("0.png", "2.png"):
+        (tmp_path / name).write_bytes(PICTURES[int(name[0])])
+    recipe = make_recipe(
+        tree,
+        data__source=str(tmp_path),
+        data__max_answer_tokens=bound,
+        data__splits={"train": "train", "validation": None, "test": None},
+        cache__path=str(tmp_path / "cache"),
+    )
+    one, several = sorted(CacheReader(str(captured(recipe))).shard(0).num_positions.tolist())
+    assert several > one == bound + 1
+    assert verify(str(tmp_path / "cache")).faults == ()
 
 
 def test_the_same_rows_in_one_form_make_the_same_cache_and_the_same_run(

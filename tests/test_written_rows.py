@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from samples import write_vqa_folder
 from stage2_runs import make_recipe, run_alone, step_records
 from test_write import rows_of, tree, written  # noqa: F401  # a fixture
 
@@ -128,13 +129,35 @@ def test_answers_to_other_prompts_are_refused(
         DataError, match=r"was written to another prompt \(5 such rows\). Ask as the set was asked"
     ):
         survey_keys(other.data, "train", processor)
-    short = laid(tree, folder, data__limit=1)
+    few = laid(tree, folder, data__source=str(write_vqa_folder(tmp_path / "few", num_train=1)))
     with pytest.raises(
         DataError, match=r"it answers row .* has 1\. Name the set that was written for these data"
     ):
-        open_split(short.data, "train")
+        open_split(few.data, "train")
     with pytest.raises(DataError, match="no finished set of written answers"):
         open_split(laid(tree, tmp_path / "nowhere").data, "train")
+
+
+def test_a_trial_of_the_first_rows_takes_their_answers_alone(
+    tree: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    _, folder = written(tree, **SOME)
+    asked = sorted(row["source_row"] for row in rows_of(folder))
+    whole = laid(tree, folder)
+    processor = open_processor(whole.student.model, whole.data)
+    all_keys = survey_keys(whole.data, "train", processor).keys
+    for limit in (asked[0] + 1, asked[3]):  # one and three of them
+        trial = laid(tree, folder, data__limit=limit)
+        split = open_split(trial.data, "train")
+        assert [one.index for one in split if one.written_by] == [row for row in asked if row < len(split)]
+        keyed = survey_keys(trial.data, "train", processor)
+        assert np.array_equal(keyed.keys, all_keys[: len(split)])
+        assert len(keyed.written_by) == 1
+    with distributed(device="cpu") as world:
+        assert capture(trial, world, StopRequest()) == 0
+        assert capture(whole, world, StopRequest()) == 0
+    assert run_alone(trial) == 0
 
 
 def test_parts_of_the_prompts_cover_all_of_them_once() -> None:

@@ -170,7 +170,7 @@ class Claims:
     def _claim_some(self) -> bool:
         """Claims free units, or else those of the dead; whether there were any."""
         taken = self._look()
-        free = [(task, 0) for task in self._left if task not in taken]
+        free = [(task, 0) for task in self._left_now() if task not in taken]
         if not free:
             free = [(task, taken[task] + 1) for task in self._abandoned(taken)]
         size = min(self._batch, math.ceil(len(free) / (SHARE * self._num_claimants)))
@@ -217,9 +217,14 @@ class Claims:
             self.num_examples_of_others += len(unit)
             self.finish(unit)
 
+    def _left_now(self) -> list[str]:
+        """Another thread finishes units meanwhile."""
+        with self._lock:
+            return list(self._left)
+
     def _abandoned(self, taken: dict[str, int]) -> list[str]:
         """Units that the dead have left, of some that this process looks after."""
-        others = [task for task in self._left if task in taken and task not in self._mine]
+        others = [task for task in self._left_now() if task in taken and task not in self._mine]
         others.sort(key=lambda task: zlib.crc32(f"{self.claimant.name} {task}".encode()))
         return [task for task in others[:MAX_WATCHED] if self._is_abandoned(task, taken[task])]
 
@@ -239,10 +244,18 @@ class Claims:
         return free[begin:] + free[:begin]
 
     def _make(self, task: str, generation: int) -> bool:
-        if not self.folder.create(claim_name(task, generation), self.claimant.name.encode()):
+        name, ours = claim_name(task, generation), self.claimant.name.encode()
+        if not self.folder.create(name, ours) and not self._has_come_twice(name, ours):
             return False
         self._mine[task] = generation
         return True
+
+    def _has_come_twice(self, name: str, ours: bytes) -> bool:
+        """Whether a claim that is there is this one: its answer was lost, and a library had sent it once more."""
+        try:
+            return self.folder.read(name) == ours
+        except FileNotFoundError:  # given back
+            return False
 
     def _give_back(self, task: str) -> None:
         newest = self._mine.pop(task, -1)

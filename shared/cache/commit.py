@@ -74,6 +74,9 @@ class Contents:
         added = [~number for number, slot in enumerate(slots) if slot < 0]
         is_lost = np.zeros(num_old, dtype=bool)
         is_lost[list(plan.lost)] = True
+        # A unit whose examples are refused once more has its shard of before, which is listed once.
+        if base is not None and (again := {one.info.name for one in new if not one.info.examples}):
+            is_lost |= [name in again for name in base.shards.names()]
         for number, slot in enumerate(slots):
             if slot >= 0:
                 order[slot], is_lost[slot] = ~number, False
@@ -212,10 +215,24 @@ def grown_identity(base: Manifest | None, identity: Identity) -> Identity:
     return identity.model_copy(update={"data": (*before.values(), *anew)})
 
 
-def older_skips(base: Manifest | None, identity: Identity) -> Sequence[SkippedRow]:
-    """Skipped rows of the old manifest, unless this capture speaks for all the data again."""
-    speaks_for_all = len(grown_identity(base, identity).data) == len(identity.data)
-    return () if base is None or speaks_for_all else base.skipped
+def all_skips(contents: Contents, identity: Identity, listed: Sequence[SkippedRow]) -> Sequence[SkippedRow]:
+    """Rows listed now, beside those of the old manifest unless this capture speaks for all the data again.
+
+    A row that is listed again keeps its place; one that the cache holds by now does not stay.
+    """
+    base = contents.base
+    if base is None or len(grown_identity(base, identity).data) == len(identity.data):
+        return listed
+    new = KeyIndex.from_shards([one.columns for one in contents.new])
+    older = not_held(base.skipped, CacheIndex.of([*contents.base_index.parts, new]))
+    return list({row.key or row: row for row in (*older, *listed)}.values())
+
+
+def not_held(skipped: Sequence[SkippedRow], index: CacheIndex | KeyIndex) -> list[SkippedRow]:
+    """The skipped rows but those whose examples the index holds."""
+    keyed = [bytes.fromhex(row.key) for row in skipped if row.key is not None]
+    held = {key for key, place in zip(keyed, index.find(keyed).tolist(), strict=True) if place >= 0}
+    return [row for row in skipped if row.key is None or bytes.fromhex(row.key) not in held]
 
 
 def require_few_skipped(number: int, *, max_skipped: int, where: str) -> None:

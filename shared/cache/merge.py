@@ -12,11 +12,18 @@ from contextlib import closing, nullcontext
 import numpy as np
 import numpy.typing as npt
 
-from shared.cache.commit import Contents, NewShard
+from shared.cache.commit import Contents, NewShard, not_held
 from shared.cache.format import sha256_hex
 from shared.cache.identity import DataSource, Identity
 from shared.cache.index import KeyIndex, split_keys
-from shared.cache.layout import MANIFEST_NAME, PLAN_NAME, foreign_names, shard_name
+from shared.cache.layout import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    foreign_names,
+    shard_name,
+    shard_names,
+    table_names,
+)
 from shared.cache.lock import CaptureLock
 from shared.cache.manifest import Manifest, SkippedRow
 from shared.cache.plan import make_unit
@@ -49,10 +56,12 @@ def merge(sources: Sequence[str], out: str, *, created_by: Mapping[str, str]) ->
             )
         if lock is not None and isinstance(folder, LocalFolder):
             folder.remove_temporaries(alive_too=lock.works)  # of a merge that was killed
-        return _merge(readers, folder, created_by)
+        return _merge(readers, folder, created_by, alone=lock is not None and lock.works)
 
 
-def _merge(readers: Sequence[CacheReader], folder: Folder, created_by: Mapping[str, str]) -> Manifest:
+def _merge(
+    readers: Sequence[CacheReader], folder: Folder, created_by: Mapping[str, str], *, alone: bool
+) -> Manifest:
     identity = _joined_identity(readers)
     new: list[NewShard] = []
     for reader in readers:
@@ -72,8 +81,17 @@ def _merge(readers: Sequence[CacheReader], folder: Folder, created_by: Mapping[s
         duplicates=sum(total.duplicates + total.examples for total in totals) - len(index),
         created_by={**_teacher_facts(readers), **created_by},
     )
+    if alone:  # else another merge may be about to name them
+        _remove_others(folder, manifest)
     folder.publish(MANIFEST_NAME, manifest.dumps())
     return manifest
+
+
+def _remove_others(folder: Folder, manifest: Manifest) -> None:
+    """Shards, lists and indices that a killed merge of other caches has left."""
+    named = {*manifest.shards.names(), *(file.name for file in manifest.files)}
+    for name in {*shard_names(folder), *table_names(folder)} - named:
+        folder.remove(name)
 
 
 def _merged(readers: Sequence[CacheReader], out: str) -> Manifest | None:
@@ -131,6 +149,4 @@ def _teacher_facts(readers: Sequence[CacheReader]) -> dict[str, str]:
 def _joined_skips(readers: Sequence[CacheReader], index: KeyIndex) -> list[SkippedRow]:
     """All skipped rows, but those that another source holds."""
     skipped = list(dict.fromkeys(row for reader in readers for row in reader.manifest.skipped))
-    keyed = [bytes.fromhex(row.key) for row in skipped if row.key is not None]
-    held = {key for key, place in zip(keyed, index.find(keyed).tolist(), strict=True) if place >= 0}
-    return [row for row in skipped if row.key is None or bytes.fromhex(row.key) not in held]
+    return not_held(skipped, index)

@@ -88,7 +88,8 @@ def cut_units(
     units = []
     for keys, slot in candidates:
         places = wanted.find(keys)
-        if (places >= 0).all() and not is_planned[places].any():
+        # A lost shard may have had no rows: all its examples were refused.
+        if len(places) and (places >= 0).all() and not is_planned[places].any():
             units.append(_unit(identity_digest, wanted, places, slot))
             is_planned[places] = True
     rest = np.flatnonzero(~is_planned)

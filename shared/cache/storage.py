@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import itertools
 import os
@@ -195,7 +196,7 @@ class RemoteFolder:
         with explain_remote_errors(self.where, prefix):
             filesystem, root = self.connect()
             filesystem.invalidate_cache()
-            found = filesystem.glob(f"{root}/{prefix}*", detail=True)
+            found = filesystem.glob(f"{glob.escape(root)}/{prefix}*", detail=True)
             return sorted(path[len(root) + 1 :] for path, info in found.items() if info["type"] == "file")
 
     def size(self, name: str) -> int | None:

@@ -29,8 +29,8 @@ import pyarrow as pa
 from shared.cache.commit import (
     Contents,
     NewShard,
+    all_skips,
     grown_identity,
-    older_skips,
     require_few_skipped,
     require_places,
 )
@@ -245,7 +245,7 @@ class CacheWriter:
         """
         is_stored, current = self._is_stored(plan), load_manifest(self.folder)
         has_moved = plan.base != (None if current is None else current.sha256)
-        if current is not None and has_moved and _has_shards_of(current, plan):
+        if current is not None and has_moved and has_shards_of(current, plan):
             self.manifest, self._index, self._committed = current, None, None
             if is_stored:
                 self._remove_plan(plan)
@@ -263,7 +263,7 @@ class CacheWriter:
             )
         contents = Contents.of_plan(plan, self.manifest, self._base_index(), new)
         identity = grown_identity(self.manifest, self.identity)
-        skipped = [*older_skips(self.manifest, self.identity), *plan.skipped, *skipped]
+        skipped = all_skips(contents, self.identity, [*plan.skipped, *skipped])
         created_by = {**(self.manifest.created_by if self.manifest else {}), **self._created_by}
         if self.manifest is None or not self.manifest.says(
             contents.shards,
@@ -293,7 +293,7 @@ class CacheWriter:
         Raises   CacheFormatError  unless the manifest that is there has a shard of each of the plan's units
         """
         deadline = time.monotonic() + settle_s
-        while (manifest := load_manifest(self.folder)) is None or not _has_shards_of(manifest, plan):
+        while (manifest := load_manifest(self.folder)) is None or not has_shards_of(manifest, plan):
             if time.monotonic() >= deadline:
                 raise self._has_changed()
             time.sleep(min(1.0, settle_s / 10))
@@ -461,6 +461,6 @@ class CacheWriter:
             self._found.setdefault(unit_in(name), []).append(name)
 
 
-def _has_shards_of(manifest: Manifest, plan: Plan) -> bool:
+def has_shards_of(manifest: Manifest, plan: Plan) -> bool:
     """Whether each of the plan's units has one: their ids say what is captured, and of which keys."""
     return {unit.unit_id for unit in plan.units} <= {unit_in(name) for name in manifest.shards.names()}

@@ -98,6 +98,8 @@ def answers_in(folder: str, split: str) -> bool:
 def lay_over(split: VqaSplit, sets: Sequence[VqaSplit]) -> Written:
     """Of several answers to a row the last one of the last set counts.
 
+    Answers to rows beyond ``data.limit`` are left out, as the rows are.
+
     Raises   DataError  when a set answers rows that the split does not have, or does not say which
     """
     laid = Written(
@@ -108,13 +110,15 @@ def lay_over(split: VqaSplit, sets: Sequence[VqaSplit]) -> Written:
     )
     for number, one in enumerate(sets):
         asked_n, keys_n = _asked(one)
+        row_n = np.flatnonzero(asked_n < (split.settings.limit or np.inf))
+        asked_n, keys_n = asked_n[row_n], keys_n[row_n]
         if len(asked_n) and not 0 <= asked_n.min() <= asked_n.max() < len(split):
             raise DataError(
                 f"data.written {one.source}: it answers row {asked_n.max()} of split {one.name}, and {split.source} "
                 f"has {len(split)}. Name the set that was written for these data"
             )
         laid.set_N[asked_n] = number
-        laid.row_N[asked_n] = np.arange(len(asked_n))
+        laid.row_N[asked_n] = row_n
         laid.keys_N[asked_n] = keys_n
     return laid
 

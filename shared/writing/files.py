@@ -48,7 +48,7 @@ def finish(
     }
     about = {"plan": plan.digest, "written_by": plan.written_by, "counts": counts, "skipped": skipped}
     records = _records(plan, unit, split, usable, rows, processor)
-    folder.files.publish(unit.file, encoded(schema_of(split), records, about))
+    folder.publish(unit, encoded(schema_of(split), records, about))
 
 
 def _records(

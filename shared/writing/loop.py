@@ -280,6 +280,7 @@ class Writing:
 def _assigned(folder: SetFolder, plan: Plan, num_unreadable: int) -> Assignment:
     """What is left to do, and how many prompts could not be asked so far."""
     folder.files.remove_temporaries(alive_too=True)
+    folder.remove_damaged(plan)
     pending, num_kept, num_refused = [], 0, num_unreadable
     for unit in plan.units:
         told = folder.told_by(unit, plan)

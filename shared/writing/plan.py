@@ -2,6 +2,7 @@
 
 .plan.json                       from the beginning: what has to be the same to go on
 .partial/train-00000.jsonl       answers of a unit that is not finished
+.partial/train-00000.json        SHA-256 of the file of one that is, until the set is whole
 train-00000-of-00003.parquet     a finished unit
 README.md                        a card for people and the Hub, which also says which files are the data
 written.json                     last: the set is whole, and each file's SHA-256
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from shared.cache import Wanted
+from shared.cache.format import sha256_hex
 from shared.cache.index import split_keys
 from shared.cache.lock import CacheBusyError, CaptureLock
 from shared.cache.storage import LocalFolder, explain_write_errors
@@ -253,6 +256,36 @@ class SetFolder:
                 return told
         return None
 
+    def publish(self, unit: Unit, data: pa.Buffer) -> None:
+        """A finished unit's file, whole or not at all; first what it must hash to."""
+        self._note(unit, sha256_hex(data))
+        self.files.publish(unit.file, data)
+
+    def remove_damaged(self, plan: Plan) -> None:
+        """Files of a set that goes on, where they are not what was written: their answers are written again.
+
+        Of a file from an earlier release nothing says what it must hash to; it is taken as it is.
+        """
+        for unit in plan.units:
+            noted = self._noted(unit)
+            if noted is not None and noted != self._hash(unit):
+                self.files.remove(unit.file)
+
+    def _note(self, unit: Unit, sha256: str) -> None:
+        told = json.dumps(vouched({"sha256": sha256}))
+        self.files.publish(f"{PARTIAL}/{unit.unit_id}.json", told.encode())
+
+    def _noted(self, unit: Unit) -> str | None:
+        """What a unit's file must hash to, "" where that is damaged; None where nothing says it."""
+        try:
+            return str(
+                opened(json.loads(read_regular(self.path / PARTIAL / f"{unit.unit_id}.json")))["sha256"]
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, RecursionError):
+            return ""
+
     def journal(self, unit: Unit) -> Path:
         return self.path / PARTIAL / f"{unit.unit_id}.jsonl"
 
@@ -261,10 +294,12 @@ class SetFolder:
         hashes = self._told_hashes()
         if hashes is None:
             return False
-        broken = [unit.file for unit in plan.units if hashes.get(unit.file) != self._hash(unit)]
+        broken = [unit for unit in plan.units if hashes.get(unit.file) != self._hash(unit)]
         if broken:
             self._publish_plan({"identity": plan.identity, "begun": plan.begun})
-            for name in (WRITTEN, *broken):
+            for unit in plan.units:
+                self._note(unit, str(hashes.get(unit.file)))
+            for name in (WRITTEN, *(unit.file for unit in broken)):
                 self.files.remove(name)
         else:
             self._forget_work()
@@ -294,7 +329,7 @@ class SetFolder:
             "written_by": json.loads(plan.written_by),
             "counts": dict(counts),
             "skipped": list(skipped),
-            "files": {unit.file: self._hash(unit) for unit in plan.units},
+            "files": {unit.file: self._noted(unit) or self._hash(unit) for unit in plan.units},
         }
         self.files.publish(CARD, card(told).encode())
         self.files.publish(WRITTEN, json.dumps(vouched(told), indent=1).encode())
