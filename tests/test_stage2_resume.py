@@ -27,7 +27,14 @@ from stage2_runs import (
     validation_records,
 )
 
-from shared.errors import CheckpointError, DataError, RecipeError
+from shared.errors import (
+    CacheFormatError,
+    CheckpointError,
+    DataError,
+    RecipeError,
+    TeachonceError,
+    TrainingError,
+)
 from shared.finished import run_is_finished
 from shared.recipes import Recipe, load_recipe, recipe_text
 from shared.runtime import World, distributed
@@ -36,6 +43,7 @@ from stage2_student.runs.identity import ORDER, OWN, require_same
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.train import train
 from stage2_student.training.export import export_checkpoint
+from stage2_student.training.validate import validate
 
 NUM_STEPS = 20  # of 3 to an epoch
 
@@ -188,6 +196,24 @@ def test_sigterm_saves_and_leaves_with_its_own_status(unbroken: Recipe, tree: di
     assert_same_run(recipe, unbroken)
 
 
+def test_a_stop_during_a_validation_keeps_its_loss(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminated(*args: Any, **kwargs: Any) -> Any:
+        if (losses := validate(*args, **kwargs)) and len(step_records(recipe)) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    recipe = make_recipe(tree, run__name="terminated-in-validation", run__checkpoint_every=None)
+    monkeypatch.setattr("stage2_student.training.trainer.validate", terminated)
+    process = start(recipe, resume=False)
+    process.join(60)
+    assert process.exitcode == INTERRUPTED_STATUS
+    best = RunFolder(recipe.run.path).checkpoints.best()
+    assert best is not None
+    assert best.facts.validation_loss == validation_records(recipe)[-1]["loss"]
+
+
 @pytest.mark.parametrize(
     "work", ["train.open_inputs", "training.trainer.build_student", "training.trainer.validate"]
 )
@@ -257,6 +283,26 @@ def test_a_killed_loader_worker_costs_no_step(tree: dict[str, Any]) -> None:
     saved = RunFolder(recipe.run.path).checkpoints.latest()
     assert saved is not None
     assert saved.facts.step == step_records(recipe)[-1]["step"]
+
+
+@pytest.mark.parametrize("error", [TrainingError, CacheFormatError])
+def test_an_error_of_a_validation_costs_no_step(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: type[TeachonceError]
+) -> None:
+    """As a loader worker that dies, or a cache that goes; a row's own error is in test_data_change.py."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if len(step_records(recipe)) == 5:
+            raise error("a worker died")
+        return validate(*args, **kwargs)
+
+    recipe = make_recipe(tree, run__name=f"validation-{error.__name__}", run__checkpoint_every=None)
+    monkeypatch.setattr("stage2_student.training.trainer.validate", fail)
+    with pytest.raises(error, match="a worker died"):
+        run_alone(recipe)
+    saved = RunFolder(recipe.run.path).checkpoints.latest()
+    assert saved is not None
+    assert saved.facts.step == 5
 
 
 def test_answers_that_fail_cost_nothing_that_is_finished(
