@@ -230,12 +230,13 @@ def test_one_too_many_ends_the_run_and_what_was_trained_is_kept(
     assert (recipe.run.path / "checkpoints" / "step-000002").exists()
 
 
+@pytest.mark.parametrize("step", [2, 3])
 def test_a_validation_row_that_may_not_be_left_out_costs_no_step(
-    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     path = tmp_path / "files" / "validation-1.png"
     whole = path.read_bytes()
-    spoil_after(2, [path], monkeypatch)
+    spoil_after(step, [path], monkeypatch)
     recipe = make_recipe(in_files, run__validate_every=1)
     with pytest.raises(DataError, match="row 1"):
         run_alone(recipe)
@@ -243,6 +244,9 @@ def test_a_validation_row_that_may_not_be_left_out_costs_no_step(
     path.write_bytes(whole)
     assert go_on(recipe, accept=False) == 0
     assert [record["step"] for record in step_records(recipe)] == [1, 2, 3]
+    results = json.loads((recipe.run.path / "results.json").read_text())
+    assert results["after"]["ce_loss"] > 0  # the last step is validated, now that it can be
+    assert results["best_step"] is not None
 
 
 def test_a_cache_that_has_grown_by_the_mended_row_is_the_same_cache(

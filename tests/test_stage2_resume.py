@@ -161,6 +161,28 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(
     assert not list(recipe.run.path.rglob("*.partial"))
 
 
+def test_a_run_that_is_to_be_as_long_as_it_is_ends_with_a_validation(
+    unbroken: Recipe, tree: dict[str, Any]
+) -> None:
+    recipe = stopped_after(unbroken, tree, 7, "as-long", optimization__max_steps=7)
+    assert run_alone(recipe, resume=True) == 0
+    results = RunFolder(recipe.run.path).read_results()
+    assert results is not None
+    assert results["step"] == 7
+    last = validation_records(recipe)[-1]
+    assert (last["step"], last["ce_loss"]) == (7, results["after"]["ce_loss"])
+    saved = RunFolder(recipe.run.path).checkpoints.at(7)
+    assert saved.facts.validation_loss == last["loss"]  # it may be the best one
+
+
+def test_a_run_is_not_made_shorter_than_it_is(unbroken: Recipe, tree: dict[str, Any]) -> None:
+    recipe = stopped_after(unbroken, tree, 7, "shorter", optimization__max_steps=6)
+    before = files_of(recipe.run.path)
+    with pytest.raises(CheckpointError, match="7 steps are done, 6 are asked for"):
+        run_alone(recipe, resume=True)
+    assert files_of(recipe.run.path) == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_run_goes_on_with_more_ranks_and_then_with_one(

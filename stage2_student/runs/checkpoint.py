@@ -150,6 +150,12 @@ class Checkpoints:
         if self._writing is not None and self._writing.done():
             self.wait()
 
+    def note_validation(self, step: int, loss: float | None) -> None:
+        """Of a whole checkpoint, whose step was validated after it was saved; called by one rank."""
+        found = self.at(step)
+        write_json(found.path / FACTS, vouched(asdict(replace(found.facts, validation_loss=loss))))
+        self._point()
+
     def _finish(self, written: Future, facts: Facts, *, is_main: bool) -> None:
         """On a thread of each rank: waits until all ranks have written, then makes the folder a checkpoint."""
         partial, final = self._path(facts.step, PARTIAL), self._path(facts.step)

@@ -110,6 +110,8 @@ class Trainer:
             if self.world.is_main:
                 self.folder.metrics.append(self.inputs.record())
             self._validate()
+        elif self._lacks_its_last_validation():
+            self._validate_the_last()
         run = self.recipe.run
         with progress(
             total=self.num_steps,
@@ -130,6 +132,20 @@ class Trainer:
                 if is_last or step.save or _due(self.step, run.checkpoint_every):
                     self._save()
         return True
+
+    def _lacks_its_last_validation(self) -> bool:
+        """Of a run whose steps are all done: that it ended by an error, or was to be longer."""
+        if self.step < self.num_steps or self.inputs.validation is None:
+            return False
+        found = self.world.by_main(lambda: self.folder.read_metrics().validations)
+        return all(record["step"] != self.step for record in found)
+
+    def _validate_the_last(self) -> None:
+        """The checkpoint is there already."""
+        self._validate()
+        _, loss = self.validated
+        if self.world.is_main:
+            self.folder.checkpoints.note_validation(self.step, loss)
 
     def _agreed_steps(self, stop: StopRequest) -> Iterator[Step]:
         """Steps that all ranks are ready for.  What keeps one from beginning (a row, the cache, a worker that died)
