@@ -209,6 +209,40 @@ def test_a_picture_that_is_spoilt_on_the_way_is_left_out_where_it_may_be(
     assert len(step_records(recipe)) == 6
 
 
+def test_a_validation_row_that_is_left_out_on_the_way_is_not_asked_about(
+    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_after(1, [tmp_path / "files" / "validation-1.png"], monkeypatch)
+    evaluation = {"max_examples": 4, "max_new_tokens": 2, "shuffled_pictures": True, "baseline": None}
+    recipe = make_recipe(in_files | {"evaluation": evaluation}, data__max_dropped=1, run__export=True)
+    assert run_alone(recipe) == 0
+    results = json.loads((recipe.run.path / "results.json").read_text())
+    assert results["unanswered"] is None
+    assert results["answers"]["num_examples"] == results["shuffled_pictures"]["num_examples"] == 3
+    (reason,) = results["dropped_rows"]
+    assert "split validation, row 1" in reason
+
+
+def test_a_row_that_was_left_out_on_the_way_counts_once_after_a_resume(
+    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The survey of the next start finds it, and the log has it."""
+    spoil_after(1, [tmp_path / "files" / "validation-1.png"], monkeypatch)
+    settings = {"data__max_dropped": 1, "optimization__schedule": "constant"}
+    assert run_alone(make_recipe(in_files, **settings)) == 0
+    monkeypatch.undo()
+    spoil_after(4, [tmp_path / "files" / "validation-2.png"], monkeypatch)
+    longer = make_recipe(in_files, **settings | {"data__max_dropped": 2}, optimization__num_epochs=2.0)
+    assert go_on(longer) == 0
+    rows = [reason.split(", row ")[1][0] for reason in dropped_rows(longer)]
+    assert rows == ["1", "2"]
+
+
+def dropped_rows(recipe: Recipe) -> list[str]:
+    found: list[str] = json.loads((recipe.run.path / "results.json").read_text())["dropped_rows"]
+    return found
+
+
 def test_a_step_without_any_row_left_is_no_failure(
     in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
