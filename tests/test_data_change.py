@@ -123,6 +123,7 @@ def test_a_row_is_left_out_another_added_and_validation_changes(
     assert "data change: data.train: 12 rows before, 12 now" in told
     assert f"left out, 1 row(s):\n  - {recipe.data.source}, split train, row {LAST[0]}" in told
     assert f"new, 1 row(s):\n  - {recipe.data.source}, split train, row 12" in told
+    assert "data change: the order of what is left is drawn anew over these rows" in told
     assert "data change: data.validation: 4 rows before, 4 now" in told
 
 

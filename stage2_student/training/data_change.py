@@ -135,7 +135,7 @@ class Change:
         for what, rows in kinds.items():
             if rows:
                 yield f"{what}, {len(rows)} row(s):\n{listed([survey.split.where(row) for row in rows])}"
-        if name == "data.train" and self.num_before != self.num_now:
+        if name == "data.train" and (self.left_out or self.added):
             yield (
                 "the order of what is left is drawn anew over these rows: in this epoch some are seen twice, or not "
                 "at all"
