@@ -39,7 +39,7 @@ from shared.finished import run_is_finished
 from shared.recipes import Recipe, load_recipe, recipe_text
 from shared.runtime import World, distributed
 from shared.stopping import INTERRUPTED_STATUS
-from stage2_student.runs.identity import ORDER, OWN, require_same
+from stage2_student.runs.identity import BY_SHARDS, CACHE, ORDER, OWN, require_same
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.train import train
 from stage2_student.training.export import export_checkpoint
@@ -521,3 +521,11 @@ def test_a_run_whose_examples_came_in_another_order_says_which_release_goes_on_w
         CheckpointError, match=r"(?s)1 thing\(s\) differ.*else finish the run with the release that began it"
     ):
         require_same({"step": 1}, {"step": 1, ORDER: "another"}, where="run x")
+
+
+def test_rows_cannot_change_under_an_order_by_shards() -> None:
+    by_shards = f"2, {BY_SHARDS} 2 shards, layout "
+    now = {"data.train": "a", CACHE: "c", ORDER: by_shards + "e"}
+    then = {"data.train": "b", CACHE: "d", ORDER: by_shards + "f"}
+    with pytest.raises(CheckpointError, match=r"follow the cache's shards \(cache\.shuffle_window\)"):
+        require_same(then, now, where="run x", accept_data_change=True)
