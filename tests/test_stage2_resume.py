@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from stage2_runs import (
     assert_same_state,
     files_of,
@@ -325,6 +326,25 @@ def test_an_error_of_a_validation_costs_no_step(
     saved = RunFolder(recipe.run.path).checkpoints.latest()
     assert saved is not None
     assert saved.facts.step == 5
+
+
+def test_an_error_that_one_rank_meets_alone_ends_all_at_once(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As memory that does not suffice for its part of a validation: to save, it would wait for the others."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if dist.get_rank() == 1 and len(step_records(recipe)) == 5:
+            raise TrainingError("too many tokens")
+        return validate(*args, **kwargs)
+
+    recipe = make_recipe(tree, run__name="one-rank", run__checkpoint_every=None)
+    monkeypatch.setattr("stage2_student.training.trainer.validate", fail)
+    monkeypatch.setattr("stage2_student.training.trainer.PATIENCE_S", 0.1)
+    ended = on_ranks(2, lambda world: train(recipe, world, resume=False), errors=True)
+    assert "another process of this job has ended" in str(ended[0])
+    assert "too many tokens" in str(ended[1])
+    assert RunFolder(recipe.run.path).checkpoints.latest() is None
 
 
 def test_answers_that_fail_cost_nothing_that_is_finished(

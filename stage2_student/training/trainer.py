@@ -39,6 +39,8 @@ from stage2_student.training.student import build_student, reshard
 from stage2_student.training.survey import Survey
 from stage2_student.training.validate import Validation, validate
 
+PATIENCE_S = 10.0  # between ranks that meet the same error
+
 
 class Trainer:
     """The student in training: what changes from step to step, and nothing else."""
@@ -169,11 +171,12 @@ class Trainer:
         except CheckpointError:  # the disk would not take another one
             raise
         except TeachonceError:
-            reshard(self.student)  # a validation may have been broken off
-            self._save_progress()
-            self.folder.checkpoints.wait()
-            if self.world.is_main:
-                tqdm.write(f"ended by an error: {self.where_it_stands()}")
+            if self.world.meets(within_s=PATIENCE_S):  # one that is out of memory alone cannot save
+                reshard(self.student)  # a validation may have been broken off
+                self._save_progress()
+                self.folder.checkpoints.wait()
+                if self.world.is_main:
+                    tqdm.write(f"ended by an error: {self.where_it_stands()}")
             raise
 
     def _leave_out(self, dropped: Dropped, reasons: list[str]) -> None:
