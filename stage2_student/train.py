@@ -84,6 +84,8 @@ def _train(
         return 0
     if checkpoint is None:
         folder.require_unfinished(results, num_steps=plan.num_steps)
+    else:
+        plan.require_no_shorter(checkpoint, where=f"run {recipe.run.path}")
     folder.begin(recipe, checkpoint, world)
     if world.is_main:
         click.echo(

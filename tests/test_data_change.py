@@ -123,6 +123,7 @@ def test_a_row_is_left_out_another_added_and_validation_changes(
     assert "data change: data.train: 12 rows before, 12 now" in told
     assert f"left out, 1 row(s):\n  - {recipe.data.source}, split train, row {LAST[0]}" in told
     assert f"new, 1 row(s):\n  - {recipe.data.source}, split train, row 12" in told
+    assert "data change: the order of what is left is drawn anew over these rows" in told
     assert "data change: data.validation: 4 rows before, 4 now" in told
 
 
@@ -209,6 +210,40 @@ def test_a_picture_that_is_spoilt_on_the_way_is_left_out_where_it_may_be(
     assert len(step_records(recipe)) == 6
 
 
+def test_a_validation_row_that_is_left_out_on_the_way_is_not_asked_about(
+    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_after(1, [tmp_path / "files" / "validation-1.png"], monkeypatch)
+    evaluation = {"max_examples": 4, "max_new_tokens": 2, "shuffled_pictures": True, "baseline": None}
+    recipe = make_recipe(in_files | {"evaluation": evaluation}, data__max_dropped=1, run__export=True)
+    assert run_alone(recipe) == 0
+    results = json.loads((recipe.run.path / "results.json").read_text())
+    assert results["unanswered"] is None
+    assert results["answers"]["num_examples"] == results["shuffled_pictures"]["num_examples"] == 3
+    (reason,) = results["dropped_rows"]
+    assert "split validation, row 1" in reason
+
+
+def test_a_row_that_was_left_out_on_the_way_counts_once_after_a_resume(
+    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The survey of the next start finds it, and the log has it."""
+    spoil_after(1, [tmp_path / "files" / "validation-1.png"], monkeypatch)
+    settings = {"data__max_dropped": 1, "optimization__schedule": "constant"}
+    assert run_alone(make_recipe(in_files, **settings)) == 0
+    monkeypatch.undo()
+    spoil_after(4, [tmp_path / "files" / "validation-2.png"], monkeypatch)
+    longer = make_recipe(in_files, **settings | {"data__max_dropped": 2}, optimization__num_epochs=2.0)
+    assert go_on(longer) == 0
+    rows = [reason.split(", row ")[1][0] for reason in dropped_rows(longer)]
+    assert rows == ["1", "2"]
+
+
+def dropped_rows(recipe: Recipe) -> list[str]:
+    found: list[str] = json.loads((recipe.run.path / "results.json").read_text())["dropped_rows"]
+    return found
+
+
 def test_a_step_without_any_row_left_is_no_failure(
     in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,12 +265,13 @@ def test_one_too_many_ends_the_run_and_what_was_trained_is_kept(
     assert (recipe.run.path / "checkpoints" / "step-000002").exists()
 
 
+@pytest.mark.parametrize("step", [2, 3])
 def test_a_validation_row_that_may_not_be_left_out_costs_no_step(
-    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     path = tmp_path / "files" / "validation-1.png"
     whole = path.read_bytes()
-    spoil_after(2, [path], monkeypatch)
+    spoil_after(step, [path], monkeypatch)
     recipe = make_recipe(in_files, run__validate_every=1)
     with pytest.raises(DataError, match="row 1"):
         run_alone(recipe)
@@ -243,6 +279,9 @@ def test_a_validation_row_that_may_not_be_left_out_costs_no_step(
     path.write_bytes(whole)
     assert go_on(recipe, accept=False) == 0
     assert [record["step"] for record in step_records(recipe)] == [1, 2, 3]
+    results = json.loads((recipe.run.path / "results.json").read_text())
+    assert results["after"]["ce_loss"] > 0  # the last step is validated, now that it can be
+    assert results["best_step"] is not None
 
 
 def test_a_cache_that_has_grown_by_the_mended_row_is_the_same_cache(

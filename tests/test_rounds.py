@@ -297,7 +297,6 @@ def test_finished_rounds_run_nothing(finished: tuple[Rounds, list[Any]]) -> None
     [
         ({"optimization__max_steps": 3}, r"max_steps: 2 there, 3 now"),
         ({"rounds__number": 3}, r"not the first part of one for all rounds"),
-        ({"evaluation__max_examples": 2}, r"write\.prompts: 3 there, 2 now"),
     ],
 )
 def test_rounds_of_another_length_are_refused_before_anything_runs(
@@ -315,6 +314,24 @@ def test_rounds_of_another_length_are_refused_before_anything_runs(
     with pytest.raises(RecipeError, match=message):
         as_make_rounds()
     assert again.ran == []
+
+
+@pytest.mark.slow
+def test_another_number_of_held_out_prompts_is_for_rounds_that_are_all_asked(
+    finished: tuple[Rounds, list[Any]],
+) -> None:
+    """Losses of all rounds must be along the same prompts; what is finished is shown as it is."""
+    rounds, _ = finished
+    other = make_recipe(rounds.recipe.model_dump(mode="json"), evaluation__max_examples=2)
+    planned, again = Rounds(other, rounds.num_rows), Commands()
+    assert go_through(planned, again, cache_covers) == 0
+    assert set(again.ran) == {("stage2_student", "run")}  # each shows that it is finished
+    last = planned.all[-1].losses
+    told = last.read_bytes()
+    last.unlink()
+    with pytest.raises(RecipeError, match=r"evaluation\.max_examples: 3 there, 2 now"):
+        go_through(planned, Commands(dies_at=0), cache_covers)
+    last.write_bytes(told)
 
 
 @pytest.mark.slow

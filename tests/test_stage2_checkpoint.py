@@ -123,6 +123,8 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_is_an_error_on_every_rank(t
         world.barrier()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+        usage = shutil.disk_usage(tmp_path)
+        shutil.disk_usage = lambda _: usage._replace(free=1000)  # type: ignore[assignment]
         folder.save({"model": {"w": torch.zeros(3000)}}, facts(2), world)
         errors = []
         for wait in (folder.wait, folder.raise_failure):
@@ -136,7 +138,8 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_is_an_error_on_every_rank(t
     for whole, errors in on_ranks(2, fill_up):
         assert whole == [1]
         assert len(errors) == 1  # said once
-        assert "step-000002: cannot be written" in errors[0]
+        assert "step-000002: cannot be written: the disk is full: " in errors[0]
+    assert not list(tmp_path.rglob("*.partial"))  # nothing keeps it full
 
 
 def test_a_first_checkpoint_that_cannot_begin_ends_all_ranks(tmp_path: Path) -> None:

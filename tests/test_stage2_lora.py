@@ -190,6 +190,11 @@ def test_targets_may_be_named_and_are_checked(tree: dict[str, Any]) -> None:
     tree["student"]["lora"]["target_modules"] = ["q_prj"]
     with pytest.raises(RecipeError, match=r"'q_prj' is no linear layer.*q_proj"):
         run_alone(make_recipe(tree, run__name="other"))
+    tree["student"]["lora"]["target_modules"] = ["q_proj", "lm_head"]
+    with pytest.raises(
+        RecipeError, match=r"'lm_head' is the head .* the loss reads the head's weight itself"
+    ):
+        run_alone(make_recipe(tree, run__name="other"))
 
 
 def test_adapters_in_a_frozen_language_model_are_a_contradiction(tree: dict[str, Any]) -> None:

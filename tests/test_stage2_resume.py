@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from stage2_runs import (
     assert_same_state,
     files_of,
@@ -27,15 +28,23 @@ from stage2_runs import (
     validation_records,
 )
 
-from shared.errors import CheckpointError, DataError, RecipeError
+from shared.errors import (
+    CacheFormatError,
+    CheckpointError,
+    DataError,
+    RecipeError,
+    TeachonceError,
+    TrainingError,
+)
 from shared.finished import run_is_finished
 from shared.recipes import Recipe, load_recipe, recipe_text
 from shared.runtime import World, distributed
 from shared.stopping import INTERRUPTED_STATUS
-from stage2_student.runs.identity import ORDER, OWN, require_same
+from stage2_student.runs.identity import BY_SHARDS, CACHE, ORDER, OWN, require_same
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.train import train
 from stage2_student.training.export import export_checkpoint
+from stage2_student.training.validate import validate
 
 NUM_STEPS = 20  # of 3 to an epoch
 
@@ -153,6 +162,28 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(
     assert not list(recipe.run.path.rglob("*.partial"))
 
 
+def test_a_run_that_is_to_be_as_long_as_it_is_ends_with_a_validation(
+    unbroken: Recipe, tree: dict[str, Any]
+) -> None:
+    recipe = stopped_after(unbroken, tree, 7, "as-long", optimization__max_steps=7)
+    assert run_alone(recipe, resume=True) == 0
+    results = RunFolder(recipe.run.path).read_results()
+    assert results is not None
+    assert results["step"] == 7
+    last = validation_records(recipe)[-1]
+    assert (last["step"], last["ce_loss"]) == (7, results["after"]["ce_loss"])
+    saved = RunFolder(recipe.run.path).checkpoints.at(7)
+    assert saved.facts.validation_loss == last["loss"]  # it may be the best one
+
+
+def test_a_run_is_not_made_shorter_than_it_is(unbroken: Recipe, tree: dict[str, Any]) -> None:
+    recipe = stopped_after(unbroken, tree, 7, "shorter", optimization__max_steps=6)
+    before = files_of(recipe.run.path)
+    with pytest.raises(CheckpointError, match="7 steps are done, 6 are asked for"):
+        run_alone(recipe, resume=True)
+    assert files_of(recipe.run.path) == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_run_goes_on_with_more_ranks_and_then_with_one(
@@ -186,6 +217,24 @@ def test_sigterm_saves_and_leaves_with_its_own_status(unbroken: Recipe, tree: di
     assert 4 <= done.facts.step < NUM_STEPS
     assert run_alone(recipe, resume=True) == 0
     assert_same_run(recipe, unbroken)
+
+
+def test_a_stop_during_a_validation_keeps_its_loss(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminated(*args: Any, **kwargs: Any) -> Any:
+        if (losses := validate(*args, **kwargs)) and len(step_records(recipe)) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    recipe = make_recipe(tree, run__name="terminated-in-validation", run__checkpoint_every=None)
+    monkeypatch.setattr("stage2_student.training.trainer.validate", terminated)
+    process = start(recipe, resume=False)
+    process.join(60)
+    assert process.exitcode == INTERRUPTED_STATUS
+    best = RunFolder(recipe.run.path).checkpoints.best()
+    assert best is not None
+    assert best.facts.validation_loss == validation_records(recipe)[-1]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +306,45 @@ def test_a_killed_loader_worker_costs_no_step(tree: dict[str, Any]) -> None:
     saved = RunFolder(recipe.run.path).checkpoints.latest()
     assert saved is not None
     assert saved.facts.step == step_records(recipe)[-1]["step"]
+
+
+@pytest.mark.parametrize("error", [TrainingError, CacheFormatError])
+def test_an_error_of_a_validation_costs_no_step(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: type[TeachonceError]
+) -> None:
+    """As a loader worker that dies, or a cache that goes; a row's own error is in test_data_change.py."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if len(step_records(recipe)) == 5:
+            raise error("a worker died")
+        return validate(*args, **kwargs)
+
+    recipe = make_recipe(tree, run__name=f"validation-{error.__name__}", run__checkpoint_every=None)
+    monkeypatch.setattr("stage2_student.training.trainer.validate", fail)
+    with pytest.raises(error, match="a worker died"):
+        run_alone(recipe)
+    saved = RunFolder(recipe.run.path).checkpoints.latest()
+    assert saved is not None
+    assert saved.facts.step == 5
+
+
+def test_an_error_that_one_rank_meets_alone_ends_all_at_once(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As memory that does not suffice for its part of a validation: to save, it would wait for the others."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if dist.get_rank() == 1 and len(step_records(recipe)) == 5:
+            raise TrainingError("too many tokens")
+        return validate(*args, **kwargs)
+
+    recipe = make_recipe(tree, run__name="one-rank", run__checkpoint_every=None)
+    monkeypatch.setattr("stage2_student.training.trainer.validate", fail)
+    monkeypatch.setattr("stage2_student.training.trainer.PATIENCE_S", 0.1)
+    ended = on_ranks(2, lambda world: train(recipe, world, resume=False), errors=True)
+    assert "another process of this job has ended" in str(ended[0])
+    assert "too many tokens" in str(ended[1])
+    assert RunFolder(recipe.run.path).checkpoints.latest() is None
 
 
 def test_answers_that_fail_cost_nothing_that_is_finished(
@@ -453,3 +541,11 @@ def test_a_run_whose_examples_came_in_another_order_says_which_release_goes_on_w
         CheckpointError, match=r"(?s)1 thing\(s\) differ.*else finish the run with the release that began it"
     ):
         require_same({"step": 1}, {"step": 1, ORDER: "another"}, where="run x")
+
+
+def test_rows_cannot_change_under_an_order_by_shards() -> None:
+    by_shards = f"2, {BY_SHARDS} 2 shards, layout "
+    now = {"data.train": "a", CACHE: "c", ORDER: by_shards + "e"}
+    then = {"data.train": "b", CACHE: "d", ORDER: by_shards + "f"}
+    with pytest.raises(CheckpointError, match=r"follow the cache's shards \(cache\.shuffle_window\)"):
+        require_same(then, now, where="run x", accept_data_change=True)

@@ -36,6 +36,7 @@ from stage2_student.check import check_recipe
 from stage2_student.evaluation.cache_uses import CapturedTimes, captured_times, captured_together
 from stage2_student.publishing.card import facts_of_caches
 from stage2_student.runs.run_folder import RunFolder
+from stage2_student.train import train
 from stage2_student.training.cache_change import cache_changes
 
 
@@ -358,10 +359,15 @@ def test_a_run_says_it_and_rows_do_not_change_their_teacher_on_the_way(
     odd, even, other = parts["odd"], parts["even"], parts["other_even"]
     assert run_alone(make_recipe(tree, cache__path=[odd, even, other])) == 0
     for paths in ([odd, other, even], [odd, other]):
-        with pytest.raises(
-            CheckpointError, match="rows would have the targets of other teachers than before"
-        ):
-            go_on(tree, paths)
+        for limit in (None, 11):  # with all rows, and with the last one left out
+            recipe = make_recipe(tree, cache__path=paths, data__limit=limit, optimization__max_steps=9)
+            with (
+                pytest.raises(
+                    CheckpointError, match="rows would have the targets of other teachers than before"
+                ),
+                distributed(device="cpu") as world,
+            ):
+                train(recipe, world, resume=True, accept_data_change=True)
     capsys.readouterr()
     recipe = go_on(tree, [even, odd])
     shown = capsys.readouterr().out

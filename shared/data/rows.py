@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -160,6 +161,11 @@ class VqaSplit:
     def where(self, index: int) -> str:
         """How messages name a row."""
         return f"{self.source}, split {self.name}, row {index}"
+
+    def row_of(self, message: str) -> int | None:
+        """The row that a message begins with, as ``where`` names it."""
+        found = re.match(re.escape(self.where(0).removesuffix("0")) + r"(\d+)\b", message)
+        return None if found is None else int(found[1])
 
     def _form_of(self, value: Mapping[str, Any], where: str) -> Form:
         if len(self.forms) == 1:

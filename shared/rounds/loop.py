@@ -21,7 +21,7 @@ from shared.data.written import WRITTEN
 from shared.finished import run_is_finished
 from shared.recipes import Recipe
 from shared.regular_files import read_regular
-from shared.rounds.plan import Round, Rounds, keep, require_as_begun
+from shared.rounds.plan import Round, Rounds, keep, require_as_begun, require_asked_alike
 from shared.rounds.students import require_not_gone, require_same_student
 from shared.vouched import opened
 
@@ -49,11 +49,15 @@ def go_through(rounds: Rounds, command: Command, covers: Callable[[Recipe], bool
     """Makes all rounds after round 0, which is finished; returns the first bad exit status.
 
     covers   whether a committed cache holds all of a recipe's data
-    Raises   RecipeError      when a round was begun with other settings
+    Raises   RecipeError      when a round was begun with other settings, or its student was asked other held-out
+                              prompts than one that is still to be asked
              CheckpointError  when a run was trained anew since its student wrote
     """
     for one in rounds.all:
         require_as_begun(one)
+    if rounds.measures and not all(one.losses.exists() for one in rounds.all):
+        for one in rounds.all:
+            require_asked_alike(one)
     keep(rounds.of(0).training.of_a_run(), rounds.of(0).train)
     for one in rounds.all:
         status = 0 if one.number == 0 else _train(one, command, covers)
@@ -94,9 +98,9 @@ def _train(one: Round, command: Command, covers: Callable[[Recipe], bool]) -> in
 
 def measure(one: Round, command: Command, covers: Callable[[Recipe], bool]) -> int:
     """CE and KL along what the round's student says to held-out prompts."""
-    writing = keep(one.greedy_writing, one.folder / "greedy-write.yaml")
     if one.losses.exists():
         return 0
+    writing = keep(one.greedy_writing, one.greedy_write)
     status = _write(
         one.run, writing, one.greedy, command, f"round {one.number}: the student answers held-out prompts"
     )

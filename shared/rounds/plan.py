@@ -119,6 +119,11 @@ class Round:
         return self.folder / "greedy"
 
     @property
+    def greedy_write(self) -> Path:
+        """The recipe of these answers."""
+        return self.folder / "greedy-write.yaml"
+
+    @property
     def losses(self) -> Path:
         """CE and KL along these answers."""
         return self.folder / "greedy.json"
@@ -238,6 +243,12 @@ def require_as_begun(one: Round) -> None:
         _require_same(load_recipe(one.train), one.training, one.train)
 
 
+def require_asked_alike(one: Round) -> None:
+    """Raises   RecipeError  when its student was asked other held-out prompts, along which losses are others"""
+    if one.greedy_write.exists():
+        _require_same(load_recipe(one.greedy_write), one.greedy_writing, one.greedy_write)
+
+
 def keep(recipe: Recipe, path: Path) -> Path:
     """Writes a round's recipe where it is not there yet.
 
@@ -253,7 +264,7 @@ def keep(recipe: Recipe, path: Path) -> Path:
 def _require_same(there: Recipe, now: Recipe, path: Path) -> None:
     sections = [("write", OF_ANSWERS), ("optimization", OF_LENGTH)]
     differing = [
-        f"{section}.{name}: {getattr(before, name)!r} there, {getattr(after, name)!r} now"
+        f"{_set_by(section, name, now)}: {getattr(before, name)!r} there, {getattr(after, name)!r} now"
         for section, names in sections
         if (before := getattr(there, section)) is not None and (after := getattr(now, section)) is not None
         for name in names
@@ -262,9 +273,15 @@ def _require_same(there: Recipe, now: Recipe, path: Path) -> None:
     if differing:
         raise RecipeError(
             f"{path}: this round was begun otherwise:\n{listed(differing)}\nGive these back (they follow from "
-            "rounds, write, optimization and the number of rows), choose another run.name, or delete "
+            "rounds, write, optimization, evaluation and the number of rows), choose another run.name, or delete "
             f"{path.parent.parent} and the runs of its rounds"
         )
+
+
+def _set_by(section: str, name: str, recipe: Recipe) -> str:
+    """The user's own setting: how many held-out prompts are asked is no other than how many questions are."""
+    is_held_out = recipe.write is not None and recipe.write.splits == ("validation",)
+    return "evaluation.max_examples" if name == "prompts" and is_held_out else f"{section}.{name}"
 
 
 def _changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:

@@ -27,6 +27,7 @@ from stage2_student.evaluation.answers import ModelSource, answers_of
 from stage2_student.evaluation.evaluated import LABELS, STUDENT, TEACHER, UNTRAINED, Evaluated
 from stage2_student.evaluation.model_losses import losses_of
 from stage2_student.runs.run_folder import RunFolder
+from stage2_student.training.survey import Survey
 
 PATIENCE_S = 10.0  # between ranks that meet the same error
 
@@ -52,13 +53,14 @@ def evaluate(
     *,
     split: Split,
     num_examples: int | None = None,
+    found: Survey | None = None,
     shuffle_pictures: bool = False,
     answers: bool = True,
 ) -> Iterator[Evaluated]:
     """One model after the other over the same rows, some of the split's or all of them; called by all ranks.
 
     With ``shuffle_pictures`` each question is about the picture of another case.  Without ``answers`` none is asked:
-    there are losses alone.
+    there are losses alone.  ``found`` are the examples that can be used, where they are known already.
 
     A reference that cannot be opened, or does not fit into memory, is left out, and said; where one rank alone has
     met that, its error ends all, as the others wait for it.
@@ -68,6 +70,7 @@ def evaluate(
     if getattr(recipe.data.splits, split) is None:
         raise DataError(f"{recipe.data.source}: the recipe names no {split} split (data.splits.{split})")
     asked: Any = {"split": split, "num_examples": num_examples, "shuffle_pictures": shuffle_pictures}
+    asked["found"] = found
     for name, source in sources.items():
         try:
             said = answers_of(recipe, source, world, **asked) if answers else []

@@ -22,7 +22,7 @@ from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.inputs import no_kl, open_targets
 from stage2_student.training.order import limits_of, pass_slots
 from stage2_student.training.student import KL_TEMPERATURE, build_student
-from stage2_student.training.survey import survey_once
+from stage2_student.training.survey import Survey, survey_once
 from stage2_student.training.validate import Validation, validate
 
 
@@ -50,6 +50,7 @@ def losses_of(
     *,
     split: Split,
     num_examples: int | None = None,
+    found: Survey | None = None,
     shuffle_pictures: bool = False,
 ) -> ModelLosses:
     """CE, and KL to the teacher at temperature 1 from the cache; called by all ranks.
@@ -64,6 +65,7 @@ def losses_of(
         world,
         split=split,
         num_examples=num_examples,
+        survey=found,
         shuffle_pictures=shuffle_pictures,
     )
     if recipe.cache is not None and not shuffle_pictures:
@@ -87,6 +89,7 @@ def _validated(
     *,
     split: Split,
     num_examples: int | None,
+    survey: Survey | None,
     shuffle_pictures: bool,
     with_kl: bool,
 ) -> Validation:
@@ -96,7 +99,7 @@ def _validated(
         cache, _ = open_targets(recipe, processor, temperature=KL_TEMPERATURE)
         distilled = cache
         world.by_main(lambda: require_teacher(distilled, recipe.teacher))
-    found = survey_once(recipe, split, processor, cache, world).spread(num_examples)
+    found = (survey or survey_once(recipe, split, processor, cache, world)).spread(num_examples)
     if shuffle_pictures:
         found = with_other_pictures(found)
     microbatches = found.microbatches(processor, cache, num_ranks=world.size)

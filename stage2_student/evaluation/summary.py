@@ -19,8 +19,9 @@ from stage2_student.evaluation.final_table import final_table
 from stage2_student.evaluation.scores import keep
 from stage2_student.runs.files import write_json
 from stage2_student.runs.run_folder import RunFolder
-from stage2_student.training.dropped import dropped_so_far
+from stage2_student.training.dropped import by_row, dropped_so_far
 from stage2_student.training.inputs import Inputs
+from stage2_student.training.survey import Survey
 
 LOSSES = ("loss", "ce_loss", "kd_loss", "kl", "teacher_ce_loss", "soft_ce")  # of a validation; logs lack some
 
@@ -40,7 +41,7 @@ def summarize(
         _write(folder, results | {"unanswered": "it was not asked yet"}, world)
         try:
             student = _answering(recipe, inputs, folder, world)
-            shuffled = _with_other_pictures(recipe, folder, world)
+            shuffled = _with_other_pictures(recipe, inputs, folder, world)
         except Exception as error:
             _write(folder, results | {"unanswered": str(error) or type(error).__name__}, world)
             if world.is_main:
@@ -72,13 +73,22 @@ def _answering(recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World) 
         world,
         split=default_split(recipe),
         num_examples=recipe.evaluation.max_examples,
-        found=inputs.validation or inputs.train,
+        found=_readable(inputs, folder, world),
     )
     export = str(folder.export)
     return Evaluated(STUDENT, export, tuple(answers), step=exported_step(export))
 
 
-def _with_other_pictures(recipe: Recipe, folder: RunFolder, world: World) -> dict[str, Any] | None:
+def _readable(inputs: Inputs, folder: RunFolder, world: World) -> Survey:
+    """The examples to ask about, without those that were left out on the way."""
+    survey = inputs.validation or inputs.train
+    reasons = world.by_main(lambda: dropped_so_far(folder.read_metrics(), survey.split.name))
+    return survey.without([row for row in by_row(survey, reasons) if isinstance(row, int)])
+
+
+def _with_other_pictures(
+    recipe: Recipe, inputs: Inputs, folder: RunFolder, world: World
+) -> dict[str, Any] | None:
     """CE and answers of the student when its pictures are shuffled; None where the recipe does not ask."""
     if not recipe.evaluation.shuffled_pictures:
         return None
@@ -88,6 +98,7 @@ def _with_other_pictures(recipe: Recipe, folder: RunFolder, world: World) -> dic
         world,
         split=default_split(recipe),
         num_examples=recipe.evaluation.max_examples,
+        found=_readable(inputs, folder, world),
         shuffle_pictures=True,
     )
     return found.to_json()
@@ -129,7 +140,7 @@ def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) ->
         "dropped_rows": [
             reason
             for one in inputs.surveys().values()
-            for reason in (*one.dropped, *dropped_so_far(metrics, one.split.name))
+            for reason in (*one.dropped, *by_row(one, dropped_so_far(metrics, one.split.name)).values())
         ],
         "validation": None if inputs.validation is None else inputs.validation.fingerprint,
         "cache": _cache(inputs),

@@ -32,7 +32,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from stage2_student.runs.files import sync_folder, write_json, write_text
 FACTS = "facts.json"
 PARTIAL = ".partial"
 LATEST, BEST = "latest", "best"  # files with the name of such a checkpoint
+FULL_BYTES = 1 << 20  # with less than that free, a disk is full
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -150,6 +151,12 @@ class Checkpoints:
         if self._writing is not None and self._writing.done():
             self.wait()
 
+    def note_validation(self, step: int, loss: float | None) -> None:
+        """Of a whole checkpoint, whose step was validated after it was saved; called by one rank."""
+        found = self.at(step)
+        write_json(found.path / FACTS, vouched(asdict(replace(found.facts, validation_loss=loss))))
+        self._point()
+
     def _finish(self, written: Future, facts: Facts, *, is_main: bool) -> None:
         """On a thread of each rank: waits until all ranks have written, then makes the folder a checkpoint."""
         partial, final = self._path(facts.step, PARTIAL), self._path(facts.step)
@@ -166,9 +173,12 @@ class Checkpoints:
             if lost is not None:
                 raise lost from error
             reason = str(error).strip().split("\n")[-1]
+            full = "the disk is full: " if _is_full(self.folder) else ""
+            if is_main:
+                shutil.rmtree(partial, ignore_errors=True)  # it would keep the disk full
             raise CheckpointError(
-                f"checkpoint {final}: cannot be written: {reason}. Older ones are whole; when the cause is gone, "
-                "--resume goes on from the newest of them"
+                f"checkpoint {final}: cannot be written: {full}{reason}. Older ones are whole; when the cause is "
+                "gone, --resume goes on from the newest of them"
             ) from error
 
     def _path(self, step: int, suffix: str = "") -> Path:
@@ -335,6 +345,13 @@ def _require_types(facts: Facts, *, folder_name: str) -> None:
     for name, is_fit in fits.items():
         if not is_fit:
             raise ValueError(f"{name} is {getattr(facts, name)!r}")
+
+
+def _is_full(folder: Path) -> bool:
+    """What torch.distributed.checkpoint raises does not say so."""
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free < FULL_BYTES
+    return False
 
 
 def _remove(path: Path) -> None:

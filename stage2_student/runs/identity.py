@@ -71,6 +71,7 @@ OF_DATA = {"data.train", "data.validation", OWN}
 CACHE = "cache.manifest"
 MIX = "cache.mix"  # whose targets are added up, with which weights; there is none without a mix
 ORDER = "order"  # of the steps' examples: the release's own
+BY_SHARDS = "windows of"  # in an order that follows the cache's shards
 ACCEPT = "--accept-data-change"
 # Settings that make something else of the same rows: who changes one has not mended a row.
 OF_ROWS = (
@@ -123,10 +124,16 @@ def require_same(
         return
     lines = [*(settings if OF_DATA & set(differing) else ()), *_both_sides(found, now)]
     remedy = "Give these back, or another run.name. What may change: " + ", ".join(MAY_CHANGE)
+    by_shards = all(BY_SHARDS in str(side.get(ORDER)) for side in (found, now))
     if set(differing) == {ORDER}:
         remedy = (
             "The examples would come in another order. Give cache.shuffle_window back if that differs; else finish "
             "the run with the release that began it (see its environment.json), or choose another run.name"
+        )
+    elif ORDER in differing and set(differing) <= OF_DATA | {CACHE, ORDER} and by_shards:
+        remedy = (
+            "The examples follow the cache's shards (cache.shuffle_window), so neither rows nor shards can change on "
+            f"the way, and {ACCEPT} does not help. Give the old ones back, or another run.name"
         )
     if of_data:
         remedy = (

@@ -157,8 +157,9 @@ class RunFolder:
                 "has ended, or stop it; or choose another run.name"
             ) from error
         except OSError as error:
+            remedy = "Mend that, and --resume goes on" if self.recipe.exists() else "Choose another run.root"
             raise RecipeError(
-                f"{self.path}: the run's folder cannot be written ({error}). Choose another run.root"
+                f"{self.path}: the run's folder cannot be written ({error}). {remedy}"
             ) from error
 
     def _refuse_existing(self, *, resume: bool) -> None:

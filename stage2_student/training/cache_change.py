@@ -69,15 +69,19 @@ def _added(folder: RunFolder, before: Sequence[Facts], new: Facts) -> str:
     )
 
 
-def require_same_teachers(folder: RunFolder, before: str | None, now: str) -> None:
-    """Of the same rows for training, as ``teachers_digest`` has them; None of a run that did not note it.
+def require_same_teachers(folder: RunFolder, before: str | None, now: Sequence[str]) -> None:
+    """Of rows for training, as ``teachers_digest`` has them.
 
-    Raises   CheckpointError  when they differ
+    before  None of a run that did not note it
+    now     of the rows as they are; where some have changed, also of those that the run had
+
+    Raises   CheckpointError  when it is none of these
     """
-    if before not in (None, now):
+    if before not in (None, *now):
         raise CheckpointError(
             f"run {folder.path}: rows would have the targets of other teachers than before ({before[:12]} before, "
-            f"{now[:12]} now). Name the caches in the order that they had, new ones last; or give another run.name"
+            f"{' or '.join(one[:12] for one in now)} now). Name the caches in the order that they had, new ones "
+            "last, and keep the run's rows in them; or give another run.name"
         )
 
 

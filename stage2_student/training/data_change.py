@@ -80,10 +80,13 @@ def accept_data_change(
 
     surveys  of the splits, by the name they have in the identity (``data.train``)
 
-    Raises   CheckpointError  when a row of finished steps alone has changed, when the run has not kept its rows, or
-                              when a cache is of another teacher or has other targets
+    Raises   CheckpointError  when a row of finished steps alone has changed, when the run has not kept its rows,
+                              when a cache is of another teacher or has other targets, or when a row would change
+                              its teacher
     """
     told: list[str] = []
+    train = surveys["data.train"]
+    known = [train.keys]  # rows whose teachers the run has noted: as they are now, or as they were
     for name, survey in surveys.items():
         before = checkpoint.facts.identity.get(name)
         if before == survey.fingerprint:
@@ -98,12 +101,12 @@ def accept_data_change(
         told += change.lines(name, survey)
         if name == "data.train":
             _require_unused(recipe, folder, checkpoint, kept, change, survey)
+            known.append(kept.keys)
     if cache is not None and checkpoint.facts.identity.get(CACHE) != cache.fingerprint:
-        sources, train = read_sources(folder), surveys["data.train"]
+        sources = read_sources(folder)
         told += cache_changes(folder, caches_in(sources), facts_of_caches(cache))
-        if checkpoint.facts.identity.get("data.train") == train.fingerprint:
-            taught = cache.teachers_digest(train.keys)
-            require_same_teachers(folder, sources.get(ROW_TEACHERS), taught)
+        taught = [cache.teachers_digest(keys) for keys in known if cache.contains(keys).all()]
+        require_same_teachers(folder, sources.get(ROW_TEACHERS), taught)
     return told
 
 
@@ -132,7 +135,7 @@ class Change:
         for what, rows in kinds.items():
             if rows:
                 yield f"{what}, {len(rows)} row(s):\n{listed([survey.split.where(row) for row in rows])}"
-        if name == "data.train" and self.num_before != self.num_now:
+        if name == "data.train" and (self.left_out or self.added):
             yield (
                 "the order of what is left is drawn anew over these rows: in this epoch some are seen twice, or not "
                 "at all"

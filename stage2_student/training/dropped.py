@@ -15,13 +15,13 @@ class Dropped:
     """Of one split, each row once however often it is met.
 
     allowed  in all, those that the survey has left out among them
-    before   reasons that the run has logged already
+    before   reasons that the run has logged already; a row of them that the survey has left out too counts once
     """
 
     def __init__(self, survey: Survey, *, allowed: int, before: Iterable[str]) -> None:
         self._survey = survey
         self._allowed = allowed
-        self._reasons = dict.fromkeys(before)
+        self._reasons = by_row(survey, before)
 
     @property
     def split(self) -> str:
@@ -32,15 +32,26 @@ class Dropped:
 
         Raises   DataError  with the first row that is one too many
         """
-        new = [reason for reason in dict.fromkeys(reasons) if reason not in self._reasons]
-        for reason in new:
-            self._reasons[reason] = None
+        found = by_row(self._survey, reasons)
+        new = {row: reason for row, reason in found.items() if row not in self._reasons}
+        for row, reason in new.items():
+            self._reasons[row] = reason
             number = len(self._survey.dropped) + len(self._reasons)
             if number > self._allowed:
                 raise DataError(
                     f"{reason}. That makes {number} left out, data.max_dropped allows {self._allowed}"
                 )
-        return new
+        return list(new.values())
+
+
+def by_row(survey: Survey, reasons: Iterable[str]) -> dict[int | str, str]:
+    """Of rows that the survey has, by their numbers; what names no row stands for itself."""
+    found: dict[int | str, str] = {}
+    for reason in reasons:
+        row = survey.split.row_of(reason)
+        if row is None or row in survey.rows:
+            found.setdefault(reason if row is None else row, reason)
+    return found
 
 
 def dropped_so_far(metrics: Metrics, split: str) -> list[str]:

@@ -21,7 +21,7 @@ from shared.same_prompts import inputs_identity, open_student_processor_of, requ
 from shared.same_teacher import require_teacher
 from shared.shard_order import ShardLayout, window_of
 from stage2_student.runs.checkpoint import Checkpoint
-from stage2_student.runs.identity import CACHE, MIX, ORDER, OWN, run_identity
+from stage2_student.runs.identity import BY_SHARDS, CACHE, MIX, ORDER, OWN, run_identity
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.data_change import keep_rows
 from stage2_student.training.emphasis import Emphasis
@@ -135,7 +135,7 @@ class Inputs:
     def _order(self) -> str:
         if self.layout is None:
             return ORDER_OF_EXAMPLES
-        return f"{ORDER_OF_EXAMPLES}, windows of {self.window} shards, layout {self.layout.fingerprint}"
+        return f"{ORDER_OF_EXAMPLES}, {BY_SHARDS} {self.window} shards, layout {self.layout.fingerprint}"
 
 
 def open_inputs(recipe: Recipe, world: World) -> Inputs:

@@ -145,10 +145,13 @@ def _named_parameters(model: PreTrainedModel, config: LoraConfig) -> list[str] |
 
 
 def _layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """Full names of the layers that get an adapter."""
+    """Full names of the layers that get an adapter.
+
+    Raises   RecipeError  for a target that is no linear layer, or is the head
+    """
+    head = model.get_output_embeddings()
     linear = {name for name, module in model.named_modules() if _is_linear(module)}
     if config.target_modules is None:
-        head = model.get_output_embeddings()
         inside = {id(module) for part in find_parts(model)["language"] for module in part.modules()}
         return sorted(
             name
@@ -163,6 +166,11 @@ def _layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
             raise RecipeError(
                 f"student.lora.target_modules: {target!r} is no linear layer of {type(model).__name__}, whose "
                 f"linear layers are called {kinds}"
+            )
+        if any(model.get_submodule(name) is head for name in found):
+            raise RecipeError(
+                f"student.lora.target_modules: {target!r} is the head of {type(model).__name__}, which can have no "
+                "adapter: the loss reads the head's weight itself"
             )
         chosen |= found
     return sorted(chosen)

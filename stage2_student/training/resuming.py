@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shared.errors import RecipeError
+from shared.errors import CheckpointError, RecipeError
 from shared.recipes import Recipe, load_recipe
 from shared.shard_order import ShardLayout
 from stage2_student.runs.checkpoint import Checkpoint
@@ -26,6 +26,15 @@ class Plan:
     def of(cls, recipe: Recipe, *, num_examples: int, layout: ShardLayout | None = None) -> Plan:
         shape = step_shape(recipe, num_examples, layout)
         return cls(recipe, shape, total_steps(recipe, shape))
+
+    def require_no_shorter(self, checkpoint: Checkpoint, *, where: str) -> None:
+        """Raises   CheckpointError  when more steps are done than the run is to have"""
+        done = checkpoint.facts.step
+        if done > self.num_steps:
+            raise CheckpointError(
+                f"{where}: {done} steps are done, {self.num_steps} are asked for. Ask for at least as many "
+                "(optimization.max_steps, num_epochs), or choose another run.name"
+            )
 
     def epochs(self, steps: int) -> float:
         return steps / self.shape.num_steps_per_epoch

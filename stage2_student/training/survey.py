@@ -6,6 +6,7 @@ lacks a row is better reported now than in the middle of a run.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -111,8 +112,14 @@ class Survey:
         """So many of the examples, spread evenly: the first ones of a set may be of one kind, or one case."""
         if number is None or number >= self.num_examples:
             return self
-        chosen = np.arange(number) * self.num_examples // number
-        parts = {name: getattr(self, name)[chosen] for name in ("rows", "lengths", "pixels")}
+        return self._of(np.arange(number) * self.num_examples // number)
+
+    def without(self, rows: Collection[int]) -> Survey:
+        """What is left when these rows are not asked either."""
+        return self._of(np.flatnonzero(~np.isin(self.rows, list(rows)))) if rows else self
+
+    def _of(self, places: np.ndarray) -> Survey:
+        parts = {name: getattr(self, name)[places] for name in ("rows", "lengths", "pixels")}
         return replace(self, **parts)
 
     def work(self, tokens_per_pixel: float, *, packed: bool) -> Work:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,6 @@ from shared.errors import (
     CacheFormatError,
     CacheMismatchError,
     CheckpointError,
-    DataError,
     TeachonceError,
     TrainingError,
 )
@@ -38,6 +38,8 @@ from stage2_student.training.step import Losses, StepResult, seed_step, train_st
 from stage2_student.training.student import build_student, reshard
 from stage2_student.training.survey import Survey
 from stage2_student.training.validate import Validation, validate
+
+PATIENCE_S = 10.0  # between ranks that meet the same error
 
 
 class Trainer:
@@ -66,6 +68,7 @@ class Trainer:
         self.num_updates = 0
         self.saved_step = -1  # of the newest checkpoint
         self.saved_at_s = time.monotonic()
+        self.validated: tuple[int, float | None] = (-1, None)  # the last step that was, and its loss
         self.dropped = [self._dropped(survey) for survey in inputs.surveys().values()]
 
     def _dropped(self, survey: Survey) -> Dropped:
@@ -109,6 +112,8 @@ class Trainer:
             if self.world.is_main:
                 self.folder.metrics.append(self.inputs.record())
             self._validate()
+        elif self._lacks_its_last_validation():
+            self._validate_the_last()
         run = self.recipe.run
         with progress(
             total=self.num_steps,
@@ -123,18 +128,33 @@ class Trainer:
                     return False
                 self._one_step(step, bar)
                 is_last = self.step == self.num_steps
-                is_due = is_last or _due(self.step, run.validate_every)
-                losses = self._validate_or_save() if is_due else None
+                if is_last or _due(self.step, run.validate_every):
+                    with self._saving_first():
+                        self._validate()
                 if is_last or step.save or _due(self.step, run.checkpoint_every):
-                    self._save(validation_loss=None if losses is None else losses.loss)
+                    self._save()
         return True
+
+    def _lacks_its_last_validation(self) -> bool:
+        """Of a run whose steps are all done: that it ended by an error, or was to be longer."""
+        if self.step < self.num_steps or self.inputs.validation is None:
+            return False
+        found = self.world.by_main(lambda: self.folder.read_metrics().validations)
+        return all(record["step"] != self.step for record in found)
+
+    def _validate_the_last(self) -> None:
+        """The checkpoint is there already."""
+        self._validate()
+        _, loss = self.validated
+        if self.world.is_main:
+            self.folder.checkpoints.note_validation(self.step, loss)
 
     def _agreed_steps(self, stop: StopRequest) -> Iterator[Step]:
         """Steps that all ranks are ready for.  What keeps one from beginning (a row, the cache, a worker that died)
         ends the run, between two steps: what was trained so far is saved first.
         """
         fed = self._fed()
-        try:
+        with self._saving_first():
             yield from in_agreement(
                 fed,
                 self.world,
@@ -142,17 +162,22 @@ class Trainer:
                 is_save_due=self._is_save_due,
                 on_refused=lambda reasons: self._leave_out(self.dropped[0], reasons),
             )
+
+    @contextmanager
+    def _saving_first(self) -> Iterator[None]:
+        """An error that all ranks meet costs no step."""
+        try:
+            yield
         except CheckpointError:  # the disk would not take another one
             raise
         except TeachonceError:
-            self._end_by_an_error()
+            if self.world.meets(within_s=PATIENCE_S):  # one that is out of memory alone cannot save
+                reshard(self.student)  # a validation may have been broken off
+                self._save_progress()
+                self.folder.checkpoints.wait()
+                if self.world.is_main:
+                    tqdm.write(f"ended by an error: {self.where_it_stands()}")
             raise
-
-    def _end_by_an_error(self) -> None:
-        self._save_progress()
-        self.folder.checkpoints.wait()
-        if self.world.is_main:
-            tqdm.write(f"ended by an error: {self.where_it_stands()}")
 
     def _leave_out(self, dropped: Dropped, reasons: list[str]) -> None:
         """Tells and logs rows that cannot be used; called by all ranks.  Raises DataError for one too many."""
@@ -170,7 +195,7 @@ class Trainer:
     def _save_progress(self) -> None:
         """A checkpoint between two steps; before the first there is nothing to save."""
         if self.saved_step != self.step and self.step > 0:
-            self._save(validation_loss=None)
+            self._save()
 
     def where_it_stands(self) -> str:
         """How far the run is, for who stopped it."""
@@ -271,20 +296,10 @@ class Trainer:
             "peak_memory_gib": peak_memory_gib(self.world),
         }
 
-    def _validate_or_save(self) -> Losses | None:
-        """What a row of the validation split has spoilt costs no step."""
-        try:
-            return self._validate()
-        except DataError:
-            self.student.train()
-            reshard(self.student)
-            self._end_by_an_error()
-            raise
-
-    def _validate(self) -> Losses | None:
-        """Losses over the validation split, logged; None where the data have none."""
+    def _validate(self) -> None:
+        """Losses over the validation split, logged; nothing where the data have none."""
         if self.inputs.validation is None:
-            return None
+            return
         self.folder.checkpoints.wait()  # workers are forked here, and a fork beside a busy thread may hang
         self.world.barrier()  # the first rank waits longest: it hashes what all have written
         begin = time.perf_counter()
@@ -303,13 +318,13 @@ class Trainer:
         record |= {} if losses.coverage is None else {"soft_ce": losses.soft_ce}
         record["validation_s"] = time.perf_counter() - begin
         self._log(record)
+        self.validated = self.step, losses.loss
         if self.world.is_main:
             shown = [("loss", losses.loss if self.recipe.distils else None), ("CE", losses.ce)]
             shown += [("KL to the teacher", losses.kl), ("router", losses.router)]
             shown += [("cross-entropy with the teacher", losses.soft_ce)]
             figures = ", ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
             tqdm.write(f"step {self.step} of {self.num_steps}: validation {figures}, nats a position")
-        return losses
 
     def _measure(self) -> Validation:
         assert self.inputs.validation is not None
@@ -333,13 +348,14 @@ class Trainer:
             self.folder.metrics.append(record)
             self.trackers.log(record)
 
-    def _save(self, *, validation_loss: float | None) -> None:
+    def _save(self) -> None:
+        validated_step, loss = self.validated
         facts = Facts(
             step=self.step,
             num_updates=self.num_updates,
             num_ranks=self.world.size,
             identity=self.inputs.identity(self.recipe),
-            validation_loss=validation_loss,
+            validation_loss=loss if validated_step == self.step else None,
         )
         self.folder.checkpoints.save(student_state(self.student.model, self.optimizer), facts, self.world)
         self.saved_step, self.saved_at_s = self.step, time.monotonic()
