@@ -766,6 +766,37 @@ def test_a_system_turn_may_stand_beside_the_turns(tmp_path: Path) -> None:
     assert split[5].turns[0].role == "user"
 
 
+def test_a_named_column_of_system_s_turns_counts_beside_questions_and_answers(tmp_path: Path) -> None:
+    row = {"images": ["0.png"], "answer": ANSWER}
+    rows: list[dict[str, Any]] = [
+        row | {"question": QUESTION, "told": " In French. "},
+        row | {"question": f"<image>{QUESTION}", "told": "In French."},
+        row | {"question": QUESTION, "told": None},
+    ]
+    split = split_of(tmp_path, rows, columns=ColumnsConfig(system="told"))
+    spoken = (Turn("system", ("In French.",)), *SINGLE.turns)
+    assert [one.turns for one in split] == [spoken, spoken, SINGLE.turns]
+    assert split.unused == ()
+
+
+def test_a_column_of_the_default_name_says_nothing_beside_questions(tmp_path: Path) -> None:
+    """In MedPix, ``system`` is the organ system; ``check`` lists the column."""
+    split = split_of(
+        tmp_path, [{"question": QUESTION, "answer": ANSWER, "images": ["0.png"], "system": "heart"}]
+    )
+    assert split[0].turns == SINGLE.turns
+    assert split.unused == ("system",)
+
+
+def test_a_system_turn_may_stand_beside_prompt_and_completion(tmp_path: Path) -> None:
+    row = {"prompt": GOOD[:1], "completion": GOOD[1:], "system": "In French."}
+    split = split_of(
+        tmp_path, [row], columns=ColumnsConfig(question="prompt", answer="completion", image=None)
+    )
+    assert split[0].turns[0] == Turn("system", ("In French.",))
+    assert split.unused == ()
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_parts_of_a_prompt_in_other_columns_are_not_lost(tmp_path: Path, kind: str) -> None:
     columns = ColumnsConfig(question="instruction", answer="output", image=None)
