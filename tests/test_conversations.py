@@ -478,6 +478,12 @@ def test_an_empty_cell_beside_a_picture_is_none(tmp_path: Path) -> None:
         split[2]
 
 
+def test_of_several_empty_columns_of_pictures_one_counts(tmp_path: Path) -> None:
+    empty: dict[str, Any] = {"images": [], "image": []}
+    rows = [{"messages": GOOD} | empty, {"messages": GOOD, "image_id": 7} | empty]
+    assert [one.images for one in split_of(tmp_path, rows)] == [(), ()]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_videos_and_sounds_are_refused_and_other_columns_told(tmp_path: Path, kind: str) -> None:
     rows: list[dict[str, Any]] = [

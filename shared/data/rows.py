@@ -160,7 +160,7 @@ class VqaSplit:
 
     @cached_property
     def system_column(self) -> str | None:
-        """Of system's turns beside questions and answers of texts: such a column may hold anything until it is named."""
+        """Of system's turns beside questions and answers of texts; it may hold anything until it is named."""
         return self.columns["system"] if "system" in _named(self.settings) & {*self.columns} else None
 
     def where(self, index: int) -> str:
@@ -236,11 +236,10 @@ class VqaSplit:
         return row[filled[0]] if filled else None
 
     def _filled(self, row: Mapping[str, Any]) -> list[str]:
-        """Picture columns that hold something, but for numbers and empty lists where another one holds more."""
+        """Picture columns that hold something; else one with an empty list; else those with numbers."""
         filled = [name for name in self.pictures if not _is_missing(row.get(name))]
-        return [
-            name for name in filled if row[name] != [] and not isinstance(row[name], int | float)
-        ] or filled
+        lists = [name for name in filled if not isinstance(row[name], int | float)]
+        return [name for name in lists if row[name] != []] or lists[:1] or filled
 
     def _pictures(self, named: Sequence[Any], row: Mapping[str, Any], index: int) -> list[Picture]:
         where, folder, several = self.where(index), self.rows.folder_of(index), len(named) > 1
