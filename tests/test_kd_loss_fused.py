@@ -580,6 +580,18 @@ def test_positions_add_up_to_the_sums(policy: Policy, temperature: float) -> Non
     torch.testing.assert_close(each.kd_N, torch.tensor(alone, dtype=torch.float64))
 
 
+def test_positions_without_a_weight_are_zero_and_stay_in_their_places() -> None:
+    problem = Problem(5, 13, THRESHOLD)
+    problem.labels[1] = IGNORED
+    every = ce_kd_by_position(problem.hidden, problem.weight, problem.labels, problem.targets)
+    weights = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.0])
+    some = ce_kd_by_position(
+        problem.hidden, problem.weight, problem.labels, problem.targets, weights_N=weights
+    )
+    for found, whole in zip(some, every, strict=True):
+        torch.testing.assert_close(found, torch.where(weights != 0, whole, 0))
+
+
 def test_positions_without_targets_have_no_kd() -> None:
     problem = Problem(3, 5, THRESHOLD)
     each = ce_kd_by_position(problem.hidden, problem.weight, problem.labels)
