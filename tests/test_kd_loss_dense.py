@@ -265,6 +265,26 @@ def test_chunk_bounds_what_is_kept() -> None:
     assert kept_bytes(0) >= 2 * logits_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("layout", ["columns first", "batch of columns first", "every other id"])
+def test_logits_may_lie_in_any_order(layout: str, is_sparse: bool, dtype: torch.dtype) -> None:
+    student, teacher, ids = logits(6, 17, dtype=dtype), logits(6, 17, seed=1), labels(6)
+    other = sparse(teacher[ids != IGNORED], TopK(k=4)) if is_sparse else teacher
+    leaf, strided = student.clone().requires_grad_(), student.t().contiguous().requires_grad_()
+    if layout == "columns first":
+        view = strided.t()
+    elif layout == "batch of columns first":
+        view, ids = strided[None].transpose(1, 2), ids[None]
+    else:
+        strided = student.repeat_interleave(2, 1).requires_grad_()
+        view = strided[:, ::2]
+    loss = KDLoss(chunk_size=4)
+    (want,) = torch.autograd.grad(loss(leaf, other, ids.flatten()), leaf)
+    (got,) = torch.autograd.grad(loss(view, other, ids), view)
+    assert torch.equal(got.reshape(6, 17), want)
+
+
 def test_autograd_may_ask_twice() -> None:
     student, teacher, ids = logits(6, 17).requires_grad_(), logits(6, 17, seed=1), labels(6)
     loss = KDLoss(chunk_size=4)(student, teacher, ids)

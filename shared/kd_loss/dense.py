@@ -205,7 +205,9 @@ class _ChunkedKd(torch.autograd.Function):
         ctx: Any, student_MV: Tensor, index_N: Tensor, chunk_size: int, chunk_kd: ChunkKd, with_grad: bool
     ) -> Tensor:
         step = chunk_size or max(1, len(index_N))
-        grad_MV = torch.zeros_like(student_MV) if with_grad and ctx.needs_input_grad[0] else None
+        grad_MV = None
+        if with_grad and ctx.needs_input_grad[0]:  # rows contiguous, which the logits need not be
+            grad_MV = torch.zeros_like(student_MV, memory_format=torch.contiguous_format)
         kd = torch.zeros((), dtype=torch.float64, device=student_MV.device)
         for start in range(0, len(index_N), step):
             index_C = index_N[start : start + step]
