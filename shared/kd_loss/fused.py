@@ -28,7 +28,7 @@ from shared.kd_loss.divergences import FORWARD_KL, Divergence
 from shared.kd_loss.gradients import add_product_, scaled
 from shared.kd_loss.positions import Positions, counted, counted_positions, with_checked_ids
 from shared.kd_loss.teacher import SparseTeacher, sparse_teacher
-from shared.kd_loss.tile import LossSettings, check_temperature
+from shared.kd_loss.tile import LossSettings, check_num_vocab_ids, check_temperature
 from shared.kd_loss.tile import reverse_kl as drawn_reverse_kl
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
 
@@ -154,8 +154,8 @@ def ce_kd_by_position(
     labels_N: Tensor,
     targets: Targets | None = None,
     *,
-    weights_N: Tensor | None = None,
     temperature: float = 1.0,
+    weights_N: Tensor | None = None,
     ignore_index: int = -100,
     **settings: Any,
 ) -> PositionLosses:
@@ -171,12 +171,12 @@ def ce_kd_by_position(
         labels_N,
         targets,
         kd_ratio=0.0,  # of sums alone
-        weights_N=weights_N,
         temperature=temperature,
+        weights_N=weights_N,
         ignore_index=ignore_index,
         **settings,
-    is_counted_N = counted(labels_N, weights_N, ignore_index)
     )
+    is_counted_N = counted(labels_N, weights_N, ignore_index)
     values_3N = _in_one_dtype([work.positions.hidden_ND, weight_VD, bias_V], work, [False] * 3)[0][:3]
     if values_3N.shape[1] < len(labels_N):  # what does not count was left out
         counted_3N = values_3N
@@ -266,8 +266,7 @@ def _check(settings: LossSettings, chunk_size: int, num_ids: int, *, has_targets
         raise RecipeError(f"chunk_size is {chunk_size}; the fused loss takes at least one position at a time")
     if settings.softcap is not None and not 0 < settings.softcap < math.inf:
         raise RecipeError(f"softcap is {settings.softcap}; it must be a number above 0, or None for no cap")
-    if not 1 <= settings.num_vocab_ids <= num_ids:
-        raise RecipeError(f"num_vocab_ids is {settings.num_vocab_ids}; the head has {num_ids} ids")
+    check_num_vocab_ids(settings.num_vocab_ids, num_ids, of="head has")
     if not 0 <= settings.reverse_kl < math.inf:
         raise RecipeError(f"reverse_kl is {settings.reverse_kl}; it must be a number, 0 or above")
     if settings.kd_ratio > 0 and not has_targets:
