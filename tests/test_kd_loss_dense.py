@@ -312,6 +312,14 @@ def test_padding_ids_of_a_dense_teacher_get_no_mass(chunk_size: int) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (got, want)))
 
 
+def test_second_order_terms_are_refused_not_dropped() -> None:
+    student, teacher, ids = logits(6, 17).requires_grad_(), logits(6, 17, seed=1), labels(6)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(KDLoss(chunk_size=4)(student, teacher, ids), student, create_graph=True)
+    (grad,) = torch.autograd.grad(KDLoss()(student, teacher, ids), student, create_graph=True)
+    assert grad.requires_grad
+
+
 def test_autograd_may_ask_twice() -> None:
     student, teacher, ids = logits(6, 17).requires_grad_(), logits(6, 17, seed=1), labels(6)
     loss = KDLoss(chunk_size=4)(student, teacher, ids)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from shared.errors import CacheMismatchError, RecipeError
 from shared.kd_loss import Divergence, LossSums, ce_kd_by_position, chunk, fused_ce_kd, gradients
@@ -401,6 +402,28 @@ def test_autograd_may_ask_twice_and_scale(dtype: torch.dtype) -> None:
         torch.testing.assert_close(3 * a, c, rtol=1e-2 if dtype == torch.bfloat16 else 1e-12, atol=1e-12)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, inputs)
+
+
+def test_second_order_terms_are_refused_not_dropped() -> None:
+    problem = Problem(5, 13, THRESHOLD)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(problem.fused(kd_ratio=0.5).loss, problem.hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("way", ["reentrant", "recomputed", "compiled"])
+def test_a_gradient_asked_for_in_other_ways_is_the_same(way: str) -> None:
+    problem = Problem(5, 13, THRESHOLD)
+    (want,) = torch.autograd.grad(problem.fused(kd_ratio=0.5).loss, problem.hidden)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return fused_ce_kd(hidden, problem.weight, problem.labels, problem.targets, kd_ratio=0.5).loss
+
+    if way == "compiled":
+        got = torch.compile(loss, backend="eager")(problem.hidden)
+    else:
+        got = checkpoint(loss, problem.hidden, use_reentrant=way == "reentrant")
+    got.backward()
+    assert torch.equal(problem.hidden.grad, want)
 
 
 def test_gradients_accumulate_over_microbatches() -> None:

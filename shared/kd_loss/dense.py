@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from shared.errors import RecipeError
 from shared.kd_loss.chunk import chunk_loss_, rows_per_tile
@@ -234,7 +233,6 @@ class _ChunkedKd(torch.autograd.Function):
         return kd.to(_sum_dtype(student_MV))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_kd: Tensor) -> Any:
         (grad_MV,) = ctx.saved_tensors
         return (

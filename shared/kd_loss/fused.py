@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shared.errors import RecipeError
 from shared.kd_loss.chunk import chunk_loss_, logits_buffer
@@ -336,7 +335,6 @@ class _FusedLoss(torch.autograd.Function):
         return sums[:4] + sums[5:]  # the number of positions is no output of its own
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
         return (*scaled(ctx.saved_tensors, ctx.dtypes, grad_loss), None)
 
