@@ -10,8 +10,9 @@ The rule, in order; ``CONVERSION_VERSION`` names it in fingerprints and changes 
    Medical pictures use a small part of their range, so dividing by 256 would leave them all but black.  At most a
    thousandth of the pixels, further from the others than these are from each other, are dead or hot pixels: they
    become 0 or 255 and do not count for the range.  The channels of a colour picture share one range.  A picture of
-   one value only has no contrast and becomes black.  In floating point, NaN counts as the smallest finite value,
-   infinities as the ends.
+   one value only has no contrast and becomes black.  In floating point, NaN is black, infinities are the ends.
+   Of JPEG 2000 and AVIF in colour, and of TIFF in CMYK or with premultiplied
+   alpha, Pillow gives the upper 8 bits alone.
 4. Transparency, in whatever form, is laid on a background: black unless the recipe says white.  Black is
    the surround of CT, MR, ultrasound and X-ray pictures, so a cut-out body looks as if it never was one.  Where
    every pixel is wholly transparent, transparency says nothing about the picture and is passed over.
@@ -33,7 +34,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from shared.data.deep_pixels import low_bytes, scaled_colour, stretched
+from shared.data.deep_pixels import all_bits, scaled_colour, stretched
 from shared.errors import DataError
 
 Background = Literal["black", "white"]
@@ -83,9 +84,8 @@ def decode_rgb(data: bytes, *, background: Background = "black", where: str = "p
             _check_size(image.size, where)
             _require_sound(data, image)
         with _opened(data) as image:
-            low = low_bytes(image, lambda: _opened(data))
-            image.load()
-            upright = _upright(image if low is None else scaled_colour(image, low))
+            values = all_bits(image, lambda: _opened(data))
+            upright = _upright(image if values is None else scaled_colour(image, values))
             return to_rgb(upright, background=background)
 
 
