@@ -164,6 +164,16 @@ def test_deep_colour_of_a_tiff_keeps_its_contrast() -> None:
     assert (pixels(decode_rgb(tiff(with_unused, 2, (338, 0)))) == over_its_range(values)).all()
 
 
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<f4"])
+def test_a_tiff_whose_white_is_zero_is_no_negative(dtype: str) -> None:
+    """As X-rays of MONOCHROME1 are exported.  Pillow inverts the 8-bit ones alone."""
+    values = np.arange(256).astype(dtype).reshape(16, 16, 1)
+    sample_format = [(339, 3)] if dtype == "<f4" else []
+    found = pixels(decode_rgb(tiff(values, 0, *sample_format)))
+    assert (found == 255 - values.astype(int)).all()
+    assert (pixels(decode_rgb(tiff(values, 1, *sample_format))) == values).all()
+
+
 def sgi(values: np.ndarray, *, compressed: bool) -> bytes:
     """Of 16 bits a channel."""
     height, width, num_channels = values.shape
