@@ -478,6 +478,12 @@ def test_an_empty_cell_beside_a_picture_is_none(tmp_path: Path) -> None:
         split[2]
 
 
+def test_of_several_empty_columns_of_pictures_one_counts(tmp_path: Path) -> None:
+    empty: dict[str, Any] = {"images": [], "image": []}
+    rows = [{"messages": GOOD} | empty, {"messages": GOOD, "image_id": 7} | empty]
+    assert [one.images for one in split_of(tmp_path, rows)] == [(), ()]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_videos_and_sounds_are_refused_and_other_columns_told(tmp_path: Path, kind: str) -> None:
     rows: list[dict[str, Any]] = [
@@ -764,6 +770,37 @@ def test_a_system_turn_may_stand_beside_the_turns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 4: a system's turn beside the turns.*data\.columns\.system"):
         split[4]
     assert split[5].turns[0].role == "user"
+
+
+def test_a_named_column_of_system_s_turns_counts_beside_questions_and_answers(tmp_path: Path) -> None:
+    row = {"images": ["0.png"], "answer": ANSWER}
+    rows: list[dict[str, Any]] = [
+        row | {"question": QUESTION, "told": " In French. "},
+        row | {"question": f"<image>{QUESTION}", "told": "In French."},
+        row | {"question": QUESTION, "told": None},
+    ]
+    split = split_of(tmp_path, rows, columns=ColumnsConfig(system="told"))
+    spoken = (Turn("system", ("In French.",)), *SINGLE.turns)
+    assert [one.turns for one in split] == [spoken, spoken, SINGLE.turns]
+    assert split.unused == ()
+
+
+def test_a_column_of_the_default_name_says_nothing_beside_questions(tmp_path: Path) -> None:
+    """In MedPix, ``system`` is the organ system; ``check`` lists the column."""
+    split = split_of(
+        tmp_path, [{"question": QUESTION, "answer": ANSWER, "images": ["0.png"], "system": "heart"}]
+    )
+    assert split[0].turns == SINGLE.turns
+    assert split.unused == ("system",)
+
+
+def test_a_system_turn_may_stand_beside_prompt_and_completion(tmp_path: Path) -> None:
+    row = {"prompt": GOOD[:1], "completion": GOOD[1:], "system": "In French."}
+    split = split_of(
+        tmp_path, [row], columns=ColumnsConfig(question="prompt", answer="completion", image=None)
+    )
+    assert split[0].turns[0] == Turn("system", ("In French.",))
+    assert split.unused == ()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -127,28 +127,86 @@ def test_deep_colour_with_twelve_bit_values_keeps_its_contrast(colour_type: int,
     assert (found == np.broadcast_to(expected, found.shape)).all()
 
 
-def test_deep_colour_of_a_tiff_keeps_its_contrast() -> None:
-    values = np.random.default_rng(0).integers(0, 4096, (9, 7, 3)).astype("<u2")
+def tiff(values: np.ndarray, photometric: int, *more_tags: tuple[int, int]) -> bytes:
+    """Of forms that Pillow does not write: (height, width, channels), little-endian."""
+    height, width, num_channels = values.shape
+    bits = 8 * values.dtype.itemsize
     tags = [
-        (256, 7),
-        (257, 9),
-        (258, 0),
+        (256, width),
+        (257, height),
+        (258, bits),
         (259, 1),
-        (262, 2),
+        (262, photometric),
         (273, 0),
-        (277, 3),
-        (278, 9),
+        (277, num_channels),
+        (278, height),
         (279, values.nbytes),
+        *more_tags,
     ]
     begin = 8 + 2 + 12 * len(tags) + 4
     data = b"II*\0" + struct.pack("<IH", 8, len(tags))
     for tag, value in tags:
-        kind, count = (3, 3) if tag == 258 else (4, 1)
-        value = {258: begin, 273: begin + 6}.get(tag, value)
+        kind, count = (3, num_channels) if tag == 258 else (4, 1)
+        value = {258: begin if num_channels > 2 else value, 273: begin + 8}.get(tag, value)
         data += struct.pack("<HHII", tag, kind, count, value)
-    data += struct.pack("<I3H", 0, 16, 16, 16) + values.tobytes()
-    expected = np.rint((values - float(values.min())) * (255 / (int(values.max()) - int(values.min()))))
-    assert (pixels(decode_rgb(data)) == expected).all()
+    return data + struct.pack("<I4H", 0, *[bits] * 4) + values.tobytes()
+
+
+def over_its_range(values: np.ndarray) -> np.ndarray:
+    low, high = int(values.min()), int(values.max())
+    return np.rint((values.astype(float) - low) * (255 / (high - low)))
+
+
+def test_deep_colour_of_a_tiff_keeps_its_contrast() -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (9, 7, 3)).astype("<u2")
+    assert (pixels(decode_rgb(tiff(values, 2))) == over_its_range(values)).all()
+    with_unused = np.dstack([values, np.zeros((9, 7, 1), "<u2")])
+    assert (pixels(decode_rgb(tiff(with_unused, 2, (338, 0)))) == over_its_range(values)).all()
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<f4"])
+def test_a_tiff_whose_white_is_zero_is_no_negative(dtype: str) -> None:
+    """As X-rays of MONOCHROME1 are exported.  Pillow inverts the 8-bit ones alone."""
+    values = np.arange(256).astype(dtype).reshape(16, 16, 1)
+    sample_format = [(339, 3)] if dtype == "<f4" else []
+    found = pixels(decode_rgb(tiff(values, 0, *sample_format)))
+    assert (found == 255 - values.astype(int)).all()
+    assert (pixels(decode_rgb(tiff(values, 1, *sample_format))) == values).all()
+
+
+def sgi(values: np.ndarray, *, compressed: bool) -> bytes:
+    """Of 16 bits a channel."""
+    height, width, num_channels = values.shape
+    kind = struct.pack(
+        ">hBBHHHH", 474, compressed, 2, 3 if num_channels > 1 else 2, width, height, num_channels
+    )
+    rows = values[::-1].transpose(2, 0, 1).astype(">u2").reshape(-1, width)
+    if not compressed:
+        return kind.ljust(512, b"\0") + rows.tobytes()
+    packed = [struct.pack(">H", 128 + width) + row.tobytes() + b"\0\0" for row in rows]
+    starts = [512 + 8 * len(rows) + sum(map(len, packed[:number])) for number in range(len(rows))]
+    table = np.array([starts, [len(one) for one in packed]], ">u4").tobytes()
+    return kind.ljust(512, b"\0") + table + b"".join(packed)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("num_channels", [1, 3, 4])
+def test_deep_channels_of_sgi_keep_their_contrast(num_channels: int, compressed: bool) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (9, 7, num_channels))
+    values[..., 3:] = 65535
+    found = pixels(decode_rgb(sgi(values, compressed=compressed)))
+    assert (found == over_its_range(values[..., :3])).all()
+
+
+@pytest.mark.parametrize("max_value", [255, 4095, 65535])
+@pytest.mark.parametrize("kind", ["P3", "P6"])
+def test_deep_colour_of_ppm_keeps_its_contrast(kind: str, max_value: int) -> None:
+    values = np.random.default_rng(0).integers(0, min(max_value, 4095) + 1, (9, 7, 3))
+    expected = values if max_value == 255 else over_its_range(values)
+    dtype = "u1" if max_value == 255 else ">u2"
+    text = " # twelve bits\n".join(map(str, values.ravel())).encode()
+    data = values.astype(dtype).tobytes() if kind == "P6" else text
+    assert (pixels(decode_rgb(f"{kind}\n7 9\n{max_value}\n".encode() + data)) == expected).all()
 
 
 def test_deep_colour_keeps_orientation_and_see_through_colour() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from shared.errors import RecipeError
-from shared.kd_loss import DIVERGENCES, Divergence, KDLoss
+from shared.kd_loss import DIVERGENCES, Divergence, KDLoss, fused_ce_kd
 from shared.recipes.policies import Threshold, TopK
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from tests import reference_losses as reference
@@ -265,6 +265,61 @@ def test_chunk_bounds_what_is_kept() -> None:
     assert kept_bytes(0) >= 2 * logits_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("layout", ["columns first", "batch of columns first", "every other id"])
+def test_logits_may_lie_in_any_order(layout: str, is_sparse: bool, dtype: torch.dtype) -> None:
+    student, teacher, ids = logits(6, 17, dtype=dtype), logits(6, 17, seed=1), labels(6)
+    other = sparse(teacher[ids != IGNORED], TopK(k=4)) if is_sparse else teacher
+    leaf, strided = student.clone().requires_grad_(), student.t().contiguous().requires_grad_()
+    if layout == "columns first":
+        view = strided.t()
+    elif layout == "batch of columns first":
+        view, ids = strided[None].transpose(1, 2), ids[None]
+    else:
+        strided = student.repeat_interleave(2, 1).requires_grad_()
+        view = strided[:, ::2]
+    loss = KDLoss(chunk_size=4)
+    (want,) = torch.autograd.grad(loss(leaf, other, ids.flatten()), leaf)
+    (got,) = torch.autograd.grad(loss(view, other, ids), view)
+    assert torch.equal(got.reshape(6, 17), want)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 4])
+@pytest.mark.parametrize("tail", ["ghost", "uniform", "renormalize", "drop"])
+def test_padding_ids_get_no_mass(tail: str, chunk_size: int) -> None:
+    """As of ``fused_ce_kd`` with a head that is wider than its tokenizer."""
+    student, teacher = logits(9, 17).requires_grad_(), logits(9, 12, seed=1)
+    ids = torch.zeros(9, dtype=torch.int64)
+    targets, head = sparse(teacher, TopK(k=4)), torch.eye(17, dtype=torch.float64)
+    wanted = fused_ce_kd(student, head, ids, targets, kd_ratio=1.0, tail=tail, num_vocab_ids=12).loss / 9
+    got = KDLoss(chunk_size=chunk_size, tail=tail, num_vocab_ids=12)(student, targets, ids)
+    torch.testing.assert_close(got, wanted)
+    grads = [torch.autograd.grad(loss, student)[0] for loss in (got, wanted)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 4])
+def test_padding_ids_of_a_dense_teacher_get_no_mass(chunk_size: int) -> None:
+    student, teacher, ids = logits(9, 17).requires_grad_(), logits(9, 17, seed=1), labels(9)
+    masked = teacher.clone()
+    masked[:, 12:] = -torch.inf
+    want, got = (
+        KDLoss()(student, masked, ids),
+        KDLoss(chunk_size=chunk_size, num_vocab_ids=12)(student, teacher, ids),
+    )
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (got, want)))
+
+
+def test_second_order_terms_are_refused_not_dropped() -> None:
+    student, teacher, ids = logits(6, 17).requires_grad_(), logits(6, 17, seed=1), labels(6)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(KDLoss(chunk_size=4)(student, teacher, ids), student, create_graph=True)
+    (grad,) = torch.autograd.grad(KDLoss()(student, teacher, ids), student, create_graph=True)
+    assert grad.requires_grad
+
+
 def test_autograd_may_ask_twice() -> None:
     student, teacher, ids = logits(6, 17).requires_grad_(), logits(6, 17, seed=1), labels(6)
     loss = KDLoss(chunk_size=4)(student, teacher, ids)
@@ -293,5 +348,9 @@ def test_shapes_and_settings_that_are_refused() -> None:
         KDLoss()(student[:, :3], sparse(teacher, TopK(k=17)), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(RecipeError, match="temperature is 0"):
         KDLoss(temperature=0.0)
+    with pytest.raises(RecipeError, match="num_vocab_ids is 18; the logits have 17 ids"):
+        KDLoss(num_vocab_ids=18)(student, teacher, labels(4))
+    with pytest.raises(ValueError, match="outside the 12 ids"):
+        KDLoss(num_vocab_ids=12)(student, sparse(teacher, TopK(k=17)), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(RecipeError, match="chunk_size is -1"):
         KDLoss(chunk_size=-1)

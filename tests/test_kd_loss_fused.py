@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from shared.errors import CacheMismatchError, RecipeError
 from shared.kd_loss import Divergence, LossSums, ce_kd_by_position, chunk, fused_ce_kd, gradients
@@ -403,6 +404,28 @@ def test_autograd_may_ask_twice_and_scale(dtype: torch.dtype) -> None:
         torch.autograd.grad(loss, inputs)
 
 
+def test_second_order_terms_are_refused_not_dropped() -> None:
+    problem = Problem(5, 13, THRESHOLD)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(problem.fused(kd_ratio=0.5).loss, problem.hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("way", ["reentrant", "recomputed", "compiled"])
+def test_a_gradient_asked_for_in_other_ways_is_the_same(way: str) -> None:
+    problem = Problem(5, 13, THRESHOLD)
+    (want,) = torch.autograd.grad(problem.fused(kd_ratio=0.5).loss, problem.hidden)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return fused_ce_kd(hidden, problem.weight, problem.labels, problem.targets, kd_ratio=0.5).loss
+
+    if way == "compiled":
+        got = torch.compile(loss, backend="eager")(problem.hidden)
+    else:
+        got = checkpoint(loss, problem.hidden, use_reentrant=way == "reentrant")
+    got.backward()
+    assert torch.equal(problem.hidden.grad, want)
+
+
 def test_gradients_accumulate_over_microbatches() -> None:
     problem = Problem(8, 17, THRESHOLD)
     problem.fused(kd_ratio=0.5).loss.backward()
@@ -578,6 +601,18 @@ def test_positions_add_up_to_the_sums(policy: Policy, temperature: float) -> Non
         for n in range(11)
     ]
     torch.testing.assert_close(each.kd_N, torch.tensor(alone, dtype=torch.float64))
+
+
+def test_positions_without_a_weight_are_zero_and_stay_in_their_places() -> None:
+    problem = Problem(5, 13, THRESHOLD)
+    problem.labels[1] = IGNORED
+    every = ce_kd_by_position(problem.hidden, problem.weight, problem.labels, problem.targets)
+    weights = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.0])
+    some = ce_kd_by_position(
+        problem.hidden, problem.weight, problem.labels, problem.targets, weights_N=weights
+    )
+    for found, whole in zip(some, every, strict=True):
+        torch.testing.assert_close(found, torch.where(weights != 0, whole, 0))
 
 
 def test_positions_without_targets_have_no_kd() -> None:

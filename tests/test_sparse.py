@@ -494,6 +494,23 @@ def test_what_is_no_distribution_is_refused(bad: float) -> None:
         sparsify(torch.full((1, 4), -torch.inf), Threshold(), seeds=position_seeds(0, b"", 1))
 
 
+def test_log_probs_may_have_a_graph() -> None:
+    logprobs, seeds = _random_logprobs(5, 40), position_seeds(0, b"", 5)
+    found = sparsify(logprobs.clone().requires_grad_(), Threshold(), seeds=seeds)
+    _assert_equal(found, sparsify(logprobs, Threshold(), seeds=seeds))
+
+
+def test_other_seeds_than_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"seeds.*\[4\].*5 positions"):
+        sparsify(_random_logprobs(5, 40), Threshold(), seeds=position_seeds(0, b"", 4))
+
+
+def test_log_probs_of_a_narrow_softmax_are_told_what_is_needed() -> None:
+    logprobs = _random_logprobs(5, 5000).bfloat16().log_softmax(-1)
+    with pytest.raises(DataError, match="normalised in fp32"):
+        sparsify(logprobs, Threshold(), seeds=position_seeds(0, b"", 5))
+
+
 @pytest.mark.parametrize("temperatures", [(), (1.0, 1.0), (0.0,), (-1.0,), (math.nan,), (math.inf,)])
 def test_impossible_temperatures_are_refused(temperatures: tuple[float, ...]) -> None:
     with pytest.raises(RecipeError, match="temperatures"):

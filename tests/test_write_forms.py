@@ -79,6 +79,13 @@ FORMS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         [{"messages": LONG[-2:], "instructions": "Be brief."}],
         {"columns": {"system": "instructions"}},
     ),
+    "a system's turn beside a question": (
+        [
+            {"question": "Which plane?", "answer": "axial", "image": "0.png", "told": "Be brief."},
+            {"question": "<image> is of which plane?", "answer": "axial", "image": "0.png", "told": None},
+        ],
+        {"columns": {"system": "told"}},
+    ),
     "pairs": (
         [{"texts": [{"user": "Which plane?", "assistant": "axial"}], "images": ["0.png"]}],
         {"columns": {"messages": "texts"}},

@@ -10,8 +10,9 @@ The rule, in order; ``CONVERSION_VERSION`` names it in fingerprints and changes 
    Medical pictures use a small part of their range, so dividing by 256 would leave them all but black.  At most a
    thousandth of the pixels, further from the others than these are from each other, are dead or hot pixels: they
    become 0 or 255 and do not count for the range.  The channels of a colour picture share one range.  A picture of
-   one value only has no contrast and becomes black.  In floating point, NaN counts as the smallest finite value,
-   infinities as the ends.
+   one value only has no contrast and becomes black.  In floating point, NaN is black, infinities are the ends.
+   A TIFF whose white is zero is inverted.  Of JPEG 2000 and AVIF in colour, and of TIFF in CMYK or with premultiplied
+   alpha, Pillow gives the upper 8 bits alone.
 4. Transparency, in whatever form, is laid on a background: black unless the recipe says white.  Black is
    the surround of CT, MR, ultrasound and X-ray pictures, so a cut-out body looks as if it never was one.  Where
    every pixel is wholly transparent, transparency says nothing about the picture and is passed over.
@@ -31,9 +32,9 @@ from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
-from shared.data.deep_pixels import low_bytes, scaled_colour, stretched
+from shared.data.deep_pixels import all_bits, scaled_colour, stretched
 from shared.errors import DataError
 
 Background = Literal["black", "white"]
@@ -58,6 +59,7 @@ FORMATS = (
     "PCX",
     "SGI",
 )
+PHOTOMETRIC = 262  # of TIFF
 NO_SIZE = (0, 0)
 NEARLY_BLACK = 32  # of 255; a picture whose brightest pixels are below shows next to nothing
 
@@ -83,10 +85,9 @@ def decode_rgb(data: bytes, *, background: Background = "black", where: str = "p
             _check_size(image.size, where)
             _require_sound(data, image)
         with _opened(data) as image:
-            low = low_bytes(image, lambda: _opened(data))
-            image.load()
-            upright = _upright(image if low is None else scaled_colour(image, low))
-            return to_rgb(upright, background=background)
+            values = all_bits(image, lambda: _opened(data))
+            upright = _upright(image if values is None else scaled_colour(image, values))
+            return to_rgb(upright, background=background, white_is_zero=_white_is_zero(image))
 
 
 def require_header(data: bytes, *, where: str) -> None:
@@ -118,10 +119,15 @@ def doubt(image: Image.Image) -> str | None:
     return f"nearly black (brightest pixels {brightest} of 255)" if brightest < NEARLY_BLACK else None
 
 
-def to_rgb(image: Image.Image, *, background: Background = "black") -> Image.Image:
-    """A loaded picture of any Pillow mode as 8-bit RGB, by points 3 to 5 of the module's rule."""
+def to_rgb(
+    image: Image.Image, *, background: Background = "black", white_is_zero: bool = False
+) -> Image.Image:
+    """A loaded picture of any Pillow mode as 8-bit RGB, by points 3 to 5 of the module's rule.
+
+    white_is_zero  of more than 8 bits: a larger value is darker
+    """
     if image.mode == "F" or image.mode.startswith("I"):
-        return _grey_to_rgb(image, background)
+        return _grey_to_rgb(image, background, white_is_zero=white_is_zero)
     if image.mode in _PREMULTIPLIED:
         image = image.convert(_PREMULTIPLIED[image.mode])
     if not image.has_transparency_data:
@@ -212,10 +218,15 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _grey_to_rgb(image: Image.Image, background: Background) -> Image.Image:
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF says so: Pillow inverts the values of at most 8 bits, and no others."""
+    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0
+
+
+def _grey_to_rgb(image: Image.Image, background: Background, *, white_is_zero: bool) -> Image.Image:
     """One channel of more than 8 bits, stretched over its own range."""
     values = np.asarray(image).astype(np.float64)
-    grey = stretched(values)
+    grey = stretched(-values if white_is_zero else values)
     transparent = image.info.get("transparency")  # PNG: one grey value that is see-through
     if isinstance(transparent, int):
         grey[values == transparent] = _BACKGROUNDS[background][0]

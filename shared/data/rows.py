@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Self
 
 from shared.data.answer_ids import given_ids
@@ -158,6 +159,11 @@ class VqaSplit:
             files=tuple(picture.file for picture in pictures if picture.file is not None),
         )
 
+    @cached_property
+    def system_column(self) -> str | None:
+        """Of system's turns beside questions and answers of texts; it may hold anything until it is named."""
+        return self.columns["system"] if "system" in _named(self.settings) & {*self.columns} else None
+
     def where(self, index: int) -> str:
         """How messages name a row."""
         return f"{self.source}, split {self.name}, row {index}"
@@ -201,7 +207,9 @@ class VqaSplit:
             return with_system(read, value.get("system"), where=where), 0
         if held is None:
             self._require_text_alone(row, index)
-        return self._question_answer(row, value, pictures, where)
+        read, num_outvoted = self._question_answer(row, value, pictures, where)
+        system = None if self.system_column is None else row.get(self.system_column)
+        return with_system(read, system, where=where), num_outvoted
 
     def _question_answer(
         self, row: Mapping[str, Any], value: Mapping[str, Any], pictures: list[Any], where: str
@@ -234,11 +242,10 @@ class VqaSplit:
         return row[filled[0]] if filled else None
 
     def _filled(self, row: Mapping[str, Any]) -> list[str]:
-        """Picture columns that hold something, but for numbers and empty lists where another one holds more."""
+        """Picture columns that hold something; else one with an empty list; else those with numbers."""
         filled = [name for name in self.pictures if not _is_missing(row.get(name))]
-        return [
-            name for name in filled if row[name] != [] and not isinstance(row[name], int | float)
-        ] or filled
+        lists = [name for name in filled if not isinstance(row[name], int | float)]
+        return [name for name in lists if row[name] != []] or lists[:1] or filled
 
     def _pictures(self, named: Sequence[Any], row: Mapping[str, Any], index: int) -> list[Picture]:
         where, folder, several = self.where(index), self.rows.folder_of(index), len(named) > 1
@@ -354,6 +361,9 @@ def _columns(data: DataConfig, rows: Rows, forms: tuple[Form, ...]) -> tuple[dic
         for name in OPTIONAL
         if names[name] is not None and (name in asked or names[name] in rows.columns)
     }
+    is_named = "system" in asked or forms != ("question_answer",)
+    if "system" in columns and not is_named and not _asks_in_turns(rows, names["question"]):
+        del columns["system"]
     pictures = [name for name in (names["image"], *PICTURE_COLUMNS) if name in rows.columns]
     if "image" in asked or (not pictures and forms == ("question_answer",) and not data.text_only):
         pictures = [] if names["image"] is None else [names["image"]]
@@ -371,6 +381,16 @@ def _columns(data: DataConfig, rows: Rows, forms: tuple[Form, ...]) -> tuple[dic
             problems.append("Or name a column of conversations as data.columns.messages or .conversations")
         raise DataError("\n".join(problems))
     return columns, tuple(dict.fromkeys(pictures))
+
+
+def _asks_in_turns(rows: Rows, question: str) -> bool:
+    """Whether the questions are lists of turns, as the first row shows."""
+    if question not in rows.columns:
+        return False
+    try:
+        return _are_turns(rows.select([question])[0][question])
+    except DataError:  # whoever reads the row says so
+        return False
 
 
 def _require_no_picture(data: DataConfig, rows: Rows, used: set[str]) -> None:

@@ -36,15 +36,21 @@ def require_writable(split: VqaSplit, rows: Sequence[int] = (0,)) -> None:
         except (DataError, IndexError):  # whoever reads all rows says what is wrong with it
             continue
         if example.form == "question_answer":
-            question_of(example)
+            question_of(split, example)
 
 
-def question_of(example: Example) -> str:
+def system_of(example: Example) -> str | None:
+    """What the system says before anyone else; None where it says nothing."""
+    return example.turns[0].text if example.turns[0].role == "system" else None
+
+
+def question_of(split: VqaSplit, example: Example) -> str:
     """With the places of its pictures, where they are not all in front of it.
 
     Raises   RecipeError  when it is a list of several turns, or a turn of texts in a row: one text may not equal it
     """
-    asked, *rest = example.turns
+    has_system = split.system_column is not None and system_of(example) is not None
+    asked, *rest = example.turns[1:] if has_system else example.turns
     if len(rest) != 1:
         raise RecipeError(
             f"{example.where}: its question and answer are lists of turns; a model can write answers to rows that "

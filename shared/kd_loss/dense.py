@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from shared.errors import RecipeError
 from shared.kd_loss.chunk import chunk_loss_, rows_per_tile
@@ -25,7 +24,7 @@ from shared.kd_loss.divergences import FORWARD_KL, Divergence
 from shared.kd_loss.gradients import scaled
 from shared.kd_loss.positions import with_checked_entries
 from shared.kd_loss.teacher import sparse_teacher
-from shared.kd_loss.tile import LossSettings, check_temperature
+from shared.kd_loss.tile import LossSettings, check_num_vocab_ids, check_temperature, num_local_ids
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
 
 if TYPE_CHECKING:
@@ -45,6 +44,8 @@ class KDLoss(nn.Module):
     tp_group      ranks that split the vocabulary; inferred where the student's logits are a DTensor
     chunk_size    positions at a time; 0 for all at once, with plain autograd for dense teachers on one rank
     divergence, tail  as for ``fused_ce_kd``
+    num_vocab_ids  the first ids of the logits, which the teacher knows; None for all: padding ids of a wide head
+                   have no mass, also where a dense teacher's logits say otherwise
 
     Holds    value and gradient do not depend on the chunk size but for rounding; two ranks equal one
              a batch without labels gives a zero with a graph
@@ -64,6 +65,7 @@ class KDLoss(nn.Module):
         *,
         divergence: Divergence = FORWARD_KL,
         tail: str = "ghost",
+        num_vocab_ids: int | None = None,
     ) -> None:
         super().__init__()
         check_temperature(temperature)
@@ -71,6 +73,7 @@ class KDLoss(nn.Module):
             raise RecipeError(f"chunk_size is {chunk_size}; it must be 0 (all at once) or more")
         self.ignore_index, self.temperature, self.fp32_upcast = ignore_index, temperature, fp32_upcast
         self.tp_group, self.chunk_size, self.divergence, self.tail = tp_group, chunk_size, divergence, tail
+        self.num_vocab_ids = num_vocab_ids
 
     def forward(
         self,
@@ -93,44 +96,50 @@ class KDLoss(nn.Module):
             raise ValueError(f"logits {tuple(student_logits.shape)} do not fit labels {tuple(labels.shape)}")
         shard = None if group is None else VocabShard.agree(group, student_MV.shape[1], labels_M)
         index_N = (labels_M != self.ignore_index).nonzero().squeeze(1)
+        num_ids = student_MV.shape[1] if shard is None else shard.total_ids
+        num_vocab_ids = num_ids if self.num_vocab_ids is None else self.num_vocab_ids
+        check_num_vocab_ids(num_vocab_ids, num_ids, of="logits have")
+        settings = LossSettings(1.0, self.temperature, num_vocab_ids, None, self.divergence, shard)
         if isinstance(teacher, Tensor):
-            kd = self._from_logits(student_MV, teacher, index_N, shard)
+            kd = self._from_logits(student_MV, teacher, index_N, settings)
         else:
-            kd = self._from_targets(student_MV, teacher, index_N, shard)
+            kd = self._from_targets(student_MV, teacher, index_N, settings)
         num_labels = len(index_N) if num_batch_labels is None else num_batch_labels
         return kd / (num_labels.clamp_min(1) if isinstance(num_labels, Tensor) else max(1, num_labels))
 
     def _from_logits(
-        self, student_MV: Tensor, teacher: Tensor, index_N: Tensor, shard: VocabShard | None
+        self, student_MV: Tensor, teacher: Tensor, index_N: Tensor, settings: LossSettings
     ) -> Tensor:
-        teacher_MV = _teacher_part(teacher, student_MV, shard)
-        if self.chunk_size == 0 and shard is None:
-            return self._unchunked(student_MV, teacher_MV, index_N)
+        teacher_MV = _teacher_part(teacher, student_MV, settings.shard)
+        if self.chunk_size == 0 and settings.shard is None:
+            return self._unchunked(student_MV, teacher_MV, index_N, settings)
 
         def chunk_kd(logits_CV: Tensor, start: int) -> Tensor:
             teacher_CV = teacher_MV[index_N[start : start + len(logits_CV)]]
-            tile = rows_per_tile(logits_CV, self._dtype(logits_CV), shard)
+            tile = rows_per_tile(logits_CV, self._dtype(logits_CV), settings.shard)
             tiles = zip(logits_CV.split(tile), teacher_CV.split(tile), strict=True)
             return torch.cat(
-                [self._tile_kd_(student_RV, teacher_RV, shard) for student_RV, teacher_RV in tiles]
+                [self._tile_kd_(student_RV, teacher_RV, settings) for student_RV, teacher_RV in tiles]
             )
 
         return _ChunkedKd.apply(student_MV, index_N, self.chunk_size, chunk_kd, torch.is_grad_enabled())
 
-    def _unchunked(self, student_MV: Tensor, teacher_MV: Tensor, index_N: Tensor) -> Tensor:
+    def _unchunked(
+        self, student_MV: Tensor, teacher_MV: Tensor, index_N: Tensor, settings: LossSettings
+    ) -> Tensor:
         if len(index_N) < len(student_MV):
             student_MV, teacher_MV = student_MV[index_N], teacher_MV[index_N]
         dtype = self._dtype(student_MV)
-        logp_NV = torch.log_softmax(teacher_MV.detach().to(dtype) / self.temperature, -1)
+        logp_NV = torch.log_softmax(_softened_teacher(teacher_MV, dtype, settings), -1)
         logq_NV = torch.log_softmax(student_MV.to(dtype) / self.temperature, -1)
         terms_NV, _ = self.divergence.terms(logp_NV, logq_NV)
         kd_N = terms_NV.sum(-1, dtype=_sum_dtype(student_MV))
         return kd_N.sum(dtype=torch.float64).to(kd_N.dtype) * self.temperature**2
 
-    def _tile_kd_(self, student_RV: Tensor, teacher_RV: Tensor, shard: VocabShard | None) -> Tensor:
+    def _tile_kd_(self, student_RV: Tensor, teacher_RV: Tensor, settings: LossSettings) -> Tensor:
         """KD of a few rows, whose student logits become its gradient by them."""
-        dtype, temperature = self._dtype(student_RV), self.temperature
-        logp_RV = _log_softmax(teacher_RV.detach().to(dtype) / temperature, shard)
+        dtype, temperature, shard = self._dtype(student_RV), self.temperature, settings.shard
+        logp_RV = _log_softmax(_softened_teacher(teacher_RV, dtype, settings), shard)
         logq_RV = _log_softmax(student_RV.to(dtype) / temperature, shard)
         terms_RV, slopes_RV = self.divergence.terms(logp_RV, logq_RV)
         wide = _sum_dtype(student_RV)
@@ -141,23 +150,21 @@ class KDLoss(nn.Module):
         return kd_R * temperature**2
 
     def _from_targets(
-        self, student_MV: Tensor, targets: Targets, index_N: Tensor, shard: VocabShard | None
+        self, student_MV: Tensor, targets: Targets, index_N: Tensor, settings: LossSettings
     ) -> Tensor:
         if targets.num_positions != len(index_N):
             raise ValueError(
                 f"the targets have {targets.num_positions} positions, the labels {len(index_N)} valid ones"
             )
-        num_ids = student_MV.shape[1] if shard is None else shard.total_ids
-        targets, factor = with_checked_entries(targets, num_ids)
+        targets, factor = with_checked_entries(targets, settings.num_vocab_ids)
         teacher = sparse_teacher(
             targets,
             temperature=self.temperature,
             divergence=self.divergence,
             tail=self.tail,
-            num_vocab_ids=num_ids,
+            num_vocab_ids=settings.num_vocab_ids,
             dtype=_sum_dtype(student_MV),
         )
-        settings = LossSettings(1.0, self.temperature, num_ids, None, self.divergence, shard)
 
         def chunk_kd(logits_CV: Tensor, start: int) -> Tensor:
             labels_C = torch.zeros_like(index_N[: len(logits_CV)])  # any: CE has no part in the loss
@@ -189,6 +196,13 @@ def _teacher_part(teacher: Tensor, student_MV: Tensor, shard: VocabShard | None)
     return teacher_MV
 
 
+def _softened_teacher(teacher_RV: Tensor, dtype: torch.dtype, settings: LossSettings) -> Tensor:
+    """A copy of its logits over the temperature, -inf at the ids that it does not know."""
+    softened_RV = teacher_RV.detach().to(dtype) / settings.temperature
+    softened_RV[:, num_local_ids(settings) :] = -torch.inf
+    return softened_RV
+
+
 def _log_softmax(logits_RV: Tensor, shard: VocabShard | None) -> Tensor:
     """Over the vocabulary of all ranks."""
     if shard is None:
@@ -205,7 +219,9 @@ class _ChunkedKd(torch.autograd.Function):
         ctx: Any, student_MV: Tensor, index_N: Tensor, chunk_size: int, chunk_kd: ChunkKd, with_grad: bool
     ) -> Tensor:
         step = chunk_size or max(1, len(index_N))
-        grad_MV = torch.zeros_like(student_MV) if with_grad and ctx.needs_input_grad[0] else None
+        grad_MV = None
+        if with_grad and ctx.needs_input_grad[0]:  # rows contiguous, which the logits need not be
+            grad_MV = torch.zeros_like(student_MV, memory_format=torch.contiguous_format)
         kd = torch.zeros((), dtype=torch.float64, device=student_MV.device)
         for start in range(0, len(index_N), step):
             index_C = index_N[start : start + step]
@@ -217,7 +233,6 @@ class _ChunkedKd(torch.autograd.Function):
         return kd.to(_sum_dtype(student_MV))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_kd: Tensor) -> Any:
         (grad_MV,) = ctx.saved_tensors
         return (

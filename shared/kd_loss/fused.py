@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shared.errors import RecipeError
 from shared.kd_loss.chunk import chunk_loss_, logits_buffer
 from shared.kd_loss.divergences import FORWARD_KL, Divergence
 from shared.kd_loss.gradients import add_product_, scaled
-from shared.kd_loss.positions import Positions, counted_positions, with_checked_ids
+from shared.kd_loss.positions import Positions, counted, counted_positions, with_checked_ids
 from shared.kd_loss.teacher import SparseTeacher, sparse_teacher
-from shared.kd_loss.tile import LossSettings, check_temperature
+from shared.kd_loss.tile import LossSettings, check_num_vocab_ids, check_temperature
 from shared.kd_loss.tile import reverse_kl as drawn_reverse_kl
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
 
@@ -58,7 +57,7 @@ class LossSums(NamedTuple):
 
 
 class PositionLosses(NamedTuple):
-    """Of each position, (N,) fp32 nats (fp64 for fp64 hidden states), without a graph; 0 where a label is ignored.
+    """Of each position, (N,) fp32 nats (fp64 for fp64 hidden states), without a graph; 0 where one does not count.
 
     ce               cross-entropy with the label
     kd               KL from teacher to student, times T squared; 0 where no targets were given
@@ -155,12 +154,15 @@ def ce_kd_by_position(
     targets: Targets | None = None,
     *,
     temperature: float = 1.0,
+    weights_N: Tensor | None = None,
     ignore_index: int = -100,
     **settings: Any,
 ) -> PositionLosses:
     """What ``fused_ce_kd`` adds up, position by position and without gradients, to see where a student is off.
 
-    settings  the other arguments of ``fused_ce_kd``; it raises the same
+    weights_N  where they are zero, so are the values; the others are not multiplied by theirs
+    settings   the other arguments of ``fused_ce_kd``, but for those of sums alone: ``kd_ratio``, ``reverse_kl``,
+               ``label_logprobs_N``; it raises the same
     """
     weight_VD, bias_V, work = _prepared(
         hidden_ND,
@@ -169,15 +171,17 @@ def ce_kd_by_position(
         targets,
         kd_ratio=0.0,  # of sums alone
         temperature=temperature,
+        weights_N=weights_N,
         ignore_index=ignore_index,
         **settings,
     )
+    is_counted_N = counted(labels_N, weights_N, ignore_index)
     values_3N = _in_one_dtype([work.positions.hidden_ND, weight_VD, bias_V], work, [False] * 3)[0][:3]
-    if values_3N.shape[1] < len(labels_N):  # a CPU has left out what does not count
+    if values_3N.shape[1] < len(labels_N):  # what does not count was left out
         counted_3N = values_3N
         values_3N = counted_3N.new_zeros(3, len(labels_N))
-        values_3N[:, labels_N != ignore_index] = counted_3N
-    return PositionLosses(*torch.where(labels_N != ignore_index, values_3N, 0))
+        values_3N[:, is_counted_N] = counted_3N
+    return PositionLosses(*torch.where(is_counted_N, values_3N, 0))
 
 
 def _prepared(
@@ -261,8 +265,7 @@ def _check(settings: LossSettings, chunk_size: int, num_ids: int, *, has_targets
         raise RecipeError(f"chunk_size is {chunk_size}; the fused loss takes at least one position at a time")
     if settings.softcap is not None and not 0 < settings.softcap < math.inf:
         raise RecipeError(f"softcap is {settings.softcap}; it must be a number above 0, or None for no cap")
-    if not 1 <= settings.num_vocab_ids <= num_ids:
-        raise RecipeError(f"num_vocab_ids is {settings.num_vocab_ids}; the head has {num_ids} ids")
+    check_num_vocab_ids(settings.num_vocab_ids, num_ids, of="head has")
     if not 0 <= settings.reverse_kl < math.inf:
         raise RecipeError(f"reverse_kl is {settings.reverse_kl}; it must be a number, 0 or above")
     if settings.kd_ratio > 0 and not has_targets:
@@ -332,7 +335,6 @@ class _FusedLoss(torch.autograd.Function):
         return sums[:4] + sums[5:]  # the number of positions is no output of its own
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
         return (*scaled(ctx.saved_tensors, ctx.dtypes, grad_loss), None)
 

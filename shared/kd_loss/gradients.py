@@ -23,8 +23,14 @@ def scaled(
 ) -> list[Tensor | None]:
     """Each gradient times the incoming one, in its input's dtype; to be called inside ``backward``.
 
+    Raises   RuntimeError  under ``create_graph``: these gradients have no graph, so terms would be missing silently
     Holds    correct when autograd asks again (``retain_graph``); in place, with no new memory, when not
     """
+    if torch.is_grad_enabled():  # inside ``backward`` under create_graph alone
+        raise RuntimeError(
+            "the gradients of this loss are made in its forward pass and cannot be differentiated again: leave out "
+            "create_graph. KDLoss from a dense teacher with chunk_size=0 on one rank can"
+        )
     asked_again = torch._C._autograd._get_current_graph_task_keep_graph()
     scaled_grads: list[Tensor | None] = []
     for grad, dtype in zip(grads, dtypes, strict=True):

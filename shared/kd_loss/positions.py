@@ -38,6 +38,12 @@ class Positions:
     kd_ratios_N: Tensor | None = None
 
 
+def counted(labels_N: Tensor, weights_N: Tensor | None, ignore_index: int) -> Tensor:
+    """Which positions have a label, and a weight that is not zero in fp32: (N,) bool."""
+    has_label_N = labels_N != ignore_index
+    return has_label_N if weights_N is None else has_label_N & (weights_N.to(torch.float32) != 0)
+
+
 def counted_positions(
     hidden_ND: Tensor,
     labels_N: Tensor,
@@ -61,10 +67,8 @@ def counted_positions(
         raise ValueError(
             f"hidden states, labels, targets, weights, log-probs and ratios have {counts} positions, not one number"
         )
-    is_counted_N = labels_N != ignore_index
-    if weights_N is not None:
-        weights_N = weights_N.detach().to(torch.float32)
-        is_counted_N = is_counted_N & (weights_N != 0)
+    weights_N = None if weights_N is None else weights_N.detach().to(torch.float32)
+    is_counted_N = counted(labels_N, weights_N, ignore_index)
     count = is_counted_N.sum()
     if label_logprobs_N is not None:
         label_logprobs_N = label_logprobs_N.detach().float().masked_fill(~is_counted_N, torch.nan)

@@ -41,6 +41,12 @@ def check_temperature(temperature: float) -> None:
         raise RecipeError(f"temperature is {temperature}; it must be a number above 0")
 
 
+def check_num_vocab_ids(num_vocab_ids: int, num_ids: int, *, of: str) -> None:
+    """Raises RecipeError unless so many ids are among the first of the head's, or of what ``of`` says."""
+    if not 1 <= num_vocab_ids <= num_ids:
+        raise RecipeError(f"num_vocab_ids is {num_vocab_ids}; the {of} {num_ids} ids")
+
+
 def tile_loss_(
     logits_RV: Tensor,
     labels_R: Tensor,
@@ -117,7 +123,7 @@ def _gather(
     logits_X = logits_RV.view(-1).index_select(0, flat_X)
     logit_sum_R = logits_X.new_zeros(num_rows)
     if teacher is not None and teacher.spread_N is not None:
-        logit_sum_R = logits_RV[:, : _num_local_ids(settings)].sum(-1)
+        logit_sum_R = logits_RV[:, : num_local_ids(settings)].sum(-1)
     if shard is not None:
         assert isinstance(here_X, Tensor)
         # where, not a product: what stands in for an id of another rank may be -inf
@@ -136,7 +142,7 @@ def _flat(
     return row_X * logits_RV.shape[1] + local_X, here_X
 
 
-def _num_local_ids(settings: LossSettings) -> int:
+def num_local_ids(settings: LossSettings) -> int:
     """How many of this rank's ids the tokenizer knows."""
     start = 0 if settings.shard is None else settings.shard.start
     return max(0, settings.num_vocab_ids - start)
@@ -227,7 +233,7 @@ def _gradient_(
             row_RV.mul_((ce_R * kd.student_rest_N + kd_R * kd.scale_N)[:, None])
             values_E = values_E + ce_R[row_E] * kd.student_E
         if kd.constant_N is not None:
-            row_RV[:, : _num_local_ids(settings)].add_((kd_R * kd.constant_N)[:, None])
+            row_RV[:, : num_local_ids(settings)].add_((kd_R * kd.constant_N)[:, None])
         row_X, ids_X = torch.cat([row_X, row_E]), torch.cat([ids_X, teacher.ids_E])
         values_X = torch.cat([values_X, values_E])
     flat_X, here_X = _flat(row_RV, row_X, ids_X, settings.shard)

@@ -56,16 +56,22 @@ def sparsify(
     Shapes   logprobs_NV (N, V) fp32, natural logs at temperature 1, normalised over V; -inf where there is
              no mass, as for a head's padding ids: such tokens are never kept
              seeds (N,) int64 of ``position_seeds``, on the same device
+             a graph of the log-probs is not followed
     Returns  SparseTargets on that device
     Raises   DataError    for NaN, infinity, or rows whose probabilities do not sum to one
              RecipeError  for temperatures that are not different positive numbers
+             ValueError   for seeds of another number of positions
     Holds    all that is kept of a position depends on its log-probs and seed alone, bit for bit: not on the
              positions beside it, strides, or (on a CPU) the number of threads; other devices round differently
     Source   docs/targets.md
     """
     _check_temperatures(temperatures)
     num_positions, vocab_size = logprobs_NV.shape
-    assert seeds.shape == (num_positions,)
+    if seeds.shape != (num_positions,):
+        raise ValueError(
+            f"seeds of the shape {list(seeds.shape)} for log-probs of {num_positions} positions; give one for each"
+        )
+    logprobs_NV = logprobs_NV.detach()
     assert vocab_size > 0
     max_elements = _MAX_GROUP_ELEMENTS.get(logprobs_NV.device.type, _MAX_GROUP_ELEMENTS_ELSEWHERE)
     step = max(1, max_elements // vocab_size)
@@ -170,8 +176,8 @@ def _check_normalised(
         index = int(wrong.nonzero()[0])
         raise DataError(
             f"log-probs of position {first_position + index}: probabilities that sum to "
-            f"{float(total_N[index]):g} found, to 1 needed; the teacher gave NaN or infinity, or these are "
-            "not normalised"
+            f"{float(total_N[index]):g} found, to 1 needed; the teacher gave NaN or infinity, or these were "
+            "not normalised in fp32"
         )
 
 

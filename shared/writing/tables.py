@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from shared.data.conversations import Turn
 from shared.data.rows import Example, VqaSplit
-from shared.data.writable import question_of
+from shared.data.writable import question_of, system_of
 
 ABOUT = b"teachonce"  # in a file's metadata
 ROLE_KEYS = {
@@ -91,7 +91,9 @@ def record(
     if example.form == "question_answer":
         if (column := picture_column(split)) is not None:
             found[column] = [_picture(image) for image in example.images]
-        return found | {names.question: question_of(example), names.answer: answer}
+        if split.system_column is not None:
+            found[split.system_column] = system_of(example)
+        return found | {names.question: question_of(split, example), names.answer: answer}
     role, content, roles = ROLE_KEYS[example.form]
     pictures = iter(example.images)
     turns = [*example.turns[:-1], Turn("assistant", (answer,))]

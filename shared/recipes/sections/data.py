@@ -25,7 +25,8 @@ class ColumnsConfig(Section):
     conversations: str = "conversations"
     """Column of conversations in the form of LLaVA and ShareGPT."""
     system: str | None = "system"
-    """Column of the system's turn of `messages` and `conversations` that have none among their turns."""
+    """Column of the system's turn of rows that have none among their turns. Beside questions and answers of texts it
+    counts where it has another name than the default: such a column `system` may hold anything."""
     kind: str | None = "mode"
     """Column that says where a question comes from; results are reported by it."""
     case: str | None = "case_id"
