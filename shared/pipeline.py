@@ -181,11 +181,14 @@ def make_student(
 
     go_on  the command that goes on with this very run, where it is another one than what was typed
     """
+    from shared.recipes import baseline_of
+
     plan = load_recipe(recipe, overrides=tuple(overrides))
     if not stage_arguments and is_finished(plan):  # its results are shown, and nothing is needed for that
         show = [sys.executable, "-m", "stage2_student", "run", recipe, *_as_options(overrides)]
         return subprocess.run(show, check=False).returncode
-    plan.parallel.require_ranks(num_processes(nproc))  # before a capture that takes hours
+    baseline_of(plan)  # which may be missing; before a capture that takes hours
+    plan.parallel.require_ranks(num_processes(nproc))
     status = make_inputs(recipe, plan, overrides)
     if not status and plan.cache is not None and plan.distils and plan.cache.is_one and not covers(plan):
         status = make_cache(recipe, overrides, nproc=nproc)  # of several, stage two says what is missing

@@ -8,13 +8,13 @@ stand side by side only where they are over the same examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import TeachonceError
-from shared.recipes import Recipe, baseline_of, load_recipe
+from shared.errors import RecipeError, TeachonceError
+from shared.recipes import Recipe, baseline_of, trainer_of
 from stage2_student.evaluation.answer_metrics import Interval, mean_interval
 from stage2_student.evaluation.evaluate import default_split
 from stage2_student.evaluation.evaluated import STUDENT
@@ -96,26 +96,30 @@ class Finished:
 
 
 def final_table(recipe: Recipe, results: dict[str, Any]) -> list[str]:
-    """The table's lines, at most 100 characters each, and in a line or two what it says."""
+    """The table's lines, at most 100 characters each, in a line or two what it says, and notes on what it lacks."""
     run = Finished(recipe, RunFolder(recipe.run.path), results)
-    teacher, baseline = _teacher(run), _baseline(run)
+    notes: list[str] = []
+    teacher, baseline = _other(run, _teacher_of, notes), _other(run, baseline_of, notes)
     lines = [HEAD, *(row.line() for row in _rows(run, teacher, baseline)), f"  {LEGEND}"]
-    return [*lines, *(f"  {line}" for line in _meaning(run, teacher, baseline))]
+    return [*lines, *(f"  {line}" for line in _meaning(run, teacher, baseline)), *notes]
 
 
-def _teacher(run: Finished) -> Finished | None:
-    teacher = run.recipe.teacher
-    if teacher is None or teacher.trained_by is None:
+def _other(run: Finished, find: Callable[[Recipe], Recipe | None], notes: list[str]) -> Finished | None:
+    """The run of a recipe that this one's names; it may be gone, which does not touch what this one has come to."""
+    try:
+        recipe = find(run.recipe)
+    except RecipeError as error:
+        notes.append(f"note: the table lacks a row: {error}")
         return None
-    recipe = load_recipe(teacher.trained_by)
-    if recipe.run.path / "export" != Path(teacher.model):
-        return None
-    return Finished.find(recipe, like=run.results)
-
-
-def _baseline(run: Finished) -> Finished | None:
-    recipe = baseline_of(run.recipe)
     return None if recipe is None else Finished.find(recipe, like=run.results)
+
+
+def _teacher_of(recipe: Recipe) -> Recipe | None:
+    """The recipe that has trained the teacher; None where it is not known, or makes another one."""
+    trainer = trainer_of(recipe)
+    if trainer is None or recipe.teacher is None:
+        return None
+    return trainer if trainer.run.path / "export" == Path(recipe.teacher.model) else None
 
 
 def _rows(run: Finished, teacher: Finished | None, baseline: Finished | None) -> Iterator[Row]:
