@@ -17,7 +17,7 @@ from shared.data.processing import open_processor
 from shared.errors import DataError, RecipeError
 from shared.finished import baseline_is_finished
 from shared.pipeline import make_student, settings_of_baseline, settings_of_teacher
-from shared.recipes import Recipe, baseline_of, dump_recipe, load_recipe
+from shared.recipes import Recipe, baseline_of, dump_recipe, load_recipe, recipe_text
 from stage2_student.check import check_recipe
 from stage2_student.evaluation.final_table import final_table
 from stage2_student.evaluation.shuffled import with_other_pictures
@@ -114,6 +114,31 @@ def test_other_numbers_of_steps_are_said(recipes: dict[str, Recipe]) -> None:
     leave(recipes["phantom_labels"], results(ce=0.63, kl=0.2, right=0.5, step=300))
     lines = final_table(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75))
     assert "  The two students differ in steps: 500 and 300." in lines
+
+
+def test_settings_in_which_the_two_differ_are_named(recipes: dict[str, Recipe]) -> None:
+    """Those that the other was run with, whatever its recipe says today."""
+    leave(recipes["phantom_labels"], results(ce=0.63, kl=0.2, right=0.5), [True] * 200 + [False] * 200)
+    own = [True] * 300 + [False] * 100
+    leave(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75), own)
+    as_run = load_recipe(
+        "phantom_labels", overrides=["optimization.learning_rate=1e-4", "run.seed=3", "run.num_workers=0"]
+    )
+    (as_run.run.path / "recipe.yaml").write_text(recipe_text(as_run))
+    lines = final_table(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75))
+    assert "  The two students also differ in optimization.learning_rate, run.seed." in lines
+    assert any("against the other student" in line for line in lines)
+
+
+def test_students_that_are_not_alike_are_not_compared(recipes: dict[str, Recipe]) -> None:
+    leave(recipes["phantom_labels"], results(ce=0.63, kl=0.2, right=0.5), [True] * 200 + [False] * 200)
+    own = [True] * 300 + [False] * 100
+    large = load_recipe("phantom", overrides=["student.model=work/phantom/models/large"])
+    leave(large, results(ce=0.6, kl=0.08, right=0.75), own)
+    lines = final_table(large, results(ce=0.6, kl=0.08, right=0.75))
+    assert "  The two students also differ in student.model." in lines
+    assert any(line.strip().startswith("student, labels alone") for line in lines)
+    assert not any("other student" in line or "Distance" in line for line in lines)
 
 
 def naming_what_is_gone() -> Recipe:

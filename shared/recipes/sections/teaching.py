@@ -31,8 +31,8 @@ class TeacherConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     trained_by: Place | None = None
-    """The recipe whose export is this model; it is run when the folder is missing. A file is looked for in the current
-    folder."""
+    """The recipe whose export is this model; it is run when the folder is missing. A file is looked for in the
+    current folder."""
     dtype: Dtype = "bfloat16"
     """Of the weights and the computation."""
     attn_implementation: str | None = None
