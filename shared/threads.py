@@ -15,8 +15,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 VARIABLE = "OMP_NUM_THREADS"
-CGROUPS = Path("/sys/fs/cgroup")
 OURS = "TEACHONCE_THREADS"  # the same number, where it is of this module
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def threads_per_process(num_processes: int = 1) -> int:
