@@ -16,7 +16,7 @@ import yaml
 from shared.data.processing import open_processor
 from shared.errors import DataError, RecipeError
 from shared.finished import baseline_is_finished
-from shared.pipeline import make_student, settings_of_baseline, settings_of_teacher
+from shared.pipeline import make_student, make_teacher, settings_of_baseline, settings_of_teacher
 from shared.recipes import Recipe, baseline_of, dump_recipe, load_recipe, recipe_text
 from stage2_student.check import check_recipe
 from stage2_student.evaluation.final_table import final_table
@@ -164,6 +164,22 @@ def test_a_baseline_that_is_gone_is_told_before_any_work(
     monkeypatch.setattr("shared.pipeline.command", lambda *_: 1)
     with pytest.raises(RecipeError, match=r"evaluation\.baseline .*gone\.yaml: there is no such file"):
         make_student("phantom", ["evaluation.baseline=gone.yaml"], nproc=1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("teacher.model=work/runs/other/export", "its export is work/runs/phantom_teacher/export"),
+        ("teacher.tensor=2", r"teacher\.tensor 2: 1 process\(es\) found"),
+        ("teacher.trained_by=gone.yaml", r"teacher\.trained_by .*gone\.yaml: there is no such file"),
+    ],
+)
+def test_a_teacher_that_would_fit_nothing_is_not_trained(
+    recipes: dict[str, Recipe], monkeypatch: pytest.MonkeyPatch, setting: str, message: str
+) -> None:
+    monkeypatch.setattr("shared.pipeline.make_student", None)
+    with pytest.raises(RecipeError, match=message):
+        make_teacher(load_recipe("phantom", overrides=[setting]), [setting], nproc=1)
 
 
 def test_a_finished_run_needs_no_recipe_but_its_own(recipes: dict[str, Recipe]) -> None:

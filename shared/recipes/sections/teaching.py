@@ -49,6 +49,16 @@ class TeacherConfig(Section):
         """Ranks that hold one copy of the teacher together and work on the same batches."""
         return max(self.tensor, self.expert)
 
+    def require_ranks(self, num_ranks: int) -> None:
+        """Raises   RecipeError  when so many ranks cannot be copies of the teacher"""
+        if num_ranks % self.ranks_per_copy:
+            setting = "tensor" if self.tensor > 1 else "expert"
+            raise RecipeError(
+                f"teacher.{setting} {self.ranks_per_copy}: {num_ranks} process(es) found, a multiple of "
+                f"{self.ranks_per_copy} is needed: so many share each copy of the teacher. Start as many "
+                "(NPROC, torchrun --nproc-per-node)"
+            )
+
     @model_validator(mode="after")
     def _one_way_to_share(self) -> Self:
         if self.shard and self.ranks_per_copy > 1:
