@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from shared.errors import RecipeError
 from shared.recipes import Recipe, baseline_of, load_recipe
 from shared.regular_files import read_regular
 
@@ -34,6 +35,11 @@ def run_is_finished(recipe: Recipe) -> bool:
 
 
 def baseline_is_finished(recipe: Recipe) -> bool:
-    """Whether the run that the recipe's is compared with has results; true where there is none to compare with."""
-    baseline = baseline_of(recipe)
+    """Whether the run that the recipe's is compared with has results; true where there is none to compare with, or
+    its recipe cannot be read.
+    """
+    try:
+        baseline = baseline_of(recipe)
+    except RecipeError:
+        return True
     return baseline is None or has_results(baseline.run.path)

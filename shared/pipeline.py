@@ -181,11 +181,14 @@ def make_student(
 
     go_on  the command that goes on with this very run, where it is another one than what was typed
     """
+    from shared.recipes import baseline_of
+
     plan = load_recipe(recipe, overrides=tuple(overrides))
     if not stage_arguments and is_finished(plan):  # its results are shown, and nothing is needed for that
         show = [sys.executable, "-m", "stage2_student", "run", recipe, *_as_options(overrides)]
         return subprocess.run(show, check=False).returncode
-    plan.parallel.require_ranks(num_processes(nproc))  # before a capture that takes hours
+    baseline_of(plan)  # which may be missing; before a capture that takes hours
+    plan.parallel.require_ranks(num_processes(nproc))
     status = make_inputs(recipe, plan, overrides)
     if not status and plan.cache is not None and plan.distils and plan.cache.is_one and not covers(plan):
         status = make_cache(recipe, overrides, nproc=nproc)  # of several, stage two says what is missing
@@ -213,6 +216,8 @@ def make_rounds(recipe: str, overrides: Sequence[str], *, nproc: Nproc) -> int:
         raise RecipeError(f"recipe {recipe}: it has no rounds section, which says how many there are to be")
     first = [*overrides, *settings_of_round_0(plan)]
     require_possible(plan)
+    if is_missing(plan.teacher):
+        require_makeable(plan, nproc=nproc)
     if not is_finished(load_recipe(recipe, overrides=tuple(first))):
         resume = ["--resume"] if plan.run.path.exists() else []
         status = make_student(recipe, first, nproc=nproc, stage_arguments=resume)
@@ -273,10 +278,20 @@ def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: Nproc) -> int
     teacher = plan.teacher
     if teacher is None or teacher.trained_by is None or not is_missing(teacher):
         return 0
+    require_makeable(plan, nproc=nproc)
     shared_settings = settings_of_teacher(overrides)
     begun = load_recipe(teacher.trained_by, overrides=tuple(shared_settings)).run.path.exists()
     resume = ["--resume"] if begun else []
     return make_student(teacher.trained_by, shared_settings, nproc=nproc, stage_arguments=resume)
+
+
+def require_makeable(plan: Recipe, *, nproc: Nproc) -> None:
+    """Raises   RecipeError  for what would else be told when the missing teacher is trained: it fits nothing"""
+    from shared.preflight import require_training_recipe  # which loads what takes seconds
+
+    assert plan.teacher is not None
+    require_training_recipe(plan)
+    plan.teacher.require_ranks(num_processes(nproc))
 
 
 def make_baseline(plan: Recipe, overrides: Sequence[str], *, nproc: Nproc) -> int:

@@ -27,7 +27,7 @@ from shared.models.quantized import require_library, what_becomes_of_it
 from shared.models.vlm import require_wide_head, split
 from shared.models.weight_files import require_whole_weights
 from shared.places import is_local, require_no_typo
-from shared.recipes import DataConfig, Recipe, Split, load_recipe
+from shared.recipes import DataConfig, Recipe, Split, trainer_of
 from shared.same_prompts import open_processor_of
 from shared.same_teacher import require_teacher
 from shared.split_check import SplitFound, look_at
@@ -93,10 +93,11 @@ def is_made_later(recipe: Recipe, name: str) -> bool:
 
 def require_training_recipe(recipe: Recipe) -> None:
     """Raises   RecipeError  when the recipe that is to train the teacher cannot be read, or makes another folder"""
-    assert recipe.teacher is not None
-    if recipe.teacher.trained_by is None:
+    trainer = trainer_of(recipe)
+    if trainer is None:
         return
-    export = load_recipe(recipe.teacher.trained_by).run.path / "export"
+    assert recipe.teacher is not None
+    export = trainer.run.path / "export"
     if export != Path(recipe.teacher.model):
         raise RecipeError(
             f"teacher.trained_by {recipe.teacher.trained_by}: its export is {export}, teacher.model is "

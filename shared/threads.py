@@ -12,9 +12,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import MutableMapping
+from pathlib import Path
 
 VARIABLE = "OMP_NUM_THREADS"
 OURS = "TEACHONCE_THREADS"  # the same number, where it is of this module
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def threads_per_process(num_processes: int = 1) -> int:
@@ -28,9 +30,24 @@ def threads_per_process(num_processes: int = 1) -> int:
 
 def num_cores() -> int:
     """Cores that this process may use, which a scheduler or a container may have made fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = quota_cores(CGROUPS)
+    return there if quota is None else min(there, quota)
+
+
+def quota_cores(cgroups: Path) -> int | None:
+    """Cores whose time a container may use, rounded up (docker --cpus, a limit of Kubernetes); None: all.
+
+    A container sees its own group as the root.  Affinity says nothing of it: all threads are halted together.
+    """
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups 2, and 1
+        try:
+            quota, period = map(int, " ".join((cgroups / name).read_text() for name in names).split())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        if quota > 0 and period > 0:
+            return -(-quota // period)
+    return None
 
 
 def share_cores(environment: MutableMapping[str, str], num_processes: int) -> None:

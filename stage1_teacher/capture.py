@@ -61,7 +61,7 @@ from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.lockstep import Lockstep
 from stage1_teacher.capturing.progress import Tally, require_space, totals_of
 from stage1_teacher.capturing.shards import CapturedBatch, ShardAssembler
-from stage1_teacher.capturing.teacher import Teacher, load_teacher, require_ranks
+from stage1_teacher.capturing.teacher import Teacher, load_teacher
 from stage1_teacher.capturing.visual_gain import visual_gain
 
 Value = TypeVar("Value")
@@ -95,7 +95,7 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
     if recipe.teacher is None or recipe.cache is None:
         raise RecipeError(f"recipe of run {recipe.run.name}: a capture needs a teacher and a cache section")
     location = recipe.cache.location  # refuses several caches, before any row is read
-    require_ranks(recipe.teacher, world.size)
+    recipe.teacher.require_ranks(world.size)
     processor = open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
     data = survey(recipe, processor, world)
     if world.by_main(lambda: nothing_to_do(recipe, processor, data)):

@@ -38,7 +38,6 @@ from shared.preflight import (
 from shared.recipes import Recipe
 from shared.recipes.policies import Random, Threshold, TopK, TopP
 from shared.runtime import default_device
-from stage1_teacher.capturing.teacher import require_ranks
 
 GIB = 2**30
 FP32_BYTES = 4
@@ -182,7 +181,7 @@ def _describe_teacher(report: Report, recipe: Recipe, *, num_ranks: int) -> PreT
         held = total - in_blocks + in_blocks / num_ranks
     elif in_copies:
         with report.collecting():
-            require_ranks(teacher, num_ranks)
+            teacher.require_ranks(num_ranks)
             plan = plan_of(model, tensor=teacher.tensor, expert=teacher.expert, section="teacher")
             num_split = plan.num_split(model)
             held = total - num_split + num_split / teacher.ranks_per_copy

@@ -37,7 +37,7 @@ from shared.same_prompts import open_processor_of
 from shared.sparse import position_seeds
 from shared.split_check import count_positions
 from stage1_teacher.capturing.shards import CapturedBatch
-from stage1_teacher.capturing.teacher import Teacher, load_teacher, require_ranks
+from stage1_teacher.capturing.teacher import Teacher, load_teacher
 from stage1_teacher.capturing.visual_gain import visual_gain
 
 TAUS = (1 / 16, 1 / 64, 1 / 256, 1 / 512, 1 / 1024)
@@ -116,7 +116,7 @@ def estimate(
     if recipe.teacher is None or recipe.cache is None:
         raise RecipeError(f"recipe of run {recipe.run.name}: an estimate needs a teacher and a cache section")
     num_ranks = num_ranks or recipe.teacher.ranks_per_copy
-    require_ranks(recipe.teacher, num_ranks)
+    recipe.teacher.require_ranks(num_ranks)
     processor = open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
     data = survey(recipe, processor)
     teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)

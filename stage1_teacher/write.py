@@ -22,7 +22,7 @@ from shared.writing.copies import Copy
 from shared.writing.loop import Author, asked
 from shared.writing.loop import write as write_answers
 from shared.writing.plan import SetFolder, Writer, as_it_began
-from stage1_teacher.capturing.teacher import Teacher, load_teacher, require_ranks
+from stage1_teacher.capturing.teacher import Teacher, load_teacher
 
 
 def write(recipe: Recipe, world: World, stop: StopRequest, *, out: Path | None = None) -> int:
@@ -40,7 +40,7 @@ def write(recipe: Recipe, world: World, stop: StopRequest, *, out: Path | None =
         raise RecipeError(
             f"recipe of run {recipe.run.name}: no folder for the answers. Set write.path, or give --out"
         )
-    require_ranks(recipe.teacher, world.size)
+    recipe.teacher.require_ranks(world.size)
     folder = SetFolder(Path(out or str(config.path)))
     with folder.taken(world):
         recipe = world.by_main(lambda: as_it_began(recipe, folder))

@@ -125,10 +125,10 @@ def evaluate(
     found: list[Evaluated] = []
     if subject.run is not None:
         keep_library_output(RunFolder(subject.run).log)
-        if shuffle_pictures and out is None:  # never taken for what the student answers to its own pictures
-            out = subject.run / "evaluation" / f"{SHUFFLED}{asked}.parquet"
     saved = out
-    keeps = subject.run is not None and answers  # losses alone take no place of answers
+    keeps = subject.run is not None and answers and out is None  # losses alone take no place of answers
+    # Never taken for what the student answers to its own pictures.
+    name = f"{SHUFFLED}{asked}" if shuffle_pictures else asked
     place = out.parent if out is not None else subject.run / "evaluation" if subject.run and keeps else None
     if place is not None:  # not only when the answers are there
         require_writable(place, what="predictions, into")
@@ -147,7 +147,7 @@ def evaluate(
                 if out is not None:
                     save(found, out)
                 elif subject.run is not None and keeps:
-                    saved = keep(found, subject.run / "evaluation", asked)
+                    saved = keep(found, subject.run / "evaluation", name)
         if world.is_main:
             if subject.run is not None and keeps:
                 refresh_card(RunFolder(subject.run))

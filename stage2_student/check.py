@@ -13,6 +13,7 @@ from shared.cache import open_caches
 from shared.completeness import require_in_the_cache
 from shared.data.processing import ExampleProcessor
 from shared.dealing import Work
+from shared.errors import RecipeError
 from shared.models.packing import require_packing
 from shared.models.plans import Plan
 from shared.models.vlm import load_config
@@ -34,7 +35,7 @@ from shared.preflight import (
     require_writable,
     would_be_fetched,
 )
-from shared.recipes import Recipe, Split
+from shared.recipes import Recipe, Split, baseline_of, trainer_of
 from shared.same_prompts import open_student_processor_of
 from shared.split_check import SplitFound
 from stage2_student.estimate import count_parameters, estimate_memory
@@ -54,6 +55,7 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
     report.add("run", f"{recipe.run.path}" + (" (exists)" if recipe.run.path.exists() else ""))
     with report.collecting():
         require_writable(recipe.run.path, what="run.root")
+    _look_at_named_recipes(report, recipe)
     model, processor, plan = _describe_student(report, recipe)
     require_head(report, model, processor, what=f"student {recipe.student.model}")
     wanted: list[Split] = ["train", "validation"] if recipe.data.splits.validation else ["train"]
@@ -77,6 +79,16 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
         parts = ", ".join(f"{name} {value:.2f}" for name, value in vars(memory).items())
         report.add("memory per device", f"about {memory.total:.2f} GiB on {num_ranks} rank(s): {parts}")
     return report
+
+
+def _look_at_named_recipes(report: Report, recipe: Recipe) -> None:
+    """`make train-student` needs the baseline's; the teacher's it needs only where there is no teacher yet."""
+    with report.collecting():
+        baseline_of(recipe)
+    try:
+        trainer_of(recipe)
+    except RecipeError as error:
+        report.note(str(error))
 
 
 def _describe_student(

@@ -156,6 +156,31 @@ def test_extends_lays_a_recipe_over_another(tmp_path: Path) -> None:
     assert (recipe.run.name, recipe.data.source) == ("other", "somewhere")
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("cache.policy.k=8", "cache.policy.k: unknown key; k belongs to kind top_k"),
+        ("cache.policy.max_k=8", "cache.policy.max_k: unknown key; max_k belongs to kind top_p"),
+        ("cache.policy.tua=0.1", "cache.policy.tua: unknown key; did you mean 'tau'?"),
+        ("cache.policy.tau=2", "cache.policy.tau: input should be less than or equal to 1; found 2"),
+    ],
+)
+def test_a_wrong_key_of_a_policy_is_told_by_its_kind(setting: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("phantom", overrides=[setting])
+    assert str(caught.value) == f"recipe phantom.yaml, {message}"
+
+
+def test_the_home_of_nobody_is_a_missing_file(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: ~nobody_of_that_name/base.yaml\n")
+    for name in ("~nobody_of_that_name/mine.yaml", mine):
+        with pytest.raises(
+            RecipeError, match=r"recipe ~nobody_of_that_name/\w+\.yaml: there is no such file"
+        ):
+            load_recipe(name)
+
+
 def test_another_policy_replaces_the_whole_policy() -> None:
     recipe = load_recipe("phantom", overrides=["cache.policy={kind: top_k, k: 8}"])
     assert recipe.cache is not None

@@ -178,6 +178,16 @@ def test_fewer_questions_leave_the_more_where_they_are(run: Path) -> None:
     assert read_run(run).scores["num_examples"] == 4
 
 
+def test_answers_to_shuffled_pictures_are_kept_as_others_are(run: Path) -> None:
+    shuffled = (str(run), "--shuffle-pictures", "--no-references")
+    assert command(*shuffled).return_value == 0
+    path = run / "evaluation" / "shuffled-pictures-validation.parquet"
+    whole = path.read_bytes()
+    assert "predictions" not in command(*shuffled, "--no-answers").stdout
+    assert "shuffled-pictures-validation-2.parquet" in command(*shuffled, "--examples", "2").stdout
+    assert path.read_bytes() == whole
+
+
 def test_answers_that_were_cut_are_counted_and_told(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.parquet"
     shown = command(str(run), "--no-references", "--out", str(out))

@@ -14,9 +14,11 @@ import pytest
 import yaml
 
 from shared.data.processing import open_processor
-from shared.errors import DataError
-from shared.pipeline import settings_of_baseline, settings_of_teacher
-from shared.recipes import Recipe, baseline_of, dump_recipe, load_recipe
+from shared.errors import DataError, RecipeError
+from shared.finished import baseline_is_finished
+from shared.pipeline import make_student, make_teacher, settings_of_baseline, settings_of_teacher
+from shared.recipes import Recipe, baseline_of, dump_recipe, load_recipe, recipe_text
+from stage2_student.check import check_recipe
 from stage2_student.evaluation.final_table import final_table
 from stage2_student.evaluation.shuffled import with_other_pictures
 from stage2_student.training.survey import Survey, survey
@@ -112,6 +114,84 @@ def test_other_numbers_of_steps_are_said(recipes: dict[str, Recipe]) -> None:
     leave(recipes["phantom_labels"], results(ce=0.63, kl=0.2, right=0.5, step=300))
     lines = final_table(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75))
     assert "  The two students differ in steps: 500 and 300." in lines
+
+
+def test_settings_in_which_the_two_differ_are_named(recipes: dict[str, Recipe]) -> None:
+    """Those that the other was run with, whatever its recipe says today."""
+    leave(recipes["phantom_labels"], results(ce=0.63, kl=0.2, right=0.5), [True] * 200 + [False] * 200)
+    own = [True] * 300 + [False] * 100
+    leave(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75), own)
+    as_run = load_recipe(
+        "phantom_labels", overrides=["optimization.learning_rate=1e-4", "run.seed=3", "run.num_workers=0"]
+    )
+    (as_run.run.path / "recipe.yaml").write_text(recipe_text(as_run))
+    lines = final_table(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75))
+    assert "  The two students also differ in optimization.learning_rate, run.seed." in lines
+    assert any("against the other student" in line for line in lines)
+
+
+def test_students_that_are_not_alike_are_not_compared(recipes: dict[str, Recipe]) -> None:
+    leave(recipes["phantom_labels"], results(ce=0.63, kl=0.2, right=0.5), [True] * 200 + [False] * 200)
+    own = [True] * 300 + [False] * 100
+    large = load_recipe("phantom", overrides=["student.model=work/phantom/models/large"])
+    leave(large, results(ce=0.6, kl=0.08, right=0.75), own)
+    lines = final_table(large, results(ce=0.6, kl=0.08, right=0.75))
+    assert "  The two students also differ in student.model." in lines
+    assert any(line.strip().startswith("student, labels alone") for line in lines)
+    assert not any("other student" in line or "Distance" in line for line in lines)
+
+
+def naming_what_is_gone() -> Recipe:
+    return load_recipe(
+        "phantom", overrides=["teacher.trained_by=gone_teacher.yaml", "evaluation.baseline=gone_labels.yaml"]
+    )
+
+
+def test_a_recipe_that_is_gone_costs_a_row_and_not_the_table(recipes: dict[str, Recipe]) -> None:
+    leave(recipes["phantom_labels"], results(ce=0.63, kl=0.2, right=0.5))
+    lines = final_table(naming_what_is_gone(), results(ce=0.6, kl=0.08, right=0.75))
+    assert any(line.strip().startswith("student, from the cache") for line in lines)
+    assert [line.split(" (")[0] for line in lines[-2:]] == [
+        "note: the table lacks a row: teacher.trained_by",
+        "note: the table lacks a row: evaluation.baseline",
+    ]
+    assert "current folder): recipe gone_labels.yaml: there is no such file" in lines[-1]
+
+
+def test_a_baseline_that_is_gone_is_told_before_any_work(
+    recipes: dict[str, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.pipeline.command", lambda *_: 1)
+    with pytest.raises(RecipeError, match=r"evaluation\.baseline .*gone\.yaml: there is no such file"):
+        make_student("phantom", ["evaluation.baseline=gone.yaml"], nproc=1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("teacher.model=work/runs/other/export", "its export is work/runs/phantom_teacher/export"),
+        ("teacher.tensor=2", r"teacher\.tensor 2: 1 process\(es\) found"),
+        ("teacher.trained_by=gone.yaml", r"teacher\.trained_by .*gone\.yaml: there is no such file"),
+    ],
+)
+def test_a_teacher_that_would_fit_nothing_is_not_trained(
+    recipes: dict[str, Recipe], monkeypatch: pytest.MonkeyPatch, setting: str, message: str
+) -> None:
+    monkeypatch.setattr("shared.pipeline.make_student", None)
+    with pytest.raises(RecipeError, match=message):
+        make_teacher(load_recipe("phantom", overrides=[setting]), [setting], nproc=1)
+
+
+def test_a_finished_run_needs_no_recipe_but_its_own(recipes: dict[str, Recipe]) -> None:
+    assert baseline_is_finished(naming_what_is_gone())
+
+
+def test_check_looks_at_the_recipes_that_a_recipe_names(recipes: dict[str, Recipe]) -> None:
+    report = check_recipe(naming_what_is_gone(), num_ranks=1)
+    (problem,) = report.problems
+    assert problem.startswith("evaluation.baseline ")
+    notes = [value for name, value in report.facts if name.strip() == "note"]
+    assert any(note.startswith("teacher.trained_by ") for note in notes)
 
 
 # Which run a recipe compares with

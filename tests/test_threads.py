@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.threads import num_cores, share_cores, threads_per_process
+from shared.threads import num_cores, quota_cores, share_cores, threads_per_process
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("shared", "stage1_teacher", "stage2_student")
@@ -71,3 +71,26 @@ def test_processes_side_by_side(num_processes: int, threads: int, monkeypatch: p
     environment = {"OMP_NUM_THREADS": "7"}
     share_cores(environment, num_processes)
     assert environment == {"OMP_NUM_THREADS": "7"}, "the user's number stands"
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "250000 100000\n"}, 3),
+        ({"cpu.max": "5000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_container_may_have_the_time_of_fewer_cores(
+    files: dict[str, str], cores: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert quota_cores(tmp_path) == cores
+    monkeypatch.setattr("shared.threads.CGROUPS", tmp_path)
+    assert num_cores() == min(len(os.sched_getaffinity(0)), cores or sys.maxsize)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from yaml import YAMLError
 
 from shared.errors import NotAFileError, RecipeError, shortened
 from shared.recipes import yaml12
-from shared.recipes.schema import default_tag, fields_of, sections_in, shut_out, takes_a_list
+from shared.recipes.schema import default_tag, fields_of, kind_of, sections_in, shut_out, takes_a_list
 from shared.regular_files import read_regular
 
 RECIPE_FOLDER = Path(__file__).parent
@@ -63,7 +64,7 @@ def validate_tree(model: type[Model], tree: dict[str, Any], *, origin: str) -> M
 
 
 def _find(name_or_path: str | Path) -> Path:
-    path = Path(name_or_path).expanduser()
+    path = Path(expanduser(name_or_path))
     if path.suffix in {".yaml", ".yml"}:
         if path.exists():
             return path
@@ -92,7 +93,7 @@ def _read(path: Path, model: type[BaseModel], *, seen: tuple[Path, ...]) -> dict
         return tree
     if not isinstance(base, str):
         raise RecipeError(f"recipe {path}: extends needs the name or the file of one recipe")
-    beside = (path.parent / Path(base).expanduser()).resolve()
+    beside = (path.parent / expanduser(base)).resolve()
     base_path = beside if beside.suffix in {".yaml", ".yml"} and beside.exists() else _find(base)
     return _lay(_read(base_path, model, seen=(*seen, path)), tree, [model])
 
@@ -150,14 +151,17 @@ def _with_lists(tree: Any, models: Sequence[type[BaseModel]]) -> Any:
 
 
 def _explain(item: Any, model: type[BaseModel]) -> list[str]:
-    where = ".".join(str(part) for part in item["loc"])
+    where, found_in, other_kinds = _place(model, item["loc"])
     if item["type"] == "extra_forbidden":
         key = str(item["loc"][-1])
-        section = _section_keys(model, item["loc"][:-1])
+        section = {name for one in found_in for name in one.model_fields}
+        kinds = [kind_of(one) for one in other_kinds if key in one.model_fields]
         near = difflib.get_close_matches(key, section, n=1) or [
             path for path in _key_paths(model) if path.rpartition(".")[2] == key
         ]
         hint = f"did you mean {near[0]!r}?" if len(near) == 1 else f"known keys: {', '.join(sorted(section))}"
+        if kinds:
+            hint = f"{key} belongs to kind {' and '.join(map(str, kinds))}"
         return [f"{where}: unknown key; {hint}"]
     if item["type"] == "missing":
         return [f"{where}: is required"]
@@ -169,13 +173,27 @@ def _explain(item: Any, model: type[BaseModel]) -> list[str]:
     return [f"{where or 'recipe'}: {item['msg'][0].lower()}{item['msg'][1:]}{shown}"]
 
 
-def _section_keys(model: type[BaseModel], loc: Sequence[int | str]) -> set[str]:
-    """Keys known at ``loc``; pydantic puts the tag of a union into it, which is no field."""
-    models = [model]
+def _place(
+    model: type[BaseModel], loc: Sequence[int | str]
+) -> tuple[str, list[type[BaseModel]], list[type[BaseModel]]]:
+    """What a recipe calls ``loc``, the sections that its last key may be of, and those of other kinds.
+
+    pydantic puts the kind of a union into ``loc``, which is no key.
+    """
+    keys: list[str] = []
+    inner, others = [model], list[type[BaseModel]]()
+    models = inner
     for part in loc:
-        stepped = [inner for field in fields_of(models, str(part)) for inner in sections_in(field)]
-        models = stepped or models
-    return {name for m in models for name in m.model_fields}
+        of_kind = [one for one in inner if kind_of(one) == part]
+        if of_kind:
+            inner, others = of_kind, [one for one in inner if one not in of_kind]
+            continue
+        keys.append(str(part))
+        stepped = [section for field in fields_of(inner, str(part)) for section in sections_in(field)]
+        models = inner
+        if stepped:
+            inner, others = stepped, []
+    return ".".join(keys), models, others
 
 
 def _key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

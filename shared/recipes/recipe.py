@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
+from shared.errors import RecipeError
 from shared.recipes import yaml12
 from shared.recipes.files import read_recipe_tree, validate_tree
 from shared.recipes.policies import (
@@ -263,6 +264,16 @@ def load_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> R
     return validate_tree(Recipe, tree, origin=origin)
 
 
+def trainer_of(recipe: Recipe) -> Recipe | None:
+    """The recipe that trains the teacher; None where none of ours does.
+
+    Raises   RecipeError  as ``load_recipe`` does
+    """
+    if recipe.teacher is None or recipe.teacher.trained_by is None:
+        return None
+    return _load_named("teacher.trained_by", recipe.teacher.trained_by)
+
+
 def baseline_of(recipe: Recipe) -> Recipe | None:
     """The recipe of the run that this one's is compared with, under the same root; None where there is no other run.
 
@@ -273,9 +284,16 @@ def baseline_of(recipe: Recipe) -> Recipe | None:
     if recipe.evaluation.baseline is None:
         return None
     root = f"run.root={json.dumps(recipe.run.root)}"
-    found = load_recipe(recipe.evaluation.baseline, overrides=[root])
+    found = _load_named("evaluation.baseline", recipe.evaluation.baseline, overrides=[root])
     is_other = found.run.name == recipe.run.name or found.data.source != recipe.data.source
     return None if is_other else found
+
+
+def _load_named(setting: str, name: str, *, overrides: Sequence[str] = ()) -> Recipe:
+    try:
+        return load_recipe(name, overrides=overrides)
+    except RecipeError as error:
+        raise RecipeError(f"{setting} (a file is looked for in the current folder): {error}") from error
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -57,6 +57,11 @@ def default_tag(fields: Iterable[FieldInfo]) -> dict[str, str]:
     }
 
 
+def kind_of(section: type[BaseModel]) -> str | None:
+    """Of a choice of a union: what its ``kind`` says."""
+    return section.model_fields["kind"].default if "kind" in section.model_fields else None
+
+
 def takes_a_list(field: FieldInfo) -> bool:
     """Whether any number of values may stand there, and no single one."""
     kinds = list(_choices(field.annotation))

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from shared.capture.targets import sparse_targets
 from shared.data.collation import Batch
-from shared.errors import RecipeError
 from shared.models.chunks import Chunk, chunk_positions
 from shared.models.plans import apply_plan, plan_of
 from shared.models.sharding import blocks, fill
@@ -204,7 +203,7 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> 
     Raises   RecipeError  when it cannot be opened, or split into body and head, or has fewer ids than the tokenizer,
                           or cannot be shared by so many ranks
     """
-    require_ranks(config, world.size)
+    config.require_ranks(world.size)
     is_sharded, in_copies = config.shard and world.size > 1, config.ranks_per_copy > 1
     is_whole = not is_sharded and not in_copies
     if not is_whole:  # before weights are read, which takes long: what cannot be split is refused now
@@ -237,17 +236,6 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> 
         copy_group=mesh.get_group() if in_copies else None,
         weights_fingerprint=fingerprint,
     )
-
-
-def require_ranks(config: TeacherConfig, num_ranks: int) -> None:
-    """Raises   RecipeError  when so many ranks cannot be copies of the teacher"""
-    if num_ranks % config.ranks_per_copy:
-        setting = "tensor" if config.tensor > 1 else "expert"
-        raise RecipeError(
-            f"teacher.{setting} {config.ranks_per_copy}: {num_ranks} process(es) found, a multiple of "
-            f"{config.ranks_per_copy} is needed: so many share each copy of the teacher. Start as many "
-            "(NPROC, torchrun --nproc-per-node)"
-        )
 
 
 def _whole(config: TeacherConfig, world: World, *, dequantize: bool) -> PreTrainedModel:

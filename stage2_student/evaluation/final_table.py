@@ -8,20 +8,23 @@ stand side by side only where they are over the same examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
-from shared.errors import TeachonceError
-from shared.recipes import Recipe, baseline_of, load_recipe
+from shared.errors import RecipeError, TeachonceError
+from shared.recipes import Recipe, baseline_of, load_recipe, trainer_of
 from stage2_student.evaluation.answer_metrics import Interval, mean_interval
 from stage2_student.evaluation.evaluate import default_split
 from stage2_student.evaluation.evaluated import STUDENT
 from stage2_student.evaluation.scores import read_predictions
+from stage2_student.runs.identity import differing_settings
 from stage2_student.runs.run_folder import RunFolder
 
 HEAD = f"{'':<29}{'steps':>6}{'time':>8}{'CE':>8}{'KL':>8}   {'short answers right':<21}{'of':>6}"
+WIDTH = 98  # of a line below the table
 LEGEND = "CE, KL: held-out nats a position; KL to the teacher at temperature 1. Brackets: 95 % intervals."
 
 
@@ -51,7 +54,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that came to its end."""
+    """A run that came to its end.
+
+    recipe  as it was run: with the settings of its command, and what it chose itself
+    """
 
     recipe: Recipe
     folder: RunFolder
@@ -63,6 +69,7 @@ class Finished:
         folder = RunFolder(recipe.run.path)
         try:
             results = folder.read_results()
+            recipe = load_recipe(folder.recipe) if folder.recipe.exists() else recipe
         except TeachonceError:  # damaged: the run itself says so when it is asked for
             return None
         if results is None or results.get("validation") != like.get("validation"):
@@ -96,26 +103,31 @@ class Finished:
 
 
 def final_table(recipe: Recipe, results: dict[str, Any]) -> list[str]:
-    """The table's lines, at most 100 characters each, and in a line or two what it says."""
-    run = Finished(recipe, RunFolder(recipe.run.path), results)
-    teacher, baseline = _teacher(run), _baseline(run)
+    """The table's lines, at most 100 characters each, in a line or two what it says, and notes on what it lacks."""
+    folder = RunFolder(recipe.run.path)
+    run = Finished(folder.as_it_began(recipe), folder, results)
+    notes: list[str] = []
+    teacher, baseline = _other(run, _teacher_of, notes), _other(run, baseline_of, notes)
     lines = [HEAD, *(row.line() for row in _rows(run, teacher, baseline)), f"  {LEGEND}"]
-    return [*lines, *(f"  {line}" for line in _meaning(run, teacher, baseline))]
+    return [*lines, *(f"  {line}" for line in _meaning(run, teacher, baseline)), *notes]
 
 
-def _teacher(run: Finished) -> Finished | None:
-    teacher = run.recipe.teacher
-    if teacher is None or teacher.trained_by is None:
+def _other(run: Finished, find: Callable[[Recipe], Recipe | None], notes: list[str]) -> Finished | None:
+    """The run of a recipe that this one's names; it may be gone, which does not touch what this one has come to."""
+    try:
+        recipe = find(run.recipe)
+    except RecipeError as error:
+        notes.append(f"note: the table lacks a row: {error}")
         return None
-    recipe = load_recipe(teacher.trained_by)
-    if recipe.run.path / "export" != Path(teacher.model):
-        return None
-    return Finished.find(recipe, like=run.results)
-
-
-def _baseline(run: Finished) -> Finished | None:
-    recipe = baseline_of(run.recipe)
     return None if recipe is None else Finished.find(recipe, like=run.results)
+
+
+def _teacher_of(recipe: Recipe) -> Recipe | None:
+    """The recipe that has trained the teacher; None where it is not known, or makes another one."""
+    trainer = trainer_of(recipe)
+    if trainer is None or recipe.teacher is None:
+        return None
+    return trainer if trainer.run.path / "export" == Path(recipe.teacher.model) else None
 
 
 def _rows(run: Finished, teacher: Finished | None, baseline: Finished | None) -> Iterator[Row]:
@@ -149,17 +161,26 @@ def _label(recipe: Recipe) -> str:
 
 
 def _meaning(run: Finished, teacher: Finished | None, baseline: Finished | None) -> Iterator[str]:
-    """The comparison in words, for who does not read tables."""
+    """The comparison in words, for who does not read tables; there is none of two students that are not alike."""
+    compared = {"its teacher": teacher}
     if baseline is not None:
+        others = differing_settings(run.recipe, baseline.recipe)
+        is_alike = not any(key.startswith("student.") for key in others)
+        if is_alike:
+            compared["the other student"] = baseline
         own, other = run.loss("kl"), baseline.loss("kl")
-        if own and other and run.recipe.distils > baseline.recipe.distils:
+        if is_alike and own and other and run.recipe.distils > baseline.recipe.distils:
             yield (
                 f"Distance from the teacher (KL): {own:.3f} nats from the cache, {other:.3f} by labels alone, "
                 f"{other / own:.1f} times that."
             )
         if run.results["step"] != baseline.results["step"]:
             yield f"The two students differ in steps: {run.results['step']} and {baseline.results['step']}."
-    for other_run, name in ((teacher, "its teacher"), (baseline, "the other student")):
+        if others:
+            yield from wrap(
+                f"The two students also differ in {', '.join(others)}.", WIDTH, break_long_words=False
+            )
+    for name, other_run in compared.items():
         difference = None if other_run is None else _difference(run, other_run)
         if difference is not None:
             yield f"Short answers, against {name}: {_signed(difference)}"

@@ -54,20 +54,22 @@ def save(found: Sequence[Evaluated], path: Path) -> None:
     _write(_lines(found), [one.to_json() for one in found], path)
 
 
-def keep(found: Sequence[Evaluated], folder: Path, split: Split) -> Path:
+def keep(found: Sequence[Evaluated], folder: Path, name: str) -> Path:
     """Saves a run's own student, and what it was held against, in its place; returns the file.
+
+    name  of the split, or of another set of questions, such as a split's with shuffled pictures
 
     Answers to more questions are never replaced by those to fewer, nor an earlier student's by a later one's.  Other
     models that answered the same questions before stay beside it.
     """
     student = found[0].to_json()
-    _set_earlier_students_aside(folder, split, step=student["step"])
-    place = main = folder / f"{split}.parquet"
+    _set_earlier_students_aside(folder, name, step=student["step"])
+    place = main = folder / f"{name}.parquet"
     for old in _students(main):
         if old["num_examples"] > student["num_examples"]:
-            place = folder / f"{split}-{student['num_examples']}.parquet"
+            place = folder / f"{name}-{student['num_examples']}.parquet"
         elif old["num_examples"] < student["num_examples"]:
-            _move(main, folder / f"{split}-{old['num_examples']}.parquet")
+            _move(main, folder / f"{name}-{old['num_examples']}.parquet")
     new = {one.name for one in found}
     others = [
         one
@@ -80,11 +82,11 @@ def keep(found: Sequence[Evaluated], folder: Path, split: Split) -> Path:
     return place
 
 
-def _set_earlier_students_aside(folder: Path, split: Split, *, step: int | None) -> None:
-    for path in [folder / f"{split}.parquet", *folder.glob(f"{split}-[0-9]*.parquet")]:
+def _set_earlier_students_aside(folder: Path, name: str, *, step: int | None) -> None:
+    for path in [folder / f"{name}.parquet", *folder.glob(f"{name}-[0-9]*.parquet")]:
         for old in _students(path):
             if old.get("step") != step:
-                named = f"{split}-step-{old.get('step') or 0:06d}-{old['num_examples']}.parquet"
+                named = f"{name}-step-{old.get('step') or 0:06d}-{old['num_examples']}.parquet"
                 _move(path, folder / named)
 
 

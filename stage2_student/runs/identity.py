@@ -103,6 +103,20 @@ def settings_of_rows(before: Recipe | None, now: Recipe) -> list[str]:
     return _both_sides(*sides)
 
 
+def differing_settings(one: Recipe, other: Recipe) -> list[str]:
+    """Keys in which two runs differ beside their loss; what changes how a run is executed, or its length, is none."""
+    compared = ("data", *(("cache.path", "cache.mix") if one.distils and other.distils else ()))
+    sides = [
+        {
+            key: value
+            for key, value in flat(dump_recipe(recipe)).items()
+            if _is_one_of(key, compared) or not (_may_change(key) or key.startswith("loss."))
+        }
+        for recipe in (one, other)
+    ]
+    return differences(*sides)
+
+
 def require_same(
     found: dict[str, Any],
     now: dict[str, Any],

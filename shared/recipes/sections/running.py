@@ -137,8 +137,9 @@ class EvaluationConfig(Section):
     shuffled_pictures: bool = False
     """Ask the trained model once more, each question about the picture of another case: does it look at all?"""
     baseline: Place | None = None
-    """The recipe of a run to compare with, such as one by labels alone. `make train-student` trains it first where it
-    is missing, with the same settings but for `loss` and names; the final table shows it."""
+    """The recipe of a run to compare with, such as one by labels alone; a file is looked for in the current folder.
+    `make train-student` trains it first where it is missing, with the same `--set` options but for those of `loss`
+    and names. The final table shows it, and in which settings the two differ."""
 
 
 class RoundsConfig(Section):

@@ -31,7 +31,8 @@ class TeacherConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     trained_by: Place | None = None
-    """The recipe whose export is this model; it is run when the folder is missing."""
+    """The recipe whose export is this model; it is run when the folder is missing. A file is looked for in the
+    current folder."""
     dtype: Dtype = "bfloat16"
     """Of the weights and the computation."""
     attn_implementation: str | None = None
@@ -47,6 +48,16 @@ class TeacherConfig(Section):
     def ranks_per_copy(self) -> int:
         """Ranks that hold one copy of the teacher together and work on the same batches."""
         return max(self.tensor, self.expert)
+
+    def require_ranks(self, num_ranks: int) -> None:
+        """Raises   RecipeError  when so many ranks cannot be copies of the teacher"""
+        if num_ranks % self.ranks_per_copy:
+            setting = "tensor" if self.tensor > 1 else "expert"
+            raise RecipeError(
+                f"teacher.{setting} {self.ranks_per_copy}: {num_ranks} process(es) found, a multiple of "
+                f"{self.ranks_per_copy} is needed: so many share each copy of the teacher. Start as many "
+                "(NPROC, torchrun --nproc-per-node)"
+            )
 
     @model_validator(mode="after")
     def _one_way_to_share(self) -> Self:
