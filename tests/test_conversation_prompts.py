@@ -503,3 +503,26 @@ def test_a_processor_may_write_a_beginning_and_an_end_of_its_own() -> None:
 def test_tokens_that_join_a_picture_s_blanks_are_left_out() -> None:
     places = aligned([5, 6, 1, 7, 8], [5, 66, 2, 2, 77, 8], {1})
     assert places == [0, None, None, None, 5]
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_stretches_that_are_alike_are_found_where_they_are(data: st.DataObject) -> None:
+    """Blanks around a picture join the token before it; the same texts come again without a picture behind them."""
+    turn = [*data.draw(st.lists(st.integers(10, 12), min_size=1, max_size=3)), 9, 5]
+    counts = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=5))
+    stretches = [[9, 5], *(turn * count for count in counts[1:]), [*(turn * counts[0]), 6]]
+    plain, given_ids, expected = [], [], []
+    for stretch in stretches[:-1]:
+        expected += [*range(len(given_ids), len(given_ids) + len(stretch) - 1), None, None]
+        plain += [*stretch, 1]
+        given_ids += [*stretch[:-1], 55, 1, 1, 1, 44]
+    expected += range(len(given_ids), len(given_ids) + len(stretches[-1]))
+    assert aligned([*plain, *stretches[-1]], [*given_ids, *stretches[-1]], {1}) == expected
+
+
+def test_two_pictures_side_by_side_have_nothing_between_them() -> None:
+    assert aligned([5, 1, 1, 6, 1, 5], [5, 2, 1, 1, 2, 2, 1, 3, 6, 2, 1, 5], {1}) == [
+        *(0, None, None),
+        *(8, None, 11),
+    ]
