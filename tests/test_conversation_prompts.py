@@ -22,6 +22,7 @@ from shared.data.conversations import Turn
 from shared.data.images import decode_rgb
 from shared.data.processing import ExampleProcessor
 from shared.data.processors import load_processor
+from shared.data.prompts import ChatPrompt
 from shared.data.rows import Example
 from shared.data.templates import Template
 from shared.errors import DataError
@@ -319,6 +320,38 @@ def test_a_template_that_takes_plain_texts_alone_gets_them(student_folder: Path)
         assert torch.equal(
             ours.encode(example_of(*turns)).input_ids, expected.encode(example_of(*turns)).input_ids
         )
+
+
+# As Llama 3.2 Vision's: a system turn's content is taken for a text, and one before pictures is refused.
+TRIMMED_SYSTEM = (
+    "{%- if messages[0].role == 'system' -%}{%- set told = messages[0].content | trim -%}"
+    "{%- set messages = messages[1:] -%}{%- else -%}{%- set told = '' -%}{%- endif -%}"
+    "{{- '<|im_start|>system\n' + told + '<|im_end|>\n' if told else '' -}}" + CHAT_TEMPLATE
+)
+# As Pixtral's: text is joined to a system turn's content.
+JOINED_SYSTEM = TRIMMED_SYSTEM.replace("messages[0].content | trim", "messages[0].content").replace(
+    "else '' -}}", "else '' -}}{%- set none_of_it = told + 'a text' -%}"
+)
+
+
+@pytest.mark.parametrize("template", [TRIMMED_SYSTEM, JOINED_SYSTEM], ids=["trimmed", "joined"])
+def test_a_template_that_takes_system_turns_for_texts_gets_them_so(
+    student_folder: Path, template: str
+) -> None:
+    ours, expected = (with_template(student_folder, one) for one in (template, CHAT_TEMPLATE))
+    system = Turn("system", ("Be 'brief'.",))
+    for turns in (*SHAPES, (system, user("a"), said("b")), (system, user(None, "a"), said("b"))):
+        assert torch.equal(
+            ours.encode(example_of(*turns)).input_ids, expected.encode(example_of(*turns)).input_ids
+        )
+
+
+def test_where_a_list_was_once_written_the_keys_are_others(student_folder: Path) -> None:
+    """Caches of such prompts must not be taken for those of today's."""
+    tokenizer = AutoTokenizer.from_pretrained(student_folder)
+    rules = [ChatPrompt(tokenizer, one).changed_rules() for one in (TRIMMED_SYSTEM, JOINED_SYSTEM)]
+    assert [list(one) for one in rules] == [["turns without pictures"], []]
+    assert not any(ChatPrompt(tokenizer, one).changed_rules() for one in TEMPLATES.values())
 
 
 def test_a_system_turn_of_the_row_takes_the_recipe_s_place(student_folder: Path) -> None:

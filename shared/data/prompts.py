@@ -146,6 +146,8 @@ class ChatPrompt:
         before, bos = self.template.first.fixed[0], self._tokenizer.bos_token
         if bos is not None and before.lstrip().startswith(bos) and not before.startswith(bos):
             changed["bos"] = "behind blanks"
+        if self.template.writes_lists:
+            changed["turns without pictures"] = "texts where their list would be written"
         return changed
 
     def of(self, turns: Sequence[Turn], *, where: str) -> Prompt:
