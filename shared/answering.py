@@ -119,14 +119,18 @@ class GumbelNoise(LogitsProcessor):
 
 
 class Refused(LogitsProcessor):
-    """Tokens that no answer may hold, and ids of the head that are no token, are never chosen."""
+    """Tokens that no answer may hold, and ids of the head that are no token, are never chosen.
+
+    ids  some may be beyond the head
+    """
 
     def __init__(self, ids: Collection[int], *, num_token_ids: int) -> None:
-        self._ids, self._num_token_ids = sorted(ids), num_token_ids
+        self._ids, self._num_token_ids = torch.tensor(sorted(ids)), num_token_ids
         self._refused_V: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._refused_V is None:
-            self._refused_V = torch.arange(scores.shape[1], device=scores.device) >= self._num_token_ids
-            self._refused_V[self._ids] = True
+            ids_V = torch.arange(scores.shape[1], device=scores.device)
+            is_refused_V = torch.isin(ids_V, self._ids.to(scores.device))
+            self._refused_V = is_refused_V | (ids_V >= self._num_token_ids)
         return scores.masked_fill(self._refused_V, -torch.inf)

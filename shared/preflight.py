@@ -24,7 +24,7 @@ from shared.completeness import broken_shards
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed, shortened
 from shared.models.quantized import require_library, what_becomes_of_it
-from shared.models.vlm import require_wide_head, split
+from shared.models.vlm import num_logit_ids, split
 from shared.models.weight_files import require_whole_weights
 from shared.places import is_local, require_no_typo
 from shared.recipes import DataConfig, Recipe, Split, trainer_of
@@ -118,7 +118,7 @@ def require_head(
     """Notes a head that is narrower than the tokenizer, where both are there."""
     if model is not None and processor is not None:
         with report.collecting():
-            require_wide_head(model, processor.num_token_ids, what=what)
+            num_logit_ids(model, processor.num_token_ids, num_answer_ids=processor.num_answer_ids, what=what)
 
 
 def context_of(model: PreTrainedModel | None) -> int | None:

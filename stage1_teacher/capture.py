@@ -111,7 +111,12 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         is_shared = world.size > 1 and (recipe.teacher.shard or recipe.teacher.ranks_per_copy > 1)
         if (told := what_becomes_of_it(config, dequantize=is_shared)) is not None:
             tqdm.write(f"note: teacher {recipe.teacher.model}: {told}")
-    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
+    teacher = load_teacher(
+        recipe.teacher,
+        num_token_ids=processor.num_token_ids,
+        num_answer_ids=processor.num_answer_ids,
+        world=world,
+    )
     if teacher.is_shared:
         check_teacher(recipe, processor, teacher)
     else:

@@ -119,7 +119,12 @@ def estimate(
     recipe.teacher.require_ranks(num_ranks)
     processor = open_processor_of(recipe, recipe.teacher.model, revision=recipe.teacher.revision)
     data = survey(recipe, processor)
-    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
+    teacher = load_teacher(
+        recipe.teacher,
+        num_token_ids=processor.num_token_ids,
+        num_answer_ids=processor.num_answer_ids,
+        world=world,
+    )
     sample = Sample.take(data, processor, recipe.cache, num_examples)
     timed = sample.measure(teacher, processor)
     totals = count_all(recipe, data, processor)

@@ -52,7 +52,12 @@ def write(recipe: Recipe, world: World, stop: StopRequest, *, out: Path | None =
             tqdm.write(
                 f"teacher {recipe.teacher.model} answers {num_prompts:,} prompts; answers {folder.path}"
             )
-        teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
+        teacher = load_teacher(
+            recipe.teacher,
+            num_token_ids=processor.num_token_ids,
+            num_answer_ids=processor.num_answer_ids,
+            world=world,
+        )
         author = Author(teacher.model, _copy_of(teacher), _writer(recipe.teacher, teacher))
         return write_answers(recipe, config, processor, prompts, author, folder, world, stop)
 

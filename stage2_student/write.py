@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import open_split
 from shared.errors import RecipeError
-from shared.models.vlm import load_vlm, require_wide_head
+from shared.models.vlm import load_vlm, num_logit_ids
 from shared.models.weights import weight_fingerprint
 from shared.recipes import Recipe, WriteConfig, load_recipe
 from shared.runtime import World
@@ -118,7 +118,12 @@ def _opened(recipe: Recipe, student: str, processor: ExampleProcessor, world: Wo
         attn_implementation=recipe.student.attn_implementation,
         device=world.device,
     )
-    require_wide_head(model, processor.num_token_ids, what=f"student {student}")
+    num_logit_ids(
+        model,
+        processor.num_token_ids,
+        num_answer_ids=processor.num_answer_ids,
+        what=f"student {student}",
+    )
     nn.Module.to(model, world.device)  # past the model's own, which refuses some quantised ones
     return model
 

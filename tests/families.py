@@ -67,6 +67,7 @@ class Family:
     named     special tokens that the tokenizer knows by name, such as ``image_token``
     template  None where the family's folders have none
     text      tokens that are added and not special, and that the tokenizer's model writes as well
+    last      special tokens behind all others
     """
 
     title: str
@@ -79,6 +80,7 @@ class Family:
     special: tuple[str, ...] = ()
     named: dict[str, str] = field(default_factory=dict)
     text: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
     bos: str | None = None
     eos: str | None = None
     adds_bos: bool = False
@@ -362,7 +364,9 @@ def _mllama(size: int, token: Ids) -> dict[str, Any]:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 1}
     vision |= {"attention_heads": 2, "image_size": 28, "patch_size": 14, "max_num_tiles": 4}
     vision |= {"intermediate_layers_indices": [0], "vision_output_dim": 64, "initializer_range": 0.1}
-    text = TEXT | {"num_hidden_layers": 3, "vocab_size": size, "cross_attention_layers": [1]}
+    # As the real one: its table of embeddings has more rows than its head, and the picture's is the first of these.
+    vocab_size = token("<|image|>")
+    text = TEXT | {"num_hidden_layers": 3, "vocab_size": vocab_size, "cross_attention_layers": [1]}
     text |= {"pad_token_id": token("<pad>"), "bos_token_id": token("<|begin_of_text|>")}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     return {
@@ -405,7 +409,7 @@ def _qwen(
 IDEFICS_IMAGES = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}, **HALF}
 IDEFICS_GRID = tuple(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5))
 IDEFICS_TOKENS = ("<fake_token_around_image>", "<image>", "<global-img>", *IDEFICS_GRID)
-LLAMA_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|image|>", "<|python_tag|>", "<|end_of_text|>")
+LLAMA_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>", "<|end_of_text|>")
 MISTRAL_TOKENS = (
     "[INST]",
     "[/INST]",
@@ -635,6 +639,7 @@ FAMILIES: dict[str, Family] = {
         template=headed("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "<|image|>"),
         end_of_turn="<|eot_id|>",
         special=LLAMA_TOKENS,
+        last=("<|image|>",),
         bos="<|begin_of_text|>",
         adds_bos=True,
     ),
@@ -728,6 +733,7 @@ def _save_processor(family: Family, folder: Path) -> None:
 
 def _tokenizer(family: Family) -> PreTrainedTokenizerFast:
     backend = _sentencepiece(family) if family.is_sentencepiece else _byte_level(family)
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in family.last])
     if family.adds_bos:
         backend.post_processor = _begins_with(family.bos, backend)
     return PreTrainedTokenizerFast(
@@ -737,7 +743,7 @@ def _tokenizer(family: Family) -> PreTrainedTokenizerFast:
         eos_token=family.eos or family.end_of_turn,
         extra_special_tokens=family.named,
         additional_special_tokens=[
-            token for token in family.special if token not in (family.bos, family.eos)
+            token for token in (*family.special, *family.last) if token not in (family.bos, family.eos)
         ],
     )
 

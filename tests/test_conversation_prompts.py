@@ -22,6 +22,7 @@ from shared.data.conversations import Turn
 from shared.data.images import decode_rgb
 from shared.data.processing import ExampleProcessor
 from shared.data.processors import load_processor
+from shared.data.prompts import ChatPrompt
 from shared.data.rows import Example
 from shared.data.templates import Template
 from shared.errors import DataError
@@ -321,6 +322,38 @@ def test_a_template_that_takes_plain_texts_alone_gets_them(student_folder: Path)
         )
 
 
+# As Llama 3.2 Vision's: a system turn's content is taken for a text, and one before pictures is refused.
+TRIMMED_SYSTEM = (
+    "{%- if messages[0].role == 'system' -%}{%- set told = messages[0].content | trim -%}"
+    "{%- set messages = messages[1:] -%}{%- else -%}{%- set told = '' -%}{%- endif -%}"
+    "{{- '<|im_start|>system\n' + told + '<|im_end|>\n' if told else '' -}}" + CHAT_TEMPLATE
+)
+# As Pixtral's: text is joined to a system turn's content.
+JOINED_SYSTEM = TRIMMED_SYSTEM.replace("messages[0].content | trim", "messages[0].content").replace(
+    "else '' -}}", "else '' -}}{%- set none_of_it = told + 'a text' -%}"
+)
+
+
+@pytest.mark.parametrize("template", [TRIMMED_SYSTEM, JOINED_SYSTEM], ids=["trimmed", "joined"])
+def test_a_template_that_takes_system_turns_for_texts_gets_them_so(
+    student_folder: Path, template: str
+) -> None:
+    ours, expected = (with_template(student_folder, one) for one in (template, CHAT_TEMPLATE))
+    system = Turn("system", ("Be 'brief'.",))
+    for turns in (*SHAPES, (system, user("a"), said("b")), (system, user(None, "a"), said("b"))):
+        assert torch.equal(
+            ours.encode(example_of(*turns)).input_ids, expected.encode(example_of(*turns)).input_ids
+        )
+
+
+def test_where_a_list_was_once_written_the_keys_are_others(student_folder: Path) -> None:
+    """Caches of such prompts must not be taken for those of today's."""
+    tokenizer = AutoTokenizer.from_pretrained(student_folder)
+    rules = [ChatPrompt(tokenizer, one).changed_rules() for one in (TRIMMED_SYSTEM, JOINED_SYSTEM)]
+    assert [list(one) for one in rules] == [["turns without pictures"], []]
+    assert not any(ChatPrompt(tokenizer, one).changed_rules() for one in TEMPLATES.values())
+
+
 def test_a_system_turn_of_the_row_takes_the_recipe_s_place(student_folder: Path) -> None:
     processor = with_template(student_folder, CHAT_TEMPLATE, system_prompt="The recipe's.")
     told, untold = (
@@ -503,3 +536,26 @@ def test_a_processor_may_write_a_beginning_and_an_end_of_its_own() -> None:
 def test_tokens_that_join_a_picture_s_blanks_are_left_out() -> None:
     places = aligned([5, 6, 1, 7, 8], [5, 66, 2, 2, 77, 8], {1})
     assert places == [0, None, None, None, 5]
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_stretches_that_are_alike_are_found_where_they_are(data: st.DataObject) -> None:
+    """Blanks around a picture join the token before it; the same texts come again without a picture behind them."""
+    turn = [*data.draw(st.lists(st.integers(10, 12), min_size=1, max_size=3)), 9, 5]
+    counts = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=5))
+    stretches = [[9, 5], *(turn * count for count in counts[1:]), [*(turn * counts[0]), 6]]
+    plain, given_ids, expected = [], [], []
+    for stretch in stretches[:-1]:
+        expected += [*range(len(given_ids), len(given_ids) + len(stretch) - 1), None, None]
+        plain += [*stretch, 1]
+        given_ids += [*stretch[:-1], 55, 1, 1, 1, 44]
+    expected += range(len(given_ids), len(given_ids) + len(stretches[-1]))
+    assert aligned([*plain, *stretches[-1]], [*given_ids, *stretches[-1]], {1}) == expected
+
+
+def test_two_pictures_side_by_side_have_nothing_between_them() -> None:
+    assert aligned([5, 1, 1, 6, 1, 5], [5, 2, 1, 1, 2, 2, 1, 3, 6, 2, 1, 5], {1}) == [
+        *(0, None, None),
+        *(8, None, 11),
+    ]

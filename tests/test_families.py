@@ -45,12 +45,14 @@ from shared.recipes import DataConfig, Recipe
 from shared.runtime import distributed
 from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
+from stage1_teacher.write import write as teacher_writes
 from stage2_student.evaluation.answers import answer
 from stage2_student.runs.checkpoint import load, student_state
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.export import choose_checkpoint, export_checkpoint
 from stage2_student.training.freezing import find_parts
 from stage2_student.training.student import build_student, reshard
+from stage2_student.write import write as student_writes
 
 SIZES = ((40, 48), (90, 31), (33, 120), (64, 64), (150, 40))
 ONE_QUESTION_A_ROW = {"paligemma"}
@@ -441,7 +443,9 @@ def students_logits(recipe: Recipe, batches: Sequence[Batch]) -> list[Tensor]:
     checkpoint = choose_checkpoint(RunFolder(recipe.run.path))
     processor = open_processor(recipe.student.model, recipe.data)
     with distributed(device="cpu") as world:
-        student = build_student(recipe, world, num_token_ids=processor.num_token_ids)
+        student = build_student(
+            recipe, world, num_token_ids=processor.num_token_ids, num_answer_ids=processor.num_answer_ids
+        )
         load(checkpoint, student_state(student.model), world=world)
         register_fsdp_forward_method(student.eval(), "_hidden")
         found = []
@@ -517,6 +521,40 @@ def test_answers_in_a_batch_are_those_of_the_model_alone(
     together = answer(model, processor, examples, max_new_tokens=5)
     assert together == [answer(model, processor, [one], max_new_tokens=5)[0] for one in examples]
     assert [one.text for one in together] == [greedy(model, processor, one, 5) for one in examples]
+
+
+@pytest.mark.slow
+def test_a_picture_s_placeholder_needs_no_logit(
+    trained: Callable[[str], Trained], pictures: Path, tmp_path: Path
+) -> None:
+    """Llama 3.2 Vision's head ends before it: targets, losses and written answers keep to the ids of the head."""
+    found = trained("mllama")
+    processor, model = opened(found.folder)
+    width = split(model)[1].weight_VD.shape[0]
+    assert processor.tokenizer.convert_tokens_to_ids("<|image|>") == width
+    assert (processor.num_token_ids, processor.num_answer_ids) == (width + 1, width)
+    cache = CacheReader(found.recipe.cache.path)
+    assert cache.manifest.identity.inputs.vocab_size == processor.num_token_ids
+    settings = {"max_new_tokens": 4, "num_workers": 0, "splits": ["train"], "temperature": 1.0}
+    every_id = {"path": str(tmp_path / "cache"), "num_workers": 0, "policy": {"kind": "top_k", "k": 512}}
+    recipe = make_recipe(
+        found.tree | {"cache": every_id, "write": settings | {"path": str(tmp_path / "set")}},
+        run__name="uniform",
+        loss__tail="uniform",
+        loss__kd_ratio=1.0,
+    )
+    assert captured(recipe) == 0
+    keys = [processor.key(one) for one in rows(12)]
+    targets = CacheReader(str(tmp_path / "cache"))
+    assert all(int(targets.targets([row]).counts.min()) == width for row in targets.rows(keys))
+    assert run_alone(recipe) == 0
+    with distributed(device="cpu") as world:
+        assert teacher_writes(recipe, world, StopRequest()) == 0
+        run = RunFolder(recipe.run.path)
+        out = tmp_path / "students"
+        assert student_writes(run, recipe, choose_checkpoint(run), world, StopRequest(), out=out) == 0
+    for folder in (tmp_path / "set", out):
+        assert (folder / "written.json").exists()
 
 
 def longer(processor: ExampleProcessor, one: Encoded, token: Tensor) -> Encoded:

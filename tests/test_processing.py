@@ -287,6 +287,11 @@ def test_what_a_tokenizer_appends_never_stands_before_the_answer(
         (CHAT_TEMPLATE + CHAT_TEMPLATE, "found 2 and 2"),
         ("{{ raise_exception('no pictures please') }}", "no pictures please"),
         ("{% for", "chat template of"),
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+            "writes the parts of a turn as a list",
+        ),
     ],
 )
 def test_unusable_templates_are_recipe_errors(

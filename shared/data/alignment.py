@@ -2,35 +2,41 @@
 
     places = aligned(plain, given, placeholder_ids)     # places[n]: of plain[n] in given, or None
 
-Stretches between placeholders are looked for in order.  A processor may write blanks around a picture that join
-the tokens beside it, so a few tokens at the ends of a stretch may be missing.
+A processor may write blanks around a picture that join the tokens beside it, so a few tokens at the ends of a stretch
+between placeholders may be missing.  Stretches are found together, in order and with a picture between them: of two
+that are alike, the first would else be found in the second one's place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 MAX_JOINED = 3  # tokens beside a picture that may have become others
+
+
+class _Match(NamedTuple):
+    """Where a stretch is: how many of its first tokens are left out, the place of the others, how many these are."""
+
+    skipped: int
+    place: int
+    length: int
 
 
 def aligned(plain: Sequence[int], given: Sequence[int], placeholder_ids: Collection[int]) -> list[int | None]:
     """For each token of ``plain`` its place in ``given``; None where it is not there, or not to be found."""
     places: list[int | None] = [None] * len(plain)
     gaps = [n for n, token in enumerate(plain) if token in placeholder_ids]
-    if not gaps:
-        whole = _find(plain, given, 0, is_first=True, is_last=True)
-        return _by_the_ends(plain, given) if whole is None else list(range(whole[1], whole[1] + len(plain)))
     begins, ends = [0, *(gap + 1 for gap in gaps)], [*gaps, len(plain)]
-    where = 0
-    for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-        is_first, is_last = number == 0, number == len(gaps)
-        found = _find(plain[begin:end], given, where, is_first=is_first, is_last=is_last)
-        if found is None:
-            continue
-        skipped, place, length = found
-        for step in range(length):
-            places[begin + skipped + step] = place + step
-        where = place + length
+    stretches = [list(plain[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+    found = _fitted(stretches, list(given), placeholder_ids)
+    if not gaps and found == [None]:
+        return _by_the_ends(plain, given)
+    for begin, one in zip(begins, found, strict=True):
+        if one is not None:
+            first = begin + one.skipped
+            places[first : first + one.length] = range(one.place, one.place + one.length)
     return places
 
 
@@ -47,25 +53,57 @@ def _by_the_ends(plain: Sequence[int], given: Sequence[int]) -> list[int | None]
     return places
 
 
-def _find(
-    stretch: Sequence[int], given: Sequence[int], where: int, *, is_first: bool, is_last: bool
-) -> tuple[int, int, int] | None:
-    """How many tokens are left out at its beginning, where the rest is, and how many these are."""
-    cuts = sorted(
-        (
-            (a, b)
-            for a in range(1 if is_first else MAX_JOINED + 1)
-            for b in range(1 if is_last else MAX_JOINED + 1)
-        ),
-        key=sum,
-    )
-    for head, tail in cuts:
-        part = list(stretch[head : len(stretch) - tail])
-        if not part:
-            continue
-        last = len(given) - len(part)
-        likely = [0] if is_first else [last] if is_last else []
-        for place in (*likely, *range(where, last + 1)):
-            if place >= where and list(given[place : place + len(part)]) == part:
-                return head, place, len(part)
-    return None
+def _fitted(
+    stretches: Sequence[list[int]], given: list[int], placeholder_ids: Collection[int]
+) -> list[_Match | None]:
+    """Where each stretch is: as few as can be are not found, and of the others few tokens are left out."""
+    where_is: dict[int, list[int]] = {}
+    for place, token in enumerate(given):
+        where_is.setdefault(token, []).append(place)
+    pictures = sorted(place for token in placeholder_ids for place in where_is.get(token, ()))
+
+    def behind(end: int) -> int:
+        """Where what follows a picture may begin, the picture standing at ``end`` or later."""
+        if not pictures:  # of a processor that writes other tokens for one
+            return end + 1
+        number = bisect_left(pictures, end)
+        return pictures[number] + 1 if number < len(pictures) else len(given)
+
+    # By where the next stretch may begin: how many were not found, tokens left out, and the matches, last one first.
+    states: dict[int, tuple[tuple[int, int], Any]] = {0: ((0, 0), None)}
+    last = len(stretches) - 1
+    for number, stretch in enumerate(stretches):
+        matches = _matches(stretch, given, where_is, is_first=number == 0, is_last=number == last)
+        # Of equal ones the nearest to its text's end.
+        ordered = sorted(matches, key=lambda one: one.place, reverse=0 < number == last)
+        options = [(behind(one.place + one.length), len(stretch) - one.length, one) for one in ordered]
+        following: dict[int, tuple[tuple[int, int], Any]] = {}
+        for where, ((lost, cut), path) in states.items():
+            ways: list[tuple[int, tuple[int, int], _Match | None]] = [
+                (begin, (lost, cut + left_out), one) for begin, left_out, one in options if one.place >= where
+            ]
+            for begin, cost, way in [*ways, (where, (lost + bool(stretch), cut), None)]:
+                if begin not in following or cost < following[begin][0]:
+                    following[begin] = (cost, (way, path))
+        states = following
+    _, path = min(states.values(), key=lambda state: state[0])
+    found = []
+    while path is not None:
+        one, path = path
+        found.append(one)
+    return found[::-1]
+
+
+def _matches(
+    stretch: list[int], given: list[int], where_is: dict[int, list[int]], *, is_first: bool, is_last: bool
+) -> Iterator[_Match]:
+    """All places of a stretch, whole or without a few tokens at its ends; the text's own ends stay.
+
+    where_is  of each token its places in ``given``
+    """
+    for head in range(1 if is_first else MAX_JOINED + 1):
+        for tail in range(1 if is_last else MAX_JOINED + 1):
+            part = stretch[head : len(stretch) - tail]
+            for place in where_is.get(part[0], ()) if part else ():
+                if given[place : place + len(part)] == part:
+                    yield _Match(head, place, len(part))

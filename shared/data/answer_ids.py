@@ -59,6 +59,8 @@ def given_ids(value: Mapping[str, Any], *, where: str) -> tuple[tuple[int, ...] 
 class WrittenIds:
     """Which ids an answer may be made of: ordinary tokens, and added ones that are no control tokens.
 
+    ``num_answer_ids`` is one more than the largest id that is no picture's placeholder.
+
     end_of_turn   is said by ``answer_end``, not by an id
     placeholders  what a processor takes for a picture
     spelled       an added token that ordinary text may give all the same, such as the unknown one; None: none
@@ -78,6 +80,7 @@ class WrittenIds:
         controls = {number for number, one in tokenizer.added_tokens_decoder.items() if one.special}
         pictures = {tokenizer.get_vocab()[one] for one in placeholders if one in tokenizer.get_vocab()}
         self.refused = frozenset((controls | pictures | {end_of_turn}) - {spelled})
+        self.num_answer_ids = max(set(tokenizer.get_vocab().values()) - pictures) + 1
 
     def text(self, ids: Sequence[int]) -> str:
         """What the ids say, nothing left out, blanks at the ends removed."""

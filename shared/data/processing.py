@@ -173,6 +173,11 @@ class ExampleProcessor:
         """One more than the largest id the tokenizer knows; a model's head may be wider."""
         return max(self.tokenizer.get_vocab().values()) + 1
 
+    @property
+    def num_answer_ids(self) -> int:
+        """As many ids a model's head must have: Llama 3.2 Vision has no logit for its pictures' placeholder."""
+        return self.written.num_answer_ids
+
     def key(self, example: Example) -> bytes:
         """128 bits of the pictures' bytes, the texts, and what makes them tokens."""
         state = hashlib.blake2b(digest_size=KEY_BYTES)

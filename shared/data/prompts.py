@@ -43,6 +43,7 @@ class Prompt:
     text         what goes through the processor; words stand for the texts where one of these holds a marker
     is_marked    whether that is so
     earlier      numbers of the turns that are earlier answers
+    where        how messages name its row
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class Prompt:
     text: str
     is_marked: bool
     earlier: tuple[int, ...]
+    where: str
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class ChatPrompt:
         before, bos = self.template.first.fixed[0], self._tokenizer.bos_token
         if bos is not None and before.lstrip().startswith(bos) and not before.startswith(bos):
             changed["bos"] = "behind blanks"
+        if self.template.writes_lists:
+            changed["turns without pictures"] = "texts where their list would be written"
         return changed
 
     def of(self, turns: Sequence[Turn], *, where: str) -> Prompt:
@@ -154,7 +158,7 @@ class ChatPrompt:
         earlier = tuple(n for n, turn in enumerate(turns[:-1]) if turn.role == "assistant")
         if is_marked:
             text = layout.text(_words(layout))
-        return Prompt(layout, tuple(texts), text, is_marked, earlier)
+        return Prompt(layout, tuple(texts), text, is_marked, earlier, where)
 
     def plain_ids(self, prompt: Prompt) -> torch.Tensor:
         """(S,) int64, of its text as it is, pictures' placeholders not expanded."""
@@ -175,7 +179,7 @@ class ChatPrompt:
         Shapes   tokens: (S, ...) each, ``input_ids`` among them: a processed ``Prompt.text``, its image
                  placeholders expanded
         Returns  the same with another S; what else is known of a word's tokens holds for its text's
-        Raises   RecipeError  when the processor changes the text so much that texts cannot be found in it
+        Raises   DataError  naming the row, when the processor changes the text so much that texts are not found in it
         """
         if not prompt.is_marked and not prompt.earlier:
             return tokens, []
@@ -186,7 +190,7 @@ class ChatPrompt:
         found = {}
         for number, (begin, end) in enumerate(prompt.layout.places(prompt.texts)):
             if prompt.layout.owners[number] in prompt.earlier:
-                found[number] = self._answered(plain, begin, end, prompt.text, places)
+                found[number] = self._answered(plain, begin, end, prompt, places)
         return tokens, _by_turn(prompt, found)
 
     def answer_ids(self, prompt: Prompt, answer: str) -> list[int]:
@@ -199,14 +203,14 @@ class ChatPrompt:
         return self._text_ids(prompt.layout.lead + answer).ids
 
     def _answered(
-        self, tokens: _Tokens, begin: int, end: int, text: str, places: Sequence[int | None]
+        self, tokens: _Tokens, begin: int, end: int, prompt: Prompt, places: Sequence[int | None]
     ) -> Answered:
-        """Of the characters [begin, end) of a tokenized text."""
+        """Of the characters [begin, end) of a prompt's tokenized text."""
         first, last = tokens.of(begin, end)
-        start, stop = _stretch(places, first, last)
+        start, stop = _stretch(places, first, last, where=prompt.where)
         closing = next((n for n in range(last, len(tokens.ids)) if tokens.ids[n] in self._added_ids), None)
         if closing is not None and (
-            tokens.ids[closing] != self.end_of_turn or text[end : tokens.offsets[closing][0]].strip()
+            tokens.ids[closing] != self.end_of_turn or prompt.text[end : tokens.offsets[closing][0]].strip()
         ):
             closing = None
         return Answered(start, stop, None if closing is None else places[closing])
@@ -222,7 +226,7 @@ class ChatPrompt:
         found: dict[int, Answered] = {}
         end = 0
         for window in self._windows(standing, plain, len(prompt.text)):
-            start, stop = _stretch(places, window.first, window.last)
+            start, stop = _stretch(places, window.first, window.last, where=prompt.where)
             text, spans = _window_text(prompt, standing, window)
             inner = self._text_ids(text)
             source += [*range(end, start), *[start] * len(inner.ids)]
@@ -339,16 +343,16 @@ def _by_turn(prompt: Prompt, found: dict[int, Answered]) -> list[Answered]:
     return [Answered(parts[0].begin, parts[-1].end, parts[-1].end_of_turn) for parts in turns.values()]
 
 
-def _stretch(places: Sequence[int | None], first: int, last: int) -> tuple[int, int]:
+def _stretch(places: Sequence[int | None], first: int, last: int, *, where: str) -> tuple[int, int]:
     """Where the tokens [first, last) of a text are, once its pictures were expanded: [begin, end).
 
-    Raises   RecipeError  when they are not there, one after the other
+    Raises   DataError  naming ``where``, when they are not there, one after the other
     """
     begin = places[first] if first < last else None
     if begin is None or list(places[first:last]) != list(range(begin, begin + last - first)):
-        raise RecipeError(
-            "this model's processor changes the prompt's text: earlier answers and texts with markers have no place "
-            "in it"
+        raise DataError(
+            f"{where}: this model's processor changes the prompt's text: earlier answers and texts with markers have "
+            "no place in it"
         )
     return begin, begin + last - first
 

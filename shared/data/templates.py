@@ -14,6 +14,7 @@ A template that asks for the date is told the one that is given here.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ _ANOTHER_DAY = Date(2001, 2, 3)
 _DATE_STRING = "%d %b %Y"  # as Llama's templates take it
 _ANSWER = "teachonceanswer"
 _WORD = re.compile("teachonceword[a-j]{6}")
+_PARTS = re.compile(r"\{'type': '(?:text|image)'")  # a turn's list of parts, as Python writes it
 _Shape = tuple[tuple[str, tuple[bool, ...]], ...]
 
 
@@ -42,10 +44,11 @@ _Shape = tuple[tuple[str, tuple[bool, ...]], ...]
 class Layout:
     """``fixed[0]``, a text, ``fixed[1]``, ..., ``fixed[-1]``: the prompt up to where the last answer begins.
 
-    owners  of each text the number of its turn
-    begun   the end of ``fixed[-1]`` that the template writes into an answer, such as an empty thought
-    lead    blanks between the prompt and the answer, if any
-    tail    what follows an answer
+    owners      of each text the number of its turn
+    begun       the end of ``fixed[-1]`` that the template writes into an answer, such as an empty thought
+    lead        blanks between the prompt and the answer, if any
+    tail        what follows an answer
+    is_textual  whether turns without pictures are given as texts, and not as lists of one part
     """
 
     fixed: tuple[str, ...]
@@ -53,6 +56,7 @@ class Layout:
     begun: str
     lead: str
     tail: str
+    is_textual: bool
 
     def text(self, texts: Sequence[str]) -> str:
         return "".join(part for pair in zip(self.fixed, (*texts, ""), strict=True) for part in pair)
@@ -93,10 +97,12 @@ class Template:
         self._tags = re.compile(f"({'|'.join(map(re.escape, tags))})") if tags else None
         self._placeholders = placeholders
         self._shapes: dict[_Shape, Layout] = {}
-        self._is_textual = False  # texts as they are, not as lists of one part
         self.thinking = False if "enable_thinking" in source else None
+        self._is_textual = False  # turns without pictures are given as texts at once
         self.first = self._first_layout()
+        self._is_textual = self.first.is_textual
         self.date = self._day if self._prints_the_date() else None
+        self.writes_lists = self._writes_lists()
 
     def follow(self, turns: Sequence[Turn], *, where: str) -> tuple[Layout, list[str]]:
         """The layout of a conversation without its last answer, and the texts in it.
@@ -109,7 +115,7 @@ class Template:
         try:
             layout = self._layout(turns)
             texts = [part for turn in turns[:-1] for part in turn.parts if part is not None]
-            asked = self._render(turns[:-1], ask=True) + layout.begun
+            asked = self._render(turns[:-1], ask=True, is_textual=layout.is_textual) + layout.begun
             if layout.text(texts) == asked:
                 return layout, texts
             followed = self._pieces_kept(turns, layout)
@@ -135,18 +141,12 @@ class Template:
         return digest([*first.fixed, first.lead, first.tail])
 
     def _first_layout(self) -> Layout:
-        """Of one question about one picture; the template is taken to want lists of parts, or else plain texts."""
+        """Of one question about one picture."""
         single = question_answer("question", "answer", 1)
         try:
             found = self._written(single)
-            if "{'type': 'text'" in "".join(found.fixed) + found.tail:  # the list itself, as Python writes it
-                raise _UnusableError("writes the parts of a turn as a list")
         except _UnusableError as error:
-            self._is_textual = True
-            try:
-                found = self._written(single)
-            except _UnusableError:
-                raise RecipeError(f"chat template of {self.name}: it {error}") from error
+            raise RecipeError(f"chat template of {self.name}: it {error}") from error
         self._require_pictures(found, lambda: self._written(question_answer("question", "answer", 0)))
         self._shapes[_shape(single)] = found
         return found
@@ -186,10 +186,22 @@ class Template:
                 raise _UnusableError(f"writes {written // single} of {number} picture(s)")
 
     def _written(self, turns: Sequence[Turn]) -> Layout:
-        """What is written around the texts of a conversation of this shape."""
+        """What is written around the texts of a conversation of this shape.
+
+        The template is taken to want lists of parts, or else plain texts, for turns without pictures.
+        """
+        if not self._is_textual:
+            with contextlib.suppress(_UnusableError):
+                return self._written_of(turns, is_textual=False)
+        return self._written_of(turns, is_textual=True)
+
+    def _written_of(self, turns: Sequence[Turn], *, is_textual: bool) -> Layout:
         standing, words = _with_words(turns[:-1])
-        asked = self._render(standing, ask=True)
-        answered = self._render([*standing, Turn("assistant", (_ANSWER,))], ask=False)
+        asked = self._render(standing, ask=True, is_textual=is_textual)
+        answer = Turn("assistant", (_ANSWER,))
+        answered = self._render([*standing, answer], ask=False, is_textual=is_textual)
+        if _PARTS.search(asked + answered):
+            raise _UnusableError("writes the parts of a turn as a list")
         counts = Counter(_WORD.findall(asked))
         found = [counts[word] for _, word in words]
         if len(turns) == 2 and (found != [1] * len(found) or answered.count(_ANSWER) != 1):
@@ -213,14 +225,14 @@ class Template:
         # What is written ahead of each answer, such as an empty thought, is prompt and not label.
         begun = lead if lead.strip() else ""
         owners = tuple(owner for owner, _ in words)
-        return Layout((*fixed, asked[end:] + begun), owners, begun, "" if begun else lead, tail)
+        return Layout((*fixed, asked[end:] + begun), owners, begun, "" if begun else lead, tail, is_textual)
 
     def _pieces_kept(self, turns: Sequence[Turn], layout: Layout) -> tuple[Layout, list[str]] | None:
         """With words for the pieces between tags, as far as they stay; None where that cannot be said."""
         if self._tags is None:
             return None
         standing, pieces = _with_pieces(turns[:-1], self._tags)
-        asked = self._render(standing, ask=True) + layout.begun
+        asked = self._render(standing, ask=True, is_textual=layout.is_textual) + layout.begun
         written = [(one[0], one.start()) for one in _WORD.finditer(asked)]
         begins = dict(written)
         kept = [(piece, begins[piece.word]) for piece in pieces if piece.word in begins]
@@ -241,19 +253,35 @@ class Template:
         if "strftime_now" not in self._source and not (self._is_given and "date_string" in self._source):
             return False
 
-        def written(turns: Sequence[Turn], day: Date) -> str:
+        def written(turns: Sequence[Turn], day: Date, *, is_textual: bool) -> str:
             try:
-                return self._render(turns, ask=True, day=day)
+                return self._render(turns, ask=True, day=day, is_textual=is_textual)
             except _UnusableError as error:
                 return str(error)
 
         user = Turn("user", ("question",))
         return any(
-            written(turns, self._day) != written(turns, _ANOTHER_DAY)
+            written(turns, self._day, is_textual=form) != written(turns, _ANOTHER_DAY, is_textual=form)
             for turns in ([user], [Turn("system", ("Be brief.",)), user])
+            for form in {self._is_textual, True}
         )
 
-    def _render(self, turns: Sequence[Turn], *, ask: bool, day: Date | None = None) -> str:
+    def _writes_lists(self) -> bool:
+        """Whether it writes a list itself of turns that are given as lists, in conversations of some kind.
+
+        Once such prompts were taken.
+        """
+        if self._is_textual:
+            return False
+        system, said = Turn("system", ("Be brief.",)), Turn("assistant", ("answer",))
+        for user in (Turn("user", ("question",)), Turn("user", (None, "question"))):
+            for turns in ([user], [system, user], [user, said, user], [system, user, said, user]):
+                with contextlib.suppress(_UnusableError):
+                    if _PARTS.search(self._render(turns, ask=True, is_textual=False)):
+                        return True
+        return False
+
+    def _render(self, turns: Sequence[Turn], *, ask: bool, is_textual: bool, day: Date | None = None) -> str:
         day = day or self._day
         if self._system_prompt is not None and all(turn.role != "system" for turn in turns):
             turns = [Turn("system", (self._system_prompt,)), *turns]
@@ -262,7 +290,7 @@ class Template:
             options["date_string"] = day.strftime(_DATE_STRING)
         try:
             text = self._tokenizer.apply_chat_template(
-                [self._message(turn) for turn in turns],
+                [_message(turn, is_textual=is_textual) for turn in turns],
                 chat_template=_dated(self._source, day),
                 tokenize=False,
                 add_generation_prompt=ask,
@@ -273,12 +301,6 @@ class Template:
             reason = shortened(f"{type(error).__name__}: {error}")
             raise _UnusableError(f"refuses a conversation of {shortened(roles)}: {reason}") from error
         return str(text)
-
-    def _message(self, turn: Turn) -> dict[str, Any]:
-        parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts]
-        if self._is_textual and None not in turn.parts:
-            return {"role": turn.role, "content": "".join(part for part in turn.parts if part is not None)}
-        return {"role": turn.role, "content": parts}
 
 
 class _UnusableError(Exception):
@@ -306,6 +328,14 @@ def is_single(turns: Sequence[Turn]) -> bool:
 
 def _shape(turns: Sequence[Turn]) -> _Shape:
     return tuple((turn.role, tuple(part is None for part in turn.parts)) for turn in turns)
+
+
+def _message(turn: Turn, *, is_textual: bool) -> dict[str, Any]:
+    """As templates take it."""
+    if is_textual and None not in turn.parts:
+        return {"role": turn.role, "content": "".join(part for part in turn.parts if part is not None)}
+    parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts]
+    return {"role": turn.role, "content": parts}
 
 
 def _word(number: int) -> str:

@@ -197,13 +197,22 @@ class WithoutHead(nn.Module):
             self.model.set_output_embeddings(head)
 
 
-def require_wide_head(model: PreTrainedModel, num_token_ids: int, *, what: str) -> None:
-    """Raises RecipeError when the tokenizer has ids for which the model has no logit."""
+def num_logit_ids(
+    model: PreTrainedModel, num_token_ids: int, *, num_answer_ids: int | None = None, what: str
+) -> int:
+    """How many of the tokenizer's ids have a logit: all, but for pictures' placeholders behind the head's last id.
+
+    num_answer_ids  one more than the largest id that an answer may hold; None: ``num_token_ids``
+
+    Raises   RecipeError  when an answer may hold ids for which the model has no logit
+    """
     width = split(model)[1].weight_VD.shape[0]
-    if width < num_token_ids:
+    needed = num_token_ids if num_answer_ids is None else num_answer_ids
+    if width < needed:
         raise RecipeError(
-            f"{what}: its head is {width} wide, its tokenizer has {num_token_ids} ids. They do not belong together"
+            f"{what}: its head is {width} wide, its tokenizer has {needed} ids. They do not belong together"
         )
+    return min(width, num_token_ids)
 
 
 def last_hidden_states(body: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -31,7 +31,7 @@ from shared.models.vlm import (
     last_hidden_states,
     load_config,
     load_vlm,
-    require_wide_head,
+    num_logit_ids,
     split,
 )
 from shared.models.weights import weight_fingerprint
@@ -47,7 +47,7 @@ from stage1_teacher.capturing.stopwatch import Stopwatch
 class Teacher:
     """A frozen model on its device.
 
-    num_token_ids        ids the tokenizer knows; the head may be wider, and its padding ids carry no mass
+    num_token_ids        ids with a token and a logit; the head may be wider, and its padding ids carry no mass
     is_sharded           over all ranks, which must then call ``hidden`` the same number of times
     copy_group           ranks that share this copy (tensor or expert parallel), which must call all methods alike
     followers            those ranks, where the first of them asks the others; see ``led`` and ``follow``
@@ -193,12 +193,16 @@ class Teacher:
         return self.head.logits(hidden_nD)
 
 
-def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> Teacher:
+def load_teacher(
+    config: TeacherConfig, *, num_token_ids: int, world: World, num_answer_ids: int | None = None
+) -> Teacher:
     """The teacher with its weights on the device; called by all ranks.
 
     With ``config.shard`` each block is sharded over all ranks (FSDP2); embeddings, norms and head stay whole on
     every rank.  With ``config.tensor`` or ``config.expert`` so many ranks share each copy.  Of both the first rank
     alone reads the weights.
+
+    num_answer_ids  as ``num_logit_ids`` takes it
 
     Raises   RecipeError  when it cannot be opened, or split into body and head, or has fewer ids than the tokenizer,
                           or cannot be shared by so many ranks
@@ -223,13 +227,15 @@ def load_teacher(config: TeacherConfig, *, num_token_ids: int, world: World) -> 
         model.to_empty(device=world.device)
         model.tie_weights()  # which to_empty has undone
         fill(model, source, world)
-    require_wide_head(model, num_token_ids, what=f"teacher {config.model}")
+    num_ids = num_logit_ids(
+        model, num_token_ids, num_answer_ids=num_answer_ids, what=f"teacher {config.model}"
+    )
     body, head = split(model)
     return Teacher(
         model.requires_grad_(False).eval(),
         body,
         head,
-        num_token_ids,
+        num_ids,
         world.device,
         Stopwatch(world.device),
         is_sharded=is_sharded,

@@ -109,7 +109,12 @@ def audit(
             f"bound on the head's gradient over {min_positions:,} positions needs as many. Take more (--examples), "
             "or bound the error over fewer (--max-error-positions)"
         )
-    teacher = load_teacher(recipe.teacher, num_token_ids=processor.num_token_ids, world=world)
+    teacher = load_teacher(
+        recipe.teacher,
+        num_token_ids=processor.num_token_ids,
+        num_answer_ids=processor.num_answer_ids,
+        world=world,
+    )
     if world.is_main:
         require_teacher(reader, teacher, recipe.teacher.dtype)
     together, largest = hidden_states(encoded, processor, teacher, max_tokens=recipe.cache.batch_tokens)

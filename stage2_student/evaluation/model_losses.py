@@ -103,7 +103,12 @@ def _validated(
     if shuffle_pictures:
         found = with_other_pictures(found)
     microbatches = found.microbatches(processor, cache, num_ranks=world.size)
-    student = build_student(_plain(recipe, source), world, num_token_ids=processor.num_token_ids)
+    student = build_student(
+        _plain(recipe, source),
+        world,
+        num_token_ids=processor.num_token_ids,
+        num_answer_ids=processor.num_answer_ids,
+    )
     slots = pass_slots(
         found.work(student.tokens_per_pixel, packed=False),
         limits=limits_of(recipe.optimization),

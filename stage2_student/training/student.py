@@ -51,7 +51,7 @@ from shared.models.vlm import (
     last_hidden_states,
     load_config,
     load_vlm,
-    require_wide_head,
+    num_logit_ids,
     split,
 )
 from shared.recipes import LossConfig, ParallelConfig, Recipe, StudentConfig
@@ -109,7 +109,7 @@ def kl_tail(targets: Targets | None) -> str | None:
 class StudentWithLoss(nn.Module):
     """A vision-language model whose forward returns losses instead of logits.
 
-    num_token_ids     ids the tokenizer knows; the head may be wider, and the teacher has no mass beyond them
+    num_token_ids     ids with a token and a logit; the head may be wider, and the teacher has no mass beyond them
     tokens_per_pixel  what a pixel costs the tower, in tokens of the language model
     """
 
@@ -295,14 +295,20 @@ def counted_tokens(inputs: dict[str, Tensor], num_examples: int | None) -> Tenso
     return counted
 
 
-def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> StudentWithLoss:
+def build_student(
+    recipe: Recipe, world: World, *, num_token_ids: int, num_answer_ids: int | None = None
+) -> StudentWithLoss:
     """The student, sharded over all ranks, with its weights; the first rank alone reads them.
 
     No rank holds the whole model on its device: it is sharded while on the meta device, and each tensor then
     goes from the first rank's host memory to its shards.
+
+    num_answer_ids  as ``num_logit_ids`` takes it
     """
     skeleton = meta_model(recipe.student)
-    require_wide_head(skeleton, num_token_ids, what=f"student {recipe.student.model}")
+    num_ids = num_logit_ids(
+        skeleton, num_token_ids, num_answer_ids=num_answer_ids, what=f"student {recipe.student.model}"
+    )
     if recipe.optimization.packing:
         require_packing(skeleton)
     plan = plan_of_student(skeleton, recipe.parallel)
@@ -310,7 +316,7 @@ def build_student(recipe: Recipe, world: World, *, num_token_ids: int) -> Studen
     if recipe.student.activation_checkpointing:
         # The public switch has changed its name, and makes embeddings that nobody trains require gradients.
         skeleton._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
-    student = StudentWithLoss(skeleton, recipe.loss, num_token_ids=num_token_ids)
+    student = StudentWithLoss(skeleton, recipe.loss, num_token_ids=num_ids)
     if recipe.student.compile:
         compile_layers(skeleton, backend=recipe.student.compile_backend)
     shard(student, recipe.student, recipe.parallel, world, beside_adapters(plan, skeleton))

@@ -62,7 +62,12 @@ class Trainer:
         self.folder = folder
         self.world = world
         self.trackers = trackers
-        self.student = build_student(recipe, world, num_token_ids=inputs.processor.num_token_ids)
+        self.student = build_student(
+            recipe,
+            world,
+            num_token_ids=inputs.processor.num_token_ids,
+            num_answer_ids=inputs.processor.num_answer_ids,
+        )
         self.optimizer = make_optimizer(self.student, recipe.optimization)
         self.step = 0  # steps done
         self.num_updates = 0
