@@ -215,14 +215,14 @@ def grown_identity(base: Manifest | None, identity: Identity) -> Identity:
     return identity.model_copy(update={"data": (*before.values(), *anew)})
 
 
-def all_skips(contents: Contents, identity: Identity, listed: Sequence[SkippedRow]) -> Sequence[SkippedRow]:
+def all_skips(contents: Contents, identity: Identity, listed: Sequence[SkippedRow]) -> list[SkippedRow]:
     """Rows listed now, beside those of the old manifest unless this capture speaks for all the data again.
 
     A row that is listed again keeps its place; one that the cache holds by now does not stay.
     """
     base = contents.base
     if base is None or len(grown_identity(base, identity).data) == len(identity.data):
-        return listed
+        return list(listed)
     new = KeyIndex.from_shards([one.columns for one in contents.new])
     older = not_held(base.skipped, CacheIndex.of([*contents.base_index.parts, new]))
     return list({row.key or row: row for row in (*older, *listed)}.values())
