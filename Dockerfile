@@ -33,7 +33,7 @@ COPY teachonce ./teachonce
 RUN pip install --constraint constraints.txt ".[$EXTRAS]" && teacher-cache --version && train-student --version
 
 # Any other user will do as well (docker run --user): what has to be written lies under /work and HOME.
-RUN useradd --create-home --uid 1000 teachonce && mkdir --parents /work && chown teachonce /work
+RUN useradd --create-home --uid 1000 teachonce && mkdir --parents /work && chmod 1777 /home/teachonce /work
 ENV HOME=/home/teachonce
 USER teachonce
 WORKDIR /work

@@ -52,7 +52,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "error: $(PYTHON) cannot make environments. Install its venv module (Debian, Ubuntu: apt install" \
 	        "python3-venv), or name another Python: make setup PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
 
 teacher-cache: setup  ## stage one: run the frozen teacher once, write the cache
 	@$(BIN)/python -m shared.pipeline teacher-cache "$(RECIPE)" --nproc $(NPROC) $(ARGS)

@@ -163,6 +163,9 @@ def test_the_image_holds_no_secret_and_runs_as_no_root() -> None:
     assert user not in ("root", "0")
     text = (ROOT / "Dockerfile").read_text()
     assert "--shm-size" in text
+    (home,) = re.findall(r"^ENV HOME=(\S+)$", text, flags=re.MULTILINE)
+    workdir = [step.text for step in steps() if step.name == "WORKDIR"][-1]
+    assert f"chmod 1777 {home} {workdir}" in text, "docker run --user names any user, who writes there"
     assert not re.search(r"(?i)(token|secret|password|key)\s*=", text)
     sources = {word for step in steps() if step.name == "COPY" for word in step.text.split()[:-1]}
     assert all((ROOT / source).exists() and is_sent(source) for source in sources)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from stage2_runs import on_ranks
 
 from shared.errors import DataError, RecipeError, TrainingError
-from shared.runtime import World, distributed
+from shared.runtime import World, distributed, environment
 from shared.stopping import GO_ON, SIGNALS, command_to_go_on, stop_on_signals
 
 FORK = multiprocessing.get_context("fork")
@@ -219,3 +220,19 @@ def test_a_rank_that_dies_ends_those_that_wait_for_it(doomed: int) -> None:
     ended = on_ranks(2, work, errors=True)
     assert isinstance(ended[1 - doomed], TrainingError)
     assert "another process of this job has ended" in str(ended[1 - doomed])
+
+
+def test_the_commit_is_never_that_of_a_repository_around_an_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / ".venv/lib/shared/runtime.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    (tmp_path / "mine.yaml").touch()
+    as_me = ["-c", "user.name=me", "-c", "user.email=me@localhost"]
+    for words in (["init", "-q"], ["add", "mine.yaml"], [*as_me, "commit", "-qm", "mine"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr("shared.runtime.__file__", str(installed))
+    assert environment()["commit"] is None
+    subprocess.run(["git", "-C", str(tmp_path), "add", "-f", str(installed)], check=True)
+    assert str(environment()["commit"]).endswith("-dirty")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Makes an environment of itself; says nothing of what it is asked about itself but its age and its modules.
 PYTHON = """#!/bin/sh
 case "$1 $2" in
-    "-m venv") mkdir -p "$3/bin" && for name in python ruff mypy; do cp "$0" "$3/bin/$name"; done ;;
+    "-m venv") mkdir -p "$3/bin" && for name in python ruff mypy; do cp "$0" "$3/bin/$name"; done; [ ! -e no_pip ] ;;
     "-m pip") shift 2; echo "$@" >> pip.log; [ ! -e no_network ] ;;
     "-c import ensurepip"*) [ ! -e no_venv ] ;;
     "-c import sys"*) [ ! -e too_old ] ;;
@@ -97,6 +97,15 @@ def test_an_install_that_failed_is_tried_again(checkout: Checkout) -> None:
     (checkout.folder / "no_network").touch()
     assert checkout.make("setup").returncode == 2
     (checkout.folder / "no_network").unlink()
+    assert checkout.installed_by("setup") == [{"lora"}]
+
+
+def test_an_environment_that_was_not_made_whole_is_made_again(checkout: Checkout) -> None:
+    """``venv`` puts Python there first, and pip last."""
+    (checkout.folder / "no_pip").touch()
+    assert checkout.make("setup").returncode == 2
+    (checkout.folder / "no_pip").unlink()
+    assert not (checkout.folder / ".venv/bin/python").exists()
     assert checkout.installed_by("setup") == [{"lora"}]
 
 
