@@ -194,7 +194,7 @@ def test_targets_may_be_named_and_are_checked(tree: dict[str, Any]) -> None:
     with pytest.raises(
         RecipeError, match=r"'lm_head' is the head .* the loss reads the head's weight itself"
     ):
-        run_alone(make_recipe(tree, run__name="other"))
+        run_alone(make_recipe(tree, run__name="head"))
 
 
 def test_adapters_in_a_frozen_language_model_are_a_contradiction(tree: dict[str, Any]) -> None:
