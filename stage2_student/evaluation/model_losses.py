@@ -70,16 +70,16 @@ def losses_of(
     )
     if recipe.cache is not None and not shuffle_pictures:
         try:
-            found = validated(with_kl=True)
+            validation = validated(with_kl=True)
         except (CacheFormatError, CacheMismatchError, FileNotFoundError) as error:
             if world.is_main:
                 click.echo(f"note: {no_kl(error)}", err=True)
         else:
-            by_teacher = found.groups.to_json().get("by_teacher", {})
-            losses = found.losses
-            return ModelLosses(losses.ce, losses.kl, by_teacher, losses.soft_ce, found.groups.of_rows())
-    found = validated(with_kl=False)
-    return ModelLosses(found.losses.ce, by_row=found.groups.of_rows())
+            by_teacher = validation.groups.to_json().get("by_teacher", {})
+            losses = validation.losses
+            return ModelLosses(losses.ce, losses.kl, by_teacher, losses.soft_ce, validation.groups.of_rows())
+    validation = validated(with_kl=False)
+    return ModelLosses(validation.losses.ce, by_row=validation.groups.of_rows())
 
 
 def _validated(

@@ -157,8 +157,8 @@ class StudentWithLoss(nn.Module):
         temperature = KL_TEMPERATURE if is_measured else self._temperature
         own_tail = self.loss.tail or DEFAULT_TAIL
         tail = kl_tail(targets) or own_tail
-        inputs = self._loss_inputs(hidden_ND) | {"tail": tail}
-        each = ce_kd_by_position(labels_N=labels, targets=targets, temperature=temperature, **inputs)
+        head = self._loss_inputs(hidden_ND) | {"tail": tail}
+        each = ce_kd_by_position(labels_N=labels, targets=targets, temperature=temperature, **head)
         if (temperature, tail) == (self._temperature, own_tail):
             losses = each.sums(labels, kd_ratio=self.loss.kd_ratio)
         else:
