@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -10,14 +11,17 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from families import FAMILIES, make_family, of_families
+from families import FAMILIES, make_family, of_families, spoken
 from test_conversation_prompts import example_of, messages_of, said, user
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from shared.answering import Answered, Refused, answer, own_ends, sampled
 from shared.data.collation import Encoded
 from shared.data.conversations import Turn
 from shared.data.processing import open_processor
 from shared.data.processors import chat_template, load_processor
+from shared.data.prompts import ChatPrompt
 from shared.data.rows import Example
 from shared.errors import DataError
 from shared.models.vlm import in_dtype_of, last_hidden_states, load_vlm, split
@@ -154,6 +158,44 @@ def test_answers_about_pictures_are_found_though_their_turns_are_alike(
     labels = processor.tokenizer.decode(encoded.answer_ids, skip_special_tokens=True)
     assert "".join(labels.split()) == "".join(answers.split())
     assert encoded.num_positions == processor.count(example).num_positions
+
+
+BARE = (  # an answer right behind a token
+    "{% for m in messages %}{% for part in m.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}</s>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [spoken("USER", "ASSISTANT", "</s>", "<image>"), BARE])
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_blanks_that_a_tokenizer_writes_before_texts_are_the_same_on_both_paths(
+    folder_of: Callable[[str], Path], scheme: str, template: str
+) -> None:
+    """Such as ``first``, of Llama's tokenizers that are not legacy: before the whole text alone."""
+    content = json.loads((folder_of("llava") / "tokenizer.json").read_text())
+    content["normalizer"] = None
+    content["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "\u2581",
+        "prepend_scheme": scheme,
+        "split": False,
+    }
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), bos_token="<s>", eos_token="</s>"
+    )
+    prompts = ChatPrompt(tokenizer, template, placeholders=["<image>"])
+    assert ("blank before a text" in prompts.changed_rules()) == (scheme == "first")
+    turns = (user(None, "Which plane?"), said("axial"), user("Sure?"), said("yes"))
+    prompt = prompts.of(turns, where="a row")
+    text = prompt.layout.text(["teachoncequestion"] * len(prompt.texts))
+    plain = {"input_ids": prompts.plain_ids(prompt)}
+    tokens, answered = prompts.finished(prompt, plain)
+    words = replace(prompt, text=text, is_marked=True)
+    put_in, found = prompts.finished(words, {"input_ids": prompts.plain_ids(words)})
+    assert torch.equal(put_in["input_ids"], tokens["input_ids"])
+    assert found == answered
+    whole = tokenizer(prompt.text + prompt.layout.lead + "yes", add_special_tokens=prompts.add_special_tokens)
+    assert [*tokens["input_ids"].tolist(), *prompts.answer_ids(prompt, "yes")] == whole["input_ids"]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

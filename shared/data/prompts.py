@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import date as Date
 from typing import Any
@@ -83,6 +84,7 @@ class _Known:
 
     added: list[int]
     turn: str
+    begins: bool  # that text is the whole
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class ChatPrompt:
             )
         self._tokenizer = tokenizer
         self._bare = without_added_tokens(tokenizer)
+        self._bare_within = _within(self._bare)
         self.spelled = _unknown_id(tokenizer)
         self._added_ids = (
             set(tokenizer.added_tokens_decoder) - {self.spelled} - _written_as_text(tokenizer, self._bare)
@@ -146,6 +149,8 @@ class ChatPrompt:
         before, bos = self.template.first.fixed[0], self._tokenizer.bos_token
         if bos is not None and before.lstrip().startswith(bos) and not before.startswith(bos):
             changed["bos"] = "behind blanks"
+        if self._bare_within is not None:
+            changed["blank before a text"] = "at its beginning alone"
         if self.template.writes_lists:
             changed["turns without pictures"] = "texts where their list would be written"
         return changed
@@ -195,12 +200,13 @@ class ChatPrompt:
 
     def answer_ids(self, prompt: Prompt, answer: str) -> list[int]:
         """The last answer's token ids as they follow the prompt; markers in it are spelled out."""
-        turn = self._of_layout(prompt.layout).turn
-        before = self._text_ids(turn).ids
-        joined = self._text_ids(turn + prompt.layout.lead + answer).ids
+        known = self._of_layout(prompt.layout)
+        turn = known.turn
+        before = self._text_ids(turn, begins=known.begins).ids
+        joined = self._text_ids(turn + prompt.layout.lead + answer, begins=known.begins).ids
         if joined[: len(before)] == before:
             return joined[len(before) :]
-        return self._text_ids(prompt.layout.lead + answer).ids
+        return self._text_ids(prompt.layout.lead + answer, begins=known.begins).ids
 
     def _answered(
         self, tokens: _Tokens, begin: int, end: int, prompt: Prompt, places: Sequence[int | None]
@@ -228,7 +234,7 @@ class ChatPrompt:
         for window in self._windows(standing, plain, len(prompt.text)):
             start, stop = _stretch(places, window.first, window.last, where=prompt.where)
             text, spans = _window_text(prompt, standing, window)
-            inner = self._text_ids(text)
+            inner = self._text_ids(text, begins=window.begin == 0)
             source += [*range(end, start), *[start] * len(inner.ids)]
             ids += [*given[end:start], *inner.ids]
             base, end = len(ids) - len(inner.ids), stop
@@ -283,9 +289,10 @@ class ChatPrompt:
     def _added(self, ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i in self._added_ids]
 
-    def _text_ids(self, text: str) -> _Tokens:
-        """Without added tokens."""
-        encoded = self._bare.encode(text, add_special_tokens=False)
+    def _text_ids(self, text: str, *, begins: bool) -> _Tokens:
+        """Without added tokens, of a text's beginning or of what stands within one."""
+        bare = self._bare if begins or self._bare_within is None else self._bare_within
+        encoded = bare.encode(text, add_special_tokens=False)
         if self._added(encoded.ids):
             found = self._tokenizer.convert_ids_to_tokens(self._added(encoded.ids))
             raise DataError(
@@ -311,8 +318,8 @@ class ChatPrompt:
             text = layout.text(_words(layout))
             encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            turn = text[max((end for i, (_, end) in pairs if i in self._added_ids), default=0) :]
-            self._known[layout] = _Known(self._added(self._encode(text)), turn)
+            begin = max((end for i, (_, end) in pairs if i in self._added_ids), default=0)
+            self._known[layout] = _Known(self._added(self._encode(text)), text[begin:], begins=begin == 0)
         return self._known[layout]
 
 
@@ -366,6 +373,23 @@ def without_added_tokens(tokenizer: Any) -> Tokenizer:
     if backend.pre_tokenizer is not None:
         bare.pre_tokenizer = backend.pre_tokenizer
     return bare
+
+
+def _within(bare: Tokenizer) -> Tokenizer | None:
+    """For what stands within a text, where the pre-tokenizer writes a blank before its beginning alone; else None."""
+    if bare.pre_tokenizer is None:
+        return None
+    state = bare.pre_tokenizer.__getstate__()
+    changed = state.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"')
+    if changed == state:
+        return None
+    found = Tokenizer(bare.model)
+    if bare.normalizer is not None:
+        found.normalizer = bare.normalizer
+    pre_tokenizer = deepcopy(bare.pre_tokenizer)
+    pre_tokenizer.__setstate__(changed)
+    found.pre_tokenizer = pre_tokenizer
+    return found
 
 
 def _written_as_text(tokenizer: Any, bare: Tokenizer) -> set[int]:
