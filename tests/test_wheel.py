@@ -27,13 +27,18 @@ def packages() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that nothing is written into the checkout."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, so that nothing is written into the checkout."""
     source = tmp_path_factory.mktemp("source")
     for name in packages():
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheels")
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(source))
     (built,) = out.glob("teachonce-*.whl")
@@ -60,6 +65,20 @@ def test_it_holds_every_module_and_every_recipe(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_folder_of_the_user_hides_no_package_of_an_editable_install(source: Path, tmp_path: Path) -> None:
+    build = f"import setuptools.build_meta as build; build.build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (built,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(built).extractall(tmp_path / "installed")
+    (tmp_path / "mine/shared/data").mkdir(parents=True)
+    ask = f"import site; site.addsitedir({str(tmp_path / 'installed')!r})\nfrom shared import data; print(data.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", ask], cwd=tmp_path / "mine", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(source / "shared/data/__init__.py")
+
+
+@pytest.mark.slow
 def test_it_captures_where_there_is_no_checkout(
     wheel: Path, tmp_path: Path, vqa_folder: Path, teacher_folder: Path, student_folder: Path
 ) -> None:
@@ -68,8 +87,8 @@ def test_it_captures_where_there_is_no_checkout(
     python = environment / "bin" / "python"
     pip("--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
     (own,) = environment.glob("lib/python*/site-packages")
-    # The requirements, and of this environment nothing else: what is installed as editable works by hooks, which a
-    # folder that is merely on the path does not run.
+    # The requirements, and of this environment nothing else: what is installed as editable is found by a .pth file, and
+    # in a folder that is merely on the path nothing reads these.
     (own / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")
     tree = {
         "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
