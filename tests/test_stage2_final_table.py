@@ -95,6 +95,19 @@ def test_teacher_student_and_baseline_stand_side_by_side(recipes: dict[str, Reci
     assert not text.rstrip().endswith("within the noise")
 
 
+def test_losses_of_a_teacher_with_another_tokenizer_are_not_beside_the_student_s(
+    recipes: dict[str, Recipe],
+) -> None:
+    shuffled = {"ce": 1.9, "accuracy": interval(0.3)}
+    leave(recipes["phantom_teacher"], results(ce=0.55, kl=None, right=0.75, shuffled_pictures=shuffled))
+    other = load_recipe("phantom", overrides=["student.other_vocabulary=true"])
+    lines = final_table(other, results(ce=0.6, kl=None, right=0.75))
+    rows = {line[:29].strip(): line[29:].split() for line in lines}
+    assert rows["teacher"][:5] == ["500", "60", "s", "-", "-"]
+    assert rows["teacher, shuffled pictures"][:4] == ["-"] * 4
+    assert "  The teacher's losses are of other tokens than the student's, and not beside them." in lines
+
+
 def test_without_other_runs_there_is_the_student_alone(recipes: dict[str, Recipe]) -> None:
     lines = final_table(recipes["phantom"], results(ce=0.6, kl=0.08, right=0.75))
     assert [line[:25].strip() for line in lines[1:-1]] == [

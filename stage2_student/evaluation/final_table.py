@@ -9,7 +9,7 @@ stand side by side only where they are over the same examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -131,10 +131,11 @@ def _teacher_of(recipe: Recipe) -> Recipe | None:
 
 
 def _rows(run: Finished, teacher: Finished | None, baseline: Finished | None) -> Iterator[Row]:
-    if teacher is not None:
-        row = teacher.row("teacher")
-        yield Row(row.label, row.steps, row.training_s, row.ce, 0.0, row.right)
-    yield from _shuffled(teacher, "teacher")
+    for row in (*([] if teacher is None else [teacher.row("teacher")]), *_shuffled(teacher, "teacher")):
+        if run.recipe.student.other_vocabulary:
+            yield replace(row, ce=None, kl=None)  # of the teacher's own tokens
+        else:
+            yield row if row.steps is None else replace(row, kl=0.0)
     before = run.results["before"]
     if before is not None:
         yield Row(f"{_who(run.recipe)} before training", 0, None, before["ce_loss"], before.get("kl"))
@@ -162,6 +163,8 @@ def _label(recipe: Recipe) -> str:
 
 def _meaning(run: Finished, teacher: Finished | None, baseline: Finished | None) -> Iterator[str]:
     """The comparison in words, for who does not read tables; there is none of two students that are not alike."""
+    if teacher is not None and run.recipe.student.other_vocabulary:
+        yield "The teacher's losses are of other tokens than the student's, and not beside them."
     compared = {"its teacher": teacher}
     if baseline is not None:
         others = differing_settings(run.recipe, baseline.recipe)
