@@ -71,7 +71,7 @@ def test_a_folder_of_the_user_hides_no_package_of_an_editable_install(source: Pa
     (built,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(built).extractall(tmp_path / "installed")
     (tmp_path / "mine/shared/data").mkdir(parents=True)
-    ask = f"import site; site.addsitedir({str(tmp_path / 'installed')!r})\nfrom shared import data; print(data.__file__)"
+    ask = f"import site; site.addsitedir({str(tmp_path / 'installed')!r}); import shared.data as d; print(d.__file__)"
     done = subprocess.run(
         [sys.executable, "-S", "-c", ask], cwd=tmp_path / "mine", capture_output=True, text=True, check=True
     )
@@ -87,8 +87,8 @@ def test_it_captures_where_there_is_no_checkout(
     python = environment / "bin" / "python"
     pip("--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
     (own,) = environment.glob("lib/python*/site-packages")
-    # The requirements, and of this environment nothing else: what is installed as editable is found by a .pth file, and
-    # in a folder that is merely on the path nothing reads these.
+    # The requirements, and of this environment nothing else: what is installed as editable is found by a .pth file,
+    # and nothing reads these in a folder that is merely on the path.
     (own / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")
     tree = {
         "data": {"source": str(vqa_folder), "max_answer_tokens": 64},
