@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     from shared.recipes import Recipe, TeacherConfig
+    from shared.recipes.sections import PhantomConfig
 
 AUTO: Literal["auto"] = "auto"
 Nproc = int | Literal["auto"]  # processes on this machine, as ``num_processes`` counts them
@@ -264,6 +266,11 @@ def make_inputs(recipe: str, plan: Recipe, overrides: Sequence[str]) -> int:
     if phantom is not None and not Path(plan.data.source).exists():
         sizes = [f"--{name}={value}" for name, value in phantom.model_dump().items()]
         status = command("shared.phantom", plan.data.source, *sizes)
+    elif phantom is not None and is_another_drawing(plan.data.source, phantom):
+        note_once(
+            f"recipe {recipe}: {plan.data.source} is there and is used as it is; it was drawn otherwise than "
+            "bootstrap.phantom says. To draw that, remove the folder, or name another one as data.source"
+        )
     named = {plan.student.model, plan.teacher.model if plan.teacher else None}
     made = (
         [] if small_models is None else [model.path for model in small_models.models if model.path in named]
@@ -271,6 +278,15 @@ def make_inputs(recipe: str, plan: Recipe, overrides: Sequence[str]) -> int:
     if not status and any(not Path(path).exists() for path in made):
         status = command("shared.small_models", recipe, *_as_options(overrides))
     return status
+
+
+def is_another_drawing(source: str, phantom: PhantomConfig) -> bool:
+    """Whether a drawn set that is there is not the one that the recipe would draw."""
+    from shared.phantom.dataset import SPLITS, is_drawn_otherwise  # which loads what takes a moment
+
+    asked = phantom.model_dump()
+    pictures = {split: asked.pop(split) for split in SPLITS}
+    return is_drawn_otherwise(source, pictures=pictures, **asked)
 
 
 def make_teacher(plan: Recipe, overrides: Sequence[str], *, nproc: Nproc) -> int:
@@ -351,6 +367,12 @@ def num_processes(nproc: Nproc) -> int:
     from torch.cuda import device_count  # which loads what takes seconds
 
     return device_count() or 1
+
+
+@cache
+def note_once(text: str) -> None:
+    """What several steps would say."""
+    click.echo(f"note: {text}", err=True)
 
 
 def announce(what: str, line: str) -> None:

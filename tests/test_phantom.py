@@ -25,6 +25,8 @@ from shared.phantom.anatomy import Picture, draw_case
 from shared.phantom.dataset import split_pictures, write_dataset
 from shared.phantom.draw import draw
 from shared.phantom.questions import ask
+from shared.pipeline import make_inputs
+from shared.recipes import load_recipe
 
 SMALL = {"train": 7, "validation": 3, "test": 2}
 SPLITS = ("train", "validation", "test")
@@ -187,6 +189,25 @@ def test_another_process_draws_at_the_same_time(
         with pytest.raises(OSError, match="not empty"):
             write_dataset(out, pictures=sizes, seed=0, size=64)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_make_notes_a_set_that_is_another_than_the_recipe_s(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"train": 2, "validation": 1, "test": 1}
+    write_dataset(tmp_path / "drawn", pictures=sizes, seed=3, size=64, mistaken=0.2)
+    (tmp_path / "own").mkdir()
+    asked = ["bootstrap.phantom={train: 2, validation: 1, test: 1, seed: 3, size: 64}"]
+    asked += ["bootstrap.small_models=null"]
+    for source, more, is_noted in [
+        ("drawn", "bootstrap.phantom.mistaken=0.2", False),
+        ("drawn", "bootstrap.phantom.train=3", True),
+        ("own", "bootstrap.phantom.train=3", False),
+    ]:
+        recipe = load_recipe("phantom", overrides=[*asked, f"data.source={tmp_path / source}", more])
+        for _ in range(2):
+            assert make_inputs("phantom", recipe, asked) == 0
+        assert capsys.readouterr().err.count("drawn otherwise than bootstrap.phantom says") == is_noted
 
 
 def test_foreign_files_are_not_overwritten(tmp_path: Path) -> None:

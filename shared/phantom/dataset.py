@@ -109,6 +109,14 @@ def write_dataset(
     return True
 
 
+def is_drawn_otherwise(
+    out: str | Path, *, pictures: Mapping[str, int], seed: int, size: int, mistaken: float
+) -> bool:
+    """Whether the folder holds a drawn set, and another one than these arguments give."""
+    said = _said_in(Path(out))
+    return said is not None and not _holds(Path(out), Drawing(dict(pictures), seed, size, mistaken))
+
+
 def file_name(split: str) -> str:
     return f"{split}-00000-of-00001.parquet"
 
@@ -157,11 +165,15 @@ def _write_split(path: Path, split: str, drawing: Drawing) -> None:
 
 def _holds(out: Path, drawing: Drawing) -> bool:
     """Whether the folder says of itself that it was drawn with these arguments."""
+    return _said_in(out) == [drawing.identity(split) for split in SPLITS]
+
+
+def _said_in(out: Path) -> list[object] | None:
+    """What the files of a drawn set say of themselves; None of any other folder."""
     try:
-        found = [json.loads(pq.read_schema(out / file_name(split)).metadata[b"phantom"]) for split in SPLITS]
+        return [json.loads(pq.read_schema(out / file_name(split)).metadata[b"phantom"]) for split in SPLITS]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RecursionError):
-        return False
-    return found == [drawing.identity(split) for split in SPLITS]
+        return None
 
 
 def _check(pictures: Mapping[str, int], seed: int, size: int, mistaken: float) -> None:
