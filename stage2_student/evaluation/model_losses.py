@@ -70,16 +70,16 @@ def losses_of(
     )
     if recipe.cache is not None and not shuffle_pictures:
         try:
-            found = validated(with_kl=True)
+            measured = validated(with_kl=True)
         except (CacheFormatError, CacheMismatchError, FileNotFoundError) as error:
             if world.is_main:
                 click.echo(f"note: {no_kl(error)}", err=True)
         else:
-            by_teacher = found.groups.to_json().get("by_teacher", {})
-            losses = found.losses
-            return ModelLosses(losses.ce, losses.kl, by_teacher, losses.soft_ce, found.groups.of_rows())
-    found = validated(with_kl=False)
-    return ModelLosses(found.losses.ce, by_row=found.groups.of_rows())
+            by_teacher = measured.groups.to_json().get("by_teacher", {})
+            losses = measured.losses
+            return ModelLosses(losses.ce, losses.kl, by_teacher, losses.soft_ce, measured.groups.of_rows())
+    measured = validated(with_kl=False)
+    return ModelLosses(measured.losses.ce, by_row=measured.groups.of_rows())
 
 
 def _validated(

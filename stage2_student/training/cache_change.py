@@ -77,7 +77,7 @@ def require_same_teachers(folder: RunFolder, before: str | None, now: Sequence[s
 
     Raises   CheckpointError  when it is none of these
     """
-    if before not in (None, *now):
+    if before is not None and before not in now:
         raise CheckpointError(
             f"run {folder.path}: rows would have the targets of other teachers than before ({before[:12]} before, "
             f"{' or '.join(one[:12] for one in now)} now). Name the caches in the order that they had, new ones "
