@@ -344,9 +344,11 @@ def command(module: str, *arguments: str) -> int:
     To stop it, Ctrl-C's signal is sent, and once: in it that is an exception, which removes its scratch files.
     """
     announce(WHAT[module], f"python -m {module} {' '.join(arguments)}")
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], process_group=0)
-    told = False
-    with stop_on_signals(before_death=process.kill) as stop:
+    told, at_death = False, contextlib.ExitStack()
+    with stop_on_signals(before_death=at_death.close) as stop:
+        # Within: where Ctrl-C is ignored (nohup, a script's &), a process that begins outside ignores it as well.
+        process = subprocess.Popen([sys.executable, "-m", module, *arguments], process_group=0)
+        at_death.callback(process.kill)
         while process.poll() is None:
             if stop.received and not told:
                 process.send_signal(signal.SIGINT)

@@ -158,11 +158,21 @@ def test_ctrl_c_during_a_capture_keeps_what_is_captured(recipe: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_step_of_the_bootstrap_leaves_nothing_half_made(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "begin"),
+    [
+        (signal.SIGINT, []),
+        (signal.SIGTERM, []),
+        # As in the background of a script, where Ctrl-C is ignored.
+        (signal.SIGTERM, ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]),
+    ],
+)
+def test_a_step_of_the_bootstrap_leaves_nothing_half_made(
+    tmp_path: Path, number: signal.Signals, begin: list[str]
+) -> None:
     settings = ["--set", "bootstrap.phantom={train: 100000, validation: 4, test: 1, size: 64, seed: 0}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "shared.pipeline", "train-student", "phantom", *settings],
+        [*begin, sys.executable, "-m", "shared.pipeline", "train-student", "phantom", *settings],
         cwd=tmp_path,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
