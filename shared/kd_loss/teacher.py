@@ -305,7 +305,9 @@ def bucket_kd(teacher: TeacherRows, logq_E: Tensor, log_rest_N: Tensor, divergen
     slope_sum_N = sum_rows(slopes_E, row_E, num_positions) + rest_slopes_N
     factor_N = torch.ones_like(rest_q_N) if teacher.factor_N is None else teacher.factor_N
     return KdRows(
-        value_N=(sum_rows(terms_E, row_E, num_positions) + rest_terms_N) * factor_N,
+        value_N=torch.where(
+            factor_N != 0, (sum_rows(terms_E, row_E, num_positions) + rest_terms_N) * factor_N, 0
+        ),
         scale_N=(rest_slopes_N - rest_q_N * slope_sum_N) * factor_N,
         entry_E=(slopes_E - q_E * slope_sum_N[row_E]) * factor_N[row_E],
         student_rest_N=rest_q_N,

@@ -253,7 +253,7 @@ def _bucket_kernel(  # type: ignore[no-untyped-def]
         block_ratio = tl.max(tl.where(mask & (q == block_top), slope / q, -float("inf")), 0)
         ratio = tl.where(block_top > top_q, block_ratio, ratio)
         top_q = tl.maximum(top_q, block_top)
-    tl.store(kd_ptr + row, value * factor * temperature * temperature)
+    tl.store(kd_ptr + row, _weighted(factor, value) * temperature * temperature)
 
     if WITH_GRAD:
         is_rest_top = rest_q == top_q
