@@ -194,6 +194,24 @@ def test_buckets_of_excluded_ids(divergence: Divergence, softcap: float | None) 
 
 
 @pytest.mark.parametrize("divergence", BUCKETS[:4], ids=lambda one: one.kind)
+def test_buckets_of_masses_that_underflow(divergence: Divergence) -> None:
+    case = tail_case(torch.float32, temperature=1.0, teacher="unsure", small="kept")
+    case.targets.logprobs[1::2] = -120
+    logits, labels, num_ids = case.logits.to(DEVICE), case.labels.to(DEVICE), case.logits.shape[1]
+    settings = LossSettings(0.5, 1.0, num_ids, divergence=divergence)
+    found = []
+    for dtype, work in ((torch.float32, triton_kernel.chunk_loss_), (torch.float64, chunk.chunk_loss_torch_)):
+        teacher = sparse_teacher(
+            case.targets.to(DEVICE), temperature=1.0, divergence=divergence, tail="ghost",
+            num_vocab_ids=num_ids, dtype=dtype,
+        )  # fmt: skip
+        grads = logits.to(dtype, copy=True)
+        _, kd = work(grads, labels, None, teacher, 0, settings, with_grad=True)
+        found.append((kd.double(), grads.double()))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", BUCKETS[:4], ids=lambda one: one.kind)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_buckets_do_not_hide_nan(temperature: float, divergence: Divergence) -> None:
     """In all of a row, in the entries alone, and in all other ids."""

@@ -294,6 +294,31 @@ def test_zero_in_expectation_for_equal_distributions(policy: Policy, temperature
     assert standard_error < 0.05 * temperature**2
 
 
+@pytest.mark.parametrize("each", [False, True], ids=["one ratio", "a ratio each"])
+def test_an_infinite_loss_that_has_no_part_adds_nothing(each: bool) -> None:
+    """CE of a label that the head excludes, KD of a teacher's token; where both count, the loss is infinite."""
+    problem = Problem(1, 5, TopK(k=2))
+    kept = problem.targets.ids.tolist()
+    other = next(number for number in range(5) if number not in kept)
+    problem.labels[0] = other
+
+    def sums(kd_ratio: float, excluded: int, **options: object) -> LossSums:
+        bias = torch.zeros(5, dtype=torch.float64)
+        bias[excluded] = -torch.inf
+        return problem.fused(kd_ratio=torch.tensor([kd_ratio]) if each else kd_ratio, bias_V=bias, **options)
+
+    ce_alone, kd_alone, both = sums(0.0, kept[0]), sums(1.0, other), sums(0.5, other)
+    assert (ce_alone.loss, bool(ce_alone.kd.isinf())) == (ce_alone.ce, True)
+    assert (kd_alone.loss, bool(kd_alone.ce.isinf())) == (kd_alone.kd, True)
+    assert both.loss.isinf()
+    drawn = sums(1.0, other, label_logprobs_N=torch.zeros(1))
+    assert drawn.loss == kd_alone.loss
+    no_kd = sums(0.5, kept[0], kd_factors_N=torch.zeros(1))
+    assert no_kd.loss == 0.5 * no_kd.ce
+    for found in (ce_alone, kd_alone, drawn, no_kd):
+        assert torch.autograd.grad(found.loss, problem.hidden)[0].isfinite().all()
+
+
 def test_gradient_of_kl_is_that_of_soft_cross_entropy() -> None:
     problem = Problem(6, 17, TopK(k=17))
     grad_kl = torch.autograd.grad(problem.fused(kd_ratio=1.0).loss, problem.hidden)[0]

@@ -84,6 +84,12 @@ def one_entry(mass: float) -> SparseTargets:
     return tail_case_of([0], [mass])
 
 
+def another_of(logprob: float) -> SparseTargets:
+    targets = tail_case_of([0, 1], [0.9, 1.0])
+    targets.logprobs[1] = logprob
+    return targets
+
+
 def tail_case_of(ids: list[int], masses: list[float]) -> SparseTargets:
     return SparseTargets(
         offsets=torch.tensor([0, len(ids)]),
@@ -117,6 +123,22 @@ def test_an_excluded_rest(kind: str) -> None:
     assert bool(grad.isfinite().all())
     assert bool((grad[0, 2:] == 0).all())
     assert bool(loss.detach().isinf()) == (kind == "forward_kl")
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"])
+def test_masses_of_the_teacher_that_underflow(kind: str) -> None:
+    """Their logs do not: loss and gradient in fp32 are those of fp64, and finite where fp64 has no such mass."""
+    logits, ids, targets = torch.tensor([[1.0, 2.0, 0.5, 0.0]]), torch.tensor([0]), another_of(-120.0)
+
+    def value_and_grad(dtype: torch.dtype, targets: SparseTargets) -> tuple[Tensor, Tensor]:
+        leaf = logits.to(dtype).requires_grad_()
+        loss = KDLoss(divergence=Divergence(kind), chunk_size=1)(leaf, targets, ids)
+        return loss.detach().double(), torch.autograd.grad(loss, leaf)[0].double()
+
+    got, want = value_and_grad(torch.float32, targets), value_and_grad(torch.float64, targets)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    value, grad = value_and_grad(torch.float64, another_of(-2000.0))
+    assert bool(value.isfinite() & grad.isfinite().all())
 
 
 def test_what_is_left_of_a_sure_teacher() -> None:

@@ -129,8 +129,9 @@ def teacher_logits() -> Tensor:
         (TopK(k=V), 2e-3),
         (Threshold(tau=1 / 64), 0.5),
         (Random(draws=400), 0.5),
+        (Random(draws=1), 3.0),  # which says nothing of an entropy
     ],
-    ids=["whole", "whole by top_k", "threshold", "random"],
+    ids=["whole", "whole by top_k", "threshold", "random", "one draw"],
 )
 def test_the_teachers_entropy_comes_from_what_was_kept(
     policy: Policy, close: float, temperature: float, captured: tuple[float, ...]
@@ -147,6 +148,20 @@ def test_the_teachers_entropy_comes_from_what_was_kept(
         )  # of a row exact, whatever was drawn
     none = position_entropies(targets.slice(0, 0), np.zeros((0, len(captured))), ())
     assert none.shape == (0, len(captured))
+
+
+@pytest.mark.parametrize("policy", [Threshold(tau=1 / 4), Random(draws=4)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_position_that_is_kept_whole_has_its_own_entropy(policy: Policy, temperature: float) -> None:
+    """By chance, too: at several temperatures a kept token's probability is known, however it was drawn."""
+    logits = torch.full((N, V), -torch.inf)
+    logits[:, :3] = torch.tensor([0.0, -1.5, -2.0])
+    targets = targets_of(logits, policy, (1.0, 2.0))
+    is_whole = targets.counts == 3
+    assert 0 < is_whole.sum() < N
+    exact = torch.distributions.Categorical(logits=logits[0, :3] / temperature).entropy()
+    found = targets.entropy[is_whole, targets.temperatures.index(temperature)]
+    torch.testing.assert_close(found, exact.expand_as(found), atol=2e-3, rtol=0)
 
 
 def test_the_kd_of_a_position_is_its_kl() -> None:

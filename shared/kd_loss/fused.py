@@ -386,7 +386,9 @@ def _values_and_grads(
             work.settings,
             with_grad=any(needs),
             row_width=buffer_CW.shape[1],
-            label_logprobs_C=None if logprobs_N is None else logprobs_N[chunk],
+            label_logprobs_C=None
+            if logprobs_N is None or not work.settings.reverse_kl
+            else logprobs_N[chunk],
             kd_ratios_C=None if kd_ratios_N is None else kd_ratios_N[chunk],
         )
         if logprobs_N is not None:
@@ -419,10 +421,11 @@ def _sums(
     ce, kd, entropy, *rest = wide_XN.sum(-1)
     reverse = rest[0] if rest else torch.zeros_like(ce)
     if kd_ratios_N is None:
-        loss = (1 - settings.kd_ratio) * ce + settings.kd_ratio * kd
+        loss = _times(1 - settings.kd_ratio, ce) + _times(settings.kd_ratio, kd)
     else:
-        loss = ((1 - kd_ratios_N) * wide_XN[0] + kd_ratios_N * wide_XN[1]).sum()
-    loss = loss + settings.reverse_kl * reverse
+        of_ce_N = torch.where(kd_ratios_N != 1, (1 - kd_ratios_N) * wide_XN[0], 0)
+        loss = (of_ce_N + torch.where(kd_ratios_N != 0, kd_ratios_N * wide_XN[1], 0)).sum()
+    loss = loss + _times(settings.reverse_kl, reverse)
     dtype, num_drawn = values_XN.dtype, torch.zeros_like(count)
     if logprobs_N is not None:
         counts_N = ~logprobs_N.isnan() if weights_N is None else ~logprobs_N.isnan() & (weights_N != 0)
@@ -430,3 +433,8 @@ def _sums(
     return LossSums(
         loss.to(dtype), ce.to(dtype), kd.to(dtype), entropy.to(dtype), count, reverse.to(dtype), num_drawn
     )
+
+
+def _times(factor: float, value: Tensor) -> Tensor:
+    """What has no part in the loss adds nothing to it, though it be infinite: 0 * inf is 0."""
+    return factor * value if factor else torch.zeros_like(value)

@@ -44,6 +44,7 @@ class TeacherRows:
              total_N (N,) all mass; constant_N (N,) sum of p log p; entropy_N (N,)
              spread_N (N,) what every valid id gets besides, or None; rest_N (N,) the bucket's mass, or None
              factor_N (N,) of the divergence with a bucket, or None for one; of a linear teacher it is in its masses
+             log_mass_E (E,) with a bucket, also of masses that underflow
     """
 
     row_E: Tensor
@@ -55,6 +56,7 @@ class TeacherRows:
     spread_N: Tensor | None = None
     rest_N: Tensor | None = None
     factor_N: Tensor | None = None
+    log_mass_E: Tensor | None = None
 
     def weighed(self, factor_N: Tensor) -> TeacherRows:
         """The same, its divergence and its entropy times a factor of each position, 0 or above."""
@@ -94,6 +96,7 @@ class SparseTeacher:
             spread_N=None if rows.spread_N is None else rows.spread_N[start:stop],
             rest_N=None if rows.rest_N is None else rows.rest_N[start:stop],
             factor_N=None if rows.factor_N is None else rows.factor_N[start:stop],
+            log_mass_E=None if rows.log_mass_E is None else rows.log_mass_E[first:last],
         )
 
 
@@ -224,6 +227,8 @@ def _teacher_alone(
         missing_N = (1 - sum_rows(wide_E, row_E, targets.num_positions)).to(dtype)
         num_rest_ids_N = num_vocab_ids - targets.offsets.diff()
         rows = _with_tail(kept, missing_N, num_rest_ids_N, tail=tail)
+        if rows.rest_N is not None:
+            rows = replace(rows, log_mass_E=targets.log_masses(temperature, torch.float64).to(dtype))
         return SparseTeacher(rows, targets.offsets)
     if divergence.kind != "forward_kl":
         raise RecipeError(
@@ -285,8 +290,9 @@ def bucket_kd(teacher: TeacherRows, logq_E: Tensor, log_rest_N: Tensor, divergen
     Shapes   logq_E (E,) the student's log-probabilities of the entries; log_rest_N (N,) of all other ids
     """
     assert teacher.rest_N is not None
+    assert teacher.log_mass_E is not None
     row_E, num_positions = teacher.row_E, len(log_rest_N)
-    terms_E, slopes_E = divergence.terms(teacher.mass_E.log(), logq_E)
+    terms_E, slopes_E = divergence.terms(teacher.log_mass_E, logq_E)
     rest_terms_N, rest_slopes_N = divergence.terms(teacher.rest_N.log(), log_rest_N)
     q_E, rest_q_N = logq_E.exp(), log_rest_N.exp()
     top_N = torch.maximum(row_maximum(q_E, row_E, num_positions), rest_q_N)
@@ -299,7 +305,9 @@ def bucket_kd(teacher: TeacherRows, logq_E: Tensor, log_rest_N: Tensor, divergen
     slope_sum_N = sum_rows(slopes_E, row_E, num_positions) + rest_slopes_N
     factor_N = torch.ones_like(rest_q_N) if teacher.factor_N is None else teacher.factor_N
     return KdRows(
-        value_N=(sum_rows(terms_E, row_E, num_positions) + rest_terms_N) * factor_N,
+        value_N=torch.where(
+            factor_N != 0, (sum_rows(terms_E, row_E, num_positions) + rest_terms_N) * factor_N, 0
+        ),
         scale_N=(rest_slopes_N - rest_q_N * slope_sum_N) * factor_N,
         entry_E=(slopes_E - q_E * slope_sum_N[row_E]) * factor_N[row_E],
         student_rest_N=rest_q_N,

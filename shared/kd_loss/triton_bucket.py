@@ -55,7 +55,7 @@ def bucket_loss_(
         unused if kd_ratios_C is None else kd_ratios_C,
         teacher.offsets,
         rows.ids_E,
-        rows.mass_E,
+        rows.log_mass_E,
         torch.empty_like(rows.mass_E),
         rows.rest_N,
         unused if rows.factor_N is None else rows.factor_N,
@@ -122,7 +122,7 @@ def _bucket_kernel(  # type: ignore[no-untyped-def]
     kd_ratios_ptr,
     offsets_ptr,
     ids_ptr,
-    mass_ptr,
+    log_mass_ptr,
     entry_logits_ptr,
     rest_ptr,
     factor_ptr,
@@ -243,7 +243,7 @@ def _bucket_kernel(  # type: ignore[no-untyped-def]
     value, top_q, ratio = rest_term, rest_q, tl.where(rest_q > 0, rest_slope / rest_q, -float("inf"))
     for start in range(first_entry, last_entry, ENTRY_BLOCK):
         mask, log_p, _, gap = _entries(
-            start, last_entry, mass_ptr, entry_logits_ptr, largest, softcap, HAS_SOFTCAP, ENTRY_BLOCK
+            start, last_entry, log_mass_ptr, entry_logits_ptr, largest, softcap, HAS_SOFTCAP, ENTRY_BLOCK
         )
         log_q = gap / temperature - soft_log_sum
         term, slope = _terms(log_p, log_q, beta, KIND)
@@ -253,7 +253,7 @@ def _bucket_kernel(  # type: ignore[no-untyped-def]
         block_ratio = tl.max(tl.where(mask & (q == block_top), slope / q, -float("inf")), 0)
         ratio = tl.where(block_top > top_q, block_ratio, ratio)
         top_q = tl.maximum(top_q, block_top)
-    tl.store(kd_ptr + row, value * factor * temperature * temperature)
+    tl.store(kd_ptr + row, _weighted(factor, value) * temperature * temperature)
 
     if WITH_GRAD:
         is_rest_top = rest_q == top_q
@@ -261,7 +261,7 @@ def _bucket_kernel(  # type: ignore[no-untyped-def]
         slope_sum = rest_slope
         for start in range(first_entry, last_entry, ENTRY_BLOCK):
             mask, log_p, _, gap = _entries(
-                start, last_entry, mass_ptr, entry_logits_ptr, largest, softcap, HAS_SOFTCAP, ENTRY_BLOCK
+                start, last_entry, log_mass_ptr, entry_logits_ptr, largest, softcap, HAS_SOFTCAP, ENTRY_BLOCK
             )
             log_q = gap / temperature - soft_log_sum
             slope = _slope(log_p, log_q, top_q, ratio, beta, KIND)
@@ -284,7 +284,7 @@ def _bucket_kernel(  # type: ignore[no-untyped-def]
         tl.debug_barrier()  # entries come last
         for start in range(first_entry, last_entry, ENTRY_BLOCK):
             mask, log_p, raw, gap = _entries(
-                start, last_entry, mass_ptr, entry_logits_ptr, largest, softcap, HAS_SOFTCAP, ENTRY_BLOCK
+                start, last_entry, log_mass_ptr, entry_logits_ptr, largest, softcap, HAS_SOFTCAP, ENTRY_BLOCK
             )
             ids = tl.load(ids_ptr + start + tl.arange(0, ENTRY_BLOCK), mask=mask, other=0)
             log_q = gap / temperature - soft_log_sum
@@ -297,13 +297,13 @@ def _bucket_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _entries(  # type: ignore[no-untyped-def]
-    start, last_entry, mass_ptr, entry_logits_ptr, largest, softcap,
+    start, last_entry, log_mass_ptr, entry_logits_ptr, largest, softcap,
     HAS_SOFTCAP: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Which of a block are there, the log of the teacher's masses, logits, and these capped, less the largest."""
     entries = start + tl.arange(0, ENTRY_BLOCK)
     mask = entries < last_entry
-    log_p = tl.log(tl.load(mass_ptr + entries, mask=mask, other=1.0))
+    log_p = tl.load(log_mass_ptr + entries, mask=mask, other=0.0)
     raw = tl.load(entry_logits_ptr + entries, mask=mask, other=0.0)
     return mask, log_p, raw, capped(raw, softcap, HAS_SOFTCAP) - largest
 

@@ -40,18 +40,20 @@ def entropies(
 ) -> Floats:
     """(N,) nats, whose sums over rows are ``sums_R``."""
     log_E = targets.logprobs.double()
-    if not is_share(targets):
+    if is_share(targets):
+        mass_E = targets.weights(temperature, torch.float64).numpy()
+    else:
         normalizers_E = targets.log_normalizers.double()[targets.position_index]
         log_E = tempered_logprobs(log_E, normalizers_E, targets.temperatures)[
             targets.temperatures.index(temperature)
         ]
-    weights_E = targets.weights(temperature).double().numpy()
+        mass_E = log_E.exp().numpy()  # not the weight: its mean alone is the probability, which is known
 
     def per_position(values_E: Floats) -> Floats:
         return np.bincount(targets.position_index.numpy(), values_E, targets.num_positions).astype(np.float64)
 
-    left_N = np.clip(1 - per_position(weights_E * is_exact(targets)), 0, None)
-    return shared_out(per_position(-weights_E * log_E.numpy()), left_N, sums_R, row_N)
+    left_N = np.clip(1 - per_position(mass_E * is_exact(targets)), 0, None)
+    return shared_out(per_position(-mass_E * log_E.numpy()), left_N, sums_R, row_N)
 
 
 def is_share(targets: SparseTargets) -> bool:
@@ -71,10 +73,12 @@ def shared_out(known_N: Floats, open_N: Floats, sums_R: Floats, row_N: npt.NDArr
     """Values whose sums over rows are ``sums_R``: what is known, and the rest in proportion to what is open.
 
     Where a row has nothing open, or more is known than there is, as draws and rounding may have it, all its
-    values are scaled.
+    values are scaled.  Where nothing is known either, as draws of one token each have it, they are all the same.
     """
     num_rows = len(sums_R)
     known_R = np.bincount(row_N, known_N, num_rows)
+    says_nothing_R = (known_R <= 0) & (np.bincount(row_N, open_N, num_rows) <= SMALL)
+    open_N = np.where(says_nothing_R[row_N], 1.0, open_N)
     open_R = np.bincount(row_N, open_N, num_rows)
     rest_R = sums_R - known_R
     is_shared_R = (open_R > SMALL) & (rest_R >= 0)

@@ -81,12 +81,17 @@ class SparseTargets(Ragged):
                 return share
             return share * random_log_ratio(self._tempered(dtype), self._place(temperature)).exp()
         if not isinstance(self.policy, Threshold):
-            return self._tempered(dtype)[self._place(temperature)].exp()
+            return self.log_masses(temperature, dtype).exp()
         if self.temperatures == (1.0,):
             return self.logprobs.to(dtype).exp()
         logprobs_TE = self._tempered(dtype)
         log_kept = threshold_log_inclusion(logprobs_TE, self.policy)
         return (logprobs_TE[self._place(temperature)] - log_kept).exp()
+
+    def log_masses(self, temperature: float, dtype: torch.dtype) -> Tensor:
+        """Logs (E,) of the weights of a deterministic policy, also of those that underflow."""
+        assert not self.policy.is_sampled
+        return self._tempered(dtype)[self._place(temperature)]
 
     def _place(self, temperature: float) -> int:
         return self.temperatures.index(temperature)
