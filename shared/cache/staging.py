@@ -100,7 +100,7 @@ class Staging:
                     raise CacheFormatError(
                         f"{where}: what arrived ({received} bytes, sha256 {digest.hexdigest()[:12]}) is not "
                         f"what the manifest says ({num_bytes}, {sha256[:12]}). Try again; if it stays so, "
-                        "capture the shard again."
+                        f"delete {source.url}/{name} and run teacher-cache again."
                     )
                 with self._locked(".lock"):  # whoever counts meanwhile would find neither name
                     os.replace(temporary, path)
