@@ -368,6 +368,20 @@ def test_the_least_recently_used_makes_room(memory: str, staging: Path) -> None:
     assert shards[1].sha256 not in left
 
 
+def test_shards_make_room_before_lists_and_indices(memory: str, staging: Path) -> None:
+    """Which are mapped once for a whole epoch, and needed by each process that starts."""
+    manifest = CacheReader(memory).manifest
+    largest = max(shard.bytes for shard in manifest.shards)
+    bound = sum(file.bytes for file in manifest.files) + 2 * largest
+    reader = CacheReader(memory, staging=Staging(staging, max_bytes=bound))
+    for number in (0, 7, 12, 18):
+        time.sleep(0.01)
+        assert reader.rows([make_key(number)])[0].key == make_key(number)
+    left = {path.stem for path in staging.glob("*.arrow")}
+    assert left >= {file.sha256 for file in manifest.files}
+    assert manifest.shards[0].sha256 not in left
+
+
 def test_a_mapped_shard_outlives_its_file(memory: str, staging: Path) -> None:
     reader = CacheReader(memory)
     before = reader.rows(KEYS)
