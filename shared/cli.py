@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from shared.errors import TeachonceError, TrainingError, is_out_of_memory, shortened
+from shared.errors import RecipeError, TeachonceError, TrainingError, is_out_of_memory, shortened
 from shared.library_output import LibraryOutput, quiet_libraries
 from shared.stopping import leave_status, stopped_while_starting
 from shared.threads import set_threads
@@ -27,9 +27,14 @@ if TYPE_CHECKING:
 
 
 class HomePath(click.Path):
-    """A path in which ``~`` is the home folder; shells do not see it in ``--out=~/page.html``."""
+    """A path in which ``~`` is the home folder; shells do not see it in ``--out=~/page.html``.
+
+    Raises   RecipeError  for a URL, which would become a local folder of that name
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in os.fspath(value):
+            raise RecipeError(f"{value}: a local path is needed. Name one, and copy it there afterwards")
         return super().convert(os.path.expanduser(value), param, ctx)
 
 

@@ -18,9 +18,12 @@ import pytest
 import yaml
 from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_key, make_row
 from click.testing import CliRunner
+from fsspec.implementations.local import LocalFileSystem
+from s3fs import S3FileSystem
 
 from shared.cache import CacheReader, CacheWriter, Staging
 from shared.cache import verified as verified_module
+from shared.cache.claimant import claimant_files, facts_of
 from shared.cache.export import export
 from shared.cache.merge import merge
 from shared.cache.staging import Staging as StagingFolder
@@ -169,7 +172,7 @@ class VendorError(Exception):
     """Of a library of cloud storage: no OSError, nor anything else one could know."""
 
 
-@pytest.mark.parametrize("method", ["glob", "size", "cat_file", "pipe_file", "makedirs", "rm_file", "open"])
+@pytest.mark.parametrize("method", ["glob", "size", "cat_file", "pipe_file", "rm_file", "open"])
 @pytest.mark.parametrize("error", [VendorError("SlowDown"), OSError(5, "Input/output error"), TimeoutError()])
 def test_a_storage_that_fails_is_one_error(
     memory: str, method: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -206,6 +209,55 @@ def test_a_read_that_ends_early_is_no_damage(memory: str, monkeypatch: pytest.Mo
         assert writer.is_finished(plan.units[0])
 
 
+def test_a_file_that_another_process_writes_meanwhile_is_read_as_it_is_now(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As claimants do all the time: a listing remembers sizes, and a size and the content are two requests."""
+    folder, elsewhere = open_folder(s3), S3FileSystem(skip_instance_cache=True)
+    name = "claims/host.1.aa.json"
+    folder.publish(name, b'{"beat": 9}')
+    assert claimant_files(folder) == [name]
+    elsewhere.pipe_file(f"{s3}/{name}", b'{"beat": 10}')
+    assert facts_of(folder, name) == {"beat": 10}
+    assert isinstance(folder, RemoteFolder)
+    filesystem = folder.connect()[0]
+    size, contents = filesystem.size, [b'{"beat": 100}', b'{"beat": 1000}']
+
+    def size_then_another(path: str) -> int:
+        found = size(path)
+        if contents:
+            elsewhere.pipe_file(path, contents.pop(0))
+        return found
+
+    monkeypatch.setattr(filesystem, "size", size_then_another)
+    assert facts_of(folder, name) == {"beat": 1000}
+
+
+def test_a_bucket_that_is_missing_is_not_made(s3: str) -> None:
+    filesystem = fsspec.filesystem("s3")
+    before = filesystem.ls("", refresh=True)
+    folder = open_folder(s3.replace("bucket", "buckett"))
+    for write in (folder.publish, folder.create):
+        with pytest.raises(CacheFormatError, match=r"buckett.*, shards/a: cannot be written .*bucket"):
+            write("shards/a", b"data")
+    assert filesystem.ls("", refresh=True) == before
+
+
+def test_folders_of_a_storage_that_has_some_are_made(
+    tmp_path: Path, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"local://{tmp_path}/deep/cache"
+
+    def fail(*_: object, **__: object) -> None:
+        raise VendorError("SlowDown")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalFileSystem, "makedirs", fail)
+        with pytest.raises(CacheFormatError, match=r"does not answer as it should .VendorError"):
+            capture(url, range(5))
+    assert capture(url, range(5)).totals.examples == 5
+
+
 def read_in_worker(sent: bytes) -> int:
     return sum(len(ids) for ids in pickle.loads(sent).read(KEYS)[0])
 
@@ -230,7 +282,7 @@ def test_a_flipped_bit_on_s3_is_found_on_arrival(s3: str, staging: Path) -> None
     filesystem.pipe_file(path, bytes(data))
     reader = CacheReader(s3)
     reader.read(KEYS[:5])
-    with pytest.raises(CacheFormatError, match="is not what the manifest says"):
+    with pytest.raises(CacheFormatError, match=rf"is not what the manifest says .* delete {path} and run"):
         reader.read(KEYS)
     assert len(list(staging.glob("*.arrow"))) == 3
     assert not list(staging.glob("*.part"))
@@ -314,6 +366,20 @@ def test_the_least_recently_used_makes_room(memory: str, staging: Path) -> None:
     assert shards[0].sha256 in left
     assert shards[3].sha256 in left
     assert shards[1].sha256 not in left
+
+
+def test_shards_make_room_before_lists_and_indices(memory: str, staging: Path) -> None:
+    """Which are mapped once for a whole epoch, and needed by each process that starts."""
+    manifest = CacheReader(memory).manifest
+    largest = max(shard.bytes for shard in manifest.shards)
+    bound = sum(file.bytes for file in manifest.files) + 2 * largest
+    reader = CacheReader(memory, staging=Staging(staging, max_bytes=bound))
+    for number in (0, 7, 12, 18):
+        time.sleep(0.01)
+        assert reader.rows([make_key(number)])[0].key == make_key(number)
+    left = {path.stem for path in staging.glob("*.arrow")}
+    assert left >= {file.sha256 for file in manifest.files}
+    assert manifest.shards[0].sha256 not in left
 
 
 def test_a_mapped_shard_outlives_its_file(memory: str, staging: Path) -> None:

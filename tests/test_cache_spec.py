@@ -135,11 +135,23 @@ def read_shard(folder: Path, manifest: dict[str, Any], entry: dict[str, Any]) ->
     return rows
 
 
+def key_of(*items: bytes) -> bytes:
+    data = b"".join(len(item).to_bytes(8, "little") + item for item in items)
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def compact(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
 # ------------------------------------------------------------------------------------------------------------
 
 from cache_examples import capture, make_example, make_identity, make_key  # noqa: E402
 
 from shared.cache import TargetsIdentity  # noqa: E402
+from shared.data.conversations import Turn  # noqa: E402
+from shared.data.processing import ExampleProcessor  # noqa: E402
+from shared.data.rows import Example  # noqa: E402
 from shared.recipes.policies import Random, Threshold, TopK, TopP  # noqa: E402
 from shared.sparse import SparseTargets  # noqa: E402
 
@@ -196,3 +208,24 @@ def test_a_reader_made_from_the_text_reads_segments(tmp_path: Path) -> None:
     for number in (0, 127, 128, 199):
         shard, place, _ = index[make_key(number)]
         assert read_shard(tmp_path, manifest, entries[shard])[place]["key"] == make_key(number)
+
+
+@pytest.mark.parametrize(
+    ("ids", "is_whole"), [(None, True), (None, False), ((5, 6), True), ((5, 6), False), ((), False)]
+)
+def test_keys_computed_from_the_text(
+    processor: ExampleProcessor, ids: tuple[int, ...] | None, is_whole: bool
+) -> None:
+    written = [] if ids is None and is_whole else [b"teachonce written answer 1", compact([ids, is_whole])]
+    answer = "Größe" if ids is None else ""
+    tokens = processor.prompt_fingerprint.encode()
+    single = Example.single(b"picture", "Was?", "Größe", answer_ids=ids, answer_end=is_whole)
+    assert processor.key(single) == key_of(*written, b"picture", tokens, b"Was?", answer.encode())
+    asked, told = ("user", (None, "Was?", None)), ("assistant", ("Größe",))
+    turns = tuple(Turn(role, parts) for role, parts in (asked, told, ("user", ("Und?",)), told))
+    several = Example((b"one", b"two"), turns, answer_ids=ids, answer_end=is_whole)
+    listed = [[turn.role, list(turn.parts)] for turn in turns]
+    listed[-1][1] = [answer] if ids is None else []
+    assert processor.key(several) == key_of(
+        *written, b"teachonce conversation 1", tokens, b"all", compact(listed), b"one", b"two"
+    )

@@ -34,7 +34,7 @@ from shared.cache.export import export
 from shared.cache.format import sha256_hex
 from shared.cache.inspect import inspect
 from shared.cache.layout import list_name
-from shared.cache.manifest import Manifest
+from shared.cache.manifest import Manifest, content_hash
 from shared.cache.merge import merge
 from shared.cache.segments import FileInfo
 from shared.cache.shard_list import ShardList
@@ -44,6 +44,8 @@ from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes.policies import Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets
 from stage1_teacher.__main__ import commands
+from stage1_teacher.inspection.plots import plot_cache
+from stage1_teacher.inspection.report import write_cache_report
 
 
 def capture_changed(path: Path, change: Callable[[Row], Row], numbers: Sequence[int] = range(9)) -> None:
@@ -139,12 +141,15 @@ def test_every_fault_is_listed_not_only_the_first(tmp_path: Path) -> None:
     (tmp_path / "shards" / "0123456789abcdef-00.arrow").write_bytes(b"?")
     (tmp_path / "notes.txt").write_text("?")
     (tmp_path / manifest.segments[0].index.name).write_bytes(b"?")
-    faults = verify(str(tmp_path)).faults
-    assert len(faults) == 6
+    found = verify(str(tmp_path))
+    faults = found.faults
+    assert len(faults) == 4
     for number, name in enumerate((flipped.name, cut.name, gone.name)):
         assert any(f"shard {number:05d}" in fault and name in fault for fault in faults)
-    for name in ("notes.txt", "0123456789abcdef-00.arrow", manifest.segments[0].index.name):
-        assert any(name in fault for fault in faults)
+    assert any(manifest.segments[0].index.name in fault for fault in faults)
+    assert len(found.notes) == 2
+    for name in ("notes.txt", "0123456789abcdef-00.arrow"):  # a reader ignores what nothing names
+        assert any(f"{name} is not in the manifest" in note for note in found.notes)
 
 
 def rewrite_manifest(path: Path, **changes) -> None:
@@ -198,6 +203,23 @@ def test_an_unfinished_growth_is_no_fault(tmp_path: Path) -> None:
     assert verification.faults == ()
     assert len(verification.notes) == 1
     assert "a capture goes on" in verification.notes[0]
+
+
+def test_a_capture_that_commits_meanwhile_leaves_nothing_to_note(tmp_path: Path) -> None:
+    capture(tmp_path, range(10))
+    found = verify(str(tmp_path), on_shard=lambda _: capture(tmp_path, range(20)))
+    assert (found.faults, found.notes, found.num_shards) == ((), (), 2)
+
+
+@pytest.mark.parametrize("changed", ["index", "list", "totals"])
+def test_sizes_that_disagree_are_found(tmp_path: Path, changed: str) -> None:
+    capture(tmp_path, range(10))
+    tree = json.loads((tmp_path / "manifest.json").read_text())
+    (tree["totals"] if changed == "totals" else tree["segments"][0][changed])["bytes"] += 4
+    (tmp_path / "manifest.json").write_text(json.dumps(tree | {"sha256": content_hash(tree)}))
+    faults = verify(str(tmp_path)).faults
+    assert faults
+    assert any(("in its totals" if changed == "totals" else "bytes found") in fault for fault in faults)
 
 
 def test_without_a_manifest_there_is_nothing_to_verify(tmp_path: Path) -> None:
@@ -388,8 +410,35 @@ def test_a_summary_of_a_sample_and_of_nothing(tmp_path: Path) -> None:
     assert summary["bytes_per_position"] is None
 
 
+def without_positions(row: Row) -> Row:
+    targets = make_example(4)[1].slice(0, 0)
+    answer = row.answer_ids[:0]
+    empty = {"answer_ids": answer, "num_entries": 0, "ce_sum": 0.0, "entropy_sums": np.zeros(1)}
+    return replace(row, payload=codec.encode(targets), **empty)
+
+
+def test_rows_without_positions_are_no_part_of_a_summary(tmp_path: Path) -> None:
+    capture_changed(tmp_path / "some", without_positions)
+    sample = inspect(CacheReader(str(tmp_path / "some")))["sample"]
+    rows = [make_row(number) for number in range(9) if number != 4]
+    positions = sum(row.num_positions for row in rows)
+    assert (sample["rows"], sample["positions"]) == (8, positions)
+    assert sample["cross_entropy"] == pytest.approx(sum(row.ce_sum for row in rows) / positions)
+    assert sample["payload_bytes_per_position"] == pytest.approx(
+        sum(len(row.payload) for row in rows) / positions
+    )
+    assert sample["entropy"]["1.0"] == pytest.approx(sum(row.entropy_sums[0] for row in rows) / positions)
+    capture_changed(tmp_path / "none", without_positions, [4])
+    reader = CacheReader(str(tmp_path / "none"))
+    assert inspect(reader)["sample"] is None
+    with pytest.raises(CacheFormatError, match="has no positions, there is nothing to report"):
+        write_cache_report(reader, None, tmp_path / "report.html")
+    with pytest.raises(CacheFormatError, match="has no positions, there is nothing to draw"):
+        plot_cache(reader, tmp_path / "plots")
+
+
 def test_pictures_of_a_cache(tmp_path: Path) -> None:
-    capture(tmp_path / "cache", range(20))
+    capture_changed(tmp_path / "cache", without_positions, range(20))
     arguments = ["inspect", str(tmp_path / "cache"), "--plots", str(tmp_path / "plots")]
     result = CliRunner().invoke(commands, arguments, catch_exceptions=False)
     assert result.exit_code == 0

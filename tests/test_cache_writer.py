@@ -122,6 +122,16 @@ def capture_but(
         return writer.commit(plan)
 
 
+@pytest.mark.parametrize("places", [(2,), (0, 3)])
+def test_a_lost_list_of_shards_without_rows_is_made_again(tmp_path: Path, places: tuple[int, ...]) -> None:
+    manifest = capture_but(tmp_path, range(8), {2 * place + one for place in places for one in (0, 1)})
+    assert [place for place, shard in enumerate(manifest.shards) if not shard.examples] == list(places)
+    before = files_of(tmp_path)
+    (tmp_path / manifest.segments[0].list.name).unlink()
+    open_writer(tmp_path).close()
+    assert files_of(tmp_path) == before
+
+
 def test_a_lost_shard_without_rows_leaves_no_unit_that_nobody_can_finish(tmp_path: Path) -> None:
     manifest = capture_but(tmp_path, range(6), {2, 3})
     before = files_of(tmp_path)

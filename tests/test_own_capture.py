@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from cache_examples import files_of
 from stage2_runs import make_recipe
 
 from shared.cache import CacheReader
+from shared.cache import unit as unit_module
+from shared.cache.verify import verify
 from shared.capture.loop import Capture, capture, capture_examples, text_inputs
 from shared.data.collation import Encoded
 from shared.data.processing import ExampleProcessor, open_processor
-from shared.errors import CacheFormatError, CacheMismatchError, DataError
+from shared.errors import CacheFormatError, CacheMismatchError, DataError, RecipeError
 from shared.models.vlm import last_hidden_states, load_vlm
 from shared.models.weights import weight_fingerprint
 from shared.recipes import Recipe
@@ -213,6 +216,48 @@ def test_examples_left_out_are_counted_over_all_sessions(tmp_path: Path, process
     with pytest.raises(DataError, match=r"examples.3.: torn. That makes 2 left out, 1 allowed"):
         some(2, max_dropped=1)
     some(2, max_dropped=2)
+
+
+@pytest.mark.parametrize(
+    ("logit", "told"),
+    [(-torch.inf, "no probability"), (torch.finfo(torch.float32).min, "no probability"), (-1e30, None)],
+)
+def test_a_label_that_the_teacher_masks(
+    tmp_path: Path, processor: ExampleProcessor, logit: float, told: str | None
+) -> None:
+    """An infinite cross-entropy is refused at once; one that a shard can hold is kept, its log-prob in fp16 cut."""
+    examples, logits = [Text(0), Text(1)], torch.randn(6, processor.num_token_ids)
+    logits[4:, [2, 3]] = logit  # two of the three labels of the second
+    with contextlib.ExitStack() as stack:
+        if told is not None:
+            stack.enter_context(pytest.raises(DataError, match=rf"example {examples[1].key.hex()}: .*{told}"))
+        cache = stack.enter_context(texts(tmp_path, processor, examples, label_log_prob=True))
+        for batch in cache.batches(8):
+            cache.add(batch, logits)
+    if told is None:
+        assert verify(str(tmp_path / "texts")).faults == ()
+
+
+def test_a_label_outside_the_vocabulary_is_refused(tmp_path: Path, processor: ExampleProcessor) -> None:
+    size = processor.num_token_ids
+    with (
+        pytest.raises(
+            DataError, match=rf"{Text(size).key.hex()}: answer token {size} found, 0 to {size - 1}"
+        ),
+        texts(tmp_path, processor, [Text(size)]) as cache,
+    ):
+        cache.add(next(cache.batches(1)), torch.randn(3, size + 5))
+
+
+def test_a_shard_that_would_be_too_large_is_refused_at_once(
+    tmp_path: Path, processor: ExampleProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when all of it is computed."""
+    examples, logits = [Text(number) for number in range(4)], torch.randn(3, processor.num_token_ids)
+    monkeypatch.setattr(unit_module, "MAX_PAYLOAD_BYTES", 10)
+    told = r"the entries of 1 examples take \d+ bytes, a shard was to hold 4 .* Set cache\.examples_per_shard lower"
+    with pytest.raises(RecipeError, match=told), texts(tmp_path, processor, examples) as cache:
+        cache.add(next(cache.batches(1)), logits)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, processor: ExampleProcessor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from documents import ROOT
@@ -11,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import RecipeError
+from shared.phantom.__main__ import main as phantom_command
 from shared.recipes import Recipe, dump_recipe, load_recipe, recipe_text, yaml12
 from shared.recipes.files import recipe_names, validate_tree
 from shared.recipes.policies import Threshold
@@ -309,6 +311,42 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
     text = recipe_text(load_recipe("~/over.yaml", overrides=settings))
     assert "~" not in text
     assert text.count(str(tmp_path)) == len(settings) + 1
+
+
+MODEL_AT_A_URL = "{path: 's3://b/m', hidden_size: 32, num_layers: 1, vision_hidden_size: 32, vision_depth: 1}"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["run.root=s3://b/runs", "write.path=s3://b/a", f"bootstrap.small_models.models={MODEL_AT_A_URL}"],
+)
+def test_a_url_is_no_folder_to_write(setting: str) -> None:
+    """It would become a local folder ``s3:``."""
+    with pytest.raises(RecipeError, match=r"'s3://b/\w+' is a URL, a local folder is needed"):
+        load_recipe("phantom", overrides=[setting])
+
+
+@pytest.mark.parametrize(
+    ("commands", "arguments"),
+    [
+        (teacher_commands, ["write", "phantom", "--out"]),
+        (teacher_commands, ["inspect", "cache", "--plots"]),
+        (teacher_commands, ["report", "cache"]),
+        (student_commands, ["evaluate", "run", "--out"]),
+        (student_commands, ["export", "run", "--out"]),
+        (student_commands, ["write", "run", "--out"]),
+        (student_commands, ["compare", "run", "--json"]),
+        (phantom_command, []),
+    ],
+)
+def test_a_url_is_no_place_for_what_a_command_writes(
+    commands: click.Command, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(commands, [*arguments, "s3://bucket/out"])
+    assert isinstance(result.exception, RecipeError)
+    assert str(result.exception).startswith("s3://bucket/out: a local path is needed")
+    assert not list(tmp_path.iterdir())
 
 
 # --- the resolved recipe, and the reference --------------------------------------------------------------

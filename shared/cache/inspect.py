@@ -24,7 +24,7 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 def inspect(reader: CacheReader, *, sampled_rows: int = SAMPLED_ROWS) -> dict[str, Any]:
     """A summary in plain JSON types; lengths in positions, entropies in nats a position, sizes in bytes.
 
-    ``sample`` is None for an empty cache.
+    ``sample`` is None for a cache without positions.
     """
     manifest = reader.manifest
     totals = manifest.totals
@@ -40,7 +40,7 @@ def inspect(reader: CacheReader, *, sampled_rows: int = SAMPLED_ROWS) -> dict[st
         "entries_per_position": totals.entries / totals.positions if totals.positions else None,
         "positions_per_example": _quantiles(reader.index.num_positions),
         "skipped": _counted([row.reason for row in manifest.skipped]),
-        "sample": _summary(sample_rows(reader, sampled_rows)) if len(reader) else None,
+        "sample": _summary(sample_rows(reader, sampled_rows)) if totals.positions else None,
     }
 
 
@@ -68,12 +68,17 @@ class Sample:
 
 
 def sample_rows(reader: CacheReader, size: int = SAMPLED_ROWS) -> Sample:
-    """At most about ``size`` rows of at most 32 shards, spread evenly; of a cache that is not empty."""
-    numbers = _spread(len(reader.manifest.shards), SAMPLED_SHARDS)
+    """At most about ``size`` rows of at most 32 shards, spread evenly; of a cache that has positions.
+
+    Rows without a position have no means over positions, and are passed over.
+    """
+    filled = np.flatnonzero(reader.manifest.shards.column("positions"))
+    numbers = filled[_spread(len(filled), SAMPLED_SHARDS)]
     rows = []
-    for number in numbers:
+    for number in numbers.tolist():
         view = reader.shard(number)
-        rows += [view.row(row) for row in _spread(len(view), -(-size // len(numbers)))]
+        those = np.flatnonzero(view.num_positions)
+        rows += [view.row(row) for row in those[_spread(len(those), -(-size // len(numbers)))].tolist()]
     targets = reader.targets(rows)
     kept_mass_N = {}
     for temperature in reader.temperatures:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import combinations, islice, permutations
 
 import pyarrow as pa
 
@@ -14,13 +15,14 @@ from shared.cache.layout import MANIFEST_NAME, sha256_in, shard_names
 from shared.cache.manifest import Manifest
 from shared.cache.segments import FileInfo, Segment, open_segment_list
 from shared.cache.shard import open_shard
-from shared.cache.shard_list import ShardList
+from shared.cache.shard_list import ShardInfo, ShardList
 from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
 
 REMEDY = (
     f"Delete {MANIFEST_NAME} and run teacher-cache again: it keeps the whole shards that its new plan has."
 )
+MAX_TRIES = 4096  # of places of shards without rows
 Read = Callable[[FileInfo], pa.Buffer]
 
 
@@ -52,13 +54,15 @@ def mend_tables(folder: Folder, manifest: Manifest, read: Read) -> list[str]:
     for segment in lost:
         strays = [name for name in shard_names(folder) if name not in known]
         assert segment.list is not None
-        shards = _in_order_of_index(folder, segment, strays, read)
-        _publish(folder, segment.list, shards.encode())
+        filled, empty = _in_order_of_index(folder, segment, strays, read)
+        _publish(folder, segment.list, _list_like(segment, filled, empty))
     return faults
 
 
-def _in_order_of_index(folder: Folder, segment: Segment, names: list[str], read: Read) -> ShardList:
-    """Those of the shards that the segment's index holds, as far as they are whole."""
+def _in_order_of_index(
+    folder: Folder, segment: Segment, names: list[str], read: Read
+) -> tuple[list[ShardInfo], list[ShardInfo]]:
+    """Those of the shards that the segment's index holds, as far as they are whole; and those without rows."""
     assert segment.list is not None
     where = f"{folder.where}, {segment.index.name}"
     try:
@@ -67,14 +71,35 @@ def _in_order_of_index(folder: Folder, segment: Segment, names: list[str], read:
         raise CacheFormatError(
             f"{where}: is missing or damaged, and so is {segment.list.name}, the list of its shards. {REMEDY}"
         ) from error
-    found = []
+    found, empty = [], []
     for name in names:
         with suppress(CacheFormatError):  # if it was one of the list, the list comes out otherwise
             shard = _whole(folder, name)
             row = index.find_array(shard.columns[0][:1])
-            if len(row) and row[0] >= 0:
+            if not len(row):
+                empty.append(shard.info)
+            elif row[0] >= 0:
                 found.append((int(index.places[row[0]]), shard.info))
-    return ShardList.of(info for _, info in sorted(found, key=lambda pair: pair[0]))
+    return [info for _, info in sorted(found, key=lambda pair: pair[0])], empty
+
+
+def _list_like(segment: Segment, filled: Sequence[ShardInfo], empty: Sequence[ShardInfo]) -> pa.Buffer:
+    """The segment's list of these shards, those without rows where its hash says: no index knows their places.
+
+    They are tried at the end first, where a repeated capture puts them.  Another list where none has the hash.
+    """
+    assert segment.list is not None
+    num_empty = max(0, segment.shards - len(filled))
+    places = combinations(reversed(range(segment.shards)), num_empty)
+    tries = ((at, some) for at in places for some in permutations(empty, num_empty))
+    for at, some in islice(tries, MAX_TRIES):
+        infos = iter(filled)
+        by_place = dict(zip(at, some, strict=True))
+        order = (by_place[place] if place in by_place else next(infos) for place in range(segment.shards))
+        data = ShardList.of(order).encode()
+        if sha256_hex(data) == segment.list.sha256:
+            return data
+    return ShardList.of(filled).encode()
 
 
 def _whole(folder: Folder, name: str, place: int | None = None) -> NewShard:

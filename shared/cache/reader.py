@@ -348,6 +348,9 @@ class CacheReader:
                     f"{where}: {name} is missing. Run teacher-cache again: only what is missing is made again."
                 ) from error
         assert isinstance(self._folder, RemoteFolder)
+        tables = {file.sha256 for file in self.manifest.files}
+        if sha256 not in tables:  # a table is mapped once, and every process that starts needs it
+            self._staging.keep(tables)
         for _ in range(FETCHES):
             path = self._staging.fetch(self._folder, name, sha256=sha256, num_bytes=num_bytes)
             try:

@@ -120,4 +120,9 @@ def read_file(folder: Folder, file: FileInfo) -> pa.Buffer:
         raise CacheFormatError(
             f"{where}: sha256 {found[:12]} differs from the manifest ({file.sha256[:12]}). {REMEDY}"
         )
+    if buffer.size != file.bytes:
+        raise CacheFormatError(
+            f"{where}: {buffer.size} bytes found, {file.bytes} in the manifest, which was written wrong or changed. "
+            "Restore it, or capture the cache again."
+        )
     return buffer

@@ -35,6 +35,7 @@ from shared.cache.storage import Folder, LocalFolder
 from shared.errors import CacheFormatError
 
 OF_POSITIONS = pa.list_(pa.field("item", pa.float16(), nullable=False))
+MAX_PAYLOAD_BYTES = 2**31 - 1  # of a shard's rows together: the column's offsets are 32 bits wide
 OPTIONAL = ("label_log_prob", "label_gain")  # columns with a number for each position
 
 

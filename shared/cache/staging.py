@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Final
 
@@ -54,7 +54,7 @@ class Staging:
                 f"{where}: {num_bytes} bytes do not fit into the staging folder {self.folder} of "
                 f"{self.max_bytes}. Set TEACHONCE_STAGING_BYTES higher."
             )
-        path = self.folder / f"{sha256}.arrow"
+        path = self._copy_of(sha256)
         with explain_write_errors(where, str(path)):
             self._make_folder()
             if not self._use(path):
@@ -62,6 +62,14 @@ class Staging:
                     if not self._use(path):  # another process may have fetched it meanwhile
                         self._download(source, name, path, sha256=sha256, num_bytes=num_bytes, where=where)
         return path
+
+    def keep(self, sha256s: Iterable[str]) -> None:
+        """Marks the copies of these files, as far as they are there, as used just now."""
+        for sha256 in sha256s:
+            self._use(self._copy_of(sha256))
+
+    def _copy_of(self, sha256: str) -> Path:
+        return self.folder / f"{sha256}.arrow"
 
     def _make_folder(self) -> None:
         try:
@@ -100,7 +108,7 @@ class Staging:
                     raise CacheFormatError(
                         f"{where}: what arrived ({received} bytes, sha256 {digest.hexdigest()[:12]}) is not "
                         f"what the manifest says ({num_bytes}, {sha256[:12]}). Try again; if it stays so, "
-                        "capture the shard again."
+                        f"delete {source.url}/{name} and run teacher-cache again."
                     )
                 with self._locked(".lock"):  # whoever counts meanwhile would find neither name
                     os.replace(temporary, path)

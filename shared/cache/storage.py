@@ -31,6 +31,7 @@ TEMPORARY_PREFIX = ".tmp-"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 OLD_S = 24 * 3600.0  # what another machine has not finished by then, it does not
 PARTLY = "only a part of it arrived. Run the same command again."
+READS = 5  # of a remote file that others write, or of which a part arrives, before that is an error
 _counter = itertools.count()
 
 
@@ -209,17 +210,20 @@ class RemoteFolder:
             return None
 
     def read(self, name: str, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        """Size and content are two requests: another process may write the file in between, as claimants do."""
         with explain_remote_errors(self.where, name):
             filesystem, root = self.connect()
-            size = filesystem.size(f"{root}/{name}")
-            if size is not None and int(size) > max_bytes:
-                raise CacheFormatError(
-                    f"{self.where}, {name}: {size} bytes found, at most {max_bytes} possible."
-                )
-            data: bytes = filesystem.cat_file(f"{root}/{name}")
-        if size is not None and len(data) != int(size):
-            raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
-        return data
+            for _ in range(READS):
+                filesystem.invalidate_cache()  # a listing's size may be of an older content
+                size = filesystem.size(f"{root}/{name}")
+                if size is not None and int(size) > max_bytes:
+                    raise CacheFormatError(
+                        f"{self.where}, {name}: {size} bytes found, at most {max_bytes} possible."
+                    )
+                data: bytes = filesystem.cat_file(f"{root}/{name}")
+                if size is None or len(data) == int(size):
+                    return data
+        raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
 
     def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
         filesystem, root = self.connect()
@@ -229,8 +233,7 @@ class RemoteFolder:
         with explain_write_errors(self.where, name), explain_remote_errors(self.where, name):
             filesystem, root = self.connect()
             path = f"{root}/{name}"
-            filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
-            filesystem.pipe_file(path, bytes(data))
+            _pipe(filesystem, path, bytes(data))
             filesystem.invalidate_cache()
             if int(filesystem.size(path)) != len(data):
                 raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
@@ -239,12 +242,11 @@ class RemoteFolder:
         with explain_write_errors(self.where, name), explain_remote_errors(self.where, name):
             filesystem, root = self.connect()
             path = f"{root}/{name}"
-            filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
             filesystem.invalidate_cache()
             if filesystem.exists(path):
                 return False
             try:
-                filesystem.pipe_file(path, data, mode="create")
+                _pipe(filesystem, path, data, mode="create")
             except FileExistsError:
                 return False
             except OSError as error:  # as S3 says that another process was the first
@@ -265,6 +267,21 @@ class RemoteFolder:
         with contextlib.suppress(FileNotFoundError), explain_remote_errors(self.where, name):
             filesystem, root = self.connect()
             filesystem.rm_file(f"{root}/{name}")
+
+
+def _pipe(filesystem: Any, path: str, data: bytes, **options: str) -> None:
+    """Writes a remote file, and makes its folder where the storage has folders.
+
+    Raises   FileNotFoundError  where the bucket is missing: it may be misspelt, and is not ours to make
+    """
+    try:
+        filesystem.pipe_file(path, data, **options)
+    except FileNotFoundError:
+        bucket = path.partition("/")[0]  # empty where paths begin with a slash: there are folders alone
+        if bucket and not filesystem.exists(bucket):
+            raise
+        filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(path, data, **options)
 
 
 def temporary_name(name: str) -> str:

@@ -11,8 +11,9 @@ from shared.cache.identity import Identity
 from shared.cache.layout import shard_name
 from shared.cache.manifest import SkippedRow
 from shared.cache.plan import Unit
-from shared.cache.shard import Row, encode_shard
+from shared.cache.shard import MAX_PAYLOAD_BYTES, Row, encode_shard
 from shared.cache.storage import Folder
+from shared.errors import RecipeError
 
 
 class UnitWriter:
@@ -28,6 +29,12 @@ class UnitWriter:
         self._rows: dict[bytes, Row] = {}
         self._skipped: dict[bytes, SkippedRow] = {}
         self._missing = set(unit.keys)
+        self._payload_bytes = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each of the unit's examples is there, or left out."""
+        return not self._missing
 
     def __enter__(self) -> Self:
         return self
@@ -39,9 +46,20 @@ class UnitWriter:
             self._publish()
 
     def add(self, row: Row) -> None:
-        """Takes a row, in any order.  Raises ValueError for a key of another unit, or a second time."""
+        """Takes a row, in any order.
+
+        Raises   ValueError   for a key of another unit, or a second time
+                 RecipeError  as soon as the unit's payloads are more than a shard holds
+        """
         self._claim(row.key)
         self._rows[row.key] = row
+        self._payload_bytes += len(row.payload)
+        if self._payload_bytes > MAX_PAYLOAD_BYTES:
+            raise RecipeError(
+                f"{self._folder.where}: the entries of {len(self._rows)} examples take {self._payload_bytes} bytes, "
+                f"a shard was to hold {len(self._unit)} examples and holds {MAX_PAYLOAD_BYTES} bytes of entries at "
+                "most. Set cache.examples_per_shard lower; what is finished stays"
+            )
 
     def skip(self, key: bytes, *, row: str, reason: str) -> None:
         """Leaves an example out; ``row`` names it to people, like ``train[17]``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,6 +41,7 @@ from shared.sparse import SparseTargets
 TOLERANCE_NATS = 1e-3  # a position: the teacher computes in fp32
 FP16_SLACK = 0.01  # of a position's weights together: their logs are fp16
 FP16_ROUNDING = 2.0**-11  # of a number, at most
+LOWEST_FP16 = -65504.0  # for all log-probs below, as a model has at what it masks
 ROWS_DECODED_TOGETHER = 256
 MAX_TOLD = 10  # missing shards by name
 
@@ -98,11 +100,11 @@ def verify(
         faults += _missing_faults(folder, names, there)
     is_known = len(names) == manifest.num_shards
     if is_known:
+        manifest = manifest.with_shards(ShardList.joined(table.shards for table in tables))
         faults += _total_faults(manifest)
-    unknown, notes = _other_files(folder, manifest, set(there) - set(names) if is_known else ())
     return Verification(
-        tuple(faults + unknown),
-        tuple(notes),
+        tuple(faults),
+        tuple(_other_files(folder, manifest, set(there) - set(names) if is_known else ())),
         num_shards=manifest.num_shards,
         num_bytes=num_bytes,
         num_checked=num_checked,
@@ -266,7 +268,8 @@ def _label_faults(view: ShardView) -> Iterator[str]:
     if is_wrong.any():
         yield _of_rows(view, "a label_log_prob is above 0 or not finite", np.flatnonzero(wrong))
     slack = np.abs(view.ce_sums) * FP16_ROUNDING + TOLERANCE_NATS * np.diff(view.answer_offsets)
-    differs = (wrong == 0) & ~(np.abs(sums + view.ce_sums) <= slack)
+    is_cut = np.diff(np.append(0, np.cumsum(values <= LOWEST_FP16))[view.answer_offsets]) > 0
+    differs = (wrong == 0) & ~is_cut & ~(np.abs(sums + view.ce_sums) <= slack)
     if differs.any():
         yield _of_rows(view, "label_log_prob does not sum to -ce_sum", np.flatnonzero(differs))
 
@@ -366,22 +369,30 @@ def _total_faults(manifest: Manifest) -> Iterator[str]:
         found = manifest.shards.total(name)
         if found != getattr(totals, name):
             yield f"{MANIFEST_NAME}: {getattr(totals, name)} {name} in its totals, {found} in its shards"
+    num_bytes = manifest.shards.total("bytes") + sum(file.bytes for file in manifest.files)
+    if num_bytes != totals.bytes:
+        yield f"{MANIFEST_NAME}: {totals.bytes} bytes in its totals, {num_bytes} in its shards, lists and indices"
     if len(manifest.skipped) != totals.skipped:
         yield f"{MANIFEST_NAME}: {totals.skipped} skipped rows in its totals, {len(manifest.skipped)} listed"
 
 
-def _other_files(folder: Folder, manifest: Manifest, strays: Collection[str]) -> tuple[list[str], list[str]]:
-    """Faults and notes about files that the manifest does not name; ``strays``: shards that no list names."""
-    current = {file.name for file in manifest.files}
-    tables = [name for name in table_names(folder) if name not in current]
+def _other_files(folder: Folder, manifest: Manifest, strays: Collection[str]) -> list[str]:
+    """Notes about files that the manifest does not name; ``strays``: shards that no list names."""
     growing = folder.size(PLAN_NAME) is not None
+    current = {file.name for file in manifest.files}
+    with suppress(CacheFormatError):
+        newer = load_manifest(folder)
+        if newer is not None and newer != manifest:  # a capture committed meanwhile
+            current |= {file.name for file in newer.files}
+            strays = set(strays) - set(newer.shards.names())
+    tables = [name for name in table_names(folder) if name not in current]
     temporary = folder.names(SHARDS + TEMPORARY_PREFIX) + folder.names(TEMPORARY_PREFIX)
     half_written = [name for name in temporary if is_temporary(name)]
     unknown = foreign_names(folder) + ([] if growing else sorted(strays))
     notes = [f"{PLAN_NAME} is there: a capture goes on, or was interrupted"] if growing else []
     notes += [f"{name} is left over; the next capture removes it" for name in half_written + tables]
-    faults = [f"{folder.where}: {name} is not in the manifest" for name in unknown]
-    return faults, [f"{folder.where}: {note}" for note in notes]
+    notes += [f"{name} is not in the manifest; readers pass it over" for name in unknown]
+    return [f"{folder.where}: {note}" for note in notes]
 
 
 def _of_rows(view: ShardView, fault: str, rows: np.ndarray) -> str:

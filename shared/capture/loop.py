@@ -115,7 +115,8 @@ class Capture(Generic[Example]):
                  unseen_nD (n, D) or (n, V), the same of those examples that have ``unseen``, so fed: of a cache with
                  a visual gain
         Raises   ValueError  for another number of rows, or an example that is not missing
-                 DataError   for NaN or infinity in what the teacher gave
+                 DataError   for NaN or infinity in what the teacher gave, and for an answer token that is outside
+                             the vocabulary or has no probability
         """
         labels = torch.cat([one.answer_ids for one in examples]).to(outputs_ND.device, torch.int64)
         if len(labels) != len(outputs_ND):
@@ -123,6 +124,13 @@ class Capture(Generic[Example]):
                 f"outputs {tuple(outputs_ND.shape)} found; the examples have {len(labels)} answer tokens, one "
                 "row for each is needed"
             )
+        for one in examples:
+            outside = one.answer_ids[(one.answer_ids < 0) | (one.answer_ids >= self._vocab_size)]
+            if len(outside):
+                raise DataError(
+                    f"example {one.key.hex()}: answer token {int(outside[0])} found, 0 to {self._vocab_size - 1} "
+                    "possible. Take the example out, or capture with the tokenizer that made it"
+                )
         if len({one.key for one in examples} & self._unit_ids.keys()) < len(examples):
             raise ValueError("an example is not missing, came twice, or was not handed out by batches()")
         shown = [one for one in examples if getattr(one, "unseen", None) is not None]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shared.cache import Row
 from shared.codec import encode_many
+from shared.errors import DataError
 from shared.recipes.policies import Policy
 from shared.sparse import SparseTargets, sparsify
 
@@ -101,6 +102,7 @@ def rows_of(
     """The cache's row of each example, with the log-probs of its labels, which not every cache keeps.
 
     Shapes   targets, ce_N (N,) and gain_N (N,), on the CPU: the examples' positions one after the other
+    Raises   DataError  when the teacher gives no probability to a label
     """
     offsets = [0, *np.cumsum([len(one.answer_ids) for one in examples]).tolist()]
     payloads = encode_many(targets, offsets)
@@ -110,6 +112,12 @@ def rows_of(
     if gain_N is not None:
         label_gain_N = gain_N.clamp(LOWEST_FP16, -LOWEST_FP16).half().numpy() + np.float16(0)
     ce_N = ce_N.double()
+    for one, (start, stop) in zip(examples, pairwise(offsets), strict=True):
+        if not ce_N[start:stop].sum().float().isfinite():  # as a shard keeps it
+            raise DataError(
+                f"example {one.key.hex()}: the teacher gives a token of its answer no probability. Take the example "
+                "out, or do not mask this token's logit"
+            )
     return [
         Row(
             key=one.key,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shared.cache import CacheWriter, Row, Unit
+from shared.cache.unit import UnitWriter
 
 
 @dataclass(frozen=True)
@@ -29,27 +30,28 @@ class UnitCollector:
         self._writer = writer
         self._units = {unit.unit_id: unit for unit in units}
         self._on_shard = on_shard
-        self._rows: dict[str, list[Row]] = {}
-        self._refused: dict[str, list[Refused]] = {}
+        self._begun: dict[str, UnitWriter] = {}
 
     def add(self, unit_id: str, rows: Sequence[Row]) -> None:
-        self._rows.setdefault(unit_id, []).extend(rows)
-        self._publish_if_whole(self._units[unit_id])
+        shard = self._shard(unit_id)
+        for row in rows:
+            shard.add(row)
+        self._publish_if_whole(unit_id)
 
     def refuse(self, unit_id: str, refused: Refused) -> None:
-        self._refused.setdefault(unit_id, []).append(refused)
-        self._publish_if_whole(self._units[unit_id])
+        self._shard(unit_id).skip(refused.key, row=refused.row, reason=refused.reason)
+        self._publish_if_whole(unit_id)
 
-    def _publish_if_whole(self, unit: Unit) -> None:
-        rows, refused = self._rows.get(unit.unit_id, []), self._refused.get(unit.unit_id, [])
-        if len(rows) + len(refused) < len(unit):
+    def _shard(self, unit_id: str) -> UnitWriter:
+        if unit_id not in self._begun:
+            self._begun[unit_id] = self._writer.unit(self._units[unit_id])
+        return self._begun[unit_id]
+
+    def _publish_if_whole(self, unit_id: str) -> None:
+        if not self._begun[unit_id].is_whole:
             return
-        with self._writer.unit(unit) as shard:
-            for row in rows:
-                shard.add(row)
-            for one in refused:
-                shard.skip(one.key, row=one.row, reason=one.reason)
-        self._rows.pop(unit.unit_id, None)
-        self._refused.pop(unit.unit_id, None)
+        with self._begun[unit_id]:
+            pass  # its rows are there
+        del self._begun[unit_id]
         if self._on_shard is not None:
-            self._on_shard(unit)
+            self._on_shard(self._units[unit_id])

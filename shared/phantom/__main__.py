@@ -6,13 +6,13 @@ import time
 
 import click
 
-from shared.cli import run
+from shared.cli import HomePath, run
 from shared.phantom.dataset import SPLITS, write_dataset
 from shared.phantom.questions import QUESTIONS_PER_PICTURE
 
 
 @click.command(name="phantom")
-@click.argument("out", type=click.Path(file_okay=False))
+@click.argument("out", type=HomePath(file_okay=False))
 @click.option(
     "--train", default=480, show_default=True, help="Pictures for training; each has five questions."
 )

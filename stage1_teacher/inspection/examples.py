@@ -73,7 +73,7 @@ def example_sections(reader: CacheReader, recipe: Recipe, *, seed: int) -> list[
 
 
 def look_at(reader: CacheReader, recipe: Recipe, processor: ExampleProcessor, *, seed: int) -> list[Shown]:
-    """Random rows of the data that the cache holds and whose pictures can be shown, surest first."""
+    """Random rows of the data that the cache holds with positions, whose pictures can be shown; surest first."""
     rows = open_rows(recipe)
     total = sum(len(split) for split in rows.splits)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:NUM_LOOKED_AT].tolist()
@@ -88,7 +88,8 @@ def look_at(reader: CacheReader, recipe: Recipe, processor: ExampleProcessor, *,
         if key in reader:
             found.setdefault(key, example)
     held = reader.rows(list(found))
-    shown = [Shown(example, row) for example, row in zip(found.values(), held, strict=True)]
+    both = zip(found.values(), held, strict=True)
+    shown = [Shown(example, row) for example, row in both if row.num_positions]
     return sorted(shown, key=lambda one: one.entropy)
 
 

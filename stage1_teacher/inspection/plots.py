@@ -29,11 +29,11 @@ def plot_cache(reader: CacheReader, folder: Path) -> list[Path]:
     """Writes the pictures into ``folder``, from a sample of rows; returns their paths.
 
     Raises   RecipeError       when matplotlib is not installed
-             CacheFormatError  when the cache is empty
+             CacheFormatError  when the cache has no positions
     """
     require_matplotlib()
-    if not len(reader):
-        raise CacheFormatError(f"cache {reader.location}: it is empty, there is nothing to draw")
+    if not reader.manifest.totals.positions:
+        raise CacheFormatError(f"cache {reader.location}: it has no positions, there is nothing to draw")
     sample = sample_rows(reader)
     folder.mkdir(parents=True, exist_ok=True)
     return [save_png(drawing, folder / f"{name}.png") for name, drawing in drawings(sample).items()]

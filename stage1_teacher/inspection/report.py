@@ -29,11 +29,11 @@ VERSIONS = ("teachonce", "torch", "transformers", "python", "commit", "gpu")
 def write_cache_report(reader: CacheReader, recipe: Recipe | None, path: Path, *, seed: int = 0) -> None:
     """recipe  of the capture, whose data are shown; without one there are no examples
 
-    Raises   CacheFormatError  when the cache is empty
+    Raises   CacheFormatError  when the cache has no positions
              RecipeError       when matplotlib is not installed, or the recipe is not one of a capture
     """
-    if not len(reader):
-        raise CacheFormatError(f"cache {reader.location}: it is empty, there is nothing to report")
+    if not reader.manifest.totals.positions:
+        raise CacheFormatError(f"cache {reader.location}: it has no positions, there is nothing to report")
     if recipe is not None and (recipe.teacher is None or recipe.cache is None):
         raise RecipeError(
             f"recipe of run {recipe.run.name}: a report with examples needs a teacher and a cache section. Give the "

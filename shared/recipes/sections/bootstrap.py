@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from shared.recipes.schema import Section
-from shared.recipes.sections.types import Fraction, Place, PositiveInt, Seed
+from shared.recipes.sections.types import Fraction, LocalPlace, PositiveInt, Seed
 
 
 class PhantomConfig(Section):
@@ -30,7 +30,7 @@ class PhantomConfig(Section):
 class SmallModelConfig(Section):
     """A small instance of the Qwen3.5 classes with random weights."""
 
-    path: Place
+    path: LocalPlace
     """Folder to make."""
     hidden_size: PositiveInt
     """Width of the language model, a multiple of 32."""

@@ -7,7 +7,16 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from shared.recipes.schema import Section
-from shared.recipes.sections.types import Date, NonNegativeInt, NumWorkers, Place, PositiveInt, Seed, Split
+from shared.recipes.sections.types import (
+    Date,
+    LocalPlace,
+    NonNegativeInt,
+    NumWorkers,
+    Place,
+    PositiveInt,
+    Seed,
+    Split,
+)
 
 
 class ColumnsConfig(Section):
@@ -96,7 +105,7 @@ class WriteConfig(Section):
     """Answers that a model writes to the prompts of splits, as a data set: `teacher-cache write`, `train-student
     write`."""
 
-    path: Place | None = None
+    path: LocalPlace | None = None
     """Folder of the teacher's answers. A student's go into its run's folder."""
     splits: Annotated[tuple[Split, ...], Field(min_length=1)] = ("train", "validation")
     """Splits whose prompts are answered."""

@@ -11,6 +11,7 @@ from shared.errors import RecipeError
 from shared.recipes.schema import Section
 from shared.recipes.sections.types import (
     Fraction,
+    LocalPlace,
     NonNegativeInt,
     NumWorkers,
     Place,
@@ -91,7 +92,7 @@ class RunConfig(Section):
 
     name: str
     """Name of the run's folder."""
-    root: Place = "work/runs"
+    root: LocalPlace = "work/runs"
     """Folder of all runs."""
     seed: Seed = 42
     """Of the order of rows, of dropout and of random weights."""

@@ -16,6 +16,14 @@ def _iso_date(text: str) -> str:
         raise ValueError(f"{text!r} is no date of the form 2026-01-31") from error
 
 
+def _here(text: str) -> str:
+    if "://" in text:
+        raise ValueError(
+            f"{text!r} is a URL, a local folder is needed. Name one, and copy it there afterwards"
+        )
+    return expanduser(text)
+
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NumWorkers = Annotated[int, Field(ge=0, le=1024)]  # each takes a process and some hundred MiB
@@ -28,3 +36,6 @@ Dtype = Literal["float32", "bfloat16"]
 Split = Literal["train", "validation", "test"]
 Date = Annotated[str, AfterValidator(_iso_date)]
 Place = Annotated[str, AfterValidator(expanduser)]  # a file or folder here, or a name or URL elsewhere
+LocalPlace = Annotated[
+    str, AfterValidator(_here)
+]  # a folder to write, which as a URL would become one of that name
