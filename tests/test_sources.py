@@ -401,8 +401,8 @@ def test_the_home_folder_is_meant_in_every_path_of_a_recipe(
 # --- tables ---------------------------------------------------------------------------------------------
 
 
-def test_pictures_stay_encoded_wherever_a_dataset_holds_them() -> None:
-    """As from the Hub, where the library gives decoded pictures for the asking."""
+def test_pictures_stay_encoded_wherever_a_dataset_holds_them(tmp_path: Path) -> None:
+    """As from the Hub, where the library gives decoded pictures for the asking; nothing is written for it."""
     picture = datasets.Image()
     features = datasets.Features(
         {
@@ -422,10 +422,13 @@ def test_pictures_stay_encoded_wherever_a_dataset_holds_them() -> None:
         "messages": [{"role": "user", "content": [{"type": "image", "image": held}]}],
         "kind": 1,
     }
-    rows = DatasetRows(datasets.Dataset.from_list([row], features=features), None).select(
-        ["images", "messages", "kind"]
-    )
-    found = rows[0]
+    datasets.Dataset.from_list([row], features=features).save_to_disk(str(tmp_path / "set"))
+    dataset = datasets.load_from_disk(str(tmp_path / "set"))
+    before = sorted((tmp_path / "set").iterdir())
+    for columns in (["images"], ["images", "messages", "kind"]):
+        found = DatasetRows(dataset, None).select(columns)[0]
+        assert list(found) == columns
+    assert sorted((tmp_path / "set").iterdir()) == before
     assert [one["bytes"] for one in found["images"]] == [encoded_picture(0)] * 2
     assert found["messages"][0]["content"][0]["image"]["bytes"] == encoded_picture(0)
     assert found["kind"] == "mr"

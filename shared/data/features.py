@@ -27,13 +27,12 @@ def described_columns(features: Any) -> dict[str, Any]:
     }
 
 
-def as_described(value: Any, described: Any, *, is_decoded: bool = False) -> Any:
+def as_described(value: Any, described: Any) -> Any:
     """With a name in the place of each class number, None where the library has written -1 for none; JSON as values.
 
     A column whose values are of unlike types is one of JSON texts.
 
-    is_decoded  the library itself has read the JSON
-    Raises      DataError  for a text that is no JSON
+    Raises   DataError  for a text that is no JSON
     """
     if isinstance(described, list) and len(described) == 1:
         described = {"_type": "List", "feature": described[0]}
@@ -41,7 +40,7 @@ def as_described(value: Any, described: Any, *, is_decoded: bool = False) -> Any
         return value
     kind = described.get("_type")
     if kind == "Json":
-        return value if is_decoded else _from_json(value)
+        return _from_json(value)
     if kind == "ClassLabel":
         names = described.get("names")
         if isinstance(value, bool) or not isinstance(value, int) or not isinstance(names, list) or not names:
@@ -49,11 +48,9 @@ def as_described(value: Any, described: Any, *, is_decoded: bool = False) -> Any
         return names[value] if 0 <= value < len(names) else None
     inner = described.get("feature") if kind in _LISTS else described
     if isinstance(value, list):
-        return [as_described(one, inner, is_decoded=is_decoded) for one in value]
+        return [as_described(one, inner) for one in value]
     if isinstance(value, dict) and isinstance(inner, dict):
-        return {
-            name: as_described(part, inner.get(name), is_decoded=is_decoded) for name, part in value.items()
-        }
+        return {name: as_described(part, inner.get(name)) for name, part in value.items()}
     return value
 
 
