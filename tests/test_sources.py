@@ -20,6 +20,7 @@ from samples import encoded_picture
 
 from shared.cache.storage import open_folder
 from shared.data.copies import Stamp, copies_folder, kept_copy
+from shared.data.features import as_described
 from shared.data.json_rows import JsonRows
 from shared.data.rows import open_split
 from shared.data.sources import DatasetRows, open_rows
@@ -462,6 +463,14 @@ def test_class_numbers_are_names_wherever_they_are(tmp_path: Path, kind: str) ->
         "votes": [{"answer": "mr", "who": 1}],
     }
     assert found.select(names)[1] == {"answer": None, "answers": [], "votes": []}
+
+
+def test_classes_and_json_of_a_list_that_is_held_column_by_column() -> None:
+    """As older releases of the library have written lists of structs."""
+    parts = {"answer": {"_type": "ClassLabel", "names": ["ct", "mr"]}, "why": {"_type": "Json"}}
+    described = {"_type": "Sequence", "feature": parts}
+    found = as_described({"answer": [1, 0, -1], "why": ['"x"', "[1]", None]}, described)
+    assert found == {"answer": ["mr", "ct", None], "why": ["x", [1], None]}
 
 
 def test_a_zstd_bomb_is_unpacked_in_small_parts(tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ def as_described(value: Any, described: Any) -> Any:
     if not isinstance(described, dict):
         return value
     kind = described.get("_type")
+    inner = described.get("feature") if kind in _LISTS else described
+    if isinstance(value, list):  # also where a list of structs is held column by column
+        return [as_described(one, inner) for one in value]
     if kind == "Json":
         return _from_json(value)
     if kind == "ClassLabel":
@@ -46,9 +49,6 @@ def as_described(value: Any, described: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int) or not isinstance(names, list) or not names:
             return value
         return names[value] if 0 <= value < len(names) else None
-    inner = described.get("feature") if kind in _LISTS else described
-    if isinstance(value, list):
-        return [as_described(one, inner) for one in value]
     if isinstance(value, dict) and isinstance(inner, dict):
         return {name: as_described(part, inner.get(name)) for name, part in value.items()}
     return value
