@@ -1,17 +1,21 @@
-"""Cells as the library ``datasets`` describes them: names for class numbers, values for JSON texts, however deep.
+"""Cells of a table as values: short floats as they read, names for class numbers, JSON texts as what they say.
 
 described = described_columns(json.loads(schema.metadata[b"huggingface"])["info"]["features"])
-as_described(row["answer"], described.get("answer"))
+as_values(table.to_pylist()[0], table.schema, described)["answer"]
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
+
+import pyarrow as pa
 
 from shared.errors import DataError, shortened
 
 _LISTS = ("List", "LargeList", "Sequence")
+_ARROW_LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
 _KINDS = ('"ClassLabel"', '"Json"')
 
 
@@ -25,6 +29,31 @@ def described_columns(features: Any) -> dict[str, Any]:
         for name, described in features.items()
         if any(kind in texts[str(name)] for kind in _KINDS)
     }
+
+
+def as_values(row: Mapping[str, Any], schema: pa.Schema, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The cells of a row as Arrow gives them, by column.
+
+    described  by ``described_columns``
+    Raises     DataError  as ``as_described``
+    """
+    return {
+        field.name: as_described(_as_read(row[field.name], field.type), described.get(field.name))
+        for field in schema
+    }
+
+
+def _as_read(value: Any, kind: pa.DataType) -> Any:
+    """With floats of 16 and 32 bits as the shortest decimal of their type: 0.1, not 0.10000000149011612."""
+    if value is None or "float" not in str(kind):  # a double is called so
+        return value
+    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
+        return value if value.is_integer() else float(str(kind.to_pandas_dtype()(value)))
+    if pa.types.is_struct(kind):
+        return {field.name: _as_read(value[field.name], field.type) for field in kind}
+    if isinstance(kind, _ARROW_LISTS):
+        return [_as_read(one, kind.value_type) for one in value]
+    return value
 
 
 def as_described(value: Any, described: Any) -> Any:

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import datasets
 
 from shared.data.data_files import DataFile
-from shared.data.features import as_described, described_columns
+from shared.data.features import as_values, described_columns
 from shared.data.json_rows import SUFFIXES as JSON_SUFFIXES
 from shared.data.json_rows import JsonRows
 from shared.data.tables import TableRows
@@ -100,8 +100,8 @@ class DatasetRows:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.dataset[index].to_pylist()[0]
-        return {name: as_described(value, self._described.get(name)) for name, value in row.items()}
+        table = self.dataset[index]
+        return as_values(table.to_pylist()[0], table.schema, self._described)
 
     @cached_property
     def _described(self) -> dict[str, Any]:
