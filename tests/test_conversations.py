@@ -681,6 +681,17 @@ def test_a_list_of_a_million_turns_is_refused_at_once(tmp_path: Path) -> None:
         ({"conversations": [{"from": "human", "value": "<image 1> or 2"}, ANSWERED]}, "<image 1>"),
         ({"messages": [message("user", "<image_00>What?"), ANSWERED], "images": ["0.png"]}, "<image_00>"),
         ({"question": "<image 1> shows?", "answer": "a", "image": "0.png"}, "<image 1>"),
+        *(
+            ({"question": f"{place}\nWhat?", "answer": "a", "image": "0.png"}, place)
+            for place in (
+                *("<|image|>", "<|image_pad|>", "[IMG]", "<start_of_image>", "<IMG_CONTEXT>", "<ImageHere>"),
+                *("<image_placeholder>", "<|video_pad|>", "<|audio|>", "<video>", "<audio>"),
+            )
+        ),
+        (
+            {"messages": [message("user", "<image>\n<video>\nWhat?"), ANSWERED], "images": ["0.png"]},
+            "<video>",
+        ),
         ({"messages": [message("user", f"{QWEN_PLACE}What?"), ANSWERED], "images": ["0.png"]}, QWEN_PLACE),
         (
             {"messages": [message("user", "<image>Find <ref-object>"), ANSWERED], "images": ["0.png"]},
@@ -703,6 +714,15 @@ def test_places_that_another_tool_fills_are_refused(tmp_path: Path, row: dict[st
 def test_an_answer_may_speak_of_places(tmp_path: Path) -> None:
     rows = [{"question": "q", "answer": "see <image 1>", "image": "0.png"}]
     assert split_of(tmp_path, rows)[0].answer == "see <image 1>"
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["How is <video> used?", "<video>\n<source src=a></video>\nWhy?", "[IMG]http://x.org/a.png[/IMG] is?"],
+)
+def test_html_and_addresses_in_brackets_are_texts(tmp_path: Path, question: str) -> None:
+    row = {"question": question, "answer": "a", "image": "0.png"}
+    assert split_of(tmp_path, [row])[0].question == question
 
 
 def test_a_place_in_a_part_of_type_text_is_refused(tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ MAX_TURNS = 10_000
 _OF_REGIONS = re.compile(r"<bbox>|<ref-object>")
 _OF_PICTURES = re.compile(
     r"<img>[^<>\n]+</img>|<image[ _-]?\d+>|<\|image_\d+\|>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>"
+    r"|<\|(?:image|video|audio)(?:_pad)?\|>|<start_of_image>|<IMG_CONTEXT>|<ImageHere>|<image_placeholder>"
+    r"|\[IMG\](?!.*\[/IMG\])"  # pairs of them are an address in a forum's posts
+    r"|\A\s*<(?P<media>video|audio)>(?!.*</(?P=media)>)",  # elsewhere, and in pairs, they are HTML
+    re.DOTALL,
 )
 # Keys of a turn that say something which a prompt of texts and pictures would lose.
 _UNUSED_KEYS = (
@@ -386,7 +390,7 @@ def place_of_another_tool(text: str, role: Role) -> str | None:
     What an assistant says of pictures is learned as it is: a model may have written it.
     """
     found = _OF_REGIONS.search(text) or (_OF_PICTURES.search(text) if role != "assistant" else None)
-    return None if found is None else found[0]
+    return None if found is None else found[0].strip()
 
 
 def require_no_other_places(text: str, role: Role, *, where: str) -> None:
