@@ -128,6 +128,22 @@ def test_one_question_is_the_same_example_in_every_form(
     assert (example.question, example.answer) == (QUESTION, ANSWER)
 
 
+def test_an_answer_that_is_a_number_is_the_same_in_every_form(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"question": QUESTION, "answer": 3, "image": "0.png"},
+        {"messages": [message("user", QUESTION), message("assistant", 3)], "images": ["0.png"]},
+        {
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{QUESTION}"},
+                {"from": "gpt", "value": 3},
+            ],
+            "image": "0.png",
+        },
+    ]
+    for row in rows:
+        assert split_of(tmp_path, [row])[0] == Example.single(PICTURES[0], QUESTION, "3")
+
+
 def test_bytes_and_structs_in_lists_are_pictures_too(tmp_path: Path) -> None:
     held = {"bytes": PICTURES[0], "path": None}
     rows = [

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from shared.data.pictures import looks_like_pictures
-from shared.data.texts import is_visible, require_unicode, required_text
+from shared.data.texts import is_visible, require_unicode, required_text, written_out
 from shared.errors import DataError, shortened
 
 Form = Literal["question_answer", "messages", "conversations"]
@@ -237,6 +237,8 @@ def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
             )
     if content is None:
         raise DataError(f"{where}: the content is missing (null)")
+    if ROLES[role] == "assistant":
+        content = written_out(content, "content", where=where)
     parts = [content] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise DataError(
