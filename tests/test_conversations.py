@@ -408,10 +408,21 @@ def test_pictures_in_two_columns_of_a_row_are_refused(tmp_path: Path) -> None:
     assert split_of(tmp_path, [row], columns=ColumnsConfig(image="image"))[0].images == (PICTURES[0],)
 
 
-def test_a_missing_picture_is_an_error_unless_rows_may_be_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("filled", "missing"),
+    [
+        ("0.png", None),
+        ({"bytes": None, "path": "0.png"}, {"bytes": None, "path": None}),
+        (["0.png"], [None]),
+        (["0.png"], [""]),
+    ],
+)
+def test_a_missing_picture_is_an_error_unless_rows_may_be_text(
+    tmp_path: Path, filled: Any, missing: Any
+) -> None:
     rows = [
-        {"image": "0.png", "question": "q", "answer": "a"},
-        {"image": None, "question": "q", "answer": "a"},
+        {"image": filled, "question": "q", "answer": "a"},
+        {"image": missing, "question": "q", "answer": "a"},
     ]
     for kind in ("jsonl", "parquet"):
         with pytest.raises(

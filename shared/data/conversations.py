@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from shared.data.pictures import looks_like_pictures
+from shared.data.pictures import is_nothing, looks_like_pictures
 from shared.data.texts import is_visible, require_unicode, required_text, written_out
 from shared.errors import DataError, shortened
 
@@ -221,7 +221,7 @@ def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{where}: the role is {shortened(repr(role))}; known are {', '.join(ROLES)}")
     for name in _UNUSED_KEYS:
-        if turn.get(name) not in (None, [], ""):
+        if not is_nothing(turn.get(name)):
             raise DataError(
                 f"{where}: it has {name!r}, which is not used. Write it into the content, or take it out"
             )
@@ -280,7 +280,7 @@ def _part(part: Any, *, where: str) -> str | _Place:
 
 def _own_picture(part: Mapping[str, Any], *, where: str) -> Any:
     """What a part of OpenAI's or Transformers' form brings; None where it only marks the place."""
-    held = [name for name in _PICTURE_KEYS if not _is_nothing(part.get(name))]
+    held = [name for name in _PICTURE_KEYS if not is_nothing(part.get(name))]
     if "bytes" in held and "path" in held:  # of a file that was read
         held.remove("path")
     if len(held) > 1:
@@ -298,13 +298,6 @@ def _own_picture(part: Mapping[str, Any], *, where: str) -> Any:
     if isinstance(value, Mapping) and value.get("url") is not None:
         return value["url"]
     return value
-
-
-def _is_nothing(value: Any) -> bool:
-    """Null, empty, or a struct of nulls, as a table has it for parts of another type."""
-    if isinstance(value, Mapping):
-        return all(one is None for one in value.values())
-    return value in (None, "")
 
 
 def _may_be_a_picture(name: Any, value: Any) -> bool:

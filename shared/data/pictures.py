@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import os
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,15 @@ def listed_pictures(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def is_nothing(value: Any) -> bool:
+    """Null, an empty text, the NaN that a table without nulls has for it; a struct of nulls, a list of such alone."""
+    if isinstance(value, list | tuple):
+        return all(not isinstance(one, list | tuple) and is_nothing(one) for one in value)
+    if isinstance(value, Mapping):
+        return all(one is None for one in value.values())
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def looks_like_pictures(value: Any) -> bool:
