@@ -28,6 +28,7 @@ from shared.split_check import look_at
 
 PICTURES = [encoded_picture(n) for n in range(3)]
 DATA_URL = "data:image/png;base64," + base64.b64encode(PICTURES[0]).decode()
+BASE64_LINES = base64.encodebytes(PICTURES[0]).decode()
 QUESTION, ANSWER = "Which plane?", "axial"
 ANSWERED = {"role": "assistant", "content": ANSWER}
 QWEN_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -92,6 +93,9 @@ SINGLES: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": DATA_URL, "detail": "low"}}, text(QUESTION)
         )
     },
+    {"messages": asked({"type": "image", "bytes": BASE64_LINES}, text(QUESTION))},
+    {"messages": asked({"type": "image", "url": f"data:image/png;base64,{BASE64_LINES}"}, text(QUESTION))},
+    {"image": {"bytes": BASE64_LINES, "path": None}, "question": QUESTION, "answer": ANSWER},
     {"messages": asked({"type": "image_url", "image_url": "0.png"}, text(QUESTION))},
     {"messages": asked({"type": "image"}, text(QUESTION)), "images": ["0.png"]},
     {"messages": asked({"type": "image"}, text(QUESTION)), "image": "0.png"},

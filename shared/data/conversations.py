@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from shared.data.pictures import is_nothing, looks_like_pictures
+from shared.data.pictures import is_nothing, looks_like_pictures, of_base64
 from shared.data.texts import is_visible, require_unicode, required_text, written_out
 from shared.errors import DataError, shortened
 
@@ -293,8 +293,8 @@ def _own_picture(part: Mapping[str, Any], *, where: str) -> Any:
             )
         return None
     value = part[held[0]]
-    if held[0] == "base64":
-        return f"data:image/any;base64,{value}"
+    if held[0] in ("base64", "bytes") and isinstance(value, str):
+        return of_base64(value)
     if isinstance(value, Mapping) and value.get("url") is not None:
         return value["url"]
     return value
