@@ -554,6 +554,30 @@ def test_stretches_that_are_alike_are_found_where_they_are(data: st.DataObject) 
     assert aligned([*plain, *stretches[-1]], [*given_ids, *stretches[-1]], {1}) == expected
 
 
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 3), max_size=12), st.lists(st.integers(1, 3), max_size=20), st.booleans())
+def test_the_only_way_is_the_one_that_the_search_finds(
+    plain: list[int], others: list[int], expanded: bool
+) -> None:
+    given_ids = [n for token in plain for n in [token] * (4 if token == 1 else 1)] if expanded else others
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shared.data.alignment._only_way", lambda *_: None)
+        searched = aligned(plain, given_ids, {1})
+    assert aligned(plain, given_ids, {1}) == searched
+
+
+def test_hundreds_of_pictures_are_aligned_at_once() -> None:
+    """The search alone would take a minute."""
+    plain, given_ids = [5], [5]
+    for _ in range(200):
+        plain += [10, 1, 11]
+        given_ids += [10, *[1] * 8, 11]
+    end = [20, 10, 11, 21]
+    places = aligned(plain + end, given_ids + end, {1})
+    assert [token == 1 for token in plain] == [place is None for place in places[: len(plain)]]
+    assert places[-4:] == [len(given_ids) + n for n in range(4)]
+
+
 def test_two_pictures_side_by_side_have_nothing_between_them() -> None:
     assert aligned([5, 1, 1, 6, 1, 5], [5, 2, 1, 1, 2, 2, 1, 3, 6, 2, 1, 5], {1}) == [
         *(0, None, None),

@@ -28,6 +28,7 @@ from shared.split_check import look_at
 
 PICTURES = [encoded_picture(n) for n in range(3)]
 DATA_URL = "data:image/png;base64," + base64.b64encode(PICTURES[0]).decode()
+BASE64_LINES = base64.encodebytes(PICTURES[0]).decode()
 QUESTION, ANSWER = "Which plane?", "axial"
 ANSWERED = {"role": "assistant", "content": ANSWER}
 QWEN_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -92,6 +93,9 @@ SINGLES: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": DATA_URL, "detail": "low"}}, text(QUESTION)
         )
     },
+    {"messages": asked({"type": "image", "bytes": BASE64_LINES}, text(QUESTION))},
+    {"messages": asked({"type": "image", "url": f"data:image/png;base64,{BASE64_LINES}"}, text(QUESTION))},
+    {"image": {"bytes": BASE64_LINES, "path": None}, "question": QUESTION, "answer": ANSWER},
     {"messages": asked({"type": "image_url", "image_url": "0.png"}, text(QUESTION))},
     {"messages": asked({"type": "image"}, text(QUESTION)), "images": ["0.png"]},
     {"messages": asked({"type": "image"}, text(QUESTION)), "image": "0.png"},
@@ -126,6 +130,22 @@ def test_one_question_is_the_same_example_in_every_form(
     example = split_of(tmp_path, [row], kind=kind)[0]
     assert example == SINGLE
     assert (example.question, example.answer) == (QUESTION, ANSWER)
+
+
+def test_an_answer_that_is_a_number_is_the_same_in_every_form(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"question": QUESTION, "answer": 3, "image": "0.png"},
+        {"messages": [message("user", QUESTION), message("assistant", 3)], "images": ["0.png"]},
+        {
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{QUESTION}"},
+                {"from": "gpt", "value": 3},
+            ],
+            "image": "0.png",
+        },
+    ]
+    for row in rows:
+        assert split_of(tmp_path, [row])[0] == Example.single(PICTURES[0], QUESTION, "3")
 
 
 def test_bytes_and_structs_in_lists_are_pictures_too(tmp_path: Path) -> None:
@@ -392,10 +412,21 @@ def test_pictures_in_two_columns_of_a_row_are_refused(tmp_path: Path) -> None:
     assert split_of(tmp_path, [row], columns=ColumnsConfig(image="image"))[0].images == (PICTURES[0],)
 
 
-def test_a_missing_picture_is_an_error_unless_rows_may_be_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("filled", "missing"),
+    [
+        ("0.png", None),
+        ({"bytes": None, "path": "0.png"}, {"bytes": None, "path": None}),
+        (["0.png"], [None]),
+        (["0.png"], [""]),
+    ],
+)
+def test_a_missing_picture_is_an_error_unless_rows_may_be_text(
+    tmp_path: Path, filled: Any, missing: Any
+) -> None:
     rows = [
-        {"image": "0.png", "question": "q", "answer": "a"},
-        {"image": None, "question": "q", "answer": "a"},
+        {"image": filled, "question": "q", "answer": "a"},
+        {"image": missing, "question": "q", "answer": "a"},
     ]
     for kind in ("jsonl", "parquet"):
         with pytest.raises(
@@ -681,6 +712,17 @@ def test_a_list_of_a_million_turns_is_refused_at_once(tmp_path: Path) -> None:
         ({"conversations": [{"from": "human", "value": "<image 1> or 2"}, ANSWERED]}, "<image 1>"),
         ({"messages": [message("user", "<image_00>What?"), ANSWERED], "images": ["0.png"]}, "<image_00>"),
         ({"question": "<image 1> shows?", "answer": "a", "image": "0.png"}, "<image 1>"),
+        *(
+            ({"question": f"{place}\nWhat?", "answer": "a", "image": "0.png"}, place)
+            for place in (
+                *("<|image|>", "<|image_pad|>", "[IMG]", "<start_of_image>", "<IMG_CONTEXT>", "<ImageHere>"),
+                *("<image_placeholder>", "<|video_pad|>", "<|audio|>", "<video>", "<audio>"),
+            )
+        ),
+        (
+            {"messages": [message("user", "<image>\n<video>\nWhat?"), ANSWERED], "images": ["0.png"]},
+            "<video>",
+        ),
         ({"messages": [message("user", f"{QWEN_PLACE}What?"), ANSWERED], "images": ["0.png"]}, QWEN_PLACE),
         (
             {"messages": [message("user", "<image>Find <ref-object>"), ANSWERED], "images": ["0.png"]},
@@ -703,6 +745,15 @@ def test_places_that_another_tool_fills_are_refused(tmp_path: Path, row: dict[st
 def test_an_answer_may_speak_of_places(tmp_path: Path) -> None:
     rows = [{"question": "q", "answer": "see <image 1>", "image": "0.png"}]
     assert split_of(tmp_path, rows)[0].answer == "see <image 1>"
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["How is <video> used?", "<video>\n<source src=a></video>\nWhy?", "[IMG]http://x.org/a.png[/IMG] is?"],
+)
+def test_html_and_addresses_in_brackets_are_texts(tmp_path: Path, question: str) -> None:
+    row = {"question": question, "answer": "a", "image": "0.png"}
+    assert split_of(tmp_path, [row])[0].question == question
 
 
 def test_a_place_in_a_part_of_type_text_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from samples import encoded_picture
 
 from shared.cache.storage import open_folder
 from shared.data.copies import Stamp, copies_folder, kept_copy
+from shared.data.features import as_described
 from shared.data.json_rows import JsonRows
 from shared.data.rows import open_split
 from shared.data.sources import DatasetRows, open_rows
@@ -401,8 +402,8 @@ def test_the_home_folder_is_meant_in_every_path_of_a_recipe(
 # --- tables ---------------------------------------------------------------------------------------------
 
 
-def test_pictures_stay_encoded_wherever_a_dataset_holds_them() -> None:
-    """As from the Hub, where the library gives decoded pictures for the asking."""
+def test_pictures_stay_encoded_wherever_a_dataset_holds_them(tmp_path: Path) -> None:
+    """As from the Hub, where the library gives decoded pictures for the asking; nothing is written for it."""
     picture = datasets.Image()
     features = datasets.Features(
         {
@@ -422,10 +423,13 @@ def test_pictures_stay_encoded_wherever_a_dataset_holds_them() -> None:
         "messages": [{"role": "user", "content": [{"type": "image", "image": held}]}],
         "kind": 1,
     }
-    rows = DatasetRows(datasets.Dataset.from_list([row], features=features), None).select(
-        ["images", "messages", "kind"]
-    )
-    found = rows[0]
+    datasets.Dataset.from_list([row], features=features).save_to_disk(str(tmp_path / "set"))
+    dataset = datasets.load_from_disk(str(tmp_path / "set"))
+    before = sorted((tmp_path / "set").iterdir())
+    for columns in (["images"], ["images", "messages", "kind"]):
+        found = DatasetRows(dataset, None).select(columns)[0]
+        assert list(found) == columns
+    assert sorted((tmp_path / "set").iterdir()) == before
     assert [one["bytes"] for one in found["images"]] == [encoded_picture(0)] * 2
     assert found["messages"][0]["content"][0]["image"]["bytes"] == encoded_picture(0)
     assert found["kind"] == "mr"
@@ -459,6 +463,14 @@ def test_class_numbers_are_names_wherever_they_are(tmp_path: Path, kind: str) ->
         "votes": [{"answer": "mr", "who": 1}],
     }
     assert found.select(names)[1] == {"answer": None, "answers": [], "votes": []}
+
+
+def test_classes_and_json_of_a_list_that_is_held_column_by_column() -> None:
+    """As older releases of the library have written lists of structs."""
+    parts = {"answer": {"_type": "ClassLabel", "names": ["ct", "mr"]}, "why": {"_type": "Json"}}
+    described = {"_type": "Sequence", "feature": parts}
+    found = as_described({"answer": [1, 0, -1], "why": ['"x"', "[1]", None]}, described)
+    assert found == {"answer": ["mr", "ct", None], "why": ["x", [1], None]}
 
 
 def test_a_zstd_bomb_is_unpacked_in_small_parts(tmp_path: Path) -> None:

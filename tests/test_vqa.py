@@ -18,6 +18,7 @@ from samples import encoded_picture
 from torch.utils.data import DataLoader
 
 from shared.data.rows import Example, open_split
+from shared.data.sources import DatasetRows, open_rows
 from shared.errors import DataError
 from shared.recipes import ColumnsConfig, DataConfig, SplitsConfig
 
@@ -187,6 +188,19 @@ def test_numbers_in_typed_columns_are_written_out(tmp_path: Path) -> None:
     assert open_split(DataConfig(source=str(_parquet(tmp_path, [row(answer=12)]))), "train")[0].answer == "12"
 
 
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
+def test_floats_read_as_their_type_prints_them(tmp_path: Path, kind: pa.DataType) -> None:
+    """As its shortest decimal: 0.1 in 32 bits is 0.10000000149011612 in 64."""
+    values = [0.1, 2.0, 65504.0, None]
+    votes = pa.array([[{"answer": one}] for one in values], pa.list_(pa.struct({"answer": kind})))
+    table = pa.table({"question": ["q"] * 4, "answer": pa.array(values, kind), "votes": votes})
+    pq.write_table(table, tmp_path / "train.parquet")
+    for rows in (open_rows(str(tmp_path), split="train"), DatasetRows(datasets.Dataset(table), None)):
+        assert [str(rows[n]["answer"]) for n in range(3)] == ["0.1", "2.0", "65504.0"]
+        assert [str(rows[n]["votes"][0]["answer"]) for n in range(3)] == ["0.1", "2.0", "65504.0"]
+        assert rows[3]["answer"] is None is rows[3]["votes"][0]["answer"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -201,6 +215,7 @@ def test_numbers_in_typed_columns_are_written_out(tmp_path: Path) -> None:
         ({"answer": {"text": "a"}}, "the answer is a dict"),
         ({"answer": True}, "the answer is a bool"),
         ({"answer": float("nan")}, "the answer is missing"),
+        ({"answer": float("-inf")}, "the answer is -inf, no finite number"),
         ({"answer": "bad \ud800"}, "the answer is not valid Unicode"),
         ({"image_id": None}, "the picture is missing"),
         ({"image_id": "nowhere.png"}, "nowhere.png cannot be read"),

@@ -4,13 +4,15 @@
 
 A processor may write blanks around a picture that join the tokens beside it, so a few tokens at the ends of a stretch
 between placeholders may be missing.  Stretches are found together, in order and with a picture between them: of two
-that are alike, the first would else be found in the second one's place.
+that are alike, the first would else be found in the second one's place.  Where all of them are there as they are, in
+one way alone, that way is taken at once: the search takes about the cube of the number of pictures.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 MAX_JOINED = 3  # tokens beside a picture that may have become others
@@ -30,7 +32,8 @@ def aligned(plain: Sequence[int], given: Sequence[int], placeholder_ids: Collect
     gaps = [n for n, token in enumerate(plain) if token in placeholder_ids]
     begins, ends = [0, *(gap + 1 for gap in gaps)], [*gaps, len(plain)]
     stretches = [list(plain[begin:end]) for begin, end in zip(begins, ends, strict=True)]
-    found = _fitted(stretches, list(given), placeholder_ids)
+    text = _Text(list(given), placeholder_ids)
+    found = _only_way(stretches, text, placeholder_ids) or _fitted(stretches, text)
     if not gaps and found == [None]:
         return _by_the_ends(plain, given)
     for begin, one in zip(begins, found, strict=True):
@@ -53,30 +56,68 @@ def _by_the_ends(plain: Sequence[int], given: Sequence[int]) -> list[int | None]
     return places
 
 
-def _fitted(
-    stretches: Sequence[list[int]], given: list[int], placeholder_ids: Collection[int]
-) -> list[_Match | None]:
-    """Where each stretch is: as few as can be are not found, and of the others few tokens are left out."""
-    where_is: dict[int, list[int]] = {}
-    for place, token in enumerate(given):
-        where_is.setdefault(token, []).append(place)
-    pictures = sorted(place for token in placeholder_ids for place in where_is.get(token, ()))
+class _Text:
+    """Tokens that a processor has written, and where each of them is."""
 
-    def behind(end: int) -> int:
+    def __init__(self, ids: list[int], placeholder_ids: Collection[int]) -> None:
+        self.ids = ids
+        self.where_is: dict[int, list[int]] = {}
+        for place, token in enumerate(ids):
+            self.where_is.setdefault(token, []).append(place)
+        self._pictures = sorted(place for token in placeholder_ids for place in self.where_is.get(token, ()))
+
+    def behind(self, end: int) -> int:
         """Where what follows a picture may begin, the picture standing at ``end`` or later."""
-        if not pictures:  # of a processor that writes other tokens for one
+        if not self._pictures:  # of a processor that writes other tokens for one
             return end + 1
-        number = bisect_left(pictures, end)
-        return pictures[number] + 1 if number < len(pictures) else len(given)
+        number = bisect_left(self._pictures, end)
+        return self._pictures[number] + 1 if number < len(self._pictures) else len(self.ids)
 
+
+def _only_way(
+    stretches: Sequence[list[int]], text: _Text, placeholder_ids: Collection[int]
+) -> list[_Match | None] | None:
+    """Where all stretches are whole, if from the text's beginning and from its end that is the same; else None."""
+    forwards = _nearest(stretches, text)
+    if forwards is None:
+        return None
+    turned = _Text(text.ids[::-1], placeholder_ids)
+    backwards = _nearest([stretch[::-1] for stretch in reversed(stretches)], turned)
+    if backwards is None:
+        return None
+    ends = [len(text.ids) - place for place in reversed(backwards)]
+    if any(place + len(one) != end for one, place, end in zip(stretches, forwards, ends, strict=True) if one):
+        return None
+    return [
+        _Match(0, place, len(one)) if one else None for one, place in zip(stretches, forwards, strict=True)
+    ]
+
+
+def _nearest(stretches: Sequence[list[int]], text: _Text) -> list[int] | None:
+    """The first place of each stretch, whole, behind those before it; None if one of them has none."""
+    places, begin = [], 0
+    for stretch in stretches:
+        starts = text.where_is.get(stretch[0], []) if stretch else [begin]
+        later = islice(starts, bisect_left(starts, begin), None)
+        place = next((n for n in later if text.ids[n : n + len(stretch)] == stretch), None)
+        if place is None:
+            return None
+        places.append(place)
+        if stretch:
+            begin = text.behind(place + len(stretch))
+    return places
+
+
+def _fitted(stretches: Sequence[list[int]], text: _Text) -> list[_Match | None]:
+    """Where each stretch is: as few as can be are not found, and of the others few tokens are left out."""
     # By where the next stretch may begin: how many were not found, tokens left out, and the matches, last one first.
     states: dict[int, tuple[tuple[int, int], Any]] = {0: ((0, 0), None)}
     last = len(stretches) - 1
     for number, stretch in enumerate(stretches):
-        matches = _matches(stretch, given, where_is, is_first=number == 0, is_last=number == last)
+        matches = _matches(stretch, text, is_first=number == 0, is_last=number == last)
         # Of equal ones the nearest to its text's end.
         ordered = sorted(matches, key=lambda one: one.place, reverse=0 < number == last)
-        options = [(behind(one.place + one.length), len(stretch) - one.length, one) for one in ordered]
+        options = [(text.behind(one.place + one.length), len(stretch) - one.length, one) for one in ordered]
         following: dict[int, tuple[tuple[int, int], Any]] = {}
         for where, ((lost, cut), path) in states.items():
             ways: list[tuple[int, tuple[int, int], _Match | None]] = [
@@ -94,16 +135,11 @@ def _fitted(
     return found[::-1]
 
 
-def _matches(
-    stretch: list[int], given: list[int], where_is: dict[int, list[int]], *, is_first: bool, is_last: bool
-) -> Iterator[_Match]:
-    """All places of a stretch, whole or without a few tokens at its ends; the text's own ends stay.
-
-    where_is  of each token its places in ``given``
-    """
+def _matches(stretch: list[int], text: _Text, *, is_first: bool, is_last: bool) -> Iterator[_Match]:
+    """All places of a stretch, whole or without a few tokens at its ends; the text's own ends stay."""
     for head in range(1 if is_first else MAX_JOINED + 1):
         for tail in range(1 if is_last else MAX_JOINED + 1):
             part = stretch[head : len(stretch) - tail]
-            for place in where_is.get(part[0], ()) if part else ():
-                if given[place : place + len(part)] == part:
+            for place in text.where_is.get(part[0], ()) if part else ():
+                if text.ids[place : place + len(part)] == part:
                     yield _Match(head, place, len(part))

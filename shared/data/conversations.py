@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from shared.data.pictures import looks_like_pictures
-from shared.data.texts import is_visible, require_unicode, required_text
+from shared.data.pictures import is_nothing, looks_like_pictures, of_base64
+from shared.data.texts import is_visible, require_unicode, required_text, written_out
 from shared.errors import DataError, shortened
 
 Form = Literal["question_answer", "messages", "conversations"]
@@ -42,6 +42,10 @@ MAX_TURNS = 10_000
 _OF_REGIONS = re.compile(r"<bbox>|<ref-object>")
 _OF_PICTURES = re.compile(
     r"<img>[^<>\n]+</img>|<image[ _-]?\d+>|<\|image_\d+\|>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>"
+    r"|<\|(?:image|video|audio)(?:_pad)?\|>|<start_of_image>|<IMG_CONTEXT>|<ImageHere>|<image_placeholder>"
+    r"|\[IMG\](?!.*\[/IMG\])"  # pairs of them are an address in a forum's posts
+    r"|\A\s*<(?P<media>video|audio)>(?!.*</(?P=media)>)",  # elsewhere, and in pairs, they are HTML
+    re.DOTALL,
 )
 # Keys of a turn that say something which a prompt of texts and pictures would lose.
 _UNUSED_KEYS = (
@@ -217,7 +221,7 @@ def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{where}: the role is {shortened(repr(role))}; known are {', '.join(ROLES)}")
     for name in _UNUSED_KEYS:
-        if turn.get(name) not in (None, [], ""):
+        if not is_nothing(turn.get(name)):
             raise DataError(
                 f"{where}: it has {name!r}, which is not used. Write it into the content, or take it out"
             )
@@ -233,6 +237,8 @@ def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
             )
     if content is None:
         raise DataError(f"{where}: the content is missing (null)")
+    if ROLES[role] == "assistant":
+        content = written_out(content, "content", where=where)
     parts = [content] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise DataError(
@@ -274,7 +280,7 @@ def _part(part: Any, *, where: str) -> str | _Place:
 
 def _own_picture(part: Mapping[str, Any], *, where: str) -> Any:
     """What a part of OpenAI's or Transformers' form brings; None where it only marks the place."""
-    held = [name for name in _PICTURE_KEYS if not _is_nothing(part.get(name))]
+    held = [name for name in _PICTURE_KEYS if not is_nothing(part.get(name))]
     if "bytes" in held and "path" in held:  # of a file that was read
         held.remove("path")
     if len(held) > 1:
@@ -287,18 +293,11 @@ def _own_picture(part: Mapping[str, Any], *, where: str) -> Any:
             )
         return None
     value = part[held[0]]
-    if held[0] == "base64":
-        return f"data:image/any;base64,{value}"
+    if held[0] in ("base64", "bytes") and isinstance(value, str):
+        return of_base64(value)
     if isinstance(value, Mapping) and value.get("url") is not None:
         return value["url"]
     return value
-
-
-def _is_nothing(value: Any) -> bool:
-    """Null, empty, or a struct of nulls, as a table has it for parts of another type."""
-    if isinstance(value, Mapping):
-        return all(one is None for one in value.values())
-    return value in (None, "")
 
 
 def _may_be_a_picture(name: Any, value: Any) -> bool:
@@ -386,7 +385,7 @@ def place_of_another_tool(text: str, role: Role) -> str | None:
     What an assistant says of pictures is learned as it is: a model may have written it.
     """
     found = _OF_REGIONS.search(text) or (_OF_PICTURES.search(text) if role != "assistant" else None)
-    return None if found is None else found[0]
+    return None if found is None else found[0].strip()
 
 
 def require_no_other_places(text: str, role: Role, *, where: str) -> None:

@@ -1,17 +1,21 @@
-"""Cells as the library ``datasets`` describes them: names for class numbers, values for JSON texts, however deep.
+"""Cells of a table as values: short floats as they read, names for class numbers, JSON texts as what they say.
 
 described = described_columns(json.loads(schema.metadata[b"huggingface"])["info"]["features"])
-as_described(row["answer"], described.get("answer"))
+as_values(table.to_pylist()[0], table.schema, described)["answer"]
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
+
+import pyarrow as pa
 
 from shared.errors import DataError, shortened
 
 _LISTS = ("List", "LargeList", "Sequence")
+_ARROW_LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
 _KINDS = ('"ClassLabel"', '"Json"')
 
 
@@ -27,33 +31,55 @@ def described_columns(features: Any) -> dict[str, Any]:
     }
 
 
-def as_described(value: Any, described: Any, *, is_decoded: bool = False) -> Any:
+def as_values(row: Mapping[str, Any], schema: pa.Schema, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The cells of a row as Arrow gives them, by column.
+
+    described  by ``described_columns``
+    Raises     DataError  as ``as_described``
+    """
+    return {
+        field.name: as_described(_as_read(row[field.name], field.type), described.get(field.name))
+        for field in schema
+    }
+
+
+def _as_read(value: Any, kind: pa.DataType) -> Any:
+    """With floats of 16 and 32 bits as the shortest decimal of their type: 0.1, not 0.10000000149011612."""
+    if value is None or "float" not in str(kind):  # a double is called so
+        return value
+    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
+        return value if value.is_integer() else float(str(kind.to_pandas_dtype()(value)))
+    if pa.types.is_struct(kind):
+        return {field.name: _as_read(value[field.name], field.type) for field in kind}
+    if isinstance(kind, _ARROW_LISTS):
+        return [_as_read(one, kind.value_type) for one in value]
+    return value
+
+
+def as_described(value: Any, described: Any) -> Any:
     """With a name in the place of each class number, None where the library has written -1 for none; JSON as values.
 
     A column whose values are of unlike types is one of JSON texts.
 
-    is_decoded  the library itself has read the JSON
-    Raises      DataError  for a text that is no JSON
+    Raises   DataError  for a text that is no JSON
     """
     if isinstance(described, list) and len(described) == 1:
         described = {"_type": "List", "feature": described[0]}
     if not isinstance(described, dict):
         return value
     kind = described.get("_type")
+    inner = described.get("feature") if kind in _LISTS else described
+    if isinstance(value, list):  # also where a list of structs is held column by column
+        return [as_described(one, inner) for one in value]
     if kind == "Json":
-        return value if is_decoded else _from_json(value)
+        return _from_json(value)
     if kind == "ClassLabel":
         names = described.get("names")
         if isinstance(value, bool) or not isinstance(value, int) or not isinstance(names, list) or not names:
             return value
         return names[value] if 0 <= value < len(names) else None
-    inner = described.get("feature") if kind in _LISTS else described
-    if isinstance(value, list):
-        return [as_described(one, inner, is_decoded=is_decoded) for one in value]
     if isinstance(value, dict) and isinstance(inner, dict):
-        return {
-            name: as_described(part, inner.get(name), is_decoded=is_decoded) for name, part in value.items()
-        }
+        return {name: as_described(part, inner.get(name)) for name, part in value.items()}
     return value
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import os
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ _DATA_URL = re.compile(r"data:[^,;]*(;[^,;]*)*?;base64,", re.IGNORECASE)
 # What files of these kinds begin with: PNG, JPEG, GIF, TIFF (three), JPEG 2000; WebP and AVIF say so behind a length.
 _BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"\0\0\0\x0cjP  ")
 _BEHIND_LENGTH = (b"WEBP", b"avif")
+_NO_BLANKS = str.maketrans("", "", string.whitespace)  # of ASCII, as lines of base64 end in it
 _OF_SOUNDS = (b"RIFF", b"OggS", b"fLaC", b"ID3")
 _BYTES_OR_PATH = "needed are encoded bytes, the path of a file or a data: URL"
 
@@ -56,6 +59,15 @@ def listed_pictures(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def is_nothing(value: Any) -> bool:
+    """Null, an empty text, the NaN that a table without nulls has for it; a struct of nulls, a list of such alone."""
+    if isinstance(value, list | tuple):
+        return all(not isinstance(one, list | tuple) and is_nothing(one) for one in value)
+    if isinstance(value, Mapping):
+        return all(one is None for one in value.values())
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
 def looks_like_pictures(value: Any) -> bool:
     """Whether a cell seems to hold pictures: such a file or its name, a ``data:`` URL, a picture's struct."""
     if isinstance(value, list | tuple):
@@ -72,6 +84,11 @@ def looks_like_pictures(value: Any) -> bool:
     return value[:11].lower() == "data:image/" or bool(_SUFFIX.search(value[-MAX_PATH:].strip()))
 
 
+def of_base64(text: str) -> str:
+    """The ``data:`` URL of an encoded picture in base64; one that is such a URL stays."""
+    return text if text[:5].lower() == "data:" else f"data:image/any;base64,{text}"
+
+
 def read_picture(value: Any, folder: Path | None, *, where: str) -> Picture:
     """The encoded file, from one element of a cell.
 
@@ -79,7 +96,10 @@ def read_picture(value: Any, folder: Path | None, *, where: str) -> Picture:
     Raises   DataError  naming ``where``, when it is nothing of the kind or cannot be read
     """
     if isinstance(value, Mapping) and value.keys() & {"bytes", "path"}:
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        data = value.get("bytes")
+        if isinstance(data, str) and data:
+            data = of_base64(data)
+        value = value.get("path") if data is None else data
     if value is None or value == "":
         raise DataError(f"{where}: the picture is missing ({'null' if value is None else 'an empty text'})")
     if isinstance(value, bytes):
@@ -125,6 +145,6 @@ def _decoded(url: str, *, where: str) -> bytes:
     if (head := _DATA_URL.match(url[:MAX_PATH])) is None:
         raise DataError(f"{where}: the picture is {shortened(url)!r}; a data: URL must be base64")
     try:
-        return base64.b64decode(url[head.end() :], validate=True)
+        return base64.b64decode(url[head.end() :].translate(_NO_BLANKS), validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError(f"{where}: the picture's data: URL is not base64 ({error})") from error

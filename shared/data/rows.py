@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,14 @@ from shared.data.conversations import (
     require_no_other_places,
     with_system,
 )
-from shared.data.pictures import Picture, PictureFile, listed_pictures, looks_like_pictures, read_picture
+from shared.data.pictures import (
+    Picture,
+    PictureFile,
+    is_nothing,
+    listed_pictures,
+    looks_like_pictures,
+    read_picture,
+)
 from shared.data.sources import Rows, choose, open_rows
 from shared.data.texts import is_visible, require_unicode, required_text
 from shared.data.written import Written, answers_in, lay_over
@@ -194,7 +200,7 @@ class VqaSplit:
         """The conversation, and how many answers it leaves out."""
         where = self.where(index)
         for name in OTHER_MEDIA:
-            if row.get(name):
+            if row.get(name) and not is_nothing(row[name]):
                 raise DataError(f"{where}: it has something in {name!r}; pictures and texts alone are used")
         held = self._held(row, where)
         pictures = listed_pictures(held)
@@ -416,9 +422,9 @@ def _unused_pictures(row: Mapping[str, Any], used: Collection[str]) -> str | Non
     )
 
 
-def _is_missing(picture: Any) -> bool:
-    """Null, an empty text, or the NaN that a table without nulls has in its place."""
-    return picture in (None, "") or (isinstance(picture, float) and math.isnan(picture))
+def _is_missing(pictures: Any) -> bool:
+    """Whether a cell has nothing where a picture may be; an empty list says that there is none."""
+    return pictures != [] and is_nothing(pictures)
 
 
 def _in_two_columns(value: Mapping[str, Any]) -> list[Any] | None:

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import datasets
 
 from shared.data.data_files import DataFile
-from shared.data.features import as_described, described_columns
+from shared.data.features import as_values, described_columns
 from shared.data.json_rows import SUFFIXES as JSON_SUFFIXES
 from shared.data.json_rows import JsonRows
 from shared.data.tables import TableRows
@@ -74,12 +74,17 @@ class Rows(Protocol):
 class DatasetRows:
     """Rows of a memory-mapped ``datasets.Dataset``; pictures stay encoded, classes have their names.
 
+    Cells are read as they are stored.  To cast pictures to encoded ones would write the whole set once more.
+
     fingerprint  of the data set as it was opened, whatever columns are used of it
     """
 
     dataset: datasets.Dataset
     folder: Path | None
     fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset", self.dataset.with_format("arrow"))
 
     def folder_of(self, index: int) -> Path | None:
         return self.folder
@@ -95,32 +100,15 @@ class DatasetRows:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {
-            name: as_described(value, self._described.get(name), is_decoded=True)
-            for name, value in self.dataset[index].items()
-        }
+        table = self.dataset[index]
+        return as_values(table.to_pylist()[0], table.schema, self._described)
 
     @cached_property
     def _described(self) -> dict[str, Any]:
         return described_columns(self.dataset.features.to_dict())
 
     def select(self, columns: Sequence[str]) -> DatasetRows:
-        dataset = self.dataset.select_columns(list(columns))
-        features = datasets.Features({name: _encoded(dataset.features[name]) for name in columns})
-        return replace(self, dataset=dataset if features == dataset.features else dataset.cast(features))
-
-
-def _encoded(feature: Any) -> Any:
-    """The feature with pictures, sounds and the like as they are stored, wherever they are in it."""
-    if getattr(feature, "decode", False) is True and feature._type != "Json":
-        return replace(feature, decode=False)
-    if isinstance(feature, dict):
-        return {name: _encoded(part) for name, part in feature.items()}
-    if isinstance(feature, list):
-        return [_encoded(part) for part in feature]
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return replace(feature, feature=_encoded(feature.feature))
-    return feature
+        return replace(self, dataset=self.dataset.select_columns(list(columns)))
 
 
 def open_rows(

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from shared.arrow_messages import MALFORMED, blocks, decoded_bytes
 from shared.data.copies import Stamp, kept_copy, mark_used, require_unchanged
 from shared.data.data_files import DataFile
-from shared.data.features import as_described, described_columns
+from shared.data.features import as_values, described_columns
 from shared.errors import DataError, FileError, TeachonceError
 
 MAX_GROUP_BYTES = 64 * 2**20  # of the columns in use, decoded
@@ -135,14 +135,14 @@ class TableRows:
         begin = int(self._ends[place - 1]) if place else 0
         file = self.files[number]
         try:
-            one = self._block(number, block).slice(index - begin, 1)
-            row = one.select(self.columns).to_pylist()[0]
+            one = self._block(number, block).slice(index - begin, 1).select(self.columns)
+            row = one.to_pylist()[0]
         except TeachonceError:
             raise
         except UNREADABLE as error:
             raise DataError(f"{file.path}, block {block}: cannot be read ({_first_line(error)})") from error
         try:
-            return {name: as_described(row[name], file.described.get(name)) for name in self.columns}
+            return as_values(row, one.schema, file.described)
         except DataError as error:
             raise DataError(f"{file.path}, row {index - begin} of block {block}: {error}") from error
 

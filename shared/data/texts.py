@@ -14,12 +14,11 @@ BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers, an empty Bra
 def required_text(value: Any, what: str, *, where: str) -> str:
     """A question or an answer, trimmed at the ends; a number is written out.
 
-    Raises   DataError  naming ``where`` and ``what``, when it is no text or shows nothing
+    Raises   DataError  naming ``where`` and ``what``, when it is no text and no finite number, or shows nothing
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise DataError(f"{where}: the {what} is missing (null)")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = _number(value, what, where)
+    value = written_out(value, what, where=where)
     if not isinstance(value, str):
         raise DataError(f"{where}: the {what} is a {type(value).__name__}; needed is one text")
     text = value.strip()
@@ -48,8 +47,16 @@ def is_visible(text: str) -> bool:
     )
 
 
-def _number(value: int | float, what: str, where: str) -> str:
+def written_out(value: Any, what: str, *, where: str) -> Any:
+    """A number as its text; anything else, and no number (NaN), as it is.
+
+    Raises   DataError  naming ``where`` and ``what``, for a number that is infinite, or has thousands of digits
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        return value
+    if isinstance(value, float) and math.isinf(value):
+        raise DataError(f"{where}: the {what} is {value}, no finite number")
     try:
         return str(value)
-    except ValueError as error:  # thousands of digits
+    except ValueError as error:
         raise DataError(f"{where}: the {what} is a number that cannot be written out ({error})") from error
