@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from shared.errors import RecipeError
 from shared.recipes import Recipe, dump_recipe, load_recipe, recipe_text, yaml12
 from shared.recipes.files import recipe_names, validate_tree
-from shared.recipes.policies import Threshold
+from shared.recipes.policies import Threshold, TopK
 from shared.recipes.reference import reference
-from shared.recipes.schema import sections_in
+from shared.recipes.schema import Section, sections_in
 from stage1_teacher.__main__ import commands as teacher_commands
 from stage2_student.__main__ import commands as student_commands
 
@@ -197,6 +197,41 @@ def test_a_policy_without_a_kind_is_of_the_kind_that_it_is_by_default(tmp_path: 
     assert recipe.cache.policy == Threshold(tau=0.0625)
     with pytest.raises(RecipeError, match=r"cache\.policy.*k: unknown key"):
         load_recipe(file, overrides=("cache.policy.k=3",))
+
+
+OWN_TAU = """
+data: {source: data}
+teacher: {model: large}
+student: {model: small}
+cache: {path: cache, policy: {tau: 0.0625}}
+optimization: {max_steps: 1}
+run: {name: run}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["cache.policy.kind=threshold"], Threshold(tau=0.0625)),
+        (["cache.policy={kind: threshold, values: fp16}"], Threshold(tau=0.0625, values="fp16")),
+        (["cache.policy={tau: 0.5}", "cache.policy.kind=threshold"], Threshold(tau=0.5)),
+        (["cache.policy={kind: top_k, k: 8}"], TopK(k=8)),
+    ],
+)
+def test_a_kind_that_a_policy_has_by_default_replaces_nothing(
+    tmp_path: Path, overrides: list[str], expected: Section
+) -> None:
+    recipe = load_recipe(write(tmp_path, OWN_TAU), overrides=overrides)
+    assert recipe.cache is not None
+    assert recipe.cache.policy == expected
+
+
+def test_nor_does_it_in_a_recipe_that_extends_another(tmp_path: Path) -> None:
+    write(tmp_path, OWN_TAU, "base.yaml")
+    over = "extends: base.yaml\ncache: {policy: {kind: threshold, values: fp16}}\n"
+    recipe = load_recipe(write(tmp_path, over))
+    assert recipe.cache is not None
+    assert recipe.cache.policy == Threshold(tau=0.0625, values="fp16")
 
 
 def test_extends_in_a_circle_is_an_error(tmp_path: Path) -> None:
