@@ -49,7 +49,8 @@ PLACE = Place()
 # What is wrong with a disk, or with the network that it is behind.
 OF_DISKS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
-    *(errno.ESTALE, errno.EREMOTEIO, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT),
+    *(errno.ESTALE, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT),
+    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux alone has it
 }
 # And with a place that the user named.
 OF_FILES = OF_DISKS | {

@@ -120,6 +120,18 @@ assert os.listdir() == []
     assert done.returncode == 0, done.stderr
 
 
+def test_commands_need_no_name_that_linux_alone_has() -> None:
+    code = """
+import errno, os
+del errno.EREMOTEIO, os.memfd_create, os.posix_fallocate, os.sched_getaffinity
+from shared.threads import set_threads
+import shared.pipeline, stage1_teacher.__main__, stage2_student.__main__
+set_threads()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("module", ["stage1_teacher", "stage2_student", "shared.pipeline"])
 def test_command_lines_explain_themselves(module: str) -> None:
     done = subprocess.run(
