@@ -89,6 +89,24 @@ def recipe_arguments(function: Function) -> Function:
     return click.argument("recipe")(function)
 
 
+def resume_options(function: Function) -> Function:
+    """``--resume`` and ``--accept-data-change``, of a command that trains."""
+    function = click.option(
+        "--accept-data-change",
+        is_flag=True,
+        help="With --resume: although rows of later steps, or of the validation split, have changed.",
+    )(function)
+    return click.option("--resume", is_flag=True, help="Go on with the run of this name where it stopped.")(
+        function
+    )
+
+
+def require_resume(resume: bool, accept_data_change: bool) -> None:
+    """Raises   UsageError  for --accept-data-change without --resume"""
+    if accept_data_change and not resume:
+        raise click.UsageError("--accept-data-change goes with --resume")
+
+
 def version_option(function: Function) -> Function:
     """``--version``, which prints the command's name and the package's version."""
     message = "%(prog)s (%(package)s) %(version)s"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from shared.cli import load_recipe, recipe_arguments, run
+from shared.cli import load_recipe, recipe_arguments, require_resume, resume_options, run
 from shared.errors import RecipeError, TrainingError, shortened
 from shared.library_output import quiet_libraries
 from shared.stopping import (
@@ -86,28 +86,28 @@ def main() -> None:
     """Run a stage under torchrun, making first what it needs and lacks."""
 
 
-@main.command("teacher-cache", context_settings={"ignore_unknown_options": True})
+@main.command("teacher-cache")
 @recipe_arguments
 @nproc_option
-@click.argument("stage_arguments", nargs=-1, type=click.UNPROCESSED)
-def teacher_cache(
-    recipe: str, overrides: tuple[str, ...], nproc: Nproc, stage_arguments: tuple[str, ...]
-) -> int:
+def teacher_cache(recipe: str, overrides: tuple[str, ...], nproc: Nproc) -> int:
     """Stage one: capture the teacher's targets."""
-    os.environ[GO_ON] = typed("teacher-cache", recipe, overrides, nproc, stage_arguments)
-    return make_cache(recipe, overrides, nproc=nproc, stage_arguments=stage_arguments)
+    os.environ[GO_ON] = typed("teacher-cache", recipe, overrides, nproc, ())
+    return make_cache(recipe, overrides, nproc=nproc)
 
 
-@main.command("train-student", context_settings={"ignore_unknown_options": True})
+@main.command("train-student")
 @recipe_arguments
 @nproc_option
-@click.argument("stage_arguments", nargs=-1, type=click.UNPROCESSED)
+@resume_options
 def train_student(
-    recipe: str, overrides: tuple[str, ...], nproc: Nproc, stage_arguments: tuple[str, ...]
+    recipe: str, overrides: tuple[str, ...], nproc: Nproc, resume: bool, accept_data_change: bool
 ) -> int:
     """Stage two: train a student, from the cache unless kd_ratio is 0."""
+    require_resume(resume, accept_data_change)
+    stage_arguments = ["--resume"] if resume else []
+    stage_arguments += ["--accept-data-change"] if accept_data_change else []
     os.environ[GO_ON] = typed("train-student", recipe, overrides, nproc, stage_arguments)
-    resumed = [*stage_arguments, *(["--resume"] if "--resume" not in stage_arguments else [])]
+    resumed = stage_arguments or ["--resume"]
     return make_student(
         recipe,
         overrides,
@@ -152,9 +152,7 @@ def typed(
     return shlex.join(words)
 
 
-def make_cache(
-    recipe: str, overrides: Sequence[str], *, nproc: Nproc, stage_arguments: Sequence[str] = ()
-) -> int:
+def make_cache(recipe: str, overrides: Sequence[str], *, nproc: Nproc) -> int:
     """Runs stage one; returns its exit status."""
     plan = load_recipe(recipe, overrides=tuple(overrides))
     status = make_inputs(recipe, plan, overrides)
@@ -162,7 +160,7 @@ def make_cache(
         click.echo("the cache holds all of the data; nothing to capture, and the teacher is not needed")
         return 0
     status = status or make_teacher(plan, overrides, nproc=nproc)
-    return status or launch("stage1_teacher", "capture", recipe, overrides, stage_arguments, nproc=nproc)
+    return status or launch("stage1_teacher", "capture", recipe, overrides, (), nproc=nproc)
 
 
 def make_student(
