@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -120,12 +122,20 @@ def load_recipe(name: str, *, overrides: tuple[str, ...] = ()) -> Recipe:
     return load(name, overrides=overrides)
 
 
+def screen_has_unicode() -> bool:
+    """Whether standard output takes every character as it is."""
+    return codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf")
+
+
 def run(group: click.Command, *, goes_on: Collection[str] = (), starts_ours: bool = False) -> None:
     """Runs a command line; a user's error is one message and a status of its own, not a traceback.
 
     goes_on      names of commands that do what is left when they are called again
     starts_ours  the command starts programs of ours, which have the screen as well
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a screen that lacks a character ends no command
     with (
         stopped_while_starting(goes_on=any(name in goes_on for name in sys.argv[1:2])),
         LibraryOutput.collected(native=not starts_ours) as output,

@@ -18,6 +18,7 @@ from shared.cli import (
     recipe_arguments,
     require_resume,
     resume_options,
+    screen_has_unicode,
     version_option,
 )
 from shared.cli import run as run_group
@@ -66,7 +67,8 @@ def recipe(recipe: str, overrides: tuple[str, ...]) -> int:
     """Print RECIPE as YAML, with every default written out."""
     from shared.recipes import recipe_text
 
-    click.echo(recipe_text(load_recipe(recipe, overrides=overrides)), nl=False)
+    loaded = load_recipe(recipe, overrides=overrides)
+    click.echo(recipe_text(loaded, allow_unicode=screen_has_unicode()), nl=False)
     return 0
 
 

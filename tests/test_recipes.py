@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -374,6 +377,19 @@ def test_the_resolved_recipe_is_printed_and_loads_again(commands: object, tmp_pa
     shown = CliRunner().invoke(commands, words)  # type: ignore[arg-type]
     assert shown.exit_code == 0
     assert load_recipe(write(tmp_path, shown.output)) == load_recipe("phantom", overrides=overrides)
+
+
+@pytest.mark.parametrize("stage", ["stage1_teacher", "stage2_student"])
+def test_a_screen_that_lacks_characters_shows_the_recipe_all_the_same(stage: str, tmp_path: Path) -> None:
+    overrides = ["data.system_prompt=R\u00e9ponds, \u4e2d\u6587 \U0001fac1", "run.name=caf\u00e9"]
+    words = ["recipe", "phantom", *(word for one in overrides for word in ("--set", one))]
+    screen = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", stage, *words], env=screen, cwd=ROOT, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    shown = write(tmp_path, done.stdout.decode("latin-1"))
+    assert load_recipe(shown) == load_recipe("phantom", overrides=overrides)
 
 
 def test_every_key_has_its_line_in_the_reference_and_the_page_is_current() -> None:

@@ -346,6 +346,9 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that loads to the same recipe."""
-    return yaml12.dump(dump_recipe(recipe))
+def recipe_text(recipe: Recipe, *, allow_unicode: bool = True) -> str:
+    """The resolved recipe as YAML that loads to the same recipe.
+
+    allow_unicode  as it is, not as escapes
+    """
+    return yaml12.dump(dump_recipe(recipe), allow_unicode=allow_unicode)
