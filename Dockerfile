@@ -6,8 +6,8 @@
 #         teacher-cache capture mine.yaml
 #
 # --shm-size: loader workers do not use /dev/shm for data, so Docker's 64 MB suffice for one GPU, or none.  NCCL uses it
-# between the GPUs of a machine.  Data, models, caches and runs lie outside, under /work; nothing secret goes in: give
-# credentials of storages and of the Hub at the start (docker run --env-file).
+# between the GPUs of a machine.  Data, models, caches and runs lie outside, under /work, and in /work/.cache what comes
+# from the Hub and from storages; nothing secret goes in: give their credentials at the start (docker run --env-file).
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
 
@@ -23,7 +23,8 @@ ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 
 
 WORKDIR /opt/teachonce
 COPY constraints.txt ./
-RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --constraint constraints.txt torch
+# Beside PyPI, which has all that torch needs; of equal versions pip takes the one that says +cpu or +cu130.
+RUN pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint constraints.txt torch
 
 COPY pyproject.toml README.md LICENSE ./
 COPY shared ./shared
@@ -35,6 +36,8 @@ RUN pip install --constraint constraints.txt ".[$EXTRAS]" && teacher-cache --ver
 # Any other user will do as well (docker run --user): what has to be written lies under /work and HOME.
 RUN useradd --create-home --uid 1000 teachonce && mkdir --parents /work && chmod 1777 /home/teachonce /work
 ENV HOME=/home/teachonce
+# What is fetched from the Hub and from storages must outlive the container.
+ENV XDG_CACHE_HOME=/work/.cache
 USER teachonce
 WORKDIR /work
 CMD ["teacher-cache", "--help"]

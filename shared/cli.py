@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -54,7 +56,8 @@ PLACE = Place()
 # What is wrong with a disk, or with the network that it is behind.
 OF_DISKS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
-    *(errno.ESTALE, errno.EREMOTEIO, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT),
+    *(errno.ESTALE, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT),
+    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux alone has it
 }
 # And with a place that the user named.
 OF_FILES = OF_DISKS | {
@@ -93,6 +96,24 @@ def recipe_arguments(function: Function) -> Function:
     return click.argument("recipe")(function)
 
 
+def resume_options(function: Function) -> Function:
+    """``--resume`` and ``--accept-data-change``, of a command that trains."""
+    function = click.option(
+        "--accept-data-change",
+        is_flag=True,
+        help="With --resume: although rows of later steps, or of the validation split, have changed.",
+    )(function)
+    return click.option("--resume", is_flag=True, help="Go on with the run of this name where it stopped.")(
+        function
+    )
+
+
+def require_resume(resume: bool, accept_data_change: bool) -> None:
+    """Raises   UsageError  for --accept-data-change without --resume"""
+    if accept_data_change and not resume:
+        raise click.UsageError("--accept-data-change goes with --resume")
+
+
 def version_option(function: Function) -> Function:
     """``--version``, which prints the command's name and the package's version."""
     message = "%(prog)s (%(package)s) %(version)s"
@@ -106,12 +127,20 @@ def load_recipe(name: str, *, overrides: tuple[str, ...] = ()) -> Recipe:
     return load(name, overrides=overrides)
 
 
+def screen_has_unicode() -> bool:
+    """Whether standard output takes every character as it is."""
+    return codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf")
+
+
 def run(group: click.Command, *, goes_on: Collection[str] = (), starts_ours: bool = False) -> None:
     """Runs a command line; a user's error is one message and a status of its own, not a traceback.
 
     goes_on      names of commands that do what is left when they are called again
     starts_ours  the command starts programs of ours, which have the screen as well
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a screen that lacks a character ends no command
     with (
         stopped_while_starting(goes_on=any(name in goes_on for name in sys.argv[1:2])),
         LibraryOutput.collected(native=not starts_ours) as output,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import RecipeError
@@ -34,12 +35,14 @@ def run_is_finished(recipe: Recipe) -> bool:
         return False
 
 
-def baseline_is_finished(recipe: Recipe) -> bool:
+def baseline_is_finished(recipe: Recipe, overrides: Sequence[str] = ()) -> bool:
     """Whether the run that the recipe's is compared with has results; true where there is none to compare with, or
     its recipe cannot be read.
+
+    overrides  of the recipe
     """
     try:
-        baseline = baseline_of(recipe)
+        baseline = baseline_of(recipe, overrides)
     except RecipeError:
         return True
     return baseline is None or has_results(baseline.run.path)

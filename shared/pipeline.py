@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from shared.cli import load_recipe, recipe_arguments, run
+from shared.cli import load_recipe, recipe_arguments, require_resume, resume_options, run
 from shared.errors import RecipeError, TrainingError, shortened
 from shared.library_output import quiet_libraries
 from shared.stopping import (
@@ -50,10 +50,6 @@ AUTO: Literal["auto"] = "auto"
 Nproc = int | Literal["auto"]  # processes on this machine, as ``num_processes`` counts them
 SETTINGS_A_TEACHER_SHARES = ("data.", "data=", "bootstrap.", "bootstrap=")
 MISTAKES = "bootstrap.phantom.mistaken="  # of the students' data; how a teacher learns is its own recipe's
-SETTINGS_OF_A_RUN_ALONE = (
-    *("loss.", "loss=", "run.name=", "run=", "evaluation.baseline=", "evaluation="),
-    *("rounds.", "rounds=", "write.", "write=", "optimization.schedule_part="),
-)
 # Of torchrun, which kills after 30 s what still saves its work; a second signal ends it all the same.
 PATIENCE_S = 7 * 24 * 3600
 POLL_S = 0.2
@@ -90,28 +86,28 @@ def main() -> None:
     """Run a stage under torchrun, making first what it needs and lacks."""
 
 
-@main.command("teacher-cache", context_settings={"ignore_unknown_options": True})
+@main.command("teacher-cache")
 @recipe_arguments
 @nproc_option
-@click.argument("stage_arguments", nargs=-1, type=click.UNPROCESSED)
-def teacher_cache(
-    recipe: str, overrides: tuple[str, ...], nproc: Nproc, stage_arguments: tuple[str, ...]
-) -> int:
+def teacher_cache(recipe: str, overrides: tuple[str, ...], nproc: Nproc) -> int:
     """Stage one: capture the teacher's targets."""
-    os.environ[GO_ON] = typed("teacher-cache", recipe, overrides, nproc, stage_arguments)
-    return make_cache(recipe, overrides, nproc=nproc, stage_arguments=stage_arguments)
+    os.environ[GO_ON] = typed("teacher-cache", recipe, overrides, nproc, ())
+    return make_cache(recipe, overrides, nproc=nproc)
 
 
-@main.command("train-student", context_settings={"ignore_unknown_options": True})
+@main.command("train-student")
 @recipe_arguments
 @nproc_option
-@click.argument("stage_arguments", nargs=-1, type=click.UNPROCESSED)
+@resume_options
 def train_student(
-    recipe: str, overrides: tuple[str, ...], nproc: Nproc, stage_arguments: tuple[str, ...]
+    recipe: str, overrides: tuple[str, ...], nproc: Nproc, resume: bool, accept_data_change: bool
 ) -> int:
     """Stage two: train a student, from the cache unless kd_ratio is 0."""
+    require_resume(resume, accept_data_change)
+    stage_arguments = ["--resume"] if resume else []
+    stage_arguments += ["--accept-data-change"] if accept_data_change else []
     os.environ[GO_ON] = typed("train-student", recipe, overrides, nproc, stage_arguments)
-    resumed = [*stage_arguments, *(["--resume"] if "--resume" not in stage_arguments else [])]
+    resumed = stage_arguments or ["--resume"]
     return make_student(
         recipe,
         overrides,
@@ -156,9 +152,7 @@ def typed(
     return shlex.join(words)
 
 
-def make_cache(
-    recipe: str, overrides: Sequence[str], *, nproc: Nproc, stage_arguments: Sequence[str] = ()
-) -> int:
+def make_cache(recipe: str, overrides: Sequence[str], *, nproc: Nproc) -> int:
     """Runs stage one; returns its exit status."""
     plan = load_recipe(recipe, overrides=tuple(overrides))
     status = make_inputs(recipe, plan, overrides)
@@ -166,7 +160,7 @@ def make_cache(
         click.echo("the cache holds all of the data; nothing to capture, and the teacher is not needed")
         return 0
     status = status or make_teacher(plan, overrides, nproc=nproc)
-    return status or launch("stage1_teacher", "capture", recipe, overrides, stage_arguments, nproc=nproc)
+    return status or launch("stage1_teacher", "capture", recipe, overrides, (), nproc=nproc)
 
 
 def make_student(
@@ -186,10 +180,10 @@ def make_student(
     from shared.recipes import baseline_of
 
     plan = load_recipe(recipe, overrides=tuple(overrides))
-    if not stage_arguments and is_finished(plan):  # its results are shown, and nothing is needed for that
+    if not stage_arguments and is_finished(plan, overrides):  # to show its results, nothing is needed
         show = [sys.executable, "-m", "stage2_student", "run", recipe, *_as_options(overrides)]
         return subprocess.run(show, check=False).returncode
-    baseline_of(plan)  # which may be missing; before a capture that takes hours
+    baseline_of(plan, overrides, tell=note_once)  # it may be missing; before a capture that takes hours
     plan.parallel.require_ranks(num_processes(nproc))
     status = make_inputs(recipe, plan, overrides)
     if not status and plan.cache is not None and plan.distils and plan.cache.is_one and not covers(plan):
@@ -220,7 +214,7 @@ def make_rounds(recipe: str, overrides: Sequence[str], *, nproc: Nproc) -> int:
     require_possible(plan)
     if is_missing(plan.teacher):
         require_makeable(plan, nproc=nproc)
-    if not is_finished(load_recipe(recipe, overrides=tuple(first))):
+    if not is_finished(load_recipe(recipe, overrides=tuple(first)), first):
         resume = ["--resume"] if plan.run.path.exists() else []
         status = make_student(recipe, first, nproc=nproc, stage_arguments=resume)
         if status:
@@ -240,11 +234,11 @@ def make_rounds(recipe: str, overrides: Sequence[str], *, nproc: Nproc) -> int:
     return status
 
 
-def is_finished(plan: Recipe) -> bool:
+def is_finished(plan: Recipe, overrides: Sequence[str]) -> bool:
     """Whether there is nothing left to do for this run and the one that it is compared with."""
     from shared.finished import baseline_is_finished, run_is_finished
 
-    return run_is_finished(plan) and baseline_is_finished(plan)
+    return run_is_finished(plan) and baseline_is_finished(plan, overrides)
 
 
 def covers(plan: Recipe) -> bool:
@@ -313,13 +307,13 @@ def require_makeable(plan: Recipe, *, nproc: Nproc) -> None:
 def make_baseline(plan: Recipe, overrides: Sequence[str], *, nproc: Nproc) -> int:
     """Trains the run that the recipe's is compared with, where it is not finished; whoever has one keeps it."""
     from shared.finished import baseline_is_finished
-    from shared.recipes import baseline_of
+    from shared.recipes import baseline_of, settings_of_baseline
 
-    baseline = baseline_of(plan)
-    if baseline is None or baseline_is_finished(plan):
+    baseline = baseline_of(plan, overrides)
+    if baseline is None or baseline_is_finished(plan, overrides):
         return 0
     assert plan.evaluation.baseline is not None
-    settings = settings_of_baseline(overrides)
+    settings = settings_of_baseline(plan, overrides)
     resume = ["--resume"] if baseline.run.path.exists() else []
     return make_student(plan.evaluation.baseline, settings, nproc=nproc, stage_arguments=resume)
 
@@ -331,11 +325,6 @@ def settings_of_teacher(overrides: Sequence[str]) -> list[str]:
         for item in overrides
         if item.startswith(SETTINGS_A_TEACHER_SHARES) and not item.startswith(MISTAKES)
     ]
-
-
-def settings_of_baseline(overrides: Sequence[str]) -> list[str]:
-    """Those of a run that its baseline shares: all but what the two are to differ in."""
-    return [item for item in overrides if not item.startswith(SETTINGS_OF_A_RUN_ALONE)]
 
 
 def command(module: str, *arguments: str) -> int:

@@ -1,5 +1,8 @@
 """Stopping in order: the first SIGTERM or Ctrl-C asks, the second ends the process at once.
 
+Who stops a job often signals each of its processes, and launchers hand on what they get.  So SIGTERMs that come
+together are one.
+
     with stop_on_signals() as stop:
         for step in steps:
             if stop.received:
@@ -18,6 +21,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +40,7 @@ GO_ON = "TEACHONCE_GO_ON"  # what the user typed, where that is not this process
 # Where a machine's first rank leaves its exit status, of which torchrun says nothing.  An empty file: the rank has
 # something to save.  No file: it has not.
 STATUS_FILE = "TEACHONCE_STATUS_FILE"
+SAME_REQUEST_S = 2.0  # after the first SIGTERM, others are the same one, handed on
 NOTHING_TO_SAVE = "stopped before there was anything to save. The same command goes on"
 
 
@@ -52,18 +57,26 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(*, before_death: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
-    """The first signal asks for an orderly stop, the second ends the process at once.
+    """The first signal asks for an orderly stop, the second ends the process at once; SIGTERMs within
+    ``SAME_REQUEST_S`` are one.
 
     before_death  called by the second one: for processes that have to end with this one
     """
     request = StopRequest()
+    asked: list[tuple[int, float]] = []  # the first signal to this process; another rank's may come before it
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if request.received:
-            before_death()
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
         request.received = True
+        now_s = time.monotonic()
+        if not asked:
+            asked.append((number, now_s))
+            return
+        first, begin_s = asked[0]
+        if number == first == signal.SIGTERM and now_s - begin_s < SAME_REQUEST_S:
+            return
+        before_death()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     with restored_handlers():
         for number in SIGNALS:

@@ -10,7 +10,15 @@ from typing import Any
 
 import click
 
-from shared.cli import FILE, FOLDER, PLACE, load_recipe, recipe_arguments, version_option
+from shared.cli import (
+    FILE,
+    FOLDER,
+    PLACE,
+    load_recipe,
+    recipe_arguments,
+    screen_has_unicode,
+    version_option,
+)
 from shared.cli import run as run_group
 from shared.stopping import stop_on_signals
 
@@ -82,7 +90,8 @@ def recipe(recipe: str, overrides: tuple[str, ...]) -> int:
     """Print RECIPE as YAML, with every default written out."""
     from shared.recipes import recipe_text
 
-    click.echo(recipe_text(load_recipe(recipe, overrides=overrides)), nl=False)
+    loaded = load_recipe(recipe, overrides=overrides)
+    click.echo(recipe_text(loaded, allow_unicode=screen_has_unicode()), nl=False)
     return 0
 
 

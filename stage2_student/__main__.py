@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli import FILE, FOLDER, PATH, PLACE, load_recipe, recipe_arguments, version_option
+from shared.cli import (
+    FILE,
+    FOLDER,
+    PATH,
+    PLACE,
+    load_recipe,
+    recipe_arguments,
+    require_resume,
+    resume_options,
+    screen_has_unicode,
+    version_option,
+)
 from shared.cli import run as run_group
 from shared.library_output import keep_library_output, quiet_libraries
 from shared.stopping import INTERRUPTED_STATUS, command_to_go_on
@@ -26,19 +37,13 @@ def commands() -> None:
 
 @commands.command("run")
 @recipe_arguments
-@click.option("--resume", is_flag=True, help="Go on with the run of this name where it stopped.")
-@click.option(
-    "--accept-data-change",
-    is_flag=True,
-    help="With --resume: although rows of later steps, or of the validation split, have changed.",
-)
+@resume_options
 def run(recipe: str, overrides: tuple[str, ...], resume: bool, accept_data_change: bool) -> int:
     """Train the student of RECIPE; from the cache, unless loss.kd_ratio is 0."""
     from shared.runtime import distributed
     from stage2_student.train import train
 
-    if accept_data_change and not resume:
-        raise click.UsageError("--accept-data-change goes with --resume")
+    require_resume(resume, accept_data_change)
     loaded = load_recipe(recipe, overrides=overrides)
     with distributed(collective_timeout_s=loaded.parallel.collective_timeout_s) as world:
         return train(loaded, world, resume=resume, accept_data_change=accept_data_change)
@@ -62,7 +67,8 @@ def recipe(recipe: str, overrides: tuple[str, ...]) -> int:
     """Print RECIPE as YAML, with every default written out."""
     from shared.recipes import recipe_text
 
-    click.echo(recipe_text(load_recipe(recipe, overrides=overrides)), nl=False)
+    loaded = load_recipe(recipe, overrides=overrides)
+    click.echo(recipe_text(loaded, allow_unicode=screen_has_unicode()), nl=False)
     return 0
 
 

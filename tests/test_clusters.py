@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,34 @@ def test_the_image_holds_no_secret_and_runs_as_no_root() -> None:
     assert not is_sent(".git")
     assert not is_sent("tests")
     assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} - {"tests"} <= sources
+
+
+def test_what_the_image_fetches_outlives_a_container(tmp_path: Path) -> None:
+    image = Image(tmp_path / "image")
+    for step in steps():
+        if step.name == "ENV":
+            image.take(step)
+    code = """
+from huggingface_hub.constants import HF_HUB_CACHE
+from shared.cache.staging import Staging
+from shared.data.copies import copies_folder
+print(HF_HUB_CACHE, Staging().folder, copies_folder())
+"""
+    own = ("HF_", "HUGGINGFACE_", "TEACHONCE_")
+    outside = {name: value for name, value in image.environment().items() if not name.startswith(own)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=outside, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 3
+    assert all(Path(place).is_relative_to(image.inside("/work")) for place in done.stdout.split())
+
+
+def test_an_index_for_torch_is_no_index_for_the_rest() -> None:
+    """PyTorch's has few of the exact versions that torch's dependencies are to have."""
+    (step,) = (step.text for step in steps() if "TORCH_INDEX:+" in step.text)
+    assert '${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint' in step
+    assert not any(re.search(r"(?<!extra)-index-url", step.text) for step in steps())
 
 
 @pytest.mark.slow

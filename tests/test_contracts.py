@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from shared import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"stage1_teacher", "stage2_student"}
@@ -120,6 +123,18 @@ assert os.listdir() == []
     assert done.returncode == 0, done.stderr
 
 
+def test_commands_need_no_name_that_linux_alone_has() -> None:
+    code = """
+import errno, os
+del errno.EREMOTEIO, os.memfd_create, os.posix_fallocate, os.sched_getaffinity
+from shared.threads import set_threads
+import shared.pipeline, stage1_teacher.__main__, stage2_student.__main__
+set_threads()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("module", ["stage1_teacher", "stage2_student", "shared.pipeline"])
 def test_command_lines_explain_themselves(module: str) -> None:
     done = subprocess.run(
@@ -136,6 +151,27 @@ def test_a_users_error_is_one_message_with_a_status_of_its_own(module: str) -> N
     assert done.returncode == 3
     assert done.stderr.startswith("error: recipe 'phantm': unknown; did you mean 'phantom'?")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train-student", "phantom", "--resum"], "No such option"),
+        (["train-student", "phantom", "run.name=soft"], "unexpected extra argument (run.name=soft)"),
+        (["train-student", "phantom", "--accept-data-change"], "--accept-data-change goes with --resume"),
+        (["teacher-cache", "phantom", "--resume"], "No such option"),
+        (["teacher-cache", "phantom", "--sett", "run.name=soft"], "No such option"),
+        (["rounds", "phantom", "--resume"], "No such option"),
+    ],
+)
+def test_a_typo_is_told_before_anything_is_made(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(pipeline.main, words)
+    assert said.exit_code == 2
+    assert message in said.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:

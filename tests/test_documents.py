@@ -270,6 +270,14 @@ def test_a_command_that_is_mentioned_exists(document: str, line: str) -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_values_that_a_shell_takes_for_patterns_are_quoted(path: Path) -> None:
+    """zsh ends with an error where no file fits a pattern."""
+    for line in (line for block in blocks(path, "sh") for line in block.lines):
+        bare = re.sub(r"\"[^\"]*\"|'[^']*'", "", line)
+        assert not re.search(r"=\S*[\[*?]", bare), line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
         file, _, anchor = target.partition("#")

@@ -81,6 +81,43 @@ def test_a_fault_of_a_worker_is_one_error(fault: Callable[[], None], message: st
         load(fault)
 
 
+LONG_TEMP = """
+    import sys
+    from test_loading_faults import load
+    import shared.data.loading
+    if len(sys.argv) > 1:
+        shared.data.loading.SHORT_TEMP = sys.argv[1]
+    print("loaded", sum(item["pixels"][0].item() for item in load()), flush=True)
+"""
+
+
+def below_a_long_folder(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    long = folder / ("scratch_of_a_project" * 5)
+    long.mkdir()
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LONG_TEMP), *words],
+        cwd=ROOT / "tests",
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(long)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_workers_hand_over_below_a_long_folder_for_temporary_files(tmp_path: Path) -> None:
+    done = below_a_long_folder(tmp_path)
+    assert "loaded 28.0" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_without_a_short_one_the_folder_is_named(tmp_path: Path) -> None:
+    last = below_a_long_folder(tmp_path, str(tmp_path / "gone")).stderr.strip().splitlines()[-1]
+    assert "TrainingError: a data-loader worker cannot hand over" in last
+    assert all(word in last for word in ("AF_UNIX path too long", "scratch_of_a_project", "Set TMPDIR"))
+
+
 @pytest.mark.parametrize("spare", range(7))
 def test_a_worker_without_descriptors_is_one_error_and_no_wait(
     spare: int, capfd: pytest.CaptureFixture[str]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -15,9 +18,9 @@ from shared.errors import RecipeError
 from shared.phantom.__main__ import main as phantom_command
 from shared.recipes import Recipe, dump_recipe, load_recipe, recipe_text, yaml12
 from shared.recipes.files import recipe_names, validate_tree
-from shared.recipes.policies import Threshold
+from shared.recipes.policies import Threshold, TopK
 from shared.recipes.reference import reference
-from shared.recipes.schema import sections_in
+from shared.recipes.schema import Section, sections_in
 from stage1_teacher.__main__ import commands as teacher_commands
 from stage2_student.__main__ import commands as student_commands
 
@@ -201,6 +204,41 @@ def test_a_policy_without_a_kind_is_of_the_kind_that_it_is_by_default(tmp_path: 
         load_recipe(file, overrides=("cache.policy.k=3",))
 
 
+OWN_TAU = """
+data: {source: data}
+teacher: {model: large}
+student: {model: small}
+cache: {path: cache, policy: {tau: 0.0625}}
+optimization: {max_steps: 1}
+run: {name: run}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["cache.policy.kind=threshold"], Threshold(tau=0.0625)),
+        (["cache.policy={kind: threshold, values: fp16}"], Threshold(tau=0.0625, values="fp16")),
+        (["cache.policy={tau: 0.5}", "cache.policy.kind=threshold"], Threshold(tau=0.5)),
+        (["cache.policy={kind: top_k, k: 8}"], TopK(k=8)),
+    ],
+)
+def test_a_kind_that_a_policy_has_by_default_replaces_nothing(
+    tmp_path: Path, overrides: list[str], expected: Section
+) -> None:
+    recipe = load_recipe(write(tmp_path, OWN_TAU), overrides=overrides)
+    assert recipe.cache is not None
+    assert recipe.cache.policy == expected
+
+
+def test_nor_does_it_in_a_recipe_that_extends_another(tmp_path: Path) -> None:
+    write(tmp_path, OWN_TAU, "base.yaml")
+    over = "extends: base.yaml\ncache: {policy: {kind: threshold, values: fp16}}\n"
+    recipe = load_recipe(write(tmp_path, over))
+    assert recipe.cache is not None
+    assert recipe.cache.policy == Threshold(tau=0.0625, values="fp16")
+
+
 def test_extends_in_a_circle_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, "extends: b.yaml\n", "a.yaml")
     write(tmp_path, "extends: a.yaml\n", "b.yaml")
@@ -377,6 +415,19 @@ def test_the_resolved_recipe_is_printed_and_loads_again(commands: object, tmp_pa
     shown = CliRunner().invoke(commands, words)  # type: ignore[arg-type]
     assert shown.exit_code == 0
     assert load_recipe(write(tmp_path, shown.output)) == load_recipe("phantom", overrides=overrides)
+
+
+@pytest.mark.parametrize("stage", ["stage1_teacher", "stage2_student"])
+def test_a_screen_that_lacks_characters_shows_the_recipe_all_the_same(stage: str, tmp_path: Path) -> None:
+    overrides = ["data.system_prompt=R\u00e9ponds, \u4e2d\u6587 \U0001fac1", "run.name=caf\u00e9"]
+    words = ["recipe", "phantom", *(word for one in overrides for word in ("--set", one))]
+    screen = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", stage, *words], env=screen, cwd=ROOT, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    shown = write(tmp_path, done.stdout.decode("latin-1"))
+    assert load_recipe(shown) == load_recipe("phantom", overrides=overrides)
 
 
 def test_every_key_has_its_line_in_the_reference_and_the_page_is_current() -> None:

@@ -19,7 +19,7 @@ from stage2_runs import on_ranks
 
 from shared.errors import DataError, RecipeError, TrainingError
 from shared.runtime import World, distributed, environment
-from shared.stopping import GO_ON, SIGNALS, command_to_go_on, stop_on_signals
+from shared.stopping import GO_ON, SAME_REQUEST_S, SIGNALS, command_to_go_on, stop_on_signals
 
 FORK = multiprocessing.get_context("fork")
 
@@ -44,9 +44,20 @@ def test_a_second_signal_ends_the_process_at_once(first: signal.Signals, second:
     assert process.pid is not None
     os.kill(process.pid, first)
     assert asked.wait(30)
+    if first == second == signal.SIGTERM:
+        os.kill(process.pid, second)  # handed on by a launcher: the same request
+        process.join(timeout=SAME_REQUEST_S)
+        assert process.exitcode is None
     os.kill(process.pid, second)
     process.join(timeout=30)
     assert process.exitcode == -second
+
+
+def test_a_signal_after_another_rank_has_asked_is_the_first_one() -> None:
+    with stop_on_signals() as stop:
+        stop.received = True  # as ranks agree
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -16,8 +16,8 @@ import yaml
 from shared.data.processing import open_processor
 from shared.errors import DataError, RecipeError
 from shared.finished import baseline_is_finished
-from shared.pipeline import make_student, make_teacher, settings_of_baseline, settings_of_teacher
-from shared.recipes import Recipe, baseline_of, dump_recipe, load_recipe, recipe_text
+from shared.pipeline import make_student, make_teacher, settings_of_teacher
+from shared.recipes import Recipe, baseline_of, dump_recipe, load_recipe, recipe_text, settings_of_baseline
 from stage2_student.check import check_recipe
 from stage2_student.evaluation.final_table import final_table
 from stage2_student.evaluation.shuffled import with_other_pictures
@@ -234,14 +234,60 @@ def test_a_run_on_other_data_is_no_baseline(tmp_path: Path) -> None:
     """A recipe for own data that extends the default inherits what that is compared with."""
     mine = tmp_path / "mine.yaml"
     mine.write_text("extends: phantom\ndata: {source: data/mine}\nrun: {name: mine}\n")
-    assert baseline_of(load_recipe(mine)) is None
+    told: list[str] = []
+    assert baseline_of(load_recipe(mine), tell=told.append) is None
+    (note,) = told
+    assert "baseline phantom_labels is not compared with: its data are work/phantom/data, and this" in note
+
+
+@pytest.mark.parametrize("source", ["data/mine", "work/phantom/data/", "work/../work/phantom/data"])
+def test_a_baseline_has_the_data_that_its_run_is_given(recipes: dict[str, Recipe], source: str) -> None:
+    given = [f"data.source={source}"]
+    mine = load_recipe("phantom", overrides=given)
+    found = baseline_of(mine, given)
+    assert found is not None
+    assert found.data.source == source
+    leave(found, results(ce=0.63, kl=0.2, right=0.5))
+    (found.run.path / "recipe.yaml").write_text(recipe_text(found))
+    lines = final_table(mine, results(ce=0.6, kl=0.08, right=0.75))  # which does not know the command
+    assert any(line.strip().startswith("student, labels alone") for line in lines)
+    others = load_recipe("phantom", overrides=["data.source=data/others"])
+    assert baseline_of(others, ["data.source=data/others"]) is None, "the one that is there is on other data"
+    assert any(
+        "is not compared with" in line for line in final_table(others, results(ce=0.6, kl=0.1, right=0.7))
+    )
+
+
+def test_a_baseline_by_labels_alone_takes_no_settings_of_cache_and_teacher(tmp_path: Path) -> None:
+    labels, mine = tmp_path / "labels.yaml", tmp_path / "mine.yaml"
+    plain = {"teacher": None, "cache": None, "loss": {"kd_ratio": 0.0}, "run": {"name": "labels"}}
+    labels.write_text(yaml.safe_dump({"extends": "phantom", "evaluation": {"baseline": None}, **plain}))
+    mine.write_text(yaml.safe_dump({"extends": "phantom", "evaluation": {"baseline": str(labels)}}))
+    given = ["cache.path=caches/coarse", "cache.policy={tau: 0.5}", "teacher.model=large", "run.seed=3"]
+    found = baseline_of(load_recipe(mine, overrides=given), given)
+    assert found is not None
+    assert (found.cache, found.teacher, found.run.seed) == (None, None, 3)
+
+
+def test_a_setting_that_the_baseline_cannot_have_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here its loss is for targets that have a tail."""
+    labels, mine = tmp_path / "labels.yaml", tmp_path / "mine.yaml"
+    policy = {"policy": {"kind": "top_k", "k": 8}}
+    own = {"loss": {"tail": "ghost"}, "cache": policy, "run": {"name": "other"}}
+    labels.write_text(yaml.safe_dump({"extends": "phantom", "evaluation": {"baseline": None}, **own}))
+    mine.write_text(yaml.safe_dump({"extends": "phantom", "evaluation": {"baseline": str(labels)}}))
+    monkeypatch.setattr("shared.pipeline.command", lambda *_: 1)
+    with pytest.raises(RecipeError, match=r"evaluation\.baseline .*loss\.tail is for top_k and top_p caches"):
+        make_student(str(mine), ["cache.policy={kind: threshold}"], nproc=1)
 
 
 def test_a_baseline_is_trained_as_its_run_but_for_loss_and_name() -> None:
     given = ["loss.kd_ratio=1.0", "run.name=soft", "run.seed=3", "optimization.num_epochs=1", "data.limit=9"]
     given += ["evaluation.max_examples=7", "evaluation.baseline=mine.yaml", "loss={kd_ratio: 1.0}"]
     given += ["rounds.number=3", "write={temperature: 1}", "optimization.schedule_part=[0, 0.25]"]
-    kept = settings_of_baseline(given)
+    kept = settings_of_baseline(load_recipe("phantom"), given)
     assert kept == ["run.seed=3", "optimization.num_epochs=1", "data.limit=9", "evaluation.max_examples=7"]
     one = dump_recipe(load_recipe("phantom", overrides=kept))
     two = dump_recipe(load_recipe("phantom_labels", overrides=kept))

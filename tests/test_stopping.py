@@ -245,6 +245,17 @@ def test_sigterm_while_a_command_still_imports_is_a_stop_in_order(
     assert "Traceback" not in output
 
 
+# What a rank of ``run_torchrun`` begins with.
+RANK = f"""
+import click, os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from shared.cli import run
+from shared.stopping import SAME_REQUEST_S, leave_status, stop_on_signals
+sys.argv = ['rank']
+def tell(): os.kill(os.getppid(), signal.SIGTERM)
+"""
+
+
 @pytest.mark.parametrize(
     ("doing", "expected"),
     [
@@ -267,13 +278,20 @@ def test_ranks_that_end_by_sigterm_before_they_listen_are_stopped_in_order(
 ) -> None:
     """Of ranks that had nothing to save the launcher says 75, so that Slurm's scripts queue them again."""
     script = tmp_path / "rank.py"
-    script.write_text(
-        "import click, os, signal, sys, time\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from shared.cli import run\n"
-        "from shared.stopping import stop_on_signals\n"
-        "sys.argv = ['rank']\n"
-        "def tell(): os.kill(os.getppid(), signal.SIGTERM)\n" + doing
-    )
+    script.write_text(RANK + doing)
     assert run_torchrun(["--standalone", "--nproc-per-node=1", str(script)]) == expected
     assert ("stopped" in capsys.readouterr().out) == (expected == INTERRUPTED_STATUS)
+
+
+def test_a_sigterm_to_launcher_and_rank_is_one_request(tmp_path: Path) -> None:
+    """As systemd and schedulers send it: the rank has it from them, and from its launcher."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        RANK
+        + "with stop_on_signals() as stop:\n"
+        + "    tell()\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(SAME_REQUEST_S / 2)\n"
+        + f"    open({str(tmp_path / 'saved')!r}, 'w').close()\n"
+        + f"leave_status({INTERRUPTED_STATUS})\nsys.exit({INTERRUPTED_STATUS})\n"
+    )
+    assert run_torchrun(["--standalone", "--nproc-per-node=1", str(script)]) == INTERRUPTED_STATUS
+    assert (tmp_path / "saved").exists()

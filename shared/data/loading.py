@@ -28,11 +28,13 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import DupFd, ForkingPickler
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import torch
@@ -47,6 +49,8 @@ SHARED_MEMORY = "/dev/shm"
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 NICENESS = 10  # of workers
 ENDING_S = 10  # at most, until a worker that ends has ended; cores may be busy, and it is nice
+MAX_ADDRESS_BYTES = 103  # of a socket in a file: macOS's limit; Linux has 107
+SHORT_TEMP = "/tmp"
 HANDOVER_DESCRIPTORS = 3  # that a worker needs beside a buffer's own, to pass it on
 
 
@@ -202,9 +206,14 @@ class PackedDataset(Dataset):
 def _cannot_hand_over(error: OSError, workers_setting: str) -> TrainingError:
     if error.errno in OUT_OF_DESCRIPTORS:
         return _without_descriptors(workers_setting)
+    if "AF_UNIX" in str(error):
+        return TrainingError(
+            f"a data-loader worker cannot hand over what it has read ({error}): the folder for temporary files, "
+            f"{tempfile.gettempdir()}, has too long a name for a socket. Set TMPDIR to a shorter one"
+        )
     return TrainingError(
-        f"a data-loader worker cannot hand over what it has read ({error.strerror}). Lower {workers_setting} (0: no "
-        "workers), or give the job more memory"
+        f"a data-loader worker cannot hand over what it has read ({error.strerror or error}). Lower "
+        f"{workers_setting} (0: no workers), or give the job more memory"
     )
 
 
@@ -294,6 +303,8 @@ def _started(loader: DataLoader, workers_setting: str) -> Iterator[Any]:
     torch would raise that out of a signal handler as well, in the middle of whatever the main thread does: a step
     that the other ranks go on with, or a checkpoint.
     """
+    if loader.num_workers:
+        _keep_addresses_short()
     # One whose making fails has not got so far as to say so, and would print a traceback when it is collected.
     _MultiProcessingDataLoaderIter._shutdown = True
     try:
@@ -309,6 +320,24 @@ def _started(loader: DataLoader, workers_setting: str) -> Iterator[Any]:
             f"{_room()}. Give it some room (docker run --shm-size=1g), or do without workers ({workers_setting}=0)"
         ) from error
     return loaded
+
+
+def _keep_addresses_short() -> None:
+    """Workers hand file descriptors over through a socket in a folder for temporary files, which all processes of
+    ``multiprocessing`` share.  Below a long TMPDIR its address is no address; Python 3.14 knows that.
+    """
+    config = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+    folder = config.get("tempdir") or os.path.join(tempfile.gettempdir(), "pymp-12345678")
+    if len(os.fsencode(os.path.join(folder, "listener-12345678"))) <= MAX_ADDRESS_BYTES:
+        return
+    before, tempfile.tempdir = tempfile.gettempdir(), SHORT_TEMP
+    config["tempdir"] = None
+    try:
+        get_temp_dir()
+    except OSError:  # the worker says what is wrong
+        pass
+    finally:
+        tempfile.tempdir = before
 
 
 def _ended_without_descriptors(loaded: Iterator[Any]) -> bool:

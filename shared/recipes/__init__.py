@@ -3,7 +3,15 @@
 recipe = load_recipe("phantom", overrides=["loss.kd_ratio=1.0", "run.name=soft"])
 """
 
-from shared.recipes.recipe import Recipe, baseline_of, dump_recipe, load_recipe, recipe_text, trainer_of
+from shared.recipes.recipe import (
+    Recipe,
+    baseline_of,
+    dump_recipe,
+    load_recipe,
+    recipe_text,
+    settings_of_baseline,
+    trainer_of,
+)
 from shared.recipes.sections import (
     CacheConfig,
     ColumnsConfig,
@@ -51,5 +59,6 @@ __all__ = [
     "dump_recipe",
     "load_recipe",
     "recipe_text",
+    "settings_of_baseline",
     "trainer_of",
 ]

@@ -107,8 +107,8 @@ def _lay(base: dict[str, Any], over: dict[str, Any], models: Sequence[type[BaseM
         mine = merged.get(key)
         if isinstance(value, dict) and isinstance(mine, dict):
             # Keys of another kind of policy must not shine through.
-            tags = [field.discriminator for field in fields if isinstance(field.discriminator, str)]
-            another = any(tag in value and value[tag] != mine.get(tag) for tag in tags)
+            tags = default_tag(fields) | mine
+            another = any(tag in value and value[tag] != tags[tag] for tag in default_tag(fields))
             inner = [part for field in fields for part in sections_in(field)]
             merged[key] = value if another else _lay(mine, value, inner)
         else:

@@ -12,7 +12,8 @@ Types are strict (``max_steps: true`` is not 1) and the YAML is read as YAML 1.2
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,6 +42,12 @@ from shared.recipes.sections import (
     StudentConfig,
     TeacherConfig,
     WriteConfig,
+)
+
+# Those in which a run and its baseline are to differ.
+SETTINGS_OF_A_RUN_ALONE = (
+    *("loss.", "loss=", "run.name=", "run=", "evaluation.baseline=", "evaluation="),
+    *("rounds.", "rounds=", "write.", "write=", "optimization.schedule_part="),
 )
 
 
@@ -274,19 +281,57 @@ def trainer_of(recipe: Recipe) -> Recipe | None:
     return _load_named("teacher.trained_by", recipe.teacher.trained_by)
 
 
-def baseline_of(recipe: Recipe) -> Recipe | None:
+def baseline_of(
+    recipe: Recipe, overrides: Sequence[str] = (), *, tell: Callable[[str], None] = lambda note: None
+) -> Recipe | None:
     """The recipe of the run that this one's is compared with, under the same root; None where there is no other run.
 
-    A run on other data is none to compare with: a recipe of one's own that extends another inherits its baseline.
+    A run on other data is none to compare with: a recipe of one's own that extends another inherits its baseline.  Of
+    one that has begun, the data are those it was begun with.
+
+    overrides  of this recipe, of which the baseline has its part
+    tell       is told of a run on other data
+    Raises   RecipeError  as ``load_recipe`` does
+    """
+    name = recipe.evaluation.baseline
+    if name is None:
+        return None
+    root = f"run.root={json.dumps(recipe.run.root)}"
+    settings = [*settings_of_baseline(recipe, overrides), root]
+    found = _load_named("evaluation.baseline", name, overrides=settings)
+    if found.run.name == recipe.run.name:
+        return None
+    source = _as_it_began(found).data.source
+    if os.path.realpath(source) != os.path.realpath(recipe.data.source):
+        tell(
+            f"evaluation.baseline {name} is not compared with: its data are {source}, and this run's "
+            f"{recipe.data.source}. Name a run on these data, or null"
+        )
+        return None
+    return found
+
+
+def settings_of_baseline(recipe: Recipe, overrides: Sequence[str]) -> list[str]:
+    """Those of a run's overrides that its baseline shares: all but what the two are to differ in, and what its recipe
+    has no section for.
 
     Raises   RecipeError  as ``load_recipe`` does
     """
-    if recipe.evaluation.baseline is None:
-        return None
-    root = f"run.root={json.dumps(recipe.run.root)}"
-    found = _load_named("evaluation.baseline", recipe.evaluation.baseline, overrides=[root])
-    is_other = found.run.name == recipe.run.name or found.data.source != recipe.data.source
-    return None if is_other else found
+    if recipe.evaluation.baseline is None or not overrides:
+        return []
+    baseline = _load_named("evaluation.baseline", recipe.evaluation.baseline)
+    lacking = [name for name in ("cache", "teacher") if getattr(baseline, name) is None]
+    own = (*SETTINGS_OF_A_RUN_ALONE, *(f"{name}{mark}" for name in lacking for mark in ".="))
+    return [item for item in overrides if not item.startswith(own)]
+
+
+def _as_it_began(recipe: Recipe) -> Recipe:
+    """As the recipe's run has kept it; the same where there is none, or it cannot be read."""
+    kept = recipe.run.path / "recipe.yaml"
+    try:
+        return load_recipe(kept) if kept.exists() else recipe
+    except (OSError, RecipeError):
+        return recipe
 
 
 def _load_named(setting: str, name: str, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -301,6 +346,9 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that loads to the same recipe."""
-    return yaml12.dump(dump_recipe(recipe))
+def recipe_text(recipe: Recipe, *, allow_unicode: bool = True) -> str:
+    """The resolved recipe as YAML that loads to the same recipe.
+
+    allow_unicode  as it is, not as escapes
+    """
+    return yaml12.dump(dump_recipe(recipe), allow_unicode=allow_unicode)

@@ -105,9 +105,12 @@ def _require_unicode(value: Any) -> None:
         raise yaml.YAMLError(f"{value!a} is not valid Unicode") from error
 
 
-def dump(tree: Any) -> str:
-    """Holds    ``load(dump(tree)) == tree`` for plain values; keys stay in order"""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+def dump(tree: Any, *, allow_unicode: bool = True) -> str:
+    """Holds    ``load(dump(tree)) == tree`` for plain values; keys stay in order
+
+    allow_unicode  as it is, not as escapes
+    """
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=110)
 
 
 def dump_value(value: Any) -> str:

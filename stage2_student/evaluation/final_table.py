@@ -107,7 +107,8 @@ def final_table(recipe: Recipe, results: dict[str, Any]) -> list[str]:
     folder = RunFolder(recipe.run.path)
     run = Finished(folder.as_it_began(recipe), folder, results)
     notes: list[str] = []
-    teacher, baseline = _other(run, _teacher_of, notes), _other(run, baseline_of, notes)
+    teacher = _other(run, _teacher_of, notes)
+    baseline = _other(run, lambda own: baseline_of(own, tell=lambda why: notes.append(f"note: {why}")), notes)
     lines = [HEAD, *(row.line() for row in _rows(run, teacher, baseline)), f"  {LEGEND}"]
     return [*lines, *(f"  {line}" for line in _meaning(run, teacher, baseline)), *notes]
 
