@@ -128,7 +128,8 @@ def measure(plan: Plan) -> tuple[list[list[str]], str, list[Key]]:
 
 def head(lengths: tuple[str, ...]) -> list[str]:
     """once    MiB of what is stored once, whatever the number of positions
-    memory  at its peak in training, and the teacher's weights that are held, against labels alone
+    memory  the student's weights, what training adds at its peak, and the teacher's weights that are held, against
+            labels alone; of the last length
     """
     learned = [cell for one in lengths for cell in (f"KL, {one}", "/ live", "CE")]
     return ["taught by", "bytes", "once", "step", "memory", *learned]
@@ -145,7 +146,7 @@ def table(results: Results, names: list[str], lengths: tuple[str, ...]) -> list[
             f"{size:.0f}" if size else "-",
             f"{max(once.values()) / MIB:.2f}" if any(once.values()) else "-",
             f"{statistics.fmean(step.values()):.3f}" if step else "-",
-            mean(memory(results, name, lengths[0]), ".3f"),
+            mean(memory(results, name, lengths[-1]), ".3f"),
         ]
         for length in lengths:
             cells += [
@@ -159,9 +160,15 @@ def table(results: Results, names: list[str], lengths: tuple[str, ...]) -> list[
 
 def memory(results: Results, name: str, length: str) -> list[float]:
     """Of each seed; labels alone hold nothing of a teacher."""
-    peak, held = (results.values(name, length, field) for field in ("peak_bytes", "held_bytes"))
+    peak, weights, held = (
+        results.values(name, length, f"{field}_bytes") for field in ("peak", "weights", "held")
+    )
     plain = results.values(LABELS, length, "peak_bytes")
-    return [(peak[seed] + held[seed]) / plain[seed] for seed in peak if seed in plain]
+    return [
+        (its + peak[seed] + held[seed]) / (its + plain[seed])
+        for seed, its in weights.items()
+        if seed in plain
+    ]
 
 
 # --- a small one -----------------------------------------------------------------------------------------

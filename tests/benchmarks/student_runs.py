@@ -35,7 +35,7 @@ from stage2_student.training.optim import learning_rate, make_optimizer, set_lea
 from stage2_student.training.order import step_shape, total_steps, training_slots
 from stage2_student.training.step import seed_step, train_step
 from stage2_student.training.student import StudentWithLoss, build_student
-from tests.benchmarks.bench_loss import status_bytes
+from tests.benchmarks.bench_loss import resident_bytes, status_bytes
 from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.method import Lesson, Method
 from tests.benchmarks.peers.store import StoredMethod
@@ -213,10 +213,12 @@ def run(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     with distributed(device="cpu") as world:
         training = Training(job, world)
+        before, mapped = resident_bytes(), status_bytes("RssFile")
         Path("/proc/self/clear_refs").write_text("5")
-        before = status_bytes("VmRSS")
         num_steps = sum(1 for _ in training.steps())
-        peak = status_bytes("VmHWM") - before
+        # Pages of mapped files are not counted: the system takes them back when it needs memory.
+        peak = status_bytes("VmHWM") - before - (status_bytes("RssFile") - mapped)
+        weights = sum(one.nbytes for one in training.student.parameters())
         trained = plain_model(training.recipe, training.student)
         recipe, inputs, lesson = training.recipe, training.inputs, training.lesson
         size, once, held = lesson.bytes_per_position, lesson.once_bytes, lesson.held_bytes
@@ -225,7 +227,13 @@ def run(job: Job) -> dict[str, Any]:
         if inputs.cache is not None:
             totals = inputs.cache.manifest.totals
             size = totals.bytes / totals.positions
-    sizes = {"peak_bytes": peak, "held_bytes": held, "bytes_per_position": size, "once_bytes": once}
+    sizes = {
+        "peak_bytes": peak,
+        "weights_bytes": weights,
+        "held_bytes": held,
+        "bytes_per_position": size,
+        "once_bytes": once,
+    }
     return measured | {"num_steps": num_steps} | sizes
 
 
