@@ -22,6 +22,7 @@ from stage1_teacher.__main__ import commands as teacher_cache
 from stage2_student.__main__ import commands as train_student
 from tests.benchmarks import bench_real_weights, pretrained_gemma, student_runs, tables
 from tests.benchmarks.bench_real_weights import Plan
+from tests.benchmarks.bench_targets import FP16
 from tests.benchmarks.student_results import LABELS, LIVE, Results, done, keep
 
 TEXTS = ["Which plane is this?\nIt is an axial scan of the chest. user model\n"] * 4
@@ -172,7 +173,8 @@ def test_all_parts_run_and_are_not_done_again(
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in bench_real_weights.PARTS}
     assert found["teacher"]["ce"] < found["teacher"]["ce_before"]
     assert found["student"]["after"]["kl"] < found["student"]["before"]["kl"]
-    assert {line["family"] for line in found["targets"]["lines"]} == {"threshold", "random", "top_k"}
+    families = {line["family"] for line in found["targets"]["lines"]}
+    assert families == {"threshold", FP16, "random", "top_k"}
     assert found["steps"]["ratios"][LABELS] == 1
     variants = [record["key"][1] for record in done(tmp_path / "students.jsonl").values()]
     assert {LABELS, LIVE, "tau 1/64"} < set(variants)

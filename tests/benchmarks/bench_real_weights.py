@@ -40,7 +40,7 @@ from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.runtime import distributed
 from tests.benchmarks import full_shapes
 from tests.benchmarks.bench_students import policies_of_equal_size, timed_jobs
-from tests.benchmarks.bench_targets import Line, measure, scheme, show_errors, table
+from tests.benchmarks.bench_targets import FP16, STEP_TAUS, Line, measure, scheme, show_errors, table
 from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.live import LiveTeacher
 from tests.benchmarks.pretrained_gemma import TINY_VISION, read_package, save_vlm, shorten, tiny_model
@@ -276,6 +276,8 @@ def _errors(plan: Plan, student: Path) -> dict[str, Any]:
     policies |= {f"random {n}": Random(draws=n) for n in ERROR_DRAWS}
     policies |= {f"top-{n}": TopK(k=n) for n in ERROR_KS}
     schemes = [scheme(name, policy.kind, policy) for name, policy in policies.items()]
+    for n in STEP_TAUS:
+        schemes.append(scheme(f"threshold 1/{n}, fp16", FP16, Threshold(tau=1 / n, values="fp16")))
     error, answers = measure(_positions(plan, student), schemes)
     lines = table(schemes, error, answers)
     return {"positions": answers.shape[1], "lines": [vars(line) for line in lines]}
