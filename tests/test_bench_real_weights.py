@@ -181,7 +181,7 @@ def test_all_parts_run_and_are_not_done_again(
     assert found["targets"]["positions"] >= 48
     told = capsys.readouterr().out
     assert "| tau 1/64 |" in told
-    parts = {path.stem.removeprefix("real_weights-") for path in (tmp_path / "tables").iterdir()}
+    parts = {path.stem.removeprefix("real_weights-tiny-") for path in (tmp_path / "tables").iterdir()}
     assert parts >= {"teacher", "targets-schemes", "further-ratios", "students", "steps"}
 
     monkeypatch.setattr(bench_real_weights, "command", None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import pytest
 
-from tests.benchmarks.bench_targets import FP16, RATIOS, Line, figures, ratios_at_errors
+from tests.benchmarks.bench_targets import FP16, RATIOS, Line, figures, name_of, ratios_at_errors
 
 
 def lines_of(family: str, *points: tuple[float, float]) -> list[Line]:
@@ -41,3 +43,18 @@ def test_a_family_is_beyond_its_own_range() -> None:
     assert rows["0.025"][ratio].startswith("over 1.")
     assert rows["0.1"]["top_k with its best tail / threshold"] == "-"  # its smallest is better than that
     assert not rows["0.025"]["top_k with its best tail / threshold"].startswith("over")
+
+
+@pytest.mark.parametrize(
+    ("positions", "vocab", "file", "name"),
+    [
+        (4096, 248_320, None, "targets"),
+        (64, 248_320, None, "targets-other"),
+        (4096, 500, None, "targets-other"),
+        (4096, 248_320, "some.pt", "targets-real"),
+    ],
+)
+def test_a_table_of_other_sizes_has_another_name(
+    positions: int, vocab: int, file: str | None, name: str
+) -> None:
+    assert name_of(Namespace(positions=positions, vocab=vocab, distributions=file)) == name

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.benchmarks import bench_beyond, bench_order, pages, tables
+from shared.recipes import load_recipe, recipe_text
+from tests.benchmarks import bench_beyond, bench_order, pages, seeds, tables
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.tables import FIGURES, Bench, Source, Table, figure
 
@@ -171,3 +174,74 @@ def test_a_benchmark_of_hours_goes_on_with_the_seeds_that_are_recorded(
     assert "| labels alone | 1 | 3.000 (0.000) | 3.000 (0.000) | 1.000 (0.000) |" in shown
     measure("--seeds", "1", "2", "--set", "optimization.learning_rate=0.5")
     assert measured == [1, 2]
+
+
+def finish(recipe: Any) -> None:
+    """What a run leaves behind at its end."""
+    folder = recipe.run.path
+    (folder / "export").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe_text(recipe))
+    results = {"after": {"ce_loss": 0.5, "kl": 0.1}, "answers": {"accuracy": {"mean": 0.5}}}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_a_finished_run_is_that_of_other_settings_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Sequence[str]] = []
+
+    def make_student(recipe: str, options: Sequence[str], **_: Any) -> int:
+        made.append(options)
+        finish(load_recipe(recipe, overrides=tuple(options)))
+        return 0
+
+    def make(*extra: str) -> dict[str, float]:
+        return bench_beyond.Students("phantom", 0, extra=extra).make(bench_beyond.GIVEN)
+
+    monkeypatch.setattr(seeds, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench_beyond, "make_student", make_student)
+    monkeypatch.setattr(bench_beyond.Students, "_along_own_answers", lambda *_: {bench_beyond.CUT: 0.0})
+    assert make() == pytest.approx(make(), nan_ok=True)
+    assert len(made) == 1
+    for _ in range(2):
+        make("optimization.learning_rate=0.5")
+        assert len(made) == 2
+    ways = {bench_beyond.GIVEN: bench_beyond.Way("", ("optimization.learning_rate=0.25",))}
+    monkeypatch.setattr(bench_beyond, "WAYS", ways)
+    with pytest.raises(SystemExit, match="begun with other settings than the recipe has now"):
+        make()
+    assert len(made) == 2
+
+
+ROWS = [["a", "1.05", "1.08: **not reached**; 1.0 at night"], ["b", "-", "2: **not robust**"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "said"),
+    [
+        (ROWS, {"seed 0": {}}, "'seed 1'"),
+        ([["a", "-", "1"], ROWS[1]], {"seed 0": {}, "seed 1": {}}, "the goal of 'a'"),
+        (ROWS[1:], {"seed 0": {}, "seed 1": {}}, "the goal of 'a'"),
+        ([["a", "1.05", "1"], ["b", "-", "2"]], {"seed 0": {}, "seed 1": {}}, r"\*\*not robust\*\*"),
+        ([["a", "1.05", "1"], ROWS[1]], {"seed 0": {}, "seed 1": {}, "seed 2": {}}, None),
+    ],
+)
+def test_to_record_loses_nothing(
+    docs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rows: list,
+    parts: dict,
+    said: str | None,
+) -> None:
+    Table("A table", FIGURES, ROWS, "", Source(), {"seed 0": {}, "seed 1": {}}).write(pages.measured("order"))
+    before = pages.measured("order").read_text()
+    Bench("order").show("order", "A table", FIGURES, rows, parts=parts)
+    if said is None:
+        run(monkeypatch, "--record", "order")
+        assert pages.measured("order").read_text() != before
+        return
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--record", "order")
+    assert re.search(f"order: to record this would lose .*{said}", capsys.readouterr().err)
+    assert pages.measured("order").read_text() == before

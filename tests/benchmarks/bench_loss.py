@@ -186,7 +186,7 @@ def rows() -> list[tuple[str, str, str]]:
         figure(
             f"{against_eager}, peak memory beyond inputs and weights", both / eager, more=of_memory, most=0.08
         ),
-        figure("peak memory at 16,384 positions against 1,024", large / small),
+        figure("peak memory at 16,384 positions against 1,024", large / small, most=1.05),
         figure("the same without the gradient of the hidden states", without_gradient, most=1.05),
         figure("`KDLoss`, dense teacher, chunk 512: kept for backward", chunked / MIB, ".0f", unit=" MiB"),
         figure("the same against unchunked", chunked / unchunked, most=0.55),

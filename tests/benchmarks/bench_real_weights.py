@@ -393,9 +393,9 @@ def steps(plan: Plan) -> dict[str, Any]:
     return {"ratios": ratios, "failed": untimed}
 
 
-def show(bench: Bench, part: str, found: dict[str, Any]) -> None:
-    """The tables of a part; ``student`` has none."""
-    table = f"real_weights-{part}"
+def show(bench: Bench, part: str, found: dict[str, Any], *, tiny: bool) -> None:
+    """The tables of a part; ``student`` has none.  Those of a small random model have names of their own."""
+    table = f"real_weights-tiny-{part}" if tiny else f"real_weights-{part}"
     if part == "teacher":
         rows = [
             ["before fine-tuning", f"{found['ce_before']:.3f}"],
@@ -470,13 +470,13 @@ def main() -> None:
     for name in asked.only:
         path = plan.root / f"{name}.json"
         if path.exists() and name not in GO_ON:
-            show(bench, name, json.loads(path.read_text()))
+            show(bench, name, json.loads(path.read_text()), tiny=plan.tiny)
             continue
         print(f"\n=== {name}", flush=True)
         begin = time.monotonic()
         found = PARTS[name](plan) | {"date": time.strftime("%Y-%m-%d"), "seconds": time.monotonic() - begin}
         path.write_text(json.dumps(found, indent=1) + "\n")
-        show(bench, name, found)
+        show(bench, name, found, tiny=plan.tiny)
         told = {key: value for key, value in found.items() if key not in ("lines", "table")}
         print(json.dumps(told), flush=True)
         failed += found.get("failed", [])

@@ -34,6 +34,7 @@ DRAWS = (12, 25, 50, 100, 200, 400, 800, 1200)
 KS = (4, 8, 16, 32, 64, 128, 256)
 STEP_TAUS = (16, 64, 256)
 SHARD_ROWS = 512
+NUM_POSITIONS, V = 4096, 248_320
 SCHEMES = ("scheme", "entries", "payload", "all, rows of 16", "all, rows of 64", "error", "error, cosine 0")
 FP16 = "threshold, fp16"  # values as ``top_k`` stores them: threshold's own are rounded to fewer bits
 RATIOS = (
@@ -317,12 +318,19 @@ def _read_positions(path: str, chunk: int = 256) -> Iterator[Positions]:
         yield Positions(part["logprobs"], part["student_logprobs"], part["hidden"])
 
 
+def name_of(arguments: argparse.Namespace) -> str:
+    """Of the table; one of other sizes does not take the place of the documents'."""
+    if arguments.distributions:
+        return "targets-real"
+    return "targets" if (arguments.positions, arguments.vocab) == (NUM_POSITIONS, V) else "targets-other"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--positions", type=int, default=4096)
-    parser.add_argument("--vocab", type=int, default=248_320)
+    parser.add_argument("--positions", type=int, default=NUM_POSITIONS)
+    parser.add_argument("--vocab", type=int, default=V)
     parser.add_argument("--distributions", help="torch file of a real teacher's and student's log-probs")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -334,7 +342,7 @@ def main() -> None:
     everything = schemes()
     error, answers = measure(positions, everything)
     lines = table(everything, error, answers)
-    name = "targets-real" if arguments.distributions else "targets"
+    name = name_of(arguments)
     notes = f"V = {error.vocab_size:,}. All bytes count: of keys, answer ids, sums and Arrow's own."
     show_errors(bench, name, lines, notes=notes)
     rates = speeds(everything, error.vocab_size)

@@ -35,7 +35,7 @@ from shared.same_prompts import open_student_processor_of
 from shared.small_models import make_small_model, train_tokenizer
 from stage1_teacher.capturing.teacher import load_teacher
 from stage2_student.training.inputs import open_inputs
-from tests.benchmarks.seeds import RIGHT, Seed, require, show
+from tests.benchmarks.seeds import RIGHT, Seed, is_finished, require, show
 from tests.benchmarks.tables import ROOT
 
 FOLDER = Path("work/tokenizers")  # of a seed
@@ -89,7 +89,7 @@ class Students(Seed):
             f"evaluation.max_examples={OWN_QUESTIONS}",
         ]
         recipe = load_recipe(self.recipe, overrides=tuple(options))
-        if not (recipe.run.path / "results.json").exists():
+        if not is_finished(recipe):
             self.make_cache()
             make_student(recipe)
             resume = ["--resume"] if recipe.run.path.exists() else []

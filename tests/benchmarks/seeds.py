@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
+from shared.finished import run_is_finished
 from shared.phantom.dataset import DRAWING_VERSION
 from shared.pipeline import make_cache, settings_of_teacher
-from shared.recipes import dump_recipe, load_recipe
+from shared.recipes import Recipe, dump_recipe, load_recipe
 from tests.benchmarks.pages import measured
 from tests.benchmarks.student_results import mean
 from tests.benchmarks.tables import ROOT, Bench, Table
@@ -61,7 +62,9 @@ class Seed(ABC):
         beside = ["data.source=" + str(source.resolve())] if source.is_dir() and ".." in source.parts else []
         self.given = [*drawn, *extra]  # on every machine
         self.settings = [*drawn, *beside, *extra]
-        self.folder = FOLDER / recipe / f"seed-{number}"
+        # Settings beside the recipe's change the teacher or the runs, which have the same names all the same.
+        of_its_own = f"-{hashlib.sha256(json.dumps(list(extra)).encode()).hexdigest()[:12]}" if extra else ""
+        self.folder = FOLDER / recipe / f"seed-{number}{of_its_own}"
 
     @abstractmethod
     def make(self, way: str) -> dict[str, float]:
@@ -186,6 +189,23 @@ def lines(
 def _seed_in(key: str) -> int:
     """That of ``Seed.key``."""
     return int(key.removeprefix("seed ").partition(",")[0])
+
+
+def is_finished(plan: Recipe) -> bool:
+    """Whether nothing is left to train of a run; in the folder of its seed.
+
+    Raises   SystemExit  when its folder is of another recipe, as this one was on an earlier day
+    """
+    folder = plan.run.path.absolute()
+    if not (folder / "recipe.yaml").exists():
+        return False
+    began = load_recipe(folder / "recipe.yaml")
+    if plan.as_it_began(began).of_a_run() != began.of_a_run():
+        raise SystemExit(
+            f"{folder}: this run was begun with other settings than the recipe has now. Remove the folder of its "
+            f"seed, {Path.cwd()}, and start again: all of it is made anew"
+        )
+    return run_is_finished(plan)
 
 
 def require(status: int) -> None:

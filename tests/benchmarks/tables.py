@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "work" / "benchmarks" / "tables"
 FIGURES = ("figure", "to reach", "measured")
+NOT_REACHED = "**not reached**"
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def figure(
     """A row under ``FIGURES``, which says when a goal is missed; ``more`` stands behind the figure."""
     goal = most if least is None else least
     missed = (most is not None and not value <= most) or (least is not None and not value >= least)
-    measured = f"{value:{form}}{unit}{more}" + (": **not reached**" if missed else "")
+    measured = f"{value:{form}}{unit}{more}" + (f": {NOT_REACHED}" if missed else "")
     return name, "-" if goal is None else f"{goal:,g}{unit}", measured
 
 
