@@ -121,6 +121,19 @@ def test_what_is_not_known_is_said_and_what_goes_on_too() -> None:
     )
 
 
+def test_a_table_is_of_the_days_and_commits_of_its_figures(docs: Path) -> None:
+    """Not of the day on which it was made of what was kept."""
+    stamps = [{"date": f"2026-11-{day}", "commit": commit * 40} for day, commit in ((28, "b"), (27, "a"))]
+    bench = Bench("order", goes_on=True)
+    bench.show("order", "A table", ["a"], [["1"]], stamps=stamps)
+    source = Table.read(tables.KEPT / "order.json").source
+    assert source.line().startswith("Measured 2026-11-27 to 2026-11-28, commit aaaaaaa, bbbbbbb, `python")
+    bench.show("order", "A table", ["a"], [["1"]], stamps=stamps[:1])
+    one = Table.read(tables.KEPT / "order.json").source
+    assert (one.date, one.commit, one.goes_on, one.is_clean) == ("2026-11-28", "b" * 40, False, None)
+    assert bench.source.of([tables.stamp()]).is_clean == bench.source.is_clean
+
+
 def test_folders_of_a_machine_stay_there(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", "--root", "/somewhere/secret/seeds", "--rows", "3"])
     Bench("steady").show("steady", "A table", ["a"], [["1"]])
@@ -168,8 +181,11 @@ def test_a_benchmark_of_hours_goes_on_with_the_seeds_that_are_recorded(
 
     measure("--seeds", "1", "2")
     run(monkeypatch, "--record", "beyond")
+    monkeypatch.setattr(seeds, "stamp", lambda: {"date": "2999-01-01", "commit": "c"})
+    before = tables.stamp()["date"]
     assert "| given answers | 3 |" in measure("--seeds", "3")
     assert measured == [3]
+    assert Table.read(tables.KEPT / "beyond-phantom.json").source.date == f"{before} to 2999-01-01"
     shown = measure("--seeds", "3", "--ways", "given answers", "labels alone")
     assert "| labels alone | 1 | 3.000 (0.000) | 3.000 (0.000) | 1.000 (0.000) |" in shown
     measure("--seeds", "1", "2", "--set", "optimization.learning_rate=0.5")

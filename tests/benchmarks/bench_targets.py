@@ -12,8 +12,9 @@ import argparse
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -214,14 +215,17 @@ def table(everything: list[Scheme], error: GradientError, answers: Tensor) -> li
     return lines
 
 
-def show_errors(bench: Bench, name: str, lines: Sequence[Line], *, notes: str) -> None:
+def show_errors(
+    bench: Bench, name: str, lines: Sequence[Line], *, notes: str, stamps: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Sizes and errors of every scheme, and sizes at equal errors."""
+    errors, ratios = "Bytes a position, and the gradient's error", "Bytes a position at equal errors"
     rows = []
     for x in lines:
         sizes = [f"{value:.1f}" for value in (x.entries, x.payload, x.total, x.total_long)]
         rows.append([x.name, *sizes, f"{x.error:.4f}", f"{x.error_isotropic:.4f}"])
-    bench.show(f"{name}-schemes", "Bytes a position, and the gradient's error", SCHEMES, rows, notes=notes)
-    bench.show(f"{name}-ratios", "Bytes a position at equal errors", RATIOS, ratios_at_errors(lines))
+    bench.show(f"{name}-schemes", errors, SCHEMES, rows, notes=notes, stamps=stamps)
+    bench.show(f"{name}-ratios", ratios, RATIOS, ratios_at_errors(lines), stamps=stamps)
 
 
 def bytes_at(lines: Sequence[Line], family: str, error: float) -> float | None:

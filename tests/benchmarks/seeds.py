@@ -29,7 +29,7 @@ from shared.pipeline import make_cache, settings_of_teacher
 from shared.recipes import Recipe, dump_recipe, load_recipe
 from tests.benchmarks.pages import measured
 from tests.benchmarks.student_results import mean
-from tests.benchmarks.tables import ROOT, Bench, Table
+from tests.benchmarks.tables import ROOT, Bench, Table, stamp
 
 FOLDER = ROOT / "work" / "benchmarks" / "seeds"  # a folder for each recipe, with one for each seed
 RIGHT = "right"  # the figure of short answers
@@ -67,7 +67,7 @@ class Seed(ABC):
         self.folder = FOLDER / recipe / f"seed-{number}{of_its_own}"
 
     @abstractmethod
-    def make(self, way: str) -> dict[str, float]:
+    def make(self, way: str) -> dict[str, Any]:
         """The figures of a student taught that way, by name.
 
         Raises   SystemExit  when a command failed
@@ -136,15 +136,15 @@ def show(
     bench = Bench(benchmark, goes_on=FOLDER.exists() or any(map(known_of, tables.values())))
     for recipe, table in tables.items():
         known = known_of(table)
-        parts: dict[str, dict[str, float]] = {}
-        found: dict[str, dict[int, dict[str, float]]] = {}
+        parts: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[int, dict[str, Any]]] = {}
         for number in sorted({*asked.seeds, *map(_seed_in, known)}):
             seed = students(recipe, number, extra=asked.extra)
             for way in ways:
                 key = seed.key_of(way)
                 if key not in known and (number not in asked.seeds or way not in asked.ways):
                     continue
-                parts[key] = figures = known.get(key) or seed.make(way)
+                parts[key] = figures = known.get(key) or seed.make(way) | stamp()
                 found.setdefault(way, {})[number] = figures
                 print(f"  {recipe}, {key}: {json.dumps(figures)}", file=sys.stderr, flush=True)
         head, rows = lines(found, columns, ratios)
@@ -155,16 +155,24 @@ def show(
             rows,
             notes="Means over seeds, half their range in brackets. `/`: ratio to the first line's, of the same seed.",
             parts=parts,
+            stamps=parts.values(),
         )
 
 
-def known_of(table: str) -> Mapping[str, dict[str, float]]:
-    """What docs/measured has, by key; what is still true of it is not measured again."""
-    return Table.read(measured(table)).parts if measured(table).exists() else {}
+def known_of(table: str) -> Mapping[str, dict[str, Any]]:
+    """What docs/measured has, by key; what is still true of it is not measured again.
+
+    Figures without a stamp are of the table's day and commit, or of those before.
+    """
+    if not measured(table).exists():
+        return {}
+    known = Table.read(measured(table))
+    source = {name: getattr(known.source, name) for name in ("date", "commit", "goes_on")}
+    return {key: figures if "date" in figures else figures | source for key, figures in known.parts.items()}
 
 
 def lines(
-    found: Mapping[str, Mapping[int, dict[str, float]]], columns: Mapping[str, str], ratios: Collection[str]
+    found: Mapping[str, Mapping[int, dict[str, Any]]], columns: Mapping[str, str], ratios: Collection[str]
 ) -> tuple[list[str], list[list[str]]]:
     """A table's head, and a line for each way: how many seeds it has, and their means."""
     head = ["taught by", "seeds"] + [
