@@ -219,6 +219,18 @@ class Training:
             yield time.process_time() - began
 
 
+class Memory:
+    """Of this process, from now on."""
+
+    def __init__(self) -> None:
+        self._resident, self._mapped = resident_bytes(), status_bytes("RssFile")
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_bytes(self) -> int:
+        """At most so much more; without pages of mapped files, which the system takes back when it needs memory."""
+        return status_bytes("VmHWM") - self._resident - (status_bytes("RssFile") - self._mapped)
+
+
 def fingerprint(name: str) -> str:
     """Of what the figures of a recipe depend on beside a job's ``key``: its settings, and its teacher's weights.
 
@@ -253,11 +265,9 @@ def run(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     with distributed(device="cpu") as world:
         training = Training(job, world)
-        before, mapped = resident_bytes(), status_bytes("RssFile")
-        Path("/proc/self/clear_refs").write_text("5")
+        memory = Memory()
         num_steps = sum(1 for _ in training.steps())
-        # Pages of mapped files are not counted: the system takes them back when it needs memory.
-        peak = status_bytes("VmHWM") - before - (status_bytes("RssFile") - mapped)
+        peak = memory.peak_bytes()
         weights = sum(one.nbytes for one in training.student.parameters())
         trained = plain_model(training.recipe, training.student)
         recipe, inputs, lesson = training.recipe, training.inputs, training.lesson
