@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from shared.recipes import load_recipe, recipe_text
-from tests.benchmarks import bench_beyond, bench_order, pages, seeds, tables
+from tests.benchmarks import bench_beyond, bench_order, bench_tokenizers, pages, seeds, tables
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.tables import FIGURES, Bench, Source, Table, figure
 
@@ -227,6 +227,14 @@ def test_a_finished_run_is_that_of_other_settings_for_nobody(
     with pytest.raises(SystemExit, match="begun with other settings than the recipe has now"):
         make()
     assert len(made) == 2
+
+
+def test_a_students_tokenizer_does_not_see_what_is_recorded(docs: Path) -> None:
+    before = bench_tokenizers.texts()
+    Table("A table", ["a"], [["1"]], "", Source()).write(pages.measured("order"))
+    pages.write_pages()
+    assert "| 1 |" in (docs / "order.md").read_text()
+    assert bench_tokenizers.texts() == before == [pages.BLOCK.sub("", PAGE)]
 
 
 ROWS = [["a", "1.05", "1.08: **not reached**; 1.0 at night"], ["b", "-", "2: **not robust**"]]

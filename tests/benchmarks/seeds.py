@@ -32,6 +32,7 @@ from tests.benchmarks.student_results import mean
 from tests.benchmarks.tables import ROOT, Bench, Table, stamp
 
 FOLDER = ROOT / "work" / "benchmarks" / "seeds"  # a folder for each recipe, with one for each seed
+NOTES = "Means over seeds, half their range in brackets. `/`: ratio to the first line's, of the same seed."
 RIGHT = "right"  # the figure of short answers
 
 
@@ -114,6 +115,7 @@ def show(
     columns: Mapping[str, str],
     ratios: Collection[str],
     description: str,
+    note: str = "",
 ) -> None:
     """Measures what the command line asks for, and shows a table for each recipe.
 
@@ -153,7 +155,7 @@ def show(
             f"{title}, `{recipe}`",
             head,
             rows,
-            notes="Means over seeds, half their range in brackets. `/`: ratio to the first line's, of the same seed.",
+            notes=f"{NOTES} {note}".rstrip(),
             parts=parts,
             stamps=parts.values(),
         )
