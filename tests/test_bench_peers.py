@@ -16,13 +16,14 @@ from torch import Tensor
 
 from shared.models.vlm import Head
 from tests.benchmarks import bench_peers, student_runs, tables
+from tests.benchmarks.bench_loss import status_bytes
 from tests.benchmarks.peers.hidden_states import HiddenStates, ce_kd_with_head
 from tests.benchmarks.peers.live import MODULES, Package, is_installed, liger_losses, trl_kd
 from tests.benchmarks.peers.method import plain_weight
 from tests.benchmarks.peers.polynomial import Polynomial, pack, unpack
 from tests.benchmarks.peers.store import ONCE, Store
 from tests.benchmarks.student_results import LABELS, LIVE, done
-from tests.benchmarks.student_runs import Job, run
+from tests.benchmarks.student_runs import Job, Memory, run
 
 # --- log-probs on a polynomial ---------------------------------------------------------------------------
 
@@ -214,6 +215,22 @@ def test_what_is_stored_once_is_in_memory_from_the_start(tmp_path: Path) -> None
         file.seek(-8 * 4096, os.SEEK_END)
         file.write(bytes(8 * 4096))
     assert store.once["weight"].eq(1).all()
+
+
+def test_what_is_read_from_a_store_is_no_memory_that_a_training_needs(tmp_path: Path) -> None:
+    """Its pages are those of a mapped file."""
+    count, size = 512, 2**17  # 64 MiB
+    keys = np.zeros((count, 16), dtype=np.uint8)
+    keys[:, :2] = np.arange(count, dtype=np.uint16)[:, None].view(np.uint8)
+    columns = {"hidden": torch.ones(count, size, dtype=torch.int8)}
+    Store.write(tmp_path / "store", keys, [1] * count, columns, once={}, identity={"teacher": "a"})
+    store = Store(tmp_path / "store")
+    store.read(keys[:1])
+    memory, mapped = Memory(), status_bytes("RssFile")
+    for start in range(count):
+        assert store.read(keys[start : start + 1])["hidden"].sum() == size
+    assert status_bytes("RssFile") - mapped > 0.9 * count * size
+    assert memory.peak_bytes() < 0.2 * count * size
 
 
 # --- all of it -------------------------------------------------------------------------------------------

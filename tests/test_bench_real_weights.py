@@ -22,6 +22,7 @@ from stage1_teacher.__main__ import commands as teacher_cache
 from stage2_student.__main__ import commands as train_student
 from tests.benchmarks import bench_real_weights, pretrained_gemma, student_runs, tables
 from tests.benchmarks.bench_real_weights import Plan
+from tests.benchmarks.bench_targets import FP16
 from tests.benchmarks.student_results import LABELS, LIVE, Results, done, keep
 
 TEXTS = ["Which plane is this?\nIt is an axial scan of the chest. user model\n"] * 4
@@ -120,9 +121,10 @@ def test_a_folder_goes_on_with_its_own_settings_alone(tmp_path: Path) -> None:
 def test_students_that_were_measured_on_other_rows_are_others(tmp_path: Path) -> None:
     jobs = [student_runs.Job("student", LABELS, "1 epoch", 0, 0.5, None, held_out=n) for n in (4, 64, None)]
     for number, job in enumerate(jobs):
-        keep(job.key, {"kl": float(number)}, tmp_path / "students.jsonl")
+        keep(job.key, {"kl": float(number)}, tmp_path / "students.jsonl", fingerprint="a")
     for number, job in enumerate(jobs):
-        results = Results("student", 0.5, tmp_path / "students.jsonl", held_out=job.held_out)
+        path = tmp_path / "students.jsonl"
+        results = Results("student", 0.5, path, fingerprint="a", held_out=job.held_out)
         assert results.values(LABELS, "1 epoch", "kl") == {0: number}
 
 
@@ -172,14 +174,15 @@ def test_all_parts_run_and_are_not_done_again(
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in bench_real_weights.PARTS}
     assert found["teacher"]["ce"] < found["teacher"]["ce_before"]
     assert found["student"]["after"]["kl"] < found["student"]["before"]["kl"]
-    assert {line["family"] for line in found["targets"]["lines"]} == {"threshold", "random", "top_k"}
-    assert found["steps"]["ratios"][LABELS] == 1
+    families = {line["family"] for line in found["targets"]["lines"]}
+    assert families == {"threshold", FP16, "random", "top_k"}
+    assert dict(found["steps"]["table"])[LABELS] == "1.000 (1.000 to 1.000)"
     variants = [record["key"][1] for record in done(tmp_path / "students.jsonl").values()]
     assert {LABELS, LIVE, "tau 1/64"} < set(variants)
     assert found["targets"]["positions"] >= 48
     told = capsys.readouterr().out
     assert "| tau 1/64 |" in told
-    parts = {path.stem.removeprefix("real_weights-") for path in (tmp_path / "tables").iterdir()}
+    parts = {path.stem.removeprefix("real_weights-tiny-") for path in (tmp_path / "tables").iterdir()}
     assert parts >= {"teacher", "targets-schemes", "further-ratios", "students", "steps"}
 
     monkeypatch.setattr(bench_real_weights, "command", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from tests.benchmarks import student_results
 from tests.benchmarks.bench_students import bounded, drawn, largest_within, timed_jobs
 from tests.benchmarks.peers.live import LiveTeacher
-from tests.benchmarks.student_results import LABELS, LIVE, TIMED, Results
+from tests.benchmarks.student_results import LABELS, LIVE, TIMED, Results, keep
 
 
 def test_steps_are_timed_with_a_seed_that_was_asked_for() -> None:
@@ -25,19 +24,27 @@ def test_steps_are_timed_with_a_seed_that_was_asked_for() -> None:
     ]
 
 
-@pytest.mark.parametrize(("seeds", "shown"), [([0], "1.500"), ([1], "1.500"), ([0, 1], "1.600")])
+@pytest.mark.parametrize(
+    ("seeds", "quartiles", "shown"),
+    [
+        ([0], True, "1.500 (1.250 to 1.750)"),
+        ([1], False, "1.500"),
+        ([0, 1], True, "1.600 (1.500 to 2.000)"),
+        ([0, 1], False, "1.600"),
+    ],
+)
 def test_times_of_any_seed_are_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: list[int], shown: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: list[int], quartiles: bool, shown: str
 ) -> None:
-    records = [{"key": ["phantom", LABELS, "1 epoch", 1, 0.0], "kl": 0.5}]
-    records += [
-        {"key": ["phantom", LABELS, TIMED, seed, 0.0], "step": 1.5 + 0.2 * place}
-        for place, seed in enumerate(seeds)
-    ]
     path = tmp_path / "students.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    keep(["phantom", LABELS, "1 epoch", 1, 0.0], {"kl": 0.5}, path, fingerprint="a")
+    for place, seed in enumerate(seeds):
+        found = {"step": 1.5 + 0.2 * place, "step_quartiles": [1.25 + 0.5 * place, 1.75 + 0.5 * place]}
+        key = ["phantom", LABELS, TIMED, seed, 0.0]
+        keep(key, found if quartiles else {"step": found["step"]}, path, fingerprint="a")
     monkeypatch.setattr(student_results, "RESULTS", path)
-    assert Results("phantom", 0.5).costs()[0][:2] == [LABELS, shown]
+    assert Results("phantom", 0.5, fingerprint="a").costs()[0][:2] == [LABELS, shown]
+    assert Results("phantom", 0.5, fingerprint="b").costs() == []
 
 
 @pytest.mark.parametrize(("wanted", "found"), [(35, 3), (39, 3), (40, 4), (5, 1), (10_000, 100)])
@@ -71,8 +78,8 @@ def test_a_cache_that_came_out_larger_is_named(tmp_path: Path) -> None:
         "random 74": 17.0,
     }.items():
         key = ["phantom", variant, "1 epoch", 0, 0.5]
-        student_results.keep(key, {"bytes_per_position": size}, path)
-    found = Results("phantom", 0.5, path)
+        keep(key, {"bytes_per_position": size}, path, fingerprint="a")
+    found = Results("phantom", 0.5, path, fingerprint="a")
     at_most = {"top 11": "tau 1/512", "random 74": "tau 1/64", "random 593": "tau 1/512"}
     assert found.notes(at_most).endswith(" compared with: top 11, ghost (42.4 bytes, tau 1/512 has 34.0).")
     assert found.notes({"random 74": "tau 1/64"}) == "Means over seeds, half their range in brackets."

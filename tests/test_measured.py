@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.benchmarks import bench_beyond, bench_order, pages, tables
+from shared.recipes import load_recipe, recipe_text
+from tests.benchmarks import bench_beyond, bench_order, bench_tokenizers, pages, seeds, tables
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.tables import FIGURES, Bench, Source, Table, figure
 
@@ -118,6 +121,19 @@ def test_what_is_not_known_is_said_and_what_goes_on_too() -> None:
     )
 
 
+def test_a_table_is_of_the_days_and_commits_of_its_figures(docs: Path) -> None:
+    """Not of the day on which it was made of what was kept."""
+    stamps = [{"date": f"2026-11-{day}", "commit": commit * 40} for day, commit in ((28, "b"), (27, "a"))]
+    bench = Bench("order", goes_on=True)
+    bench.show("order", "A table", ["a"], [["1"]], stamps=stamps)
+    source = Table.read(tables.KEPT / "order.json").source
+    assert source.line().startswith("Measured 2026-11-27 to 2026-11-28, commit aaaaaaa, bbbbbbb, `python")
+    bench.show("order", "A table", ["a"], [["1"]], stamps=stamps[:1])
+    one = Table.read(tables.KEPT / "order.json").source
+    assert (one.date, one.commit, one.goes_on, one.is_clean) == ("2026-11-28", "b" * 40, False, None)
+    assert bench.source.of([tables.stamp()]).is_clean == bench.source.is_clean
+
+
 def test_folders_of_a_machine_stay_there(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", "--root", "/somewhere/secret/seeds", "--rows", "3"])
     Bench("steady").show("steady", "A table", ["a"], [["1"]])
@@ -165,9 +181,91 @@ def test_a_benchmark_of_hours_goes_on_with_the_seeds_that_are_recorded(
 
     measure("--seeds", "1", "2")
     run(monkeypatch, "--record", "beyond")
+    monkeypatch.setattr(seeds, "stamp", lambda: {"date": "2999-01-01", "commit": "c"})
+    before = tables.stamp()["date"]
     assert "| given answers | 3 |" in measure("--seeds", "3")
     assert measured == [3]
+    assert Table.read(tables.KEPT / "beyond-phantom.json").source.date == f"{before} to 2999-01-01"
     shown = measure("--seeds", "3", "--ways", "given answers", "labels alone")
     assert "| labels alone | 1 | 3.000 (0.000) | 3.000 (0.000) | 1.000 (0.000) |" in shown
     measure("--seeds", "1", "2", "--set", "optimization.learning_rate=0.5")
     assert measured == [1, 2]
+
+
+def finish(recipe: Any) -> None:
+    """What a run leaves behind at its end."""
+    folder = recipe.run.path
+    (folder / "export").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe_text(recipe))
+    results = {"after": {"ce_loss": 0.5, "kl": 0.1}, "answers": {"accuracy": {"mean": 0.5}}}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_a_finished_run_is_that_of_other_settings_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Sequence[str]] = []
+
+    def make_student(recipe: str, options: Sequence[str], **_: Any) -> int:
+        made.append(options)
+        finish(load_recipe(recipe, overrides=tuple(options)))
+        return 0
+
+    def make(*extra: str) -> dict[str, float]:
+        return bench_beyond.Students("phantom", 0, extra=extra).make(bench_beyond.GIVEN)
+
+    monkeypatch.setattr(seeds, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench_beyond, "make_student", make_student)
+    monkeypatch.setattr(bench_beyond.Students, "_along_own_answers", lambda *_: {bench_beyond.CUT: 0.0})
+    assert make() == pytest.approx(make(), nan_ok=True)
+    assert len(made) == 1
+    for _ in range(2):
+        make("optimization.learning_rate=0.5")
+        assert len(made) == 2
+    ways = {bench_beyond.GIVEN: bench_beyond.Way("", ("optimization.learning_rate=0.25",))}
+    monkeypatch.setattr(bench_beyond, "WAYS", ways)
+    with pytest.raises(SystemExit, match="begun with other settings than the recipe has now"):
+        make()
+    assert len(made) == 2
+
+
+def test_a_students_tokenizer_does_not_see_what_is_recorded(docs: Path) -> None:
+    before = bench_tokenizers.texts()
+    Table("A table", ["a"], [["1"]], "", Source()).write(pages.measured("order"))
+    pages.write_pages()
+    assert "| 1 |" in (docs / "order.md").read_text()
+    assert bench_tokenizers.texts() == before == [pages.BLOCK.sub("", PAGE)]
+
+
+ROWS = [["a", "1.05", "1.08: **not reached**; 1.0 at night"], ["b", "-", "2: **not robust**"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "said"),
+    [
+        (ROWS, {"seed 0": {}}, "'seed 1'"),
+        ([["a", "-", "1"], ROWS[1]], {"seed 0": {}, "seed 1": {}}, "the goal of 'a'"),
+        (ROWS[1:], {"seed 0": {}, "seed 1": {}}, "the goal of 'a'"),
+        ([["a", "1.05", "1"], ["b", "-", "2"]], {"seed 0": {}, "seed 1": {}}, r"\*\*not robust\*\*"),
+        ([["a", "1.05", "1"], ROWS[1]], {"seed 0": {}, "seed 1": {}, "seed 2": {}}, None),
+    ],
+)
+def test_to_record_loses_nothing(
+    docs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rows: list,
+    parts: dict,
+    said: str | None,
+) -> None:
+    Table("A table", FIGURES, ROWS, "", Source(), {"seed 0": {}, "seed 1": {}}).write(pages.measured("order"))
+    before = pages.measured("order").read_text()
+    Bench("order").show("order", "A table", FIGURES, rows, parts=parts)
+    if said is None:
+        run(monkeypatch, "--record", "order")
+        assert pages.measured("order").read_text() != before
+        return
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--record", "order")
+    assert re.search(f"order: to record this would lose .*{said}", capsys.readouterr().err)
+    assert pages.measured("order").read_text() == before

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from shared.recipes.policies import Threshold
 from shared.runtime import World, distributed
 from tests.benchmarks import bench_peers, student_runs
 from tests.benchmarks.peers.live import LiveTeacher
-from tests.benchmarks.student_results import LABELS, LIVE, TIMED, append_line, done, keep, read_lines
+from tests.benchmarks.student_results import (
+    LABELS,
+    LIVE,
+    TIMED,
+    Results,
+    append_line,
+    done,
+    keep,
+    read_lines,
+)
 from tests.benchmarks.student_runs import (
     Job,
     Teaching,
     Training,
+    fingerprint,
     require_all,
     run_missing,
     time_missing,
@@ -119,17 +132,61 @@ def test_turns_end_with_the_epoch_and_go_on_after_a_stop(
     assert [turn["seconds"] for turn in read_lines(kept)] == [[1.0, 2.0]]
 
     taken[:] = [0.0] * 4
-    assert time_steps(jobs, 20, kept) == [1, (2 / 1 + 5 / 6) / 2]  # the other one first
+    ratios = [5 / 6, 2 / 1]  # in the second turn the other one was first
+    quartiles = [np.quantile(ratios, share) for share in (0.25, 0.5, 0.75)]
+    assert time_steps(jobs, 20, kept) == [[1, 1, 1], pytest.approx(quartiles)]
     assert len(taken) == 6
-    assert time_steps(jobs, 1, kept) == [1, 2]
+    assert time_steps(jobs, 1, kept) == [[1, 1, 1], [2, 2, 2]]
     assert len(taken) == 6
+
+
+# --- what was measured with another recipe or teacher ----------------------------------------------------
+
+
+def changed(recipe: str, section: str, **settings: Any) -> None:
+    tree = yaml.safe_load(Path(recipe).read_text())
+    tree[section] |= settings
+    Path(recipe).write_text(yaml.safe_dump(tree))
+
+
+def test_figures_of_another_recipe_or_teacher_are_not_those_asked_for(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[float] = []
+
+    def run(job: Job) -> dict[str, Any]:
+        ran.append(1.0 + len(ran))
+        return {"kl": ran[-1]}
+
+    monkeypatch.setattr(student_runs, "in_own_process", here)
+    monkeypatch.setattr(student_runs, "run", run)
+    shutil.copytree(Path(recipe).parent / "base", tmp_path / "base")
+    shutil.copy(recipe, tmp_path)
+    own = str(tmp_path / Path(recipe).name)
+    changed(own, "teacher", model=str(tmp_path / "base"))
+    assert fingerprint(own) == fingerprint(recipe)  # wherever it lies
+    results = tmp_path / "students.jsonl"
+
+    def measured() -> dict[int, float]:
+        for _ in range(2):
+            assert run_missing([job_of(own, "1 epoch")], results) == []
+        found = Results("tiny", 0.5, results, fingerprint=fingerprint(own))
+        return found.values(LABELS, "1 epoch", "kl")
+
+    assert measured() == {0: 1.0}
+    changed(own, "optimization", learning_rate=0.5)
+    assert measured() == {0: 2.0}
+    with next((tmp_path / "base").glob("*.safetensors")).open("ab") as file:
+        file.write(b"0")
+    assert measured() == {0: 3.0}
+    assert {*done(results).popitem()[1]} == {"key", "fingerprint", "date", "commit", "kl"}
 
 
 # --- failures --------------------------------------------------------------------------------------------
 
 
 def test_one_that_fails_does_not_end_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(job: Job) -> dict[str, Any]:
         if job.variant == LIVE:
@@ -138,10 +195,10 @@ def test_one_that_fails_does_not_end_the_others(
 
     timed: list[str] = []
 
-    def times(jobs: list[Job], num_turns: int, kept: Path) -> list[float]:
+    def times(jobs: list[Job], num_turns: int, kept: Path) -> list[list[float]]:
         timed.extend(job.variant for job in jobs)
         append_line(kept, {"keys": []})
-        return [1.0 for _ in jobs]
+        return [[0.9, 1.0, 1.1] for _ in jobs]
 
     monkeypatch.setattr(student_runs, "in_own_process", here)
     monkeypatch.setattr(student_runs, "capture_for", lambda job: None)
@@ -150,7 +207,7 @@ def test_one_that_fails_does_not_end_the_others(
     teachings: dict[str, Teaching] = {LABELS: None, LIVE: LiveTeacher(), "tau 1/64": Threshold(tau=1 / 64)}
 
     def jobs(length: str) -> list[Job]:
-        return [job_of("tiny", length, name, teaching) for name, teaching in teachings.items()]
+        return [job_of(recipe, length, name, teaching) for name, teaching in teachings.items()]
 
     results = tmp_path / "students.jsonl"
     failed = run_missing(jobs("1 epoch"), results)
@@ -163,7 +220,7 @@ def test_one_that_fails_does_not_end_the_others(
         require_all(failed)
     require_all([])
 
-    labels_fail = [job_of("tiny", "1 epoch").key]
+    labels_fail = [job_of(recipe, "1 epoch").key]
     untimed = time_missing(jobs(TIMED), tmp_path / "none", but=labels_fail)
     assert [key[1] for key in untimed] == [LIVE, "tau 1/64"]
     assert "nothing to compare with" in capsys.readouterr().err
@@ -171,7 +228,7 @@ def test_one_that_fails_does_not_end_the_others(
 
 def test_a_line_that_was_cut_off_is_left_out_and_replaced(tmp_path: Path) -> None:
     path = tmp_path / "students.jsonl"
-    keep(["a"], {"kl": 1.0}, path)
+    keep(["a"], {"kl": 1.0}, path, fingerprint="b")
     whole = path.read_text()
     path.write_text(whole + whole[:9])
     assert list(done(path)) == ['["a"]']

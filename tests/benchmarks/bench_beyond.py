@@ -26,7 +26,7 @@ from shared.rounds import Rounds
 from shared.rounds.loop import measure
 from shared.rounds.plan import Round
 from shared.rounds.table import outcomes
-from tests.benchmarks.seeds import RIGHT, Seed, require, show
+from tests.benchmarks.seeds import RIGHT, Seed, is_finished, require, show
 
 GIVEN = "given answers"
 CUT = "cut"  # share of own greedy answers that have not ended at the limit: mostly they repeat themselves
@@ -78,10 +78,11 @@ class Students(Seed):
         with self.folder_of_its_own():
             options = [*self.settings, *self._options(way)]
             plan = load_recipe(self.recipe, overrides=tuple(options))
+            finished = is_finished(plan)
             if way.rounds:
                 require(make_rounds(self.recipe, options, nproc=1))
                 return self._of_rounds(plan)
-            if not (plan.run.path / "results.json").exists():
+            if not finished:
                 if way.writes:
                     self._write()
                 resume = ["--resume"] if plan.run.path.exists() else []

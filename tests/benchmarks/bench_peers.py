@@ -12,7 +12,8 @@ against the teacher's whole distributions on held-out rows.  Memory counts the t
 Packages that are missing are named: ``make setup EXTRAS=peers`` installs them.
 
 As in ``bench_students``, every run is a process of its own on one thread, and steps are timed apart, in turns.  What
-is done is kept in work/benchmarks/peers.jsonl and peers.turns.jsonl and not done again: delete both to begin anew.
+is done is kept in work/benchmarks/peers.jsonl and peers.turns.jsonl, and not done again while recipe and teacher are
+the same: delete both to begin anew.
 ``--tiny`` tries everything in a minute with small random models and drawn rows.
 """
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ from tests.benchmarks.student_runs import (
     Job,
     Key,
     Teaching,
+    fingerprint,
     require_all,
     run_missing,
     time_missing,
@@ -105,8 +106,8 @@ def variants(recipe_name: str) -> tuple[dict[str, tuple[Teaching, str | None]], 
     return found | forms, at_most
 
 
-def measure(plan: Plan) -> tuple[list[list[str]], str, list[Key]]:
-    """Runs what is not done yet, seed by seed; the rows of the table, its notes, and the runs that failed."""
+def measure(plan: Plan) -> tuple[list[list[str]], str, Results, list[Key]]:
+    """Runs what is not done yet, seed by seed; the table's rows, its notes, what they are of, and what failed."""
     found: dict[str, tuple[Teaching, str | None]]
     found, at_most = in_own_process(variants, plan.recipe)
 
@@ -122,13 +123,15 @@ def measure(plan: Plan) -> tuple[list[list[str]], str, list[Key]]:
             failed += run_missing(jobs_of(length, seed), plan.results)
     timed = jobs_of(TIMED, plan.seeds[0])
     failed += time_missing(timed, plan.results, num_turns=plan.num_turns, but=failed)
-    results = Results(Path(plan.recipe).stem, plan.kd_ratio, plan.results)
-    return table(results, list(found), plan.lengths), results.notes(at_most), failed
+    mark = fingerprint(plan.recipe)
+    results = Results(Path(plan.recipe).stem, plan.kd_ratio, plan.results, fingerprint=mark)
+    return table(results, list(found), plan.lengths), results.notes(at_most), results, failed
 
 
 def head(lengths: tuple[str, ...]) -> list[str]:
     """once    MiB of what is stored once, whatever the number of positions
-    memory  at its peak in training, and the teacher's weights that are held, against labels alone
+    memory  the student's weights, what training adds at its peak, and the teacher's weights that are held, against
+            labels alone; of the last length
     """
     learned = [cell for one in lengths for cell in (f"KL, {one}", "/ live", "CE")]
     return ["taught by", "bytes", "once", "step", "memory", *learned]
@@ -139,13 +142,12 @@ def table(results: Results, names: list[str], lengths: tuple[str, ...]) -> list[
     lines = []
     for name in names:
         size, once = results.size(name), results.values(name, lengths[0], "once_bytes")
-        step = results.values(name, TIMED, "step")
         cells = [
             name,
             f"{size:.0f}" if size else "-",
             f"{max(once.values()) / MIB:.2f}" if any(once.values()) else "-",
-            f"{statistics.fmean(step.values()):.3f}" if step else "-",
-            mean(memory(results, name, lengths[0]), ".3f"),
+            results.step(name),
+            mean(memory(results, name, lengths[-1]), ".3f"),
         ]
         for length in lengths:
             cells += [
@@ -159,9 +161,15 @@ def table(results: Results, names: list[str], lengths: tuple[str, ...]) -> list[
 
 def memory(results: Results, name: str, length: str) -> list[float]:
     """Of each seed; labels alone hold nothing of a teacher."""
-    peak, held = (results.values(name, length, field) for field in ("peak_bytes", "held_bytes"))
+    peak, weights, held = (
+        results.values(name, length, f"{field}_bytes") for field in ("peak", "weights", "held")
+    )
     plain = results.values(LABELS, length, "peak_bytes")
-    return [(peak[seed] + held[seed]) / plain[seed] for seed in peak if seed in plain]
+    return [
+        (its + peak[seed] + held[seed]) / (its + plain[seed])
+        for seed, its in weights.items()
+        if seed in plain
+    ]
 
 
 # --- a small one -----------------------------------------------------------------------------------------
@@ -228,7 +236,7 @@ def main() -> None:
             num_turns=2 if asked.tiny else asked.turns,
         )
         stem = Path(name).stem
-        rows, notes, its_failed = measure(plan)
+        rows, notes, results, its_failed = measure(plan)
         failed += its_failed
         bench.show(
             f"peers-{stem}-{plan.kd_ratio:g}",
@@ -236,6 +244,7 @@ def main() -> None:
             head(plan.lengths),
             rows,
             notes=notes,
+            stamps=results.stamps,
         )
     require_all(failed)
 

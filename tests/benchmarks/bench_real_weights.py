@@ -40,15 +40,23 @@ from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.runtime import distributed
 from tests.benchmarks import full_shapes
 from tests.benchmarks.bench_students import policies_of_equal_size, timed_jobs
-from tests.benchmarks.bench_targets import Line, measure, scheme, show_errors, table
+from tests.benchmarks.bench_targets import FP16, STEP_TAUS, Line, measure, scheme, show_errors, table
 from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.live import LiveTeacher
 from tests.benchmarks.pretrained_gemma import TINY_VISION, read_package, save_vlm, shorten, tiny_model
 from tests.benchmarks.real_teacher import batches, distributions
-from tests.benchmarks.student_results import LABELS, LEARNED, LENGTHS, LIVE, Results, done
-from tests.benchmarks.student_runs import Job, Key, Teaching, require_all, run_missing, time_missing
+from tests.benchmarks.student_results import LABELS, LEARNED, LENGTHS, LIVE, Results
+from tests.benchmarks.student_runs import (
+    Job,
+    Key,
+    Teaching,
+    fingerprint,
+    require_all,
+    run_missing,
+    time_missing,
+)
 from tests.benchmarks.synthetic_teacher import Positions
-from tests.benchmarks.tables import Bench
+from tests.benchmarks.tables import Bench, stamp
 
 ROOT = Path(__file__).parents[2]
 TAUS = (512, 64, 16)  # the default first
@@ -276,6 +284,8 @@ def _errors(plan: Plan, student: Path) -> dict[str, Any]:
     policies |= {f"random {n}": Random(draws=n) for n in ERROR_DRAWS}
     policies |= {f"top-{n}": TopK(k=n) for n in ERROR_KS}
     schemes = [scheme(name, policy.kind, policy) for name, policy in policies.items()]
+    for n in STEP_TAUS:
+        schemes.append(scheme(f"threshold 1/{n}, fp16", FP16, Threshold(tau=1 / n, values="fp16")))
     error, answers = measure(_positions(plan, student), schemes)
     lines = table(schemes, error, answers)
     return {"positions": answers.shape[1], "lines": [vars(line) for line in lines]}
@@ -360,9 +370,19 @@ def _sizes(plan: Plan) -> dict[str, str | None]:
 
 def students(plan: Plan) -> dict[str, Any]:
     failed = run_missing(jobs_of(plan), plan.results)
-    results = Results("student", plan.kd_ratio, plan.results, held_out=plan.held_out)
+    results = results_of(plan)
     at_most = {name: other for name, other in sizes(plan).items() if other is not None}
-    return {"table": results.table(), "notes": results.notes(at_most), "failed": failed}
+    return {
+        "table": results.table(),
+        "notes": results.notes(at_most),
+        "stamps": results.stamps,
+        "failed": failed,
+    }
+
+
+def results_of(plan: Plan) -> Results:
+    mark = fingerprint(str(plan.recipe("student")))
+    return Results("student", plan.kd_ratio, plan.results, fingerprint=mark, held_out=plan.held_out)
 
 
 def steps(plan: Plan) -> dict[str, Any]:
@@ -385,15 +405,15 @@ def steps(plan: Plan) -> dict[str, Any]:
     path = plan.root / "students.json"
     failed = json.loads(path.read_text())["failed"] if path.exists() else []
     untimed = time_missing(jobs, plan.results, num_turns=plan.num_turns, but=failed)
-    found = done(plan.results)
-    timed = [job for job in jobs if json.dumps(job.key) in found]
-    ratios = {job.variant: found[json.dumps(job.key)]["step"] for job in timed}
-    return {"ratios": ratios, "failed": untimed}
+    results = results_of(plan)
+    rows = [[name, results.step(name)] for name in everything if results.step(name) != "-"]
+    return {"table": rows, "stamps": results.stamps, "failed": untimed}
 
 
-def show(bench: Bench, part: str, found: dict[str, Any]) -> None:
-    """The tables of a part; ``student`` has none."""
-    table = f"real_weights-{part}"
+def show(bench: Bench, part: str, found: dict[str, Any], *, tiny: bool) -> None:
+    """The tables of a part; ``student`` has none.  Those of a small random model have names of their own."""
+    table = f"real_weights-tiny-{part}" if tiny else f"real_weights-{part}"
+    stamps = found.get("stamps", [found])
     if part == "teacher":
         rows = [
             ["before fine-tuning", f"{found['ce_before']:.3f}"],
@@ -403,16 +423,16 @@ def show(bench: Bench, part: str, found: dict[str, Any]) -> None:
                 f"{found['ce_shuffled']:.3f}",
             ],
         ]
-        bench.show(table, "A pretrained teacher", ("teacher, validation CE", "nats"), rows)
+        bench.show(table, "A pretrained teacher", ("teacher, validation CE", "nats"), rows, stamps=stamps)
     elif part in ("targets", "further"):
         lines = [Line(**line) for line in found["lines"]]
-        show_errors(bench, table, lines, notes=f"{found['positions']:,} positions.")
+        show_errors(bench, table, lines, notes=f"{found['positions']:,} positions.", stamps=stamps)
     elif part == "students":
         title = "Students of a pretrained teacher"
-        bench.show(table, title, LEARNED, found["table"], notes=found["notes"])
+        bench.show(table, title, LEARNED, found["table"], notes=found["notes"], stamps=stamps)
     elif part == "steps":
-        rows = [[name, f"{ratio:.3f}"] for name, ratio in found["ratios"].items()]
-        bench.show(table, "Processor time of a step", ("taught by", "against labels alone"), rows)
+        head = ("taught by", "against labels alone")
+        bench.show(table, "Processor time of a step", head, found["table"], stamps=stamps)
 
 
 PARTS: dict[str, Callable[[Plan], dict[str, Any]]] = {
@@ -468,14 +488,14 @@ def main() -> None:
     for name in asked.only:
         path = plan.root / f"{name}.json"
         if path.exists() and name not in GO_ON:
-            show(bench, name, json.loads(path.read_text()))
+            show(bench, name, json.loads(path.read_text()), tiny=plan.tiny)
             continue
         print(f"\n=== {name}", flush=True)
         begin = time.monotonic()
-        found = PARTS[name](plan) | {"date": time.strftime("%Y-%m-%d"), "seconds": time.monotonic() - begin}
+        found = PARTS[name](plan) | stamp() | {"seconds": time.monotonic() - begin}
         path.write_text(json.dumps(found, indent=1) + "\n")
-        show(bench, name, found)
-        told = {key: value for key, value in found.items() if key not in ("lines", "table")}
+        show(bench, name, found, tiny=plan.tiny)
+        told = {key: value for key, value in found.items() if key not in ("lines", "table", "stamps")}
         print(json.dumps(told), flush=True)
         failed += found.get("failed", [])
     require_all(failed)

@@ -9,7 +9,8 @@ What counts is measured against the teacher's *whole* distributions on held-out 
 
 Every run is a process of its own, on one thread.  Steps are timed apart: all variants take turns in one process, step
 by step.  What is done is kept in work/benchmarks/students.jsonl, turns in students.turns.jsonl until all are there.
-It is not done again: delete both files to begin anew.  A run that fails is named at the end; the others go on.
+It is not done again while recipe and teacher are the same: delete both files to begin anew.  A run that fails is
+named at the end; the others go on.
 """
 
 from __future__ import annotations
@@ -45,7 +46,15 @@ from tests.benchmarks.student_results import (
     TIMED,
     Results,
 )
-from tests.benchmarks.student_runs import Job, Key, Teaching, require_all, run_missing, time_missing
+from tests.benchmarks.student_runs import (
+    Job,
+    Key,
+    Teaching,
+    fingerprint,
+    require_all,
+    run_missing,
+    time_missing,
+)
 from tests.benchmarks.tables import Bench
 
 TAUS = (512, 2048, 64, 16)  # the default first
@@ -195,12 +204,13 @@ def main() -> None:
             tails=arguments.tails,
         )
         failed += its_failed
-        found = Results(name, arguments.kd_ratio)
+        found = Results(name, arguments.kd_ratio, fingerprint=fingerprint(name))
         table = f"students-{name}-{arguments.kd_ratio:g}"
         about = f"`{name}`, `kd_ratio: {arguments.kd_ratio:g}`"
         notes = found.notes(at_most)
-        bench.show(table, f"What students learned, {about}", LEARNED, found.table(), notes=notes)
-        bench.show(f"{table}-costs", f"Costs against labels alone, {about}", COSTS, found.costs())
+        learned, costs = f"What students learned, {about}", f"Costs against labels alone, {about}"
+        bench.show(table, learned, LEARNED, found.table(), notes=notes, stamps=found.stamps)
+        bench.show(f"{table}-costs", costs, COSTS, found.costs(), stamps=found.stamps)
     require_all(failed)
 
 

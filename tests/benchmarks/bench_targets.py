@@ -12,8 +12,9 @@ import argparse
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,16 @@ DRAWS = (12, 25, 50, 100, 200, 400, 800, 1200)
 KS = (4, 8, 16, 32, 64, 128, 256)
 STEP_TAUS = (16, 64, 256)
 SHARD_ROWS = 512
+NUM_POSITIONS, V = 4096, 248_320
 SCHEMES = ("scheme", "entries", "payload", "all, rows of 16", "all, rows of 64", "error", "error, cosine 0")
-RATIOS = ("error", "threshold, bytes", "random / threshold", "top_k with its best tail / threshold")
+FP16 = "threshold, fp16"  # values as ``top_k`` stores them: threshold's own are rounded to fewer bits
+RATIOS = (
+    "error",
+    "threshold, bytes",
+    "random / threshold",
+    "top_k with its best tail / threshold",
+    f"the same / {FP16}",
+)
 GOAL = 0.035  # the error at which sizes are to reach something
 
 
@@ -58,7 +67,7 @@ def schemes() -> list[Scheme]:
     found = [scheme(f"threshold 1/{n}", "threshold", Threshold(tau=1 / n)) for n in TAUS]
     for n in STEP_TAUS:
         policy = Threshold(tau=1 / n, values="fp16")
-        found.append(scheme(f"threshold 1/{n}, fp16", "threshold, fp16", policy))
+        found.append(scheme(f"threshold 1/{n}, fp16", FP16, policy))
         found.append(Scheme(f"equal steps 1/{n}, fp16", "equal steps", policy, _equal_steps(policy)))
     found += [scheme(f"random {n}", "random", Random(draws=n)) for n in DRAWS]
     return found + [scheme(f"top-{n}", "top_k", TopK(k=n)) for n in KS]
@@ -206,19 +215,24 @@ def table(everything: list[Scheme], error: GradientError, answers: Tensor) -> li
     return lines
 
 
-def show_errors(bench: Bench, name: str, lines: Sequence[Line], *, notes: str) -> None:
+def show_errors(
+    bench: Bench, name: str, lines: Sequence[Line], *, notes: str, stamps: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Sizes and errors of every scheme, and sizes at equal errors."""
+    errors, ratios = "Bytes a position, and the gradient's error", "Bytes a position at equal errors"
     rows = []
     for x in lines:
         sizes = [f"{value:.1f}" for value in (x.entries, x.payload, x.total, x.total_long)]
         rows.append([x.name, *sizes, f"{x.error:.4f}", f"{x.error_isotropic:.4f}"])
-    bench.show(f"{name}-schemes", "Bytes a position, and the gradient's error", SCHEMES, rows, notes=notes)
-    bench.show(f"{name}-ratios", "Bytes a position at equal errors", RATIOS, ratios_at_errors(lines))
+    bench.show(f"{name}-schemes", errors, SCHEMES, rows, notes=notes, stamps=stamps)
+    bench.show(f"{name}-ratios", ratios, RATIOS, ratios_at_errors(lines), stamps=stamps)
 
 
 def bytes_at(lines: Sequence[Line], family: str, error: float) -> float | None:
     """Bytes (all, rows of 16) that a family takes for an error, between its lines; None beyond them."""
     points = sorted((x.error, x.total) for x in lines if x.family == family)
+    if not points:
+        return None
     best = [(e, b) for e, b in points if b <= min(c for d, c in points if d <= e)]  # the best tail
     errors, sizes = zip(*best, strict=True)
     if not errors[0] <= error <= errors[-1]:
@@ -229,20 +243,25 @@ def bytes_at(lines: Sequence[Line], family: str, error: float) -> float | None:
 def ratios_at_errors(lines: Sequence[Line]) -> list[list[str]]:
     """Under ``RATIOS``."""
     rows = []
-    top_k = [x for x in lines if x.family == "top_k"]
     for error in (0.1, 0.07, 0.05, 0.035, 0.025):
-        threshold = bytes_at(lines, "threshold", error)
+        threshold, in_fp16 = (bytes_at(lines, family, error) for family in ("threshold", FP16))
         if threshold is None:
             continue
-        ratios = []
-        for family in ("random", "top_k"):
-            found = bytes_at(lines, family, error)
-            # Beyond its range: its largest is still worse.
-            largest = max(x.total for x in lines if x.family == family)
-            beyond = f"over {largest / threshold:.1f}" if min(x.error for x in top_k) > error else "-"
-            ratios.append(f"{found / threshold:.2f}" if found else beyond)
-        rows.append([f"{error}", f"{threshold:.1f}", *ratios])
+        random, top_k = (_against(lines, family, error, threshold) for family in ("random", "top_k"))
+        alike = "-" if in_fp16 is None else _against(lines, "top_k", error, in_fp16)
+        rows.append([f"{error}", f"{threshold:.1f}", random, top_k, alike])
     return rows
+
+
+def _against(lines: Sequence[Line], family: str, error: float, other_bytes: float) -> str:
+    """A family's bytes at an error, in parts of another one's."""
+    found = bytes_at(lines, family, error)
+    if found is not None:
+        return f"{found / other_bytes:.2f}"
+    its = [x for x in lines if x.family == family]
+    # Beyond its range: its largest is still worse.
+    is_worse = bool(its) and min(x.error for x in its) > error
+    return f"over {max(x.total for x in its) / other_bytes:.1f}" if is_worse else "-"
 
 
 def speeds(everything: list[Scheme], vocab_size: int) -> dict[str, tuple[float, float]]:
@@ -266,7 +285,8 @@ def speeds(everything: list[Scheme], vocab_size: int) -> dict[str, tuple[float, 
 
 def figures(lines: Sequence[Line], rates: dict[str, tuple[float, float]]) -> list[tuple[str, str, str]]:
     """Under ``FIGURES``: those that have a goal."""
-    threshold, random, top_k = (bytes_at(lines, family, GOAL) for family in ("threshold", "random", "top_k"))
+    families = ("threshold", FP16, "random", "top_k")
+    threshold, in_fp16, random, top_k = (bytes_at(lines, family, GOAL) for family in families)
     rows = []
     if threshold is not None:
         rows.append(figure(f"bytes a position at an error of {GOAL}", threshold, ".1f", most=24))
@@ -276,6 +296,8 @@ def figures(lines: Sequence[Line], rates: dict[str, tuple[float, float]]) -> lis
             )
         if top_k is not None:
             rows.append(figure("`top_k` with its best tail against it", top_k / threshold, ".2f", least=4))
+            if in_fp16 is not None:
+                rows.append(figure(f"`top_k` against {FP16}, as it stores values", top_k / in_fp16, ".2f"))
     for name, (encoded, decoded) in rates.items():
         goals = (100_000, 300_000) if name.startswith("threshold") else (None, None)
         for what, rate, goal in zip(("encoded", "decoded"), (encoded, decoded), goals, strict=True):
@@ -300,12 +322,19 @@ def _read_positions(path: str, chunk: int = 256) -> Iterator[Positions]:
         yield Positions(part["logprobs"], part["student_logprobs"], part["hidden"])
 
 
+def name_of(arguments: argparse.Namespace) -> str:
+    """Of the table; one of other sizes does not take the place of the documents'."""
+    if arguments.distributions:
+        return "targets-real"
+    return "targets" if (arguments.positions, arguments.vocab) == (NUM_POSITIONS, V) else "targets-other"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--positions", type=int, default=4096)
-    parser.add_argument("--vocab", type=int, default=248_320)
+    parser.add_argument("--positions", type=int, default=NUM_POSITIONS)
+    parser.add_argument("--vocab", type=int, default=V)
     parser.add_argument("--distributions", help="torch file of a real teacher's and student's log-probs")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -317,7 +346,7 @@ def main() -> None:
     everything = schemes()
     error, answers = measure(positions, everything)
     lines = table(everything, error, answers)
-    name = "targets-real" if arguments.distributions else "targets"
+    name = name_of(arguments)
     notes = f"V = {error.vocab_size:,}. All bytes count: of keys, answer ids, sums and Arrow's own."
     show_errors(bench, name, lines, notes=notes)
     rates = speeds(everything, error.vocab_size)

@@ -2,7 +2,9 @@
 
     python -m tests.benchmarks.bench_tokenizers [--recipes phantom medpix_sample] [--seeds 0 1 2] [--ways NAME ...]
 
-The students' tokenizer has half the ids of the recipe's and is trained on the pages of ``docs/``.  All students of a
+The students' tokenizer has half the ids of the recipe's and is trained on the pages of ``docs/`` as they are when a
+seed begins, without tables of benchmarks.  Each part names its tokenizer; those before 1 December 2026 do not, and
+theirs saw the tables too.  All students of a
 seed have the same teacher, first weights, steps and order.  What counts is measured on held-out rows: KL from the
 teacher's *whole* distributions, regrouped, where both have a boundary; CE per byte of the answers; short answers that
 are right.
@@ -12,10 +14,12 @@ Each seed has a folder of its own, shared with ``bench_beyond`` (see ``tests.ben
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +39,8 @@ from shared.same_prompts import open_student_processor_of
 from shared.small_models import make_small_model, train_tokenizer
 from stage1_teacher.capturing.teacher import load_teacher
 from stage2_student.training.inputs import open_inputs
-from tests.benchmarks.seeds import RIGHT, Seed, require, show
-from tests.benchmarks.tables import ROOT
+from tests.benchmarks.pages import BLOCK, documents
+from tests.benchmarks.seeds import RIGHT, Seed, is_finished, require, show
 
 FOLDER = Path("work/tokenizers")  # of a seed
 STUDENT = FOLDER / "student"
@@ -65,7 +69,7 @@ class Students(Seed):
 
     goals: list[Goal] | None = None
 
-    def make(self, way: str) -> dict[str, float]:
+    def make(self, way: str) -> dict[str, Any]:
         """Teacher and cache are made where they are missing."""
         with self.folder_of_its_own():
             recipe = self._train(way)
@@ -74,7 +78,8 @@ class Students(Seed):
                 str(recipe.run.path / "export"), revision=None, dtype=torch.float32, attn_implementation=None
             )
             return measure(model.eval(), self._goals(recipe)) | {
-                RIGHT: results["answers"]["accuracy"]["mean"]
+                RIGHT: results["answers"]["accuracy"]["mean"],
+                "tokenizer": hashlib.sha256((STUDENT / "tokenizer.json").read_bytes()).hexdigest()[:12],
             }
 
     def key_of(self, way: str) -> str:
@@ -89,7 +94,7 @@ class Students(Seed):
             f"evaluation.max_examples={OWN_QUESTIONS}",
         ]
         recipe = load_recipe(self.recipe, overrides=tuple(options))
-        if not (recipe.run.path / "results.json").exists():
+        if not is_finished(recipe):
             self.make_cache()
             make_student(recipe)
             resume = ["--resume"] if recipe.run.path.exists() else []
@@ -104,14 +109,18 @@ class Students(Seed):
         return self.goals
 
 
+def texts() -> list[str]:
+    """The pages without tables of benchmarks: what this one records is no part of what it measures."""
+    return [BLOCK.sub("", page.read_text(encoding="utf-8")) for page in documents()]
+
+
 def make_student(recipe: Recipe) -> None:
     """An untrained one of the shapes of the recipe's, with a tokenizer of its own; nothing where it is there."""
     if STUDENT.exists():
         return
     models = recipe.bootstrap.small_models
     assert models is not None
-    pages = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
-    tokenizer = train_tokenizer(pages, FOLDER / "tokenizer", vocab_size=models.vocab_size // 2)
+    tokenizer = train_tokenizer(texts(), FOLDER / "tokenizer", vocab_size=models.vocab_size // 2)
     like = models.models[-1]
     make_small_model(STUDENT, tokenizer=tokenizer, **like.model_dump(exclude={"path"}))
 
@@ -186,6 +195,7 @@ def main() -> None:
         columns=SHOWN,
         ratios=[KL, CE],
         description=__doc__,
+        note="A seed's tokenizer is that of the day it began: the parts name them.",
     )
 
 

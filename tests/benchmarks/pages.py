@@ -14,12 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.benchmarks import tables
-from tests.benchmarks.tables import Table
+from tests.benchmarks.tables import FIGURES, NOT_REACHED, Table
 
 DOCS = tables.ROOT / "docs"
 BLOCK = re.compile(
     r"^<!-- measured: (\S+) -->\n(?:(?!<!-- measured:).)*?^<!-- end -->$", re.MULTILINE | re.DOTALL
 )
+BOLD = re.compile(r"\*\*.+?\*\*")
 
 
 def measured(name: str) -> Path:
@@ -61,10 +62,22 @@ def write_pages() -> None:
             path.write_text(new, encoding="utf-8")
 
 
+def lost(old: Table, new: Table) -> list[str]:
+    """What the new table no longer has: parts, the goals of rows, and what was added to a figure in bold."""
+    gone = [f"the part {key!r}" for key in old.parts if key not in new.parts]
+    if tuple(old.head) != FIGURES:
+        return gone
+    goals = {name: goal for name, goal, _ in new.rows}
+    gone += [f"the goal of {name!r}" for name, goal, _ in old.rows if goal != "-" == goals.get(name, "-")]
+    text = " ".join(cell for row in new.rows for cell in row)
+    caveats = [one for row in old.rows for one in BOLD.findall(row[2]) if one != NOT_REACHED]
+    return gone + [f"the words {one!r}" for one in caveats if one not in text]
+
+
 def record(benchmarks: Iterable[str]) -> list[str]:
     """Takes the tables that these have kept and that documents show into docs/measured; says what it does.
 
-    Raises   ValueError  nothing is kept of one
+    Raises   ValueError  nothing is kept of one, or what docs/measured has would be lost: see ``lost``
     """
     shown = {name for path in documents() for name in names(path.read_text(encoding="utf-8"))}
     kept = {path.stem: Table.read(path) for path in sorted(tables.KEPT.glob("*.json"))}
@@ -75,6 +88,11 @@ def record(benchmarks: Iterable[str]) -> list[str]:
             raise ValueError(f"nothing is kept of {benchmark!r}: run it first")
         for name, table in own.items():
             if name in shown:
+                if measured(name).exists() and (gone := lost(Table.read(measured(name)), table)):
+                    raise ValueError(
+                        f"{name}: to record this would lose {'; '.join(gone)}. Measure with the settings of before; "
+                        f"or remove docs/measured/{name}.json first, and what the pages say of it"
+                    )
                 table.write(measured(name))
             place = "recorded" if name in shown else "left out, no document shows it"
             said.append(f"{name}: {place} ({table.source.line()})")

@@ -23,14 +23,16 @@ from typing import Any
 
 import torch
 
+from shared.finished import run_is_finished
 from shared.phantom.dataset import DRAWING_VERSION
 from shared.pipeline import make_cache, settings_of_teacher
-from shared.recipes import dump_recipe, load_recipe
+from shared.recipes import Recipe, dump_recipe, load_recipe
 from tests.benchmarks.pages import measured
 from tests.benchmarks.student_results import mean
-from tests.benchmarks.tables import ROOT, Bench, Table
+from tests.benchmarks.tables import ROOT, Bench, Table, stamp
 
 FOLDER = ROOT / "work" / "benchmarks" / "seeds"  # a folder for each recipe, with one for each seed
+NOTES = "Means over seeds, half their range in brackets. `/`: ratio to the first line's, of the same seed."
 RIGHT = "right"  # the figure of short answers
 
 
@@ -61,10 +63,12 @@ class Seed(ABC):
         beside = ["data.source=" + str(source.resolve())] if source.is_dir() and ".." in source.parts else []
         self.given = [*drawn, *extra]  # on every machine
         self.settings = [*drawn, *beside, *extra]
-        self.folder = FOLDER / recipe / f"seed-{number}"
+        # Settings beside the recipe's change the teacher or the runs, which have the same names all the same.
+        of_its_own = f"-{hashlib.sha256(json.dumps(list(extra)).encode()).hexdigest()[:12]}" if extra else ""
+        self.folder = FOLDER / recipe / f"seed-{number}{of_its_own}"
 
     @abstractmethod
-    def make(self, way: str) -> dict[str, float]:
+    def make(self, way: str) -> dict[str, Any]:
         """The figures of a student taught that way, by name.
 
         Raises   SystemExit  when a command failed
@@ -111,6 +115,7 @@ def show(
     columns: Mapping[str, str],
     ratios: Collection[str],
     description: str,
+    note: str = "",
 ) -> None:
     """Measures what the command line asks for, and shows a table for each recipe.
 
@@ -133,15 +138,15 @@ def show(
     bench = Bench(benchmark, goes_on=FOLDER.exists() or any(map(known_of, tables.values())))
     for recipe, table in tables.items():
         known = known_of(table)
-        parts: dict[str, dict[str, float]] = {}
-        found: dict[str, dict[int, dict[str, float]]] = {}
+        parts: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[int, dict[str, Any]]] = {}
         for number in sorted({*asked.seeds, *map(_seed_in, known)}):
             seed = students(recipe, number, extra=asked.extra)
             for way in ways:
                 key = seed.key_of(way)
                 if key not in known and (number not in asked.seeds or way not in asked.ways):
                     continue
-                parts[key] = figures = known.get(key) or seed.make(way)
+                parts[key] = figures = known.get(key) or seed.make(way) | stamp()
                 found.setdefault(way, {})[number] = figures
                 print(f"  {recipe}, {key}: {json.dumps(figures)}", file=sys.stderr, flush=True)
         head, rows = lines(found, columns, ratios)
@@ -150,18 +155,26 @@ def show(
             f"{title}, `{recipe}`",
             head,
             rows,
-            notes="Means over seeds, half their range in brackets. `/`: ratio to the first line's, of the same seed.",
+            notes=f"{NOTES} {note}".rstrip(),
             parts=parts,
+            stamps=parts.values(),
         )
 
 
-def known_of(table: str) -> Mapping[str, dict[str, float]]:
-    """What docs/measured has, by key; what is still true of it is not measured again."""
-    return Table.read(measured(table)).parts if measured(table).exists() else {}
+def known_of(table: str) -> Mapping[str, dict[str, Any]]:
+    """What docs/measured has, by key; what is still true of it is not measured again.
+
+    Figures without a stamp are of the table's day and commit, or of those before.
+    """
+    if not measured(table).exists():
+        return {}
+    known = Table.read(measured(table))
+    source = {name: getattr(known.source, name) for name in ("date", "commit", "goes_on")}
+    return {key: figures if "date" in figures else figures | source for key, figures in known.parts.items()}
 
 
 def lines(
-    found: Mapping[str, Mapping[int, dict[str, float]]], columns: Mapping[str, str], ratios: Collection[str]
+    found: Mapping[str, Mapping[int, dict[str, Any]]], columns: Mapping[str, str], ratios: Collection[str]
 ) -> tuple[list[str], list[list[str]]]:
     """A table's head, and a line for each way: how many seeds it has, and their means."""
     head = ["taught by", "seeds"] + [
@@ -186,6 +199,23 @@ def lines(
 def _seed_in(key: str) -> int:
     """That of ``Seed.key``."""
     return int(key.removeprefix("seed ").partition(",")[0])
+
+
+def is_finished(plan: Recipe) -> bool:
+    """Whether nothing is left to train of a run; in the folder of its seed.
+
+    Raises   SystemExit  when its folder is of another recipe, as this one was on an earlier day
+    """
+    folder = plan.run.path.absolute()
+    if not (folder / "recipe.yaml").exists():
+        return False
+    began = load_recipe(folder / "recipe.yaml")
+    if plan.as_it_began(began).of_a_run() != began.of_a_run():
+        raise SystemExit(
+            f"{folder}: this run was begun with other settings than the recipe has now. Remove the folder of its "
+            f"seed, {Path.cwd()}, and start again: all of it is made anew"
+        )
+    return run_is_finished(plan)
 
 
 def require(status: int) -> None:

@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.tables import stamp
+
 FOLDER = Path("work/benchmarks")
 RESULTS = FOLDER / "students.jsonl"
 LENGTHS: dict[str, dict[str, int | None]] = {
@@ -28,8 +30,9 @@ def done(results: Path | None = None) -> dict[str, dict[str, Any]]:
     return {json.dumps(record["key"]): record for record in read_lines(results or RESULTS)}
 
 
-def keep(key: list[Any], found: dict[str, Any], results: Path | None = None) -> None:
-    append_line(results or RESULTS, {"key": key} | found)
+def keep(key: list[Any], found: dict[str, Any], results: Path | None = None, *, fingerprint: str) -> None:
+    """``fingerprint``: of the recipe that it was measured with."""
+    append_line(results or RESULTS, {"key": key, "fingerprint": fingerprint} | stamp() | found)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -54,23 +57,40 @@ def mean(values: list[float], form: str) -> str:
 
 
 class Results:
-    """What has been measured of a recipe at a ``kd_ratio``, and of labels alone; of runs with that ``held_out``."""
+    """What has been measured of a recipe at a ``kd_ratio``, and of labels alone; of runs with that ``held_out``.
+
+    fingerprint  of the recipe as it is now: what was measured with others is left out
+    """
 
     def __init__(
-        self, name: str, kd_ratio: float, results: Path | None = None, *, held_out: int | None = None
+        self,
+        name: str,
+        kd_ratio: float,
+        results: Path | None = None,
+        *,
+        fingerprint: str,
+        held_out: int | None = None,
     ) -> None:
         self.name, self.kd_ratio = name, kd_ratio
         rows = [] if held_out is None else [held_out]
         kept = [
             record
             for record in done(results).values()
-            if record["key"][0] == name and record["key"][4] in (0.0, kd_ratio) and record["key"][5:] == rows
+            if record.get("fingerprint") == fingerprint
+            and record["key"][0] == name
+            and record["key"][4] in (0.0, kd_ratio)
+            and record["key"][5:] == rows
         ]
         self.records = sorted(kept, key=lambda record: record["key"][3])
         found = (r["key"][1] for r in self.records if r["key"][2] in LENGTHS)
         self.variants = sorted(dict.fromkeys(found), key=self._place)
 
-    def values(self, variant: str, length: str, field: str) -> dict[int, float]:
+    @property
+    def stamps(self) -> list[dict[str, Any]]:
+        """Days and commits of what was measured."""
+        return [{name: record.get(name) for name in ("date", "commit")} for record in self.records]
+
+    def values(self, variant: str, length: str, field: str) -> dict[int, Any]:
         """By seed."""
         found = {r["key"][3]: r.get(field) for r in self.records if r["key"][1:3] == [variant, length]}
         return {seed: value for seed, value in found.items() if value is not None}
@@ -79,6 +99,16 @@ class Results:
         """Of runs of the same seed."""
         ones, others = (self.values(label, length, field) for label in (variant, reference))
         return [one / others[seed] for seed, one in ones.items() if seed in others]
+
+    def step(self, variant: str) -> str:
+        """A step's time against labels alone: the median over steps, and its quartiles in brackets."""
+        found = self.values(variant, TIMED, "step")
+        quartiles = self.values(variant, TIMED, "step_quartiles")
+        if not found:
+            return "-"
+        ends = [statistics.fmean(column) for column in zip(*quartiles.values(), strict=True)]
+        scatter = f" ({ends[0]:.3f} to {ends[1]:.3f})" if quartiles.keys() == found.keys() else ""
+        return f"{statistics.fmean(found.values()):.3f}{scatter}"
 
     def size(self, variant: str) -> float:
         found = [
@@ -129,7 +159,6 @@ class Results:
         """Under ``COSTS``: what a step took, against labels alone."""
         lines = []
         for variant in self.variants:
-            step = self.values(variant, TIMED, "step")
             memory = [mean(self.ratio(variant, one, "peak_bytes", LABELS), ".3f") for one in LENGTHS]
-            lines.append([variant, f"{statistics.fmean(step.values()):.3f}" if step else "-", *memory])
+            lines.append([variant, self.step(variant), *memory])
         return lines

@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import statistics
 import sys
 import time
 import traceback
@@ -21,8 +21,10 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 
+from shared.phantom.dataset import DRAWING_VERSION
 from shared.recipes import Recipe, load_recipe
 from shared.recipes.policies import Policy
 from shared.recipes.schema import Section
@@ -35,7 +37,7 @@ from stage2_student.training.optim import learning_rate, make_optimizer, set_lea
 from stage2_student.training.order import step_shape, total_steps, training_slots
 from stage2_student.training.step import seed_step, train_step
 from stage2_student.training.student import StudentWithLoss, build_student
-from tests.benchmarks.bench_loss import status_bytes
+from tests.benchmarks.bench_loss import resident_bytes, status_bytes
 from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.method import Lesson, Method
 from tests.benchmarks.peers.store import StoredMethod
@@ -52,6 +54,15 @@ from tests.benchmarks.student_results import (
 )
 
 TIMED_STEPS = 70
+SETTINGS = {
+    "bootstrap",
+    "data",
+    "teacher",
+    "student",
+    "loss",
+    "optimization",
+}  # sections that figures depend on
+PLACES = {"source", "path", "model", "trained_by"}  # settings in them that say where something lies
 Teaching = Policy | Method | None
 Key = list[Any]  # of a job
 
@@ -208,15 +219,56 @@ class Training:
             yield time.process_time() - began
 
 
+class Memory:
+    """Of this process, from now on."""
+
+    def __init__(self) -> None:
+        self._resident, self._mapped = resident_bytes(), status_bytes("RssFile")
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_bytes(self) -> int:
+        """At most so much more; without pages of mapped files, which the system takes back when it needs memory."""
+        return status_bytes("VmHWM") - self._resident - (status_bytes("RssFile") - self._mapped)
+
+
+def fingerprint(name: str) -> str:
+    """Of what the figures of a recipe depend on beside a job's ``key``: its settings, and its teacher's weights.
+
+    Holds    the same wherever data and models lie
+    """
+    recipe = load_recipe(name)
+    assert recipe.teacher is not None
+    tree = recipe.model_dump(mode="json", exclude_defaults=True, include=SETTINGS)
+    facts = [_without_places(tree), _weights_in(recipe.teacher.model), DRAWING_VERSION]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _without_places(tree: Any) -> Any:
+    if isinstance(tree, list):
+        return [_without_places(one) for one in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _without_places(value) for key, value in tree.items() if key not in PLACES}
+
+
+def _weights_in(model: str) -> list[str]:
+    """Digests of a folder's files of weights; of a model that has none, its name."""
+    found = []
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with path.open("rb") as file:
+            found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return found or [model]
+
+
 def run(job: Job) -> dict[str, Any]:
     """Trains and measures; in a process of its own."""
     torch.set_num_threads(1)
     with distributed(device="cpu") as world:
         training = Training(job, world)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status_bytes("VmRSS")
+        memory = Memory()
         num_steps = sum(1 for _ in training.steps())
-        peak = status_bytes("VmHWM") - before
+        peak = memory.peak_bytes()
+        weights = sum(one.nbytes for one in training.student.parameters())
         trained = plain_model(training.recipe, training.student)
         recipe, inputs, lesson = training.recipe, training.inputs, training.lesson
         size, once, held = lesson.bytes_per_position, lesson.once_bytes, lesson.held_bytes
@@ -225,12 +277,18 @@ def run(job: Job) -> dict[str, Any]:
         if inputs.cache is not None:
             totals = inputs.cache.manifest.totals
             size = totals.bytes / totals.positions
-    sizes = {"peak_bytes": peak, "held_bytes": held, "bytes_per_position": size, "once_bytes": once}
+    sizes = {
+        "peak_bytes": peak,
+        "weights_bytes": weights,
+        "held_bytes": held,
+        "bytes_per_position": size,
+        "once_bytes": once,
+    }
     return measured | {"num_steps": num_steps} | sizes
 
 
-def time_steps(jobs: list[Job], num_turns: int, kept: Path) -> list[float]:
-    """The median ratio of each one's step to the first one's; they take turns, another one first each time.
+def time_steps(jobs: list[Job], num_turns: int, kept: Path) -> list[list[float]]:
+    """Quartiles of the ratio of each one's step to the first one's; they take turns, another one first each time.
 
     All train one student: what a step takes hardly depends on what was learned.  A ratio is of steps over the same
     examples: their answers, and so their times, differ in length.
@@ -239,8 +297,8 @@ def time_steps(jobs: list[Job], num_turns: int, kept: Path) -> list[float]:
     kept       where the seconds of each turn are, and where those of a run before are found
     """
     torch.set_num_threads(1)
-    keys = [job.key for job in jobs]
-    turns: list[list[float]] = [one["seconds"] for one in read_lines(kept) if one["keys"] == keys]
+    about = {"keys": [job.key for job in jobs], "fingerprint": fingerprint(jobs[0].recipe)}
+    turns: list[list[float]] = [one["seconds"] for one in read_lines(kept) if about.items() <= one.items()]
     with distributed(device="cpu") as world:
         first = Training(jobs[0], world)
         others = [Training(job, world, beside=first) for job in jobs[1:]]
@@ -254,21 +312,26 @@ def time_steps(jobs: list[Job], num_turns: int, kept: Path) -> list[float]:
                 told = f"  turn {turn}, {jobs[number].variant}: {seconds[number]:.2f} s"
                 print(told, file=sys.stderr, flush=True)
             turns.append(seconds)
-            append_line(kept, {"keys": keys, "turn": turn, "seconds": seconds})
+            append_line(kept, about | {"turn": turn, "seconds": seconds})
         del trainings, first, others
     columns = list(zip(*turns[:num_turns], strict=True))
     return [
-        statistics.median(one / other for one, other in zip(column, columns[0], strict=True))
+        np.percentile(np.divide(column, columns[0]), (25, 50, 75)).tolist()  # of one step all are its own
         for column in columns
     ]
+
+
+def missing(jobs: list[Job], results: Path | None = None) -> list[Job]:
+    """Those without a result of their recipe as it is now."""
+    kept = done(results)
+    marks = {name: fingerprint(name) for name in {job.recipe for job in jobs}}
+    return [job for job in jobs if kept.get(json.dumps(job.key), {}).get("fingerprint") != marks[job.recipe]]
 
 
 def run_missing(jobs: list[Job], results: Path | None = None) -> list[Key]:
     """Those without a result, in order, each in a process of its own; returns those that failed."""
     failed: list[Key] = []
-    for job in jobs:
-        if json.dumps(job.key) in done(results):
-            continue
+    for job in missing(jobs, results):
         try:
             capture_for(job)
             found = in_own_process(run, job)
@@ -276,7 +339,7 @@ def run_missing(jobs: list[Job], results: Path | None = None) -> list[Key]:
             traceback.print_exc()
             failed.append(job.key)
             continue
-        keep(job.key, found, results)
+        keep(job.key, found, results, fingerprint=fingerprint(job.recipe))
         print(f"  {' | '.join(map(str, job.key))}: KL {found['kl']:.4f}", file=sys.stderr, flush=True)
     return failed
 
@@ -290,7 +353,7 @@ def time_missing(
     """
     variants = {variant for _, variant, *_ in but}
     jobs = [job for job in jobs if job.variant not in variants]
-    if all(json.dumps(job.key) in done(results) for job in jobs):
+    if not missing(jobs, results):
         return []
     if LABELS in variants:
         print(f"  no steps are timed: there is nothing to compare with where {LABELS} fail", file=sys.stderr)
@@ -299,12 +362,13 @@ def time_missing(
     try:
         for job in jobs:
             capture_for(job)
-        ratios = in_own_process(time_steps, jobs, num_turns, turns)
+        quartiles = in_own_process(time_steps, jobs, num_turns, turns)
     except Exception:
         traceback.print_exc()
         return [job.key for job in jobs]
-    for job, ratio in zip(jobs, ratios, strict=True):
-        keep(job.key, {"step": ratio}, results)
+    for job, (low, middle, high) in zip(jobs, quartiles, strict=True):
+        found = {"step": middle, "step_quartiles": [low, high]}
+        keep(job.key, found, results, fingerprint=fingerprint(job.recipe))
     turns.unlink()
     return []
 

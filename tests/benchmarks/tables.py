@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "work" / "benchmarks" / "tables"
 FIGURES = ("figure", "to reach", "measured")
+NOT_REACHED = "**not reached**"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Source:
     """Where figures come from; None where nobody knows.
 
     benchmark  that writes this table; None: no benchmark does
-    date       YYYY-MM-DD, or that "or before"
+    date       YYYY-MM-DD, or that "or before"; of figures of several days "... to ..."
+    commit     of figures of several commits all of them, apart by spaces
     is_clean   whether all files but those of docs/ were those of the commit
     goes_on    some of it had been measured before, perhaps by earlier commits
     """
@@ -61,13 +63,30 @@ class Source:
             num_cores=os.cpu_count(),
         )
 
+    def of(self, stamps: Iterable[Mapping[str, Any]]) -> Source:
+        """That of figures which were kept, each with its ``stamp``; this one where there are none."""
+        ordered = sorted(stamps, key=lambda one: one["date"])
+        if not ordered:
+            return self
+        first, last = ordered[0]["date"], ordered[-1]["date"]
+        commits = list(dict.fromkeys(one["commit"] for one in ordered if one.get("commit")))
+        return replace(
+            self,
+            date=first if first == last else f"{first} to {last}",
+            commit=" ".join(commits) or None,
+            is_clean=self.is_clean if commits == [self.commit] else None,
+            goes_on=any(one.get("goes_on") for one in ordered),
+        )
+
     def line(self) -> str:
         """One sentence."""
         state = " with changes" if self.is_clean is False else ""
         state += " and those before it" if self.goes_on else ""
         parts = [
             f"Measured {self.date or 'on an unknown day'}",
-            f"commit {self.commit[:7]}{state}" if self.commit else "commit unknown",
+            f"commit {', '.join(one[:7] for one in self.commit.split())}{state}"
+            if self.commit
+            else "commit unknown",
             f"`{self.command}`" if self.command else "command unknown",
         ]
         parts += [f"{self.seconds:,.0f} s"] if self.seconds is not None else []
@@ -123,14 +142,18 @@ class Bench:
         *,
         notes: str = "",
         parts: Mapping[str, Any] | None = None,
+        stamps: Iterable[Mapping[str, Any]] = (),
     ) -> None:
-        """Prints a table, and keeps it in place of the last one of that name; not one without rows."""
+        """Prints a table, and keeps it in place of the last one of that name; not one without rows.
+
+        stamps  of figures that were kept: the table's days and commits are theirs
+        """
         if not (rows := [list(row) for row in rows]):
             return
         seconds = (
             None if self.source.goes_on else round(time.monotonic() - self.begin, 1)
         )  # not of what was kept
-        source = replace(self.source, seconds=seconds)
+        source = replace(self.source.of(stamps), seconds=seconds)
         table = Table(title, list(head), rows, notes, source, dict(parts or {}))
         table.write(KEPT / f"{name}.json")
         parts = [title, "\n".join(table.lines()), *([notes] if notes else [])]
@@ -150,8 +173,13 @@ def figure(
     """A row under ``FIGURES``, which says when a goal is missed; ``more`` stands behind the figure."""
     goal = most if least is None else least
     missed = (most is not None and not value <= most) or (least is not None and not value >= least)
-    measured = f"{value:{form}}{unit}{more}" + (": **not reached**" if missed else "")
+    measured = f"{value:{form}}{unit}{more}" + (f": {NOT_REACHED}" if missed else "")
     return name, "-" if goal is None else f"{goal:,g}{unit}", measured
+
+
+def stamp() -> dict[str, Any]:
+    """Day and commit of a figure that is measured now."""
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
