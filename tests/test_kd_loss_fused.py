@@ -615,6 +615,17 @@ def test_positions_without_a_weight_are_zero_and_stay_in_their_places() -> None:
         torch.testing.assert_close(found, torch.where(weights != 0, whole, 0))
 
 
+def test_a_weight_of_nan_is_seen_at_its_position() -> None:
+    """On a GPU it stands for a wrong id (``positions.with_checked_ids``)."""
+    problem = Problem(5, 13, THRESHOLD)
+    weights = torch.tensor([1.0, torch.nan, 0.0, 0.5, 1.0])
+    each = ce_kd_by_position(
+        problem.hidden, problem.weight, problem.labels, problem.targets, weights_N=weights
+    )
+    for found in each:
+        assert found.isnan().tolist() == [False, True, False, False, False]
+
+
 def test_positions_without_targets_have_no_kd() -> None:
     problem = Problem(3, 5, THRESHOLD)
     each = ce_kd_by_position(problem.hidden, problem.weight, problem.labels)

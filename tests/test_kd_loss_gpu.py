@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.kd_loss import KDLoss, fused_ce_kd
+from shared.kd_loss import KDLoss, ce_kd_by_position, fused_ce_kd
 from shared.kd_loss.kept import highest
 from shared.kd_loss.uncertainty import student_entropy
 from shared.recipes.policies import Policy, TopK
@@ -68,6 +68,18 @@ def test_wrong_ids_give_nan() -> None:
     assert bool(on_gpu(problem, kd_ratio=0.5)[0][0].isnan())
     problem.labels[1] = 0
     assert bool(on_gpu(problem, kd_ratio=0.5, num_vocab_ids=2)[0][0].isnan())
+
+
+def test_wrong_ids_give_nan_at_their_positions() -> None:
+    problem = Problem(4, 17, THRESHOLD, dtype=torch.float32)
+    problem.labels[1] = 17
+    inputs = [one.detach().cuda() for one in (problem.hidden, problem.weight, problem.labels)]
+    targets = problem.targets.to("cuda")
+    for found in ce_kd_by_position(*inputs, targets):
+        assert found.isnan().tolist() == [False, True, False, False]
+    inputs[2][1] = 0
+    for found in ce_kd_by_position(*inputs, targets, num_vocab_ids=2):
+        assert bool(found.isnan().all())
 
 
 def test_wrong_ids_give_nan_from_logits() -> None:
