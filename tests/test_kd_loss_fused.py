@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +13,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from shared.errors import CacheMismatchError, RecipeError
 from shared.kd_loss import Divergence, LossSums, ce_kd_by_position, chunk, fused_ce_kd, gradients
 from shared.kd_loss.positions import counted_positions
+from shared.kd_loss.tile import LossSettings
 from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from tests import reference_losses as reference
@@ -644,14 +648,20 @@ class Kernel:
             raise self.error
 
 
-def chosen(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> object:
+@contextmanager
+def installed(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     found = SimpleNamespace(find_spec=lambda name: object())
     monkeypatch.setattr(chunk, "importlib", SimpleNamespace(util=found, import_module=lambda name: kernel))
     chunk._kernel.cache_clear()
     try:
-        return chunk._kernel(torch.device("cpu"))
+        yield
     finally:
         chunk._kernel.cache_clear()
+
+
+def chosen(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> object:
+    with installed(kernel, monkeypatch):
+        return chunk._kernel(torch.device("cpu"))
 
 
 def test_without_a_compiler_pytorch_makes_the_loss(
@@ -683,3 +693,26 @@ def test_a_full_gpu_is_no_missing_compiler(error: Exception, monkeypatch: pytest
     """What is raised is not kept: the next launch may find room."""
     with pytest.raises(type(error)):
         chosen(Kernel(error), monkeypatch)
+
+
+def test_the_kernel_is_launched_on_the_device_of_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current device, which may be another one.  The tensors have a device and no memory."""
+    current = [torch.device("cuda", 0)]
+    launched = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    class Launched(Kernel):
+        def chunk_loss_(self, *arguments: object, **options: object) -> None:
+            launched.append(current[-1])
+
+    monkeypatch.setattr("torch.cuda.device", on)
+    options = LossSettings(kd_ratio=0.0, temperature=1.0, num_vocab_ids=16)
+    with installed(Launched(None), monkeypatch), FakeTensorMode():
+        logits, labels = torch.zeros(2, 16, device="cuda:1"), torch.zeros(2, device="cuda:1").long()
+        chunk.chunk_loss_(logits, labels, None, None, 0, options, with_grad=True)
+    assert launched == [torch.device("cuda", 1)] * 2  # the first one asks whether it works
