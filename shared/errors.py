@@ -14,10 +14,13 @@ from collections.abc import Sequence
 _ADDRESS = re.compile(
     r" at 0x[0-9a-fA-F]+(?=>)"
 )  # of an object, as Python shows it: <_io.BytesIO object at 0x7f...>
-# As torch says it: of the host, of a driver, of libraries of kernels (oneDNN); of a thread's stack; of C++ at large.
+# As torch says it: of the host, a thread's stack, C++ at large; of libraries of kernels (oneDNN, cuBLAS, cuDNN);
+# of CUDA, its driver, Triton, and NCCL; of a GPU too full for cuBLAS to begin.
 OUT_OF_MEMORY = (
-    *("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
-    *("could not create a primitive", "could not execute a primitive", "can't start new thread", "bad_alloc"),
+    *("can't allocate memory", "can't start new thread", "bad_alloc"),
+    *("could not create a primitive", "could not execute a primitive", "ALLOC_FAILED", "ALLOCATION_FAILED"),
+    *("CUDA out of memory", ": out of memory", "'out of memory'"),
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
 )
 MAX_TEXT, MAX_LINES = 200, 10  # of what a message quotes
 

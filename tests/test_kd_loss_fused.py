@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +13,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from shared.errors import CacheMismatchError, RecipeError
 from shared.kd_loss import Divergence, LossSums, ce_kd_by_position, chunk, fused_ce_kd, gradients
 from shared.kd_loss.positions import counted_positions
+from shared.kd_loss.tile import LossSettings
 from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from tests import reference_losses as reference
@@ -640,6 +644,17 @@ def test_positions_without_a_weight_are_zero_and_stay_in_their_places() -> None:
         torch.testing.assert_close(found, torch.where(weights != 0, whole, 0))
 
 
+def test_a_weight_of_nan_is_seen_at_its_position() -> None:
+    """On a GPU it stands for a wrong id (``positions.with_checked_ids``)."""
+    problem = Problem(5, 13, THRESHOLD)
+    weights = torch.tensor([1.0, torch.nan, 0.0, 0.5, 1.0])
+    each = ce_kd_by_position(
+        problem.hidden, problem.weight, problem.labels, problem.targets, weights_N=weights
+    )
+    for found in each:
+        assert found.isnan().tolist() == [False, True, False, False, False]
+
+
 def test_positions_without_targets_have_no_kd() -> None:
     problem = Problem(3, 5, THRESHOLD)
     each = ce_kd_by_position(problem.hidden, problem.weight, problem.labels)
@@ -658,14 +673,20 @@ class Kernel:
             raise self.error
 
 
-def chosen(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> object:
+@contextmanager
+def installed(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     found = SimpleNamespace(find_spec=lambda name: object())
     monkeypatch.setattr(chunk, "importlib", SimpleNamespace(util=found, import_module=lambda name: kernel))
     chunk._kernel.cache_clear()
     try:
-        return chunk._kernel(torch.device("cpu"))
+        yield
     finally:
         chunk._kernel.cache_clear()
+
+
+def chosen(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> object:
+    with installed(kernel, monkeypatch):
+        return chunk._kernel(torch.device("cpu"))
 
 
 def test_without_a_compiler_pytorch_makes_the_loss(
@@ -679,6 +700,44 @@ def test_without_a_compiler_pytorch_makes_the_loss(
     assert "cannot be used on this machine (RuntimeError: Failed to find C compiler" in caplog.text
 
 
-def test_a_full_gpu_is_no_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(torch.OutOfMemoryError):
-        chosen(Kernel(torch.OutOfMemoryError("CUDA out of memory")), monkeypatch)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+    ids=str,
+)
+def test_a_full_gpu_is_no_missing_compiler(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised is not kept: the next launch may find room."""
+    with pytest.raises(type(error)):
+        chosen(Kernel(error), monkeypatch)
+
+
+def test_the_kernel_is_launched_on_the_device_of_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current device, which may be another one.  The tensors have a device and no memory."""
+    current = [torch.device("cuda", 0)]
+    launched = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    class Launched(Kernel):
+        def chunk_loss_(self, *arguments: object, **options: object) -> None:
+            launched.append(current[-1])
+
+    monkeypatch.setattr("torch.cuda.device", on)
+    options = LossSettings(kd_ratio=0.0, temperature=1.0, num_vocab_ids=16)
+    with installed(Launched(None), monkeypatch), FakeTensorMode():
+        logits, labels = torch.zeros(2, 16, device="cuda:1"), torch.zeros(2, device="cuda:1").long()
+        chunk.chunk_loss_(logits, labels, None, None, 0, options, with_grad=True)
+    assert launched == [torch.device("cuda", 1)] * 2  # the first one asks whether it works

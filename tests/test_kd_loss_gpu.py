@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.kd_loss import KDLoss, fused_ce_kd
+from shared.kd_loss import KDLoss, ce_kd_by_position, chunk, fused_ce_kd
 from shared.kd_loss.kept import highest
 from shared.kd_loss.uncertainty import student_entropy
 from shared.recipes.policies import Policy, TopK
@@ -14,10 +14,12 @@ from tests.test_kd_loss_fused import THRESHOLD, Problem
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
-def on_gpu(problem: Problem, **options: object) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def on_gpu(
+    problem: Problem, *, device: str = "cuda", **options: object
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The sums and the gradients by hidden states and head, brought back."""
-    inputs = [tensor.detach().cuda().requires_grad_() for tensor in (problem.hidden, problem.weight)]
-    sums = fused_ce_kd(*inputs, problem.labels.cuda(), problem.targets.to("cuda"), **options)
+    inputs = [tensor.detach().to(device).requires_grad_() for tensor in (problem.hidden, problem.weight)]
+    sums = fused_ce_kd(*inputs, problem.labels.to(device), problem.targets.to(device), **options)
     grads = torch.autograd.grad(sums.loss, inputs)
     return [value.detach().cpu() for value in sums], [grad.cpu() for grad in grads]
 
@@ -40,6 +42,23 @@ def test_equal_to_the_cpu(
         torch.testing.assert_close(value, other.detach(), rtol=tol, atol=tol)
     for grad, other in zip(got_grads, want_grads, strict=True):
         assert (grad.double() - other.double()).norm() < tol * other.double().norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("policy", [THRESHOLD, TopK(k=3)])
+def test_the_current_gpu_may_be_another(policy: Policy) -> None:
+    problem = Problem(33, 1000, policy, dtype=torch.float32, hidden_size=64)
+    assert torch.cuda.current_device() == 0
+    for device in "cuda:0", "cuda:1":
+        chunk._kernel.cache_clear()
+        values, grads = on_gpu(problem, device=device, kd_ratio=0.4, chunk_size=8)
+        assert chunk._kernel(torch.device(device)) is not None
+        want = problem.fused(kd_ratio=0.4, chunk_size=8)
+        for value, other in zip(values, want, strict=True):
+            torch.testing.assert_close(value, other.detach(), rtol=1e-4, atol=1e-4)
+        want_grads = torch.autograd.grad(want.loss, [problem.hidden, problem.weight])
+        for grad, other in zip(grads, want_grads, strict=True):
+            assert (grad.double() - other.double()).norm() < 1e-4 * other.double().norm()
 
 
 @pytest.mark.parametrize(("policy", "tail"), [(THRESHOLD, "ghost"), (TopK(k=3), "ghost")])
@@ -68,6 +87,18 @@ def test_wrong_ids_give_nan() -> None:
     assert bool(on_gpu(problem, kd_ratio=0.5)[0][0].isnan())
     problem.labels[1] = 0
     assert bool(on_gpu(problem, kd_ratio=0.5, num_vocab_ids=2)[0][0].isnan())
+
+
+def test_wrong_ids_give_nan_at_their_positions() -> None:
+    problem = Problem(4, 17, THRESHOLD, dtype=torch.float32)
+    problem.labels[1] = 17
+    inputs = [one.detach().cuda() for one in (problem.hidden, problem.weight, problem.labels)]
+    targets = problem.targets.to("cuda")
+    for found in ce_kd_by_position(*inputs, targets):
+        assert found.isnan().tolist() == [False, True, False, False]
+    inputs[2][1] = 0
+    for found in ce_kd_by_position(*inputs, targets, num_vocab_ids=2):
+        assert bool(found.isnan().all())
 
 
 def test_wrong_ids_give_nan_from_logits() -> None:

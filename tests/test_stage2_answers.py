@@ -232,15 +232,21 @@ def test_a_reference_that_is_gone_is_left_out_and_named(run: Path, tmp_path: Pat
 def test_a_reference_for_which_memory_does_not_suffice_costs_nothing_else(
     run: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    errors = {
+        tree["teacher"]["model"]: torch.OutOfMemoryError("the teacher is large"),
+        tree["student"]["model"]: RuntimeError("Triton Error [CUDA]: out of memory"),
+    }
+
     def load(name: str, **options: Any) -> Any:
-        if name == tree["teacher"]["model"]:
-            raise torch.OutOfMemoryError("the teacher is large")
+        if name in errors:
+            raise errors[name]
         return load_vlm(name, **options)
 
     monkeypatch.setattr(answers, "load_vlm", load)
     shown = command(str(run), "--json")
-    assert [one["model"] for one in json.loads(shown.stdout)] == ["student", "untrained"]
+    assert [one["model"] for one in json.loads(shown.stdout)] == ["student"]
     assert "teacher is left out: the teacher is large" in shown.stderr
+    assert "untrained is left out: Triton Error [CUDA]: out of memory" in shown.stderr
 
 
 def test_one_model_is_gone_before_the_next_one_is_opened(

@@ -62,9 +62,10 @@ def chunk_loss_(
     arguments = (logits_CV, labels_C, weights_C, teacher, first, settings)
     optional: dict[str, Any] = {"label_logprobs_C": label_logprobs_C, "kd_ratios_C": kd_ratios_C}
     if logits_CV.device.type == "cuda" and fits_kernel(logits_CV.dtype, settings):
-        kernel = _kernel(logits_CV.device)
-        if kernel is not None:
-            return kernel.chunk_loss_(*arguments, with_grad=with_grad, row_width=row_width, **optional)
+        with torch.cuda.device(logits_CV.device):  # Triton launches on the current one, whatever the tensors'
+            kernel = _kernel(logits_CV.device)
+            if kernel is not None:
+                return kernel.chunk_loss_(*arguments, with_grad=with_grad, row_width=row_width, **optional)
     return chunk_loss_torch_(*arguments, with_grad=with_grad, **optional)
 
 

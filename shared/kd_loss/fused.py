@@ -160,7 +160,7 @@ def ce_kd_by_position(
 ) -> PositionLosses:
     """What ``fused_ce_kd`` adds up, position by position and without gradients, to see where a student is off.
 
-    weights_N  where they are zero, so are the values; the others are not multiplied by theirs
+    weights_N  where they are zero, so are the values, and where NaN, NaN; the others are not multiplied by theirs
     settings   the other arguments of ``fused_ce_kd``, but for those of sums alone: ``kd_ratio``, ``reverse_kl``,
                ``label_logprobs_N``; it raises the same
     """
@@ -177,6 +177,8 @@ def ce_kd_by_position(
     )
     is_counted_N = counted(labels_N, weights_N, ignore_index)
     values_3N = _in_one_dtype([work.positions.hidden_ND, weight_VD, bias_V], work, [False] * 3)[0][:3]
+    if work.positions.weights_N is not None:  # NaN stands for a wrong id, too
+        values_3N = torch.where(work.positions.weights_N.isnan(), torch.nan, values_3N)
     if values_3N.shape[1] < len(labels_N):  # what does not count was left out
         counted_3N = values_3N
         values_3N = counted_3N.new_zeros(3, len(labels_N))

@@ -21,7 +21,7 @@ from shared import answering
 from shared.answering import forget_settings
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import Example, VqaSplit
-from shared.errors import TeachonceError
+from shared.errors import TeachonceError, is_out_of_memory
 from shared.models.vlm import load_vlm
 from shared.progress import progress
 from shared.recipes import Recipe, Split
@@ -104,7 +104,7 @@ def answers_of(
     num_examples  spread evenly over the split; None for all
     found         the examples that can be used, where they are known already
     shuffle_pictures  each question is about the picture of another case
-    Raises        TeachonceError or torch.OutOfMemoryError  on all ranks, what one of them met
+    Raises        TeachonceError, or what says that memory does not suffice  on all ranks, what one of them met
     """
     processor = open_student_processor_of(recipe, source.model, revision=source.revision)
     found = (found or survey_once(recipe, split, processor, None, world)).spread(num_examples)
@@ -114,7 +114,9 @@ def answers_of(
     own: list[Answer] | Exception
     try:
         own = _answers(recipe, source, world, processor, found.split, mine, split=split, show=world.is_main)
-    except (TeachonceError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, TeachonceError) and not is_out_of_memory(error):
+            raise
         own = error.with_traceback(None)  # which holds the model
     world.release_memory()
     world.barrier()  # some shares take longer than others

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from shared.errors import DataError, RecipeError, TeachonceError
+from shared.errors import DataError, RecipeError, TeachonceError, is_out_of_memory
 from shared.models.weight_files import read_provenance
 from shared.places import require_no_typo
 from shared.recipes import Recipe, Split
@@ -75,8 +74,9 @@ def evaluate(
         try:
             said = answers_of(recipe, source, world, **asked) if answers else []
             losses = losses_of(recipe, source, world, **asked)
-        except (TeachonceError, torch.OutOfMemoryError) as error:
-            if name == STUDENT or not world.meets(within_s=PATIENCE_S):
+        except Exception as error:
+            is_known = isinstance(error, TeachonceError) or is_out_of_memory(error)
+            if not is_known or name == STUDENT or not world.meets(within_s=PATIENCE_S):
                 raise
             if world.is_main:
                 click.echo(f"note: {name} is left out: {error}", err=True)
