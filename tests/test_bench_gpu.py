@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from shared.recipes import Recipe
 from shared.stopping import INTERRUPTED_STATUS
-from tests.benchmarks import bench_gpu, full_shapes, gpu_loss, gpu_models
+from tests.benchmarks import bench_capture, bench_gpu, full_shapes, gpu_loss, gpu_models
 from tests.benchmarks.bench_gpu import PARTS, main, measure
 from tests.benchmarks.gpu_figures import Figure
 
@@ -41,9 +41,19 @@ def test_a_part_of_it_writes_its_figures(part: str, tmp_path: Path) -> None:
     assert all(figure["value"] >= 0 and figure["goal"] is None for figure in found["figures"])
 
 
-def test_a_capture_is_measured_again_where_one_was(tmp_path: Path) -> None:
+def test_a_capture_is_measured_again_where_one_was_and_begins_every_other_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, timed = [], bench_capture.timed
+
+    def noted(function: Any, device: torch.device) -> tuple[float, float]:
+        order.append(function.func.__name__)
+        return timed(function, device)
+
+    monkeypatch.setattr(bench_capture, "timed", noted)
     for _ in range(2):
         measure("capture", tmp_path, tiny=True)
+    assert order == ["bare", "captured", "captured", "bare", "bare", "captured"] * 2
 
 
 def test_what_is_made_once_is_whole_or_not_there(tmp_path: Path) -> None:
