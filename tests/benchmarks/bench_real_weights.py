@@ -337,7 +337,7 @@ def jobs_of(plan: Plan) -> list[Job]:
 
 
 def variants(plan: Plan) -> dict[str, Teaching]:
-    found: dict[str, Teaching] = {LIVE: LiveTeacher()}
+    found: dict[str, Teaching] = {LIVE: LiveTeacher(), LABELS: None}
     kinds: dict[str, Callable[[int], Policy]] = {
         "tau": lambda n: Threshold(tau=1 / n),
         "top": lambda n: TopK(k=n),
@@ -346,7 +346,7 @@ def variants(plan: Plan) -> dict[str, Teaching]:
     for name in sizes(plan):
         kind, number = name.split()
         found[name] = kinds[kind](int(number.removeprefix("1/")))
-    return found | {LABELS: None}
+    return found
 
 
 def sizes(plan: Plan) -> dict[str, str | None]:
