@@ -312,6 +312,18 @@ def test_padding_ids_of_a_dense_teacher_get_no_mass(chunk_size: int) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (got, want)))
 
 
+@pytest.mark.parametrize("chunk_size", [0, 4])
+@pytest.mark.parametrize("num_teacher_ids", [12, 15, 20])
+def test_a_teachers_head_may_have_another_width(num_teacher_ids: int, chunk_size: int) -> None:
+    student, teacher, ids = logits(9, 17).requires_grad_(), logits(9, 20, seed=1), labels(9)
+    loss = KDLoss(chunk_size=chunk_size, num_vocab_ids=12)
+    want, got = loss(student, teacher[:, :17], ids), loss(student, teacher[:, :num_teacher_ids], ids)
+    assert torch.equal(got, want)
+    assert torch.equal(*(torch.autograd.grad(one, student)[0] for one in (got, want)))
+    narrow = KDLoss(chunk_size=chunk_size, num_vocab_ids=12)(student[:, :12], teacher, ids)
+    torch.testing.assert_close(narrow, KDLoss()(student[:, :12], teacher[:, :12], ids))
+
+
 def test_second_order_terms_are_refused_not_dropped() -> None:
     student, teacher, ids = logits(6, 17).requires_grad_(), logits(6, 17, seed=1), labels(6)
     with pytest.raises(RuntimeError, match="create_graph"):
@@ -354,3 +366,11 @@ def test_shapes_and_settings_that_are_refused() -> None:
         KDLoss(num_vocab_ids=12)(student, sparse(teacher, TopK(k=17)), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(RecipeError, match="chunk_size is -1"):
         KDLoss(chunk_size=-1)
+    with pytest.raises(RecipeError, match="divergence is 'reverse_kl'; give a Divergence"):
+        KDLoss(divergence="reverse_kl")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="tail 'gost': unknown"):
+        KDLoss(tail="gost")
+    with pytest.raises(RecipeError, match="reverse_kl with num_vocab_ids 12 of 17: it is infinite"):
+        KDLoss(num_vocab_ids=12, divergence=Divergence("reverse_kl"))(student, teacher, labels(4))
+    with pytest.raises(ValueError, match="do not fit the student"):
+        KDLoss(num_vocab_ids=12)(student, teacher[:, :11], labels(4))

@@ -557,6 +557,10 @@ def test_settings_that_are_refused() -> None:
     check_refused("label 17 is outside", ValueError, labels_N=torch.tensor([0, 1, 2, 17]))
     check_refused("label -1 is outside", ValueError, labels_N=torch.tensor([0, 1, 2, -1]))
     check_refused("outside the 3 ids", ValueError, num_vocab_ids=3)
+    check_refused("divergence is 'reverse_kl'; give a Divergence", divergence="reverse_kl")
+    check_refused(r"labels \[2, 2\]; give the positions", ValueError, labels_N=torch.zeros(2, 2).long())
+    check_refused("labels are torch.float32", ValueError, labels_N=torch.zeros(4))
+    check_refused("live teacher's logits to KDLoss", ValueError, targets=torch.zeros(4, 17))
     with pytest.raises(RecipeError, match="unknown; choose one of"):
         Divergence("kl")
     with pytest.raises(RecipeError, match="between 0 and 1"):

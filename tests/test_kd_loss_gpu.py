@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shared.errors import RecipeError
 from shared.kd_loss import KDLoss, ce_kd_by_position, chunk, fused_ce_kd
 from shared.kd_loss.kept import highest
 from shared.kd_loss.uncertainty import student_entropy
@@ -79,6 +80,14 @@ def test_kept_positions_are_those_of_the_cpu(policy: Policy, tail: str) -> None:
         torch.testing.assert_close(value, other.detach(), rtol=1e-4, atol=1e-4)
     for grad, other in zip(got_grads, want_grads, strict=True):
         assert (grad.double() - other.double()).norm() < 1e-4 * other.double().norm()
+
+
+def test_ratios_of_zero_need_no_targets() -> None:
+    problem = Problem(3, 5, THRESHOLD)
+    hidden, weight, labels = (one.detach().cuda() for one in (problem.hidden, problem.weight, problem.labels))
+    assert float(fused_ce_kd(hidden, weight, labels, kd_ratio=torch.zeros(3, device="cuda")).kd) == 0
+    with pytest.raises(RecipeError, match="but there are no targets"):
+        fused_ce_kd(hidden, weight, labels, kd_ratio=torch.ones(3, device="cuda"))
 
 
 def test_wrong_ids_give_nan() -> None:

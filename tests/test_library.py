@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from documents import ROOT, blocks, command_words
@@ -106,6 +107,15 @@ def gradient_of_a_step(names: dict, batch_size: int, accumulated: int) -> float:
     return next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry)
 
 
+@torch.no_grad()
+def loss_of_rows(names: dict, rows: list) -> float:
+    batch, model = names["collate"](rows), names["student"]
+    states = model.base_model(**batch["inputs"]).last_hidden_state.flatten(0, 1)[batch["position_index"]]
+    head = model.get_output_embeddings().weight
+    sums = teachonce.fused_ce_kd(states, head, batch["labels"], batch["targets"], kd_ratio=0.5)
+    return float(sums.loss / sums.num_positions)
+
+
 @pytest.mark.slow
 def test_the_page_from_top_to_bottom(
     tmp_path: Path,
@@ -138,6 +148,9 @@ def test_the_page_from_top_to_bottom(
         if "trainer.train()" in block.text:
             whole, halves = gradient_of_a_step(names, 4, 1), gradient_of_a_step(names, 2, 2)
             assert halves == pytest.approx(whole, rel=1e-4)
+            rows = [names["train"][number] for number in range(2)]
+            evaluated = names["trainer"].evaluate(rows)["eval_loss"]
+            assert evaluated == pytest.approx(loss_of_rows(names, rows), rel=1e-4)
         for line in block.lines if block.language == "sh" else ():
             done = CliRunner().invoke(student_commands, command_words(line)[1:], standalone_mode=False)
             assert (done.return_value, done.exception) == (0, None), done.output

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.errors import RecipeError
 from shared.kd_loss.chunk import chunk_loss_, rows_per_tile
-from shared.kd_loss.divergences import FORWARD_KL, Divergence
+from shared.kd_loss.divergences import FORWARD_KL, Divergence, check_divergence
 from shared.kd_loss.gradients import scaled
 from shared.kd_loss.positions import with_checked_entries
-from shared.kd_loss.teacher import sparse_teacher
+from shared.kd_loss.teacher import check_tail, sparse_teacher
 from shared.kd_loss.tile import LossSettings, check_num_vocab_ids, check_temperature, num_local_ids
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
 
@@ -45,7 +46,8 @@ class KDLoss(nn.Module):
     chunk_size    positions at a time; 0 for all at once, with plain autograd for dense teachers on one rank
     divergence, tail  as for ``fused_ce_kd``
     num_vocab_ids  the first ids of the logits, which the teacher knows; None for all: padding ids of a wide head
-                   have no mass, also where a dense teacher's logits say otherwise
+                   have no mass, also where a dense teacher's logits say otherwise; a live teacher's head may then
+                   have another width, but for a vocabulary split
 
     Holds    value and gradient do not depend on the chunk size but for rounding; two ranks equal one
              a batch without labels gives a zero with a graph
@@ -69,6 +71,8 @@ class KDLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_temperature(temperature)
+        check_divergence(divergence)
+        check_tail(tail)
         if chunk_size < 0:
             raise RecipeError(f"chunk_size is {chunk_size}; it must be 0 (all at once) or more")
         self.ignore_index, self.temperature, self.fp32_upcast = ignore_index, temperature, fp32_upcast
@@ -84,8 +88,8 @@ class KDLoss(nn.Module):
     ) -> Tensor:
         """The loss of a batch.
 
-        Shapes   student_logits (..., V); labels (...) int64; teacher (..., V) logits, or SparseTargets of
-                 the valid positions in their order
+        Shapes   student_logits (..., V); labels (...) int64; teacher (..., V) logits, with ``num_vocab_ids`` of
+                 these or more, or SparseTargets of the valid positions in their order
                  under a vocabulary split: this rank's part of both logits, or a whole teacher
         Returns  () fp32 (fp64 for fp64 logits), nats: the mean over valid positions, or their sum over
                  ``num_batch_labels``, which may be a tensor (); no labels at all count as one
@@ -110,7 +114,14 @@ class KDLoss(nn.Module):
     def _from_logits(
         self, student_MV: Tensor, teacher: Tensor, index_N: Tensor, settings: LossSettings
     ) -> Tensor:
-        teacher_MV = _teacher_part(teacher, student_MV, settings.shard)
+        num_ids = student_MV.shape[1] if settings.shard is None else settings.shard.total_ids
+        if settings.divergence.kind == "reverse_kl" and settings.num_vocab_ids < num_ids:
+            raise RecipeError(
+                f"divergence reverse_kl with num_vocab_ids {settings.num_vocab_ids} of {num_ids}: it is infinite, as "
+                "the student's softmax has the padding ids, where the teacher has no mass. Give the first "
+                f"{settings.num_vocab_ids} logits of both without num_vocab_ids, or choose another divergence"
+            )
+        teacher_MV = _teacher_part(teacher, student_MV, settings.shard, self.num_vocab_ids)
         if self.chunk_size == 0 and settings.shard is None:
             return self._unchunked(student_MV, teacher_MV, index_N, settings)
 
@@ -183,12 +194,19 @@ def _sum_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _teacher_part(teacher: Tensor, student_MV: Tensor, shard: VocabShard | None) -> Tensor:
-    """The teacher's logits of this rank's ids, one row for each of the student's."""
+def _teacher_part(
+    teacher: Tensor, student_MV: Tensor, shard: VocabShard | None, num_vocab_ids: int | None
+) -> Tensor:
+    """The teacher's logits of this rank's ids, one row for each of the student's; padding ids have any."""
     teacher, _ = local_part(teacher, -1, None)
     teacher_MV = teacher.reshape(-1, teacher.shape[-1])
     if shard is not None and teacher_MV.shape[1] == shard.total_ids:
         teacher_MV = teacher_MV[:, shard.start : shard.start + shard.num_ids]
+    if shard is None and num_vocab_ids is not None and teacher_MV.shape[1] >= num_vocab_ids:
+        width = student_MV.shape[1]
+        teacher_MV = teacher_MV[:, :width]
+        if teacher_MV.shape[1] < width:
+            teacher_MV = F.pad(teacher_MV, (0, width - teacher_MV.shape[1]))
     if teacher_MV.shape != student_MV.shape:
         raise ValueError(
             f"teacher logits {tuple(teacher.shape)} do not fit the student's {tuple(student_MV.shape)}"

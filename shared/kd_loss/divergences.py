@@ -65,6 +65,12 @@ class Divergence:
 FORWARD_KL = Divergence()
 
 
+def check_divergence(divergence: object) -> None:
+    """Raises RecipeError for what is no ``Divergence``, as the name of one."""
+    if not isinstance(divergence, Divergence):
+        raise RecipeError(f"divergence is {divergence!r}; give a Divergence, as Divergence('reverse_kl')")
+
+
 def _weighted(mass: Tensor, log_ratio: Tensor) -> Tensor:
     """mass * log_ratio, with 0 * inf = 0.  Both are masked: autograd multiplies the gradient of each by the other.
 

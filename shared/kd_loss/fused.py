@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shared.errors import RecipeError
 from shared.kd_loss.chunk import chunk_loss_, logits_buffer
-from shared.kd_loss.divergences import FORWARD_KL, Divergence
+from shared.kd_loss.divergences import FORWARD_KL, Divergence, check_divergence
 from shared.kd_loss.gradients import add_product_, scaled
 from shared.kd_loss.positions import Positions, counted, counted_positions, with_checked_ids
 from shared.kd_loss.teacher import SparseTeacher, sparse_teacher
@@ -110,7 +110,8 @@ def fused_ce_kd(
     Shapes   hidden_ND (N, D), weight_VD (V, D), bias_V (V,)  fp64, fp32, bf16 or fp16
              kd_ratio between 0 and 1, or (N,) of them
              labels_N (N,) int64, ``ignore_index`` where a position does not count
-             targets of N positions; weights_N (N,) of positions: factors of all sums but those that count
+             targets of N positions; weights_N (N,) of positions: factors of all sums but those that count; in
+             fp16 near one, as the gradients lose digits with smaller ones
              kd_factors_N (N,), 0 or above: further factors of ``kd`` and ``teacher_entropy``
              label_logprobs_N (N,) fp32, at temperature 1
     Returns  LossSums; of a split vocabulary complete on every rank, as is the hidden states' gradient
@@ -216,6 +217,7 @@ def _prepared(
     weight_VD, group = local_part(weight_VD, 0, tp_group)
     if bias_V is not None:
         bias_V, _ = local_part(bias_V, 0, None)
+    _check_inputs(hidden_ND, labels_N, targets)
     shard = None if group is None else VocabShard.agree(group, weight_VD.shape[0], labels_N)
     num_ids = weight_VD.shape[0] if shard is None else shard.total_ids
     num_vocab_ids = num_ids if num_vocab_ids is None else num_vocab_ids
@@ -225,7 +227,9 @@ def _prepared(
     positions = counted_positions(
         hidden_ND, labels_N, weights_N, targets, ignore_index, label_logprobs_N, kd_factors_N, kd_ratios_N
     )
-    ratio = kd_ratio if not isinstance(kd_ratio, Tensor) else _highest(positions.kd_ratios_N)
+    ratio = kd_ratio
+    if isinstance(ratio, Tensor):
+        ratio = _highest(positions.kd_ratios_N, may_wait=targets is None)
     settings = LossSettings(ratio, temperature, num_vocab_ids, softcap, divergence, shard, reverse_kl)
     _check(settings, chunk_size, num_ids, has_targets=targets is not None)
     if reverse_kl and label_logprobs_N is None:
@@ -248,12 +252,24 @@ def _of_positions(kd_ratio: Tensor, num_positions: int) -> Tensor:
     return kd_ratio.expand(num_positions)
 
 
-def _highest(kd_ratios_N: Tensor | None) -> float:
+def _check_inputs(hidden_ND: Tensor, labels_N: Tensor, targets: object) -> None:
+    if hidden_ND.ndim != 2 or labels_N.ndim != 1:
+        raise ValueError(
+            f"hidden states have the shape {list(hidden_ND.shape)} and labels {list(labels_N.shape)}; give the "
+            "positions one after the other: (N, D) and (N,)"
+        )
+    if labels_N.is_floating_point():
+        raise ValueError(f"labels are {labels_N.dtype}; give ids, torch.int64")
+    if isinstance(targets, Tensor):
+        raise ValueError("targets are a tensor; give those of a cache, or a live teacher's logits to KDLoss")
+
+
+def _highest(kd_ratios_N: Tensor | None, *, may_wait: bool) -> float:
     """The highest ratio, for a check of them all, or one that is out of range.
 
-    On a GPU, where to look would make the host wait, it is 1.
+    On a GPU, where to look would make the host wait, it is 1 unless that may be.
     """
-    if kd_ratios_N is None or kd_ratios_N.device.type != "cpu":
+    if kd_ratios_N is None or (kd_ratios_N.device.type != "cpu" and not may_wait):
         return 1.0
     outside = kd_ratios_N[~((kd_ratios_N >= 0) & (kd_ratios_N <= 1))]
     return float(outside[0]) if len(outside) else max(kd_ratios_N.tolist(), default=0.0)
@@ -263,6 +279,7 @@ def _check(settings: LossSettings, chunk_size: int, num_ids: int, *, has_targets
     if not 0.0 <= settings.kd_ratio <= 1.0:
         raise RecipeError(f"kd_ratio is {settings.kd_ratio}; it must lie between 0 (CE only) and 1 (KD only)")
     check_temperature(settings.temperature)
+    check_divergence(settings.divergence)
     if chunk_size < 1:
         raise RecipeError(f"chunk_size is {chunk_size}; the fused loss takes at least one position at a time")
     if settings.softcap is not None and not 0 < settings.softcap < math.inf:

@@ -133,8 +133,7 @@ def sparse_teacher(
                                  them that several teachers, or a teacher of another vocabulary, cannot give
              CacheMismatchError  for a temperature that was not captured
     """
-    if tail not in TAIL_MODES:
-        raise RecipeError(f"tail {tail!r}: unknown; choose one of {', '.join(TAIL_MODES)}")
+    check_tail(tail)
     settings: dict[str, Any] = {
         "temperature": temperature,
         "divergence": divergence,
@@ -149,6 +148,12 @@ def sparse_teacher(
         return _teacher_regrouped(targets, sparse_teacher(targets.source, **settings).rows)
     _require_linear(targets, divergence, tail)
     return _teachers_together(targets, [_teacher_alone(part, **settings).rows for part in targets.parts])
+
+
+def check_tail(tail: str) -> None:
+    """Raises RecipeError for an unknown tail mode."""
+    if tail not in TAIL_MODES:
+        raise RecipeError(f"tail {tail!r}: unknown; choose one of {', '.join(TAIL_MODES)}")
 
 
 def _require_linear(targets: MixedTargets, divergence: Divergence, tail: str) -> None:
