@@ -35,6 +35,7 @@ from shared.split_check import SplitFound, look_at
 TOKENS_WITHOUT_DATA = 1024
 CHOICES = {"choices", "options", "candidates"}  # names of columns that hold the answers to choose from
 LETTERS = {"A", "B", "C"}  # or of columns that hold one each
+MAX_TOKENS = 5  # named in a note
 
 
 @dataclass
@@ -276,6 +277,12 @@ def _describe_split(report: Report, name: str, found: SplitFound) -> None:
         report.note(
             f"{found.num_bare:,} answers of {name} are a number or a letter, and the choices are in columns that are "
             "not used. Write the choices into the question, and the chosen text into the answer"
+        )
+    if found.spelled:
+        tokens = ", ".join(f"{token!r} {number:,}" for token, number in found.spelled.most_common(MAX_TOKENS))
+        report.note(
+            f"answers of {name} say added tokens of the model, which are learned as pieces of text (rows of each: "
+            f"{shortened(tokens)}). A model that writes them as tokens is learned from answer_ids"
         )
     if found.num_written:
         report.add("  written", f"{found.num_written:,} answers, by a model")

@@ -37,6 +37,7 @@ class SplitFound:
     num_with_ids, num_unended  rows that say their answer's token ids; whose answer was cut by its writer
     num_written   rows whose answer a model wrote
     num_bare      rows whose answer is a number or letter of a choice, and no more
+    spelled       added tokens that answers say as texts -> rows where they do; empty without a processor
     keys       (n, 16) uint8, of the usable ones, in order; empty without a processor, as all that follows
     positions  (n,) int64, answer tokens and the end of the turn
     lengths    (n,) int64, tokens of the whole example; exact for the longest
@@ -59,6 +60,7 @@ class SplitFound:
     num_unended: int = 0
     num_written: int = 0
     num_bare: int = 0
+    spelled: Counter[str] = field(default_factory=Counter)
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -127,6 +129,7 @@ def look_at(data: DataConfig, name: Split, processor: ExampleProcessor | None) -
         found.rows.append(row)
         if processor is not None:
             keys += processor.key(example)
+            found.spelled.update(set(processor.spelled_out(example)))
             num_picture_tokens.append(processor.picture_tokens(example))
     if processor is not None and found.rows:
         found.keys = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)

@@ -241,10 +241,15 @@ def refused(processor: ExampleProcessor, example: Example, message: str) -> None
 def test_such_rows_are_counted_wherever_rows_are_looked_at(
     tmp_path: Path, processor: ExampleProcessor, letters: tuple[int, ...]
 ) -> None:
-    rows = [single(answer_ids=list(letters)), single(answer_ids=[processor.end_of_turn])]
+    rows = [
+        single(answer_ids=list(letters)),
+        single(answer_ids=[processor.end_of_turn]),
+        single(answer="<|vision_start|>a<|vision_start|>"),
+    ]
     data = rows_in(tmp_path, rows).settings
     looked, keyed = look_at(data, "train", processor), survey_keys(data, "train", processor)
-    assert looked.num_usable == len(keyed.keys) == 1
+    assert looked.num_usable == len(keyed.keys) == 2
+    assert looked.spelled == {"<|vision_start|>": 1}
     assert looked.reasons == [reason for _, reason in keyed.unreadable]
     assert "row 1: answer_ids holds" in looked.reasons[0]
     assert (looked.num_with_ids, looked.num_unended) == (1, 0)
@@ -253,7 +258,8 @@ def test_such_rows_are_counted_wherever_rows_are_looked_at(
 def test_check_tells_of_them(
     tmp_path: Path, teacher_folder: Path, student_folder: Path, letters: tuple[int, ...]
 ) -> None:
-    rows = [single(answer_ids=list(letters), answer_end=False), single()]
+    marked = "<|vision_start|>a"
+    rows = [single(answer_ids=list(letters), answer_end=False), single(answer=marked)]
     source = rows_in(tmp_path, rows).source
     tree = {
         "data": {"source": source, "splits": {"validation": None}, "max_answer_tokens": 64},
@@ -270,6 +276,7 @@ def test_check_tells_of_them(
         facts = dict(report.facts)
         assert facts["  token ids"] == "of 1 answers, as their writer has them"
         assert facts["  not ended"] == "1 answers: no end of the turn is learned"
+        assert any("(rows of each: '<|vision_start|>' 1)" in told for _, told in report.facts)
         told = facts.get("answers", "")
     assert told == ""  # a student's check is not about the teacher's answers
     facts = dict(check_capture(make_recipe(tree), num_ranks=1).facts)

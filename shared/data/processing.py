@@ -283,6 +283,13 @@ class ExampleProcessor:
             num_tokens=len(labels) + len(answer),
         )
 
+    def spelled_out(self, example: Example) -> list[str]:
+        """Added tokens that its answers say and that are learned as pieces of text; none of an answer with ids."""
+        turns = example.turns if self._train_on == "all" else example.turns[-1:]
+        written = turns if example.answer_ids is None else turns[:-1]
+        answers = [turn.text for turn in written if turn.role == "assistant"]
+        return [token for answer in answers for token in self._prompt.spelled_out(answer)]
+
     def learned(self, example: Example) -> list[Learned]:
         """Each answer that is learned, in the order of the labels; no picture is decoded.
 

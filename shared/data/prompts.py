@@ -208,6 +208,11 @@ class ChatPrompt:
             return joined[len(before) :]
         return self._text_ids(prompt.layout.lead + answer, begins=known.begins).ids
 
+    def spelled_out(self, text: str) -> list[str]:
+        """The added tokens, in order, that a text says and that become pieces of text."""
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self._tokenizer.convert_ids_to_tokens(self._added(ids)))
+
     def _answered(
         self, tokens: _Tokens, begin: int, end: int, prompt: Prompt, places: Sequence[int | None]
     ) -> Answered:
