@@ -201,19 +201,53 @@ def test_ctrl_c_while_a_command_still_imports_is_one_word(recipe: Path) -> None:
     assert output.strip().endswith("aborted")
 
 
-# A finder of modules before all others: what asks for torch waits, as on a slow disk.
+# A finder of modules before all others: what asks for one of them waits, as on a slow disk.
 SLOW_IMPORT = """
-import sys, time, pathlib
+import pathlib, runpy, sys, time
 class Slow:
     def find_spec(self, name, path=None, target=None):
-        if name == "torch":
+        if name == {awaited!r}:
             pathlib.Path({begun!r}).touch()
             time.sleep(60)
 sys.meta_path.insert(0, Slow())
-sys.argv = [{stage!r}, {verb!r}, "phantom"]
-from {stage}.__main__ import main
-main()
+sys.argv = [{module!r}, *{words!r}]
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 """
+
+
+def stopped_at_an_import(
+    folder: Path, number: signal.Signals, module: str, *words: str, awaited: str = "torch"
+) -> tuple[int, str]:
+    """Signals ``python -m module`` while it imports what it waits for; its status and output."""
+    begun = folder / "begun"
+    code = SLOW_IMPORT.format(begun=str(begun), module=module, words=words, awaited=awaited)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not begun.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "awaited"),
+    [
+        ("shared.phantom", ["drawn"], "pyarrow"),
+        ("shared.small_models", ["phantom"], "torch"),
+    ],
+)
+def test_a_step_of_the_bootstrap_that_is_stopped_at_an_import_says_no_more_than_that(
+    tmp_path: Path, module: str, words: list[str], awaited: str
+) -> None:
+    """The pipeline sends it Ctrl-C's signal, whatever it was told itself."""
+    status, output = stopped_at_an_import(tmp_path, signal.SIGINT, module, *words, awaited=awaited)
+    assert (status, output.strip()) == (128 + signal.SIGINT, "aborted")
 
 
 @pytest.mark.parametrize(
@@ -227,20 +261,8 @@ main()
 def test_sigterm_while_a_command_still_imports_is_a_stop_in_order(
     tmp_path: Path, stage: str, verb: str, expected: int
 ) -> None:
-    begun = tmp_path / "begun"
-    code = SLOW_IMPORT.format(begun=str(begun), stage=stage, verb=verb)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while not begun.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == expected, output
+    status, output = stopped_at_an_import(tmp_path, signal.SIGTERM, stage, verb, "phantom")
+    assert status == expected, output
     assert ("stopped" in output) == (expected == INTERRUPTED_STATUS)
     assert "Traceback" not in output
 
