@@ -21,9 +21,12 @@ from shared.stopping import INTERRUPTED_STATUS
 from stage2_student.runs.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON = Path(sys.executable)
 ENVIRONMENT = {
     name: value for name, value in os.environ.items() if name not in {"RANK", "MAKELEVEL", "LOCAL_RANK"}
 } | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+ACTIVATED = ENVIRONMENT | {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}"}
+NOT_ACTIVATED = ENVIRONMENT | {"PATH": os.defpath}
 CTRL_C = b"\x03"
 LIMIT_S = 180
 
@@ -54,7 +57,7 @@ def at_a_terminal(command: list[str], is_time: Callable[[], bool], *, presses: i
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(ROOT)
-        os.execvpe(command[0], command, ENVIRONMENT)
+        os.execvpe(command[0], command, ACTIVATED)
     os.set_blocking(terminal, False)
     output, deadline, status = b"", time.monotonic() + LIMIT_S, None
     while status is None:
@@ -111,11 +114,17 @@ def test_ctrl_c_through_make_saves_and_says_how_to_go_on(recipe: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_told_command_goes_on(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "environment", "python"),
+    [(signal.SIGINT, ACTIVATED, PYTHON.name), (signal.SIGTERM, NOT_ACTIVATED, str(PYTHON))],
+    ids=["Ctrl-C", "SIGTERM, the environment is not activated"],
+)
+def test_the_told_command_goes_on(
+    recipe: Path, tmp_path: Path, number: signal.Signals, environment: dict[str, str], python: str
+) -> None:
     stage = [sys.executable, "-m", "stage2_student", "run", str(recipe)]
     process = subprocess.Popen(
-        stage, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        stage, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     is_time, deadline = has_stepped(tmp_path / "one"), time.monotonic() + LIMIT_S
     while not is_time() and time.monotonic() < deadline:
@@ -125,9 +134,9 @@ def test_the_told_command_goes_on(recipe: Path, tmp_path: Path, number: signal.S
     assert process.returncode == INTERRUPTED_STATUS, output
     step = assert_stopped_in_order(output, tmp_path / "one")
     told = output.rpartition("To go on: ")[2].strip()
-    assert told == f"python -m stage2_student run {recipe} --resume"
-    shorter = [sys.executable, *told.split()[1:], "--set", f"optimization.max_steps={step + 1}"]
-    again = subprocess.run(shorter, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert told == f"{python} -m stage2_student run {recipe} --resume"
+    shorter = f"{told} --set optimization.max_steps={step + 1}"
+    again = subprocess.run(shorter, shell=True, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert f"step-{step:06d}: {step} of {step + 1} steps are done" in again.stdout
     assert f"note: the run was planned for 100000 steps, and is for {step + 1} now" in again.stdout
@@ -154,7 +163,7 @@ def test_ctrl_c_during_a_capture_keeps_what_is_captured(recipe: Path, tmp_path: 
     assert status == INTERRUPTED_STATUS, output
     (kept,) = re.findall(r"stopped: (\d+) of 16 units of cache .* are captured and kept", output)
     assert int(kept) == len(list(shards.glob("*.arrow")))
-    assert "To go on: python -m shared.pipeline teacher-cache" in output
+    assert f"To go on: {PYTHON.name} -m shared.pipeline teacher-cache" in output
 
 
 @pytest.mark.slow
@@ -174,7 +183,7 @@ def test_a_step_of_the_bootstrap_leaves_nothing_half_made(
     process = subprocess.Popen(
         [*begin, sys.executable, "-m", "shared.pipeline", "train-student", "phantom", *settings],
         cwd=tmp_path,
-        env=ENVIRONMENT,
+        env=ACTIVATED,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -185,7 +194,8 @@ def test_a_step_of_the_bootstrap_leaves_nothing_half_made(
     output, _ = process.communicate(timeout=LIMIT_S)
     assert "Traceback" not in output, output
     assert process.returncode == INTERRUPTED_STATUS, output
-    assert "of this step nothing is kept. To go on: python -m shared.pipeline train-student phantom" in output
+    told = f"To go on: {PYTHON.name} -m shared.pipeline train-student phantom"
+    assert f"of this step nothing is kept. {told}" in output
     assert list((tmp_path / "work" / "phantom").iterdir()) == []
 
 
