@@ -34,6 +34,7 @@ from shared.stopping import (
     INTERRUPTED_STATUS,
     NOTHING_TO_SAVE,
     STATUS_FILE,
+    python_as_called,
     restored_handlers,
     status_left_in,
     stop_on_signals,
@@ -145,7 +146,7 @@ def typed(
     rest = [*_as_options(overrides), *stage_arguments]
     if "MAKELEVEL" not in os.environ:
         processes = ["--nproc", str(nproc)] if nproc != 1 else []
-        return shlex.join(["python", "-m", "shared.pipeline", verb, recipe, *processes, *rest])
+        return shlex.join([python_as_called(), "-m", "shared.pipeline", verb, recipe, *processes, *rest])
     words = ["make", verb, f"RECIPE={recipe}"]
     words += [f"NPROC={nproc}"] if nproc != AUTO else []
     words += [f"ARGS={shlex.join(rest).replace('$', '$$')}"] if rest else []

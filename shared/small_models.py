@@ -7,6 +7,8 @@ BPE tokenizer trained on the data set's texts, a chat template, an image process
 share their tokenizer byte for byte.  The same inputs give the same bytes; a folder appears whole or not at
 all.
 ``save_reference_config`` writes full-size configurations without weights, to check a recipe offline.
+
+What takes seconds to import is imported where it is used: by then the command answers Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,23 +21,17 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
-import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    Qwen2VLImageProcessorPil,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5Tokenizer,
-)
 
-from shared.cli import recipe_arguments, run
-from shared.data.rows import open_split
+from shared.cli import load_recipe, recipe_arguments, run
 from shared.errors import RecipeError
-from shared.recipes import SmallModelConfig, SmallModelsConfig, load_recipe
+
+if TYPE_CHECKING:
+    from transformers import Qwen2VLImageProcessorPil, Qwen3_5Config
+
+    from shared.recipes import SmallModelConfig, SmallModelsConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 HEAD_DIM = 32
@@ -94,6 +90,9 @@ REFERENCE_SHAPES: dict[str, dict[str, Any]] = {
 
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int) -> Path:
     """Writes a tokenizer of Qwen3.5's class, with at most ``vocab_size`` tokens, and the chat template."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen3_5Tokenizer
+
     model = Qwen3_5Tokenizer().backend_tokenizer
     trained = Tokenizer(models.BPE())
     trained.normalizer, trained.pre_tokenizer = model.normalizer, model.pre_tokenizer
@@ -132,6 +131,9 @@ def make_small_model(
 
     Raises   RecipeError  when ``out`` is there already or a hidden size is not a multiple of the head's 32.
     """
+    import torch
+    from transformers import GenerationConfig, Qwen3_5ForConditionalGeneration, Qwen3_5Tokenizer
+
     out = Path(out)
     for size in (hidden_size, vision_hidden_size):
         if size % HEAD_DIM:
@@ -171,6 +173,8 @@ def make_small_models(config: SmallModelsConfig, texts: Iterable[str]) -> list[P
 
 def save_reference_config(out: str | Path, size: Literal["9B", "4B"]) -> Path:
     """Writes the configuration of Qwen3.5-9B or -4B without weights, as far as a memory estimate needs it."""
+    from transformers import Qwen3_5Config
+
     with _appearing_whole(Path(out)) as folder:
         Qwen3_5Config(**REFERENCE_SHAPES[size]).save_pretrained(folder)
         _image_processor(min_pixels=65536, max_pixels=16777216).save_pretrained(folder)
@@ -195,6 +199,8 @@ def _small_config(
 
     Every second layer has full attention, not every fourth: on a CPU it takes half the time of a linear one.
     """
+    from transformers import Qwen3_5Config
+
     num_heads = hidden_size // HEAD_DIM
     full = {index for index in range(num_layers) if index % 2 == 1 or index == num_layers - 1}
     text = {
@@ -253,6 +259,8 @@ def _image_processor(
     max_pixels: int,
     temporal_patch_size: int = 2,  # the released models'
 ) -> Qwen2VLImageProcessorPil:
+    from transformers import Qwen2VLImageProcessorPil
+
     return Qwen2VLImageProcessorPil(
         patch_size=PATCH_SIZE,
         temporal_patch_size=temporal_patch_size,
@@ -289,6 +297,8 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
 @recipe_arguments
 def main(recipe: str, overrides: tuple[str, ...]) -> None:
     """Makes the small models of RECIPE, with a tokenizer trained on the texts of its training split."""
+    from shared.data.rows import open_split
+
     plan = load_recipe(recipe, overrides=overrides)
     if plan.bootstrap.small_models is None:
         raise RecipeError(f"recipe {recipe} has no bootstrap.small_models section; there is nothing to make")

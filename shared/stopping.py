@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -163,5 +164,20 @@ def command_to_go_on(*, resume: bool) -> str:
     if "RANK" in os.environ:  # of torchrun's own arguments nothing is known here
         return "the same torchrun command" + (" with --resume" if asks else "")
     program = Path(sys.argv[0])
-    called = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
+    is_module = program.name == "__main__.py"
+    called = [python_as_called(), "-m", program.parent.name] if is_module else [_as_called(sys.argv[0])]
     return shlex.join([*called, *sys.argv[1:], *(["--resume"] if asks else [])])
+
+
+def python_as_called() -> str:
+    """This Python, so that a shell in this folder finds it again."""
+    typed = sys.orig_argv[0]
+    is_this = os.path.dirname(typed) and os.path.abspath(typed) == os.path.abspath(sys.executable)
+    return _as_called(typed if is_this else sys.executable)
+
+
+def _as_called(program: str) -> str:
+    """Its name where a shell finds it by that; else its path: an environment is often not activated."""
+    name = os.path.basename(program)
+    found = shutil.which(name)
+    return name if found and os.path.abspath(found) == os.path.abspath(program) else program

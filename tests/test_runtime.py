@@ -69,11 +69,23 @@ def test_the_handler_of_before_comes_back(number: signal.Signals) -> None:
     assert signal.getsignal(number) == before
 
 
-def test_the_command_to_go_on_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def activated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of programs of an environment that a shell finds them in."""
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(
-        sys, "argv", ["/somewhere/bin/train-student", "run", "mine.yaml", "--set", "a.b=[1, 2]"]
-    )
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("python", "train-student"):
+        (folder / name).touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setattr(sys, "orig_argv", ["python"])
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.defpath}")
+    return folder
+
+
+def test_the_command_to_go_on_is_what_was_typed(activated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = str(activated / "train-student")
+    monkeypatch.setattr(sys, "argv", [program, "run", "mine.yaml", "--set", "a.b=[1, 2]"])
     assert command_to_go_on(resume=True) == "train-student run mine.yaml --set 'a.b=[1, 2]' --resume"
     assert command_to_go_on(resume=False) == "train-student run mine.yaml --set 'a.b=[1, 2]'"
     monkeypatch.setattr(sys, "argv", ["/tree/stage1_teacher/__main__.py", "capture", "phantom", "--resume"])
@@ -84,7 +96,25 @@ def test_the_command_to_go_on_is_what_was_typed(monkeypatch: pytest.MonkeyPatch)
     assert command_to_go_on(resume=True) == "make train-student ARGS=--resume"
 
 
-def test_make_is_told_what_make_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", [os.defpath, "other"], ids=["nothing", "another one"])
+def test_a_program_that_a_shell_does_not_find_by_its_name_is_told_by_its_path(
+    activated: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
+) -> None:
+    """As where the environment is not activated, or another one is."""
+    (tmp_path / "other").mkdir()
+    for name in ("python", "train-student"):
+        (tmp_path / "other" / name).touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setattr(sys, "argv", ["bin/train-student", "run", "mine.yaml"])
+    assert command_to_go_on(resume=True) == "bin/train-student run mine.yaml --resume"
+    monkeypatch.setattr(sys, "argv", ["/tree/stage1_teacher/__main__.py", "capture", "phantom"])
+    assert command_to_go_on(resume=False) == f"{activated}/python -m stage1_teacher capture phantom"
+    monkeypatch.setattr(sys, "orig_argv", ["bin/python"])
+    assert command_to_go_on(resume=False) == "bin/python -m stage1_teacher capture phantom"
+
+
+def test_make_is_told_what_make_was_told(activated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from shared.pipeline import typed
 
     monkeypatch.delenv("MAKELEVEL", raising=False)
@@ -103,7 +133,9 @@ def test_make_is_told_what_make_was_told(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
-def test_a_number_of_processes_that_nobody_gave_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_of_processes_that_nobody_gave_is_not_told(
+    activated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from shared.pipeline import AUTO, typed
 
     said = ("train-student", "mine.yaml", [], AUTO, [])

@@ -21,9 +21,12 @@ from shared.stopping import INTERRUPTED_STATUS
 from stage2_student.runs.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON = Path(sys.executable)
 ENVIRONMENT = {
     name: value for name, value in os.environ.items() if name not in {"RANK", "MAKELEVEL", "LOCAL_RANK"}
 } | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+ACTIVATED = ENVIRONMENT | {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}"}
+NOT_ACTIVATED = ENVIRONMENT | {"PATH": os.defpath}
 CTRL_C = b"\x03"
 LIMIT_S = 180
 
@@ -54,7 +57,7 @@ def at_a_terminal(command: list[str], is_time: Callable[[], bool], *, presses: i
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(ROOT)
-        os.execvpe(command[0], command, ENVIRONMENT)
+        os.execvpe(command[0], command, ACTIVATED)
     os.set_blocking(terminal, False)
     output, deadline, status = b"", time.monotonic() + LIMIT_S, None
     while status is None:
@@ -111,11 +114,17 @@ def test_ctrl_c_through_make_saves_and_says_how_to_go_on(recipe: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_told_command_goes_on(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "environment", "python"),
+    [(signal.SIGINT, ACTIVATED, PYTHON.name), (signal.SIGTERM, NOT_ACTIVATED, str(PYTHON))],
+    ids=["Ctrl-C", "SIGTERM, the environment is not activated"],
+)
+def test_the_told_command_goes_on(
+    recipe: Path, tmp_path: Path, number: signal.Signals, environment: dict[str, str], python: str
+) -> None:
     stage = [sys.executable, "-m", "stage2_student", "run", str(recipe)]
     process = subprocess.Popen(
-        stage, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        stage, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     is_time, deadline = has_stepped(tmp_path / "one"), time.monotonic() + LIMIT_S
     while not is_time() and time.monotonic() < deadline:
@@ -125,9 +134,9 @@ def test_the_told_command_goes_on(recipe: Path, tmp_path: Path, number: signal.S
     assert process.returncode == INTERRUPTED_STATUS, output
     step = assert_stopped_in_order(output, tmp_path / "one")
     told = output.rpartition("To go on: ")[2].strip()
-    assert told == f"python -m stage2_student run {recipe} --resume"
-    shorter = [sys.executable, *told.split()[1:], "--set", f"optimization.max_steps={step + 1}"]
-    again = subprocess.run(shorter, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert told == f"{python} -m stage2_student run {recipe} --resume"
+    shorter = f"{told} --set optimization.max_steps={step + 1}"
+    again = subprocess.run(shorter, shell=True, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert f"step-{step:06d}: {step} of {step + 1} steps are done" in again.stdout
     assert f"note: the run was planned for 100000 steps, and is for {step + 1} now" in again.stdout
@@ -154,7 +163,7 @@ def test_ctrl_c_during_a_capture_keeps_what_is_captured(recipe: Path, tmp_path: 
     assert status == INTERRUPTED_STATUS, output
     (kept,) = re.findall(r"stopped: (\d+) of 16 units of cache .* are captured and kept", output)
     assert int(kept) == len(list(shards.glob("*.arrow")))
-    assert "To go on: python -m shared.pipeline teacher-cache" in output
+    assert f"To go on: {PYTHON.name} -m shared.pipeline teacher-cache" in output
 
 
 @pytest.mark.slow
@@ -174,7 +183,7 @@ def test_a_step_of_the_bootstrap_leaves_nothing_half_made(
     process = subprocess.Popen(
         [*begin, sys.executable, "-m", "shared.pipeline", "train-student", "phantom", *settings],
         cwd=tmp_path,
-        env=ENVIRONMENT,
+        env=ACTIVATED,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -185,7 +194,8 @@ def test_a_step_of_the_bootstrap_leaves_nothing_half_made(
     output, _ = process.communicate(timeout=LIMIT_S)
     assert "Traceback" not in output, output
     assert process.returncode == INTERRUPTED_STATUS, output
-    assert "of this step nothing is kept. To go on: python -m shared.pipeline train-student phantom" in output
+    told = f"To go on: {PYTHON.name} -m shared.pipeline train-student phantom"
+    assert f"of this step nothing is kept. {told}" in output
     assert list((tmp_path / "work" / "phantom").iterdir()) == []
 
 
@@ -201,19 +211,53 @@ def test_ctrl_c_while_a_command_still_imports_is_one_word(recipe: Path) -> None:
     assert output.strip().endswith("aborted")
 
 
-# A finder of modules before all others: what asks for torch waits, as on a slow disk.
+# A finder of modules before all others: what asks for one of them waits, as on a slow disk.
 SLOW_IMPORT = """
-import sys, time, pathlib
+import pathlib, runpy, sys, time
 class Slow:
     def find_spec(self, name, path=None, target=None):
-        if name == "torch":
+        if name == {awaited!r}:
             pathlib.Path({begun!r}).touch()
             time.sleep(60)
 sys.meta_path.insert(0, Slow())
-sys.argv = [{stage!r}, {verb!r}, "phantom"]
-from {stage}.__main__ import main
-main()
+sys.argv = [{module!r}, *{words!r}]
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 """
+
+
+def stopped_at_an_import(
+    folder: Path, number: signal.Signals, module: str, *words: str, awaited: str = "torch"
+) -> tuple[int, str]:
+    """Signals ``python -m module`` while it imports what it waits for; its status and output."""
+    begun = folder / "begun"
+    code = SLOW_IMPORT.format(begun=str(begun), module=module, words=words, awaited=awaited)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not begun.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "awaited"),
+    [
+        ("shared.phantom", ["drawn"], "pyarrow"),
+        ("shared.small_models", ["phantom"], "torch"),
+    ],
+)
+def test_a_step_of_the_bootstrap_that_is_stopped_at_an_import_says_no_more_than_that(
+    tmp_path: Path, module: str, words: list[str], awaited: str
+) -> None:
+    """The pipeline sends it Ctrl-C's signal, whatever it was told itself."""
+    status, output = stopped_at_an_import(tmp_path, signal.SIGINT, module, *words, awaited=awaited)
+    assert (status, output.strip()) == (128 + signal.SIGINT, "aborted")
 
 
 @pytest.mark.parametrize(
@@ -227,20 +271,8 @@ main()
 def test_sigterm_while_a_command_still_imports_is_a_stop_in_order(
     tmp_path: Path, stage: str, verb: str, expected: int
 ) -> None:
-    begun = tmp_path / "begun"
-    code = SLOW_IMPORT.format(begun=str(begun), stage=stage, verb=verb)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while not begun.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == expected, output
+    status, output = stopped_at_an_import(tmp_path, signal.SIGTERM, stage, verb, "phantom")
+    assert status == expected, output
     assert ("stopped" in output) == (expected == INTERRUPTED_STATUS)
     assert "Traceback" not in output
 

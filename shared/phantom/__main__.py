@@ -7,8 +7,6 @@ import time
 import click
 
 from shared.cli import HomePath, run
-from shared.phantom.dataset import SPLITS, write_dataset
-from shared.phantom.questions import QUESTIONS_PER_PICTURE
 
 
 @click.command(name="phantom")
@@ -28,6 +26,9 @@ from shared.phantom.questions import QUESTIONS_PER_PICTURE
 )
 def main(out: str, train: int, validation: int, test: int, seed: int, size: int, mistaken: float) -> None:
     """Draws medical-looking pictures with questions into the folder OUT, as Parquet files."""
+    from shared.phantom.dataset import SPLITS, write_dataset  # what takes a moment: by now Ctrl-C is answered
+    from shared.phantom.questions import QUESTIONS_PER_PICTURE
+
     pictures = dict(zip(SPLITS, (train, validation, test), strict=True))
     begun = time.perf_counter()
     if not write_dataset(out, pictures=pictures, seed=seed, size=size, mistaken=mistaken):
