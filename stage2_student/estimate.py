@@ -34,10 +34,10 @@ class MemoryEstimate:
     """GiB on each device."""
 
     weights: float  # master weights, sharded and split
-    gradients: float  # in fp32; whole on each rank while microbatches are accumulated over several ranks
+    gradients: float  # as the weights; while several microbatches add up, in fp32 and whole on each rank
     moments: float  # of AdamW
     gathered: float  # root and two blocks in the compute dtype, and the root's gradients
-    loss: float  # logits of a chunk, the head's gradient in fp32
+    loss: float  # logits of a chunk, the gradient of a trained head in fp32
     activations: float
 
     @property
@@ -100,13 +100,15 @@ def estimate_memory(
     chunk = chunk_positions(recipe.loss.chunk_size, head.shape[0], default_device())
     head_rows = head.shape[0] / recipe.parallel.tensor
     offloaded = 0 if recipe.parallel.cpu_offload else 1
-    gradients = sizes.gathered(trained) if accumulates else sizes.sharded(trained)
+    gradients = sizes.gathered(trained) * 4 if accumulates else offloaded * sizes.sharded(trained) * master
+    logits = chunk * head_rows * _bytes_of_logit(recipe, compute)
+    head_gradient = head_rows * head.shape[1] * 4 if head.requires_grad else 0
     return MemoryEstimate(
         weights=offloaded * sizes.sharded(every) * master / GIB,
-        gradients=gradients * 4 / GIB,
+        gradients=gradients / GIB,
         moments=offloaded * sizes.sharded(trained) * 2 * master / GIB,
         gathered=(2 * root + 2 * max(in_blocks, default=0)) * compute / GIB,
-        loss=(chunk * head_rows * _bytes_of_logit(recipe, compute) + head_rows * head.shape[1] * 4) / GIB,
+        loss=(logits + head_gradient) / GIB,
         activations=_activations(model, recipe, tokens) * compute / GIB,
     )
 

@@ -27,11 +27,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from shared.errors import DataError, RecipeError, TrainingError
 from shared.models.meshes import make_meshes
 from shared.models.plans import has_plans
+from shared.models.vlm import split
 from shared.pipeline import make_student
 from shared.recipes import recipe_text
 from shared.runtime import World
 from stage2_student.check import check_recipe
-from stage2_student.estimate import MemoryEstimate, estimate_memory
+from stage2_student.estimate import GIB, MemoryEstimate, estimate_memory
 from stage2_student.training.agreement import in_agreement
 from stage2_student.training.optim import make_optimizer
 from stage2_student.training.order import Slot
@@ -329,3 +330,25 @@ def test_the_estimate_counts_what_is_split(tree: dict[str, Any], students: dict[
     experts = memory(2, "experts", parallel__expert=2)
     assert experts.weights == pytest.approx(memory(2, "experts").weights)
     assert experts.gathered < memory(2, "experts").gathered
+
+
+def test_the_estimate_counts_gradients_where_they_lie(tree: dict[str, Any], students: dict[str, str]) -> None:
+    def memory(*, trains_head: bool = True, **settings: Any) -> MemoryEstimate:
+        recipe = make_recipe(tree, **settings, student__model=students["untied"])
+        model = meta_model(recipe.student)
+        split(model)[1].weight_VD.requires_grad_(trains_head)
+        return estimate_memory(model, recipe, num_ranks=1, tokens_per_example=100)
+
+    accumulated, at_once = memory(), memory(optimization__microbatch_size=4)
+    head = split(meta_model(make_recipe(tree, student__model=students["untied"]).student))[1].weight_VD
+    frozen = memory(trains_head=False)
+    assert frozen.loss == pytest.approx(accumulated.loss - head.numel() * 4 / GIB)
+    assert frozen.gradients == pytest.approx(accumulated.gradients - head.numel() * 4 / GIB)
+    half = {"student__param_dtype": "bfloat16"}
+    assert (
+        memory(**half).gradients == accumulated.gradients == at_once.gradients
+    )  # microbatches add up in fp32
+    assert memory(**half, optimization__microbatch_size=4).gradients == at_once.gradients / 2
+    offloaded = {"parallel__cpu_offload": True}
+    assert memory(**offloaded).gradients == accumulated.gradients  # the sum goes to the host at the end
+    assert memory(**offloaded, optimization__microbatch_size=4).gradients == 0
