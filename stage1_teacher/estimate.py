@@ -23,6 +23,7 @@ import torch
 from shared.batching import BatchRunner
 from shared.cache import CacheReader, CacheWriter, Identity, Row
 from shared.cache.index import as_key_array
+from shared.cache.shard import MAX_PAYLOAD_BYTES
 from shared.capture.planning import CaptureData, NumberedRows, identity_of, survey
 from shared.data.collation import Batch, Encoded
 from shared.data.processing import ExampleProcessor
@@ -81,6 +82,7 @@ class Estimate:
     num_examples: int
     num_positions: int
     num_shards: int
+    examples_per_shard: int
     num_ranks: int
     num_students: int
     num_epochs: float
@@ -143,6 +145,7 @@ def estimate(
         num_examples=totals.examples,
         num_positions=totals.positions,
         num_shards=totals.shards,
+        examples_per_shard=min(recipe.cache.examples_per_shard, totals.examples),
         num_ranks=num_ranks,
         num_students=num_students,
         num_epochs=epochs_of(recipe, totals.training_examples) if num_epochs is None else num_epochs,
@@ -420,6 +423,13 @@ def show(found: Estimate) -> None:
             f"{size.total_bytes / 2**20:>6.1f} MiB{mark}"
         )
     click.echo("  entries and bytes are means over positions, keys and headers counted\n")
+    own = next(size.total_bytes for size in found.sizes if size.is_recipe)
+    shard_bytes = own * found.examples_per_shard // found.num_examples
+    if shard_bytes > MAX_PAYLOAD_BYTES:
+        click.echo(
+            f"note: a shard of {found.examples_per_shard:,} examples would take {shard_bytes / 2**30:.1f} GiB, it "
+            "holds less than 2 GiB. Set cache.examples_per_shard lower\n"
+        )
     click.echo(
         f"capture on {found.num_ranks} device(s): {duration(costs.capture_s)}, {found.num_shards} shard(s)\n"
         f"an epoch costs {duration(costs.live_epoch_s)} with a live teacher, {duration(costs.cached_epoch_s)} from "

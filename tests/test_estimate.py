@@ -28,7 +28,7 @@ from shared.stopping import StopRequest
 from stage1_teacher.__main__ import commands
 from stage1_teacher.capture import capture
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
-from stage1_teacher.estimate import Times, Totals, estimate, live, teacher_costs
+from stage1_teacher.estimate import Times, Totals, estimate, live, show, teacher_costs
 
 
 @pytest.fixture
@@ -64,7 +64,9 @@ def test_a_sample_of_everything_is_what_the_capture_then_writes(tree: dict[str, 
     assert found.num_epochs == 2.0
 
 
-def test_smaller_taus_cost_more_and_each_policy_is_measured_once(tree: dict[str, Any]) -> None:
+def test_smaller_taus_cost_more_and_each_policy_is_measured_once(
+    tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = validate_tree(Recipe, tree, origin="test")
     with distributed(device="cpu") as world:
         found = estimate(recipe, world, num_examples=5, taus=(1 / 4, 1 / 64, 1 / 1024))
@@ -73,6 +75,12 @@ def test_smaller_taus_cost_more_and_each_policy_is_measured_once(tree: dict[str,
     assert all(seconds > 0 for name, seconds in vars(found.times).items() if name != "unseen")
     assert found.times.unseen == 0  # there is no second pass
     assert found.times.capture > 0.5 * found.times.live
+    show(found)
+    assert "cache.examples_per_shard" not in capsys.readouterr().out
+    sizes = tuple(replace(size, total_bytes=2**33) for size in found.sizes)
+    show(replace(found, sizes=sizes))  # four of the sixteen examples in a shard
+    told = r"a shard of 4 examples would take 2\.0 GiB.* Set cache\.examples_per_shard lower"
+    assert re.search(told, capsys.readouterr().out)
 
 
 def test_the_command_prints_a_page_or_json(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -221,10 +221,14 @@ def all_skips(contents: Contents, identity: Identity, listed: Sequence[SkippedRo
     A row that is listed again keeps its place; one that the cache holds by now does not stay.
     """
     base = contents.base
-    if base is None or len(grown_identity(base, identity).data) == len(identity.data):
+    if base is None:
         return list(listed)
-    new = KeyIndex.from_shards([one.columns for one in contents.new])
-    older = not_held(base.skipped, CacheIndex.of([*contents.base_index.parts, new]))
+    if len(grown_identity(base, identity).data) == len(identity.data):
+        again = {row.key or row for row in listed}
+        older = [row for row in base.skipped if (row.key or row) in again]
+    else:
+        new = KeyIndex.from_shards([one.columns for one in contents.new])
+        older = not_held(base.skipped, CacheIndex.of([*contents.base_index.parts, new]))
     return list({row.key or row: row for row in (*older, *listed)}.values())
 
 

@@ -169,13 +169,15 @@ class CacheWriter:
         Equal keys are planned once, committed ones not at all.  Units that an interrupted capture with
         another plan has finished are kept where all their examples are still wanted; its other shards are
         removed, which the log notes.  A committed cache's lost shards are planned again, into their old
-        places.
+        places; where that is all there is to do, what the cache leaves out otherwise is not tried again.
         """
         wanted = wanted if isinstance(wanted, Wanted) else Wanted.of_pairs(wanted)
         old, there = self._read_plan(), shard_names(self.folder)
         lost = self._lost_shards(old, there)
         digest = self.identity.digest()
         request = wanted.request(digest, base=self._base, lost=lost, examples_per_shard=examples_per_shard)
+        before = {} if self.manifest is None else {row.key: row for row in self.manifest.skipped if row.key}
+        refused = [bytes.fromhex(key) for key in before]
         if old is not None and old.request == request:
             units = old.units
         else:
@@ -185,14 +187,21 @@ class CacheWriter:
                 wanted,
                 identity_digest=digest,
                 committed=self._base_index(),
-                lost=lost,
+                lost={place: unit_in(self._committed_names()[place]) for place in lost},
+                refused=refused,
                 kept=kept,
                 examples_per_shard=examples_per_shard,
             )
             units = tuple(cut)
         held = [] if self.manifest is None else self.manifest.shards.column("examples").tolist()
         require_places([*held, *map(len, units)], where=self.folder.where)
-        plan = Plan(self.identity, units, tuple(skipped), wanted.duplicates, self._base, request, lost)
+        planned = {key for unit in units for key in unit.keys} if lost else set()
+        stays = [  # refused, and not tried again
+            before[key.hex()]
+            for key, place in zip(refused, wanted.find(refused).tolist(), strict=True)
+            if lost and place >= 0 and key not in planned
+        ]
+        plan = Plan(self.identity, units, (*skipped, *stays), wanted.duplicates, self._base, request, lost)
         self.folder.publish(PLAN_NAME, plan.encode())
         replaced = () if old is None else old.units
         ours = {unit.unit_id for unit in units}
