@@ -104,14 +104,22 @@ def _local(name: str, revision: str | None) -> Path:
 def choose_checkpoint(folder: RunFolder, *, step: int | None = None, best: bool = False) -> Checkpoint:
     """The one of that step, the best one, or by default the newest.
 
-    Raises   CheckpointError  when there is none
+    Raises   CheckpointError  when there is none, or the best is asked for and none was validated
     """
     if step is not None:
         return folder.checkpoints.at(step)
-    found = folder.checkpoints.best() if best else folder.checkpoints.latest()
+    found = folder.checkpoints.latest()
     if found is None:
         raise CheckpointError(
             f"{folder.path}: no checkpoint there; give the folder of a run that has saved one"
+        )
+    if not best:
+        return found
+    found = folder.checkpoints.best()
+    if found is None:
+        raise CheckpointError(
+            f"{folder.path}: none of its checkpoints was validated, so none is the best. Leave --best out for the "
+            "newest, or choose one with --step"
         )
     return found
 
