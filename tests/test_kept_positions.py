@@ -36,6 +36,7 @@ from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.runtime import World
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from shared.sparse.entropies import position_entropies
+from stage2_student.evaluation.run_records import points, read_run
 
 N, D, V = 11, 6, 19
 LENGTHS = (4, 1, 6)
@@ -286,6 +287,7 @@ def test_a_step_is_of_the_most_uncertain_positions(
     assert step["ce_loss"] == pytest.approx(ce_mean, rel=1e-4)
     assert step["kd_loss"] == pytest.approx(kd_mean, rel=1e-4)
     assert step["loss"] == pytest.approx(0.7 * ce_mean + 0.3 * kd_mean, rel=1e-4)
+    assert points(read_run(recipe.run.path), "step", "kl") == []  # of the kept positions alone it is none
 
 
 def test_all_kept_is_training_as_it_was_bit_for_bit(tree: dict[str, Any]) -> None:

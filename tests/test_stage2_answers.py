@@ -22,9 +22,11 @@ from stage2_runs import make_recipe, on_ranks, run_alone
 from transformers import AutoTokenizer
 
 from shared.data.processing import open_processor
+from shared.data.rows import open_split
 from shared.errors import DataError, RecipeError
 from shared.models.vlm import load_vlm
 from shared.recipes import load_recipe
+from shared.runtime import distributed
 from shared.vouched import opened
 from stage2_student.__main__ import commands
 from stage2_student.evaluation import answers, model_losses
@@ -212,6 +214,23 @@ def test_an_answer_that_ends_at_its_last_token_is_whole(
     for max_new_tokens in (1, 3):  # and by a token that the tokenizer does not call special
         found = answer(model, processor, examples[:1], max_new_tokens=max_new_tokens)[0]
         assert (found.text, found.is_cut) == ("", False)
+
+
+def test_an_answer_ends_by_each_token_that_the_model_s_folder_names(
+    run: Path, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """As for who calls ``generate``: a base or a teacher may end its answers by another token than its turns."""
+    recipe, folder = make_recipe(tree), shutil.copytree(run / "export", tmp_path / "model")
+    processor = open_processor(str(folder), recipe.data)
+    model = load_vlm(str(folder), revision=None, attn_implementation=None, dtype=torch.float32).eval()
+    asked = processor.encode_prompt(open_split(recipe.data, "validation")[0])
+    first = int(model(**processor.collate([asked], padding_side="left").inputs).logits[0, -1].argmax())
+    ends = {"eos_token_id": [processor.end_of_turn, first]}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    with distributed(device="cpu") as world:
+        source = ModelSource.student(recipe, str(folder))
+        (found,) = answers_of(recipe, source, world, split="validation", num_examples=1)
+    assert (found.answer, found.is_cut) == ("", False)
 
 
 def test_without_a_cache_there_is_no_kl(run: Path, tmp_path: Path) -> None:

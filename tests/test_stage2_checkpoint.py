@@ -34,6 +34,8 @@ from stage2_student.runs.checkpoint import (
     set_num_updates,
     student_state,
 )
+from stage2_student.runs.run_folder import RunFolder
+from stage2_student.training.export import choose_checkpoint
 from stage2_student.training.optim import make_optimizer
 
 
@@ -62,10 +64,14 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert (best.facts.step, latest.facts.step) == (2, 5)
 
 
-def test_without_validation_nothing_is_best_but_the_newest(tmp_path: Path) -> None:
-    folder = Checkpoints(tmp_path / "checkpoints", keep=1)
+def test_without_validation_none_is_the_best(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    folder = Checkpoints(run.checkpoints.folder, keep=1)
     save(folder, facts(1), facts(2, float("nan")), facts(3))
     assert steps(folder) == [3]
+    assert choose_checkpoint(run).facts.step == 3
+    with pytest.raises(CheckpointError, match=r"none of its checkpoints was validated"):
+        choose_checkpoint(run, best=True)
 
 
 def test_latest_and_best_name_whole_checkpoints(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from shared.recipes.files import validate_tree
 from shared.runtime import distributed
 from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
+from stage2_student.evaluation.run_records import points, read_run
 
 LABELS_ALONE = {"loss__kd_ratio": 0.0}
 
@@ -77,6 +78,7 @@ def test_of_what_was_cut_off_it_is_one_figure_whatever_the_loss_s_tail(
         assert run_alone(one) == 0
         before, _ = (record for record in all_records(one) if record["event"] == "validation")
         found.append((before["kl"], before["kd_loss"]))
+        assert bool(points(read_run(one.run.path), "step", "kl")) is (tail == "ghost")
     (bound, ghost), (same, uniform) = found
     assert same == bound == pytest.approx(ghost)
     assert uniform > 1.1 * bound

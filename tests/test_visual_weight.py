@@ -30,6 +30,7 @@ from shared.recipes import Recipe
 from shared.runtime import distributed
 from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
+from stage2_student.evaluation.run_records import points, read_run
 from stage2_student.training import visual_weight
 from stage2_student.training.visual_weight import VisualWeight, lost_without
 
@@ -112,6 +113,8 @@ def test_a_step_weighs_ce_and_kd_and_validation_weighs_none(
         optimization__max_steps=1,
     )
     assert run_alone(whole) == 0
+    assert points(read_run(whole.run.path), "step", "kl") == []  # a weighted mean is none
+    assert points(read_run(plain.run.path), "step", "kl") != []
     reader, processor = CacheReader(tree["cache"]["path"]), open_processor(str(student_folder), whole.data)
     model = load_vlm(str(student_folder), revision=None, dtype=torch.float32, attn_implementation=None).eval()
     encoded = [processor.encode(example) for example in open_split(whole.data, "train")]

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shared import answering
-from shared.answering import forget_settings
+from shared.answering import forget_settings, own_ends
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import Example, VqaSplit
 from shared.errors import TeachonceError, is_out_of_memory
@@ -147,13 +147,14 @@ def _answers(
         attn_implementation=source.attn_implementation,
         device=world.device,
     )
+    ends = own_ends(model, processor)
     forget_settings(model)  # models are to be compared
     nn.Module.to(model, world.device)  # past the model's own, which refuses some quantised ones
     found = []
     begins = range(0, len(rows), config.batch_size)
     for begin in progress(begins, desc="answering", unit="batch", leave=False, disable=not show):
         some = [examples[row] for row in rows[begin : begin + config.batch_size]]
-        generated = answer(model, processor, some, max_new_tokens=config.max_new_tokens)
+        generated = answer(model, processor, some, max_new_tokens=config.max_new_tokens, ends=ends)
         found += [
             judge(example, one, split=split, short_answer_words=config.short_answer_words)
             for example, one in zip(some, generated, strict=True)
@@ -167,11 +168,16 @@ class Generated(NamedTuple):
 
 
 def answer(
-    model: PreTrainedModel, processor: ExampleProcessor, examples: Sequence[Example], *, max_new_tokens: int
+    model: PreTrainedModel,
+    processor: ExampleProcessor,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    ends: Sequence[int] = (),
 ) -> list[Generated]:
-    """Greedy answers, up to the end of the turn, which is not part of them."""
+    """Greedy answers, up to the first of ``ends``, by default that of the turn, which is not part of them."""
     prompts = [processor.encode_prompt(one) for one in examples]
-    answered = answering.answer(model, processor, prompts, max_new_tokens=max_new_tokens)
+    answered = answering.answer(model, processor, prompts, max_new_tokens=max_new_tokens, ends=ends)
     texts = processor.tokenizer.batch_decode([one.ids for one in answered], skip_special_tokens=True)
     return [
         Generated(text.strip(), is_cut=not one.is_whole) for text, one in zip(texts, answered, strict=True)

@@ -20,6 +20,7 @@ import yaml
 
 from shared.errors import CheckpointError, RecipeError
 from shared.recipes import Split, yaml12
+from shared.recipes.policies import DEFAULT_TAIL
 from shared.regular_files import read_regular
 from stage2_student.evaluation.evaluated import STUDENT
 from stage2_student.evaluation.scores import Scores, read_all
@@ -46,7 +47,7 @@ class RunRecord:
     reading_s        time that steps waited for data, of all ranks: all that the cache can have cost them
     caches           where they lie; none for plain fine-tuning
     is_mix           they hold the same rows
-    records          the lines of metrics.jsonl, with ``kl`` where a ``kd_loss`` of temperature 1 gives it
+    records          the lines of metrics.jsonl, with ``kl`` where ``kd_loss`` is one
     """
 
     name: str
@@ -126,7 +127,7 @@ def read_run(path: Path) -> RunRecord:
         raise RecipeError(f"{path}: there is no run in it (no {folder.recipe.name})")
     folder.require_as_written()
     settings = _read_settings(folder.recipe)
-    metrics = _with_kl(folder.read_metrics(), temperature=settings["loss.temperature"])
+    metrics = _with_kl(folder.read_metrics(), settings)
     steps = metrics.steps
     results = folder.read_results()
     _require_whole_log(folder, metrics, results)
@@ -205,9 +206,14 @@ def _caches(settings: dict[str, Any]) -> tuple[str, ...]:
     return tuple(found) if is_sound else ()
 
 
-def _with_kl(metrics: Metrics, *, temperature: float) -> Metrics:
-    """Steps, and validations of old runs, have no KL of their own: at temperature 1 ``kd_loss`` is it."""
-    if temperature != 1.0:
+def _with_kl(metrics: Metrics, settings: dict[str, Any]) -> Metrics:
+    """Steps, and validations of old runs, have no KL of their own: ``kd_loss`` is it where nothing makes it another.
+
+    That is another temperature than 1, weights or a choice of positions, and a tail that adds to what was cut off.
+    """
+    is_of_some = settings.get("loss.visual_weight") or settings.get("loss.positions.keep") is not None
+    is_bound = settings.get("loss.tail") in (None, DEFAULT_TAIL)  # null for all sampled targets, too
+    if settings["loss.temperature"] != 1.0 or is_of_some or not is_bound:
         return metrics
     return Metrics(tuple({"kl": record.get("kd_loss")} | record for record in metrics.records))
 

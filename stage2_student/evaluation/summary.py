@@ -135,7 +135,7 @@ def _results(recipe: Recipe, inputs: Inputs, folder: RunFolder, *, step: int) ->
         "step": step,
         "before": _losses(metrics.validations, at=0),
         "after": _losses(metrics.validations, at=step),
-        "best_step": best.facts.step if best and best.facts.validation_loss is not None else None,
+        "best_step": best.facts.step if best else None,
         "num_skipped_steps": sum(not record["updated"] for record in metrics.steps),
         "dropped_rows": [
             reason

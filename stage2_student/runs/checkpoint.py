@@ -99,8 +99,8 @@ class Checkpoints:
         return next(reversed(self.all()), None)
 
     def best(self) -> Checkpoint | None:
-        """The one with the lowest validation loss, among those taken at a step that was validated."""
-        return min(self.all(), key=_badness, default=None)
+        """The one with the lowest validation loss, among those taken at a step that was validated; or None."""
+        return min((found for found in self.all() if _is_validated(found)), key=_badness, default=None)
 
     def at(self, step: int) -> Checkpoint:
         for found in self.all():
@@ -193,10 +193,7 @@ class Checkpoints:
 
     def _point(self) -> None:
         """Writes ``latest`` and ``best``, the second only where a checkpoint was validated."""
-        latest, best = self.latest(), self.best()
-        if best is not None and best.facts.validation_loss is None:
-            best = None
-        for name, found in ((LATEST, latest), (BEST, best)):
+        for name, found in ((LATEST, self.latest()), (BEST, self.best())):
             if found is None:
                 (self.folder / name).unlink(missing_ok=True)
             else:
@@ -278,9 +275,15 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffers[name] for name in model.state_dict() if name in buffers}
 
 
-def _badness(checkpoint: Checkpoint) -> tuple[float, int]:
+def _is_validated(checkpoint: Checkpoint) -> bool:
     loss = checkpoint.facts.validation_loss
-    return (math.inf if loss is None or math.isnan(loss) else loss, -checkpoint.facts.step)
+    return loss is not None and not math.isnan(loss)
+
+
+def _badness(checkpoint: Checkpoint) -> tuple[float, int]:
+    """Of one that was validated; of equal ones the newest is the best."""
+    assert checkpoint.facts.validation_loss is not None
+    return checkpoint.facts.validation_loss, -checkpoint.facts.step
 
 
 def hashes(folder: Path) -> dict[str, str]:
