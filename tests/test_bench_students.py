@@ -12,7 +12,7 @@ import pytest
 from tests.benchmarks import student_results
 from tests.benchmarks.bench_students import bounded, drawn, largest_within, timed_jobs
 from tests.benchmarks.peers.live import LiveTeacher
-from tests.benchmarks.student_results import LABELS, LIVE, TIMED, Results, keep
+from tests.benchmarks.student_results import LABELS, LIVE, TIMED, Results, keep, mean
 
 
 def test_steps_are_timed_with_a_seed_that_was_asked_for() -> None:
@@ -82,4 +82,11 @@ def test_a_cache_that_came_out_larger_is_named(tmp_path: Path) -> None:
     found = Results("phantom", 0.5, path, fingerprint="a")
     at_most = {"top 11": "tau 1/512", "random 74": "tau 1/64", "random 593": "tau 1/512"}
     assert found.notes(at_most).endswith(" compared with: top 11, ghost (42.4 bytes, tau 1/512 has 34.0).")
-    assert found.notes({"random 74": "tau 1/64"}) == "Means over seeds, half their range in brackets."
+    assert found.notes({"random 74": "tau 1/64"}) == "One seed."
+    keep(["phantom", "random 74", "1 epoch", 1, 0.5], {"kl": 0.5}, path, fingerprint="a")
+    found = Results("phantom", 0.5, path, fingerprint="a")
+    assert found.notes({}) == "Means over seeds, half their range in brackets."
+
+
+def test_half_the_range_needs_two_seeds() -> None:
+    assert [mean(values, ".2f") for values in ([], [0.5], [0.5, 0.7])] == ["-", "0.50", "0.60 (0.10)"]

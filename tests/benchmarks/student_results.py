@@ -50,10 +50,11 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def mean(values: list[float], form: str) -> str:
-    """Over seeds, and half their range in brackets."""
+    """Over seeds, and half their range in brackets; of one seed the value alone."""
     if not values:
         return "-"
-    return f"{statistics.fmean(values):{form}} ({(max(values) - min(values)) / 2:{form}})"
+    around = f" ({(max(values) - min(values)) / 2:{form}})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{around}"
 
 
 class Results:
@@ -129,7 +130,8 @@ class Results:
             size, its_size = self.size(variant), self.size(other)
             if size > its_size > 0:
                 larger.append(f"{variant} ({size:.1f} bytes, {other} has {its_size:.1f})")
-        notes = "Means over seeds, half their range in brackets."
+        seeds = {record["key"][3] for record in self.records}
+        notes = "Means over seeds, half their range in brackets." if len(seeds) > 1 else "One seed."
         return notes + (f" Larger than what they are compared with: {', '.join(larger)}." if larger else "")
 
     def _place(self, variant: str) -> tuple[int, float]:
