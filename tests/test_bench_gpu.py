@@ -34,8 +34,11 @@ def one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("part", ["loss", "student", "capture", "peers"])
-def test_a_part_of_it_writes_its_figures(part: str, tmp_path: Path) -> None:
+def test_a_part_of_it_writes_its_figures(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     measure(part, tmp_path, tiny=True)
+    assert "argument" not in capsys.readouterr().out  # Liger may only want for a GPU
     found = json.loads((tmp_path / f"{part}.json").read_text())
     assert found["figures"]
     assert all(figure["value"] >= 0 and figure["goal"] is None for figure in found["figures"])
@@ -81,8 +84,15 @@ def test_a_cache_that_is_not_whole_is_not_measured(tmp_path: Path, monkeypatch: 
         list(gpu_models.student(tmp_path, CPU, tiny=True))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
 def test_the_second_attempt_has_the_memory_of_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first: list[weakref.ref[torch.nn.Module]] = []
 
@@ -90,13 +100,27 @@ def test_the_second_attempt_has_the_memory_of_the_first(
         if recipe.student.param_dtype == "float32":
             model = torch.nn.Linear(1, 1)
             first.append(weakref.ref(model))
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+            raise type(error)(*error.args)  # anew: what is raised holds its frames
         assert first[0]() is None
         yield Figure("in bf16", 1.0, "")
 
     monkeypatch.setattr(gpu_models, "capture", lambda *_: 0)
     monkeypatch.setattr(gpu_models, "_student", attempt)
     assert list(gpu_models.student(tmp_path, CPU, tiny=True)) == [Figure("in bf16", 1.0, "")]
+
+
+def test_a_broken_package_of_others_costs_its_own_figures_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "liger_kernel"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('made for another Triton')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert len(list(gpu_loss.compare(CPU, tiny=True))) == 4
+    told = capsys.readouterr().out
+    assert told.count("left out: Liger") == told.count("made for another Triton") == 2
 
 
 @pytest.mark.parametrize(
@@ -175,10 +199,24 @@ def test_it_goes_on_where_it_was_and_tells_what_failed(
     main()
     assert ran == []
 
+    inputs = tmp_path / "tiny" / bench_gpu.INPUTS
+    (inputs / "data").mkdir(parents=True)
+    main()
+    assert (inputs / "data").exists()
     path.write_text(path.read_text().replace("tiny shapes", "another"))
     main()
     assert ran == list(PARTS)  # of another machine: all again
     assert path.with_suffix(".old.json").exists()
+    assert not inputs.exists()  # models and rows, too
+
+
+def test_inputs_of_another_machine_are_made_anew_though_it_had_no_figures(tmp_path: Path) -> None:
+    """It was killed in its first part, which had made them."""
+    path, data = tmp_path / bench_gpu.NAME, tmp_path / bench_gpu.INPUTS / "data"
+    for here, is_kept in ({"device": "one"}, False), ({"device": "one"}, True), ({"device": "other"}, False):
+        data.mkdir(parents=True, exist_ok=True)
+        assert bench_gpu.load(path, here) == {"machine": here, "parts": {}}
+        assert data.exists() == is_kept
 
 
 def test_a_part_that_is_left_out_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,9 +354,10 @@ def test_tiny_models_are_never_those_of_a_full_run(tmp_path: Path, monkeypatch: 
 
 
 def test_the_core_does_without_what_models_need() -> None:
-    """A machine with a GPU may have little more than torch and Transformers."""
-    hidden = "import sys; sys.modules |= dict.fromkeys(['datasets', 'xdist', 'PIL', 'pyarrow'])"
-    code = f"{hidden}; import torch; from tests.benchmarks.bench_gpu import measure, Path"
+    """A machine with a GPU may have little more than torch and Transformers: see the page of benchmarks."""
+    packages = "datasets xdist PIL pyarrow zstandard rouge_score click jinja2 fsspec tqdm"
+    code = f"import sys; sys.modules |= dict.fromkeys('{packages}'.split()); import torch"
+    code += "; from tests.benchmarks.bench_gpu import measure, Path"
     subprocess.run([sys.executable, "-c", code], cwd=bench_gpu.ROOT, check=True)
 
 

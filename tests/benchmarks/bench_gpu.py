@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from tests.benchmarks.tables import commit, versions
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "liger-kernel")
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the settings' older and newer name
-NAME = "bench-gpu.json"
+NAME, INPUTS = "bench-gpu.json", "inputs"  # figures; the folder of models and rows, which are made once
 GPU_MARK = re.compile(r"\bpytest\.mark\.gpu\b")
 
 Part = Callable[[Path, torch.device, bool], Iterator[Figure]]
@@ -71,13 +72,13 @@ def run_tests(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
 def student(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
     from tests.benchmarks import gpu_models  # needs packages that the loss does without
 
-    yield from gpu_models.student(root, device, tiny=tiny)
+    yield from gpu_models.student(root / INPUTS, device, tiny=tiny)
 
 
 def capture(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
     from tests.benchmarks import gpu_models
 
-    yield from gpu_models.teacher(root, device, tiny=tiny)
+    yield from gpu_models.teacher(root / INPUTS, device, tiny=tiny)
 
 
 def student_without_fla(root: Path, device: torch.device, tiny: bool) -> Iterator[Figure]:
@@ -117,13 +118,22 @@ def machine(*, tiny: bool) -> dict[str, Any]:
 
 
 def load(path: Path, here: dict[str, Any]) -> dict[str, Any]:
-    """What was measured before, on the same machine by the same code; else nothing."""
+    """What was measured before, on the same machine by the same code; else nothing, and what was made is removed.
+
+    Models, rows and the cache of another release of a library, or of this code, may not fit together with what is
+    made now.
+    """
+    found: dict[str, Any]
     if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
+        found = json.loads(path.read_text())
         if found["machine"] == here:
             return found
         path.replace(path.with_suffix(".old.json"))
-    return {"machine": here, "parts": {}}
+    if (inputs := path.parent / INPUTS).exists():
+        shutil.rmtree(inputs)
+    found = {"machine": here, "parts": {}}
+    save(path, found)
+    return found
 
 
 def save(path: Path, found: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from shared.errors import is_out_of_memory
 from shared.models.vlm import split
 from shared.recipes import Recipe
 from shared.runtime import distributed
@@ -70,7 +71,9 @@ def student(root: Path, device: torch.device, *, tiny: bool) -> Iterator[Figure]
     try:
         yield from _student(recipe, device)
         return
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         print(f"  with fp32 parameters: {str(error).splitlines()[0]}. In bf16:")
     release(device)  # not within ``except``: the error's traceback holds the first attempt
     yield from _student(make_recipe(root, model, tiny=tiny, param_dtype="bfloat16"), device)
