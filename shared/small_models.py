@@ -27,6 +27,7 @@ import click
 
 from shared.cli import load_recipe, recipe_arguments, run
 from shared.errors import RecipeError
+from shared.library_output import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLImageProcessorPil, Qwen3_5Config
@@ -134,6 +135,7 @@ def make_small_model(
     import torch
     from transformers import GenerationConfig, Qwen3_5ForConditionalGeneration, Qwen3_5Tokenizer
 
+    quiet_libraries()
     out = Path(out)
     for size in (hidden_size, vision_hidden_size):
         if size % HEAD_DIM:
@@ -299,6 +301,7 @@ def main(recipe: str, overrides: tuple[str, ...]) -> None:
     """Makes the small models of RECIPE, with a tokenizer trained on the texts of its training split."""
     from shared.data.rows import open_split
 
+    quiet_libraries()
     plan = load_recipe(recipe, overrides=overrides)
     if plan.bootstrap.small_models is None:
         raise RecipeError(f"recipe {recipe} has no bootstrap.small_models section; there is nothing to make")
