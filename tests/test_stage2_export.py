@@ -136,7 +136,8 @@ def test_it_opens_with_the_template_and_the_size_of_pictures_of_its_training(
     (base / "processor_config.json").write_text(json.dumps({"chat_template": own, "image_processor": images}))
     mine = own.replace("<|im_end|>", "<|endoftext|>")
     (tmp_path / "mine.jinja").write_text(mine)
-    tree["data"] |= {"chat_template": str(tmp_path / "mine.jinja"), "max_pixels": 4096, "limit": 4}
+    asked = {"chat_template": str(tmp_path / "mine.jinja"), "max_pixels": 4096, "limit": 4}
+    tree["data"] = tree["data"] | asked
     recipe = make_recipe(tree, student__model=str(base), optimization__max_steps=1)
     assert run_alone(recipe) == 0
     path = recipe.run.path / "export"
