@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 from stage2_runs import make_recipe, run_alone
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from shared.data.processing import ExampleProcessor
+from shared.data.processing import ExampleProcessor, open_processor
+from shared.data.processors import chat_template, load_processor
 from shared.data.rows import open_split
 from shared.errors import RecipeError
 from shared.models.vlm import load_vlm
@@ -121,6 +123,41 @@ def test_the_end_of_turn_joins_other_ends(
     assert run_alone(recipe) == 0
     said = json.loads((recipe.run.path / "export" / "generation_config.json").read_text())["eos_token_id"]
     assert said == ([*ends, processor.end_of_turn] if ends else processor.end_of_turn)
+
+
+def test_it_opens_with_the_template_and_the_size_of_pictures_of_its_training(
+    tree: dict[str, Any], tmp_path: Path, student_folder: Path
+) -> None:
+    """Wherever the base had its own: Transformers looks into older files first."""
+    base = Path(shutil.copytree(student_folder, tmp_path / "base"))
+    own = (base / "chat_template.jinja").read_text()
+    images = json.loads((base / "preprocessor_config.json").read_text())
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": own}))
+    (base / "processor_config.json").write_text(json.dumps({"chat_template": own, "image_processor": images}))
+    mine = own.replace("<|im_end|>", "<|endoftext|>")
+    (tmp_path / "mine.jinja").write_text(mine)
+    asked = {"chat_template": str(tmp_path / "mine.jinja"), "max_pixels": 4096, "limit": 4}
+    tree["data"] = tree["data"] | asked
+    recipe = make_recipe(tree, student__model=str(base), optimization__max_steps=1)
+    assert run_alone(recipe) == 0
+    path = recipe.run.path / "export"
+    trained, exported = (open_processor(str(folder), recipe.data) for folder in (base, path))
+    assert exported.image_processor_fingerprint == trained.image_processor_fingerprint
+    opened = load_processor(str(path))
+    assert chat_template(opened) == mine
+    ends = json.loads((path / "generation_config.json").read_text())["eos_token_id"]
+    assert trained.end_of_turn == opened.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert trained.end_of_turn in (ends if isinstance(ends, list) else [ends])
+    sizes = [
+        one.image_processor(images=[Image.new("RGB", (200, 120))])["image_grid_thw"].tolist()
+        for one in (opened, load_processor(str(base), max_pixels=4096), load_processor(str(base)))
+    ]
+    assert sizes[0] == sizes[1] != sizes[2]
+    for name, settings in (("preprocessor_config.json", ()), ("processor_config.json", ("image_processor",))):
+        told = json.loads((path / name).read_text())
+        for key in settings:
+            told = told[key]
+        assert (told["max_pixels"], told["size"]["longest_edge"]) == (4096, 4096)
 
 
 def test_templates_beside_the_default_are_in_the_export(

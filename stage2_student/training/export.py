@@ -14,11 +14,17 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import CHAT_TEMPLATE_FILE
+from transformers.utils import (
+    CHAT_TEMPLATE_FILE,
+    IMAGE_PROCESSOR_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    PROCESSOR_NAME,
+)
 
 from shared.data.processing import open_processor
 from shared.data.processors import chat_template, load_processor, read_template
@@ -28,7 +34,7 @@ from shared.models.adapters import PROVENANCE, lineage
 from shared.models.vlm import load_config
 from shared.models.weight_files import GENERATION
 from shared.places import is_local
-from shared.recipes import Recipe, dump_recipe, load_recipe
+from shared.recipes import DataConfig, Recipe, dump_recipe, load_recipe
 from shared.runtime import environment
 from shared.vouched import vouched
 from stage2_student.publishing.card import CARD, model_card, read_sources
@@ -74,10 +80,42 @@ def save_model_files(recipe: Recipe, folder: RunFolder) -> None:
                 shutil.copyfile(path, folder.model_files / path.name)
     if adapters:
         processor = load_processor(recipe.student.model, revision=recipe.student.revision)
-        (folder.model_files / "chat_template.json").unlink(missing_ok=True)
-        write_text(folder.model_files / "chat_template.jinja", chat_template(processor))
+        _write_template(folder.model_files, chat_template(processor))
     if recipe.data.chat_template is not None:
-        write_text(folder.model_files / CHAT_TEMPLATE_FILE, read_template(recipe.data.chat_template))
+        _write_template(folder.model_files, read_template(recipe.data.chat_template))
+
+
+def _write_template(folder: Path, template: str) -> None:
+    """In place of the model's own, wherever that lies: Transformers looks into the older places first."""
+    (folder / LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+    settings = _settings(folder / PROCESSOR_NAME)
+    if settings.pop("chat_template", None) is not None:
+        write_json(folder / PROCESSOR_NAME, settings)
+    write_text(folder / CHAT_TEMPLATE_FILE, template)
+
+
+def _bound_pictures(folder: Path, data: DataConfig, model: str) -> None:
+    """Writes the data's bounds into the folder, so that its pictures have the size of training for all who open it.
+
+    model  folder with the same files as they were; training has opened these with the bounds
+    """
+    asked = {"min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
+    bounds: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if not bounds:
+        return
+    size = load_processor(model, **bounds).image_processor.to_dict().get("size")
+    for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME):
+        settings = _settings(folder / name)
+        images = settings.get("image_processor") if name == PROCESSOR_NAME else settings
+        if images:
+            images |= bounds | ({"size": size} if "size" in images else {})
+            write_json(folder / name, settings)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Of a file that the processor was opened from; empty without one."""
+    settings: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    return settings
 
 
 def _copy_small_files(source: Path, out: Path, *, without: tuple[str, ...] = ()) -> None:
@@ -189,8 +227,9 @@ def _write(
         model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
     # A model's configuration is written above; an adapter's folder has none, or it would pass for a model.
     _copy_small_files(folder.model_files, partial, without=("config.json",))
-    own = recipe.data.model_copy(update={"chat_template": None})  # it lies in the run's folder by now
-    processor = open_processor(str(folder.model_files), own)
+    _bound_pictures(partial, recipe.data, str(folder.model_files))
+    own = None if recipe.data.chat_template is None else str(folder.model_files / CHAT_TEMPLATE_FILE)
+    processor = open_processor(str(folder.model_files), recipe.data.model_copy(update={"chat_template": own}))
     stop_at(processor.end_of_turn, partial / GENERATION)
     facts = {
         "run": str(folder.path),
