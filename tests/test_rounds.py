@@ -24,7 +24,7 @@ from shared.data.written import WRITTEN, is_students
 from shared.errors import CheckpointError, RecipeError
 from shared.finished import run_is_finished
 from shared.pipeline import make_rounds
-from shared.recipes import Recipe, load_recipe, recipe_text
+from shared.recipes import Recipe, WriteConfig, load_recipe, recipe_text
 from shared.rounds import Rounds, go_through, require_possible, settings_of_round_0, table_of
 from shared.rounds.plan import keep
 from shared.rounds.students import require_same_student
@@ -33,13 +33,14 @@ from shared.runtime import distributed
 from shared.stopping import StopRequest
 from shared.surveying import survey_keys
 from shared.vouched import opened, vouched
+from shared.writing.loop import asked
 from stage1_teacher.__main__ import commands as stage1
 from stage1_teacher.capture import capture
 from stage2_student.__main__ import commands as stage2
 from stage2_student.runs.identity import OWN
 from stage2_student.training.inputs import open_inputs
 from stage2_student.training.optim import learning_rate
-from stage2_student.training.order import Slot
+from stage2_student.training.order import Slot, step_examples, step_shape, total_steps
 from stage2_student.training.own_answers import require_samples
 from stage2_student.training.step import forward
 from stage2_student.training.student import build_student
@@ -59,7 +60,12 @@ def tree(vqa_folder: Path, teacher_folder: Path, student_folder: Path) -> dict[s
         "loss": {"reverse_kl": 0.5},
         "run": {"name": "own", "num_workers": 0, "async_checkpoints": False},
         "evaluation": {"max_examples": 3, "max_new_tokens": 4},
-        "write": {"temperature": 1.0, "max_new_tokens": 6, "num_workers": 0},
+        "write": {
+            "temperature": 1.0,
+            "max_new_tokens": 6,
+            "num_workers": 0,
+            "seed": 1,
+        },  # own rows in each step
         "rounds": {"number": 2},
     }
 
@@ -411,6 +417,45 @@ def test_shares_prompts_and_earlier_rounds(tree: dict[str, Any], tmp_path: Path)
     none = rounds_of(tree, tmp_path, own_share=0.0)
     assert (none.num_prompts, none.of(1).training.data.written) == (0, None)
     assert [one.writing.write.part for one in fresh.all[1:] if one.writing.write] == [0, 1]
+    short = tree | {"optimization": tree["optimization"] | {"global_batch_size": 2}}  # of 4 of the 12 rows
+    assert [rounds_of(short, tmp_path, **one).num_prompts for one in ({}, {"earlier": "keep"})] == [2, 2]
+    assert rounds_of(short, tmp_path, prompts=5).num_prompts == 4
+
+
+@pytest.mark.parametrize(
+    ("length", "settings"),
+    [
+        ({"max_steps": 1}, {}),
+        ({"max_steps": 2}, {"one_schedule": False}),
+        ({"num_epochs": 1.5}, {"earlier": "keep"}),
+        ({"num_epochs": 2.0}, {"round_epochs": 0.4}),
+    ],
+    ids=json.dumps,
+)
+def test_rounds_share_one_pass_over_the_rows_and_ask_what_they_train_on(
+    tree: dict[str, Any],
+    tmp_path: Path,
+    processor: ExampleProcessor,
+    length: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """A round takes the rows that come after those of the round before, as one run of all their steps would."""
+    optimization = {"global_batch_size": 4, "microbatch_size": 4, **length}
+    rounds = rounds_of(tree | {"optimization": optimization}, tmp_path, **settings)
+    taken: list[list[int]] = []
+    with distributed(device="cpu") as world:
+        for one in rounds.all:
+            shape = step_shape(one.training, 12)
+            steps = [step_examples(n, shape).tolist() for n in range(total_steps(one.training, shape))]
+            taken += steps
+            if one.number == 0:
+                continue
+            (part,) = asked(one.writing, processor, one.writing.write or WriteConfig(), world).keyed
+            rows = {row for step in steps for row in step}
+            assert set(part.rows.tolist()) <= rows
+            assert len(part.rows) == rounds.num_prompts
+    whole = step_shape(rounds.recipe, 12)
+    assert taken == [step_examples(n, whole).tolist() for n in range(len(taken))]
 
 
 def test_answers_of_a_run_that_was_trained_anew_are_refused(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -452,7 +497,8 @@ def test_later_rounds_may_be_shorter_and_slower(tree: dict[str, Any], tmp_path: 
     first, later = (rounds.of(number).training.optimization for number in (0, 1))
     assert (first.max_steps, first.num_epochs, first.learning_rate) == (2, None, 1e-2)
     assert (later.max_steps, later.num_epochs, later.learning_rate) == (None, 0.5, 1e-3)
-    assert rounds_of(tree, tmp_path, one_schedule=False).of(1).training.optimization == first
+    alike = rounds_of(tree, tmp_path, one_schedule=False).of(1).training.optimization
+    assert alike == first.model_copy(update={"first_step": 2})
 
 
 @pytest.mark.parametrize(

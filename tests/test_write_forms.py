@@ -331,6 +331,8 @@ def test_settings_that_cannot_be_written_with(tree: dict[str, Any]) -> None:
         ({"write__temperature": 0.001}, r"temperature 0.001: 0, or at least 0.01, is needed"),
         ({"write__top_p": 0.5}, r"top_p 0.5 at temperature 0"),
         ({"write__splits": ["train", "train"]}, r"splits names a split twice"),
+        ({"write__splits": ["train"], "write__steps": [2, 2]}, r"steps \[2, 2\]: none"),
+        ({"write__steps": [0, 2]}, r"training rows alone are in steps"),
         ({"write__max_new_tokens": 65}, r"write.max_new_tokens 65 is above data.max_answer_tokens 64"),
     ]:
         with pytest.raises(RecipeError, match=message):

@@ -24,8 +24,18 @@ from shared.same_prompts import prompt_date_of
 
 # What decides the answers, of a `write` section, and what a run learns, of `optimization`: another one would leave
 # answers and losses of a student that is no more.
-OF_ANSWERS = ("splits", "prompts", "part", "temperature", "top_p", "per_prompt", "max_new_tokens", "seed")
-OF_LENGTH = ("max_steps", "num_epochs", "schedule_part")
+OF_ANSWERS = (
+    "splits",
+    "prompts",
+    "part",
+    "steps",
+    "temperature",
+    "top_p",
+    "per_prompt",
+    "max_new_tokens",
+    "seed",
+)
+OF_LENGTH = ("max_steps", "num_epochs", "schedule_part", "first_step")
 
 
 @dataclass(frozen=True)
@@ -55,14 +65,16 @@ class Rounds:
 
     @property
     def num_prompts(self) -> int:
-        """That are answered in each round."""
-        config = self.config
+        """That are answered in each round, of the rows that it trains on."""
+        config, (begin, end) = self.config, self.of(1).steps
+        num_rows = min(self.num_rows, (end - begin) * self.recipe.optimization.global_batch_size)
         if config.own_share == 0:
             return 0
         if config.prompts is not None:
-            return min(config.prompts, self.num_rows)
-        share = config.own_share / (config.number if config.earlier == "keep" else 1)
-        return max(1, round(share * self.num_rows))
+            return min(config.prompts, num_rows)
+        if config.earlier == "keep":  # rows of earlier rounds come again in later ones after a whole pass
+            return max(1, round(config.own_share * min(num_rows, self.num_rows / config.number)))
+        return max(1, round(config.own_share * num_rows))
 
     @property
     def measures(self) -> bool:
@@ -137,32 +149,48 @@ class Round:
         return [self.rounds.of(number).answers for number in range(first, self.number + 1)]
 
     @property
+    def _length(self) -> dict[str, Any]:
+        epochs = self.rounds.config.round_epochs
+        return {} if self.number == 0 or epochs is None else {"num_epochs": epochs, "max_steps": None}
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The first one of its run, and the first one of the next round's, in one order of the rows for all."""
+        optimization = self.rounds.recipe.optimization
+        begin = (optimization.first_step or 0) if self.number == 0 else self.before.steps[1]
+        return begin, begin + optimization.model_copy(update=self._length).num_steps(self.rounds.num_rows)
+
+    @property
     def training(self) -> Recipe:
         """Of its capture and its run."""
         recipe = self.rounds.recipe
-        part = {"schedule_part": schedule_part(recipe, self.number, self.run)}
+        part: dict[str, Any] = {"schedule_part": schedule_part(recipe, self.number, self.run)}
         if self.number == 0:
             return _changed(recipe, optimization=part)
         config, written = self.rounds.config, tuple(str(folder.absolute()) for folder in self.sets)
-        length = {} if config.round_epochs is None else {"num_epochs": config.round_epochs, "max_steps": None}
+        part["first_step"] = self.steps[0]
         rate = {} if config.round_learning_rate is None else {"learning_rate": config.round_learning_rate}
         return _changed(
             recipe.of_a_run(),
             data={"written": written or None},
-            optimization=part | length | rate,
+            optimization=part | self._length | rate,
             student={"model": str(self.before.run / "export"), "revision": None, "init": "pretrained"},
             run={"name": self._run.name},
         )
 
     @property
     def writing(self) -> Recipe:
-        """Of the answers that the student of the round before writes: each round asks other prompts, in turn."""
+        """Of the answers that the student of the round before writes, to prompts that the round trains on.
+
+        Where it trains on all rows, each round asks other ones, in turn.
+        """
         config = self.rounds.recipe.write or WriteConfig()
         asked = {
             "path": None,
             "splits": ("train",),
             "prompts": self.rounds.num_prompts,
             "part": self.number - 1,
+            "steps": self.steps,
         }
         return self.rounds.recipe.model_copy(
             update={"write": config.model_copy(update=asked), "rounds": None}
@@ -177,6 +205,7 @@ class Round:
             "splits": ("validation",),
             "prompts": recipe.evaluation.max_examples,
             "part": 0,
+            "steps": None,
             "temperature": 0.0,
             "top_p": 1.0,
         }
@@ -250,7 +279,7 @@ def require_asked_alike(one: Round) -> None:
 
 
 def keep(recipe: Recipe, path: Path) -> Path:
-    """Writes a round's recipe where it is not there yet.
+    """Writes a round's recipe, also in place of one that differs in what changes no answers and no length.
 
     Raises   RecipeError  when the one that is there writes other answers, or trains for another length
     """

@@ -38,7 +38,7 @@ from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on
 from shared.writing.copies import Agreed, Copy, Halt
 from shared.writing.files import commit, finish, num_kept
 from shared.writing.journal import REFUSED, Entry, Journal, settled
-from shared.writing.plan import Plan, SetFolder, Unit, Writer, choice, identity_of, units_of
+from shared.writing.plan import Plan, SetFolder, Unit, Writer, choice, identity_of, in_steps, units_of
 
 LOG = ".write.log"  # what libraries said
 _jobs = itertools.count()  # of this process, and so of all ranks: each has counters of its own
@@ -84,10 +84,13 @@ def asked(recipe: Recipe, processor: ExampleProcessor, config: WriteConfig, worl
     found = survey(recipe.model_copy(update={"data": data}), processor, world, splits=splits)
     for part in found.keyed:
         require_writable(part.split, part.rows[:1].tolist())
-    if config.prompts is None:
-        return found
-    chosen = (part.at(choice(part.keys, config)) for part in found.keyed)
-    return CaptureData(tuple(chosen))
+    chosen = found.keyed
+    if config.steps is not None:
+        steps = config.steps
+        chosen = tuple(part.at(in_steps(recipe, steps, len(part.rows))) for part in chosen)
+    if config.prompts is not None:
+        chosen = tuple(part.at(choice(part.keys, config)) for part in chosen)
+    return CaptureData(chosen)
 
 
 def write(

@@ -33,6 +33,7 @@ from shared.capture.planning import CaptureData, NumberedRows
 from shared.data.processing import ExampleProcessor
 from shared.data.written import WRITTEN
 from shared.errors import RecipeError, listed
+from shared.permutation import Permutation, stream
 from shared.recipes import DataConfig, Recipe, WriteConfig
 from shared.regular_files import read_regular
 from shared.runtime import World
@@ -144,6 +145,23 @@ def choice(keys: np.ndarray, config: WriteConfig) -> np.ndarray:
     number = min(config.prompts or len(order), len(order))
     places = (config.part * number + np.arange(number)) % len(order)
     return np.sort(wanted.rows[order[places]])
+
+
+def in_steps(recipe: Recipe, steps: tuple[int, int], num_rows: int) -> np.ndarray:
+    """Places of the training rows that a run takes in these steps, (m,) int64, rising; as its order has them.
+
+    num_rows  that can be used
+    """
+    batch = recipe.optimization.global_batch_size
+    steps_per_epoch = -(-num_rows // batch)
+    found = []
+    for epoch in range(steps[0] // steps_per_epoch, -(-steps[1] // steps_per_epoch)):
+        first, last = (min(max(0, step - epoch * steps_per_epoch) * batch, num_rows) for step in steps)
+        if last - first == num_rows:
+            return np.arange(num_rows)
+        order = Permutation(num_rows, key=stream(recipe.run.seed, epoch))
+        found.append(order[np.arange(first, last)])
+    return np.unique(np.concatenate(found))
 
 
 def units_of(found: CaptureData, prompts_per_file: int) -> tuple[Unit, ...]:

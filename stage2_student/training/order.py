@@ -50,6 +50,7 @@ class StepShape:
     ``limits`` are the latter: of all of these they alone may change when a run goes on.
 
     layout, window  where examples lie, and how many shards' examples are mixed; None: the order follows no shards
+    first_step      of the run, in the steps of the order
     """
 
     num_examples: int
@@ -58,6 +59,7 @@ class StepShape:
     seed: int
     layout: ShardLayout | None = None
     window: int = 0
+    first_step: int = 0
 
     @property
     def num_steps_per_epoch(self) -> int:
@@ -78,8 +80,8 @@ def epoch_order(shape: StepShape, epoch: int) -> Permutation | ShardOrder:
 
 
 def step_examples(step: int, shape: StepShape) -> np.ndarray:
-    """(n,) int64: the examples of that step, counted from 0 over all epochs; n is smaller in a last step."""
-    epoch, step_in_epoch = divmod(step, shape.num_steps_per_epoch)
+    """(n,) int64: the examples of that step of a run, counted over all epochs; n is smaller in an epoch's last."""
+    epoch, step_in_epoch = divmod(shape.first_step + step, shape.num_steps_per_epoch)
     order = epoch_order(shape, epoch)
     begin = step_in_epoch * shape.global_batch_size
     return order[np.arange(begin, min(begin + shape.global_batch_size, shape.num_examples))]
@@ -130,6 +132,7 @@ def step_shape(recipe: Recipe, num_examples: int, layout: ShardLayout | None = N
         seed=recipe.run.seed,
         layout=layout,
         window=window,
+        first_step=recipe.optimization.first_step or 0,
     )
 
 
@@ -172,7 +175,4 @@ def limits_of(config: OptimizationConfig) -> Limits:
 
 
 def total_steps(recipe: Recipe, shape: StepShape) -> int:
-    if recipe.optimization.max_steps is not None:
-        return recipe.optimization.max_steps
-    assert recipe.optimization.num_epochs is not None  # the recipe has one of the two
-    return max(1, round(recipe.optimization.num_epochs * shape.num_steps_per_epoch))
+    return recipe.optimization.num_steps(shape.num_examples)

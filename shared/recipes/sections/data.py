@@ -104,6 +104,9 @@ class WriteConfig(Section):
     """So many prompts of each split, in an order that `seed` decides; null: all."""
     part: NonNegativeInt = 0
     """Which part of so many prompts: part 1 begins where part 0 ends, and after the last prompt comes the first."""
+    steps: tuple[NonNegativeInt, PositiveInt] | None = None
+    """Only prompts of training rows that a run takes in these steps of its order, from the first up to, but without,
+    the second. The order is that of `run.seed` and `optimization.global_batch_size`. null: of all rows."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     """0: the likeliest token each time; above: samples, of logits divided by it."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -137,6 +140,12 @@ class WriteConfig(Section):
             problems.append(f"part {self.part} without prompts: how many prompts a part has. Set prompts")
         if len(set(self.splits)) != len(self.splits):
             problems.append("splits names a split twice")
+        if self.steps is not None and self.steps[0] >= self.steps[1]:
+            problems.append(f"steps [{self.steps[0]}, {self.steps[1]}]: none. The second is the larger one")
+        if self.steps is not None and self.splits != ("train",):
+            problems.append(
+                f"steps beside splits {list(self.splits)}: training rows alone are in steps. Set splits to train"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -193,6 +193,9 @@ class OptimizationConfig(Section):
     schedule_part: tuple[Fraction, Fraction] | None = None
     """The part of the schedule that this run goes through; null: all of it. A run that begins with another's export
     can go on where that has ended: [0, 0.5] and [0.5, 1]. Each has its own warm-up, as its optimizer begins anew."""
+    first_step: NonNegativeInt | None = None
+    """Where the run begins in the order of the training rows, in steps; null: at its first. A run that begins with
+    another's export can go on where that has ended, and takes the rows that come next."""
     num_warmup_steps: NonNegativeInt = 0
     """Steps in which the learning rate rises linearly from 0."""
     min_learning_rate_ratio: Fraction = 0.0
@@ -210,3 +213,10 @@ class OptimizationConfig(Section):
                 f"schedule_part [{start:g}, {stop:g}] has no step: it must rise, from 0 to 1 at most"
             )
         return self
+
+    def num_steps(self, num_examples: int) -> int:
+        """Of a run over so many training rows."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.num_epochs is not None  # there is one of the two
+        return max(1, round(self.num_epochs * -(-num_examples // self.global_batch_size)))
