@@ -405,9 +405,9 @@ def _values_and_grads(
             work.settings,
             with_grad=any(needs),
             row_width=buffer_CW.shape[1],
-            label_logprobs_C=None
-            if logprobs_N is None or not work.settings.reverse_kl
-            else logprobs_N[chunk],
+            label_logprobs_C=logprobs_N[chunk]
+            if logprobs_N is not None and work.settings.reverse_kl
+            else None,
             kd_ratios_C=None if kd_ratios_N is None else kd_ratios_N[chunk],
         )
         if logprobs_N is not None:

@@ -36,6 +36,4 @@ Dtype = Literal["float32", "bfloat16"]
 Split = Literal["train", "validation", "test"]
 Date = Annotated[str, AfterValidator(_iso_date)]
 Place = Annotated[str, AfterValidator(expanduser)]  # a file or folder here, or a name or URL elsewhere
-LocalPlace = Annotated[
-    str, AfterValidator(_here)
-]  # a folder to write, which as a URL would become one of that name
+LocalPlace = Annotated[str, AfterValidator(_here)]  # a folder to write; a URL would become one of that name
