@@ -47,7 +47,7 @@ from shared.recipes.sections import (
 # Those in which a run and its baseline are to differ.
 SETTINGS_OF_A_RUN_ALONE = (
     *("loss.", "loss=", "run.name=", "run=", "evaluation.baseline=", "evaluation="),
-    *("rounds.", "rounds=", "write.", "write=", "optimization.schedule_part="),
+    *("rounds.", "rounds=", "write.", "write=", "optimization.schedule_part=", "optimization.first_step="),
 )
 
 
