@@ -21,6 +21,7 @@ import hypothesis
 import pytest
 import torch
 import torch.distributed as dist
+from forks import settle_thread_pools
 from samples import ANSWERS, PLAIN_CHAT, QUESTIONS, make_examples, write_vqa_folder
 from tokenizers import AddedToken
 from tqdm import tqdm
@@ -37,6 +38,8 @@ from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import Example
 from shared.recipes import DataConfig, Recipe
 from shared.small_models import make_small_model, train_tokenizer
+
+settle_thread_pools()
 
 # How long an example takes says more about what else the machine does than about the code.
 hypothesis.settings.register_profile("any machine", deadline=None)

@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.forks import settle_thread_pools
 from tests.torture.campaigns import NAMES, run_campaigns
 from tests.torture.cases import table
 
@@ -37,6 +38,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.case is not None and len(arguments.only or ()) != 1:
         parser.error("--case needs the one campaign that it is of: --only NAME")
+    settle_thread_pools()
     print(f"seed {arguments.seed}, {arguments.minutes:g} minutes", flush=True)
     folder = Path(tempfile.gettempdir()) / f"teachonce-torture-{os.getuid()}"
     tallies = run_campaigns(
