@@ -33,8 +33,9 @@ from shared.recipes import DataConfig
 from shared.small_models import CHAT_TEMPLATE, END_OF_TURN, PAD, SPECIAL_TOKENS
 
 MARKERS = [*SPECIAL_TOKENS, END_OF_TURN, PAD, "<think>", "</think>"]
-TEXTS = (  # Hypothesis draws string constants of the project's modules too, and some of those are markers
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
+# Hypothesis draws string constants of the project's modules too, and some of those are markers.
+TEXTS = (
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=15)  # 60 bytes: no answer is cut
     .map(str.strip)
     .filter(lambda text: bool(text) and not any(marker in text for marker in MARKERS))
 )

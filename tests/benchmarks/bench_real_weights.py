@@ -7,7 +7,7 @@
     targets   the error of the head's gradient by policy, size and tail; its student is the teacher without two layers
     further   the same with the model before fine-tuning as the student, which is further from the teacher
     student   half of its layers, from a cache at the default tau
-    students  labels alone, the live teacher, caches of three sizes, top_k and random at equal bytes
+    students  labels alone, the live teacher, caches of three sizes, top_k (with two tails) and random at equal bytes
     steps     the time of a step of each against that of labels alone
 
 Teacher, cache and first student are made by the ordinary commands.  Weights and moments are fp32, and computation is
@@ -39,13 +39,13 @@ from shared.recipes import load_recipe
 from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.runtime import distributed
 from tests.benchmarks import full_shapes
-from tests.benchmarks.bench_students import policies_of_equal_size, timed_jobs
+from tests.benchmarks.bench_students import policies_of_equal_size
 from tests.benchmarks.bench_targets import FP16, STEP_TAUS, Line, measure, scheme, show_errors, table
 from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.live import LiveTeacher
 from tests.benchmarks.pretrained_gemma import TINY_VISION, read_package, save_vlm, shorten, tiny_model
 from tests.benchmarks.real_teacher import batches, distributions
-from tests.benchmarks.student_results import LABELS, LEARNED, LENGTHS, LIVE, Results
+from tests.benchmarks.student_results import LABELS, LEARNED, LENGTHS, LIVE, TIMED, Results
 from tests.benchmarks.student_runs import (
     Job,
     Key,
@@ -320,32 +320,29 @@ def _directions(width: int) -> Tensor:
 def jobs_of(plan: Plan) -> list[Job]:
     """Seed by seed, the most telling variants first."""
     return [
-        Job(
-            str(plan.recipe("student")),
-            variant,
-            length,
-            seed,
-            plan.kd_ratio,
-            teaching,
-            plan.root,
-            plan.held_out,
-        )
+        job_of(plan, variant, length, seed)
         for seed in plan.seeds
         for length in plan.lengths
-        for variant, teaching in variants(plan).items()
+        for variant in variants(plan)
     ]
 
 
-def variants(plan: Plan) -> dict[str, Teaching]:
-    found: dict[str, Teaching] = {LIVE: LiveTeacher(), LABELS: None}
-    kinds: dict[str, Callable[[int], Policy]] = {
-        "tau": lambda n: Threshold(tau=1 / n),
-        "top": lambda n: TopK(k=n),
-        "random": lambda n: Random(draws=n),
-    }
+def job_of(plan: Plan, variant: str, length: str, seed: int) -> Job:
+    recipe = str(plan.recipe("student"))
+    teaching, tail = variants(plan)[variant]
+    return Job(recipe, variant, length, seed, plan.kd_ratio, teaching, plan.root, plan.held_out, tail)
+
+
+def variants(plan: Plan) -> dict[str, tuple[Teaching, str | None]]:
+    """How students are taught, and the tail of their loss; ``top_k`` with each tail that has won somewhere."""
+    found: dict[str, tuple[Teaching, str | None]] = {LIVE: (LiveTeacher(), None), LABELS: (None, None)}
     for name in sizes(plan):
-        kind, number = name.split()
-        found[name] = kinds[kind](int(number.removeprefix("1/")))
+        kind, written = name.split()
+        number = int(written.removeprefix("1/"))
+        if kind == "top":
+            found |= {f"{name}, {tail}": (TopK(k=number), tail) for tail in ("uniform", "ghost")}
+        else:
+            found[name] = (Threshold(tau=1 / number) if kind == "tau" else Random(draws=number)), None
     return found
 
 
@@ -386,22 +383,8 @@ def results_of(plan: Plan) -> Results:
 
 
 def steps(plan: Plan) -> dict[str, Any]:
-    everything = {LABELS: None} | variants(plan)
-    jobs = [
-        Job(
-            job.recipe,
-            job.variant,
-            job.length,
-            job.seed,
-            job.kd_ratio,
-            job.teaching,
-            plan.root,
-            plan.held_out,
-        )
-        for job in timed_jobs(
-            str(plan.recipe("student")), everything, seeds=list(plan.seeds), kd_ratio=plan.kd_ratio
-        )
-    ]
+    everything = [LABELS, *(name for name in variants(plan) if name != LABELS)]
+    jobs = [job_of(plan, variant, TIMED, plan.seeds[0]) for variant in everything]
     path = plan.root / "students.json"
     failed = json.loads(path.read_text())["failed"] if path.exists() else []
     untimed = time_missing(jobs, plan.results, num_turns=plan.num_turns, but=failed)
