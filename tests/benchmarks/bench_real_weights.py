@@ -251,13 +251,17 @@ def draw_rows(root: Path, *, train: int = 16, validation: int = 6) -> None:
 
 
 def student(plan: Plan) -> dict[str, Any]:
-    if not (plan.root / "half").exists():
-        source = plan.root / "runs" / "teacher" / "export"
-        in_own_process(_shorten, source, plan.root / "half", plan.num_layers)
+    make_student(plan, "half", plan.num_layers)
     command("stage1_teacher", "capture", plan.recipe("student"))
     found = run_of(plan, "student")
     inspected = json.loads(command("stage1_teacher", "inspect", plan.root / "caches" / "default", "--json"))
     return {"before": found["before"], "after": found["after"], "cache": inspected}
+
+
+def make_student(plan: Plan, name: str, num_layers: int) -> None:
+    """The teacher with so many of its layers, where it is not there yet."""
+    if not (plan.root / name).exists():
+        in_own_process(_shorten, plan.root / "runs" / "teacher" / "export", plan.root / name, num_layers)
 
 
 def _shorten(source: Path, out: Path, num_layers: int) -> None:
@@ -265,9 +269,7 @@ def _shorten(source: Path, out: Path, num_layers: int) -> None:
 
 
 def targets(plan: Plan) -> dict[str, Any]:
-    if not (plan.root / "near").exists():
-        source = plan.root / "runs" / "teacher" / "export"
-        in_own_process(_shorten, source, plan.root / "near", plan.num_layers_of_near)
+    make_student(plan, "near", plan.num_layers_of_near)
     found: dict[str, Any] = in_own_process(_errors, plan, plan.root / "near")
     return found
 
@@ -358,7 +360,7 @@ def sizes(plan: Plan) -> dict[str, str | None]:
 def _sizes(plan: Plan) -> dict[str, str | None]:
     torch.set_num_threads(1)
     with distributed(device="cpu") as world:
-        recipe = load_recipe(plan.recipe("student"))
+        recipe = load_recipe(plan.recipe("student"), overrides=["loss.kd_ratio=0"])  # no cache need be there
         found, at_most = policies_of_equal_size(
             recipe, world, taus=TAUS, num_examples=NUM_EXAMPLES, most=4096
         )
@@ -366,6 +368,7 @@ def _sizes(plan: Plan) -> dict[str, str | None]:
 
 
 def students(plan: Plan) -> dict[str, Any]:
+    make_student(plan, "half", plan.num_layers)
     failed = run_missing(jobs_of(plan), plan.results)
     results = results_of(plan)
     at_most = {name: other for name, other in sizes(plan).items() if other is not None}
@@ -383,6 +386,7 @@ def results_of(plan: Plan) -> Results:
 
 
 def steps(plan: Plan) -> dict[str, Any]:
+    make_student(plan, "half", plan.num_layers)
     everything = [LABELS, *(name for name in variants(plan) if name != LABELS)]
     jobs = [job_of(plan, variant, TIMED, plan.seeds[0]) for variant in everything]
     path = plan.root / "students.json"
