@@ -16,6 +16,7 @@ from itertools import islice
 from math import isfinite
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -116,7 +117,7 @@ def _check_model(
     alone_SD, other_SD, together_BSD = (_states(model, batch) for batch in (alone, other, together))
     alone_SD, other_SD = alone_SD[0], other_SD[0]
     predicting = alone.position_index[-len(own_NV) :]
-    _compare_logits(model, own_NV, split(model)[1].logits(alone_SD[predicting]))
+    _compare_logits(model, own_NV, alone_SD[predicting], num_needed=processor.num_answer_ids)
     _compare(
         model,
         CAUSAL,
@@ -212,7 +213,14 @@ def _with_another_answer(one: Encoded, processor: ExampleProcessor) -> Encoded:
 def _states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The body's hidden states (B, S, D)."""
     body, head = split(model)
-    return last_hidden_states(body, in_dtype_of(head, batch.inputs))
+    states = last_hidden_states(body, in_dtype_of(head, batch.inputs))
+    num_tokens, num_states = batch.inputs["input_ids"].shape[1], states.shape[1]
+    if num_states != num_tokens:
+        raise RecipeError(
+            f"model class {type(model).__name__}: it gives {num_states} hidden states for {num_tokens} tokens, as "
+            "where pictures stand in front of a text that has no placeholders. It cannot be used"
+        )
+    return states
 
 
 def _own_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -226,20 +234,57 @@ def _own_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return logits_SV[near - length]
 
 
-def _compare_logits(model: PreTrainedModel, own_NV: Tensor, ours_NV: Tensor) -> None:
-    worst = (own_NV.float() - ours_NV.float()).abs().max().item()
+def _compare_logits(model: PreTrainedModel, own_NV: Tensor, hidden_ND: Tensor, *, num_needed: int) -> None:
+    """The model's own logits, of which some behind the tokenizer's ids may be cut off, with those of its head."""
+    head, name = split(model)[1], f"model class {type(model).__name__}"
+    width = own_NV.shape[1]
+    if width < num_needed:
+        raise RecipeError(
+            f"{name}: it gives {width} logits, its tokenizer has {num_needed} ids. They do not belong together"
+        )
+    ours_NV = _first(width, head.logits(hidden_ND))
+    if num_left_out := _num_left_out(own_NV, ours_NV):
+        raise RecipeError(
+            f"{name}: it leaves {num_left_out} ids out by giving them the lowest logit there is, which its body and "
+            "its head do not. Take another model"
+        )
     largest = own_NV.float().abs().max().item()
     if not isfinite(largest):
         raise RecipeError(
-            f"model class {type(model).__name__}: it gives NaN or infinity for the first examples. Its weights may "
-            "be damaged, or its dtype too narrow (float32 may help)"
+            f"{name}: it gives NaN or infinity for the first examples. Its weights may be damaged, or its dtype too "
+            "narrow (float32 may help)"
         )
-    if not worst <= _tolerance(SPLIT, own_NV) * max(1.0, largest):
+    worst = _farthest(own_NV, ours_NV)
+    allowed = _tolerance(SPLIT, own_NV) * max(1.0, largest)
+    if worst <= allowed:
+        return
+    uncapped_NV = _first(width, replace(head, softcap=None).logits(hidden_ND))
+    if head.softcap is not None and _farthest(own_NV, uncapped_NV) <= allowed:
         raise RecipeError(
-            f"model class {type(model).__name__}: its logits differ by {worst:.3g} from those of its body and its "
-            f"head, where none is above {largest:.3g}: it changes them in a way that is not known here. Take another "
-            "model"
+            f"{name}: its config.json caps logits (final_logit_softcapping {head.softcap:g}), and this class of "
+            f"Transformers {transformers.__version__} leaves the cap out, so that its logits are not those that it "
+            "was made with. Take another version of Transformers, or another model"
         )
+    raise RecipeError(
+        f"{name}: its logits differ by {worst:.3g} from those of its body and its head, where none is above "
+        f"{largest:.3g}: it changes them in a way that is not known here. Take another model"
+    )
+
+
+def _farthest(one_NV: Tensor, other_NV: Tensor) -> float:
+    return (one_NV.float() - other_NV.float()).abs().max().item()
+
+
+def _first(width: int, logits_NV: Tensor) -> Tensor:
+    return logits_NV if logits_NV.shape[1] == width else logits_NV[:, :width]
+
+
+def _num_left_out(own_NV: Tensor, ours_NV: Tensor) -> int:
+    """Ids whose own logit is the lowest of the dtype, or minus infinity, at every position, and ours is not."""
+    lowest = torch.finfo(own_NV.dtype).min
+    if not own_NV.min().item() <= lowest:
+        return 0
+    return int(((own_NV <= lowest) & ours_NV.isfinite()).all(dim=0).sum().item())
 
 
 def _compare(

@@ -24,7 +24,7 @@ from shared.completeness import broken_shards
 from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed, shortened
 from shared.models.quantized import require_library, what_becomes_of_it
-from shared.models.vlm import num_logit_ids, split
+from shared.models.vlm import num_logit_ids, scale_left_out, split
 from shared.models.weight_files import require_whole_weights
 from shared.places import is_local, require_no_typo
 from shared.recipes import DataConfig, Recipe, Split, trainer_of
@@ -111,6 +111,8 @@ def describe_shape(report: Report, model: PreTrainedModel) -> None:
     text = model.config.get_text_config()
     report.add("  text model", f"{text.num_hidden_layers} layers, hidden {text.hidden_size}")
     report.add("  head", f"{split(model)[1].weight_VD.shape[0]:,} ids wide")
+    if (left_out := scale_left_out(model.config)) is not None:
+        report.note(left_out)
 
 
 def require_head(

@@ -50,7 +50,7 @@ from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceErr
 from shared.library_output import keep_library_output
 from shared.model_check import check_model, two_examples
 from shared.models.quantized import what_becomes_of_it
-from shared.models.vlm import load_config
+from shared.models.vlm import load_config, scale_left_out
 from shared.recipes import CacheConfig, Recipe, TeacherConfig, dump_recipe
 from shared.runtime import World, environment
 from shared.same_prompts import open_processor_of
@@ -110,6 +110,8 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         config = load_config(recipe.teacher.model, recipe.teacher.revision)
         is_shared = world.size > 1 and (recipe.teacher.shard or recipe.teacher.ranks_per_copy > 1)
         if (told := what_becomes_of_it(config, dequantize=is_shared)) is not None:
+            tqdm.write(f"note: teacher {recipe.teacher.model}: {told}")
+        if (told := scale_left_out(config)) is not None:
             tqdm.write(f"note: teacher {recipe.teacher.model}: {told}")
     teacher = load_teacher(
         recipe.teacher,

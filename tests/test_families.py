@@ -719,10 +719,69 @@ def test_what_equal_rows_of_a_batch_differ_by_is_rounding(folder_of: Callable[[s
     check_model(model, processor, examples, device=CPU)
 
 
+def with_logits(model: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The model, its forward changing its logits last."""
+    plain_forward = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        outputs = plain_forward(**inputs)
+        outputs.logits = change(outputs.logits)
+        return outputs
+
+    model.forward = forward
+    return model
+
+
 def test_logits_that_are_no_product_of_the_head_are_refused(folder_of: Callable[[str], Path]) -> None:
     processor, examples, model = examples_of(folder_of("gemma3"))
-    model.config.text_config.final_logit_softcapping = 2.0  # which this class never applies
+    with_logits(model, lambda logits: logits * 2)
     with pytest.raises(RecipeError, match=r"its logits differ by .* from those of its body and its head"):
+        check_model(model, processor, examples, device=CPU)
+
+
+def test_a_cap_that_the_class_leaves_out_is_named(folder_of: Callable[[str], Path]) -> None:
+    processor, examples, model = examples_of(folder_of("gemma3"))
+    model.config.text_config.final_logit_softcapping = 2.0  # which this class never applies
+    with pytest.raises(RecipeError, match=r"caps logits \(final_logit_softcapping 2\).* leaves the cap out"):
+        check_model(model, processor, examples, device=CPU)
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -torch.inf])
+def test_ids_that_the_model_leaves_out_are_named(lowest: float, folder_of: Callable[[str], Path]) -> None:
+    """As Chameleon's do: it is no damage to its weights, and no other scale."""
+    processor, examples, model = examples_of(folder_of("gemma3"))
+
+    def without_ids(logits_BSV: Tensor) -> Tensor:
+        return torch.cat([logits_BSV[..., :3] + 100, torch.full_like(logits_BSV[..., 3:], lowest)], dim=-1)
+
+    with_logits(model, without_ids)
+    with pytest.raises(RecipeError, match=r"it leaves \d+ ids out by giving them the lowest logit there is"):
+        check_model(model, processor, examples, device=CPU)
+
+
+def test_logits_that_end_behind_the_tokenizer_s_ids_are_enough(folder_of: Callable[[str], Path]) -> None:
+    """Some heads are padded, and their models cut the padding off."""
+    processor, examples, model = examples_of(folder_of("gemma3"))
+    width, needed = split(model)[1].weight_VD.shape[0], processor.num_answer_ids
+    assert needed < width
+    with_logits(model, lambda logits: logits[..., :needed])
+    check_model(model, processor, examples, device=CPU)
+    with_logits(model, lambda logits: logits[..., : needed - 1])
+    with pytest.raises(RecipeError, match=rf"it gives {needed - 1} logits, its tokenizer has {needed} ids"):
+        check_model(model, processor, examples, device=CPU)
+
+
+def test_states_that_are_not_one_for_each_token_are_refused(folder_of: Callable[[str], Path]) -> None:
+    """GIT puts pictures in front of the text: what stands at a label's place would be another token's."""
+    processor, examples, model = examples_of(folder_of("gemma3"))
+
+    def with_pictures_in_front(body: Any, inputs: Any, outputs: Any) -> None:
+        states = outputs.last_hidden_state
+        outputs.last_hidden_state = torch.cat([states[:, :3], states], dim=1)
+
+    model.model.register_forward_hook(with_pictures_in_front)
+    length = len(examples[0].input_ids)
+    with pytest.raises(RecipeError, match=rf"it gives {length + 3} hidden states for {length} tokens"):
         check_model(model, processor, examples, device=CPU)
 
 

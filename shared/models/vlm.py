@@ -7,7 +7,7 @@ the logits of a batch never exist.  ``split`` finds the parts in any ``AutoModel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,26 @@ from shared.models.quantized import (
 )
 from shared.models.weight_files import require_whole_weights
 from shared.places import is_local, require_hub_asked_once, require_no_typo, why
+
+# What the forward of a family's own class multiplies its logits by, from the settings of its text model.  The others
+# multiply by nothing, whatever these settings say: LLaVA-NeXT does not divide by the ``logits_scaling`` of a Granite
+# inside, nor Aya Vision multiply by the ``logit_scale`` of its Cohere 2.
+SCALES: dict[str, Callable[[Any], float]] = {
+    "cohere_compass": lambda text: text.logit_scale or 1.0,
+    "granite4_vision": lambda text: 1.0 / text.logits_scaling,
+    "granite_docling": lambda text: 1.0 / text.logits_scaling,
+    "hyperclovax_vision_v2": lambda text: text.logits_scaling,
+    "inkling_mm_model": lambda text: 1.0 / text.logits_mup_width_multiplier,
+    "muse_glimmer": lambda text: text.output_multiplier,
+    "muse_spark": lambda text: text.output_multiplier,
+}
+LEFT_OUT: dict[str, Callable[[Any], float]] = {  # of text models, when they stand alone
+    "cohere": lambda text: text.logit_scale or 1.0,
+    "cohere2": lambda text: text.logit_scale or 1.0,
+    "granite": lambda text: 1.0 / (text.logits_scaling or 1.0),
+    "granitemoehybrid": lambda text: 1.0 / (text.logits_scaling or 1.0),
+    "hyperclovax": lambda text: text.logits_scaling,
+}
 
 
 @dataclass(frozen=True)
@@ -176,9 +196,22 @@ def split(model: PreTrainedModel) -> tuple[nn.Module, Head]:
             f"model class {type(model).__name__}: found no body with a linear head on top of it"
         )
     text = model.config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+    scale = SCALES.get(model.config.model_type, lambda _: 1.0)(text)
     head = Head(linear, scale=float(scale), softcap=getattr(text, "final_logit_softcapping", None))
     return (WithoutHead(model) if body is model else body), head
+
+
+def scale_left_out(config: PretrainedConfig) -> str | None:
+    """A note on a model whose class does not multiply its logits by what its text model alone does."""
+    text = config.get_text_config()
+    scale = LEFT_OUT.get(text.model_type, lambda _: 1.0)(text)
+    if config.model_type in SCALES or scale == 1.0:
+        return None
+    return (
+        f"its text model alone ({text.model_type}) multiplies its logits by {scale:g}, and {config.model_type} of "
+        "Transformers does not. Its probabilities are taken as Transformers computes them; a temperature of "
+        f"{1 / scale:g}, of cache and loss, gives those that it was made with"
+    )
 
 
 class WithoutHead(nn.Module):

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from shared.models.quantized import what_becomes_of_it
 from shared.models.router import RouterLoss, num_experts
-from shared.models.vlm import load_config
+from shared.models.vlm import load_config, scale_left_out
 from shared.recipes import Recipe
 from stage2_student.training.lora import out_of_reach
 
@@ -29,9 +29,10 @@ def notes_on(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
 def notes_at_start(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
     """The same, and what became of the student's files."""
     student = recipe.student
-    told = what_becomes_of_it(load_config(student.model, student.revision), dequantize=True)
-    if told is not None:
-        yield f"student {student.model}: {told}"
+    config = load_config(student.model, student.revision)
+    for told in (what_becomes_of_it(config, dequantize=True), scale_left_out(config)):
+        if told is not None:
+            yield f"student {student.model}: {told}"
     yield from notes_on(model, recipe)
 
 
