@@ -561,6 +561,9 @@ def test_settings_that_are_refused() -> None:
     check_refused(r"labels \[2, 2\]; give the positions", ValueError, labels_N=torch.zeros(2, 2).long())
     check_refused("labels are torch.float32", ValueError, labels_N=torch.zeros(4))
     check_refused("live teacher's logits to KDLoss", ValueError, targets=torch.zeros(4, 17))
+    for name in ("weights_N", "kd_factors_N", "kd_ratio"):
+        learned = torch.full((4,), 0.5, requires_grad=True)
+        check_refused(rf"{name} asks for a gradient.* give {name}.detach\(\)", ValueError, **{name: learned})
     with pytest.raises(RecipeError, match="unknown; choose one of"):
         Divergence("kl")
     with pytest.raises(RecipeError, match="between 0 and 1"):

@@ -29,8 +29,9 @@ from shared.models import plans
 from shared.models.plans import Plan, apply_plan, has_plans, plan_of
 from shared.models.sharding import fill, move_buffers
 from shared.models.vlm import empty_vlm, in_dtype_of, last_hidden_states, load_config, load_vlm, split
-from shared.recipes import DataConfig
-from shared.runtime import World
+from shared.recipes import DataConfig, StudentConfig
+from shared.runtime import World, distributed
+from stage2_student.training.student import empty_model
 
 pytestmark = pytest.mark.skipif(not has_plans(), reason="needs a newer transformers")
 
@@ -348,6 +349,29 @@ def test_towers_and_connector_stay_whole(tmp_path: Path, monkeypatch: pytest.Mon
         inside = ("language_model.", "model.language_model.", "lm_head")
         assert plan.tensor
         assert all(name.startswith(inside) for name in plan.tensor)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4v_moe_text"])
+def test_what_is_kept_in_fp32_is_so_where_ranks_share_a_model(kind: str, tmp_path: Path) -> None:
+    """In bf16 these corrections of a router are all 5, and other experts would be chosen."""
+    whole = AutoModelForImageTextToText.from_config(other_config(kind))
+    name = next(name for name in whole.state_dict() if name.endswith("e_score_correction_bias"))
+    correction = whole.get_buffer(name).copy_(torch.tensor([5.01, 5.0, 4.995, 5.005]))
+    whole.save_pretrained(tmp_path)
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": None}
+    source = load_vlm(str(tmp_path), revision=None, **bf16)
+    shared = empty_vlm(load_config(str(tmp_path)), **bf16)
+    student = empty_model(load_config(str(tmp_path)), StudentConfig(model="", param_dtype="bfloat16"))
+    for model in (shared, student):
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        with distributed(device="cpu") as world:
+            fill(model, source, world)
+        assert torch.equal(model.get_buffer(name), correction)
+    assert {n: t.dtype for n, t in shared.state_dict().items()} == {
+        n: t.dtype for n, t in source.state_dict().items()
+    }
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}  # as FSDP2 asks for
 
 
 def test_buffers_move_where_parameters_stay() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from stage2_runs import (
     assert_same_state,
     make_recipe,
@@ -22,14 +23,16 @@ from stage2_runs import (
     teacher_of,
     validation_records,
 )
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from shared.data.collation import Batch
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import Example
 from shared.errors import RecipeError
 from shared.models.vlm import load_vlm
+from shared.recipes import StudentConfig
 from stage2_student.__main__ import commands
+from stage2_student.training.student import choose_trained, empty_model
 
 
 @pytest.fixture
@@ -187,6 +190,12 @@ def test_targets_may_be_named_and_are_checked(tree: dict[str, Any]) -> None:
     run_alone(recipe)
     adapted = {name.partition(".lora_A")[0] for name in state_of(recipe, 1) if ".lora_A" in name}
     assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "linear_fc1"}
+    recipe = make_recipe(
+        tree, optimization__max_steps=1, student__freeze={"vision": True}, run__name="frozen tower"
+    )
+    run_alone(recipe)
+    saved = load_file(recipe.run.path / "export" / "adapter_model.safetensors")
+    assert {name.split(".")[-4] for name in saved if "visual" in name} == {"merger"}
     tree["student"]["lora"]["target_modules"] = ["q_prj"]
     with pytest.raises(RecipeError, match=r"'q_prj' is no linear layer.*q_proj"):
         run_alone(make_recipe(tree, run__name="other"))
@@ -195,6 +204,40 @@ def test_targets_may_be_named_and_are_checked(tree: dict[str, Any]) -> None:
         RecipeError, match=r"'lm_head' is the head .* the loss reads the head's weight itself"
     ):
         run_alone(make_recipe(tree, run__name="head"))
+
+
+@pytest.mark.parametrize("target", ["target_modules", "target_parameters"])
+def test_a_frozen_part_gets_no_adapters(target: str) -> None:
+    """Towers of LLaVA and others have layers of the language model's names."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = vision | {"vocab_size": 64}
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=vision)
+    names = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["embed_tokens.weight"]}[target]
+
+    def parts(freeze: dict[str, bool], targets: list[str]) -> set[str]:
+        student = StudentConfig.model_validate(
+            {
+                "model": "",
+                "freeze": freeze,
+                "lora": {"rank": 2, "target_modules": ["q_proj"], target: targets},
+            }
+        )
+        model = empty_model(config, student)
+        choose_trained(model, student, seed=0)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert all(".lora_" in name for name in trained)
+        return {name.split(".")[1] for name in trained}
+
+    assert parts({"vision": True}, names) == {"language_model"}
+    assert parts({}, ["q_proj"] if target == "target_modules" else names) == {
+        "language_model",
+        "vision_tower",
+    }
+    alone = {"target_modules": "fc1", "target_parameters": "position_embedding.weight"}[target]
+    with pytest.raises(
+        RecipeError, match=f"{target}: '{alone}' lies in parts alone that student.freeze freezes"
+    ):
+        parts({"vision": True}, [*names, alone])
 
 
 def test_adapters_in_a_frozen_language_model_are_a_contradiction(tree: dict[str, Any]) -> None:

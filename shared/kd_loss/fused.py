@@ -117,7 +117,8 @@ def fused_ce_kd(
     Returns  LossSums; of a split vocabulary complete on every rank, as is the hidden states' gradient
     Raises   RecipeError         for settings that contradict each other or the targets
              CacheMismatchError  for a temperature that was not captured
-             ValueError          for labels or entries outside the vocabulary, or other counts of positions
+             ValueError          for labels or entries outside the vocabulary, other counts of positions, and weights,
+                                 factors or ratios that ask for a gradient: none is made for them
     Holds    independent of chunk size, order and ranks; KD zero when student equals teacher
              no positions give a zero with a graph; frozen inputs cost no gradient; ``no_grad`` no memory
              the head's gradient is accumulated in fp32
@@ -217,7 +218,9 @@ def _prepared(
     weight_VD, group = local_part(weight_VD, 0, tp_group)
     if bias_V is not None:
         bias_V, _ = local_part(bias_V, 0, None)
-    _check_inputs(hidden_ND, labels_N, targets)
+    _check_inputs(
+        hidden_ND, labels_N, targets, weights_N=weights_N, kd_factors_N=kd_factors_N, kd_ratio=kd_ratio
+    )
     shard = None if group is None else VocabShard.agree(group, weight_VD.shape[0], labels_N)
     num_ids = weight_VD.shape[0] if shard is None else shard.total_ids
     num_vocab_ids = num_ids if num_vocab_ids is None else num_vocab_ids
@@ -252,7 +255,7 @@ def _of_positions(kd_ratio: Tensor, num_positions: int) -> Tensor:
     return kd_ratio.expand(num_positions)
 
 
-def _check_inputs(hidden_ND: Tensor, labels_N: Tensor, targets: object) -> None:
+def _check_inputs(hidden_ND: Tensor, labels_N: Tensor, targets: object, **factors: object) -> None:
     if hidden_ND.ndim != 2 or labels_N.ndim != 1:
         raise ValueError(
             f"hidden states have the shape {list(hidden_ND.shape)} and labels {list(labels_N.shape)}; give the "
@@ -260,6 +263,12 @@ def _check_inputs(hidden_ND: Tensor, labels_N: Tensor, targets: object) -> None:
         )
     if labels_N.is_floating_point():
         raise ValueError(f"labels are {labels_N.dtype}; give ids, torch.int64")
+    for name, factor in factors.items():
+        if isinstance(factor, Tensor) and factor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} asks for a gradient, and the loss makes those of hidden states and head alone; give "
+                f"{name}.detach()"
+            )
     if isinstance(targets, Tensor):
         raise ValueError("targets are a tensor; give those of a cache, or a live teacher's logits to KDLoss")
 

@@ -171,6 +171,7 @@ def empty_vlm(
 ) -> PreTrainedModel:
     """The model's shape without memory behind it, on the meta device; of a quantised one the ordinary model's.
 
+    Holds    its tensors have the types that ``load_vlm`` gives them
     Raises   RecipeError  when this model cannot be made so, as with an attention that is not installed
     """
     try:
@@ -181,8 +182,23 @@ def empty_vlm(
     except Exception as error:  # of any type: settings that do not fit together, packages that are missing
         reason = shortened(str(error).split("\n")[0])
         raise RecipeError(f"model of type {config.model_type}: cannot be made: {reason}") from error
+    _keep_in_fp32(model)
     keep_rows_apart(model)
     return model
+
+
+def _keep_in_fp32(model: PreTrainedModel) -> None:
+    """What a class wants in fp32 beside narrower weights; ``from_pretrained`` alone heeds it.
+
+    A router's correction, of some units, decides between experts by differences that bf16 rounds away.
+    """
+    names = model._keep_in_fp32_modules_strict or ()
+    for path, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                full = f".{path}.{name}."
+                if tensor is not None and any(f".{one}." in full for one in names):
+                    tensor.data = tensor.data.float()
 
 
 def split(model: PreTrainedModel) -> tuple[nn.Module, Head]:

@@ -41,8 +41,8 @@ from stage2_student.publishing.card import CARD, model_card, read_sources
 from stage2_student.runs.checkpoint import Checkpoint, hashes, load, student_state
 from stage2_student.runs.files import write_json, write_text
 from stage2_student.runs.run_folder import RunFolder
-from stage2_student.training.lora import add_adapters, merge_adapters, save_adapters
-from stage2_student.training.student import empty_model
+from stage2_student.training.lora import merge_adapters, save_adapters
+from stage2_student.training.student import choose_trained, empty_model
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 TOKENIZER_FILES = (
@@ -182,8 +182,8 @@ def export_checkpoint(
     if merge is None:
         merge = lora is not None and (lora.merge or adapters.is_adapter(recipe.student.model))
     model = empty_model(load_config(str(folder.model_files)), recipe.student)
-    if lora is not None:
-        add_adapters(model, lora, seed=recipe.run.seed)
+    if lora is not None:  # which also depend on what is frozen
+        choose_trained(model, recipe.student, seed=recipe.run.seed)
     model.to_empty(device="cpu")
     model.tie_weights()  # which to_empty has undone
     load(checkpoint, student_state(model))

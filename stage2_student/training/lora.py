@@ -33,8 +33,11 @@ PREFIX = (
 def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
     """Puts adapters into the model; all else is frozen.  On the meta device they stay there.
 
+    What is frozen before gets none, though it has a target's name, as layers of a vision tower do.
+
     Holds    the model's outputs are as before: one factor of each adapter is zero
-    Raises   RecipeError  when peft is not installed, or a target is no linear layer, or no parameter, of the model
+    Raises   RecipeError  when peft is not installed, or a target is no linear layer, or no parameter, of the model,
+                          or lies in frozen parts alone
     """
     if importlib.util.find_spec("peft") is None:
         raise RecipeError("student.lora: peft is not installed. Run `pip install 'teachonce[lora]'`")
@@ -140,7 +143,7 @@ def _named_parameters(model: PreTrainedModel, config: LoraConfig) -> list[str] |
                 f"student.lora.target_parameters: {target!r} is no matrix of {type(model).__name__} outside of its "
                 f"linear layers, which are {', '.join(known)}"
             )
-        chosen |= found
+        chosen |= _trained(model, found, "", key="target_parameters", target=target)
     return sorted(chosen)
 
 
@@ -172,8 +175,19 @@ def _layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
                 f"student.lora.target_modules: {target!r} is the head of {type(model).__name__}, which can have no "
                 "adapter: the loss reads the head's weight itself"
             )
-        chosen |= found
+        chosen |= _trained(model, found, ".weight", key="target_modules", target=target)
     return sorted(chosen)
+
+
+def _trained(model: PreTrainedModel, names: set[str], leaf: str, *, key: str, target: str) -> set[str]:
+    """Those that no switch of ``student.freeze`` has frozen; ``leaf`` is what makes parameters of the names."""
+    found = {name for name in names if model.get_parameter(name + leaf).requires_grad}
+    if not found:
+        raise RecipeError(
+            f"student.lora.{key}: {target!r} lies in parts alone that student.freeze freezes. Leave that switch out, "
+            "or the target: without its adapters a part does not change"
+        )
+    return found
 
 
 def save_adapters(model: PreTrainedModel, folder: Path, *, base: str, revision: str | None) -> None:

@@ -388,11 +388,11 @@ def meta_model(config: StudentConfig) -> PreTrainedModel:
 
 
 def empty_model(model_config: PretrainedConfig, config: StudentConfig) -> PreTrainedModel:
-    return empty_vlm(
-        model_config,
-        dtype=getattr(torch, config.param_dtype),
-        attn_implementation=config.attn_implementation,
-    )
+    dtype = getattr(torch, config.param_dtype)
+    model = empty_vlm(model_config, dtype=dtype, attn_implementation=config.attn_implementation)
+    for parameter in model.parameters():  # FSDP2 trains parameters of one type
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def full_model(config: StudentConfig, *, seed: int) -> PreTrainedModel:
