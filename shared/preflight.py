@@ -7,6 +7,7 @@ not fetched.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,8 +34,9 @@ from shared.same_teacher import require_teacher
 from shared.split_check import SplitFound, look_at
 
 TOKENS_WITHOUT_DATA = 1024
-CHOICES = {"choices", "options", "candidates"}  # names of columns that hold the answers to choose from
-LETTERS = {"A", "B", "C"}  # or of columns that hold one each
+# Names of columns that hold the answers to choose from, or one each: choices, choice_a, Option 1.
+CHOICES = re.compile(r"(.*[ _-])?(choices?|options?|candidates)([ _-]?([a-d]|\d))?")
+LETTERS = {"a", "b", "c"}  # such columns of one letter
 MAX_TOKENS = 5  # named in a note
 
 
@@ -280,6 +282,17 @@ def _describe_split(report: Report, name: str, found: SplitFound) -> None:
             f"{found.num_bare:,} answers of {name} are a number or a letter, and the choices are in columns that are "
             "not used. Write the choices into the question, and the chosen text into the answer"
         )
+    if found.num_listed:
+        report.note(
+            f"{found.num_listed:,} answers of {name} are texts that read as lists, such as \"['a', 'b']\", and are "
+            "learned with brackets and quotes. Write one text, or a list for data.answers majority"
+        )
+    if found.beside:
+        columns = " and ".join(found.beside)
+        report.note(
+            f"rows of {name} seem to have pictures in {shortened(columns)} too, which no prompt shows. All pictures "
+            "of a row belong in one column, as a list"
+        )
     if found.spelled:
         tokens = ", ".join(f"{token!r} {number:,}" for token, number in found.spelled.most_common(MAX_TOKENS))
         report.note(
@@ -304,7 +317,8 @@ def _describe_split(report: Report, name: str, found: SplitFound) -> None:
 
 
 def _are_choices(columns: Sequence[str]) -> bool:
-    return not CHOICES.isdisjoint(map(str.lower, columns)) or LETTERS.issubset(columns)
+    names = {name.lower() for name in columns}
+    return names >= LETTERS or any(CHOICES.fullmatch(name) for name in names)
 
 
 def _form(found: SplitFound) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +25,9 @@ from shared.recipes import DataConfig, Split
 
 MAX_DECODED = 1000
 NUM_MEASURED = 4  # of the longest examples: their tokens are counted, pictures and all
+NUM_LOOKED_BESIDE = 8  # rows whose unused columns are looked at
 _BARE_CHOICE = re.compile(r"\(?([A-Ja-j]|\d)\)?\.?")
+_LISTED_TEXT = re.compile(r"""\[\s*(['"]).*\1\s*\]""", re.DOTALL)
 
 
 @dataclass
@@ -37,6 +40,8 @@ class SplitFound:
     num_with_ids, num_unended  rows that say their answer's token ids; whose answer was cut by its writer
     num_written   rows whose answer a model wrote
     num_bare      rows whose answer is a number or letter of a choice, and no more
+    num_listed    rows whose answer is a text that reads as a list of texts: ``['a', 'b']``
+    beside        columns that are not used and seem to hold pictures, of rows that have others
     spelled       added tokens that answers say as texts -> rows where they do; empty without a processor
     keys       (n, 16) uint8, of the usable ones, in order; empty without a processor, as all that follows
     positions  (n,) int64, answer tokens and the end of the turn
@@ -60,6 +65,8 @@ class SplitFound:
     num_unended: int = 0
     num_written: int = 0
     num_bare: int = 0
+    num_listed: int = 0
+    beside: dict[str, None] = field(default_factory=dict)
     spelled: Counter[str] = field(default_factory=Counter)
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -76,6 +83,7 @@ class SplitFound:
         self.num_unended += not example.answer_end
         self.num_written += bool(example.written_by)
         self.num_bare += _BARE_CHOICE.fullmatch(example.answer) is not None
+        self.num_listed += _LISTED_TEXT.fullmatch(example.answer) is not None
 
     @property
     def num_duplicates(self) -> int:
@@ -102,8 +110,7 @@ def look_at(data: DataConfig, name: Split, processor: ExampleProcessor | None) -
     """Reads every row.  Raises   DataError  when the split cannot be opened"""
     split = open_split(data, name)
     found = SplitFound(split)
-    num_decoded = min(MAX_DECODED, len(split))
-    decoded = set((np.arange(num_decoded) * len(split) // max(num_decoded, 1)).tolist())
+    decoded, looked_beside = _spread(MAX_DECODED, split), _spread(NUM_LOOKED_BESIDE, split)
     counted: list[Counted] = []
     keys = bytearray()
     num_picture_tokens: list[int] = []
@@ -126,6 +133,9 @@ def look_at(data: DataConfig, name: Split, processor: ExampleProcessor | None) -
             continue
         found.num_usable += 1
         found.count(example)
+        if row in looked_beside and example.images:
+            with suppress(DataError):  # of columns that nobody needs
+                found.beside.update(dict.fromkeys(split.seen_beside(row)))
         found.rows.append(row)
         if processor is not None:
             keys += processor.key(example)
@@ -138,6 +148,12 @@ def look_at(data: DataConfig, name: Split, processor: ExampleProcessor | None) -
         found.lengths = np.array([one.num_tokens for one in counted], np.int64) + num_picture_tokens
         _measure(found, processor, np.array(num_picture_tokens, np.int64))
     return found
+
+
+def _spread(number: int, split: VqaSplit) -> set[int]:
+    """So many rows of a split, evenly; all of one that has fewer."""
+    number = min(number, len(split))
+    return set((np.arange(number) * len(split) // max(number, 1)).tolist())
 
 
 def count_positions(split: VqaSplit, rows: Sequence[int] | np.ndarray, processor: ExampleProcessor) -> int:

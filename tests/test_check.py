@@ -166,6 +166,49 @@ def test_bare_answers_beside_unused_choices_are_told(tree: dict[str, Any], tmp_p
     assert not any("letter" in value for _, value in checked(tree).facts)
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"Choice A": "CT", "Choice B": "MR"},
+        {"choice_a": "CT", "choice_b": "MR"},
+        {"option_A": "CT"},
+        {"a": "CT", "b": "MR", "c": "US"},
+        {"multi-choice options": ["CT"]},
+        {"answer_choices": ["CT"]},
+    ],
+)
+def test_choices_are_found_by_the_names_that_public_sets_use(
+    tree: dict[str, Any], tmp_path: Path, choices: dict[str, Any]
+) -> None:
+    (tmp_path / "0.png").write_bytes(encoded_picture(0))
+    row = {"image": "0.png", "question": "Which?", "answer": "B"}
+    write_rows(tmp_path, [row | choices], tree)
+    assert any("Write the choices into the question" in value for _, value in checked(tree).facts)
+    write_rows(tmp_path, [row | {"multiple_choice_answer": "net", "choice_image_0": 1}], tree)
+    assert not any("Write the choices" in value for _, value in checked(tree).facts)
+
+
+@pytest.mark.parametrize("answer", ["['net', 'net', 'racket']", '["net"]'])
+def test_answers_that_are_lists_in_a_text_are_told(tree: dict[str, Any], tmp_path: Path, answer: str) -> None:
+    (tmp_path / "0.png").write_bytes(encoded_picture(0))
+    row = {"image": "0.png", "question": "Which?", "answer": answer}
+    write_rows(tmp_path, [row, row | {"answer": "see [1] or ['a'] here"}], tree)
+    (told,) = [value for name, value in checked(tree).facts if "of train" in value and "lists" in value]
+    assert told.startswith("1 answers of train are texts that read as lists")
+
+
+def test_pictures_beside_those_that_are_used_are_told(tree: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes(encoded_picture(0))
+    row = {"left_image": "0.png", "right_image": "1.png", "question": "Same?", "answer": "yes"}
+    write_rows(tmp_path, [row], tree)
+    tree["data"]["columns"] |= {"image": "left_image"}
+    told = [value for _, value in checked(tree).facts if "which no prompt shows" in value]
+    assert [one.partition(" too")[0] for one in told] == [
+        f"rows of {name} seem to have pictures in right_image" for name in ("train", "validation")
+    ]
+
+
 def test_of_many_pictures_the_share_that_was_decoded_is_told(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,12 @@ SINGLES: list[dict[str, Any]] = [
         "image": "0.png",
     },
     {
+        "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}],
+        "image": "0.png",
+    },
+    {"image": DATA_URL.partition(",")[2], "question": QUESTION, "answer": ANSWER},
+    {"messages": asked({"type": "image", "image": BASE64_LINES}, text(QUESTION))},
+    {
         "conversations": [
             {"from": "user", "value": f"<image> {QUESTION} "},
             {"from": "assistant", "value": ANSWER},
@@ -271,8 +277,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"1 picture\(s\) beside the turns, and 2 place",
     ),
     (
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "image": "0.png"},
+        {
+            "conversations": [{"from": "human", "value": [text("q")]}, {"from": "gpt", "value": "a"}],
+            "image": "0.png",
+        },
         r"1 picture\(s\) beside the turns, and 0 place",
+    ),
+    (
+        {
+            "conversations": [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}],
+            "image": ["0.png", "1.png"],
+        },
+        r"2 picture\(s\) beside the turns, and 1 place",
     ),
     (
         {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]},
@@ -570,7 +586,7 @@ def test_the_question_is_the_last_user_s(tmp_path: Path) -> None:
     assert spoken(example) == {"question": "What?", "2. assistant": "One."}
 
 
-@pytest.mark.parametrize("mask", [{"weight": 0}, {"loss": False}, {"train": False}])
+@pytest.mark.parametrize("mask", [{"weight": 0}, {"loss": False}, {"train": False}, {"loss_weight": 0}])
 def test_a_turn_that_is_not_to_be_learned_is_refused(tmp_path: Path, mask: dict[str, Any]) -> None:
     (name,) = mask
     with pytest.raises(DataError, match=f"turn 2: its {name} is .*data.train_on"):

@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 from shared.data.pictures import is_nothing, looks_like_pictures, of_base64
@@ -47,6 +48,7 @@ _OF_PICTURES = re.compile(
     r"|\A\s*<(?P<media>video|audio)>(?!.*</(?P=media)>)",  # elsewhere, and in pairs, they are HTML
     re.DOTALL,
 )
+_NEAR_PLACE = re.compile(r"<\s*image\s*>", re.IGNORECASE)
 # Keys of a turn that say something which a prompt of texts and pictures would lose.
 _UNUSED_KEYS = (
     "tool_calls",
@@ -60,7 +62,7 @@ _UNUSED_KEYS = (
 _OF_ROWS = ("answer_ids", "answer_end")  # which are the last answer's, and stand beside the turns
 _PICTURE_KEYS = ("image_url", "image", "url", "path", "bytes", "base64")  # of a part
 _SOURCE_KEYS = ("source", "data", "file")  # by which other formats hold a part's picture
-_MASKS = ("weight", "loss", "train")  # by which formats leave single turns out
+_MASKS = ("weight", "loss", "train", "loss_weight")  # by which formats leave single turns out
 
 
 @dataclass(frozen=True)
@@ -108,40 +110,32 @@ def question_answer(question: str, answer: str, num_pictures: int) -> tuple[Turn
     return (Turn("user", (*[None] * num_pictures, question)), Turn("assistant", (answer,)))
 
 
-def read_messages(value: Any, pictures: Sequence[Any], *, where: str) -> Conversation:
+def read_messages(value: Any, pictures: Sequence[Any], *, where: str, in_parts: bool = False) -> Conversation:
     """Pictures come with the parts that show them, or from ``pictures`` in order.
 
     A content that is a text shows them where it says ``<image>``.  Where no turn shows any, and what users say are
-    texts, they stand at the beginning of the first question.
+    texts, they stand at the beginning of the first question: many public sets leave the places out.
 
-    Raises   DataError  naming the row, and the turn where it is one's fault
+    in_parts  whether ``<image>`` is a place in a part of type text as well
+    Raises    DataError  naming the row, and the turn where it is one's fault
     """
     turns, are_texts = [], True
     for number, turn in enumerate(_listed(value, where), start=1):
         role, parts = _message(turn, where=f"{where}, turn {number}")
         is_text = isinstance(_first(turn, CONTENT_KEYS), str)
         are_texts = are_texts and (is_text or role != "user")
-        turns.append((role, _split_at_places(parts) if is_text and role != "assistant" else parts))
+        has_places = (is_text or in_parts) and role != "assistant"
+        turns.append((role, _split_at_places(parts) if has_places else parts))
     if are_texts and pictures and not any(isinstance(part, _Place) for _, parts in turns for part in parts):
+        for text in (part for role, parts in turns if role != "assistant" for part in parts):
+            require_no_near_place(str(text), where=where)
         turns = _before_the_first_question(turns, len(pictures))
-    return _filled(turns, pictures, where=where)
-
-
-def read_conversations(value: Any, pictures: Sequence[Any], *, where: str) -> Conversation:
-    """``<image>`` in what is not an assistant's is the place of the next picture.
-
-    Raises   DataError  as ``read_messages``
-    """
-    turns = []
-    for number, turn in enumerate(_listed(value, where), start=1):
-        role, parts = _message(turn, where=f"{where}, turn {number}")
-        turns.append((role, parts if role == "assistant" else _split_at_places(parts)))
     return _filled(turns, pictures, where=where)
 
 
 READERS: dict[str, Callable[..., Conversation]] = {
     "messages": read_messages,
-    "conversations": read_conversations,
+    "conversations": partial(read_messages, in_parts=True),
 }
 
 
@@ -394,6 +388,17 @@ def require_no_other_places(text: str, role: Role, *, where: str) -> None:
         raise DataError(
             f"{where}: a text has {shortened(place)!r}, which another tool replaces by what it stands for. Write "
             f"{PLACEHOLDER} for a picture, and names and boxes as texts"
+        )
+
+
+def require_no_near_place(text: str, *, where: str) -> None:
+    """Of texts that show no place of a picture.
+
+    Raises   DataError  where one has what seems to be one, as ``<Image>``
+    """
+    if found := _NEAR_PLACE.search(text):
+        raise DataError(
+            f"{where}: a text has {found[0]!r}, which is no place of a picture. Write {PLACEHOLDER} if it is one"
         )
 
 

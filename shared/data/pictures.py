@@ -26,11 +26,17 @@ from shared.regular_files import naming, open_regular
 
 MAX_PATH = 4096  # characters; a longer text is none
 MAX_DATA_URL = 64 * 2**20  # characters, of which three quarters are the picture's bytes
-_SUFFIX = re.compile(r"\.(png|jpe?g|jp2|gif|webp|avif|tiff?|bmp|ppm|tga|ico|pcx|sgi)$", re.IGNORECASE)
+# Of files that are pictures, also of kinds that are not read: a row that names one is not one of text alone.
+_SUFFIX = re.compile(
+    r"\.(png|jpe?g|jpe|jfif|jp2|gif|webp|avif|tiff?|bmp|ppm|tga|ico|pcx|sgi|hei[cf]|jxl|svg|dcm|dicom|nii(\.gz)?)$",
+    re.IGNORECASE,
+)
 _DATA_URL = re.compile(r"data:[^,;]*(;[^,;]*)*?;base64,", re.IGNORECASE)
 # What files of these kinds begin with: PNG, JPEG, GIF, TIFF (three), JPEG 2000; WebP and AVIF say so behind a length.
 _BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"\0\0\0\x0cjP  ")
 _BEHIND_LENGTH = (b"WEBP", b"avif")
+MIN_BASE64 = 64  # characters; no picture's file is shorter than their bytes
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+[=\s]*")
 _NO_BLANKS = str.maketrans("", "", string.whitespace)  # of ASCII, as lines of base64 end in it
 _OF_SOUNDS = (b"RIFF", b"OggS", b"fLaC", b"ID3")
 _BYTES_OR_PATH = "needed are encoded bytes, the path of a file or a data: URL"
@@ -69,11 +75,11 @@ def is_nothing(value: Any) -> bool:
 
 
 def looks_like_pictures(value: Any) -> bool:
-    """Whether a cell seems to hold pictures: such a file or its name, a ``data:`` URL, a picture's struct."""
+    """Whether a cell seems to hold pictures: such a file, its name or base64, a URL of either, a picture's struct."""
     if isinstance(value, list | tuple):
         return bool(value) and looks_like_pictures(value[0])
     if isinstance(value, bytes):
-        return value.startswith(_BEGINNINGS) or value[8:12] in _BEHIND_LENGTH
+        return _begins_a_picture(value)
     if isinstance(value, Mapping):
         data = value.get("bytes")
         if isinstance(data, bytes) and not data.startswith(_OF_SOUNDS):
@@ -81,7 +87,30 @@ def looks_like_pictures(value: Any) -> bool:
         return looks_like_pictures(data) or looks_like_pictures(value.get("path"))
     if not isinstance(value, str):
         return False
-    return value[:11].lower() == "data:image/" or bool(_SUFFIX.search(value[-MAX_PATH:].strip()))
+    if value[:11].lower() == "data:image/" or _is_base64_of_a_picture(value):
+        return True
+    name = re.split(r"[?#]", value[:MAX_PATH])[0] if _is_web_address(value) else value[-MAX_PATH:]
+    return bool(_SUFFIX.search(name.strip()))
+
+
+def _begins_a_picture(data: bytes) -> bool:
+    return data.startswith(_BEGINNINGS) or data[8:12] in _BEHIND_LENGTH
+
+
+def _is_web_address(text: str) -> bool:
+    return "://" in text[:MAX_PATH]
+
+
+def _is_base64_of_a_picture(text: str) -> bool:
+    """Judged by its first bytes; a path does not begin as files of pictures do."""
+    if len(text) < MIN_BASE64:
+        return False
+    head = text[:MIN_BASE64].translate(_NO_BLANKS)
+    try:
+        begins = _begins_a_picture(base64.b64decode(head[: len(head) // 4 * 4], validate=True))
+    except (binascii.Error, ValueError):
+        return False
+    return begins and _BASE64.fullmatch(text) is not None
 
 
 def of_base64(text: str) -> str:
@@ -106,11 +135,13 @@ def read_picture(value: Any, folder: Path | None, *, where: str) -> Picture:
         return Picture(value)
     if not isinstance(value, str):
         raise DataError(f"{where}: the picture is a {type(value).__name__}; {_BYTES_OR_PATH}")
+    if _is_base64_of_a_picture(value):
+        value = of_base64(value)
     if value[:5].lower() == "data:":
         return Picture(_decoded(value, where=where))
     if value.startswith("file://"):
         value = unquote(value.removeprefix("file://"))
-    if "://" in value[:MAX_PATH]:
+    if _is_web_address(value):
         raise DataError(
             f"{where}: the picture is a URL, {shortened(value)}; {_BYTES_OR_PATH}. "
             "Nothing is fetched: download the picture first"

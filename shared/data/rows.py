@@ -30,6 +30,7 @@ from shared.data.conversations import (
     majority,
     question_answer,
     read_messages,
+    require_no_near_place,
     require_no_other_places,
     with_system,
 )
@@ -49,8 +50,14 @@ from shared.recipes import DataConfig, Split
 
 PICTURE_COLUMNS = ("images", "image")  # beside the recipe's own
 OPTIONAL = ("kind", "case", "system", "answer_ids", "answer_end", "written_by")
-OF_A_PROMPT = ("history", "input")  # columns that hold parts of it in formats of other tools
+OF_A_PROMPT = ("history", "input", "inputs")  # columns that hold parts of it in formats of other tools
 OTHER_MEDIA = ("video", "videos", "audio", "audios")  # columns that no row may fill
+# Names of columns whose texts are pictures, whatever they look like: image_path, imageUrl, img_b64.
+_NAMES_PICTURES = re.compile(
+    r"(image|img|picture|photo)s?([ _-]?(path|file|name|url|uri|link|base64|b64|bytes|data|str)s?)*",
+    re.IGNORECASE,
+)
+_NUMBERED = re.compile(r"(.*[^\d _-])[ _-]?\d{1,2}")  # one of several columns, as image_1 and image_2
 _TEXT_COLUMNS: dict[str, tuple[str, ...]] = {
     "question_answer": ("question", "answer"),
     "messages": ("messages",),
@@ -113,6 +120,7 @@ class VqaSplit:
     forms     those that its columns allow; of several each row has its own
     columns   field of a row -> column, for those that the data set has
     pictures  columns that hold pictures, the first that is filled counts
+    numbered  of those the ones that are numbered like another column, with that: ``image_1`` with ``image_2``
     unused    the other columns of the data set
     beside    rows of these columns, to see that no picture is lost; None: ``rows`` has them, or there are none
     written   answers that rows have in place of their own; None without ``data.written``
@@ -129,6 +137,7 @@ class VqaSplit:
     num_examples: int
     written: Written | None = None
     beside: Rows | None = None
+    numbered: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.num_examples
@@ -234,6 +243,8 @@ class VqaSplit:
         if PLACEHOLDER in question:
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             return read_messages(turns, pictures, where=where), num_outvoted
+        if pictures:
+            require_no_near_place(question, where=where)
         require_no_other_places(question, "user", where=where)
         require_no_other_places(answer, "assistant", where=where)
         return Conversation(question_answer(question, answer, len(pictures)), tuple(pictures)), num_outvoted
@@ -245,12 +256,18 @@ class VqaSplit:
             raise DataError(
                 f"{where}: pictures in the columns {' and '.join(filled)}. Set data.columns.image to one of them"
             )
+        others = self.numbered.get(filled[0], ()) if filled else ()
+        if also := [name for name in others if not (is_nothing(row.get(name)) or _is_number(row[name]))]:
+            raise DataError(
+                f"{where}: pictures in the columns {', '.join([filled[0], *also])}, and one column is used. Make a "
+                "column with a list of them, or take the others out"
+            )
         return row[filled[0]] if filled else None
 
     def _filled(self, row: Mapping[str, Any]) -> list[str]:
         """Picture columns that hold something; else one with an empty list; else those with numbers."""
         filled = [name for name in self.pictures if not _is_missing(row.get(name))]
-        lists = [name for name in filled if not isinstance(row[name], int | float)]
+        lists = [name for name in filled if not _is_number(row[name])]
         return [name for name in lists if row[name] != []] or lists[:1] or filled
 
     def _pictures(self, named: Sequence[Any], row: Mapping[str, Any], index: int) -> list[Picture]:
@@ -262,7 +279,7 @@ class VqaSplit:
             ]
         except DataError as error:
             filled = self._filled(row)
-            if len(filled) < 2 and not (filled and isinstance(row[filled[0]], int | float)):
+            if len(filled) < 2 and not (filled and _is_number(row[filled[0]])):
                 raise
             used, *others = filled
             beside = f" The row has {' and '.join(others)} too." if others else ""
@@ -282,6 +299,11 @@ class VqaSplit:
                 f"{self.where(index)}: the picture is missing{known or ' (null)'}. If rows may be of text alone, set "
                 "data.text_only to true"
             )
+
+    def seen_beside(self, index: int) -> list[str]:
+        """Columns that are not used and seem to hold pictures in this row."""
+        others = self.rows[index] if self.beside is None else self.beside[index]
+        return [name for name in self.unused if _holds_pictures(name, others.get(name))]
 
     def _require_none_lost(self, row: Mapping[str, Any], index: int) -> None:
         """Of a row without a picture: that no other column seems to hold one."""
@@ -324,7 +346,9 @@ def _open_given(data: DataConfig, split: Split) -> VqaSplit:
     columns, pictures = _columns(data, rows, forms)
     if not pictures:
         _require_no_picture(data, rows, {*columns.values()})
+    numbered = _numbered_like(pictures, [name for name in rows.columns if name not in columns.values()])
     looked_at = {name for name in (*OTHER_MEDIA, *OF_A_PROMPT) if name in rows.columns}
+    looked_at.update(*numbered.values())
     used = {*columns.values(), *pictures}
     unused = tuple(name for name in rows.columns if name not in {*used, *OTHER_MEDIA})
     number = min(len(rows), data.limit or len(rows))
@@ -333,6 +357,7 @@ def _open_given(data: DataConfig, split: Split) -> VqaSplit:
     return VqaSplit(
         *(data.source, name, chosen, forms, columns, pictures, unused, data, number),
         beside=beside if lacks_some else None,
+        numbered=numbered,
     )
 
 
@@ -376,10 +401,11 @@ def _columns(data: DataConfig, rows: Rows, forms: tuple[Form, ...]) -> tuple[dic
     problems = []
     for name, column in (*columns.items(), *(("image", column) for column in pictures)):
         try:
-            choose(column, rows.columns, what=f"{data.source}: data.columns.{name}: column")
+            is_there = name != "image" or column in rows.columns
+            remedy = "" if is_there else _remedy(rows, {*columns.values()})
+            choose(column, rows.columns, what=f"{data.source}: data.columns.{name}: column", remedy=remedy)
         except DataError as error:
-            hint = ". Set it to null where rows are of text alone" if name == "image" else ""
-            problems.append(f"{error}{hint}")
+            problems.append(str(error))
     if problems:
         if forms == ("question_answer",) and not {names["question"], names["answer"]}.intersection(
             rows.columns
@@ -401,25 +427,58 @@ def _asks_in_turns(rows: Rows, question: str) -> bool:
 
 def _require_no_picture(data: DataConfig, rows: Rows, used: set[str]) -> None:
     """Raises   DataError  when a set without picture columns has one by another name, as its first row shows"""
-    likely = [name for name in rows.columns if name not in used]
-    if not likely or data.columns.image is None:
-        return
-    try:
-        found = _unused_pictures(rows.select(likely)[0], used)
-    except DataError:  # whoever reads the row says so
-        return
-    if found is not None:
+    if data.columns.image is not None and (found := _first_pictures(rows, used)) is not None:
         raise DataError(
             f"{data.source}: no column {', '.join((data.columns.image, *PICTURE_COLUMNS))}, but {found!r} seems to "
             "hold pictures. Set data.columns.image to it, or to null where rows are of text alone"
         )
 
 
+def _remedy(rows: Rows, used: set[str]) -> str:
+    """What to do where a column of pictures is not there."""
+    if (found := _first_pictures(rows, used)) is not None:
+        return f"{found!r} seems to hold pictures"
+    return "Set it to null where rows are of text alone"
+
+
+def _first_pictures(rows: Rows, used: Collection[str]) -> str | None:
+    """The first column that seems to hold pictures and is not used, as the first row shows."""
+    likely = [name for name in rows.columns if name not in used]
+    try:
+        return _unused_pictures(rows.select(likely)[0], used) if likely else None
+    except DataError:  # whoever reads the row says so
+        return None
+
+
 def _unused_pictures(row: Mapping[str, Any], used: Collection[str]) -> str | None:
     """The first column that seems to hold pictures and is not used."""
     return next(
-        (name for name, value in row.items() if name not in used and looks_like_pictures(value)), None
+        (name for name, value in row.items() if name not in used and _holds_pictures(name, value)), None
     )
+
+
+def _holds_pictures(name: str, value: Any) -> bool:
+    """Whether a cell seems to hold pictures, by what it is or by its column's name."""
+    if looks_like_pictures(value):
+        return True
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, str) and bool(first.strip()) and _NAMES_PICTURES.fullmatch(name) is not None
+
+
+def _numbered_like(pictures: Collection[str], others: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Of columns of pictures those that have others numbered as they are, as ``image_1`` has ``image_2``."""
+    stems = {
+        name: found[1] if (found := _NUMBERED.fullmatch(name)) else name for name in (*pictures, *others)
+    }
+    alike = {
+        name: tuple(other for other in others if other not in pictures and stems[other] == stems[name])
+        for name in pictures
+    }
+    return {name: found for name, found in alike.items() if found}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _is_missing(pictures: Any) -> bool:
@@ -445,11 +504,12 @@ def _require_whole_prompt(row: Mapping[str, Any], question: str, *, where: str) 
         raise DataError(
             f"{where}: it has earlier turns in 'history'; put all turns into one column of messages"
         )
-    more = row.get("input")
-    if question == "instruction" and isinstance(more, str) and is_visible(more):
-        raise DataError(
-            f"{where}: 'input' belongs to the instruction; write both into one column of questions"
-        )
+    for name in ("input", "inputs"):
+        more = row.get(name)
+        if question == "instruction" and isinstance(more, str) and is_visible(more):
+            raise DataError(
+                f"{where}: {name!r} belongs to the instruction; write both into one column of questions"
+            )
 
 
 def _named(data: DataConfig) -> set[str]:

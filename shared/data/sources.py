@@ -152,16 +152,16 @@ def open_rows(
         ) from error
 
 
-def choose(wanted: str, found: Iterable[str], *, what: str) -> None:
-    """Raises DataError with the list and the nearest name, unless ``wanted`` is among those found."""
+def choose(wanted: str, found: Iterable[str], *, what: str, remedy: str = "") -> None:
+    """Raises DataError with the list, the nearest name and the remedy, unless ``wanted`` is among those found."""
     names = sorted(set(found))
     if wanted in names:
         return
     near = difflib.get_close_matches(wanted, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "." if remedy else ""
     more = f", ... ({len(names)} in all)" if len(names) > MAX_NAMES else ""
     found_text = ", ".join(map(shortened, names[:MAX_NAMES])) or "none"
-    raise DataError(f"{what} {wanted!r} is not there; found {found_text}{more}{hint}")
+    raise DataError(f"{what} {wanted!r} is not there; found {found_text}{more}{hint} {remedy}".rstrip())
 
 
 def _open_files(path: Path, split: str, splits: set[str]) -> Rows:
@@ -170,9 +170,7 @@ def _open_files(path: Path, split: str, splits: set[str]) -> Rows:
     members = next((files for files in found if files), [])
     if not members:
         stems = [_stem(file) for files in kinds for file in files]
-        choose(
-            split, [_SHARD_NUMBERS.sub("", stem) or stem for stem in stems], what=f"data.source {path}: split"
-        )
+        _choose_split(split, [_SHARD_NUMBERS.sub("", stem) or stem for stem in stems], path)
     for file in members:
         refuse_irregular(file)
     _require_all_parts(members)
@@ -180,6 +178,11 @@ def _open_files(path: Path, split: str, splits: set[str]) -> Rows:
     if members[0].name.endswith(JSON_SUFFIXES):
         return JsonRows(members)
     return TableRows.open(members, folder=path if path.is_dir() else path.parent)
+
+
+def _choose_split(split: str, found: Iterable[str], path: Path) -> None:
+    remedy = "Set data.splits to the names that the source uses, and to null for a split that it lacks"
+    choose(split, found, what=f"data.source {path}: split", remedy=remedy)
 
 
 def _require_all_parts(files: Sequence[Path]) -> None:
@@ -292,7 +295,7 @@ def _saved_files(path: Path, split: str) -> list[Path]:
     splits = {"train": path}
     if (path / "dataset_dict.json").exists():
         splits = {name: path / name for name in _saved_json(path / "dataset_dict.json", "splits")}
-    choose(split, splits, what=f"data.source {path}: split")
+    _choose_split(split, splits, path)
     folder = splits[split]
     names = [one.get("filename") for one in _saved_json(folder / "state.json", "_data_files")]
     return [folder / name for name in names if isinstance(name, str)]

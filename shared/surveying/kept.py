@@ -32,7 +32,7 @@ from shared.errors import CacheFormatError
 from shared.surveying.found import SCHEMA
 from shared.surveying.parts import Part
 
-VERSION = 3  # of what is kept, and of how rows are read; another one is surveyed again
+VERSION = 4  # of what is kept, and of how rows are read; another one is surveyed again
 FOLDER = ".survey"
 METADATA = b"teachonce survey"
 MAX_BYTES = 1 << 30
