@@ -157,6 +157,7 @@ BUCKETS = [Divergence(kind) for kind in DIVERGENCES] + [Divergence("jensen_shann
         (17, 15, torch.float32),
         (450, 130, torch.bfloat16),
         (8193, 64, torch.float32),
+        (8193, 64, torch.bfloat16),
     ],
 )
 def test_buckets(num_ids: int, kept: int, dtype: torch.dtype, divergence: Divergence) -> None:
