@@ -13,7 +13,8 @@ BIN  := $(VENV)/bin
 # What must be in the environment: what the user asks for, and what the goals need beside it.  The stamp holds what is
 # in it, all that was ever asked for.  So pip runs when something is missing or one of the two files has other content,
 # and then installs everything that was there before; otherwise nothing reaches for the network.  Modules are compiled when
-# they are first imported, as most never are.
+# they are first imported, as most never are; at once where Python is told not to keep what it compiles, since otherwise
+# each command compiles thousands anew.
 comma     := ,
 empty     :=
 space     := $(empty) $(empty)
@@ -41,7 +42,8 @@ setup: $(if $(MISSING),install)  ## make .venv and install with exact versions; 
 	@:
 
 install: $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --no-compile -c constraints.txt \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 \
+	    $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile) -c constraints.txt \
 	    -e ".$(if $(UNION),[$(subst $(space),$(comma),$(UNION))])"
 	@echo $(FILES) $(UNION) > $(STAMP)
 

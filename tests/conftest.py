@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import sys
@@ -61,12 +62,20 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.ones((), requires_grad=True).backward()
 
 
+def pytest_unconfigure() -> None:
+    """At the end all may go (``_what_is_there_stays``): libraries tell what they hold then as leaks."""
+    gc.unfreeze()
+
+
 LONGEST = (
+    "test_families.py",
     "test_end_to_end.py",
     "test_documents.py",
+    "test_torture.py",
     "test_bench_gpu.py",
     "test_kd_loss_triton.py",
     "test_rounds.py",
+    "test_stopping.py",
 )
 
 
@@ -103,6 +112,16 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             monkeypatch.setitem(sys.modules, loaded, None)
 
     return hide_package
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_stays() -> None:
+    """No collection of garbage looks again at what was there before a file's first test: modules, above all.
+
+    Each run and each group of ranks collects several times; among all of that it took as long as the run itself.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

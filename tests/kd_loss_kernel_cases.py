@@ -137,8 +137,9 @@ def test_rows_with_padding_where_pytorch_does_it(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("policy", [Random(draws=300), TopK(k=130), TopK(k=1)])
 @pytest.mark.parametrize("tail", ["uniform", "renormalize", "drop"])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("kd_ratio", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(
+    ("softcap", "kd_ratio"), [(None, 0.4), (5.0, 0.4), (None, 0.0), (5.0, 1.0)]
+)  # a ratio is a factor
 def test_policies_and_settings(policy: Policy, tail: str, softcap: float | None, kd_ratio: float) -> None:
     teacher = teacher_of(2, 450, policy, 2.0, tail)
     assert_kernel_agrees(2, 450, torch.float32, teacher, LossSettings(kd_ratio, 2.0, 400, softcap))
@@ -148,13 +149,22 @@ BUCKETS = [Divergence(kind) for kind in DIVERGENCES] + [Divergence("jensen_shann
 
 
 @pytest.mark.parametrize("divergence", BUCKETS, ids=lambda one: f"{one.kind}-{one.beta}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("num_ids", "kept"), [(1, 1), (17, 1), (17, 15), (450, 130), (8193, 64)])
+@pytest.mark.parametrize(
+    ("num_ids", "kept", "dtype"),
+    [
+        (1, 1, torch.float32),
+        (17, 1, torch.bfloat16),
+        (17, 15, torch.float32),
+        (450, 130, torch.bfloat16),
+        (8193, 64, torch.float32),
+        (8193, 64, torch.bfloat16),
+    ],
+)
 def test_buckets(num_ids: int, kept: int, dtype: torch.dtype, divergence: Divergence) -> None:
     for temperature, softcap, with_grad in ((1.0, None, True), (2.0, 5.0, True), (2.0, None, False)):
-        teacher = teacher_of(3, num_ids, TopK(k=kept), temperature, "ghost", divergence)
+        teacher = teacher_of(2, num_ids, TopK(k=kept), temperature, "ghost", divergence)
         settings = LossSettings(0.4, temperature, num_ids - num_ids // 9, softcap, divergence)
-        assert_kernel_agrees(3, num_ids, dtype, teacher, settings, padding=15, with_grad=with_grad)
+        assert_kernel_agrees(2, num_ids, dtype, teacher, settings, padding=15, with_grad=with_grad)
 
 
 @pytest.mark.parametrize("divergence", BUCKETS, ids=lambda one: f"{one.kind}-{one.beta}")
@@ -269,7 +279,8 @@ def test_rows_that_begin_with_masked_logits() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_masses(tail: str, kind: str, dtype: torch.dtype) -> None:
     divergence = Divergence(kind)
-    for temperature, small in ((1.0, "outside"), (2.0, "kept")):
+    both = ((1.0, "outside"), (2.0, "kept"))
+    for temperature, small in both if dtype == torch.float32 else both[:1]:
         for name in TEACHERS:
             case = tail_case(dtype, temperature=temperature, teacher=name, small=small)
             num_ids = case.logits.shape[1]

@@ -9,20 +9,24 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
 import pytest
 import yaml
+from click import Command
 from click.testing import CliRunner
 from documents import DOCUMENTS, ROOT, Block, blocks, command_words
 from samples import encoded_picture
 
+from shared import pipeline
 from shared.cache import CacheReader
 from shared.data.rows import open_split
 from shared.phantom.dataset import write_dataset
 from shared.recipes import load_recipe
+from shared.stopping import GO_ON
 from stage1_teacher.__main__ import commands as teacher_commands
 from stage2_student.__main__ import commands as student_commands
 
@@ -55,16 +59,21 @@ class Workbench:
 
     folder: Path
 
-    def type(self, line: str) -> None:
-        """Runs one documented command; what it printed is shown if it fails."""
+    def type(self, line: str, *, here: bool = False) -> None:
+        """Runs one documented command; what it printed is shown if it fails.
+
+        here  in this process, what make would start
+        """
         words = smaller(command_words(line))
         program = Path(words[0]).name
         if program in GROUPS:
             assert shutil.which(program, path=str(self.folder / ".venv" / "bin"))
-            done = CliRunner().invoke(GROUPS[program], words[1:], standalone_mode=False)
-            status, output = done.return_value or 0, done.output
-            if done.exception is not None:
-                raise AssertionError(f"{line}\n{output}") from done.exception
+            status, output = in_this_process(GROUPS[program], words[1:], line)
+        elif here and program == "make":
+            dry = subprocess.run([*words, "-s", "-n"], capture_output=True, text=True, check=True).stdout
+            python, *started = command_words(dry.splitlines()[-1])
+            assert (python, *started[:2]) == (".venv/bin/python", "-m", "shared.pipeline"), dry
+            status, output = in_this_process(pipeline.main, started[2:], line)
         else:
             ran = subprocess.run(
                 words,
@@ -78,6 +87,37 @@ class Workbench:
             )
             status, output = ran.returncode, ran.stdout
         assert status == 0, f"{line}\n{output}"
+
+
+def in_this_process(command: Command, words: list[str], line: str) -> tuple[int, str]:
+    """Status and output."""
+    done = CliRunner().invoke(command, words, standalone_mode=False)
+    if done.exception is not None:
+        raise AssertionError(f"{line}\n{done.output}") from done.exception
+    return done.return_value or 0, done.output
+
+
+def launched_here(launch: Callable[..., int]) -> Callable[..., int]:
+    """``pipeline.launch``, but for a single process, which need not load everything anew."""
+    stages = {"stage1_teacher": teacher_commands, "stage2_student": student_commands}
+
+    def launch_here(
+        module: str,
+        verb: str,
+        recipe: str,
+        overrides: Sequence[str],
+        stage_arguments: Sequence[str],
+        *,
+        nproc: pipeline.Nproc,
+        what: str | None = None,
+    ) -> int:
+        if pipeline.num_processes(nproc) > 1:
+            return launch(module, verb, recipe, overrides, stage_arguments, nproc=nproc, what=what)
+        settings = [part for item in overrides for part in ("--set", item)]
+        words = [verb, recipe, *settings, *stage_arguments]
+        return stages[module].main(words, standalone_mode=False) or 0
+
+    return launch_here
 
 
 def smaller(words: list[str]) -> list[str]:
@@ -182,6 +222,9 @@ def test_the_guides_from_top_to_bottom(
     s3_server: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """What make starts runs in this process: the README is typed as it stands."""
+    monkeypatch.setattr(pipeline, "launch", launched_here(pipeline.launch))
+    monkeypatch.setenv(GO_ON, "")  # which the pipeline sets
     settings = {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
     for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
@@ -195,7 +238,7 @@ def test_the_guides_from_top_to_bottom(
             bring_own(bench, block.text, teacher_folder, student_folder)
         elif block.language == "sh":
             for line in block.lines:
-                bench.type(line)
+                bench.type(line, here=True)
     assert {path.name for path in Path("runs").iterdir() if path.is_dir()} >= {
         "mine",
         "written",
@@ -205,26 +248,6 @@ def test_the_guides_from_top_to_bottom(
         "remote",
         "many",
     }
-
-
-@pytest.mark.slow
-def test_conversations_from_their_files_to_evaluated_students(
-    bench: Workbench, teacher_folder: Path, student_folder: Path
-) -> None:
-    """The guides' part on conversations alone."""
-    guide = blocks(ROOT / "docs" / "guides.md")
-    own = next(block for block in guide if block.language == "yaml" and not block.text.startswith("#"))
-    bring_own(bench, own.text, teacher_folder, student_folder)
-    begin = next(number for number, block in enumerate(guide) if block.language in CONVERSATIONS)
-    for block in guide[begin : begin + 6]:
-        if block.language in CONVERSATIONS:
-            bring_conversations(block)
-        elif block.language == "yaml":
-            Path(block.text.split()[1]).write_text(block.text)
-        else:
-            assert len(block.lines) == 3
-            for line in block.lines:
-                bench.type(line)
     for name in ("llava", "chats"):
         manifest = CacheReader(f"caches/{name}").manifest
         assert (manifest.totals.examples, manifest.totals.skipped) == (3, 0)

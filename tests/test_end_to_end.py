@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from transformers import AutoModelForImageTextToText
 
 from shared.data.processing import open_processor
@@ -20,6 +22,8 @@ from shared.data.rows import open_split
 from shared.errors import CacheMismatchError, DataError
 from shared.recipes import load_recipe
 from shared.stopping import INTERRUPTED_STATUS
+from stage1_teacher.__main__ import commands as stage1
+from stage2_student.__main__ import commands as stage2
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -44,8 +48,16 @@ def pipeline(
 
 
 def command(verb: str, *settings: str) -> list[str]:
-    options = [part for setting in (*TINY, *settings) for part in ("--set", setting)]
-    return [sys.executable, "-m", "shared.pipeline", verb, "phantom", *options]
+    return [sys.executable, "-m", "shared.pipeline", verb, *recipe(*settings)]
+
+
+def recipe(*settings: str) -> list[str]:
+    return ["phantom", *(part for setting in (*TINY, *settings) for part in ("--set", setting))]
+
+
+def stage(group: click.Command, *words: str) -> Result:
+    """A stage's own command, in this process."""
+    return CliRunner().invoke(group, words, standalone_mode=False)
 
 
 @pytest.fixture(scope="module")
@@ -105,40 +117,45 @@ def test_the_second_student_needs_nothing_of_the_teacher(finished: Path) -> None
 
 
 @pytest.mark.slow
-def test_shuffled_pictures_have_a_file_of_their_own(finished: Path) -> None:
+def test_shuffled_pictures_have_a_file_of_their_own(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
     answers = finished / "work/runs/phantom/evaluation"
     before = (answers / "validation.parquet").read_bytes()
-    run = ["evaluate", "work/runs/phantom", "--shuffle-pictures", "--no-references"]
-    command = [sys.executable, "-m", "stage2_student", *run]
-    done = subprocess.run(command, cwd=finished, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = stage(stage2, "evaluate", "work/runs/phantom", "--shuffle-pictures", "--no-references")
+    assert done.exception is None, done.output
     assert "shuffled-pictures-validation.parquet" in done.stdout
     assert (answers / "shuffled-pictures-validation.parquet").exists()
     assert (answers / "validation.parquet").read_bytes() == before
 
 
 @pytest.mark.slow
-def test_a_run_of_the_same_name_is_refused_with_its_own_status(finished: Path) -> None:
+def test_a_run_of_the_same_name_is_refused_with_its_own_status(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = pipeline(finished, "train-student")
     assert done.returncode == 3
     assert "Add --resume" in done.stderr
-    resumed = pipeline(finished, "train-student", "optimization.num_epochs=0.5", arguments=("--resume",))
-    assert resumed.returncode == 0, resumed.stderr
+    monkeypatch.chdir(finished)
+    resumed = stage(stage2, "run", *recipe("optimization.num_epochs=0.5"), "--resume")
+    assert resumed.exception is None, resumed.output
+    assert resumed.return_value == 0
 
 
 @pytest.mark.slow
 def test_the_same_command_again_shows_the_results_of_the_finished_run(finished: Path) -> None:
     """And needs nothing for it: neither the data nor the cache, and no torchrun."""
-    for needed in ("work/phantom", "work/caches"):
-        shutil.move(finished / needed, finished / "away")
-        try:
-            done = pipeline(finished, "train-student", "optimization.num_epochs=0.5")
-        finally:
-            shutil.move(finished / "away", finished / needed)
-        assert done.returncode == 0, done.stderr
-        assert "run work/runs/phantom is finished" in done.stdout
-        assert "short answers right" in done.stdout
-        assert "torchrun" not in done.stderr
+    needed = ("phantom", "caches")
+    for name in needed:
+        shutil.move(finished / "work" / name, finished / f"{name} away")
+    try:
+        done = pipeline(finished, "train-student", "optimization.num_epochs=0.5")
+    finally:
+        for name in needed:
+            shutil.move(finished / f"{name} away", finished / "work" / name)
+    assert done.returncode == 0, done.stderr
+    assert "run work/runs/phantom is finished" in done.stdout
+    assert "short answers right" in done.stdout
+    assert "torchrun" not in done.stderr
 
 
 @pytest.mark.slow
@@ -172,36 +189,44 @@ def _text(path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_capture_of_a_complete_cache_does_nothing(finished: Path) -> None:
+def test_a_capture_of_a_complete_cache_does_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
     manifest = finished / "work/caches/phantom/manifest.json"
     before = manifest.read_bytes()
-    done = pipeline(finished, "teacher-cache")
-    assert done.returncode == 0, done.stderr
+    done = stage(stage1, "capture", *recipe())
+    assert done.exception is None, done.output
     assert "nothing to capture" in done.stdout
     assert manifest.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_other_targets_for_the_same_cache_are_refused_with_their_own_status(finished: Path) -> None:
+    done = pipeline(finished, "train-student", "run.name=other", "cache.policy={kind: top_k, k: 4}")
+    assert done.returncode == CacheMismatchError.exit_status, done.stderr
+    assert all(side in done.stderr for side in ("threshold", "top_k"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "sides"),
     [
-        ("cache.policy={kind: top_k, k: 4}", ("threshold", "top_k")),
-        ("cache.seed=8", ("targets.seed: 7 in the cache, 8 asked for",)),
-        ("cache.temperatures=[1.0, 3.0]", ("in the cache, [1.0,3.0] asked for",)),
+        ("cache.seed=8", "targets.seed: 7 in the cache, 8 asked for"),
+        ("cache.temperatures=[1.0, 3.0]", "in the cache, [1.0,3.0] asked for"),
     ],
 )
 def test_other_targets_for_the_same_cache_are_refused(
-    finished: Path, other: str, sides: tuple[str, ...]
+    finished: Path, other: str, sides: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = pipeline(finished, "train-student", "run.name=other", other)
-    assert done.returncode == CacheMismatchError.exit_status, done.stderr
-    assert all(side in done.stderr for side in sides)
+    monkeypatch.chdir(finished)
+    done = stage(stage2, "run", *recipe("run.name=other", other))
+    assert isinstance(done.exception, CacheMismatchError), done.output
+    assert sides in str(done.exception)
 
 
 @pytest.mark.slow
 def test_the_exported_student_answers_and_its_loss_is_the_trainers(finished: Path) -> None:
-    recipe = load_recipe("phantom")
-    data = recipe.data.model_copy(update={"source": str(finished / recipe.data.source)})
+    planned = load_recipe("phantom").data
+    data = planned.model_copy(update={"source": str(finished / planned.source)})
     export = finished / "work/runs/phantom/export"
     model = AutoModelForImageTextToText.from_pretrained(export).eval()
     processor = open_processor(str(export), data)

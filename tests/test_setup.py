@@ -35,10 +35,10 @@ class Checkout:
         (folder / "python").write_text(PYTHON)
         (folder / "python").chmod(0o755)
 
-    def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def make(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         kept = {
             name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ
-        }  # not an outer make's
+        } | environment  # not an outer make's
         command = ["make", "PYTHON=./python", *arguments]
         return subprocess.run(command, cwd=self.folder, env=kept, capture_output=True, text=True, check=False)
 
@@ -77,6 +77,13 @@ def test_goals_bring_what_they_need(checkout: Checkout) -> None:
     assert checkout.installed_by("check") == [for_tests | {"dev"}]
     assert checkout.installed_by("lint") == checkout.installed_by("test") == []
     assert checkout.installed_by("bench-gpu") == [for_tests | {"dev", "peers"}]
+
+
+def test_modules_are_compiled_at_once_where_python_keeps_nothing_that_it_compiles(checkout: Checkout) -> None:
+    for environment, is_later in ({}, True), ({"PYTHONDONTWRITEBYTECODE": "1"}, False):
+        shutil.rmtree(checkout.folder / ".venv", ignore_errors=True)
+        assert checkout.make("setup", **environment).returncode == 0
+        assert ("--no-compile" in (checkout.folder / "pip.log").read_text().splitlines()[-1]) == is_later
 
 
 def test_who_only_trains_downloads_nothing_for_tests(checkout: Checkout) -> None:
