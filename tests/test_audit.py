@@ -21,13 +21,13 @@ from shared.kd_loss import fused_ce_kd
 from shared.models.vlm import load_vlm
 from shared.recipes import Recipe
 from shared.recipes.files import validate_tree
-from shared.recipes.policies import TAIL_MODES, TopK
+from shared.recipes.policies import DEFAULT_TAIL, TAIL_MODES, TopK
 from shared.runtime import distributed
 from shared.sparse import sparsify
 from shared.stopping import StopRequest
 from stage1_teacher.__main__ import commands
 from stage1_teacher.capture import capture
-from stage1_teacher.inspection.audit import DEFAULT_TAIL, Audit, audit
+from stage1_teacher.inspection.audit import Audit, audit
 from stage1_teacher.inspection.comparison import AtTemperature
 from stage1_teacher.inspection.head_gradient import BATCHES, HeadGradients, Measured, pull
 from stage1_teacher.inspection.tools import recipe_of_cache
@@ -171,8 +171,8 @@ def test_the_tail_is_that_of_the_recipe(tree: dict[str, Any]) -> None:
         tail: audited(recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"tail": tail})}), path)
         for tail in (None, *TAIL_MODES)
     }
-    assert [one.tail for one in found.values()] == ["ghost", *TAIL_MODES]
-    assert found[None].results == found["ghost"].results
+    assert [one.tail for one in found.values()] == [DEFAULT_TAIL, *TAIL_MODES]
+    assert found[None].results == found[DEFAULT_TAIL].results
     assert len({error_over_64(found[tail].results[0]) for tail in TAIL_MODES}) == 4
     kl = {tail: found[tail].results[0].kl.cache for tail in TAIL_MODES}
     assert kl["ghost"] is not None
@@ -234,8 +234,8 @@ def test_a_missing_size_says_what_it_needs(tree: dict[str, Any]) -> None:
 
 def test_the_tail_is_named(tree: dict[str, Any]) -> None:
     _, path = captured(tree, policy={"kind": "top_k", "k": 4})
-    assert "tail uniform" in invoke(str(path), "--set", "loss.tail=uniform").output
-    assert "tail ghost" in invoke(str(path)).output
+    assert "tail drop" in invoke(str(path), "--set", "loss.tail=drop").output
+    assert f"tail {DEFAULT_TAIL}" in invoke(str(path)).output
 
 
 def test_settings_are_laid_over_the_recipe_of_the_cache(tree: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from shared.errors import CacheMismatchError, RecipeError
 from shared.kd_loss import Divergence, LossSums, ce_kd_by_position, chunk, fused_ce_kd, gradients
 from shared.kd_loss.positions import counted_positions
 from shared.kd_loss.tile import LossSettings
-from shared.recipes.policies import Policy, Random, Threshold, TopK, TopP
+from shared.recipes.policies import DEFAULT_TAIL, Policy, Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from tests import reference_losses as reference
 
@@ -73,7 +73,7 @@ class Problem:
         bias: bool = False,
         softcap: float | None = None,
         weights: bool = False,
-        tail: str = "ghost",
+        tail: str = DEFAULT_TAIL,
         kind: str = "forward_kl",
         beta: float = 0.5,
         num_vocab_ids: int | None = None,

@@ -410,10 +410,6 @@ def test_a_mix_goes_on_with_its_weights_alone(tree: dict[str, Any], parts: dict[
             "duplicates and teachers beside mix",
         ),
         ({"path": ["a", "b"], "duplicates": "last"}, "'refuse' or 'first'"),
-        (
-            {"mix": [{"path": "a"}], "policy": {"kind": "top_k", "k": 4}},
-            "tail ghost of a mix of top_k caches",
-        ),
         ({"path": "a", "teachers": "two"}, "'one' or 'many'"),
     ],
     ids=str,
@@ -425,6 +421,8 @@ def test_what_a_recipe_must_not_say(tree: dict[str, Any], cache: dict[str, Any],
 
 def test_a_recipe_may_say_it_so(tree: dict[str, Any], tmp_path: Path) -> None:
     top_k = {"mix": [{"path": "a"}, {"path": "b"}, {"path": "c"}], "policy": {"kind": "top_k", "k": 4}}
+    with pytest.raises(RecipeError, match="tail ghost of a mix of top_k caches"):
+        make_recipe(tree | {"cache": top_k}, loss__tail="ghost")
     recipe = make_recipe(tree | {"cache": top_k}, loss__tail="uniform")
     assert recipe.cache is not None
     assert recipe.cache.weights == pytest.approx((1 / 3,) * 3)

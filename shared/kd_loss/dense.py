@@ -27,6 +27,7 @@ from shared.kd_loss.positions import with_checked_entries
 from shared.kd_loss.teacher import check_tail, sparse_teacher
 from shared.kd_loss.tile import LossSettings, check_num_vocab_ids, check_temperature, num_local_ids
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
+from shared.recipes.policies import DEFAULT_TAIL
 
 if TYPE_CHECKING:
     from shared.sparse import Targets
@@ -66,7 +67,7 @@ class KDLoss(nn.Module):
         chunk_size: int = 0,
         *,
         divergence: Divergence = FORWARD_KL,
-        tail: str = "ghost",
+        tail: str = DEFAULT_TAIL,
         num_vocab_ids: int | None = None,
     ) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ from shared.kd_loss.teacher import SparseTeacher, sparse_teacher
 from shared.kd_loss.tile import LossSettings, check_num_vocab_ids, check_temperature
 from shared.kd_loss.tile import reverse_kl as drawn_reverse_kl
 from shared.kd_loss.vocab_parallel import VocabShard, local_part
+from shared.recipes.policies import DEFAULT_TAIL
 
 if TYPE_CHECKING:
     from shared.sparse import Targets
@@ -86,7 +87,7 @@ def fused_ce_kd(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     divergence: Divergence = FORWARD_KL,
-    tail: str = "ghost",
+    tail: str = DEFAULT_TAIL,
     weights_N: Tensor | None = None,
     kd_factors_N: Tensor | None = None,
     num_vocab_ids: int | None = None,
@@ -201,7 +202,7 @@ def _prepared(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     divergence: Divergence = FORWARD_KL,
-    tail: str = "ghost",
+    tail: str = DEFAULT_TAIL,
     weights_N: Tensor | None = None,
     kd_factors_N: Tensor | None = None,
     num_vocab_ids: int | None = None,

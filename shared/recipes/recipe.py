@@ -23,7 +23,6 @@ from shared.errors import RecipeError
 from shared.recipes import yaml12
 from shared.recipes.files import read_recipe_tree, validate_tree
 from shared.recipes.policies import (
-    DEFAULT_TAIL,
     TAILS_OF_ANOTHER_VOCABULARY,
     ghost_of_several,
     tail_of_another_vocabulary,
@@ -94,7 +93,7 @@ class Recipe(Section):
                 problems.append(
                     f"loss.tail is for top_k and top_p caches; {self.cache.policy.kind} targets have no tail"
                 )
-            if self.cache.mix and not self.cache.policy.is_sampled and self.loss.tail in (None, "ghost"):
+            if self.cache.mix and self.tail == "ghost":
                 problems.append(ghost_of_several(self.cache.policy.kind))
         if self.loss.reverse_kl is not None:
             problems += self._problems_of_reverse_kl()
@@ -208,9 +207,8 @@ class Recipe(Section):
                 "student.other_vocabulary beside loss.visual_weight or loss.positions: what these weigh are "
                 "positions of the teacher, and the student's are others. Leave one of them out"
             )
-        tail = self.loss.tail or DEFAULT_TAIL
-        if not cache.policy.is_sampled and tail not in TAILS_OF_ANOTHER_VOCABULARY:
-            problems.append(tail_of_another_vocabulary(cache.policy.kind, tail))
+        if self.tail is not None and self.tail not in TAILS_OF_ANOTHER_VOCABULARY:
+            problems.append(tail_of_another_vocabulary(cache.policy.kind, self.tail))
         return problems
 
     def _problems_of_a_split(self) -> list[str]:
@@ -255,6 +253,13 @@ class Recipe(Section):
             return recipe
         chosen = began.cache.shuffle_window
         return recipe if chosen == "auto" else recipe.of_window(chosen)
+
+    @property
+    def tail(self) -> str | None:
+        """Where the loss puts the mass that targets leave out; None where they leave none, or there are none."""
+        if self.cache is None or self.cache.policy.is_sampled:
+            return None
+        return self.loss.tail_mode
 
     @property
     def distils(self) -> bool:

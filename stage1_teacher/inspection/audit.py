@@ -28,7 +28,6 @@ from shared.data.processing import ExampleProcessor
 from shared.errors import CacheMismatchError, DataError, RecipeError
 from shared.progress import by_examples, progress
 from shared.recipes import Recipe
-from shared.recipes.policies import DEFAULT_TAIL
 from shared.runtime import World
 from shared.same_prompts import inputs_identity, open_processor_of
 from stage1_teacher.capturing.teacher import Teacher, load_teacher
@@ -126,7 +125,7 @@ def audit(
                 f"cache {reader.location}: row {one.key.hex()} holds other answer tokens than the data. The "
                 "tokenizers or templates differ"
             )
-    targets, tail = reader.targets(rows), recipe.loss.tail or DEFAULT_TAIL
+    targets, tail = reader.targets(rows), recipe.loss.tail_mode
     comparison = Comparison.of(teacher, encoded, targets, together, alone, tail=tail, seed=seed)
     return Audit(
         cache=reader.location,

@@ -55,7 +55,6 @@ from shared.models.vlm import (
     split,
 )
 from shared.recipes import LossConfig, ParallelConfig, Recipe, StudentConfig
-from shared.recipes.policies import DEFAULT_TAIL
 from shared.runtime import World
 from shared.sparse import MixedTargets, RegroupedTargets, SparseTargets, Targets
 from stage2_student.training.emphasis import Weighing, scores
@@ -155,7 +154,7 @@ class StudentWithLoss(nn.Module):
         reliability = student_reliability(hidden_ND, split(self.model)[1], labels)
         is_measured = targets is not None and KL_TEMPERATURE in targets.temperatures
         temperature = KL_TEMPERATURE if is_measured else self._temperature
-        own_tail = self.loss.tail or DEFAULT_TAIL
+        own_tail = self.loss.tail_mode
         tail = kl_tail(targets) or own_tail
         head = self._loss_inputs(hidden_ND) | {"tail": tail}
         each = ce_kd_by_position(labels_N=labels, targets=targets, temperature=temperature, **head)
@@ -248,15 +247,15 @@ class StudentWithLoss(nn.Module):
     def _loss_inputs(self, hidden_ND: Tensor) -> dict[str, Any]:
         """Hidden states and head as the loss takes them, and what of its settings does not depend on the labels."""
         _, head = split(self.model)
-        inputs = {
+        return {
             "hidden_ND": hidden_ND * head.scale if head.scale != 1.0 else hidden_ND,
             "weight_VD": head.weight_VD,
             "bias_V": head.bias_V if head.bias_V is None or head.scale == 1.0 else head.bias_V * head.scale,
             "softcap": head.softcap,
             "chunk_size": chunk_positions(self.loss.chunk_size, head.weight_VD.shape[0], hidden_ND.device),
             "num_vocab_ids": self.num_token_ids,
+            "tail": self.loss.tail_mode,
         }
-        return inputs | ({"tail": self.loss.tail} if self.loss.tail else {})
 
     def check(
         self,

@@ -12,7 +12,6 @@ from torch import Tensor
 from shared.kd_loss import FORWARD_KL
 from shared.kd_loss.teacher import sparse_teacher
 from shared.progress import progress
-from shared.recipes.policies import DEFAULT_TAIL
 from shared.reports.reliability import NUM_BINS, Reliability
 from shared.runtime import World
 from shared.sparse import RegroupedTargets
@@ -119,7 +118,7 @@ def _mass(targets: RegroupedTargets, student: StudentWithLoss) -> Tensor:
         targets,
         temperature=KL_TEMPERATURE,
         divergence=FORWARD_KL,
-        tail=student.loss.tail or DEFAULT_TAIL,
+        tail=student.loss.tail_mode,
         num_vocab_ids=student.num_token_ids,
         dtype=torch.float32,
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.recipes.policies import TAIL_MODES
+from shared.recipes.policies import DEFAULT_TAIL, TAIL_MODES
 from shared.recipes.schema import Section
 from shared.recipes.sections.types import (
     Beta,
@@ -132,6 +132,11 @@ class LossConfig(Section):
     `cache.visual_gain`."""
     positions: PositionsConfig | None = None
     """null: all positions are trained on."""
+
+    @property
+    def tail_mode(self) -> str:
+        """The one that counts where targets are cut off."""
+        return self.tail or DEFAULT_TAIL
 
     @model_validator(mode="after")
     def _own_answers_have_a_teacher(self) -> Self:
