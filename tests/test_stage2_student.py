@@ -236,9 +236,13 @@ def test_steps_that_are_not_finite_may_be_left_out_and_are_counted(tree: dict[st
         optimization__max_grad_norm=None,
         optimization__max_skipped_steps=2,
         run__checkpoint_every=1,
-        run__export=False,
+        run__export=True,
     )
-    run_alone(recipe)
+    with pytest.raises(
+        TrainingError, match=r"step 3: the validation loss is not a number.*Nothing is exported"
+    ):
+        run_alone(recipe)
+    assert not (recipe.run.path / "export").exists()
     first, last = state_of(recipe, 2), state_of(recipe, 3)
     assert all(torch.equal(first[name], last[name]) for name in first)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -102,7 +103,10 @@ class Trainer:
         reshard(self.student)
 
     def fit(self, stop: StopRequest) -> bool:
-        """Steps to the end; False when it was asked to stop before.  All checkpoints are then whole."""
+        """Steps to the end; False when it was asked to stop before.  All checkpoints are then whole.
+
+        Raises   TrainingError  where the last validation of a student that was trained is not a number
+        """
         if stop.agreed(self.world):
             return False
         try:
@@ -110,7 +114,19 @@ class Trainer:
         finally:
             self.folder.checkpoints.wait()  # whatever ends the run: what was saved is kept
         self.world.barrier()
+        if finished:
+            self._require_a_sound_student()
         return finished
+
+    def _require_a_sound_student(self) -> None:
+        """Steps that are left out do not change it; one before them may have made its weights too large."""
+        step, loss = self.validated
+        if step == self.step and loss is not None and math.isnan(loss):
+            raise TrainingError(
+                f"step {self.step}: the validation loss is not a number: the student has no finite losses any more. "
+                "Nothing is exported. A lower learning rate or a longer warm-up may help; `train-student export "
+                f"{self.folder.path} --best` takes the best checkpoint there is"
+            )
 
     def _steps(self, stop: StopRequest) -> bool:
         if self.step == 0:
