@@ -371,7 +371,7 @@ def test_the_files_with_gpu_tests_are_all_that_have_some() -> None:
     """The kernel's cases, which one of them runs, are marked as well: else pytest hides the GPU from them."""
     cases = "tests/kd_loss_kernel_cases.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu"]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTEST_ADDOPTS": ""}
     command += ["--keep-duplicates", "tests", cases]  # else a file is left out beside its folder
     done = subprocess.run(command, cwd=bench_gpu.ROOT, env=environment, capture_output=True, text=True)
     found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}

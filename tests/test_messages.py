@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from samples import PLAIN_CHAT, encoded_picture
+from samples import PLAIN_CHAT
 
 from shared.data.processing import open_processor
 from shared.data.rows import Example, open_split
@@ -42,11 +42,11 @@ def no_rows(folder: Path) -> None:
     pq.write_table(pa.table(table), folder / "train.parquet")
 
 
-LONG = base64.b64encode(encoded_picture(0, size=(200, 200))).decode()
+LONG = base64.b64encode(bytes(100_000)).decode()  # of no picture
 DATA = {
     "no rows": (no_rows, "split train: no rows; at least one is needed"),
     "no readable line": (lines("{'a': 1}", "nonsense"), "none of 2 line(s) can be read; the first: "),
-    "base64": (
+    "base64 of no picture": (
         lines(json.dumps({"image": LONG, "question": "?", "answer": "a"})),
         f"the picture is a text of {len(LONG):,} characters",
     ),
