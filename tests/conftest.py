@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,8 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
     CUDA build feigns it for fake tensors.
 
     Nor may another thread hold a lock when ranks are forked: tqdm's monitor takes the one of all bars now and then.
+
+    A shell has what it starts in the background ignore Ctrl-C.  Commands that tests start would inherit that.
     """
     tqdm.monitor_interval = 0
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.ones((), requires_grad=True).backward()
