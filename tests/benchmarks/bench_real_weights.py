@@ -45,7 +45,7 @@ from tests.benchmarks.own_process import in_own_process
 from tests.benchmarks.peers.live import LiveTeacher
 from tests.benchmarks.pretrained_gemma import TINY_VISION, read_package, save_vlm, shorten, tiny_model
 from tests.benchmarks.real_teacher import batches, distributions
-from tests.benchmarks.student_results import LABELS, LEARNED, LENGTHS, LIVE, TIMED, Results
+from tests.benchmarks.student_results import LABELS, LENGTHS, LIVE, TIMED, Results, learned
 from tests.benchmarks.student_runs import (
     Job,
     Key,
@@ -373,7 +373,8 @@ def students(plan: Plan) -> dict[str, Any]:
     results = results_of(plan)
     at_most = {name: other for name, other in sizes(plan).items() if other is not None}
     return {
-        "table": results.table(),
+        "lengths": plan.lengths,
+        "table": results.table(plan.lengths),
         "notes": results.notes(at_most),
         "stamps": results.stamps,
         "failed": failed,
@@ -416,7 +417,9 @@ def show(bench: Bench, part: str, found: dict[str, Any], *, tiny: bool) -> None:
         show_errors(bench, table, lines, notes=f"{found['positions']:,} positions.", stamps=stamps)
     elif part == "students":
         title = "Students of a pretrained teacher"
-        bench.show(table, title, LEARNED, found["table"], notes=found["notes"], stamps=stamps)
+        bench.show(
+            table, title, learned(found["lengths"]), found["table"], notes=found["notes"], stamps=stamps
+        )
     elif part == "steps":
         head = ("taught by", "against labels alone")
         bench.show(table, "Processor time of a step", head, found["table"], stamps=stamps)
@@ -482,7 +485,9 @@ def main() -> None:
         found = PARTS[name](plan) | stamp() | {"seconds": time.monotonic() - begin}
         path.write_text(json.dumps(found, indent=1) + "\n")
         show(bench, name, found, tiny=plan.tiny)
-        told = {key: value for key, value in found.items() if key not in ("lines", "table", "stamps")}
+        told = {
+            key: value for key, value in found.items() if key not in ("lines", "lengths", "table", "stamps")
+        }
         print(json.dumps(told), flush=True)
         failed += found.get("failed", [])
     require_all(failed)

@@ -39,12 +39,12 @@ from tests.benchmarks.student_results import (
     COSTS,
     FOLDER,
     LABELS,
-    LEARNED,
     LENGTHS,
     LIVE,
     RESULTS,
     TIMED,
     Results,
+    learned,
 )
 from tests.benchmarks.student_runs import (
     Job,
@@ -208,8 +208,8 @@ def main() -> None:
         table = f"students-{name}-{arguments.kd_ratio:g}"
         about = f"`{name}`, `kd_ratio: {arguments.kd_ratio:g}`"
         notes = found.notes(at_most)
-        learned, costs = f"What students learned, {about}", f"Costs against labels alone, {about}"
-        bench.show(table, learned, LEARNED, found.table(), notes=notes, stamps=found.stamps)
+        title, costs = f"What students learned, {about}", f"Costs against labels alone, {about}"
+        bench.show(table, title, learned(), found.table(), notes=notes, stamps=found.stamps)
         bench.show(f"{table}-costs", costs, COSTS, found.costs(), stamps=found.stamps)
     require_all(failed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ LENGTHS: dict[str, dict[str, int | None]] = {
 }
 TIMED = "1 epoch, timed"
 LABELS, LIVE = "labels alone", "teacher live"
-LEARNED = [
-    "taught by",
-    "bytes",
-    *(name for one in LENGTHS for name in (f"KL, {one}", "/ live", "CE", "right")),
-]
 COSTS = ["taught by", "step", *(f"memory, {one}" for one in LENGTHS)]
+
+
+def learned(lengths: Iterable[str] = LENGTHS) -> list[str]:
+    """The head of ``Results.table``."""
+    return [
+        "taught by",
+        "bytes",
+        *(name for one in lengths for name in (f"KL, {one}", "/ live", "CE", "right")),
+    ]
 
 
 def done(results: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -139,12 +144,12 @@ class Results:
         kind = next((i for i, kind in enumerate(kinds) if variant.startswith(kind)), len(kinds))
         return kind, -self.size(variant)
 
-    def table(self) -> list[list[str]]:
-        """Under ``LEARNED``: what the students learned."""
+    def table(self, lengths: Sequence[str] = tuple(LENGTHS)) -> list[list[str]]:
+        """Under ``learned(lengths)``: what the students learned."""
         lines = []
         for variant in self.variants:
             cells = [variant, f"{self.size(variant):.0f}" if self.size(variant) else "-"]
-            for length in LENGTHS:
+            for length in lengths:
                 of_seed = {
                     name: [*self.values(variant, length, name).values()] for name in ("kl", "ce", "accuracy")
                 }
