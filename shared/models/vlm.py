@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.modeling_outputs import BaseModelOutput
 
 from shared.errors import RecipeError, shortened
@@ -182,22 +183,23 @@ def empty_vlm(
     except Exception as error:  # of any type: settings that do not fit together, packages that are missing
         reason = shortened(str(error).split("\n")[0])
         raise RecipeError(f"model of type {config.model_type}: cannot be made: {reason}") from error
-    _keep_in_fp32(model)
+    _keep_in_fp32(model, dtype)
     keep_rows_apart(model)
     return model
 
 
-def _keep_in_fp32(model: PreTrainedModel) -> None:
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """What a class wants in fp32 beside narrower weights; ``from_pretrained`` alone heeds it.
 
     A router's correction, of some units, decides between experts by differences that bf16 rounds away.
     """
-    names = model._keep_in_fp32_modules_strict or ()
+    if not (plan := model._get_dtype_plan(dtype)):
+        return
+    kept, _, _ = build_glob_alternation([*plan])
     for path, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                full = f".{path}.{name}."
-                if tensor is not None and any(f".{one}." in full for one in names):
+                if tensor is not None and kept.search(f"{path}.{name}"):
                     tensor.data = tensor.data.float()
 
 
