@@ -493,6 +493,23 @@ def test_a_claimant_is_heard_as_long_as_it_lives(tmp_path: Path) -> None:
     assert onlooker.is_dead(name)
 
 
+def test_a_claimant_is_seen_once_while_its_file_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new file lies beside the old one for a moment: counted, what it tells would be counted twice."""
+    folder, seen = open_folder(tmp_path), []
+    replace = os.replace
+
+    def looked_at_before(*paths: Path) -> None:
+        seen.append((len(folder.names(CLAIMS)), claimant_files(folder)))
+        replace(*paths)
+
+    with Claimant(folder, timeout_s=LONG_S) as one, monkeypatch.context() as patch:
+        patch.setattr(os, "replace", looked_at_before)
+        one.tell(refused=1)
+    assert seen == [(2, [claimant_file(one.name)])]
+
+
 def test_one_that_hangs_falls_silent(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     with Claimant(folder, timeout_s=SHORT_S, patience_s=0.2) as one:

@@ -30,7 +30,7 @@ CLAIMS = "claims/"
 TABLE_NAME = re.compile(r"(index|list)-[0-9a-f]{16}\.arrow")
 SHARD_NAME = re.compile(r"shards/[0-9a-f]{16}-[0-9a-f]{64}\.arrow")
 CLAIM_NAME = re.compile(r"claims/([0-9a-f]{16}|commit)\.([0-9]{1,6})")
-CLAIMANT_NAME = re.compile(r"claims/[A-Za-z0-9_.-]+\.json")
+CLAIMANT_NAME = re.compile(r"claims/[A-Za-z0-9-][A-Za-z0-9_.-]*\.json")  # not a temporary one
 
 
 def index_name(sha256: str) -> str:

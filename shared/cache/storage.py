@@ -88,7 +88,8 @@ class LocalFolder:
         folder, _, stem = prefix.rpartition("/")
         try:
             with os.scandir(self.path / folder) as found:
-                names = [item.name for item in found if item.is_file() and item.name.startswith(stem)]
+                # A set: a file that is replaced meanwhile may be listed twice.
+                names = {item.name for item in found if item.is_file() and item.name.startswith(stem)}
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(f"{folder}/{name}" if folder else name for name in names)
