@@ -277,12 +277,12 @@ def test_the_products_are_made_in_the_memory_of_the_loss(monkeypatch: pytest.Mon
     def padded(num_rows: int, num_ids: int, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(num_rows, num_ids + 11)
 
-    def add_product_(grad_VD: torch.Tensor, logits_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
+    def add_to_pieces_(pieces: list[torch.Tensor], logits_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
         strides.append(logits_CV.stride())
         torch.testing.assert_close(logits_CV, hidden_CD @ inputs.weight_VD.detach().t())
 
     monkeypatch.setattr(gpu_loss, "logits_buffer", padded)
-    monkeypatch.setattr(gpu_loss, "add_product_", add_product_)
+    monkeypatch.setattr(gpu_loss, "add_to_pieces_", add_to_pieces_)
     gpu_loss.products(inputs)
     assert strides == [(112, 1)] * 3
 

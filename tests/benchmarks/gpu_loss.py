@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shared.kd_loss import fused_ce_kd
 from shared.kd_loss.chunk import logits_buffer
-from shared.kd_loss.gradients import add_product_
+from shared.kd_loss.gradients import add_to_pieces_, zero_pieces
 from shared.models.chunks import chunk_positions
 from shared.recipes.policies import Policy, Threshold, TopK
 from shared.sparse import SparseTargets, position_seeds, sparsify
@@ -111,13 +111,13 @@ def fused(inputs: Inputs, *, kd_ratio: float) -> None:
 def products(inputs: Inputs) -> None:
     """The three products of the fused loss, in its chunks and its memory: padded rows are faster for any V."""
     hidden_ND, weight_VD = inputs.hidden_ND.detach(), inputs.weight_VD.detach()
-    grad_VD = torch.zeros(weight_VD.shape, device=weight_VD.device)
+    pieces = zero_pieces(weight_VD, torch.float32, weight_VD.dtype)
     num_ids = len(weight_VD)
     buffer_CV = logits_buffer(inputs.chunk_size, num_ids, like=hidden_ND)[:, :num_ids]
     for hidden_CD in hidden_ND.split(inputs.chunk_size):
         logits_CV = torch.mm(hidden_CD, weight_VD.t(), out=buffer_CV[: len(hidden_CD)])
         torch.mm(logits_CV, weight_VD)
-        add_product_(grad_VD, logits_CV, hidden_CD)
+        add_to_pieces_(pieces, logits_CV, hidden_CD)
 
 
 @torch.no_grad()
