@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -285,6 +286,51 @@ def test_the_products_are_made_in_the_memory_of_the_loss(monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_loss, "add_to_pieces_", add_to_pieces_)
     gpu_loss.products(inputs)
     assert strides == [(112, 1)] * 3
+
+
+def test_a_shape_that_does_not_fit_costs_its_own_figures_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure_shape = gpu_loss.measure
+    first, second = (gpu_loss.Shape(101, 8, num_positions) for num_positions in (20, 30))
+
+    def without_memory(shape: gpu_loss.Shape, device: torch.device) -> Iterator[Figure]:
+        if shape.num_positions == 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        yield from measure_shape(shape, device)
+
+    monkeypatch.setattr(gpu_loss, "measure", without_memory)
+    figures = list(gpu_loss.sweep([first, second], CPU, tiny=False))
+    assert len(figures) == 4
+    assert figures[0].name.startswith(f"{second} ")
+    assert f"left out: {first}: CUDA out of memory. Tried to allocate\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), RuntimeError("an illegal memory access")])
+def test_a_shape_that_fails_is_no_shape_that_does_not_fit(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(shape: gpu_loss.Shape, device: torch.device) -> Iterator[Figure]:
+        raise error
+
+    monkeypatch.setattr(gpu_loss, "measure", fails)
+    with pytest.raises(type(error)):
+        list(gpu_loss.sweep([gpu_loss.Shape(101, 8, 20)], CPU, tiny=False))
+
+
+def test_figures_of_changed_code_are_not_those_of_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are those of one change those of another."""
+    said = {"rev-parse": "1" * 40, "diff": ""}
+    monkeypatch.setattr("tests.benchmarks.tables._git", lambda *words: said[words[0]])
+    clean = bench_gpu.machine(tiny=True)
+    assert "commit 111111111111\n" in bench_gpu.table({"machine": clean, "parts": {}})
+    found = [clean]
+    for said["diff"] in "one line", "another line":
+        found.append(bench_gpu.machine(tiny=True))
+        assert "commit 111111111111 with changes\n" in bench_gpu.table({"machine": found[-1], "parts": {}})
+    assert all(one != other for one, other in itertools.combinations(found, 2))
+    monkeypatch.setattr("tests.benchmarks.tables._git", lambda *_: None)
+    assert "commit unknown\n" in bench_gpu.table({"machine": bench_gpu.machine(tiny=True), "parts": {}})
 
 
 def test_the_time_of_a_step_is_known_before_workers_are_waited_for(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared.errors import is_out_of_memory
 from shared.kd_loss import fused_ce_kd
 from shared.kd_loss.chunk import logits_buffer
 from shared.kd_loss.gradients import add_to_pieces_, zero_pieces
@@ -159,8 +160,15 @@ def measure(shape: Shape, device: torch.device) -> Iterator[Figure]:
 
 
 def sweep(shapes: list[Shape], device: torch.device, *, tiny: bool) -> Iterator[Figure]:
-    for shape in shapes:
-        yield from measure(shape.tiny() if tiny else shape, device)
+    """One that does not fit into memory is named, and the others go on."""
+    for each in shapes:
+        shape = each.tiny() if tiny else each
+        try:
+            yield from measure(shape, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"  left out: {shape}: {str(error).splitlines()[0]}", flush=True)
 
 
 # --- other implementations -----------------------------------------------------------------------------------
