@@ -206,8 +206,8 @@ def liger_jsd(inputs: Inputs, teacher_weight_VD: Tensor) -> None:
 
 def compare(device: torch.device, *, tiny: bool) -> Iterator[Figure]:
     """With others, at a size where their logits fit; what is not installed, or fails, is named."""
-    shape = Shape(QWEN, 2560, 4096)
-    inputs = Inputs.make(shape.tiny() if tiny else shape, device)
+    shape = Shape(QWEN, 2560, 4096).tiny() if tiny else Shape(QWEN, 2560, 4096)
+    inputs = Inputs.make(shape, device)
     teacher_weight_VD = (inputs.weight_VD.detach() * 3).contiguous()
     kept = TopK(k=min(64, len(inputs.weight_VD) // 2))
     with_bucket = replace(inputs, targets=taught(inputs.hidden_ND, inputs.weight_VD, kept))
