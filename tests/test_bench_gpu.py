@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -123,7 +124,9 @@ def test_a_broken_package_of_others_costs_its_own_figures_alone(
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
         monkeypatch.delitem(sys.modules, name)
-    assert len(list(gpu_loss.compare(CPU, tiny=True))) == 4
+    figures = list(gpu_loss.compare(CPU, tiny=True))
+    assert len(figures) == 4
+    assert all(figure.name.startswith("V 7,760, D 80, 128 positions") for figure in figures)
     told = capsys.readouterr().out
     assert told.count("left out: Liger") == told.count("made for another Triton") == 2
 
@@ -277,14 +280,59 @@ def test_the_products_are_made_in_the_memory_of_the_loss(monkeypatch: pytest.Mon
     def padded(num_rows: int, num_ids: int, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(num_rows, num_ids + 11)
 
-    def add_product_(grad_VD: torch.Tensor, logits_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
+    def add_to_pieces_(pieces: list[torch.Tensor], logits_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
         strides.append(logits_CV.stride())
         torch.testing.assert_close(logits_CV, hidden_CD @ inputs.weight_VD.detach().t())
 
     monkeypatch.setattr(gpu_loss, "logits_buffer", padded)
-    monkeypatch.setattr(gpu_loss, "add_product_", add_product_)
+    monkeypatch.setattr(gpu_loss, "add_to_pieces_", add_to_pieces_)
     gpu_loss.products(inputs)
     assert strides == [(112, 1)] * 3
+
+
+def test_a_shape_that_does_not_fit_costs_its_own_figures_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure_shape = gpu_loss.measure
+    first, second = (gpu_loss.Shape(101, 8, num_positions) for num_positions in (20, 30))
+
+    def without_memory(shape: gpu_loss.Shape, device: torch.device) -> Iterator[Figure]:
+        if shape.num_positions == 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        yield from measure_shape(shape, device)
+
+    monkeypatch.setattr(gpu_loss, "measure", without_memory)
+    figures = list(gpu_loss.sweep([first, second], CPU, tiny=False))
+    assert len(figures) == 4
+    assert figures[0].name.startswith(f"{second} ")
+    assert f"left out: {first}: CUDA out of memory. Tried to allocate\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), RuntimeError("an illegal memory access")])
+def test_a_shape_that_fails_is_no_shape_that_does_not_fit(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(shape: gpu_loss.Shape, device: torch.device) -> Iterator[Figure]:
+        raise error
+
+    monkeypatch.setattr(gpu_loss, "measure", fails)
+    with pytest.raises(type(error)):
+        list(gpu_loss.sweep([gpu_loss.Shape(101, 8, 20)], CPU, tiny=False))
+
+
+def test_figures_of_changed_code_are_not_those_of_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are those of one change those of another."""
+    said = {"rev-parse": "1" * 40, "diff": ""}
+    monkeypatch.setattr("tests.benchmarks.tables._git", lambda *words: said[words[0]])
+    clean = bench_gpu.machine(tiny=True)
+    assert "commit 111111111111\n" in bench_gpu.table({"machine": clean, "parts": {}})
+    found = [clean]
+    for said["diff"] in "one line", "another line":
+        found.append(bench_gpu.machine(tiny=True))
+        assert "commit 111111111111 with changes\n" in bench_gpu.table({"machine": found[-1], "parts": {}})
+    assert all(one != other for one, other in itertools.combinations(found, 2))
+    monkeypatch.setattr("tests.benchmarks.tables._git", lambda *_: None)
+    assert "commit unknown\n" in bench_gpu.table({"machine": bench_gpu.machine(tiny=True), "parts": {}})
 
 
 def test_the_time_of_a_step_is_known_before_workers_are_waited_for(

@@ -93,7 +93,8 @@ def check(kernel, logits, flags, values, has_entries):
         spilled = re.findall(r"([1-9]\\d*) bytes spill", told)
         print(kernel.__name__, capability, logits, values, registers, "registers", spilled, "spilled")
         assert not spilled, told
-        assert registers <= 128, told
+        # Of 65,536 registers two programs of bf16 rows, 512 threads each, have theirs at once; of fp32 rows one.
+        assert registers <= (64 if logits == "*bf16" else 96), told
         passes = 1 + with_grad  # each goes over the row in pieces of 16 bytes
         assert len(re.findall(r"ld\\.global\\.v4", ptx)) >= 2 * passes, ptx
         assert len(re.findall(r"st\\.global\\.v4", ptx)) >= 2 * with_grad, ptx
@@ -110,5 +111,51 @@ for logits, ordinary, kinds in (("*bf16", ("10010001", "10000001"), range(4)), (
 
 @pytest.mark.slow
 def test_compiles_without_a_gpu(tmp_path: Path) -> None:
-    """For Ampere and Hopper, with the most and the fewest options: no spills, and a row goes 16 bytes at a time."""
+    """For Ampere and Hopper, with the most and the fewest options: few registers, no spills, 16 bytes at once."""
     run(["-c", COMPILE], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+
+
+LAUNCH = """
+import torch
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from shared.kd_loss import FORWARD_KL, triton_kernel
+from shared.kd_loss.teacher import sparse_teacher
+from shared.kd_loss.tile import LossSettings
+from shared.recipes.policies import TopK
+from shared.sparse import position_seeds, sparsify
+
+BACKEND = backends["nvidia"].compiler(GPUTarget("cuda", 90, 32))
+NUM_POSITIONS, NUM_IDS = 60, 32
+kinds = []
+
+def launch(kernel, *arguments, grid, warmup, **options):
+    binder = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
+    kinds.append(str(binder(*arguments, **options)[1]))
+
+JITFunction.run = launch
+seeds_N = position_seeds(0, b"key", NUM_POSITIONS)
+targets = sparsify(torch.randn(NUM_POSITIONS, NUM_IDS).log_softmax(-1), TopK(k=3), seeds=seeds_N)
+labels_N, floats_N = torch.zeros(NUM_POSITIONS, dtype=torch.int64), torch.zeros(NUM_POSITIONS)
+for tail in "uniform", "ghost":
+    teacher = sparse_teacher(
+        targets, temperature=1.0, divergence=FORWARD_KL, tail=tail, num_vocab_ids=NUM_IDS, dtype=torch.float32
+    )
+    del kinds[:]
+    for size in 16, 7, 1:
+        for start in range(0, NUM_POSITIONS - size, size):
+            some = slice(start, start + size)
+            logits_CV = torch.zeros(16, NUM_IDS, dtype=torch.bfloat16)[:size]
+            triton_kernel.chunk_loss_(
+                logits_CV, labels_N[some], floats_N[some], teacher, start, LossSettings(0.5, 1.0, NUM_IDS),
+                with_grad=True, label_logprobs_C=floats_N[some], kd_ratios_C=floats_N[some],
+            )
+    assert len(kinds) > 50, len(kinds)
+    assert len(set(kinds)) == 1, "\\n".join(sorted(set(kinds)))
+"""
+
+
+def test_no_chunk_s_size_or_start_compiles_anew() -> None:
+    """Labels and weights of a chunk begin where its positions do, which need not be where 16 bytes do."""
+    run(["-c", LAUNCH], TRITON_INTERPRET="0")

@@ -24,7 +24,7 @@ from torch import Tensor
 from shared.errors import RecipeError
 from shared.kd_loss.chunk import chunk_loss_, logits_buffer
 from shared.kd_loss.divergences import FORWARD_KL, Divergence, check_divergence
-from shared.kd_loss.gradients import add_product_, scaled
+from shared.kd_loss.gradients import add_to_pieces_, scaled, zero_pieces
 from shared.kd_loss.positions import Positions, counted, counted_positions, with_checked_ids
 from shared.kd_loss.teacher import SparseTeacher, sparse_teacher
 from shared.kd_loss.tile import LossSettings, check_num_vocab_ids, check_temperature
@@ -358,40 +358,52 @@ class _FusedLoss(torch.autograd.Function):
             logprobs_N=positions.label_logprobs_N,
             kd_ratios_N=positions.kd_ratios_N,
         )
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(grads.hidden_ND, grads.bias_V, *grads.weight_pieces)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         ctx.mark_non_differentiable(*sums[1:4], *sums[5:])
         return sums[:4] + sums[5:]  # the number of positions is no output of its own
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> Any:
-        return (*scaled(ctx.saved_tensors, ctx.dtypes, grad_loss), None)
+        hidden_ND, bias_V, *pieces = ctx.saved_tensors
+        return (*scaled([hidden_ND, pieces or None, bias_V], ctx.dtypes, grad_loss), None)
 
 
-def _in_one_dtype(
-    inputs: list[Tensor | None], work: _Work, needs: list[bool]
-) -> tuple[Tensor, list[Tensor | None]]:
+class _Grads(NamedTuple):
+    """Of what needs one, else None or empty; that of the head as ``zero_pieces`` cut it."""
+
+    hidden_ND: Tensor | None
+    weight_pieces: list[Tensor]
+    bias_V: Tensor | None
+
+
+def _in_one_dtype(inputs: list[Tensor | None], work: _Work, needs: list[bool]) -> tuple[Tensor, _Grads]:
     """Casts as autocast would a matrix product, but here, so that the head's gradient stays in fp32."""
-    hidden_ND = inputs[0]
+    hidden_ND, weight_VD, _ = inputs
     assert hidden_ND is not None
+    assert weight_VD is not None
     device_type, dtype = hidden_ND.device.type, hidden_ND.dtype
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
-        return _values_and_grads([None if one is None else one.to(dtype) for one in inputs], work, needs)
+        cast = [None if one is None else one.to(dtype) for one in inputs]
+        return _values_and_grads(cast, work, needs, weight_VD.dtype)
 
 
 def _values_and_grads(
-    inputs: list[Tensor | None], work: _Work, needs: list[bool]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """(4, N) CE, KD, teacher's entropy, reverse KL of each position, without weights; gradients of what needs one."""
+    inputs: list[Tensor | None], work: _Work, needs: list[bool], weight_dtype: torch.dtype
+) -> tuple[Tensor, _Grads]:
+    """(4, N) CE, KD, teacher's entropy, reverse KL of each position, without weights; gradients of what needs one.
+
+    weight_dtype  of the head's gradient in the end; until then it is a sum in fp32, or wider
+    """
     hidden_ND, weight_VD, bias_V = inputs
     assert hidden_ND is not None
     assert weight_VD is not None
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     num_positions, num_ids = hidden_ND.shape[0], weight_VD.shape[0]
     grad_hidden_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if needs[0] else None
-    grad_weight_VD = torch.zeros(weight_VD.shape, dtype=dtype, device=weight_VD.device) if needs[1] else None
+    weight_pieces = zero_pieces(weight_VD, dtype, weight_dtype) if needs[1] else []
     grad_bias_V = torch.zeros(num_ids, dtype=dtype, device=weight_VD.device) if needs[2] else None
     buffer_CW = logits_buffer(min(work.chunk_size, num_positions), num_ids, like=hidden_ND)
     values_4N = hidden_ND.new_zeros(4, num_positions, dtype=dtype)
@@ -426,13 +438,12 @@ def _values_and_grads(
             values_4N[2, chunk] = teacher.rows.entropy_N[first : first + len(hidden_CD)]
         if grad_hidden_ND is not None:
             torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[chunk])
-        if grad_weight_VD is not None:
-            add_product_(grad_weight_VD, logits_CV, hidden_CD)
+        add_to_pieces_(weight_pieces, logits_CV, hidden_CD)
         if grad_bias_V is not None:
             grad_bias_V.add_(logits_CV.sum(0, dtype=dtype))
     if work.settings.shard is not None and grad_hidden_ND is not None:
         work.settings.shard.sum(grad_hidden_ND)
-    return values_4N, [grad_hidden_ND, grad_weight_VD, grad_bias_V]
+    return values_4N, _Grads(grad_hidden_ND, weight_pieces, grad_bias_V)
 
 
 def _sums(

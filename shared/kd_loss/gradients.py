@@ -2,7 +2,8 @@
 
 Backward has only to multiply them by the incoming gradient.  It does so in place where autograd asks once,
 and narrows them to their inputs' dtype in the same memory, so that backward needs none of its own: it runs
-when the activations of the whole model are still alive.
+when the activations of the whole model are still alive.  A wide sum lies in pieces: its narrow gradient fits into
+the first, and the memory of the others is free when backward of the loss has ended.
 """
 
 from __future__ import annotations
@@ -16,12 +17,24 @@ from torch import Tensor
 
 _BLOCK = 2**20  # elements that are copied aside
 _PRODUCT_ROWS = 2**14  # vocabulary ids at a time where products cannot be added in fp32
+_ALIGNED_ROWS = 16  # so that what lies behind a piece of the head is as well aligned as the head
+
+
+def zero_pieces(like_VD: Tensor, sum_dtype: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
+    """(V, D) zeros of ``sum_dtype``, cut by rows where they are to be narrowed to ``dtype`` in the first piece."""
+    num_rows, ratio = len(like_VD), max(1, sum_dtype.itemsize // dtype.itemsize)
+    num_first = min(num_rows, -(-num_rows // ratio // _ALIGNED_ROWS) * _ALIGNED_ROWS)
+    sizes = [num_first, num_rows - num_first] if num_first < num_rows else [num_rows]
+    return [like_VD.new_zeros(size, *like_VD.shape[1:], dtype=sum_dtype) for size in sizes]
 
 
 def scaled(
-    grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None], grad_output: Tensor
+    grads: Sequence[Tensor | Sequence[Tensor] | None],
+    dtypes: Sequence[torch.dtype | None],
+    grad_output: Tensor,
 ) -> list[Tensor | None]:
-    """Each gradient times the incoming one, in its input's dtype; to be called inside ``backward``.
+    """Each gradient, or its ``zero_pieces``, times the incoming one, in its input's dtype; to be called inside
+    ``backward``.
 
     Raises   RuntimeError  under ``create_graph``: these gradients have no graph, so terms would be missing silently
     Holds    correct when autograd asks again (``retain_graph``); in place, with no new memory, when not
@@ -37,10 +50,25 @@ def scaled(
         if grad is None or dtype is None:
             scaled_grads.append(None)
         else:
-            scaled_grads.append(
-                narrow_(_multiply_(grad.clone() if asked_again else grad, grad_output), dtype)
-            )
+            pieces = [grad] if isinstance(grad, Tensor) else grad
+            pieces = [_multiply_(one.clone() if asked_again else one, grad_output) for one in pieces]
+            scaled_grads.append(_joined_(pieces, dtype))
     return scaled_grads
+
+
+def _joined_(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """``zero_pieces`` that were added to, as one tensor of ``dtype`` in the memory of the first."""
+    first, *others = pieces
+    narrow = narrow_(first, dtype)
+    if not others:
+        return narrow
+    shape = (sum(map(len, pieces)), *first.shape[1:])
+    whole = narrow.new_empty(0).set_(narrow.untyped_storage(), 0, shape, narrow.stride())
+    start = len(first)
+    for one in others:
+        whole[start : start + len(one)] = one
+        start += len(one)
+    return whole
 
 
 def _multiply_(grad: Tensor, factor: Tensor) -> Tensor:
@@ -70,6 +98,14 @@ def narrow_(wide: Tensor, dtype: torch.dtype) -> Tensor:
         narrow[start : 2 * start] = source[start : 2 * start]
         start *= 2
     return narrow.view(wide.shape)
+
+
+def add_to_pieces_(pieces: Sequence[Tensor], logits_CV: Tensor, hidden_CD: Tensor) -> None:
+    """``add_product_`` to a gradient of the head that ``zero_pieces`` cut."""
+    start = 0
+    for piece in pieces:
+        add_product_(piece, logits_CV[:, start : start + len(piece)], hidden_CD)
+        start += len(piece)
 
 
 def add_product_(grad_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor) -> None:

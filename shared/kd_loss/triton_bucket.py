@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from shared.kd_loss.divergences import DIVERGENCES
-from shared.kd_loss.triton_common import ENTRY_BLOCK, NUM_WARPS, block_size, by_raw, capped, share_of_ce
+from shared.kd_loss.triton_common import (
+    ANY_START,
+    ENTRY_BLOCK,
+    NUM_WARPS,
+    block_size,
+    by_raw,
+    capped,
+    share_of_ce,
+)
 
 if TYPE_CHECKING:
     from shared.kd_loss.teacher import SparseTeacher
@@ -112,8 +120,7 @@ def _terms(log_p, log_q, beta, KIND: tl.constexpr):  # type: ignore[no-untyped-d
     return term, slope
 
 
-# A chunk may begin at any position: nothing is compiled anew where 16 does not divide it.
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(**ANY_START)
 def _bucket_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     labels_ptr,

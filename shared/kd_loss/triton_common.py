@@ -8,6 +8,12 @@ import triton.language as tl
 MAX_BLOCK = 8192
 ENTRY_BLOCK = 128
 NUM_WARPS = 16
+# A chunk may begin at any position: nothing is compiled anew where 16 does not divide it, nor where the labels and
+# weights of the chunk, one of which a program reads, do not begin at a multiple of 16 bytes.
+ANY_START = {
+    "do_not_specialize": ["first"],
+    "do_not_specialize_on_alignment": ["labels_ptr", "weights_ptr", "label_logprobs_ptr", "kd_ratios_ptr"],
+}
 
 
 def block_size(num_ids: int) -> int:

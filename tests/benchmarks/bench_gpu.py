@@ -32,7 +32,7 @@ import torch
 
 from tests.benchmarks import gpu_loss
 from tests.benchmarks.gpu_figures import MODULE_OF_FLA, Figure
-from tests.benchmarks.tables import commit, versions
+from tests.benchmarks.tables import changes, commit, versions
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "liger-kernel")
@@ -114,6 +114,7 @@ def machine(*, tiny: bool) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": dict.fromkeys(PACKAGES) | versions(PACKAGES),
         "commit": commit(),
+        "changes": changes(),
     }
 
 
@@ -220,10 +221,8 @@ def table(found: dict[str, Any]) -> str:
     """All figures, as docs/benchmarks.md has them."""
     here = found["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in here["packages"].items() if version)
-    lines = [
-        f"{here['device']}; Python {here['python']}, {packages}; commit {(here['commit'] or 'unknown')[:12]}",
-        "",
-    ]
+    code = f"commit {(here['commit'] or 'unknown')[:12]}" + " with changes" * (here["changes"] is not None)
+    lines = [f"{here['device']}; Python {here['python']}, {packages}; {code}", ""]
     lines += ["| what | measured | to reach |", "|---|---|---|"]
     for name in PARTS:
         if name in found["parts"]:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared.errors import is_out_of_memory
 from shared.kd_loss import fused_ce_kd
 from shared.kd_loss.chunk import logits_buffer
-from shared.kd_loss.gradients import add_product_
+from shared.kd_loss.gradients import add_to_pieces_, zero_pieces
 from shared.models.chunks import chunk_positions
 from shared.recipes.policies import Policy, Threshold, TopK
 from shared.sparse import SparseTargets, position_seeds, sparsify
@@ -111,13 +112,13 @@ def fused(inputs: Inputs, *, kd_ratio: float) -> None:
 def products(inputs: Inputs) -> None:
     """The three products of the fused loss, in its chunks and its memory: padded rows are faster for any V."""
     hidden_ND, weight_VD = inputs.hidden_ND.detach(), inputs.weight_VD.detach()
-    grad_VD = torch.zeros(weight_VD.shape, device=weight_VD.device)
+    pieces = zero_pieces(weight_VD, torch.float32, weight_VD.dtype)
     num_ids = len(weight_VD)
     buffer_CV = logits_buffer(inputs.chunk_size, num_ids, like=hidden_ND)[:, :num_ids]
     for hidden_CD in hidden_ND.split(inputs.chunk_size):
         logits_CV = torch.mm(hidden_CD, weight_VD.t(), out=buffer_CV[: len(hidden_CD)])
         torch.mm(logits_CV, weight_VD)
-        add_product_(grad_VD, logits_CV, hidden_CD)
+        add_to_pieces_(pieces, logits_CV, hidden_CD)
 
 
 @torch.no_grad()
@@ -159,8 +160,15 @@ def measure(shape: Shape, device: torch.device) -> Iterator[Figure]:
 
 
 def sweep(shapes: list[Shape], device: torch.device, *, tiny: bool) -> Iterator[Figure]:
-    for shape in shapes:
-        yield from measure(shape.tiny() if tiny else shape, device)
+    """One that does not fit into memory is named, and the others go on."""
+    for each in shapes:
+        shape = each.tiny() if tiny else each
+        try:
+            yield from measure(shape, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"  left out: {shape}: {str(error).splitlines()[0]}", flush=True)
 
 
 # --- other implementations -----------------------------------------------------------------------------------
@@ -198,8 +206,8 @@ def liger_jsd(inputs: Inputs, teacher_weight_VD: Tensor) -> None:
 
 def compare(device: torch.device, *, tiny: bool) -> Iterator[Figure]:
     """With others, at a size where their logits fit; what is not installed, or fails, is named."""
-    shape = Shape(QWEN, 2560, 4096)
-    inputs = Inputs.make(shape.tiny() if tiny else shape, device)
+    shape = Shape(QWEN, 2560, 4096).tiny() if tiny else Shape(QWEN, 2560, 4096)
+    inputs = Inputs.make(shape, device)
     teacher_weight_VD = (inputs.weight_VD.detach() * 3).contiguous()
     kept = TopK(k=min(64, len(inputs.weight_VD) // 2))
     with_bucket = replace(inputs, targets=taught(inputs.hidden_ND, inputs.weight_VD, kept))

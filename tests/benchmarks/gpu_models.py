@@ -115,6 +115,9 @@ def _student(recipe: Recipe, device: torch.device) -> Iterator[Figure]:
 def teacher(root: Path, device: torch.device, *, tiny: bool) -> Iterator[Figure]:
     """A capture against the bare forward pass on the same batches."""
     model = prepare(root, "9B", device=device, tiny=tiny)
+    release(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the model that was written is no part of a capture
     recipe = make_recipe(root, model, tiny=tiny)
     begin = time.monotonic()
     found = measure_capture(recipe, root / "captures", device=device, rounds=3)

@@ -9,6 +9,7 @@ documents lie in docs/measured: see ``tests.benchmarks.pages``.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -195,6 +196,12 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 def commit() -> str | None:
     return _git("rev-parse", "HEAD") or None
+
+
+def changes() -> str | None:
+    """A name for what differs from the commit, but for docs/; None where nothing does, or nobody knows."""
+    found = _git("diff", "HEAD", "--", ":!docs")
+    return hashlib.sha256(found.encode()).hexdigest()[:12] if found else None
 
 
 def _git(*arguments: str) -> str | None:
