@@ -23,7 +23,7 @@ from s3fs import S3FileSystem
 
 from shared.cache import CacheReader, CacheWriter, Staging
 from shared.cache import verified as verified_module
-from shared.cache.claimant import claimant_files, facts_of
+from shared.cache.claimant import claimant_files, told_by_claimants
 from shared.cache.export import export
 from shared.cache.merge import merge
 from shared.cache.staging import Staging as StagingFolder
@@ -218,7 +218,7 @@ def test_a_file_that_another_process_writes_meanwhile_is_read_as_it_is_now(
     folder.publish(name, b'{"beat": 9}')
     assert claimant_files(folder) == [name]
     elsewhere.pipe_file(f"{s3}/{name}", b'{"beat": 10}')
-    assert facts_of(folder, name) == {"beat": 10}
+    assert told_by_claimants(folder) == {name: {"beat": 10}}
     assert isinstance(folder, RemoteFolder)
     filesystem = folder.connect()[0]
     size, contents = filesystem.size, [b'{"beat": 100}', b'{"beat": 1000}']
@@ -230,7 +230,7 @@ def test_a_file_that_another_process_writes_meanwhile_is_read_as_it_is_now(
         return found
 
     monkeypatch.setattr(filesystem, "size", size_then_another)
-    assert facts_of(folder, name) == {"beat": 1000}
+    assert told_by_claimants(folder) == {name: {"beat": 1000}}
 
 
 def test_a_bucket_that_is_missing_is_not_made(s3: str) -> None:

@@ -18,9 +18,10 @@ from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_iden
 
 from shared.cache import CacheReader, CacheWriter, Unit
 from shared.cache.plan import Plan
-from shared.cache.storage import LocalFolder, temporary_name
+from shared.cache.storage import LocalFolder
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError
+from shared.temporaries import temporary_name
 
 IDENTITY = make_identity()
 FORK = multiprocessing.get_context("fork")

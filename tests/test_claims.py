@@ -13,14 +13,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pytest
-from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_row
+from cache_examples import VERSIONS, Clock, capture, files_of, keys_and_rows, make_identity, make_row
 
+import shared.cache.claimant as claimant_module
+import shared.cache.storage as storage_module
+import shared.machine as machine_module
 from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims, DataSource, Plan, Unit, Wanted
-from shared.cache.claimant import Claimant, Onlooker, claimant_files, remove_claims, somebody_at_work
+from shared.cache.claimant import (
+    Claimant,
+    Onlooker,
+    claimant_files,
+    remove_claims,
+    somebody_at_work,
+    somebody_may_be_at_work,
+    somebody_may_capture,
+)
 from shared.cache.layout import CLAIMS, PLAN_NAME, claim_name, claimant_file
 from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.capture.opening import open_planned
@@ -508,6 +519,107 @@ def test_a_claimant_is_seen_once_while_its_file_is_written_anew(
         patch.setattr(os, "replace", looked_at_before)
         one.tell(refused=1)
     assert seen == [(2, [claimant_file(one.name)])]
+
+
+def test_one_that_leaves_while_it_is_looked_at_is_not_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_folder(tmp_path)
+    foreign_claimant(folder, "other")
+    is_dead = Onlooker.is_dead
+
+    def leaves_then(self: Onlooker, name: str) -> bool:
+        found = is_dead(self, name)
+        folder.remove(name)
+        return found
+
+    monkeypatch.setattr(Onlooker, "is_dead", leaves_then)
+    monkeypatch.setattr(claimant_module, "time", Clock())
+    assert somebody_at_work(folder, timeout_s=LONG_S) is None
+
+
+@pytest.mark.parametrize("looks", [somebody_may_capture, somebody_may_be_at_work])
+def test_one_that_leaves_between_the_list_and_its_file_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: Callable[[Folder], bool]
+) -> None:
+    folder = open_folder(tmp_path)
+    foreign_claimant(folder, "other")
+    assert looks(folder)
+    read = LocalFolder.read
+
+    def leaves_before(self: LocalFolder, name: str, **options: Any) -> bytes:
+        folder.remove(name)
+        return read(self, name, **options)
+
+    monkeypatch.setattr(LocalFolder, "read", leaves_before)
+    assert not looks(folder)
+
+
+@pytest.mark.parametrize("write", ["publish", "create"])
+def test_who_comes_while_the_last_one_leaves_makes_the_folder_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    folder, mkdir, left = open_folder(tmp_path), Path.mkdir, []
+
+    def removed_at_once(path: Path, *arguments: Any, **options: Any) -> None:
+        mkdir(path, *arguments, **options)
+        if not left:
+            left.append(path)
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", removed_at_once)
+    getattr(folder, write)("claims/x.json", b"here")
+    assert left
+    assert folder.read("claims/x.json") == b"here"
+
+
+def test_the_end_of_a_capture_takes_nothing_from_one_that_is_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, replace = open_folder(tmp_path), os.replace
+
+    def others_end(*paths: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        remove_claims(folder)
+        replace(*paths)
+
+    folder.create(claim_name("commit", 0), b"other")
+    monkeypatch.setattr(os, "replace", others_end)
+    with Claimant(folder, timeout_s=LONG_S) as late:
+        assert folder.names(CLAIMS) == [claimant_file(late.name)]
+
+
+def test_a_claim_that_cannot_be_written_is_not_left_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would wait until it has been silent for long enough."""
+    folder = open_folder(tmp_path)
+    folder.publish(claimant_file("x"), b"")
+
+    def opened_full(path: Path) -> IO[bytes]:
+        path.touch()
+        return os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
+
+    monkeypatch.setattr(storage_module, "_new_file", opened_full)
+    with pytest.raises(CacheFormatError, match="no space left"):
+        folder.create(claim_name("commit", 0), b"x")
+    assert folder.names(CLAIMS) == [claimant_file("x")]
+
+
+def test_a_process_of_another_user_is_not_dead_where_linux_hides_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As /proc does that is mounted with hidepid: a signal is refused, and there is nothing to read."""
+
+    def refused(*_: int) -> None:
+        raise PermissionError
+
+    folder = open_folder(tmp_path)
+    with Claimant(folder, timeout_s=LONG_S) as one:
+        monkeypatch.setattr(machine_module.os, "kill", refused)
+        for module in (machine_module, claimant_module):
+            monkeypatch.setattr(module, "process_fields", lambda _: None)
+        assert not Onlooker(folder, timeout_s=LONG_S).is_dead(claimant_file(one.name))
 
 
 def test_one_that_hangs_falls_silent(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from shared.errors import CheckpointError
 from shared.recipes import Split
 from shared.regular_files import naming, refuse_irregular
+from shared.temporaries import remove_left, written_beside
 from shared.vouched import DIGEST, digest_of, vouched
 from stage2_student.evaluation.evaluated import STUDENT, Evaluated
 from stage2_student.runs.files import write_json
@@ -142,11 +143,10 @@ def _lines(found: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
 def _write(lines: list[dict[str, Any]], scores: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    remove_left(path)
     table = pa.Table.from_pylist(lines, metadata={DIGEST: _digest(lines)})
-    with naming(path):
-        pq.write_table(table, partial, write_page_checksum=True)
-        partial.replace(path)
+    with naming(path), written_beside(path) as temporary:
+        pq.write_table(table, temporary, write_page_checksum=True)
     write_json(path.with_suffix(".json"), [vouched(one) for one in scores])
 
 

@@ -42,12 +42,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from shared.cache.storage import sync_folder
 from shared.errors import CheckpointError
 from shared.regular_files import read_regular
 from shared.runtime import World, lost_peer
 from shared.vouched import DIGEST, opened, vouched
 from stage2_student.runs.checkpoint_reader import CheckpointReader
-from stage2_student.runs.files import sync_folder, write_json, write_text
+from stage2_student.runs.files import write_json, write_text
 
 FACTS = "facts.json"
 PARTIAL = ".partial"
