@@ -109,4 +109,9 @@ def test_a_process_with_the_number_of_one_that_was_killed_uses_other_names(tmp_p
     assert left.name.split(".")[:3] == second.temporary_name("results.json").split(".")[:3]
     assert left.name != second.temporary_name("results.json")
     assert second.writer_is_dead(left)
-    assert not first.writer_is_dead(left)
+    left.mkdir()  # as of an export
+    (left / "model.safetensors").touch()
+    first.remove_left(tmp_path / "results.json")
+    assert left.exists()
+    second.remove_left(tmp_path / "results.json")
+    assert not left.exists()

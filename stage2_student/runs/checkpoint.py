@@ -90,11 +90,17 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def all(self) -> list[Checkpoint]:
-        """Whole checkpoints, oldest first."""
-        paths = (path for path in self.folder.glob("step-*") if not path.name.endswith(PARTIAL))
-        return sorted(
-            (Checkpoint(path, _read_facts(path)) for path in paths), key=lambda found: found.facts.step
-        )
+        """Whole checkpoints, oldest first; without those that a run which goes on removes meanwhile."""
+        found = []
+        for path in self.folder.glob("step-*"):
+            if path.name.endswith(PARTIAL):
+                continue
+            try:
+                found.append(Checkpoint(path, _read_facts(path)))
+            except CheckpointError:
+                if path.exists():
+                    raise
+        return sorted(found, key=lambda one: one.facts.step)
 
     def latest(self) -> Checkpoint | None:
         return next(reversed(self.all()), None)
@@ -225,19 +231,25 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], *, world: World | None =
     """
     damage = _damage(checkpoint) if world is None else world.by_main(lambda: _damage(checkpoint))
     if damage is not None:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path}: {damage}. Delete its folder to go on from an older one"
-        )
+        raise _unreadable(checkpoint, damage)
     try:
         with quiet_dcp():
             reader = CheckpointReader(checkpoint.path, files=checkpoint.facts.sha256)
             dcp.load(state, storage_reader=reader, no_dist=world is None)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[-1]
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path}: cannot be read: {reason}. Delete its folder to go on from "
-            "an older one"
-        ) from error
+        raise _unreadable(checkpoint, f"cannot be read: {reason}") from error
+
+
+def _unreadable(checkpoint: Checkpoint, reason: str) -> CheckpointError:
+    if not checkpoint.path.exists():
+        return CheckpointError(
+            f"checkpoint {checkpoint.path}: the run goes on, and has removed it for newer ones. Run the same command "
+            "again"
+        )
+    return CheckpointError(
+        f"checkpoint {checkpoint.path}: {reason}. Delete its folder to go on from an older one"
+    )
 
 
 def student_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
@@ -362,4 +374,4 @@ def _remove(path: Path) -> None:
     """Takes the name away first, so that a kill in the middle leaves no half a checkpoint under it."""
     doomed = path.with_name(path.name + PARTIAL)
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # a network file system keeps what others read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ class JsonLines:
         return self._read()[1]
 
     def _read(self) -> tuple[list[dict[str, Any]], list[int]]:
-        lines = read_regular(self.path).split(b"\n") if self.path.exists() else []
+        lines = []
+        with suppress(FileNotFoundError):
+            lines = read_regular(self.path).split(b"\n")
         found, damaged = [], []
         for number, line in enumerate(lines, start=1):
             try:
