@@ -24,6 +24,7 @@ from pathlib import Path
 from shared.machine import process_is_alive, this_machine
 
 TEMPORARY_PREFIX = ".tmp-"
+SUFFIX = ".partial"  # so that nobody who looks for names with another one takes it for real
 OLD_S = 24 * 3600.0  # what another machine has not finished by then, it does not
 NAME_CHARACTERS = 64  # of what it is to become
 MAX_NUMBER = 1 << 40  # of what a process writes
@@ -64,12 +65,13 @@ def remove_temporary(path: Path) -> None:
 
 def temporary_name(name: str) -> str:
     """A name no other process uses, which says whose it is."""
-    return f"{TEMPORARY_PREFIX}{_host()}.{os.getpid()}.{next(_counter)}.{name[:NAME_CHARACTERS]}"
+    number = next(_counter)
+    return f"{TEMPORARY_PREFIX}{_host()}.{os.getpid()}.{number}.{name[:NAME_CHARACTERS]}{SUFFIX}"
 
 
 def is_temporary(name: str, *, of: str | None = None) -> bool:
     """Whether :func:`temporary_name` made it; of that name, if one is given."""
-    end = ".*" if of is None else re.escape(of[:NAME_CHARACTERS])
+    end = ".*" if of is None else re.escape(of[:NAME_CHARACTERS] + SUFFIX)
     return re.fullmatch(r"\.tmp-[^.]*\.[0-9]+\.[0-9]+\." + end, name.rpartition("/")[2]) is not None
 
 

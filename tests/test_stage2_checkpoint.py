@@ -28,6 +28,7 @@ import stage2_student.runs.checkpoint as checkpoint_module
 from shared.errors import CheckpointError, TrainingError
 from shared.recipes import OptimizationConfig
 from shared.runtime import World, distributed
+from shared.temporaries import temporary_name
 from stage2_student.runs.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -110,6 +111,24 @@ def test_one_that_the_run_removes_while_it_is_looked_at_is_not_there(
     assert steps(folder) == [2]
     with pytest.raises(CheckpointError, match=r"step-000001: the run goes on.* Run the same command again"):
         load(first, {"model": {"w": torch.zeros(3)}})
+
+
+def test_its_own_files_alone_are_looked_at_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run may write its facts anew meanwhile, with a validation that comes after it."""
+    folder = Checkpoints(tmp_path)
+    save(folder, facts(1))
+    first, seen, sha256 = folder.at(1), [], checkpoint_module._sha256
+
+    def looked_at(path: Path) -> str | None:
+        seen.append(path.name)
+        return sha256(path)
+
+    (first.path / temporary_name("facts.json")).touch()
+    monkeypatch.setattr(checkpoint_module, "_sha256", looked_at)
+    load(first, {"model": {"w": torch.zeros(3)}})
+    assert sorted(seen) == sorted(first.facts.sha256)
 
 
 def test_one_that_another_process_reads_may_keep_its_files(

@@ -74,6 +74,7 @@ def test_of_two_writers_at_once_the_later_one_wins(
     path, seen = tmp_path / "results.json", []
 
     def another_writes() -> None:
+        assert list(tmp_path.glob("*.json")) == []  # which finds hidden files as well
         write(path, b"another")
         seen.append(path.read_bytes())
 

@@ -227,13 +227,17 @@ class RemoteFolder:
         return filesystem.open(f"{root}/{name}", "rb", cache_type="readahead")
 
     def publish(self, name: str, data: bytes | pa.Buffer) -> None:
+        if not self._has_arrived(name, data):
+            raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
+
+    def _has_arrived(self, name: str, data: bytes | pa.Buffer) -> bool:
+        """Writes a file; False where another size is there then, as of what another process has written."""
         with explain_write_errors(self.where, name), explain_remote_errors(self.where, name):
             filesystem, root = self.connect()
             path = f"{root}/{name}"
             _pipe(filesystem, path, bytes(data))
             filesystem.invalidate_cache()
-            if int(filesystem.size(path)) != len(data):
-                raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
+            return int(filesystem.size(path)) == len(data)
 
     def create(self, name: str, data: bytes) -> bool:
         with explain_write_errors(self.where, name), explain_remote_errors(self.where, name):
@@ -253,12 +257,15 @@ class RemoteFolder:
         return True
 
     def append(self, name: str, line: bytes, *, max_bytes: int) -> None:
-        """Object stores cannot: the whole is written again."""
-        try:
-            found = self.read(name, max_bytes=max_bytes)
-        except FileNotFoundError:
-            found = b""
-        self.publish(name, found + line + b"\n")
+        """Object stores cannot: the whole is written again, and once more where another process did so as well."""
+        for _ in range(READS):
+            try:
+                found = self.read(name, max_bytes=max_bytes)
+            except FileNotFoundError:
+                found = b""
+            if self._has_arrived(name, found + line + b"\n"):
+                return
+        raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), explain_remote_errors(self.where, name):

@@ -10,6 +10,7 @@ evaluation/SPLIT-step-000100-60.parquet of an earlier student of the run
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,5 +157,5 @@ def _digest(lines: list[dict[str, Any]]) -> bytes:
 
 def _move(path: Path, new: Path) -> None:
     for suffix in (".parquet", ".json"):
-        if path.with_suffix(suffix).exists():
+        with suppress(FileNotFoundError):  # not there, or moved by another evaluation
             path.with_suffix(suffix).replace(new.with_suffix(suffix))

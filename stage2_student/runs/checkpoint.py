@@ -30,7 +30,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -300,14 +300,21 @@ def _badness(checkpoint: Checkpoint) -> tuple[float, int]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file but the facts, by path in the folder; several at once, as hashing lets threads run."""
+    """SHA-256 of each file but the facts, by path in the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FACTS)
-    names = [path.relative_to(folder).as_posix() for path in paths]
+    found = _hashes_of(folder, [path.relative_to(folder).as_posix() for path in paths])
+    return {name: sha256 for name, sha256 in found.items() if sha256 is not None}
+
+
+def _hashes_of(folder: Path, names: Sequence[str]) -> dict[str, str | None]:
+    """Of the files of these names, None of what is no file; several at once, as hashing lets threads run."""
     with ThreadPoolExecutor(max_workers=4) as threads:
-        return dict(zip(names, threads.map(_sha256, paths), strict=True))
+        return dict(zip(names, threads.map(_sha256, [folder / name for name in names]), strict=True))
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -315,11 +322,11 @@ def _sha256(path: Path) -> str:
 def _damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with the files, if anything."""
     try:
-        found = hashes(checkpoint.path)
+        found = _hashes_of(checkpoint.path, list(checkpoint.facts.sha256))
     except OSError as error:
         return f"its files cannot be read ({error})"
     for name, sha256 in checkpoint.facts.sha256.items():
-        if name not in found:
+        if found[name] is None:
             return f"{name} is missing"
         if found[name] != sha256:
             return f"{name} is damaged: its SHA-256 is not the one it was written with"

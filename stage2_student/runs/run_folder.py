@@ -32,6 +32,7 @@ from shared.library_output import keep_library_output
 from shared.recipes import Recipe, Split, load_recipe, recipe_text
 from shared.regular_files import read_regular
 from shared.runtime import World, environment
+from shared.temporaries import is_temporary
 from shared.vouched import opened, vouched
 from stage2_student.runs.checkpoint import Checkpoint, Checkpoints
 from stage2_student.runs.files import JsonLines, are_numbers, sha256_of_file, write_json, write_text
@@ -226,7 +227,8 @@ class RunFolder:
     def write_hashes(self) -> None:
         """Vouches for what the run has written of itself before its first step."""
         names = [self.recipe, self.path / "environment.json", self.path / "sources.json"]
-        files = [path for path in (*names, *sorted(self.model_files.iterdir())) if path.is_file()]
+        whole = [path for path in self.model_files.iterdir() if not is_temporary(path.name)]
+        files = [path for path in (*names, *sorted(whole)) if path.is_file()]
         told = {str(path.relative_to(self.path)): sha256_of_file(path) for path in files}
         write_json(self.hashes, vouched({"sha256": told}))
 
