@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
@@ -24,6 +25,7 @@ import shared.cache.storage as storage_module
 import shared.machine as machine_module
 from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims, DataSource, Plan, Unit, Wanted
 from shared.cache.claimant import (
+    BEATS,
     Claimant,
     Onlooker,
     claimant_files,
@@ -32,6 +34,7 @@ from shared.cache.claimant import (
     somebody_may_be_at_work,
     somebody_may_capture,
 )
+from shared.cache.claims import PATIENCE_S
 from shared.cache.layout import CLAIMS, PLAN_NAME, claim_name, claimant_file
 from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.capture.opening import open_planned
@@ -45,6 +48,13 @@ LONG_S = 600.0
 
 def never() -> bool:
     return False
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -253,16 +263,20 @@ def test_those_of_a_machine_that_is_heard_are_waited_for(planned: tuple[CacheWri
     foreign_claimant(writer.folder, "other")
     writer.folder.create(claim_name(unit.unit_id, 0), b"other")
 
+    clock = Clock()
+
     def at_work() -> None:
         for beat in range(2, 12):
-            time.sleep(SHORT_S / 4)
+            time.sleep(0.05)
             foreign_claimant(writer.folder, "other", beat=beat)
+            clock.now += SHORT_S / 4
         publish(writer, unit)
         writer.folder.remove(claim_name(unit.unit_id, 0))
 
     thread = threading.Thread(target=at_work)
-    thread.start()
     with Claims(writer.folder, plan.units, timeout_s=SHORT_S) as claims:
+        claims._onlooker._clock = lambda: clock.now
+        thread.start()
         done = capture_all(writer, claims)
     thread.join()
     assert len(done) == 29
@@ -368,7 +382,7 @@ def test_another_job_is_not_waited_for(planned: tuple[CacheWriter, Plan]) -> Non
         other.tell(examples=4)
         begin = time.monotonic()
         assert [facts["examples"] for facts in claims.told(job="ours")] == [3]
-        assert time.monotonic() - begin < 1
+        assert time.monotonic() - begin < PATIENCE_S / 2
 
 
 # --- plans ------------------------------------------------------------------------------------------------
@@ -494,13 +508,15 @@ def test_a_plan_that_was_committed_already_is_not_committed_again(tmp_path: Path
 
 
 def test_a_claimant_is_heard_as_long_as_it_lives(tmp_path: Path) -> None:
-    folder = open_folder(tmp_path)
-    onlooker = Onlooker(folder, timeout_s=SHORT_S)
+    folder, clock = open_folder(tmp_path), Clock()
+    onlooker = Onlooker(folder, timeout_s=LONG_S, clock=clock.monotonic)
     with Claimant(folder, timeout_s=SHORT_S) as one:
         name = claimant_file(one.name)
         for _ in range(6):
             assert not onlooker.is_dead(name)
-            time.sleep(SHORT_S / 4)
+            seen = folder.read(name)
+            wait_until(lambda: folder.read(name) != seen)  # noqa: B023
+            clock.now += LONG_S
     assert onlooker.is_dead(name)
 
 
@@ -622,16 +638,22 @@ def test_a_process_of_another_user_is_not_dead_where_linux_hides_it(
         assert not Onlooker(folder, timeout_s=LONG_S).is_dead(claimant_file(one.name))
 
 
-def test_one_that_hangs_falls_silent(tmp_path: Path) -> None:
-    folder = open_folder(tmp_path)
-    with Claimant(folder, timeout_s=SHORT_S, patience_s=0.2) as one:
-        time.sleep(0.5)
-        before = folder.read(claimant_file(one.name))
-        time.sleep(0.3)
-        assert folder.read(claimant_file(one.name)) == before
+def test_one_that_hangs_falls_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, clock, seen = open_folder(tmp_path), Clock(), []
+    monkeypatch.setattr(claimant_module, "time", clock)
+
+    def is_silent() -> bool:
+        seen.append(folder.read(claimant_file(one.name)))
+        time.sleep(5 * SHORT_S / BEATS)
+        return folder.read(claimant_file(one.name)) == seen[-1]
+
+    with Claimant(folder, timeout_s=SHORT_S, patience_s=10) as one:
+        wait_until(lambda: one._num_beats > 2)
+        clock.now = 11.0
+        wait_until(is_silent)  # a beat may have been under way
+        assert is_silent()
         one.check()
-        time.sleep(0.2)
-        assert folder.read(claimant_file(one.name)) != before
+        wait_until(lambda: folder.read(claimant_file(one.name)) != seen[-1])
 
 
 @pytest.mark.parametrize("error", [CacheFormatError("the storage does not answer"), ZeroDivisionError()])
@@ -641,16 +663,20 @@ def test_a_thread_that_cannot_write_ends_the_capture_when_others_take_over(
     def fails(*_: object) -> None:
         raise error
 
-    with Claimant(open_folder(tmp_path), timeout_s=0.3) as one, monkeypatch.context() as patch:
+    clock = Clock()
+    monkeypatch.setattr(claimant_module, "time", clock)
+    with Claimant(open_folder(tmp_path), timeout_s=SHORT_S) as one, monkeypatch.context() as patch:
         patch.setattr(LocalFolder, "publish", fails)
-        time.sleep(0.1)
+        wait_until(lambda: one._error is not None)
         one.check()  # it may answer again
-        time.sleep(0.4)
+        clock.now += 2 * SHORT_S
         with pytest.raises(type(error)):
             one.check()
 
 
-def test_who_is_at_work_is_named_and_the_dead_are_not(planned: tuple[CacheWriter, Plan]) -> None:
+def test_who_is_at_work_is_named_and_the_dead_are_not(
+    planned: tuple[CacheWriter, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer, plan = planned
     folder = writer.folder
     with Claimant(folder, timeout_s=LONG_S):
@@ -662,8 +688,11 @@ def test_who_is_at_work_is_named_and_the_dead_are_not(planned: tuple[CacheWriter
     assert time.monotonic() - begin >= SHORT_S
     assert folder.names(CLAIMS) == []
     foreign_claimant(folder, "other")
-    threading.Timer(0.2, lambda: foreign_claimant(folder, "other", beat=2)).start()
+    beats = count(2)
+    clock = Clock(lambda _: foreign_claimant(folder, "other", beat=next(beats)))
+    monkeypatch.setattr(claimant_module, "time", clock)
     assert somebody_at_work(folder, timeout_s=LONG_S) == "process 1 on other"
+    assert next(beats) == 3  # it was seen to live at once
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b'{"pid": "x", "machine": 3}', b"[" * 5000])
