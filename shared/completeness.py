@@ -131,6 +131,6 @@ def _is_whole(folder: Folder, shard: ShardInfo, verified: VerifiedFiles | None) 
     if verified is not None and isinstance(folder, LocalFolder):
         try:
             verified.require(folder.path / shard.name, shard.sha256, where=folder.where)
-        except CacheFormatError:
+        except (CacheFormatError, FileNotFoundError):  # another process may repair the cache meanwhile
             return False
     return True

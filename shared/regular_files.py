@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import NotAFileError
+from shared.temporaries import remove_left, written_beside
 
 KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -84,9 +85,9 @@ def write_output(path: Path, data: bytes) -> None:
         else:
             whole = path.resolve()
             whole.parent.mkdir(parents=True, exist_ok=True)
-            partial = whole.with_name(whole.name + ".partial")
-            partial.write_bytes(data)
-            os.replace(partial, whole)
+            remove_left(whole)
+            with written_beside(whole) as temporary:
+                temporary.write_bytes(data)
 
 
 def _is_our_output(path: Path) -> bool:

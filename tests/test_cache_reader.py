@@ -249,6 +249,19 @@ def test_a_shard_written_over_with_its_times_kept_is_hashed_again(cache: Path) -
         CacheReader(str(cache)).read([make_key(0)])
 
 
+def test_a_stamp_of_a_clock_that_was_ahead_is_not_believed(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be, until that day has come."""
+    settle(cache)
+    CacheReader(str(cache))
+    for stamp in (cache.parent / "stamps").iterdir():
+        os.utime(stamp, (2 * time.time(), 2 * time.time()))
+    hashed = count_hashed(monkeypatch)
+    CacheReader(str(cache))
+    assert len(hashed) == 2
+
+
 def test_stamps_of_others_are_not_believed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle(cache)
     CacheReader(str(cache))

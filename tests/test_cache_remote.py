@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import datasets
 import fsspec
@@ -22,8 +22,9 @@ from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
 from shared.cache import CacheReader, CacheWriter, Staging
+from shared.cache import storage as storage_module
 from shared.cache import verified as verified_module
-from shared.cache.claimant import claimant_files, facts_of
+from shared.cache.claimant import claimant_files, told_by_claimants
 from shared.cache.export import export
 from shared.cache.merge import merge
 from shared.cache.staging import Staging as StagingFolder
@@ -218,7 +219,7 @@ def test_a_file_that_another_process_writes_meanwhile_is_read_as_it_is_now(
     folder.publish(name, b'{"beat": 9}')
     assert claimant_files(folder) == [name]
     elsewhere.pipe_file(f"{s3}/{name}", b'{"beat": 10}')
-    assert facts_of(folder, name) == {"beat": 10}
+    assert told_by_claimants(folder) == {name: {"beat": 10}}
     assert isinstance(folder, RemoteFolder)
     filesystem = folder.connect()[0]
     size, contents = filesystem.size, [b'{"beat": 100}', b'{"beat": 1000}']
@@ -230,7 +231,25 @@ def test_a_file_that_another_process_writes_meanwhile_is_read_as_it_is_now(
         return found
 
     monkeypatch.setattr(filesystem, "size", size_then_another)
-    assert facts_of(folder, name) == {"beat": 1000}
+    assert told_by_claimants(folder) == {name: {"beat": 1000}}
+
+
+def test_two_that_log_at_once_lose_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two jobs that are stopped together do; a store has no way to add a line."""
+    folder = open_folder(f"memory://log-{time.time_ns()}/cache")
+    folder.append("log.jsonl", b"captured", max_bytes=1000)
+    pipe = storage_module._pipe
+
+    def another_one_too(*arguments: Any) -> None:
+        monkeypatch.setattr(storage_module, "_pipe", pipe)
+        pipe(*arguments)
+        found = b"captured\nanother was interrupted\n"  # it had read the log before
+        folder.publish("log.jsonl", found)
+
+    monkeypatch.setattr(storage_module, "_pipe", another_one_too)
+    folder.append("log.jsonl", b"interrupted", max_bytes=1000)
+    lines = folder.read("log.jsonl").splitlines()
+    assert lines == [b"captured", b"another was interrupted", b"interrupted"]
 
 
 def test_a_bucket_that_is_missing_is_not_made(s3: str) -> None:

@@ -18,9 +18,10 @@ from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_iden
 
 from shared.cache import CacheReader, CacheWriter, Unit
 from shared.cache.plan import Plan
-from shared.cache.storage import LocalFolder, temporary_name
+from shared.cache.storage import LocalFolder
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError
+from shared.temporaries import temporary_name
 
 IDENTITY = make_identity()
 FORK = multiprocessing.get_context("fork")
@@ -142,7 +143,7 @@ def test_what_another_machine_is_writing_is_left_until_it_is_old(
 ) -> None:
     """Of a container with this one's host name, say: the number of its process means nothing here."""
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr("shared.cache.storage.this_machine", lambda: "another one")
+        elsewhere.setattr("shared.temporaries.this_machine", lambda: "another one")
         elsewhere.setattr(os, "getpid", lambda: 999_999_999)  # of no process here
         theirs = tmp_path / temporary_name("theirs")
     theirs.write_bytes(b"half")

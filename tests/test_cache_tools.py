@@ -38,11 +38,11 @@ from shared.cache.manifest import Manifest, content_hash
 from shared.cache.merge import merge
 from shared.cache.segments import FileInfo
 from shared.cache.shard_list import ShardList
-from shared.cache.storage import temporary_name
 from shared.cache.verify import verify
 from shared.errors import CacheFormatError, CacheMismatchError
 from shared.recipes.policies import Random, Threshold, TopK, TopP
 from shared.sparse import SparseTargets
+from shared.temporaries import temporary_name
 from stage1_teacher.__main__ import commands
 from stage1_teacher.inspection.plots import plot_cache
 from stage1_teacher.inspection.report import write_cache_report

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -584,6 +585,52 @@ def test_a_long_wait_is_told_and_has_no_end(
         CaptureLock.in_folder(tmp_path).close()
     (line,) = capsys.readouterr().out.splitlines()
     assert line == f"cache {tmp_path}: waiting for process 1 on far, which plans or commits there"
+
+
+@pytest.mark.parametrize("failing", ["pwrite", "ftruncate"])
+def test_a_full_disk_does_not_keep_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Else a process that goes on after the error, as a notebook does, is locked out by itself."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, full)
+        with pytest.raises(CacheFormatError, match="no space left"):
+            CaptureLock.in_folder(tmp_path)
+    CaptureLock.in_folder(tmp_path).close()
+
+
+def test_a_lock_is_given_back_also_where_its_file_must_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = CaptureLock.in_folder(tmp_path)
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        lock.close()
+    with locked_by_another(tmp_path, ""):
+        pass
+
+
+def test_a_folder_that_the_last_one_removes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, folder = Path.mkdir, tmp_path / "run"
+
+    def removed_once(path: Path, *arguments: Any, **options: Any) -> None:
+        mkdir(path, *arguments, **options)
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", removed_once)
+    CaptureLock.in_folder(folder).close()
+    assert folder.is_dir()
 
 
 @pytest.mark.parametrize("text", OF_ANOTHER)

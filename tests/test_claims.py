@@ -11,16 +11,30 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pytest
-from cache_examples import VERSIONS, capture, files_of, keys_and_rows, make_identity, make_row
+from cache_examples import VERSIONS, Clock, capture, files_of, keys_and_rows, make_identity, make_row
 
+import shared.cache.claimant as claimant_module
+import shared.cache.storage as storage_module
+import shared.machine as machine_module
 from shared.cache import CacheBusyError, CacheReader, CacheWriter, Claims, DataSource, Plan, Unit, Wanted
-from shared.cache.claimant import Claimant, Onlooker, claimant_files, remove_claims, somebody_at_work
+from shared.cache.claimant import (
+    BEATS,
+    Claimant,
+    Onlooker,
+    claimant_files,
+    remove_claims,
+    somebody_at_work,
+    somebody_may_be_at_work,
+    somebody_may_capture,
+)
+from shared.cache.claims import PATIENCE_S
 from shared.cache.layout import CLAIMS, PLAN_NAME, claim_name, claimant_file
 from shared.cache.storage import Folder, LocalFolder, open_folder
 from shared.capture.opening import open_planned
@@ -34,6 +48,13 @@ LONG_S = 600.0
 
 def never() -> bool:
     return False
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -242,16 +263,20 @@ def test_those_of_a_machine_that_is_heard_are_waited_for(planned: tuple[CacheWri
     foreign_claimant(writer.folder, "other")
     writer.folder.create(claim_name(unit.unit_id, 0), b"other")
 
+    clock = Clock()
+
     def at_work() -> None:
         for beat in range(2, 12):
-            time.sleep(SHORT_S / 4)
+            time.sleep(0.05)
             foreign_claimant(writer.folder, "other", beat=beat)
+            clock.now += SHORT_S / 4
         publish(writer, unit)
         writer.folder.remove(claim_name(unit.unit_id, 0))
 
     thread = threading.Thread(target=at_work)
-    thread.start()
     with Claims(writer.folder, plan.units, timeout_s=SHORT_S) as claims:
+        claims._onlooker._clock = lambda: clock.now
+        thread.start()
         done = capture_all(writer, claims)
     thread.join()
     assert len(done) == 29
@@ -357,7 +382,7 @@ def test_another_job_is_not_waited_for(planned: tuple[CacheWriter, Plan]) -> Non
         other.tell(examples=4)
         begin = time.monotonic()
         assert [facts["examples"] for facts in claims.told(job="ours")] == [3]
-        assert time.monotonic() - begin < 1
+        assert time.monotonic() - begin < PATIENCE_S / 2
 
 
 # --- plans ------------------------------------------------------------------------------------------------
@@ -483,13 +508,15 @@ def test_a_plan_that_was_committed_already_is_not_committed_again(tmp_path: Path
 
 
 def test_a_claimant_is_heard_as_long_as_it_lives(tmp_path: Path) -> None:
-    folder = open_folder(tmp_path)
-    onlooker = Onlooker(folder, timeout_s=SHORT_S)
+    folder, clock = open_folder(tmp_path), Clock()
+    onlooker = Onlooker(folder, timeout_s=LONG_S, clock=clock.monotonic)
     with Claimant(folder, timeout_s=SHORT_S) as one:
         name = claimant_file(one.name)
         for _ in range(6):
             assert not onlooker.is_dead(name)
-            time.sleep(SHORT_S / 4)
+            seen = folder.read(name)
+            wait_until(lambda: folder.read(name) != seen)  # noqa: B023
+            clock.now += LONG_S
     assert onlooker.is_dead(name)
 
 
@@ -510,16 +537,123 @@ def test_a_claimant_is_seen_once_while_its_file_is_written_anew(
     assert seen == [(2, [claimant_file(one.name)])]
 
 
-def test_one_that_hangs_falls_silent(tmp_path: Path) -> None:
+def test_one_that_leaves_while_it_is_looked_at_is_not_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = open_folder(tmp_path)
-    with Claimant(folder, timeout_s=SHORT_S, patience_s=0.2) as one:
-        time.sleep(0.5)
-        before = folder.read(claimant_file(one.name))
-        time.sleep(0.3)
-        assert folder.read(claimant_file(one.name)) == before
+    foreign_claimant(folder, "other")
+    is_dead = Onlooker.is_dead
+
+    def leaves_then(self: Onlooker, name: str) -> bool:
+        found = is_dead(self, name)
+        folder.remove(name)
+        return found
+
+    monkeypatch.setattr(Onlooker, "is_dead", leaves_then)
+    monkeypatch.setattr(claimant_module, "time", Clock())
+    assert somebody_at_work(folder, timeout_s=LONG_S) is None
+
+
+@pytest.mark.parametrize("looks", [somebody_may_capture, somebody_may_be_at_work])
+def test_one_that_leaves_between_the_list_and_its_file_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: Callable[[Folder], bool]
+) -> None:
+    folder = open_folder(tmp_path)
+    foreign_claimant(folder, "other")
+    assert looks(folder)
+    read = LocalFolder.read
+
+    def leaves_before(self: LocalFolder, name: str, **options: Any) -> bytes:
+        folder.remove(name)
+        return read(self, name, **options)
+
+    monkeypatch.setattr(LocalFolder, "read", leaves_before)
+    assert not looks(folder)
+
+
+@pytest.mark.parametrize("write", ["publish", "create"])
+def test_who_comes_while_the_last_one_leaves_makes_the_folder_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    folder, mkdir, left = open_folder(tmp_path), Path.mkdir, []
+
+    def removed_at_once(path: Path, *arguments: Any, **options: Any) -> None:
+        mkdir(path, *arguments, **options)
+        if not left:
+            left.append(path)
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", removed_at_once)
+    getattr(folder, write)("claims/x.json", b"here")
+    assert left
+    assert folder.read("claims/x.json") == b"here"
+
+
+def test_the_end_of_a_capture_takes_nothing_from_one_that_is_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, replace = open_folder(tmp_path), os.replace
+
+    def others_end(*paths: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        remove_claims(folder)
+        replace(*paths)
+
+    folder.create(claim_name("commit", 0), b"other")
+    monkeypatch.setattr(os, "replace", others_end)
+    with Claimant(folder, timeout_s=LONG_S) as late:
+        assert folder.names(CLAIMS) == [claimant_file(late.name)]
+
+
+def test_a_claim_that_cannot_be_written_is_not_left_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would wait until it has been silent for long enough."""
+    folder = open_folder(tmp_path)
+    folder.publish(claimant_file("x"), b"")
+
+    def opened_full(path: Path) -> IO[bytes]:
+        path.touch()
+        return os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
+
+    monkeypatch.setattr(storage_module, "_new_file", opened_full)
+    with pytest.raises(CacheFormatError, match="no space left"):
+        folder.create(claim_name("commit", 0), b"x")
+    assert folder.names(CLAIMS) == [claimant_file("x")]
+
+
+def test_a_process_of_another_user_is_not_dead_where_linux_hides_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As /proc does that is mounted with hidepid: a signal is refused, and there is nothing to read."""
+
+    def refused(*_: int) -> None:
+        raise PermissionError
+
+    folder = open_folder(tmp_path)
+    with Claimant(folder, timeout_s=LONG_S) as one:
+        monkeypatch.setattr(machine_module.os, "kill", refused)
+        for module in (machine_module, claimant_module):
+            monkeypatch.setattr(module, "process_fields", lambda _: None)
+        assert not Onlooker(folder, timeout_s=LONG_S).is_dead(claimant_file(one.name))
+
+
+def test_one_that_hangs_falls_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, clock, seen = open_folder(tmp_path), Clock(), []
+    monkeypatch.setattr(claimant_module, "time", clock)
+
+    def is_silent() -> bool:
+        seen.append(folder.read(claimant_file(one.name)))
+        time.sleep(5 * SHORT_S / BEATS)
+        return folder.read(claimant_file(one.name)) == seen[-1]
+
+    with Claimant(folder, timeout_s=SHORT_S, patience_s=10) as one:
+        wait_until(lambda: one._num_beats > 2)
+        clock.now = 11.0
+        wait_until(is_silent)  # a beat may have been under way
+        assert is_silent()
         one.check()
-        time.sleep(0.2)
-        assert folder.read(claimant_file(one.name)) != before
+        wait_until(lambda: folder.read(claimant_file(one.name)) != seen[-1])
 
 
 @pytest.mark.parametrize("error", [CacheFormatError("the storage does not answer"), ZeroDivisionError()])
@@ -529,16 +663,20 @@ def test_a_thread_that_cannot_write_ends_the_capture_when_others_take_over(
     def fails(*_: object) -> None:
         raise error
 
-    with Claimant(open_folder(tmp_path), timeout_s=0.3) as one, monkeypatch.context() as patch:
+    clock = Clock()
+    monkeypatch.setattr(claimant_module, "time", clock)
+    with Claimant(open_folder(tmp_path), timeout_s=SHORT_S) as one, monkeypatch.context() as patch:
         patch.setattr(LocalFolder, "publish", fails)
-        time.sleep(0.1)
+        wait_until(lambda: one._error is not None)
         one.check()  # it may answer again
-        time.sleep(0.4)
+        clock.now += 2 * SHORT_S
         with pytest.raises(type(error)):
             one.check()
 
 
-def test_who_is_at_work_is_named_and_the_dead_are_not(planned: tuple[CacheWriter, Plan]) -> None:
+def test_who_is_at_work_is_named_and_the_dead_are_not(
+    planned: tuple[CacheWriter, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer, plan = planned
     folder = writer.folder
     with Claimant(folder, timeout_s=LONG_S):
@@ -550,8 +688,11 @@ def test_who_is_at_work_is_named_and_the_dead_are_not(planned: tuple[CacheWriter
     assert time.monotonic() - begin >= SHORT_S
     assert folder.names(CLAIMS) == []
     foreign_claimant(folder, "other")
-    threading.Timer(0.2, lambda: foreign_claimant(folder, "other", beat=2)).start()
+    beats = count(2)
+    clock = Clock(lambda _: foreign_claimant(folder, "other", beat=next(beats)))
+    monkeypatch.setattr(claimant_module, "time", clock)
     assert somebody_at_work(folder, timeout_s=LONG_S) == "process 1 on other"
+    assert next(beats) == 3  # it was seen to live at once
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b'{"pid": "x", "machine": 3}', b"[" * 5000])

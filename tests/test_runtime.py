@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from stage2_runs import on_ranks
 
+import shared.stopping as stopping
 from shared.errors import DataError, RecipeError, TrainingError
 from shared.runtime import World, distributed, environment
 from shared.stopping import GO_ON, SAME_REQUEST_S, SIGNALS, command_to_go_on, stop_on_signals
@@ -24,8 +26,9 @@ from shared.stopping import GO_ON, SAME_REQUEST_S, SIGNALS, command_to_go_on, st
 FORK = multiprocessing.get_context("fork")
 
 
-def _work_until_asked(ready: Any, asked: Any) -> None:
+def _work_until_asked(ready: Any, asked: Any, clock: Any) -> None:
     """Goes on for a minute after it was asked to stop, as a step of a large model would."""
+    stopping.time = SimpleNamespace(monotonic=lambda: clock.value)  # type: ignore[assignment]
     with stop_on_signals() as stop:
         ready.set()
         while not stop.received:
@@ -37,17 +40,19 @@ def _work_until_asked(ready: Any, asked: Any) -> None:
 @pytest.mark.parametrize("first", SIGNALS)
 @pytest.mark.parametrize("second", SIGNALS)
 def test_a_second_signal_ends_the_process_at_once(first: signal.Signals, second: signal.Signals) -> None:
-    ready, asked = FORK.Event(), FORK.Event()
-    process = FORK.Process(target=_work_until_asked, args=(ready, asked))
+    ready, asked, clock = FORK.Event(), FORK.Event(), FORK.Value("d", 0.0)
+    process = FORK.Process(target=_work_until_asked, args=(ready, asked, clock))
     process.start()
     assert ready.wait(30)
     assert process.pid is not None
     os.kill(process.pid, first)
     assert asked.wait(30)
     if first == second == signal.SIGTERM:
+        clock.value = SAME_REQUEST_S / 2
         os.kill(process.pid, second)  # handed on by a launcher: the same request
-        process.join(timeout=SAME_REQUEST_S)
+        process.join(timeout=0.5)
         assert process.exitcode is None
+    clock.value = 2 * SAME_REQUEST_S
     os.kill(process.pid, second)
     process.join(timeout=30)
     assert process.exitcode == -second
@@ -154,12 +159,13 @@ def test_auto_is_a_process_for_each_gpu(monkeypatch: pytest.MonkeyPatch, gpus: i
     assert num_processes(5) == 5
 
 
-SHORT_S = 2.0
+SHORT_S = 4.0  # in which forks meet on a machine that is busy, too
+LATE_S = 1.5 * SHORT_S
 
 
 def test_ranks_wait_for_the_first_one_longer_than_for_a_collective() -> None:
     def work(world: World) -> tuple[str, bool]:
-        found = world.by_main(lambda: time.sleep(2 * SHORT_S) or "found")
+        found = world.by_main(lambda: time.sleep(LATE_S) or "found")
         return found, world.any(world.rank == 1)
 
     assert on_ranks(2, work, collective_timeout_s=SHORT_S) == [("found", True)] * 2
@@ -180,7 +186,7 @@ def test_an_error_of_the_first_rank_is_raised_on_all() -> None:
 def test_a_rank_that_is_late_for_a_collective_ends_the_others() -> None:
     def work(world: World) -> None:
         if world.is_main:
-            time.sleep(2 * SHORT_S)
+            time.sleep(LATE_S)
             raise DataError("of no interest here")
         dist.all_reduce(torch.ones(1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -23,9 +24,11 @@ from stage2_runs import on_ranks
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+import stage2_student.runs.checkpoint as checkpoint_module
 from shared.errors import CheckpointError, TrainingError
 from shared.recipes import OptimizationConfig
 from shared.runtime import World, distributed
+from shared.temporaries import temporary_name
 from stage2_student.runs.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -89,6 +92,64 @@ def test_latest_and_best_name_whole_checkpoints(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "checkpoints" / "step-000002")
     folder.mend()
     assert named() == {"latest": "step-000003", "best": "step-000003"}
+
+
+def test_one_that_the_run_removes_while_it_is_looked_at_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export, or a comparison, of a run that goes on."""
+    folder = Checkpoints(tmp_path)
+    save(folder, facts(1), facts(2))
+    read, first = checkpoint_module._read_facts, folder.at(1)
+
+    def removed_before(path: Path) -> Facts:
+        if path == first.path and path.exists():
+            checkpoint_module._remove(path)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint_module, "_read_facts", removed_before)
+    assert steps(folder) == [2]
+    with pytest.raises(CheckpointError, match=r"step-000001: the run goes on.* Run the same command again"):
+        load(first, {"model": {"w": torch.zeros(3)}})
+
+
+def test_its_own_files_alone_are_looked_at_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run may write its facts anew meanwhile, with a validation that comes after it."""
+    folder = Checkpoints(tmp_path)
+    save(folder, facts(1))
+    first, seen, sha256 = folder.at(1), [], checkpoint_module._sha256
+
+    def looked_at(path: Path) -> str | None:
+        seen.append(path.name)
+        return sha256(path)
+
+    (first.path / temporary_name("facts.json")).touch()
+    monkeypatch.setattr(checkpoint_module, "_sha256", looked_at)
+    load(first, {"model": {"w": torch.zeros(3)}})
+    assert sorted(seen) == sorted(first.facts.sha256)
+
+
+def test_one_that_another_process_reads_may_keep_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network file systems keep a file that is open, and with it the folder."""
+    rmtree = shutil.rmtree
+
+    def kept(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        if path.name != "step-000001.partial":
+            rmtree(path, ignore_errors=True)
+
+    monkeypatch.setattr(shutil, "rmtree", kept)
+    folder = Checkpoints(tmp_path, keep=1)
+    save(folder, facts(1), facts(2), facts(3))
+    assert steps(folder) == [3]
+    monkeypatch.undo()
+    folder.mend()
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_steps_beyond_a_million_are_in_order(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(
     recipe = stopped_after(unbroken, tree, step, f"from-{step}")
     assert run_alone(recipe, resume=True) == 0
     assert_same_run(recipe, unbroken)
-    assert not list(recipe.run.path.rglob("*.partial"))
+    assert not [*recipe.run.path.rglob("*.partial"), *recipe.run.path.rglob(".tmp-*")]
 
 
 def test_a_run_that_is_to_be_as_long_as_it_is_ends_with_a_validation(
@@ -407,7 +407,7 @@ def test_kill_9_at_any_moment_costs_no_more_than_the_last_steps(
             shutil.rmtree(recipe.run.path)
     assert run_alone(recipe, resume=True) == 0
     assert_same_run(recipe, unbroken)
-    assert not list(recipe.run.path.rglob("*.partial"))
+    assert not [*recipe.run.path.rglob("*.partial"), *recipe.run.path.rglob(".tmp-*")]
 
 
 def test_a_folder_belongs_to_the_process_that_trains_in_it(unbroken: Recipe, tree: dict[str, Any]) -> None:

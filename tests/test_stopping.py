@@ -28,7 +28,7 @@ ENVIRONMENT = {
 ACTIVATED = ENVIRONMENT | {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}"}
 NOT_ACTIVATED = ENVIRONMENT | {"PATH": os.defpath}
 CTRL_C = b"\x03"
-LIMIT_S = 180
+LIMIT_S = 600  # of what does not end at all; busy machines take minutes
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ RANK = f"""
 import click, os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from shared.cli import run
-from shared.stopping import SAME_REQUEST_S, leave_status, stop_on_signals
+from shared.stopping import leave_status, stop_on_signals
 sys.argv = ['rank']
 def tell(): os.kill(os.getppid(), signal.SIGTERM)
 """
@@ -320,8 +320,9 @@ def test_a_sigterm_to_launcher_and_rank_is_one_request(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(
         RANK
+        + "import shared.stopping\nshared.stopping.SAME_REQUEST_S = 60\n"  # on a machine that is busy, too
         + "with stop_on_signals() as stop:\n"
-        + "    tell()\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(SAME_REQUEST_S / 2)\n"
+        + "    tell()\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(1)\n"
         + f"    open({str(tmp_path / 'saved')!r}, 'w').close()\n"
         + f"leave_status({INTERRUPTED_STATUS})\nsys.exit({INTERRUPTED_STATUS})\n"
     )

@@ -21,7 +21,6 @@ import pytest
 from samples import encoded_picture
 from stage2_runs import FORK, make_recipe, on_ranks
 
-from shared.cache.storage import temporary_name
 from shared.data import sources
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.rows import Example, VqaSplit, open_split
@@ -31,6 +30,7 @@ from shared.runtime import World, alone
 from shared.surveying import Keyed, Surveyors, survey_keys
 from shared.surveying.kept import Kept, decoded, encoded, place_beside
 from shared.surveying.parts import parts_of
+from shared.temporaries import temporary_name
 
 PICTURES = [encoded_picture(seed, size=(16 + 8 * seed, 16)) for seed in range(4)]
 

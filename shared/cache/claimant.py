@@ -23,9 +23,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from shared.cache.layout import CLAIM_NAME, CLAIMANT_NAME, CLAIMS, claimant_file
-from shared.cache.storage import Folder, LocalFolder, is_temporary, process_fields
+from shared.cache.storage import Folder, LocalFolder
 from shared.errors import TeachonceError
-from shared.machine import this_machine
+from shared.machine import process_fields, process_is_alive, this_machine
+from shared.temporaries import is_temporary, writer_is_dead
 
 BEATS = 12  # in the time after which a silent process is taken to be dead
 MAX_BEAT_S = 15.0
@@ -142,12 +143,13 @@ def claimant_files(folder: Folder) -> list[str]:
     return [name for name in folder.names(CLAIMS) if CLAIMANT_NAME.fullmatch(name)]
 
 
-def facts_of(folder: Folder, name: str) -> dict[str, Any]:
-    """What a claimant's file says; nothing where it is gone, or no such file."""
-    try:
-        return _facts_in(folder.read(name, max_bytes=MAX_BYTES))
-    except FileNotFoundError:
-        return {}
+def told_by_claimants(folder: Folder) -> dict[str, dict[str, Any]]:
+    """What each claimant's file says, nothing where it is damaged; without those that leave meanwhile."""
+    told = {}
+    for name in claimant_files(folder):
+        with suppress(FileNotFoundError):
+            told[name] = _facts_in(folder.read(name, max_bytes=MAX_BYTES))
+    return told
 
 
 def somebody_at_work(folder: Folder, *, timeout_s: float) -> str | None:
@@ -156,10 +158,11 @@ def somebody_at_work(folder: Folder, *, timeout_s: float) -> str | None:
     Waits until it is clear, for ``timeout_s`` at most: claimants of other machines are dead when they are silent.
     """
     onlooker = Onlooker(folder, timeout_s=timeout_s)
-    first = {name: facts_of(folder, name) for name in claimant_files(folder)}
-    while left := [name for name in claimant_files(folder) if not onlooker.is_dead(name)]:
-        for name in left:
-            facts = facts_of(folder, name)
+    first = told_by_claimants(folder)
+    while left := {
+        name: facts for name, facts in told_by_claimants(folder).items() if not onlooker.is_dead(name)
+    }:
+        for name, facts in left.items():
             if is_here(facts) or facts != first.get(name):
                 return f"process {facts.get('pid')} on {facts.get('host')}"
         time.sleep(min(1.0, timeout_s / BEATS))
@@ -169,12 +172,12 @@ def somebody_at_work(folder: Folder, *, timeout_s: float) -> str | None:
 
 def somebody_may_be_at_work(folder: Folder) -> bool:
     """Whether there is a claimant that is not known to be dead; does not wait until it is clear."""
-    return not all(is_gone(facts_of(folder, name)) for name in claimant_files(folder))
+    return not all(map(is_gone, told_by_claimants(folder).values()))
 
 
 def somebody_may_capture(folder: Folder) -> bool:
     """The same, of those that have read what was finished when they began."""
-    told = [facts_of(folder, name) for name in claimant_files(folder)]
+    told = told_by_claimants(folder).values()
     return any(not is_gone(facts) and not facts.get("plans") for facts in told)
 
 
@@ -185,11 +188,16 @@ def remove_claims_of_the_dead(folder: Folder) -> None:
 
 
 def remove_claims(folder: Folder) -> None:
-    """Removes all claims and claimants' files, and their folder."""
+    """Removes all claims and claimants' files, and their folder; not what one that lives is just writing."""
     for name in folder.names(CLAIMS):
-        if CLAIM_NAME.fullmatch(name) or CLAIMANT_NAME.fullmatch(name) or is_temporary(name):
+        if CLAIM_NAME.fullmatch(name) or CLAIMANT_NAME.fullmatch(name) or _is_left(folder, name):
             folder.remove(name)
     remove_empty_claims(folder)
+
+
+def _is_left(folder: Folder, name: str) -> bool:
+    """Whether one that has died was writing it."""
+    return isinstance(folder, LocalFolder) and is_temporary(name) and writer_is_dead(folder.path / name)
 
 
 def remove_empty_claims(folder: Folder) -> None:
@@ -210,7 +218,11 @@ def is_here(facts: dict[str, Any]) -> bool:
 
 def is_gone(facts: dict[str, Any]) -> bool:
     """Whether the process that wrote them ran on this machine, and no longer does."""
-    return _is_of_here(facts) and _started(facts["pid"]) != facts.get("started")
+    if not _is_of_here(facts):
+        return False
+    if process_fields(facts["pid"]) is None and process_is_alive(facts["pid"]):
+        return False  # another user's, of which Linux may tell nothing more
+    return _started(facts["pid"]) != facts.get("started")
 
 
 def _facts_in(content: bytes) -> dict[str, Any]:

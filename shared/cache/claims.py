@@ -30,7 +30,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from shared.cache.claimant import Claimant, Onlooker, claimant_files, facts_of, is_gone, remove_empty_claims
+from shared.cache.claimant import Claimant, Onlooker, is_gone, remove_empty_claims, told_by_claimants
 from shared.cache.layout import (
     CLAIM_NAME,
     CLAIMANT_NAME,
@@ -149,7 +149,7 @@ class Claims:
 
     def told_so_far(self) -> list[dict[str, Any]]:
         """The same, however much of it is to come."""
-        return [facts_of(self.folder, name) for name in claimant_files(self.folder)]
+        return list(told_by_claimants(self.folder).values())
 
     def close(self) -> None:
         """Gives back what is not finished."""

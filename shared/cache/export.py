@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from shared.cache.format import make_metadata
 from shared.cache.manifest import Manifest, ShardInfo
 from shared.cache.reader import CacheReader
-from shared.cache.storage import explain_write_errors, sync_folder, temporary_name
+from shared.cache.storage import explain_write_errors, sync_folder
 from shared.errors import CacheFormatError
+from shared.temporaries import temporary_name
 
 ROWS_TOGETHER = 256
 

@@ -19,13 +19,14 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from tqdm import tqdm
 
 from shared.cache.layout import LOCK_NAME
-from shared.cache.storage import explain_write_errors
+from shared.cache.storage import FOLDERS, explain_write_errors
 from shared.errors import CacheFormatError
 
 POLL_S = 0.1
@@ -106,7 +107,6 @@ class CaptureLock:
                  WaitStoppedError  when ``is_stopped`` says so during the wait
         """
         with explain_write_errors(f"cache {folder}", LOCK_NAME):
-            folder.mkdir(parents=True, exist_ok=True)
             lock, wait = cls(folder), _Wait(folder, is_stopped)
             while True:
                 try:
@@ -116,11 +116,22 @@ class CaptureLock:
                     wait.go_on(busy)
 
     def acquire(self, *, for_a_moment: bool = False) -> None:
-        """Raises   CacheBusyError  at once when another process, or another lock of this one, holds it."""
+        """Makes the folder if it is new.
+
+        Raises   CacheBusyError  at once when another process, or another lock of this one, holds it
+        """
         if self.path.resolve() in _held_here:  # a record lock does not exclude its own process
             raise self._busy("this very process", patience_s=0.0)
+        num_left = FOLDERS
         while self._descriptor is None:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # who has just ended removed the empty folder
+                num_left -= 1
+                if not num_left:
+                    raise
+                continue
             try:
                 self._lock(descriptor)
             except BaseException:
@@ -131,15 +142,20 @@ class CaptureLock:
             else:  # its owner removed the file between our open and our lock
                 os.close(descriptor)
         _held_here.add(self.path.resolve())
-        os.ftruncate(self._descriptor, 0)
         owner = f"process {os.getpid()} on {socket.gethostname()}{FOR_A_MOMENT * for_a_moment}\n"
-        os.pwrite(self._descriptor, owner.encode(), 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, owner.encode(), 0)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Removes the file and gives the lock back; in a forked child it does nothing."""
         if self._descriptor is not None and self._owner == os.getpid():
             _held_here.discard(self.path.resolve())
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # a file that stays holds nothing
+                self.path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -11,12 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import hashlib
-import itertools
 import os
-import re
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -25,14 +20,18 @@ import pyarrow as pa
 
 from shared.cache.format import MAX_FILE_BYTES, first_line, open_file, sha256_hex, sha256_of_file
 from shared.errors import CacheFormatError
-from shared.machine import this_machine
+from shared.temporaries import (
+    TEMPORARY_PREFIX,
+    is_temporary,
+    remove_temporary,
+    writer_is_dead,
+    written_beside,
+)
 
-TEMPORARY_PREFIX = ".tmp-"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-OLD_S = 24 * 3600.0  # what another machine has not finished by then, it does not
 PARTLY = "only a part of it arrived. Run the same command again."
 READS = 5  # of a remote file that others write, or of which a part arrives, before that is an error
-_counter = itertools.count()
+FOLDERS = 10  # that others remove, as empty, before a file is in them
 
 
 class Folder(Protocol):
@@ -107,12 +106,8 @@ class LocalFolder:
     def publish(self, name: str, data: bytes | pa.Buffer) -> None:
         target = self.path / name
         with explain_write_errors(self.where, name):
-            if not target.parent.is_dir():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                sync_folder(target.parent.parent)
-            temporary = target.parent / temporary_name(target.name)
-            try:
-                with open(temporary, "xb") as stream:
+            with written_beside(target) as temporary:
+                with _new_file(temporary) as stream:
                     stream.write(data)
                     sync_file(stream)
                 written = sha256_of_file(temporary)
@@ -121,22 +116,23 @@ class LocalFolder:
                         f"{self.where}, {name}: read back other bytes than were written; the disk or the "
                         "memory of this machine is faulty."
                     )
-                os.replace(temporary, target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
             sync_folder(target.parent)
 
     def create(self, name: str, data: bytes) -> bool:
         target = self.path / name
         with explain_write_errors(self.where, name):
-            target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                stream = _new_file(target)
             except FileExistsError:
+                if not target.parent.is_dir():
+                    raise
                 return False
-            with open(descriptor, "wb") as stream:
-                stream.write(data)
+            try:
+                with stream:
+                    stream.write(data)
+            except BaseException:  # it would pass for another's that a crash has cut
+                self.remove(name)
+                raise
         return True
 
     def append(self, name: str, line: bytes, *, max_bytes: int) -> None:
@@ -165,8 +161,8 @@ class LocalFolder:
         removed = []
         for folder in ("", "shards/"):
             for name in self.names(folder + TEMPORARY_PREFIX):
-                if is_temporary(name) and (alive_too or _writer_is_dead(self.path / name)):
-                    self.remove(name)
+                if is_temporary(name) and (alive_too or writer_is_dead(self.path / name)):
+                    remove_temporary(self.path / name)
                     removed.append(name)
         return removed
 
@@ -231,13 +227,17 @@ class RemoteFolder:
         return filesystem.open(f"{root}/{name}", "rb", cache_type="readahead")
 
     def publish(self, name: str, data: bytes | pa.Buffer) -> None:
+        if not self._has_arrived(name, data):
+            raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
+
+    def _has_arrived(self, name: str, data: bytes | pa.Buffer) -> bool:
+        """Writes a file; False where another size is there then, as of what another process has written."""
         with explain_write_errors(self.where, name), explain_remote_errors(self.where, name):
             filesystem, root = self.connect()
             path = f"{root}/{name}"
             _pipe(filesystem, path, bytes(data))
             filesystem.invalidate_cache()
-            if int(filesystem.size(path)) != len(data):
-                raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
+            return int(filesystem.size(path)) == len(data)
 
     def create(self, name: str, data: bytes) -> bool:
         with explain_write_errors(self.where, name), explain_remote_errors(self.where, name):
@@ -257,12 +257,15 @@ class RemoteFolder:
         return True
 
     def append(self, name: str, line: bytes, *, max_bytes: int) -> None:
-        """Object stores cannot: the whole is written again."""
-        try:
-            found = self.read(name, max_bytes=max_bytes)
-        except FileNotFoundError:
-            found = b""
-        self.publish(name, found + line + b"\n")
+        """Object stores cannot: the whole is written again, and once more where another process did so as well."""
+        for _ in range(READS):
+            try:
+                found = self.read(name, max_bytes=max_bytes)
+            except FileNotFoundError:
+                found = b""
+            if self._has_arrived(name, found + line + b"\n"):
+                return
+        raise CacheFormatError(f"{self.where}, {name}: {PARTLY}")
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), explain_remote_errors(self.where, name):
@@ -285,51 +288,14 @@ def _pipe(filesystem: Any, path: str, data: bytes, **options: str) -> None:
         filesystem.pipe_file(path, data, **options)
 
 
-def temporary_name(name: str) -> str:
-    """A name no other process uses, which says whose it is."""
-    return f"{TEMPORARY_PREFIX}{_host()}.{os.getpid()}.{next(_counter)}.{name[:64]}"
-
-
-def _host() -> str:
-    """The machine for people, and a mark that tells it from others with the same name, as containers often have."""
-    host = "".join(c for c in socket.gethostname() if c.isalnum() or c == "-")
-    return f"{host}-{hashlib.sha256(this_machine().encode()).hexdigest()[:8]}"
-
-
-def is_temporary(name: str) -> bool:
-    """Whether :func:`temporary_name` made it."""
-    return re.fullmatch(r"\.tmp-[^.]*\.[0-9]+\.[0-9]+\..*", name.rpartition("/")[2]) is not None
-
-
-def _writer_is_dead(path: Path) -> bool:
-    """Whether the process of this machine that wrote it has ended; what others have left has to be old."""
-    host, pid = path.name.removeprefix(TEMPORARY_PREFIX).split(".")[:2]
-    if host == _host():
-        return not process_is_alive(int(pid))
-    with contextlib.suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime > OLD_S
-    return False
-
-
-def process_is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs under that id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    fields = process_fields(pid)
-    return fields is None or fields[0] not in "ZX"
-
-
-def process_fields(pid: int) -> list[str] | None:
-    """What Linux tells of a process: its state (Z: it has ended, and its parent has not looked), ...; see proc(5)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return text.rpartition(")")[2].split()
+def _new_file(path: Path) -> IO[bytes]:
+    """Raises   FileExistsError  where one is there.  Makes its folder, also where others remove it as empty."""
+    for _ in range(FOLDERS):
+        with contextlib.suppress(FileNotFoundError):
+            return open(path, "xb")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sync_folder(path.parent.parent)
+    return open(path, "xb")
 
 
 def sync_file(stream: IO[bytes]) -> None:

@@ -32,11 +32,12 @@ from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.segments import open_segment_list, read_file
 from shared.cache.shard import ShardView, open_shard
 from shared.cache.shard_list import ShardInfo, ShardList
-from shared.cache.storage import TEMPORARY_PREFIX, Folder, is_temporary, open_folder
+from shared.cache.storage import Folder, open_folder
 from shared.errors import CacheFormatError
 from shared.permutation import Permutation, stream
 from shared.recipes.policies import Random, Threshold
 from shared.sparse import SparseTargets
+from shared.temporaries import TEMPORARY_PREFIX, is_temporary
 
 TOLERANCE_NATS = 1e-3  # a position: the teacher computes in fp32
 FP16_SLACK = 0.01  # of a position's weights together: their logs are fp16

@@ -192,10 +192,10 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     Raises   CheckpointError  when it is damaged
     """
     path = folder / PROVENANCE
-    if not path.exists():
-        return None
     try:
         return opened(json.loads(read_regular(path)))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: damaged ({error}). `train-student export` writes it again, with the files that it lists"

@@ -224,7 +224,6 @@ class SetFolder:
                 f"{self.path}: something is there that is no set of written answers. Name another folder"
             )
         with explain_write_errors(self.files.where, LOCK):
-            self.path.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire()
             except CacheBusyError as error:

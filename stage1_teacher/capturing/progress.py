@@ -6,12 +6,13 @@ import shutil
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from shared.cache import Claims, Row, Unit
+from shared.cache.layout import SHARDS
+from shared.cache.storage import LocalFolder, open_folder
 from shared.errors import CacheFormatError
 from shared.progress import progress
 
@@ -99,11 +100,11 @@ def require_space(location: str, unit: Unit, *, num_units_left: int) -> None:
     location  of the cache; a remote one is not watched
     Raises    CacheFormatError  when they will not fit into the free space
     """
-    folder = Path(location)
-    sizes = [path.stat().st_size for path in folder.glob(f"shards/{unit.unit_id}-*.arrow")]
-    if "://" in location or not sizes:
+    folder = open_folder(location)
+    if not isinstance(folder, LocalFolder):
         return
-    needed, free = sizes[0] * num_units_left, shutil.disk_usage(folder).free
+    size = next((size for name in folder.names(f"{SHARDS}{unit.unit_id}-") if (size := folder.size(name))), 0)
+    needed, free = size * num_units_left, shutil.disk_usage(folder.path).free
     if needed > free:
         raise CacheFormatError(
             f"cache {location}: the {num_units_left} units that are left need about {needed / 2**20:.0f} MiB, "

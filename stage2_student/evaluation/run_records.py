@@ -24,6 +24,7 @@ from shared.recipes.policies import DEFAULT_TAIL
 from shared.regular_files import read_regular
 from stage2_student.evaluation.evaluated import STUDENT
 from stage2_student.evaluation.scores import Scores, read_all
+from stage2_student.runs.checkpoint import Checkpoint
 from stage2_student.runs.files import are_numbers
 from stage2_student.runs.identity import flat
 from stage2_student.runs.run_folder import Metrics, RunFolder
@@ -127,10 +128,11 @@ def read_run(path: Path) -> RunRecord:
         raise RecipeError(f"{path}: there is no run in it (no {folder.recipe.name})")
     folder.require_as_written()
     settings = _read_settings(folder.recipe)
+    # Before the log: of a run that goes on meanwhile, the log is ahead of these.
+    results, newest = folder.read_results(), folder.checkpoints.latest()
     metrics = _with_kl(folder.read_metrics(), settings)
     steps = metrics.steps
-    results = folder.read_results()
-    _require_whole_log(folder, metrics, results)
+    _require_whole_log(folder, metrics, results, newest)
     last = metrics.validations[-1] if metrics.validations else {}
     split: Split = "train" if settings.get("data.splits.validation") is None else "validation"
     answered = read_all(folder.evaluation, split)
@@ -155,14 +157,15 @@ def read_run(path: Path) -> RunRecord:
     )
 
 
-def _require_whole_log(folder: RunFolder, metrics: Metrics, results: dict[str, Any] | None) -> None:
+def _require_whole_log(
+    folder: RunFolder, metrics: Metrics, results: dict[str, Any] | None, newest: Checkpoint | None
+) -> None:
     """Raises   CheckpointError  when the log ends before the last step or validation of a finished run, or its newest
     checkpoint
     """
     logged = metrics.steps[-1]["step"] if metrics.steps else 0
     if results is not None and results.get("after") is not None:  # of the last step's validation
         logged = min(logged, metrics.validations[-1]["step"] if metrics.validations else 0)
-    newest = folder.checkpoints.latest()
     known = {
         folder.results.name: 0 if results is None else results["step"],
         "its newest checkpoint": 0 if newest is None else newest.facts.step,

@@ -10,6 +10,7 @@ evaluation/SPLIT-step-000100-60.parquet of an earlier student of the run
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 from shared.errors import CheckpointError
 from shared.recipes import Split
 from shared.regular_files import naming, refuse_irregular
+from shared.temporaries import remove_left, written_beside
 from shared.vouched import DIGEST, digest_of, vouched
 from stage2_student.evaluation.evaluated import STUDENT, Evaluated
 from stage2_student.runs.files import write_json
@@ -142,11 +144,10 @@ def _lines(found: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
 def _write(lines: list[dict[str, Any]], scores: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    remove_left(path)
     table = pa.Table.from_pylist(lines, metadata={DIGEST: _digest(lines)})
-    with naming(path):
-        pq.write_table(table, partial, write_page_checksum=True)
-        partial.replace(path)
+    with naming(path), written_beside(path) as temporary:
+        pq.write_table(table, temporary, write_page_checksum=True)
     write_json(path.with_suffix(".json"), [vouched(one) for one in scores])
 
 
@@ -156,5 +157,5 @@ def _digest(lines: list[dict[str, Any]]) -> bytes:
 
 def _move(path: Path, new: Path) -> None:
     for suffix in (".parquet", ".json"):
-        if path.with_suffix(suffix).exists():
+        with suppress(FileNotFoundError):  # not there, or moved by another evaluation
             path.with_suffix(suffix).replace(new.with_suffix(suffix))

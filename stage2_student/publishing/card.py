@@ -154,11 +154,11 @@ def model_card(facts: dict[str, Any], folder: RunFolder, *, is_adapter: bool) ->
 def refresh_card(folder: RunFolder) -> None:
     """Makes the scores in the run's export anew; does nothing where no card is ours, or its marks are gone."""
     card, facts = folder.export / CARD, read_provenance(folder.export)
-    if not facts or not card.exists():
+    if not facts:
         return
     try:
         text = read_regular(card).decode()
-    except UnicodeDecodeError:  # somebody has written another
+    except (FileNotFoundError, UnicodeDecodeError):  # somebody has removed it, or written another
         return
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

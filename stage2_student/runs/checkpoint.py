@@ -30,7 +30,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -42,12 +42,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from shared.cache.storage import sync_folder
 from shared.errors import CheckpointError
 from shared.regular_files import read_regular
 from shared.runtime import World, lost_peer
 from shared.vouched import DIGEST, opened, vouched
 from stage2_student.runs.checkpoint_reader import CheckpointReader
-from stage2_student.runs.files import sync_folder, write_json, write_text
+from stage2_student.runs.files import write_json, write_text
 
 FACTS = "facts.json"
 PARTIAL = ".partial"
@@ -89,11 +90,17 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def all(self) -> list[Checkpoint]:
-        """Whole checkpoints, oldest first."""
-        paths = (path for path in self.folder.glob("step-*") if not path.name.endswith(PARTIAL))
-        return sorted(
-            (Checkpoint(path, _read_facts(path)) for path in paths), key=lambda found: found.facts.step
-        )
+        """Whole checkpoints, oldest first; without those that a run which goes on removes meanwhile."""
+        found = []
+        for path in self.folder.glob("step-*"):
+            if path.name.endswith(PARTIAL):
+                continue
+            try:
+                found.append(Checkpoint(path, _read_facts(path)))
+            except CheckpointError:
+                if path.exists():
+                    raise
+        return sorted(found, key=lambda one: one.facts.step)
 
     def latest(self) -> Checkpoint | None:
         return next(reversed(self.all()), None)
@@ -224,19 +231,25 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], *, world: World | None =
     """
     damage = _damage(checkpoint) if world is None else world.by_main(lambda: _damage(checkpoint))
     if damage is not None:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path}: {damage}. Delete its folder to go on from an older one"
-        )
+        raise _unreadable(checkpoint, damage)
     try:
         with quiet_dcp():
             reader = CheckpointReader(checkpoint.path, files=checkpoint.facts.sha256)
             dcp.load(state, storage_reader=reader, no_dist=world is None)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[-1]
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path}: cannot be read: {reason}. Delete its folder to go on from "
-            "an older one"
-        ) from error
+        raise _unreadable(checkpoint, f"cannot be read: {reason}") from error
+
+
+def _unreadable(checkpoint: Checkpoint, reason: str) -> CheckpointError:
+    if not checkpoint.path.exists():
+        return CheckpointError(
+            f"checkpoint {checkpoint.path}: the run goes on, and has removed it for newer ones. Run the same command "
+            "again"
+        )
+    return CheckpointError(
+        f"checkpoint {checkpoint.path}: {reason}. Delete its folder to go on from an older one"
+    )
 
 
 def student_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
@@ -287,14 +300,21 @@ def _badness(checkpoint: Checkpoint) -> tuple[float, int]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file but the facts, by path in the folder; several at once, as hashing lets threads run."""
+    """SHA-256 of each file but the facts, by path in the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FACTS)
-    names = [path.relative_to(folder).as_posix() for path in paths]
+    found = _hashes_of(folder, [path.relative_to(folder).as_posix() for path in paths])
+    return {name: sha256 for name, sha256 in found.items() if sha256 is not None}
+
+
+def _hashes_of(folder: Path, names: Sequence[str]) -> dict[str, str | None]:
+    """Of the files of these names, None of what is no file; several at once, as hashing lets threads run."""
     with ThreadPoolExecutor(max_workers=4) as threads:
-        return dict(zip(names, threads.map(_sha256, paths), strict=True))
+        return dict(zip(names, threads.map(_sha256, [folder / name for name in names]), strict=True))
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -302,11 +322,11 @@ def _sha256(path: Path) -> str:
 def _damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with the files, if anything."""
     try:
-        found = hashes(checkpoint.path)
+        found = _hashes_of(checkpoint.path, list(checkpoint.facts.sha256))
     except OSError as error:
         return f"its files cannot be read ({error})"
     for name, sha256 in checkpoint.facts.sha256.items():
-        if name not in found:
+        if found[name] is None:
             return f"{name} is missing"
         if found[name] != sha256:
             return f"{name} is damaged: its SHA-256 is not the one it was written with"
@@ -361,4 +381,4 @@ def _remove(path: Path) -> None:
     """Takes the name away first, so that a kill in the middle leaves no half a checkpoint under it."""
     doomed = path.with_name(path.name + PARTIAL)
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # a network file system keeps what others read

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from shared.cache.storage import sync_file, sync_folder
 from shared.regular_files import naming, open_regular, read_regular
+from shared.temporaries import remove_left, written_beside
 from shared.vouched import opened, vouched
 
 
@@ -20,13 +22,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """As ``write_text``."""
-    partial = path.with_name(path.name + ".partial")
+    remove_left(path)
     with naming(path):
-        with open(partial, "wb") as file:
+        with written_beside(path) as temporary, open(temporary, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+            sync_file(file)
         sync_folder(path.parent)
 
 
@@ -37,15 +37,6 @@ def write_json(path: Path, value: Any) -> None:
 def sha256_of_file(path: Path) -> str:
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in the folder outlast a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def are_numbers(record: dict[str, Any], *names: str) -> bool:
@@ -72,7 +63,9 @@ class JsonLines:
         return self._read()[1]
 
     def _read(self) -> tuple[list[dict[str, Any]], list[int]]:
-        lines = read_regular(self.path).split(b"\n") if self.path.exists() else []
+        lines = []
+        with suppress(FileNotFoundError):
+            lines = read_regular(self.path).split(b"\n")
         found, damaged = [], []
         for number, line in enumerate(lines, start=1):
             try:

@@ -32,6 +32,7 @@ from shared.library_output import keep_library_output
 from shared.recipes import Recipe, Split, load_recipe, recipe_text
 from shared.regular_files import read_regular
 from shared.runtime import World, environment
+from shared.temporaries import is_temporary
 from shared.vouched import opened, vouched
 from stage2_student.runs.checkpoint import Checkpoint, Checkpoints
 from stage2_student.runs.files import JsonLines, are_numbers, sha256_of_file, write_json, write_text
@@ -146,15 +147,11 @@ class RunFolder:
 
     def _acquire(self, lock: RunLock) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except CacheBusyError as error:
-            owner = ""
-            with suppress(OSError, ValueError):  # it has just ended
-                owner = read_regular(lock.path).decode(errors="replace").strip()
             raise RecipeError(
-                f"{self.path}: another process is training in this folder ({owner or 'unknown'}). Wait until it "
-                "has ended, or stop it; or choose another run.name"
+                f"{self.path}: another process is training in this folder ({error.owner}). Wait until it has "
+                "ended, or stop it; or choose another run.name"
             ) from error
         except OSError as error:
             remedy = "Mend that, and --resume goes on" if self.recipe.exists() else "Choose another run.root"
@@ -230,19 +227,23 @@ class RunFolder:
     def write_hashes(self) -> None:
         """Vouches for what the run has written of itself before its first step."""
         names = [self.recipe, self.path / "environment.json", self.path / "sources.json"]
-        files = [path for path in (*names, *sorted(self.model_files.iterdir())) if path.is_file()]
+        whole = [path for path in self.model_files.iterdir() if not is_temporary(path.name)]
+        files = [path for path in (*names, *sorted(whole)) if path.is_file()]
         told = {str(path.relative_to(self.path)): sha256_of_file(path) for path in files}
         write_json(self.hashes, vouched({"sha256": told}))
 
     def require_as_written(self) -> None:
         """Raises   CheckpointError  when recipe, environment, sources or the model's small files have changed"""
-        if not self.hashes.exists():  # of an earlier release, or while a run begins
+        found = _read_object(self.hashes, advice=MEND_HASHES)
+        if found is None:  # of an earlier release, or while a run begins
             return
-        told = _read_object(self.hashes, advice=MEND_HASHES).get("sha256")
+        told = found.get("sha256")
         if not isinstance(told, dict):
             raise CheckpointError(f"{self.hashes}: it lists no files; {MEND_HASHES}")
         changed = [name for name, sha256 in told.items() if not self._is(name, sha256)]
-        if changed:
+        if (
+            changed and _read_object(self.hashes, advice=MEND_HASHES) == found
+        ):  # else the run goes on just now
             raise CheckpointError(
                 f"run {self.path}: {', '.join(sorted(changed)[:5])} changed, or went, after the run wrote them; "
                 f"{MEND_HASHES}"
@@ -251,7 +252,10 @@ class RunFolder:
     def _is(self, name: str, sha256: Any) -> bool:
         path = self.path / name
         inside = self.path.resolve() in path.resolve().parents
-        return inside and path.exists() and sha256_of_file(path) == sha256
+        try:
+            return inside and sha256_of_file(path) == sha256
+        except FileNotFoundError:
+            return False
 
     def _environment(self, world: World) -> dict[str, Any]:
         """As it is now, and when the run began, which going on with it does not change."""
@@ -277,9 +281,9 @@ class RunFolder:
         Raises   CheckpointError  when the file is damaged
         """
         path = self.path / "environment.json"
-        if not path.exists():
-            return 1
         found = _read_object(path, advice=MEND_ENVIRONMENT)
+        if found is None:
+            return 1
         if type(found.get("num_ranks")) is not int:
             raise CheckpointError(f"{path}: num_ranks is no number; {MEND_ENVIRONMENT}")
         return int(found["num_ranks"])
@@ -289,9 +293,9 @@ class RunFolder:
 
         Raises   CheckpointError  when the file is damaged
         """
-        if not self.results.exists():
-            return None
         found = _read_object(self.results, advice=MEND_RESULTS)
+        if found is None:
+            return None
         missing = [name for name in IN_RESULTS if name not in found]
         if missing or type(found["step"]) is not int:
             raise CheckpointError(
@@ -312,9 +316,15 @@ def _is_record(record: dict[str, Any]) -> bool:
     return record["event"] != "step" or are_numbers(record, *IN_STEPS)
 
 
-def _read_object(path: Path, *, advice: str) -> dict[str, Any]:
+def _read_object(path: Path, *, advice: str) -> dict[str, Any] | None:
+    """None where there is no such file; a run that goes on may remove it at any moment.
+
+    Raises   CheckpointError  when it is damaged
+    """
     try:
         return opened(json.loads(read_regular(path)))
+    except FileNotFoundError:
+        return None
     except NotAFileError as error:
         raise CheckpointError(f"{error}; {advice}") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -326,8 +336,6 @@ def scores_in(path: Path) -> list[dict[str, Any]]:
 
     Raises   CheckpointError  when it is damaged
     """
-    if not path.exists():
-        return []
     try:
         read = json.loads(read_regular(path))
         if not isinstance(read, list) or not read:
@@ -336,6 +344,8 @@ def scores_in(path: Path) -> list[dict[str, Any]]:
         for one in models:
             if not isinstance(one.get("model"), str) or type(one.get("num_examples")) is not int:
                 raise ValueError("a model or its number of questions is missing")
+    except FileNotFoundError:
+        return []
     except NotAFileError as error:
         raise CheckpointError(f"{error}. {MEND_SCORES}") from error
     except (OSError, ValueError, RecursionError) as error:

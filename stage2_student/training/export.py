@@ -8,11 +8,12 @@ can be exported at any time, by one process, whether or not the original is stil
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from shared.models.weight_files import GENERATION
 from shared.places import is_local
 from shared.recipes import DataConfig, Recipe, dump_recipe, load_recipe
 from shared.runtime import environment
+from shared.temporaries import remove_left, temporary_name
 from shared.vouched import vouched
 from stage2_student.publishing.card import CARD, model_card, read_sources
 from stage2_student.runs.checkpoint import Checkpoint, hashes, load, student_state
@@ -187,8 +189,8 @@ def export_checkpoint(
     model.to_empty(device="cpu")
     model.tie_weights()  # which to_empty has undone
     load(checkpoint, student_state(model))
-    partial = target.with_name(f".{target.name}.teachonce-partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_left(target)
+    partial = target.with_name(temporary_name(target.name))
     with _removed_where_it_cannot_be_written(partial, target):
         _write(model, recipe, folder, checkpoint, partial, target, merge=merge)
         _replace_folder(partial, target)
@@ -293,9 +295,15 @@ def _small_files(folder: Path) -> list[Path]:
 
 
 def _replace_folder(new: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.teachonce-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    """Where another process does so as well, the later one wins."""
+    while True:
+        try:
+            new.rename(out)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        old = out.with_name(temporary_name(out.name))
+        with suppress(FileNotFoundError):
+            out.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
