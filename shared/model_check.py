@@ -299,6 +299,11 @@ def _compare(
 ) -> None:
     """``noise``: what equal rows differ by; it widens the tolerance, to that of other batches at most."""
     difference = _difference(one_SD, other_SD)
+    if not isfinite(difference):
+        raise RecipeError(
+            f"model class {type(model).__name__}: its hidden states for the first examples are NaN, infinite or all "
+            "0. Its weights may be damaged, or its dtype too narrow (float32 may help)"
+        )
     allowed = max(_tolerance(tolerances, one_SD), min(TIMES_NOISE * noise, _tolerance(TOGETHER, one_SD)))
     if not difference <= allowed:
         raise RecipeError(

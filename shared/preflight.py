@@ -26,7 +26,7 @@ from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed, shortened
 from shared.models.quantized import require_library, what_becomes_of_it
 from shared.models.vlm import num_logit_ids, scale_left_out, split
-from shared.models.weight_files import require_whole_weights
+from shared.models.weight_files import require_whole_weights, weight_files
 from shared.places import is_local, require_no_typo
 from shared.recipes import DataConfig, Recipe, Split, trainer_of
 from shared.same_prompts import open_processor_of
@@ -139,7 +139,8 @@ def describe_tokenizer(
     if would_be_fetched(name, revision):
         report.add("  tokenizer", f"{name} is not on this machine: not looked at")
         return None
-    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+    files = weight_files(name, revision)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not (files and files.files):
         report.add("  tokenizer", f"none in {folder}: not looked at")
         return None
     processor = open_processor_of(recipe, name, revision=revision)

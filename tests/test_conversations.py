@@ -262,6 +262,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": [GOOD[1]]}, "no user's turn"),
     ({"messages": [GOOD[0], {**GOOD[1], "tool_calls": [{"id": 1}]}]}, "turn 2: it has 'tool_calls'"),
     ({"messages": [GOOD[0], {**GOOD[1], "reasoning_content": "hm"}]}, "turn 2: it has 'reasoning_content'"),
+    ({"messages": [GOOD[0], {**GOOD[1], "mask": 0}, *GOOD]}, "turn 2: it has 'mask', which is not used"),
     ({"messages": [GOOD[0], {**GOOD[1], "weight": 0}]}, "turn 2: its weight is 0"),
     (
         {"messages": [GOOD[0], message("assistant", [{"type": "image"}, text("a")])], "images": ["0.png"]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,17 @@ def test_unknown_key_inside_a_policy_names_the_policys_keys(tmp_path: Path) -> N
         ("optimization.num_epochs=null", "optimization: give either max_steps or num_epochs"),
         ("cache.temperatures=[1.0, 1.0]", "one or more different values"),
         ("run.name=a/b", "is not a folder name"),
+        ("run.name=' '", "is not a folder name"),
+        ('run.name="a\\0b"', "is not a folder name"),
+        (f"run.name={'x' * 300}", "a name of 300 bytes"),
+        (f"data.max_answer_tokens={10**30}", "a number of 31 digits"),
+        ("cache.path=''", "cache.path: '' is no path and no name"),
+        ('run.root="a\\0b"', "is no path and no name"),
+        ("data.source=' '", "data.source: ' ' is no path and no name"),
+        ("cache.path=['', mine]", "cache.path.0: '' is no path and no name"),
+        ("cache.chunk_size=foo", "cache.chunk_size: input should be a valid integer"),
+        ("cache.chunk_size=-1", "cache.chunk_size: input should be greater than 0"),
+        ("cache.path=$NOT_SET_HERE/cache", "the environment variable $NOT_SET_HERE is not set"),
         ("loss.kd_ratio=nan", "loss.kd_ratio"),
         ("optimization.learning_rate=.inf", "optimization.learning_rate"),
         ("optimization.betas=[1.0, 0.9]", "optimization.betas.0: input should be less than 1"),
@@ -138,7 +150,7 @@ def test_unknown_key_inside_a_policy_names_the_policys_keys(tmp_path: Path) -> N
     ],
 )
 def test_impossible_settings_are_refused(override: str, message: str) -> None:
-    with pytest.raises(RecipeError, match=message.replace("(", r"\(").replace(".", r"\.")):
+    with pytest.raises(RecipeError, match=re.escape(message)):
         load_recipe("phantom", overrides=[override])
 
 
@@ -352,6 +364,14 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
 
 
 MODEL_AT_A_URL = "{path: 's3://b/m', hidden_size: 32, num_layers: 1, vision_hidden_size: 32, vision_depth: 1}"
+
+
+def test_environment_variables_stand_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    overrides = ("cache.path=$SCRATCH/cache", "data.source=${SCRATCH}/data", "run.root='$SCRATCH'")
+    recipe = load_recipe("phantom", overrides=overrides)
+    assert (recipe.cache and recipe.cache.path) == "/scratch/me/cache"
+    assert (recipe.data.source, recipe.run.root) == ("/scratch/me/data", "/scratch/me")
 
 
 @pytest.mark.parametrize(

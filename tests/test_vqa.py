@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from shared.data.rows import Example, open_split
 from shared.data.sources import DatasetRows, open_rows
+from shared.data.texts import required_text
 from shared.errors import DataError
 from shared.recipes import ColumnsConfig, DataConfig, SplitsConfig
 
@@ -199,6 +201,12 @@ def test_floats_read_as_their_type_prints_them(tmp_path: Path, kind: pa.DataType
         assert [str(rows[n]["answer"]) for n in range(3)] == ["0.1", "2.0", "65504.0"]
         assert [str(rows[n]["votes"][0]["answer"]) for n in range(3)] == ["0.1", "2.0", "65504.0"]
         assert rows[3]["answer"] is None is rows[3]["votes"][0]["answer"]
+
+
+@pytest.mark.parametrize(("value", "text"), [("3.50", "3.50"), ("1E+3", "1000"), ("-0.1", "-0.1")])
+def test_a_decimal_is_written_as_it_stands(value: str, text: str) -> None:
+    """A Parquet column of decimals has them."""
+    assert required_text(Decimal(value), "answer", where="row 0") == text
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ _UNUSED_KEYS = (
     "reasoning_content",
     "reasoning",
     "thinking",
+    "mask",  # which leaves a turn out in some formats where it is true, and in others where it is false
     *("image", "images", "audio", "audios", "video", "videos"),
 )
 _OF_ROWS = ("answer_ids", "answer_end")  # which are the last answer's, and stand beside the turns

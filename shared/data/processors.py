@@ -86,6 +86,10 @@ def load_processor(
         raise RecipeError(f"model {model}: its processor cannot be opened: {reason}") from error
     if not hasattr(processor, "tokenizer"):
         raise RecipeError(f"model {model}: {type(processor).__name__} takes no text; a VLM is needed")
+    if not processor.tokenizer.get_vocab().keys() - processor.tokenizer.get_added_vocab().keys():
+        raise RecipeError(
+            f"model {model}: it has no tokenizer, or an empty one. Fetch its files again, tokenizer.json among them"
+        )
     if template is not None:
         processor.chat_template = read_template(template)
     if bounds and not bounds.keys() <= getattr(images.valid_kwargs, "__annotations__", {}).keys():

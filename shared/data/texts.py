@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from decimal import Decimal
 from typing import Any
 
 from shared.errors import DataError
@@ -52,11 +53,11 @@ def written_out(value: Any, what: str, *, where: str) -> Any:
 
     Raises   DataError  naming ``where`` and ``what``, for a number that is infinite, or has thousands of digits
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or value != value:
         return value
-    if isinstance(value, float) and math.isinf(value):
+    if not isinstance(value, int) and math.isinf(value):
         raise DataError(f"{where}: the {what} is {value}, no finite number")
     try:
-        return str(value)
+        return format(value, "f") if isinstance(value, Decimal) else str(value)
     except ValueError as error:
         raise DataError(f"{where}: the {what} is a number that cannot be written out ({error})") from error

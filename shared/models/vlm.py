@@ -7,10 +7,12 @@ the logits of a batch never exist.  ``split`` finds the parts in any ``AutoModel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
@@ -98,7 +100,19 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
         raise RecipeError(
             f"model {name}: {config.model_type!r} is not a decoder-only image-text-to-text model of transformers"
         )
+    _ask_for_nothing_more(config)
     return config
+
+
+def _ask_for_nothing_more(config: PretrainedConfig) -> None:
+    """Undoes what a config.json asks of every forward: results as a tuple, and attentions, which sdpa does not give.
+
+    Transformers refuses to save such a model.
+    """
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PretrainedConfig):
+            _ask_for_nothing_more(part)
 
 
 def load_vlm(
@@ -129,7 +143,7 @@ def load_vlm(
             dequantize=True,
         )
         return merged(whole, name)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"config": config}
     if method := method_of(config):
         require_library(name, config)
         if dequantize:
@@ -143,6 +157,7 @@ def load_vlm(
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with names and shapes
             trust_remote_code=False,  # not None: at a terminal Transformers would ask
             **options,
         )
@@ -154,17 +169,31 @@ def load_vlm(
         )
         raise RecipeError(f"model {name}: {what}: {shortened(why(name, error))}") from error
     model, info = loaded
-    if info["missing_keys"] or info["mismatched_keys"]:
-        first = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
+    for weight, in_files, needed in sorted(info["mismatched_keys"])[:1]:
+        raise RecipeError(
+            f"model {name}: its files do not fit its config.json: {weight} is {tuple(in_files)} in the files, and "
+            f"{tuple(needed)} is needed. Fetch both again, from one place"
+        )
+    if info["missing_keys"]:
+        first = sorted(map(str, info["missing_keys"]))[0]
         raise RecipeError(
             f"model {name}: its files lack weights, {first} among them, which would be random. "
             "Give the folder of the whole model"
         )
+    if not method and info["unexpected_keys"] and os.environ.get("RANK", "0") == "0":
+        click.echo(f"note: model {name}: {_unused(model, info['unexpected_keys'])}", err=True)
     if method and dequantize:
         ordinary = empty_vlm(config, dtype=dtype, attn_implementation=attn_implementation)
         model = dequantized(name, model, ordinary, dtype=dtype)
     keep_rows_apart(model)
     return model.eval()
+
+
+def _unused(model: PreTrainedModel, weights: Collection[str]) -> str:
+    return (
+        f"{len(weights)} weight(s) of its files are not used, {min(weights)} among them: {type(model).__name__} with "
+        "this config.json has no place for them. Are both of one model?"
+    )
 
 
 def empty_vlm(

@@ -42,12 +42,14 @@ PIECE_BYTES = 1 << 22
 class WeightFiles:
     """The weight files of a model, and of the models it is an adapter of.
 
-    missing  names that an index, or Transformers, asks for
+    missing     names that an index, or Transformers, asks for
+    generation  settings of generation: where they cannot be read, Transformers goes on without them
     """
 
     model: str
     files: tuple[Path, ...]
     missing: tuple[Path, ...]
+    generation: tuple[Path, ...] = ()
 
     def require_whole(self) -> None:
         """Raises   RecipeError  with every file that cannot be loaded"""
@@ -61,7 +63,8 @@ class WeightFiles:
     def faults(self) -> list[str]:
         """One for every file that cannot be loaded."""
         faults = [f"{path}: is missing" for path in self.missing]
-        return faults + [f"{path}: {fault}" for path in self.files if (fault := _fault(path))]
+        faults += [f"{path}: {fault}" for path in self.files if (fault := _fault(path))]
+        return faults + [f"{path}: is no JSON object" for path in self.generation if not _is_object(path)]
 
     def _changed(self) -> list[str]:
         """Of an export of ours, one for each file that is not what was written; reads every byte.
@@ -115,13 +118,16 @@ def weight_files(model: str, revision: str | None) -> WeightFiles | None:
     """None where the model is not on this machine.  Raises   RecipeError  for an index that is no index"""
     files: list[Path] = []
     missing: list[Path] = []
+    generation: list[Path] = []
     for name, its_revision in lineage(model, revision):
         folder = _folder(name, its_revision)
         if folder is None:
             return None
         for path in _named(folder):
             (files if path.is_file() else missing).append(path)
-    return WeightFiles(model, tuple(files), tuple(missing))
+        if (settings := folder / GENERATION).is_file():
+            generation.append(settings)
+    return WeightFiles(model, tuple(files), tuple(missing), tuple(generation))
 
 
 def require_whole_weights(model: str, revision: str | None) -> None:
@@ -178,6 +184,13 @@ def _fault(path: Path) -> str | None:
     return (
         None if size == needed else f"has {size:,} bytes, its header says {needed:,}: it was cut or changed"
     )
+
+
+def _is_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _exported(folder: Path) -> dict[str, str]:

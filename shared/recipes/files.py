@@ -57,7 +57,7 @@ def validate_tree(model: type[Model], tree: dict[str, Any], *, origin: str) -> M
     try:
         return model.model_validate_json(json.dumps(_with_lists(tree, [model])), strict=True)
     except ValidationError as error:
-        problems = [line for item in error.errors() for line in _explain(item, model)]
+        problems = [line for item in _told(error.errors(), model) for line in _explain(item, model)]
     except (TypeError, ValueError) as error:
         problems = [str(error)]
     raise RecipeError("\n".join(f"{origin}, {problem}" for problem in problems))
@@ -150,6 +150,16 @@ def _with_lists(tree: Any, models: Sequence[type[BaseModel]]) -> Any:
     return found
 
 
+def _told(items: Sequence[Any], model: type[BaseModel]) -> list[Any]:
+    """Without what other choices of a union say of a value that is of the right type for one of them."""
+
+    def is_of_type(item: Any) -> bool:
+        return item["type"].endswith("_type") or item["type"] == "literal_error"
+
+    fitting = {_place(model, item["loc"])[0] for item in items if not is_of_type(item)}
+    return [item for item in items if not is_of_type(item) or _place(model, item["loc"])[0] not in fitting]
+
+
 def _explain(item: Any, model: type[BaseModel]) -> list[str]:
     where, found_in, other_kinds = _place(model, item["loc"])
     if item["type"] == "extra_forbidden":
@@ -178,19 +188,22 @@ def _place(
 ) -> tuple[str, list[type[BaseModel]], list[type[BaseModel]]]:
     """What a recipe calls ``loc``, the sections that its last key may be of, and those of other kinds.
 
-    pydantic puts the kind of a union into ``loc``, which is no key.
+    pydantic puts the kind of a union into ``loc``, or its type behind a key of values, which are no keys.
     """
     keys: list[str] = []
     inner, others = [model], list[type[BaseModel]]()
-    models = inner
+    models, is_value = inner, False
     for part in loc:
+        if is_value and isinstance(part, str):
+            continue
         of_kind = [one for one in inner if kind_of(one) == part]
         if of_kind:
             inner, others = of_kind, [one for one in inner if one not in of_kind]
             continue
         keys.append(str(part))
-        stepped = [section for field in fields_of(inner, str(part)) for section in sections_in(field)]
-        models = inner
+        fields = fields_of(inner, str(part))
+        stepped = [section for field in fields for section in sections_in(field)]
+        models, is_value = inner, bool(fields) and not stepped
         if stepped:
             inner, others = stepped, []
     return ".".join(keys), models, others

@@ -34,7 +34,8 @@ written out, run `train-student recipe phantom`.
   last one counts.
 - A list may be given as one value: `--set cache.temperatures=2.0`.
 - Of two alternative keys, such as `max_steps` and `num_epochs`, the one laid over replaces the other.
-- `~` in a path is your home folder. Relative paths start where the command is run.
+- `~` in a path is your home folder, `$NAME` an environment variable, which must be set. Relative paths start
+  where the command is run.
 """
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 

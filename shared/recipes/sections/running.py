@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from shared.errors import RecipeError
 from shared.recipes.schema import Section
 from shared.recipes.sections.types import (
+    FolderName,
     Fraction,
     LocalPlace,
     NonNegativeInt,
@@ -90,7 +91,7 @@ class ParallelConfig(Section):
 class RunConfig(Section):
     """One training run: its name, its folder, its rhythm."""
 
-    name: str
+    name: FolderName
     """Name of the run's folder."""
     root: LocalPlace = "work/runs"
     """Folder of all runs."""
@@ -112,12 +113,6 @@ class RunConfig(Section):
     """Write a Hugging Face folder after the last step."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Beside `metrics.jsonl`; needs the extra `tracking`."""
-
-    @model_validator(mode="after")
-    def _name_is_a_folder_name(self) -> Self:
-        if not self.name or self.name in {".", ".."} or "/" in self.name:
-            raise ValueError(f"run.name {self.name!r} is not a folder name")
-        return self
 
     @property
     def path(self) -> Path:

@@ -36,7 +36,7 @@ class FreezeConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) instead of the student's own weights; extra ``lora``."""
 
-    rank: PositiveInt = 16
+    rank: Annotated[int, Field(gt=0, le=65536)] = 16
     """Inner width of an adapter."""
     alpha: PositiveFloat = 32.0
     """An adapter's output is multiplied by alpha / rank."""
