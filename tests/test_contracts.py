@@ -19,7 +19,8 @@ STAGES = {"stage1_teacher", "stage2_student"}
 # A room imports only rooms of earlier floors, or of its own package.
 FLOORS = [
     {"arrow_messages", "dealing", "errors", "library_output", "machine", "permutation", "threads", "vouched"},
-    {"batching", "regular_files", "shard_order"},
+    {"batching", "shard_order", "temporaries"},
+    {"regular_files"},
     {"recipes", "runtime", "progress"},
     {"stopping"},
     {"cli"},

@@ -361,7 +361,7 @@ def test_what_is_kept_in_fp32_is_so_where_ranks_share_a_model(kind: str, tmp_pat
     bf16: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": None}
     source = load_vlm(str(tmp_path), revision=None, **bf16)
     shared = empty_vlm(load_config(str(tmp_path)), **bf16)
-    student = empty_model(load_config(str(tmp_path)), StudentConfig(model="", param_dtype="bfloat16"))
+    student = empty_model(load_config(str(tmp_path)), StudentConfig(model="student", param_dtype="bfloat16"))
     for model in (shared, student):
         model.to_empty(device="cpu")
         model.tie_weights()

@@ -217,7 +217,7 @@ def test_a_frozen_part_gets_no_adapters(target: str) -> None:
     def parts(freeze: dict[str, bool], targets: list[str]) -> set[str]:
         student = StudentConfig.model_validate(
             {
-                "model": "",
+                "model": "student",
                 "freeze": freeze,
                 "lora": {"rank": 2, "target_modules": ["q_proj"], target: targets},
             }
