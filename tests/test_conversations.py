@@ -587,12 +587,38 @@ def test_the_question_is_the_last_user_s(tmp_path: Path) -> None:
     assert spoken(example) == {"question": "What?", "2. assistant": "One."}
 
 
-@pytest.mark.parametrize("mask", [{"weight": 0}, {"loss": False}, {"train": False}, {"loss_weight": 0}])
-def test_a_turn_that_is_not_to_be_learned_is_refused(tmp_path: Path, mask: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *({"weight": 0}, {"loss": False}, {"train": False}, {"loss_weight": 0}, {"loss_scale": 0.0}),
+        *({"weight": 0.5}, {"train": "no"}, {"weight": "0"}, {"loss": [1, 0]}, {"trainable": False}),
+        *({"ignore": True}, {"ignore": "true"}, {"label": False}, {"label": -100}),
+    ],
+)
+def test_a_turn_that_is_not_to_be_learned_as_it_is_is_refused(tmp_path: Path, mask: dict[str, Any]) -> None:
     (name,) = mask
     with pytest.raises(DataError, match=f"turn 2: its {name} is .*data.train_on"):
         split_of(tmp_path, [{"messages": [GOOD[0], GOOD[1] | mask]}])[0]
-    assert split_of(tmp_path, [{"messages": [GOOD[0], GOOD[1] | {name: 1}]}])[0].answer == "a"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *({"weight": 1}, {"weight": "1.0"}, {"loss": None}, {"train": True}, {"train": "yes"}, {"label": 1}),
+        *({"label": "plane"}, {"ignore": 0}, {"ignore": ""}, {"weight": float("nan")}),
+    ],
+)
+def test_a_turn_that_is_said_to_be_learned_is_learned(tmp_path: Path, key: dict[str, Any]) -> None:
+    asked = GOOD[0] | {"train": False, "weight": 0}  # as no question is learned
+    assert split_of(tmp_path, [{"messages": [asked, GOOD[1] | key]}])[0].answer == "a"
+
+
+def test_what_a_pair_of_question_and_answer_says_besides_is_not_lost(tmp_path: Path) -> None:
+    pair = {"user": "q", "assistant": "a", "source": "VQAv2"}
+    assert split_of(tmp_path, [{"messages": [pair]}])[0].answer == "a"
+    for more in ({"weight": 0}, {"mask": 1}, {"image": "0.png"}):
+        with pytest.raises(DataError, match=f"turn [12]: it.* {next(iter(more))}|turn 1: it has"):
+            split_of(tmp_path, [{"messages": [pair | more]}])[0]
 
 
 @pytest.mark.parametrize("near", ["conversation", "message"])

@@ -63,7 +63,10 @@ _UNUSED_KEYS = (
 _OF_ROWS = ("answer_ids", "answer_end")  # which are the last answer's, and stand beside the turns
 _PICTURE_KEYS = ("image_url", "image", "url", "path", "bytes", "base64")  # of a part
 _SOURCE_KEYS = ("source", "data", "file")  # by which other formats hold a part's picture
-_MASKS = ("weight", "loss", "train", "loss_weight")  # by which formats leave single turns out
+# By which formats leave single answers out, or weigh them; what of these says that an answer is learned as it is.
+_LEARNED = ("weight", "loss", "loss_weight", "loss_scale", "train", "trainable", "label")
+_LEFT_OUT = ("ignore",)
+_YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ def _of_a_pair(turn: Any) -> list[Any]:
     """The two turns of ``{"user": ..., "assistant": ...}``, as The Cauldron writes them; else the turn itself."""
     if not isinstance(turn, Mapping) or not PAIR.issubset(turn) or _first(turn, ROLE_KEYS) is not None:
         return [turn]
-    return [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
+    return [{**turn, "role": role, "content": turn[role]} for role in ("user", "assistant")]
 
 
 def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
@@ -220,11 +223,11 @@ def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
             raise DataError(
                 f"{where}: it has {name!r}, which is not used. Write it into the content, or take it out"
             )
-    for name in _MASKS:
-        if turn.get(name) is not None and not turn[name]:
-            raise DataError(
-                f"{where}: its {name} is {turn[name]}; single turns cannot be left out. See data.train_on"
-            )
+    if ROLES[role] == "assistant" and (name := _not_as_it_is(turn)) is not None:
+        raise DataError(
+            f"{where}: its {name} is {shortened(str(turn[name]))}; single turns cannot be left out or weighed. See "
+            "data.train_on"
+        )
     for name in _OF_ROWS:
         if turn.get(name) is not None:
             raise DataError(
@@ -240,6 +243,20 @@ def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
             f"{where}: the content is a {type(content).__name__}; needed is a text or a list of parts"
         )
     return ROLES[role], [_part(one, where=where) for one in parts]
+
+
+def _not_as_it_is(answer: Mapping[str, Any]) -> str | None:
+    """The first key that says that an answer is not learned, or not with the weight of the others."""
+    for name in (*_LEARNED, *_LEFT_OUT):
+        value = answer.get(name)
+        if is_nothing(value) or (
+            name == "label" and isinstance(value, str)
+        ):  # or a class that somebody noted
+            continue
+        words = _NO if name in _LEFT_OUT else _YES
+        if str(value).strip().lower() not in words:
+            return name
+    return None
 
 
 def _first(turn: Mapping[str, Any], names: Sequence[str]) -> Any:
