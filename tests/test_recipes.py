@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -249,6 +250,14 @@ def test_nor_does_it_in_a_recipe_that_extends_another(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, over))
     assert recipe.cache is not None
     assert recipe.cache.policy == Threshold(tau=0.0625, values="fp16")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, f"{'x' * 300}.yaml", "x\0", "x\0.yaml"])
+def test_a_name_that_no_file_can_have_is_unknown(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"unknown|no such file"):
+        load_recipe(name)
+    with pytest.raises(RecipeError, match=r"unknown|no such file"):
+        load_recipe(write(tmp_path, f"extends: {json.dumps(name)}\n"))
 
 
 def test_extends_in_a_circle_is_an_error(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Sequence
-from os.path import expanduser
+from os.path import exists, expanduser, isfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,11 +66,11 @@ def validate_tree(model: type[Model], tree: dict[str, Any], *, origin: str) -> M
 def _find(name_or_path: str | Path) -> Path:
     path = Path(expanduser(name_or_path))
     if path.suffix in {".yaml", ".yml"}:
-        if path.exists():
+        if exists(path):
             return path
         raise RecipeError(f"recipe {path}: there is no such file")
     packaged = RECIPE_FOLDER / f"{name_or_path}.yaml"
-    if packaged.is_file():
+    if isfile(packaged):
         return packaged
     near = difflib.get_close_matches(str(name_or_path), recipe_names(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(recipe_names())}."
@@ -93,8 +93,9 @@ def _read(path: Path, model: type[BaseModel], *, seen: tuple[Path, ...]) -> dict
         return tree
     if not isinstance(base, str):
         raise RecipeError(f"recipe {path}: extends needs the name or the file of one recipe")
-    beside = (path.parent / expanduser(base)).resolve()
-    base_path = beside if beside.suffix in {".yaml", ".yml"} and beside.exists() else _find(base)
+    beside = path.parent / expanduser(base)
+    is_beside = beside.suffix in {".yaml", ".yml"} and exists(beside)
+    base_path = beside.resolve() if is_beside else _find(base)
     return _lay(_read(base_path, model, seen=(*seen, path)), tree, [model])
 
 

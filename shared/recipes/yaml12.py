@@ -57,6 +57,12 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(str, _Dumper.represent_str)
 
+_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
+_Loader.yaml_constructors = {
+    tag: construct
+    for tag, construct in _Loader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in _TYPES
+}
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {}
@@ -76,6 +82,8 @@ def load(text: str) -> Any:
         tree = yaml.load(text, Loader=_Loader)
     except RecursionError as error:
         raise yaml.YAMLError("nested too deeply") from error
+    except (ValueError, KeyError) as error:
+        raise yaml.YAMLError(f"a value is not of the type that its tag says ({error})") from error
     _require_bounded(tree)
     return tree
 
