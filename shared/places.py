@@ -34,14 +34,15 @@ def is_local(name: str) -> bool:
 def require_no_typo(name: str, *, what: str, error: type[TeachonceError]) -> None:
     """Raises   ``error`` with the nearest folder, when nothing is there and ``name`` can only be a path.
 
-    Names of the Hub have one slash at most, and no folder of that first word is here.
+    Names of the Hub have one slash at most, and nothing of that first word is here.
     """
     path = Path(name)
     is_path = (
         name.startswith((".", "/", "~"))
         or name.count("/") > 1
         or path.suffix in DATA_SUFFIXES
-        or (len(path.parts) > 1 and path.parent.is_dir())
+        or os.path.lexists(path)  # a link to nothing
+        or (len(path.parts) > 1 and os.path.lexists(path.parent))
     )
     if is_path and not path.exists():
         raise error(f"{what}: no such file or folder; {nearest(path)}")
@@ -65,7 +66,7 @@ def did_you_mean(path: Path) -> str | None:
     if there == whole or not there.is_dir():
         return None
     first, *rest = whole.relative_to(there).parts
-    alike = difflib.get_close_matches(first, [entry.name for entry in there.iterdir()], n=1)
+    alike = difflib.get_close_matches(first, [entry.name for entry in there.iterdir() if entry.exists()], n=1)
     if not alike:
         return None
     candidates = (there.joinpath(alike[0], *rest), there / alike[0])

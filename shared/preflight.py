@@ -177,11 +177,11 @@ def describe_quantization(report: Report, name: str, config: PretrainedConfig, *
 def require_writable(path: Path, *, what: str) -> None:
     """Raises   RecipeError  when nothing can be written at ``path``, which need not be there"""
     there = path.absolute()
-    while not there.exists():
+    while not os.path.lexists(there):
         there = there.parent
     try:
         if not there.is_dir():
-            raise NotADirectoryError(None, "not a folder")
+            raise NotADirectoryError(None, "not a folder" if there.exists() else "a link to nothing")
         with tempfile.TemporaryFile(dir=there):
             pass
         if not os.access(there, os.W_OK | os.X_OK):

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shared.cache import CacheReader
-from shared.cache.layout import MANIFEST_NAME
+from shared.cache.layout import MANIFEST_NAME, PLAN_NAME, require_no_other_files
 from shared.cache.storage import open_folder
 from shared.capture.planning import CaptureData, identity_of
 from shared.completeness import captured_splits
@@ -125,6 +125,8 @@ def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor 
     folder = open_folder(recipe.cache.location)
     if folder.size(MANIFEST_NAME) is None:
         report.add("cache", f"{recipe.cache.location} has no manifest yet: its capture has not ended")
+        if folder.size(PLAN_NAME) is None:
+            require_no_other_files(folder)
         return
     cache = CacheReader(recipe.cache.location)
     describe_caches(report, recipe, cache)

@@ -57,6 +57,28 @@ def test_it_counts_what_a_capture_will_do(tree: dict[str, Any]) -> None:
     assert "weights" in facts["memory per device"]
 
 
+@pytest.mark.parametrize("target", ["gone", "link"])
+def test_a_link_to_nothing_is_no_place_for_what_a_stage_writes(
+    tree: dict[str, Any], tmp_path: Path, target: str
+) -> None:
+    (tmp_path / "link").symlink_to(target)
+    tree["cache"]["path"] = str(tmp_path / "link")
+    assert any("nothing can be written there" in problem for problem in problems_of(tree))
+    tree["run"]["root"] = str(tmp_path / "link" / "runs")
+    problems = student_checked(tree).problems
+    assert any("run.root" in problem and "a link to nothing" in problem for problem in problems)
+
+
+def test_a_folder_of_something_else_is_no_cache(tree: dict[str, Any], tmp_path: Path) -> None:
+    """The capture would refuse it, when the teacher is loaded."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "recipe.yaml").touch()
+    (problem,) = problems_of(tree)
+    assert "holds 'recipe.yaml' but no manifest.json; this is no cache" in problem
+    (tmp_path / "cache" / "recipe.yaml").rename(tmp_path / "cache" / "plan.arrow")
+    assert problems_of(tree) == []
+
+
 def problems_of(tree: dict[str, Any]) -> list[str]:
     return checked(tree).problems
 

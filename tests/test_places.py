@@ -56,6 +56,17 @@ def test_an_absolute_path_is_told_as_one(house: Path) -> None:
     assert nearest(house / "data" / "mien") == f"did you mean {house / 'data' / 'mine'}?"
 
 
+@pytest.mark.parametrize("name", ["lost", "lost/mine", "circle", "notes/mine"])
+def test_a_link_to_nothing_and_what_lies_below_a_file_are_no_names_of_the_hub(house: Path, name: str) -> None:
+    Path("lost").symlink_to("gone")
+    Path("circle").symlink_to("circle")
+    Path("notes").touch()
+    with pytest.raises(DataError, match="no such file or folder"):
+        require_no_typo(name, what=name, error=DataError)
+    with pytest.raises(CacheFormatError, match=r"cache .*"):
+        CacheReader(name)
+
+
 @pytest.mark.parametrize("name", ["Qwen/Qwen3.5-4B", "squad", "data/mine", str(Path("/tmp"))])
 def test_names_of_the_hub_and_paths_that_are_there_pass(house: Path, name: str) -> None:
     require_no_typo(name, what=name, error=DataError)

@@ -508,6 +508,12 @@ def test_files_beside_the_runs_are_left_out_and_said(
         read_runs([log])
 
 
+def test_a_link_to_itself_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(RecipeError, match="there is no run in it"):
+        read_runs([tmp_path / "circle"])
+
+
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no run in it"):
         read_run(tmp_path)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 
 from shared.cache.storage import Folder
+from shared.errors import CacheFormatError
 
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.arrow"
@@ -85,3 +86,11 @@ def foreign_names(folder: Folder) -> list[str]:
     known |= {*table_names(folder), *shard_names(folder)}
     names = [*folder.names(""), *folder.names(SHARDS)]
     return [name for name in names if name not in known and not name.removeprefix(SHARDS).startswith(".")]
+
+
+def require_no_other_files(folder: Folder) -> None:
+    """Raises   CacheFormatError  where a folder without a manifest and a plan holds what no cache has"""
+    if foreign := foreign_names(folder):
+        raise CacheFormatError(
+            f"{folder.where}: holds {foreign[0]!r} but no {MANIFEST_NAME}; this is no cache. Name an empty folder."
+        )

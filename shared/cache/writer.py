@@ -42,7 +42,7 @@ from shared.cache.layout import (
     LOG_NAME,
     MANIFEST_NAME,
     PLAN_NAME,
-    foreign_names,
+    require_no_other_files,
     sha256_in,
     shard_names,
     table_names,
@@ -360,12 +360,7 @@ class CacheWriter:
             where = f"{self.folder.where} (unfinished)"
             plan.identity.compare_capture(self.identity).require(where=where, remedy=remedy)
         if self.manifest is None and plan is None:
-            foreign = foreign_names(self.folder)
-            if foreign:
-                raise CacheFormatError(
-                    f"{self.folder.where}: holds {foreign[0]!r} but no {MANIFEST_NAME}; this is no cache. "
-                    "Name an empty folder."
-                )
+            require_no_other_files(self.folder)
 
     def _mend_tables(self) -> None:
         """Makes lost or damaged lists and indices again, without which nothing says what the cache already holds."""

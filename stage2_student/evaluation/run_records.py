@@ -8,6 +8,7 @@ A run that is not finished is read with what it has logged.
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
     files = [path for path in paths if path.is_file()]
     if files:
         click.echo(f"note: no folders of runs, left out: {', '.join(map(str, files))}", err=True)
-    folders = {path.resolve(): path for path in paths if path not in files}
+    folders = {os.path.realpath(path): path for path in paths if path not in files}
     if not folders:
         raise RecipeError(f"{', '.join(map(str, paths))}: there is no run among them")
     return asked_alike([read_run(path) for path in folders.values()])
