@@ -41,6 +41,16 @@ class HomePath(click.Path):
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
+class PagePath(HomePath):
+    """Of a page to be written: a file of another kind, as a forgotten last argument names it, is not written over."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if path.suffix.lower() not in (".html", ".htm"):
+            self.fail(f"{path}: name the page that is to be written, as page.html.", param, ctx)
+        return path
+
+
 class Place(click.ParamType):
     """A path or something else, as a string: the URL of a cache, the name of a model."""
 
@@ -51,6 +61,7 @@ class Place(click.ParamType):
 
 
 FILE = HomePath(path_type=Path, dir_okay=False)  # to be written
+PAGE = PagePath(path_type=Path, dir_okay=False)
 FOLDER = HomePath(path_type=Path, file_okay=False)  # to write into
 PATH = HomePath(path_type=Path)
 PLACE = Place()

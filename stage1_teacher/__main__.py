@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from shared.cli import (
-    FILE,
     FOLDER,
+    PAGE,
     PLACE,
     load_recipe,
     recipe_arguments,
@@ -213,7 +213,7 @@ def inspect(caches: tuple[str, ...], as_json: bool, plots: Path | None) -> int:
 
 @commands.command("report")
 @click.argument("cache", type=PLACE)
-@click.argument("out", type=FILE)
+@click.argument("out", type=PAGE)
 @click.option("--recipe", help="Whose data to show; by default that of the cache's capture.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe."

@@ -12,6 +12,7 @@ import click
 from shared.cli import (
     FILE,
     FOLDER,
+    PAGE,
     PATH,
     PLACE,
     load_recipe,
@@ -224,7 +225,7 @@ def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) 
 
 @commands.command("report")
 @click.argument("runs", nargs=-1, required=True, type=PATH)
-@click.argument("out", type=FILE)
+@click.argument("out", type=PAGE)
 def report(runs: tuple[Path, ...], out: Path) -> int:
     """Write OUT, one HTML file about RUNS, folders of runs: curves, costs, answers (extra `report`)."""
     from stage2_student.evaluation.report import write_run_report

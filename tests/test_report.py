@@ -412,6 +412,17 @@ def test_a_recipe_that_has_no_cache_shows_no_examples(
 
 
 @pytest.mark.parametrize("commands", [teacher_commands, student_commands])
+def test_a_file_of_another_kind_is_not_written_over(commands: click.Group, tmp_path: Path) -> None:
+    """As the last of ``report runs/*`` is, where the page was forgotten."""
+    log = tmp_path / "sweep.log"
+    log.write_text("kept")
+    done = CliRunner().invoke(commands, ["report", str(tmp_path), str(log)])
+    assert done.exit_code == 2
+    assert "name the page that is to be written" in done.output
+    assert log.read_text() == "kept"
+
+
+@pytest.mark.parametrize("commands", [teacher_commands, student_commands])
 def test_a_folder_is_not_written_over(commands: click.Group, tmp_path: Path) -> None:
     """As when the name of the page was forgotten, and the last run stands in its place."""
     done = CliRunner().invoke(commands, ["report", "something", str(tmp_path)])
