@@ -223,9 +223,9 @@ def _message(turn: Any, *, where: str) -> tuple[Role, Parts]:
             raise DataError(
                 f"{where}: it has {name!r}, which is not used. Write it into the content, or take it out"
             )
-    if ROLES[role] == "assistant" and (name := _not_as_it_is(turn)) is not None:
+    if ROLES[role] == "assistant" and (key := _not_as_it_is(turn)) is not None:
         raise DataError(
-            f"{where}: its {name} is {shortened(str(turn[name]))}; single turns cannot be left out or weighed. See "
+            f"{where}: its {key} is {shortened(str(turn[key]))}; single turns cannot be left out or weighed. See "
             "data.train_on"
         )
     for name in _OF_ROWS:
