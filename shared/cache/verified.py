@@ -54,9 +54,8 @@ class VerifiedFiles:
             written = (self.stamps / stamp).stat().st_mtime
         except OSError:
             return False
-        return (
-            0 <= time.time() - written < BELIEVED_S
-        )  # a clock that was ahead is no reason to believe longer
+        # A clock that was ahead is no reason to believe longer.
+        return 0 <= time.time() - written < BELIEVED_S
 
     def _write_stamp(self, stamp: str) -> None:
         """No stamp, no harm: the next process checks for itself."""

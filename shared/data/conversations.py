@@ -249,9 +249,8 @@ def _not_as_it_is(answer: Mapping[str, Any]) -> str | None:
     """The first key that says that an answer is not learned, or not with the weight of the others."""
     for name in (*_LEARNED, *_LEFT_OUT):
         value = answer.get(name)
-        if is_nothing(value) or (
-            name == "label" and isinstance(value, str)
-        ):  # or a class that somebody noted
+        is_a_class = name == "label" and isinstance(value, str)  # which somebody has noted
+        if is_nothing(value) or is_a_class:
             continue
         words = _NO if name in _LEFT_OUT else _YES
         if str(value).strip().lower() not in words:

@@ -103,8 +103,8 @@ def require_space(location: str, unit: Unit, *, num_units_left: int) -> None:
     folder = open_folder(location)
     if not isinstance(folder, LocalFolder):
         return
-    size = next((size for name in folder.names(f"{SHARDS}{unit.unit_id}-") if (size := folder.size(name))), 0)
-    needed, free = size * num_units_left, shutil.disk_usage(folder.path).free
+    sizes = [folder.size(name) or 0 for name in folder.names(f"{SHARDS}{unit.unit_id}-")]
+    needed, free = max(sizes, default=0) * num_units_left, shutil.disk_usage(folder.path).free
     if needed > free:
         raise CacheFormatError(
             f"cache {location}: the {num_units_left} units that are left need about {needed / 2**20:.0f} MiB, "

@@ -241,9 +241,8 @@ class RunFolder:
         if not isinstance(told, dict):
             raise CheckpointError(f"{self.hashes}: it lists no files; {MEND_HASHES}")
         changed = [name for name, sha256 in told.items() if not self._is(name, sha256)]
-        if (
-            changed and _read_object(self.hashes, advice=MEND_HASHES) == found
-        ):  # else the run goes on just now
+        # Where the hashes are others by now, the run goes on at this moment.
+        if changed and _read_object(self.hashes, advice=MEND_HASHES) == found:
             raise CheckpointError(
                 f"run {self.path}: {', '.join(sorted(changed)[:5])} changed, or went, after the run wrote them; "
                 f"{MEND_HASHES}"
