@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 
-from tests.benchmarks.bench_targets import FP16, RATIOS, Line, figures, name_of, ratios_at_errors
+from tests.benchmarks.bench_targets import (
+    FP16,
+    RATIOS,
+    STUDENTS,
+    Line,
+    figures,
+    name_of,
+    of_students,
+    ratios_at_errors,
+)
+from tests.benchmarks.synthetic_teacher import Student
 
 
 def lines_of(family: str, *points: tuple[float, float]) -> list[Line]:
@@ -58,3 +69,18 @@ def test_a_table_of_other_sizes_has_another_name(
     positions: int, vocab: int, file: str | None, name: str
 ) -> None:
     assert name_of(Namespace(positions=positions, vocab=vocab, distributions=file)) == name
+
+
+def test_other_students_and_states_without_a_mean_have_sizes_of_their_own() -> None:
+    own = [replace(one, error_isotropic=1.5 * one.error) for one in THRESHOLD + TOP_K]
+    near, far = Student(), Student(taste=0.5, noise=1.0)
+    rows = [dict(zip(STUDENTS, row, strict=True)) for row in of_students({near: own, far: THRESHOLD})]
+    assert [(row["student"], row["mean cosine"]) for row in rows] == [
+        ("0.75 b + 1.5 e", "0.5"),
+        ("0.75 b + 1.5 e", "0"),
+        ("0.5 b + 1 e", "0.5"),
+    ]
+    bytes_of = [float(row["threshold, bytes"]) for row in rows]
+    assert bytes_of[0] == bytes_of[2] < bytes_of[1]
+    assert float(rows[0]["top_k with its best tail / threshold"]) > 1
+    assert rows[2]["random / threshold"] == "-"

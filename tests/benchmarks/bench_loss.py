@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.bench_loss
 
-Times are of forward and backward, in rounds in which the variants take turns; ratios are medians over rounds.
+Times are of forward and backward, in rounds in which the variants take turns; ratios are medians over rounds.  They
+are seconds of the processor, on one thread: other processes change them less than seconds of the clock.
 Memory is physical: each variant runs alone in a fresh process, where the kernel's high-water mark of resident
 memory (``VmHWM``) is reset once the inputs exist and every code path is warm.
 """
@@ -164,9 +165,10 @@ def rows() -> list[tuple[str, str, str]]:
     """Under ``FIGURES``."""
     inputs = Inputs.make(NUM_POSITIONS, with_dense_teacher=True)
     targets = inputs.targets
-    both_s, eager_s = times_s(inputs, [fused_both, eager_both], ROUNDS)
+    torch.set_num_threads(1)
+    both_s, eager_s = times_s(inputs, [fused_both, eager_both], ROUNDS, clock=time.process_time)
     inputs.teacher_NV = None
-    close_both_s, ce_s = times_s(inputs, [fused_both, fused_ce], CLOSE_ROUNDS)
+    close_both_s, ce_s = times_s(inputs, [fused_both, fused_ce], CLOSE_ROUNDS, clock=time.process_time)
     del inputs
     both, eager = (in_fresh_process(_measure_peak, f, NUM_POSITIONS) for f in (fused_both, eager_both))
     small, large = (in_fresh_process(_measure_peak, fused_both, n) for n in (1024, 16_384))
@@ -195,10 +197,7 @@ def rows() -> list[tuple[str, str, str]]:
 
 def main() -> None:
     bench = Bench("loss")
-    notes = (
-        f"V = {V:,}, D = {D}, fp32, {NUM_POSITIONS:,} positions, chunks of {CHUNK}, "
-        f"{torch.get_num_threads()} threads."
-    )
+    notes = f"V = {V:,}, D = {D}, fp32, {NUM_POSITIONS:,} positions, chunks of {CHUNK}, one thread."
     bench.show("loss", "The loss on a CPU: time and memory", FIGURES, rows(), notes=notes)
 
 

@@ -9,6 +9,8 @@ Lengths are the survey's: text at four characters a token, pictures as Qwen's pr
 ``--speed`` trains a small Qwen3-VL on two ranks.  The ways of dealing take turns, step by step, over the same
 examples; each step's time is compared with that of the first way.  On a machine with other work, the time that the
 busier rank computes says more than the time by the clock.
+
+Of Qwen3.5's sizes it also shows what a picture costs beside its tokens, which the dealing counts.
 """
 
 from __future__ import annotations
@@ -22,27 +24,36 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
+from shared import dealing
 from shared.capture.windows import WINDOW
 from shared.data.images import size_of
 from shared.data.rows import open_split
 from shared.dealing import Deal, Limits, Work, critical_path, deal, padding_share
-from shared.recipes import DataConfig, Recipe
+from shared.recipes import DataConfig, FreezeConfig, Recipe
 from shared.recipes.files import validate_tree
 from shared.runtime import World, distributed
-from shared.small_models import make_small_model, train_tokenizer
+from shared.small_models import REFERENCE_SHAPES, make_small_model, train_tokenizer
 from stage2_student.training.feed import Microbatch
+from stage2_student.training.freezing import freeze
 from stage2_student.training.inputs import Inputs, open_inputs
 from stage2_student.training.optim import make_optimizer
 from stage2_student.training.order import Slot, step_examples, step_shape
+from stage2_student.training.picture_costs import tokens_per_pixel
 from stage2_student.training.step import train_step
 from stage2_student.training.student import StudentWithLoss, build_student
 from tests.benchmarks.tables import FIGURES, Bench, figure
@@ -54,6 +65,8 @@ CHARACTERS_PER_TOKEN = 4  # of English prose, roughly
 BUDGET = 4096
 NUM_RANKS = 2
 TO_REACH = {"dealt": 1.1, "packed": 1.05}  # of the critical path against its bound
+PRICES = (32, 64)  # of one more round, in tokens
+SIDE = 512  # pixels of a picture
 
 
 def lengths_of(source: str) -> np.ndarray:
@@ -85,22 +98,23 @@ def steps(lengths: np.ndarray, batch: int) -> Iterator[np.ndarray]:
     return (lengths[order[begin : begin + batch]] for begin in range(0, len(order), batch))
 
 
+def cell(deals: Sequence[Deal], parts: Sequence[np.ndarray], num_ranks: int, *, name: str = "") -> str:
+    """The critical path of an epoch against its bound, bold where it misses the goal of that name; mean rounds."""
+    works = [Work.of(one, packed=name == "packed") for one in parts]
+    bound = sum(max(int(one.max()), one.sum() / num_ranks) for one in parts)
+    share = sum(critical_path(rounds, work) for rounds, work in zip(deals, works, strict=True)) / bound
+    mark = "**" if share > TO_REACH.get(name, np.inf) else ""
+    return f"{mark}{share:.2f}{mark} ({np.mean([len(rounds) for rounds in deals]):.1f})"
+
+
 def table(bench: Bench, lengths: np.ndarray) -> None:
     rows = []
     for batch, num_ranks in itertools.product((16, 64, 256), (1, 2, 8, 64)):
         parts = list(steps(lengths, batch))
-        bound = sum(max(int(one.max()), one.sum() / num_ranks) for one in parts)
         deals = {str(size): [by_number(one, num_ranks, size) for one in parts] for size in (1, 2, 4)}
         deals["dealt"] = [balanced(one, num_ranks, packed=False) for one in parts]
         deals["packed"] = [balanced(one, num_ranks, packed=True) for one in parts]
-        cells = []
-        for name, found in deals.items():
-            works = [Work.of(one, packed=name == "packed") for one in parts]
-            path = sum(critical_path(rounds, work) for rounds, work in zip(found, works, strict=True))
-            share = f"{path / bound:.2f}"
-            if path / bound > TO_REACH.get(name, np.inf):
-                share = f"**{share}**"
-            cells.append(f"{share} ({np.mean([len(rounds) for rounds in found]):.1f})")
+        cells = [cell(found, parts, num_ranks, name=name) for name, found in deals.items()]
         rows.append([f"{batch}", f"{num_ranks}", *cells])
     notes = (
         f"{len(lengths):,} examples of {lengths.min()} to {lengths.max()} tokens, {lengths.mean():.0f} in the mean. "
@@ -109,6 +123,38 @@ def table(bench: Bench, lengths: np.ndarray) -> None:
     )
     head = ("batch", "ranks", "by 1", "by 2", "by 4", "dealt", "packed")
     bench.show("steps", "How evenly a step's examples are dealt to ranks", head, rows, notes=notes)
+
+
+def prices(bench: Bench, lengths: np.ndarray) -> None:
+    """What dealing comes to where one more round is cheaper, or dearer."""
+    shapes = ((16, 1), (16, 2), (16, 8), (64, 8))
+    rows = []
+    for price in PRICES:
+        rows.append([f"{price} tokens"])
+        with mock.patch.object(dealing, "ROUND_TOKENS", price):
+            for batch, num_ranks in shapes:
+                parts = list(steps(lengths, batch))
+                deals = [balanced(one, num_ranks, packed=False) for one in parts]
+                rows[-1].append(cell(deals, parts, num_ranks))
+    head = ("price of a round", *(f"{batch} on {num_ranks}" for batch, num_ranks in shapes))
+    notes = "Examples of a step on so many ranks: critical path against its bound, mean rounds in brackets."
+    bench.show("steps-price", "Critical path by the price of a round", head, rows, notes=notes)
+
+
+def pictures(bench: Bench) -> None:
+    """Of Qwen3.5's sizes, by the weights that a patch and a token go through."""
+    rows = []
+    for size, shape in REFERENCE_SHAPES.items():
+        with torch.device("meta"):
+            model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**shape))
+        rows.append([f"Qwen3.5-{size}"])
+        for is_frozen in (True, False):
+            freeze(model, FreezeConfig(vision=is_frozen))
+            rows[-1].append(f"{tokens_per_pixel(model) * SIDE**2:.0f}")
+    head = ("", "frozen tower", "trained tower")
+    notes = f"Of {SIDE} x {SIDE} pixels, beside the {SIDE**2 // PIXELS_PER_TOKEN} tokens that it is there."
+    title = "What a picture costs, in tokens of the language model"
+    bench.show("steps-pictures", title, head, rows, notes=notes)
 
 
 def capture_padding(bench: Bench, lengths: np.ndarray) -> None:
@@ -272,7 +318,9 @@ def main() -> None:
     bench = Bench("steps")
     lengths = lengths_of(arguments.source)
     table(bench, lengths)
+    prices(bench, lengths)
     capture_padding(bench, lengths)
+    pictures(bench)
     if arguments.speed:
         speed(bench, arguments.source, arguments.steps)
 

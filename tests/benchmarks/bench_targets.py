@@ -1,6 +1,6 @@
 """Figures of the targets: bytes against error for every policy, and the speed of the codec.
 
-    python -m tests.benchmarks.bench_targets                           the synthetic teacher; ten minutes, 4 GB
+    python -m tests.benchmarks.bench_targets                           the synthetic teacher; twenty minutes, 4 GB
     python -m tests.benchmarks.bench_targets --distributions FILE      a real one, see ``_read_positions``
 
 Bytes are those of a shard with everything in it (keys, answer ids, sums, Arrow's own), over its positions.
@@ -13,7 +13,8 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ from shared.codec import decode, encode_many
 from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from shared.sparse.draws import Systematic, draw, padded_width, uniforms
-from tests.benchmarks.gradient_error import TAILS, GradientError, features
-from tests.benchmarks.synthetic_teacher import Positions, synthetic_positions
+from tests.benchmarks.gradient_error import MEAN_COSINE, TAILS, GradientError, features
+from tests.benchmarks.synthetic_teacher import Positions, Student, synthetic_positions
 from tests.benchmarks.tables import FIGURES, Bench, figure
 
 TAUS = (8, 16, 24, 32, 48, 64, 96, 128, 256, 512)  # their reciprocals
@@ -46,6 +47,14 @@ RATIOS = (
     f"the same / {FP16}",
 )
 GOAL = 0.035  # the error at which sizes are to reach something
+STUDENTS = (
+    "student",
+    "mean cosine",
+    "threshold, bytes",
+    "random / threshold",
+    "top_k with its best tail / threshold",
+)
+OTHER_STUDENT = Student(taste=0.5, noise=1.0)
 
 
 @dataclass
@@ -253,6 +262,21 @@ def ratios_at_errors(lines: Sequence[Line]) -> list[list[str]]:
     return rows
 
 
+def of_students(lines: Mapping[Student, Sequence[Line]]) -> list[list[str]]:
+    """Under ``STUDENTS``: sizes at the error of ``GOAL``; of the first student also where states share no mean."""
+    rows = []
+    for place, (student, its) in enumerate(lines.items()):
+        isotropic = [replace(one, error=one.error_isotropic) for one in its]
+        for cosine, some in ((MEAN_COSINE, its), (0.0, isotropic))[: 1 + (place == 0)]:
+            threshold = bytes_at(some, "threshold", GOAL)
+            if threshold is None:
+                continue
+            random, top_k = (_against(some, family, GOAL, threshold) for family in ("random", "top_k"))
+            name = f"{student.taste:g} b + {student.noise:g} e"
+            rows.append([name, f"{cosine:g}", f"{threshold:.1f}", random, top_k])
+    return rows
+
+
 def _against(lines: Sequence[Line], family: str, error: float, other_bytes: float) -> str:
     """A family's bytes at an error, in parts of another one's."""
     found = bytes_at(lines, family, error)
@@ -339,11 +363,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     bench = Bench("targets")
-    if arguments.distributions:
-        positions = _read_positions(arguments.distributions)
-    else:
-        positions = synthetic_positions(arguments.positions, vocab_size=arguments.vocab, seed=arguments.seed)
+    is_synthetic = arguments.distributions is None
+    synthetic = partial(
+        synthetic_positions, arguments.positions, vocab_size=arguments.vocab, seed=arguments.seed
+    )
     everything = schemes()
+    positions = synthetic() if is_synthetic else _read_positions(arguments.distributions)
     error, answers = measure(positions, everything)
     lines = table(everything, error, answers)
     name = name_of(arguments)
@@ -351,6 +376,11 @@ def main() -> None:
     show_errors(bench, name, lines, notes=notes)
     rates = speeds(everything, error.vocab_size)
     bench.show(name, "The targets: bytes at an error, and the codec's speed", FIGURES, figures(lines, rates))
+    if is_synthetic:
+        others = schemes()
+        of_another = table(others, *measure(synthetic(student=OTHER_STUDENT), others))
+        rows = of_students({Student(): lines, OTHER_STUDENT: of_another})
+        bench.show(f"{name}-students", f"Bytes at an error of {GOAL}, by student", STUDENTS, rows)
 
 
 if __name__ == "__main__":

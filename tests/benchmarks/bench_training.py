@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.bench_training
 
-One small Qwen3.5 student, fed with the same microbatches; the variants take turns, step by step, and their
-medians are compared.  Memory: each variant alone in a fresh process, high-water mark of resident memory while
-it steps.  The teacher beside it is a larger model of the same family that runs forward on each microbatch.
+One small Qwen3.5 student, fed with the same microbatches; the variants take turns, step by step.  Ratios are of
+steps of one turn, and medians over the turns.  Memory: each variant alone in a fresh process, high-water mark of
+resident memory while it steps.  The teacher beside it is a larger model of the same family that runs forward on each
+microbatch.  All of it is measured with each number of threads.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ from stage2_student.training.optim import make_optimizer
 from stage2_student.training.order import step_shape, training_slots
 from stage2_student.training.step import train_step
 from stage2_student.training.student import build_student
-from tests.benchmarks.bench_loss import in_fresh_process, status_bytes
+from tests.benchmarks.bench_loss import in_fresh_process, ratio, status_bytes
 from tests.benchmarks.tables import FIGURES, Bench, figure
 
-ROUNDS, NUM_STEPS = 12, 4
+ROUNDS, NUM_STEPS = 40, 4
+THREADS = (2, 1)
 MIB = 2**20
 SHARPNESS = 12.0  # of the random teacher's logits, so that its entropies are those of a trained one
 
@@ -142,8 +144,8 @@ class LiveTeacher:
         return self.head.logits(hidden_BSD.flatten(0, 1)[microbatch.position_index])
 
 
-def compare_steps(step: Step) -> dict[str, float]:
-    """Median seconds of each variant's step, taking turns."""
+def compare_steps(step: Step) -> dict[str, list[float]]:
+    """Seconds of each variant's steps, taking turns."""
     steps = [microbatches for microbatches, _ in some_steps(step.recipe, step.inputs, num_steps=NUM_STEPS)]
     teacher = LiveTeacher(step.recipe)
 
@@ -160,7 +162,7 @@ def compare_steps(step: Step) -> dict[str, float]:
             begin = time.perf_counter()
             variant(steps[turn % NUM_STEPS])
             seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 def data_wait(step: Step) -> float:
@@ -195,30 +197,36 @@ def peak_bytes(folder: str, variant: str, num_threads: int) -> int:
     return peak
 
 
-def rows() -> list[tuple[str, str, str]]:
+def rows(folder: Path, num_threads: int) -> list[tuple[str, str, str]]:
     """Under ``FIGURES``."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        prepare(folder)
-        seconds = at_work(folder, compare_steps)
-        wait = at_work(folder, data_wait)
-        distil, finetune = (in_fresh_process(peak_bytes, scratch, name) for name in ("distil", "finetune"))
+    torch.set_num_threads(num_threads)
+    seconds = at_work(folder, compare_steps)
+    wait = at_work(folder, data_wait)
+    distil, finetune = (in_fresh_process(peak_bytes, str(folder), name) for name in ("distil", "finetune"))
     plain_s = seconds["finetune"]
+    of_threads = f"{num_threads} thread" + "s" * (num_threads > 1)
+    live = "a step with the teacher live beside the student, against it"
     return [
-        figure("a step of 16 examples with `kd_ratio: 0`, time", plain_s, unit=" s"),
-        figure("a KD step against it, time", seconds["distil"] / plain_s, most=1.03),
-        figure("a KD step against it, peak memory", distil / finetune, most=1.03),
         figure(
-            "a step with the teacher live beside the student, against it", seconds["with_teacher"] / plain_s
+            f"{of_threads}: a step of 16 examples with `kd_ratio: 0`, time",
+            statistics.median(plain_s),
+            unit=" s",
         ),
+        figure("a KD step against it, time", ratio(seconds["distil"], plain_s), most=1.03),
+        figure("a KD step against it, peak memory", distil / finetune, most=1.03),
+        figure(live, ratio(seconds["with_teacher"], plain_s)),
         figure("data wait with two workers, share of the time", 100 * wait, ".1f", unit=" %", most=2),
     ]
 
 
 def main() -> None:
     bench = Bench("training")
-    notes = f"A small Qwen3.5 student on a CPU, fp32, {torch.get_num_threads()} threads."
-    bench.show("training", "The student's step: distilling against fine-tuning", FIGURES, rows(), notes=notes)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(folder)
+        found = [row for num_threads in THREADS for row in rows(folder, num_threads)]
+    notes = f"A small Qwen3.5 student on a CPU, fp32. Medians of {ROUNDS} turns."
+    bench.show("training", "The student's step: distilling against fine-tuning", FIGURES, found, notes=notes)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ power, -beta, of it.  beta is solved for the entropy.
 Context: e is a function of ``w_v . g_n``, w normal for each token and g the position's hidden state, as if the
 teacher were a softmax over a hidden state: like contexts have like distributions.
 
-Student: log q = log p + 0.75 b + 1.5 e, renormalised: a normal number b for each token, tastes that are the same
-at every position, and a normal number e for each token and position.
+Student: log q = log p + 0.75 b + 1.5 e, or with two other numbers, renormalised: a normal number b for each token,
+tastes that are the same at every position, and a normal number e for each token and position.
 
 Hidden states: a mean that all share, and the rest, g: unit vectors of all directions; see ``gradient_error``.
 
@@ -25,13 +25,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 NUM_EXACT, NUM_SAMPLED = 1024, 2048
 HIDDEN_SIZE = 32
-STUDENT_TASTE, STUDENT_NOISE = 0.75, 1.5
+
+
+class Student(NamedTuple):
+    """How far it is from the teacher: the factors of its tastes, and of what differs at each position."""
+
+    taste: float = 0.75
+    noise: float = 1.5
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,15 @@ def synthetic_positions(
     *,
     vocab_size: int = 248_320,
     hidden_size: int = HIDDEN_SIZE,
+    student: Student | None = None,
     seed: int = 0,
     chunk: int = 64,
 ) -> Iterator[Positions]:
     """The set, ``chunk`` positions at a time."""
+    student = student or Student()
     generator = torch.Generator().manual_seed(seed)
     log_weights = -torch.arange(1, vocab_size + 1).log()
-    taste = STUDENT_TASTE * torch.randn(vocab_size, generator=generator)
+    taste = student.taste * torch.randn(vocab_size, generator=generator)
     meaning_VD = torch.randn(vocab_size, hidden_size, generator=generator)
     for start in range(0, num_positions, chunk):
         size = min(chunk, num_positions - start)
@@ -68,9 +77,9 @@ def synthetic_positions(
         keys = log_weights - exponential.log_()
         keys -= keys.amax(-1, keepdim=True)
         logprobs = keys.mul_(_solve_beta(keys, entropies, generator)[:, None]).log_softmax(-1)
-        student = torch.randn(logprobs.shape, generator=generator).mul_(STUDENT_NOISE)
-        student = student.add_(taste).add_(logprobs).log_softmax(-1)
-        yield Positions(logprobs, student, hidden_ND)
+        its_logprobs = torch.randn(logprobs.shape, generator=generator).mul_(student.noise)
+        its_logprobs = its_logprobs.add_(taste).add_(logprobs).log_softmax(-1)
+        yield Positions(logprobs, its_logprobs, hidden_ND)
 
 
 def _draw_entropies(size: int, generator: torch.Generator) -> Tensor:
