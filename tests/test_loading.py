@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shared.data.loading import ALIGNMENT, NICENESS, begin_worker, pack, unpack
+from shared.data.loading import ALIGNMENT, NICENESS, PackedDataset, begin_worker, loaded_items, pack, unpack
 from shared.errors import DataError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
@@ -62,6 +64,46 @@ class Niceness(Dataset):
 def test_a_worker_makes_way_for_its_parent() -> None:
     loader = DataLoader(Niceness(), batch_size=None, num_workers=1, worker_init_fn=begin_worker)
     assert list(loader) == [min(19, os.nice(0) + NICENESS)]
+
+
+class Descriptors(Dataset):
+    """How many files the worker has open, beside something to send."""
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return len(os.listdir("/proc/self/fd")), torch.ones(1000)
+
+
+def test_a_worker_closes_what_was_taken() -> None:
+    source = PackedDataset(Descriptors(), workers_setting="run.num_workers")
+    loader: DataLoader = DataLoader(source, sampler=range(60), batch_size=None, num_workers=1)
+    counts = [count for count, _ in loaded_items(loader, workers_setting="run.num_workers")]
+    assert max(counts) - counts[0] <= 8  # two for each that is on its way: a map has one of its own
+
+
+class Busy(Dataset):
+    """The third item holds the worker's interpreter, when the others have been sent."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 2:
+            time.sleep(0.2)
+            ctypes.PyDLL(None).usleep(4_000_000)
+        return torch.ones(1000)
+
+
+def test_nobody_waits_for_a_worker_to_hand_over_what_it_has_read() -> None:
+    """Descriptors that a thread of it sends come when that has the interpreter."""
+    source = PackedDataset(Busy(), workers_setting="run.num_workers")
+    loader: DataLoader = DataLoader(
+        source, sampler=range(3), batch_size=None, num_workers=1, prefetch_factor=3
+    )
+    items = loaded_items(loader, workers_setting="run.num_workers")
+    assert next(items).sum() == 1000
+    time.sleep(1)
+    begin = time.monotonic()
+    assert next(items).sum() == 1000
+    assert time.monotonic() - begin < 1.5
+    assert next(items).sum() == 1000
+    assert time.monotonic() - begin > 2
 
 
 def test_errors_and_other_values_are_packed_too() -> None:

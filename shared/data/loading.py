@@ -6,9 +6,12 @@
 A worker's tensors reach its parent each through a file descriptor of its own, which costs the parent a tenth of
 a millisecond a tensor; a microbatch has a dozen.  All of them go in one buffer instead.
 
-The buffer is an anonymous file in memory (``memfd_create``), not one in ``/dev/shm``: Docker gives that 64 MB.  And
-a worker's main thread does all that can fail for want of memory.  torch leaves it to another thread, whose errors
-nobody sees: parent and worker then waited for ever.  Where there are no such files (macOS), torch's own way is taken.
+The buffer is an anonymous file in memory (``memfd_create``), not one in ``/dev/shm``: Docker gives that 64 MB.  The
+parent opens it by its name in /proc and marks it as taken, whereupon the worker closes it.  To send the descriptor,
+as torch does, takes a thread of the worker: the parent waits until that has the interpreter, milliseconds for each
+microbatch.  And a worker's main thread does all that can fail for want of memory or descriptors.  torch leaves it to
+another thread, whose errors nobody sees: parent and worker then waited for ever.  Where there are no such files
+(macOS), torch's own way is taken.
 
 A dataset of ours returns a ``TeachonceError`` as a value instead of raising it: the loader would wrap it into a
 worker's traceback and hide the row's name.
@@ -21,21 +24,17 @@ import io
 import math
 import mmap
 import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
 import resource
 import shutil
 import signal
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing.reduction import DupFd, ForkingPickler
-from multiprocessing.util import get_temp_dir
-from typing import Any
+from functools import cache
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,27 +45,31 @@ from shared.errors import TeachonceError, TrainingError
 
 ALIGNMENT = 64  # bytes; more than any dtype asks for
 SHARED_MEMORY = "/dev/shm"
+FILES = "/proc"  # where open files of other processes have names
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 NICENESS = 10  # of workers
-ENDING_S = 10  # at most, until a worker that ends has ended; cores may be busy, and it is nice
-MAX_ADDRESS_BYTES = 103  # of a socket in a file: macOS's limit; Linux has 107
-SHORT_TEMP = "/tmp"
-HANDOVER_DESCRIPTORS = 3  # that a worker needs beside a buffer's own, to pass it on
 
 
 class Shared:
-    """Bytes as a tensor, which another process maps instead of copying them when it unpickles this."""
+    """Bytes as a tensor, which another process maps instead of copying them when it unpickles this.
+
+    Once pickled, it stays open until that process has mapped it.
+    """
+
+    _on_their_way: ClassVar[list[Shared]] = []
 
     def __init__(self, num_bytes: int) -> None:
         """Raises   OSError  when there is not that much memory, or no more file descriptor"""
+        self._drop_what_arrived()
         self._descriptor: int | None = None
-        if num_bytes == 0 or not hasattr(os, "memfd_create"):
+        if num_bytes == 0 or not _has_files_in_memory():
             self.bytes = torch.empty(num_bytes, dtype=torch.uint8)
             return
         self._descriptor = os.memfd_create("teachonce")
-        os.posix_fallocate(self._descriptor, 0, num_bytes)  # now: a write to pages that are not there kills
-        self.bytes = _mapped(self._descriptor, num_bytes)
-        _require_descriptors(self._descriptor)
+        # Now: a write to pages that are not there kills.  The last byte says that the others are taken.
+        os.posix_fallocate(self._descriptor, 0, num_bytes + 1)
+        self._map = mmap.mmap(self._descriptor, num_bytes + 1)
+        self.bytes = _without_mark(self._map)
 
     def __del__(self) -> None:
         if self._descriptor is not None:
@@ -75,34 +78,36 @@ class Shared:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if self._descriptor is None:
             return _plain, (self.bytes,)
-        return _received, (DupFd(self._descriptor), len(self.bytes))
+        self._on_their_way.append(self)
+        return _received, (f"{FILES}/{os.getpid()}/fd/{self._descriptor}", len(self._map))
+
+    @classmethod
+    def _drop_what_arrived(cls) -> None:
+        cls._on_their_way[:] = [one for one in cls._on_their_way if not one._map[-1]]
 
 
-def _require_descriptors(descriptor: int) -> None:
-    """Raises   OSError  when there are too few for the handover, which another thread makes"""
-    copies = []
-    try:
-        for _ in range(HANDOVER_DESCRIPTORS):
-            copies.append(os.dup(descriptor))
-    finally:
-        for copy in copies:
-            os.close(copy)
+@cache
+def _has_files_in_memory() -> bool:
+    """And whether others can open them."""
+    return hasattr(os, "memfd_create") and os.path.isdir(f"{FILES}/{os.getpid()}/fd")
 
 
 def _plain(buffer: Tensor) -> Tensor:
     return buffer
 
 
-def _received(duplicate: Any, num_bytes: int) -> Tensor:
-    descriptor = duplicate.detach()
+def _received(path: str, num_bytes: int) -> Tensor:
+    descriptor = os.open(path, os.O_RDWR)
     try:
-        return _mapped(descriptor, num_bytes)
+        mapped = mmap.mmap(descriptor, num_bytes)
     finally:
         os.close(descriptor)
+    mapped[-1] = 1
+    return _without_mark(mapped)
 
 
-def _mapped(descriptor: int, num_bytes: int) -> Tensor:
-    return torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
+def _without_mark(mapped: mmap.mmap) -> Tensor:
+    return torch.frombuffer(mapped, dtype=torch.uint8)[:-1]
 
 
 @dataclass(frozen=True)
@@ -206,11 +211,6 @@ class PackedDataset(Dataset):
 def _cannot_hand_over(error: OSError, workers_setting: str) -> TrainingError:
     if error.errno in OUT_OF_DESCRIPTORS:
         return _without_descriptors(workers_setting)
-    if "AF_UNIX" in str(error):
-        return TrainingError(
-            f"a data-loader worker cannot hand over what it has read ({error}): the folder for temporary files, "
-            f"{tempfile.gettempdir()}, has too long a name for a socket. Set TMPDIR to a shorter one"
-        )
     return TrainingError(
         f"a data-loader worker cannot hand over what it has read ({error.strerror or error}). Lower "
         f"{workers_setting} (0: no workers), or give the job more memory"
@@ -243,7 +243,6 @@ def begin_worker(worker: int) -> None:
     os.nice(NICENESS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = _end_without_descriptors
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -252,16 +251,6 @@ def _end_with_parent() -> None:
     assert parent is not None, "a worker is a process of its own"
     parent.join()
     os._exit(1)
-
-
-def _end_without_descriptors(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Called by the thread that passes descriptors on, which tries for ever where it has none for the connection.
-
-    The parent waits for that connection, so the worker ends, with a status that says why.
-    """
-    if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
-        os._exit(errno.EMFILE)
-    sys.__excepthook__(kind, error, trace)
 
 
 def loaded_items(loader: DataLoader, *, workers_setting: str) -> Iterator[Any]:
@@ -280,15 +269,22 @@ def loaded_items(loader: DataLoader, *, workers_setting: str) -> Iterator[Any]:
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            if getattr(error, "errno", None) in OUT_OF_DESCRIPTORS:
+            if _lacks_descriptors(error):
                 raise _without_descriptors(workers_setting) from error
+            if isinstance(error, PermissionError) and _is_of_the_handover(error):
+                raise TrainingError(
+                    f"what a data-loader worker has read cannot be opened: {_first_line(error)}. This process may "
+                    f"not open its workers' files in {FILES}. Do without workers ({workers_setting}=0)"
+                ) from error
             if not _says_that_a_worker_died(error):
                 raise
-            if _ended_without_descriptors(loaded):
-                raise _without_descriptors(workers_setting) from error
+            why = (
+                "before its parent took what it had read"
+                if _is_of_the_handover(error)
+                else _first_line(error)
+            )
             raise TrainingError(
-                f"a data-loader worker died: {_first_line(error)}. Often the host's memory did not "
-                f"suffice; lower {workers_setting}"
+                f"a data-loader worker died: {why}. Often the host's memory did not suffice; lower {workers_setting}"
             ) from error
         if isinstance(item, Packed):
             item = unpack(item)
@@ -303,8 +299,6 @@ def _started(loader: DataLoader, workers_setting: str) -> Iterator[Any]:
     torch would raise that out of a signal handler as well, in the middle of whatever the main thread does: a step
     that the other ranks go on with, or a checkpoint.
     """
-    if loader.num_workers:
-        _keep_addresses_short()
     # One whose making fails has not got so far as to say so, and would print a traceback when it is collected.
     _MultiProcessingDataLoaderIter._shutdown = True
     try:
@@ -322,39 +316,6 @@ def _started(loader: DataLoader, workers_setting: str) -> Iterator[Any]:
     return loaded
 
 
-def _keep_addresses_short() -> None:
-    """Workers hand file descriptors over through a socket in a folder for temporary files, which all processes of
-    ``multiprocessing`` share.  Below a long TMPDIR its address is no address; Python 3.14 knows that.
-    """
-    config = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
-    folder = config.get("tempdir") or os.path.join(tempfile.gettempdir(), "pymp-12345678")
-    if len(os.fsencode(os.path.join(folder, "listener-12345678"))) <= MAX_ADDRESS_BYTES:
-        return
-    before, tempfile.tempdir = tempfile.gettempdir(), SHORT_TEMP
-    config["tempdir"] = None
-    try:
-        get_temp_dir()
-    except OSError:  # the worker says what is wrong
-        pass
-    finally:
-        tempfile.tempdir = before
-
-
-def _ended_without_descriptors(loaded: Iterator[Any]) -> bool:
-    """Whether that is why a worker died; its connection breaks before it has a status."""
-    workers = getattr(loaded, "_workers", ())
-    deadline = time.monotonic() + ENDING_S
-    while (left := deadline - time.monotonic()) > 0:
-        statuses = {worker.exitcode for worker in workers}
-        if statuses - {None, 0}:
-            return errno.EMFILE in statuses
-        running = [worker.sentinel for worker in workers if worker.exitcode is None]
-        if not running:
-            return False
-        multiprocessing.connection.wait(running, left)
-    return False
-
-
 def _is_of_torch(handler: Any) -> bool:
     return str(getattr(handler, "__module__", "")).startswith("torch.utils.data")
 
@@ -367,17 +328,27 @@ def _room() -> str:
     return f"has {usage.total / 2**20:.3g} MiB, {usage.free / 2**20:.3g} of them free"
 
 
-def _says_that_a_worker_died(error: Exception) -> bool:
-    """The loader's own words, or the connection that broke while a dead worker's tensors were fetched.
+# An exception of the dataset's code has the worker's traceback in its text, one of the thread that pins its own.
 
-    An exception of the dataset's code has the worker's traceback in its text, one of the thread that pins its own.
-    """
+
+def _lacks_descriptors(error: Exception) -> bool:
+    """This process; its thread that pins keeps the number in the text alone."""
+    numbers = {f"[Errno {number}]" for number in OUT_OF_DESCRIPTORS}
+    is_of_pinning = "in pin memory thread" in str(error) and any(one in str(error) for one in numbers)
+    return is_of_pinning or getattr(error, "errno", None) in OUT_OF_DESCRIPTORS
+
+
+def _is_of_the_handover(error: Exception) -> bool:
+    """Whether it says that a worker's file could not be opened."""
+    return isinstance(error, OSError) and FILES in str(error) and "in DataLoader worker" not in str(error)
+
+
+def _says_that_a_worker_died(error: Exception) -> bool:
+    """The loader's own words, or that its file went with the worker."""
     text = str(error)
-    if "in pin memory thread" in text:
-        return any(name in text for name in ("ConnectionResetError", "ConnectionRefusedError", "EOFError"))
-    if "Caught " in text:
-        return False
-    return isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "DataLoader worker" in text
+    if isinstance(error, FileNotFoundError) and _is_of_the_handover(error):
+        return True
+    return "Caught " not in text and (isinstance(error, EOFError) or "DataLoader worker" in text)
 
 
 def _first_line(error: Exception) -> str:
