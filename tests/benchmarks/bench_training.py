@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.bench_training
 
-One small Qwen3.5 student, fed with the same microbatches; the variants take turns, step by step.  Ratios are of
-steps of one turn, and medians over the turns.  Memory: each variant alone in a fresh process, high-water mark of
-resident memory while it steps.  The teacher beside it is a larger model of the same family that runs forward on each
-microbatch.  All of it is measured with each number of threads.
+One small Qwen3.5 student, fed with the same microbatches; the variants take turns, step by step, and every other turn
+goes backwards.  Ratios are of steps of one turn, and medians over the turns, in seconds of the processor on one
+thread: other processes change them less than seconds of the clock.  Memory: each variant alone in a fresh process,
+high-water mark of resident memory while it steps.  The teacher beside it is a larger model of the same family that
+runs forward on each microbatch.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from tests.benchmarks.bench_loss import in_fresh_process, ratio, status_bytes
 from tests.benchmarks.tables import FIGURES, Bench, figure
 
 ROUNDS, NUM_STEPS = 40, 4
-THREADS = (2, 1)
+FED_STEPS = 60  # over which waiting is measured
 MIB = 2**20
 SHARPNESS = 12.0  # of the random teacher's logits, so that its entropies are those of a trained one
 
@@ -158,17 +159,17 @@ def compare_steps(step: Step) -> dict[str, list[float]]:
     variants = {"distil": step.distil, "finetune": step.finetune, "with_teacher": with_teacher}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(ROUNDS + 1):
-        for name, variant in variants.items():
-            begin = time.perf_counter()
-            variant(steps[turn % NUM_STEPS])
-            seconds[name].append(time.perf_counter() - begin)
+        for name in variants if turn % 2 else reversed(variants):
+            begin = time.process_time()
+            variants[name](steps[turn % NUM_STEPS])
+            seconds[name].append(time.process_time() - begin)
     return {name: values[1:] for name, values in seconds.items()}
 
 
 def data_wait(step: Step) -> float:
     """The share of time that steps wait for two workers."""
     waited, begin = 0.0, 0.0
-    fed = some_steps(step.recipe, step.inputs, num_steps=12, num_workers=2)
+    fed = some_steps(step.recipe, step.inputs, num_steps=FED_STEPS, num_workers=2)
     for index, (microbatches, wait_s) in enumerate(fed):
         if index == 0:
             begin = time.perf_counter()  # the workers' start is not a step's wait
@@ -197,21 +198,19 @@ def peak_bytes(folder: str, variant: str, num_threads: int) -> int:
     return peak
 
 
-def rows(folder: Path, num_threads: int) -> list[tuple[str, str, str]]:
+def rows() -> list[tuple[str, str, str]]:
     """Under ``FIGURES``."""
-    torch.set_num_threads(num_threads)
-    seconds = at_work(folder, compare_steps)
-    wait = at_work(folder, data_wait)
-    distil, finetune = (in_fresh_process(peak_bytes, str(folder), name) for name in ("distil", "finetune"))
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(folder)
+        seconds = at_work(folder, compare_steps)
+        wait = at_work(folder, data_wait)
+        distil, finetune = (in_fresh_process(peak_bytes, scratch, name) for name in ("distil", "finetune"))
     plain_s = seconds["finetune"]
-    of_threads = f"{num_threads} thread" + "s" * (num_threads > 1)
     live = "a step with the teacher live beside the student, against it"
     return [
-        figure(
-            f"{of_threads}: a step of 16 examples with `kd_ratio: 0`, time",
-            statistics.median(plain_s),
-            unit=" s",
-        ),
+        figure("a step of 16 examples with `kd_ratio: 0`, time", statistics.median(plain_s), unit=" s"),
         figure("a KD step against it, time", ratio(seconds["distil"], plain_s), most=1.03),
         figure("a KD step against it, peak memory", distil / finetune, most=1.03),
         figure(live, ratio(seconds["with_teacher"], plain_s)),
@@ -221,12 +220,8 @@ def rows(folder: Path, num_threads: int) -> list[tuple[str, str, str]]:
 
 def main() -> None:
     bench = Bench("training")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        prepare(folder)
-        found = [row for num_threads in THREADS for row in rows(folder, num_threads)]
-    notes = f"A small Qwen3.5 student on a CPU, fp32. Medians of {ROUNDS} turns."
-    bench.show("training", "The student's step: distilling against fine-tuning", FIGURES, found, notes=notes)
+    notes = f"A small Qwen3.5 student on a CPU, fp32, one thread. Medians of {ROUNDS} turns."
+    bench.show("training", "The student's step: distilling against fine-tuning", FIGURES, rows(), notes=notes)
 
 
 if __name__ == "__main__":
