@@ -17,7 +17,7 @@ _ADDRESS = re.compile(
 # As torch says it: of the host, a thread's stack, C++ at large; of libraries of kernels (oneDNN, cuBLAS, cuDNN);
 # of CUDA, its driver, Triton, and NCCL; of a GPU too full for cuBLAS to begin.
 OUT_OF_MEMORY = (
-    *("can't allocate memory", "can't start new thread", "bad_alloc"),
+    *("can't allocate memory", "can't start new thread", "Resource temporarily unavailable", "bad_alloc"),
     *("could not create a primitive", "could not execute a primitive", "ALLOC_FAILED", "ALLOCATION_FAILED"),
     *("CUDA out of memory", ": out of memory", "'out of memory'"),
     "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",

@@ -13,12 +13,14 @@ no limit but notices a rank that dies.  A capture needs no collectives once it i
 
 from __future__ import annotations
 
+import _thread
 import gc
 import importlib.metadata
 import itertools
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +41,7 @@ from shared.library_output import quiet_libraries
 COLLECTIVE_TIMEOUT_S = 600.0
 NO_LIMIT = timedelta(days=14)  # some of gloo's waits count milliseconds in 31 bits, which end at 24 days
 POLL_S = 0.02
+GLOO_THREADS = 4  # that a group of gloo starts, at most
 WAITING = "waiting"  # the group of those that wait for each other
 _meetings, _queues = itertools.count(), itertools.count()
 # As gloo and the store say that another process of the job is gone, and that one has not come.
@@ -143,6 +146,7 @@ class World:
     def _group_without_limit(self, name: str) -> dist.ProcessGroup:
         """Its collectives wait for ever; its making does not, as a rank may die before the others have reached it."""
         if name not in self._groups:
+            _require_threads()
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.collective_timeout_s))
             dist.distributed_c10d._set_pg_timeout(NO_LIMIT, group)
             self._groups[name] = group
@@ -307,7 +311,18 @@ def distributed(
                 dist.destroy_process_group()
 
 
+def _require_threads() -> None:
+    """Raises   RuntimeError  where the system gives no more threads: gloo ends the process then, without a word"""
+    may_end = threading.Event()
+    try:
+        for _ in range(GLOO_THREADS):
+            _thread.start_new_thread(may_end.wait, ())  # a Thread waits for one that ended for want of memory
+    finally:
+        may_end.set()
+
+
 def _join(device: torch.device, limit: timedelta) -> None:
+    _require_threads()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" not in os.environ:
         dist.init_process_group(backend, timeout=limit, store=dist.HashStore(), rank=0, world_size=1)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from stage2_runs import on_ranks
 
 import shared.stopping as stopping
-from shared.errors import DataError, RecipeError, TrainingError
+from shared.errors import DataError, RecipeError, TrainingError, is_out_of_memory
 from shared.runtime import World, distributed, environment
 from shared.stopping import GO_ON, SAME_REQUEST_S, SIGNALS, command_to_go_on, stop_on_signals
 
@@ -285,3 +285,34 @@ def test_the_commit_is_never_that_of_a_repository_around_an_installed_package(
     assert environment()["commit"] is None
     subprocess.run(["git", "-C", str(tmp_path), "add", "-f", str(installed)], check=True)
     assert str(environment()["commit"]).endswith("-dirty")
+
+
+WITHOUT_THREADS = """
+import os, resource
+from shared.errors import is_out_of_memory
+from shared.runtime import distributed
+
+with distributed(device="cpu") as world:
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(open("/proc/self/statm").read().split()[0])
+    soft = pages * resource.getpagesize() + (4 << 20)  # less than a thread's stack
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    try:
+        world.background_group
+    except RuntimeError as error:
+        print("told" if is_out_of_memory(error) else error, flush=True)
+    resource.setrlimit(resource.RLIMIT_AS, (before, hard))
+    os._exit(0)
+"""
+
+
+def test_a_group_without_memory_for_its_threads_is_an_error() -> None:
+    """gloo itself ends the process, or says that a resource is temporarily unavailable."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THREADS], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
+
+
+def test_what_gloo_says_without_memory_for_threads_is_known_as_that() -> None:
+    assert is_out_of_memory(RuntimeError("Resource temporarily unavailable"))

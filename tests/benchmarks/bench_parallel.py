@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from shared.recipes import Recipe
 from shared.runtime import World
 from shared.stopping import StopRequest
@@ -216,6 +218,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--families", nargs="+", choices=sorted({one.family for one in STUDENTS}))
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # ranks are forks, which wait for ever for the threads of a pool that they lack
     bench = Bench("parallel")
     sys.path.append(str(Path(__file__).parents[1]))  # what the tests make their models with
     import stage2_runs
