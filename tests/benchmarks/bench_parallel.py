@@ -229,7 +229,7 @@ def main() -> None:
         found = compare(students, arguments.ranks, Path(folder))
     notes = (
         "Columns are ranks: data x tensor. Each cell: loss of the first step / worst gradient / losses of the "
-        "resumed run. A dash: not run."
+        "resumed run. A dash: not run, or too few heads."
     )
     bench.show("parallel", "Ranks that share layers, against one rank", *by_layout(found), notes=notes)
     head = ("family", "ranks", "data x tensor", "experts among", "loss", "worst gradient", "resumed losses")
