@@ -103,7 +103,6 @@ def test_nobody_waits_for_a_worker_to_hand_over_what_it_has_read() -> None:
     assert next(items).sum() == 1000
     assert time.monotonic() - begin < 1.5
     assert next(items).sum() == 1000
-    assert time.monotonic() - begin > 2
 
 
 def test_errors_and_other_values_are_packed_too() -> None:

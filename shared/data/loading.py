@@ -60,8 +60,8 @@ class Shared:
 
     def __init__(self, num_bytes: int) -> None:
         """Raises   OSError  when there is not that much memory, or no more file descriptor"""
-        self._drop_what_arrived()
         self._descriptor: int | None = None
+        self._drop_what_arrived()
         if num_bytes == 0 or not _has_files_in_memory():
             self.bytes = torch.empty(num_bytes, dtype=torch.uint8)
             return
