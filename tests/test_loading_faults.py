@@ -154,9 +154,19 @@ def test_errors_of_the_thread_that_pins_are_told_apart() -> None:
     assert _lacks_descriptors(wrapped[OSError])
     assert _says_that_a_worker_died(wrapped[FileNotFoundError])
     assert _is_of_the_handover(wrapped[PermissionError])
-    of_the_data = FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0.\n... '/proc/x'")
-    assert not _says_that_a_worker_died(of_the_data)
-    assert not _is_of_the_handover(of_the_data)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0.\n... '/proc/7/fd/9'"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/processed/7.png"),
+    ],
+    ids=["in a worker", "without workers"],
+)
+def test_a_missing_file_of_the_data_is_no_dead_worker(error: Exception) -> None:
+    assert not _says_that_a_worker_died(error)
+    assert not _is_of_the_handover(error)
 
 
 def test_that_a_worker_died_is_told_where_items_are_asked_for_alone() -> None:

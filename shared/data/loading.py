@@ -26,6 +26,7 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -46,6 +47,7 @@ from shared.errors import TeachonceError, TrainingError
 ALIGNMENT = 64  # bytes; more than any dtype asks for
 SHARED_MEMORY = "/dev/shm"
 FILES = "/proc"  # where open files of other processes have names
+OPEN_FILE = re.compile(rf"{FILES}/\d+/fd/\d+")
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 NICENESS = 10  # of workers
 
@@ -328,9 +330,6 @@ def _room() -> str:
     return f"has {usage.total / 2**20:.3g} MiB, {usage.free / 2**20:.3g} of them free"
 
 
-# An exception of the dataset's code has the worker's traceback in its text, one of the thread that pins its own.
-
-
 def _lacks_descriptors(error: Exception) -> bool:
     """This process; its thread that pins keeps the number in the text alone."""
     numbers = {f"[Errno {number}]" for number in OUT_OF_DESCRIPTORS}
@@ -340,11 +339,13 @@ def _lacks_descriptors(error: Exception) -> bool:
 
 def _is_of_the_handover(error: Exception) -> bool:
     """Whether it says that a worker's file could not be opened."""
-    return isinstance(error, OSError) and FILES in str(error) and "in DataLoader worker" not in str(error)
+    text = str(error)
+    is_of_the_data = "in DataLoader worker" in text
+    return isinstance(error, OSError) and OPEN_FILE.search(text) is not None and not is_of_the_data
 
 
 def _says_that_a_worker_died(error: Exception) -> bool:
-    """The loader's own words, or that its file went with the worker."""
+    """The loader's own words, or that its file went with the worker; not what the dataset's code raised there."""
     text = str(error)
     if isinstance(error, FileNotFoundError) and _is_of_the_handover(error):
         return True

@@ -28,7 +28,7 @@ from shared.recipes.policies import Policy, Random, Threshold, TopK
 from shared.sparse import SparseTargets, position_seeds, sparsify
 from shared.sparse.draws import Systematic, draw, padded_width, uniforms
 from tests.benchmarks.gradient_error import MEAN_COSINE, TAILS, GradientError, features
-from tests.benchmarks.synthetic_teacher import Positions, Student, synthetic_positions
+from tests.benchmarks.synthetic_teacher import STUDENT, Positions, Student, synthetic_positions
 from tests.benchmarks.tables import FIGURES, Bench, figure
 
 TAUS = (8, 16, 24, 32, 48, 64, 96, 128, 256, 512)  # their reciprocals
@@ -379,7 +379,7 @@ def main() -> None:
     if is_synthetic:
         others = schemes()
         of_another = table(others, *measure(synthetic(student=OTHER_STUDENT), others))
-        rows = of_students({Student(): lines, OTHER_STUDENT: of_another})
+        rows = of_students({STUDENT: lines, OTHER_STUDENT: of_another})
         bench.show(f"{name}-students", f"Bytes at an error of {GOAL}, by student", STUDENTS, rows)
 
 

@@ -41,6 +41,9 @@ class Student(NamedTuple):
     noise: float = 1.5
 
 
+STUDENT = Student()
+
+
 @dataclass(frozen=True)
 class Positions:
     """A chunk of positions.
@@ -58,12 +61,11 @@ def synthetic_positions(
     *,
     vocab_size: int = 248_320,
     hidden_size: int = HIDDEN_SIZE,
-    student: Student | None = None,
+    student: Student = STUDENT,
     seed: int = 0,
     chunk: int = 64,
 ) -> Iterator[Positions]:
     """The set, ``chunk`` positions at a time."""
-    student = student or Student()
     generator = torch.Generator().manual_seed(seed)
     log_weights = -torch.arange(1, vocab_size + 1).log()
     taste = student.taste * torch.randn(vocab_size, generator=generator)
