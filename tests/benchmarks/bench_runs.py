@@ -65,7 +65,7 @@ class Runs(Seed):
     """Those of a recipe as it is, or with ``extra`` settings."""
 
     def make(self, name: str) -> dict[str, Any]:
-        """Of the run: its results, those of its teacher, and its losses by step."""
+        """Its losses, by kind and step; cache and teacher are made where they are missing."""
         way = WAYS[name]
         with self.folder_of_its_own():
             recipe = load_recipe(self.recipe)
