@@ -14,13 +14,21 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from shared.errors import RecipeError, TeachonceError, TrainingError, is_out_of_memory, shortened
+from shared.errors import (
+    LOST_CONNECTION,
+    NEVER_CAME,
+    RecipeError,
+    TeachonceError,
+    TrainingError,
+    is_out_of_memory,
+    shortened,
+)
 from shared.library_output import LibraryOutput, quiet_libraries
 from shared.stopping import leave_status, stopped_while_starting
 from shared.threads import set_threads
@@ -89,13 +97,12 @@ OF_FILES = OF_DISKS | {
 # Objects made, less those freed, before Python looks for garbage.  With its own 700 it does so a thousand times while
 # libraries are imported, finds nothing, and a start takes a tenth longer.
 GARBAGE_THRESHOLD = 20_000
-# As gloo says that another process of the job is gone.
-LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connect timeout")
 OUT_OF_MEMORY = (
     "the memory does not suffice. Take a smaller model, smaller batches (cache.batch_tokens, "
     "optimization.microbatch_tokens, evaluation.batch_size, data.max_pixels), or more ranks"
 )
 PATIENCE_S = 5.0
+EXIT_STATUS = "exit_status"  # in the file that torchrun reads of a rank that fails
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -172,26 +179,24 @@ def _status(group: click.Command, output: LibraryOutput) -> int:
         quiet_libraries()  # those that came with the command's own module
         status = group.main(standalone_mode=False)
     except TeachonceError as error:
-        tell_once(f"error: {error}", error)
-        return error.exit_status
+        return tell_once(f"error: {error}", error, error.exit_status)
     except click.ClickException as error:
-        if first_to_fail(error):
-            error.show()
+        with first_to_tell(error) as first:
+            if first:
+                error.show()
         return error.exit_code
     except OSError as error:
         told = _of_a_file(error)
         if told is None:
             return _our_own_mistake(error, output)
-        tell_once(f"error: {told}", error)
-        return os.EX_IOERR
+        return tell_once(f"error: {told}", error, os.EX_IOERR)
     except (click.Abort, KeyboardInterrupt) as error:
-        tell_once("aborted", error)
-        return 128 + signal.SIGINT
+        return tell_once("aborted", error, 128 + signal.SIGINT)
     except Exception as error:
         if not is_out_of_memory(error):
             return _our_own_mistake(error, output)
-        tell_once(f"error: {OUT_OF_MEMORY} ({shortened(str(error).strip() or type(error).__name__)})", error)
-        return TrainingError.exit_status
+        said = shortened(str(error).strip() or type(error).__name__)
+        return tell_once(f"error: {OUT_OF_MEMORY} ({said})", error, TrainingError.exit_status)
     return status if isinstance(status, int) else 0
 
 
@@ -228,51 +233,71 @@ def _our_own_mistake(error: Exception, output: LibraryOutput) -> int:
     text = "".join(traceback.format_exception(error))
     said = output.text()
     rank = f"on rank {os.environ['RANK']}:\n" if "RANK" in os.environ else ""
-    tell_once(f"{said}{rank}{text.rstrip()}", error)
-    return 1
+    return tell_once(f"{said}{rank}{text.rstrip()}", error, 1)
 
 
-def tell_once(text: str, error: BaseException) -> None:
-    """On the screen from the first rank that fails, as an error is often all ranks'; from others into the log."""
-    _report_to_torchrun(text, error)
-    if first_to_fail(error):
-        click.echo(text, err=True)
-    elif LibraryOutput.active is not None:
-        LibraryOutput.active.write(f"on rank {os.environ.get('RANK')}: {text}\n")
+def tell_once(text: str, error: BaseException, status: int) -> int:
+    """On the screen from the first rank that fails, as an error is often all ranks'; from others into the log.
+
+    Returns  ``status``
+    """
+    with first_to_tell(error) as first:
+        _report_to_torchrun(text, status, counts=first and not _is_of_a_peer(error))
+        if first:
+            click.echo(text, err=True)
+        elif LibraryOutput.active is not None:
+            LibraryOutput.active.write(f"on rank {os.environ.get('RANK')}: {text}\n")
+    return status
 
 
-def _report_to_torchrun(text: str, error: BaseException) -> None:
-    """The message for its table, where a user has called torchrun and it prints one, in the form it reads.
+def _report_to_torchrun(text: str, status: int, *, counts: bool) -> None:
+    """For who has started this process by torchrun, and for torchrun's own table, in the form that it reads.
 
-    The status of a launch is that of the failure with the earliest time: never of one that only lost its peer.
+    counts  the status of the launch is this one: torchrun looks for the failure with the earliest time
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
-        late_s = 3600 if _is_of_a_peer(error) else 0
+        timestamp = int(time.time()) + (0 if counts else 3600)
         with contextlib.suppress(OSError):
-            Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time()) + late_s}))
+            Path(error_file).write_text(
+                json.dumps({"message": text, "timestamp": timestamp, EXIT_STATUS: status})
+            )
 
 
-def first_to_fail(error: BaseException) -> bool:
-    """Whether no other process of the same launch on this machine has told its error yet.
+@contextlib.contextmanager
+def first_to_tell(error: BaseException) -> Iterator[bool]:
+    """Whether no other process of the same launch on this machine tells its error; at the end, one has told it.
 
     They meet in the folder that torchrun makes for a launch.  A rank that fails because another one has, leaves the
-    word to that one, which may need a moment.
+    word to that one, which may need a moment.  And none leaves before the word is said: then torchrun ends all.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not error_file:
-        return True
-    mark = Path(error_file).parent.parent / "told"
-    deadline_s = time.monotonic() + (PATIENCE_S if _is_of_a_peer(error) else 0.0)
-    while time.monotonic() < deadline_s and not mark.exists():
-        time.sleep(0.05)
+        yield True
+        return
+    mark = Path(error_file).parent.parent / "told"  # empty until it is
+    if _is_of_a_peer(error):
+        _wait_until(mark.exists)
     try:
         mark.touch(exist_ok=False)
     except FileExistsError:
-        return False
+        yield False
+        _wait_until(lambda: mark.stat().st_size > 0)
     except OSError:  # without that folder nobody can be asked
-        return True
-    return True
+        yield True
+    else:
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(OSError):
+                mark.write_text("told", encoding="ascii")
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    with contextlib.suppress(OSError):  # the folder is gone
+        while not is_so() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
 
 
 def _is_of_a_peer(error: BaseException | None) -> bool:
@@ -281,6 +306,6 @@ def _is_of_a_peer(error: BaseException | None) -> bool:
         return False
     text = str(error)
     lost = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or (
-        isinstance(error, RuntimeError) and any(words in text for words in LOST_CONNECTION)
+        isinstance(error, RuntimeError) and any(words in text for words in (*LOST_CONNECTION, *NEVER_CAME))
     )
     return lost or _is_of_a_peer(error.__cause__)

@@ -22,6 +22,20 @@ OUT_OF_MEMORY = (
     *("CUDA out of memory", ": out of memory", "'out of memory'"),
     "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
 )
+# As gloo and its store say that another process of the job is gone, and that one has not come.
+LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection was likely closed",
+    "Broken pipe",
+)
+NEVER_CAME = (
+    "socket has timed out",
+    "waiting for clients",
+    "wait timeout after",
+    "Connect timeout",
+    "Connection refused",
+)
 MAX_TEXT, MAX_LINES = 200, 10  # of what a message quotes
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from shared.cli import load_recipe, recipe_arguments, require_resume, resume_options, run
+from shared.cli import EXIT_STATUS, load_recipe, recipe_arguments, require_resume, resume_options, run
 from shared.errors import RecipeError, TrainingError, shortened
 from shared.library_output import quiet_libraries
 from shared.stopping import (
@@ -42,7 +42,7 @@ from shared.stopping import (
 from shared.threads import share_cores
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from shared.recipes import Recipe, TeacherConfig
     from shared.recipes.sections import PhantomConfig
@@ -415,10 +415,10 @@ def run_torchrun(arguments: Sequence[str]) -> int:
         with restored_handlers():
             torchrun([*patience, *arguments])
     except ChildFailedError as error:
-        rank, failure = _first_failure(error)
-        if failure.exitcode > 0:
-            return failure.exitcode
-        number = -failure.exitcode
+        rank, ended = _first_failure(error)
+        if ended > 0:
+            return ended
+        number = -ended
         click.echo(
             f"error: rank {rank} was killed by signal {number} ({signal.Signals(number).name}), often because the "
             "memory did not suffice; the log in the run's or the cache's folder has what it wrote last",
@@ -445,11 +445,19 @@ def run_torchrun(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
-    """Rank and failure that ended the launch; torchrun ends the other ranks by SIGTERM, often in the same second."""
-    failures = error.failures
-    rank = min(failures, key=lambda one: (failures[one].exitcode == -signal.SIGTERM, failures[one].timestamp))
-    return rank, failures[rank]
+def _first_failure(error: ChildFailedError) -> tuple[int, int]:
+    """Rank that ended the launch, and its exit status, or minus the signal that killed it.
+
+    torchrun ends the other ranks by SIGTERM, often in the same second; also one that has told its error, and is
+    slower to leave than another that has lost it.
+    """
+    statuses = {
+        rank: int(one.error_file_data.get(EXIT_STATUS, one.exitcode)) for rank, one in error.failures.items()
+    }
+    first = min(
+        statuses, key=lambda rank: (statuses[rank] == -signal.SIGTERM, error.failures[rank].timestamp)
+    )
+    return first, statuses[first]
 
 
 def _as_options(overrides: Sequence[str]) -> list[str]:

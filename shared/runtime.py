@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from shared.errors import RecipeError, TeachonceError, TrainingError, shortened
+from shared.errors import LOST_CONNECTION, NEVER_CAME, RecipeError, TeachonceError, TrainingError, shortened
 from shared.library_output import quiet_libraries
 
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -44,20 +44,6 @@ POLL_S = 0.02
 GLOO_THREADS = 4  # that a group of gloo starts, at most
 WAITING = "waiting"  # the group of those that wait for each other
 _meetings, _queues = itertools.count(), itertools.count()
-# As gloo and the store say that another process of the job is gone, and that one has not come.
-LOST_CONNECTION = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection was likely closed",
-    "Broken pipe",
-)
-NEVER_CAME = (
-    "socket has timed out",
-    "waiting for clients",
-    "wait timeout after",
-    "Connect timeout",
-    "Connection refused",
-)
 CANNOT_LISTEN = "failed to listen"
 PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
 

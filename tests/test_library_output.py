@@ -137,6 +137,7 @@ def test_of_several_ranks_the_first_one_tells(tmp_path: Path, one: str, other: s
 
 
 BROKEN = """
+import atexit, time
 import click
 from shared import cli
 from shared.errors import DataError
@@ -149,6 +150,10 @@ def command(how):
     with distributed(device="cpu") as world:
         dist.barrier()
         if world.rank == 1:
+            if how == "slow to leave":  # torchrun sees the other rank's end first, and ends this one by SIGTERM
+                atexit.register(time.sleep, 3)
+            if how == "slow to tell":
+                echo, click.echo = click.echo, lambda *a, **k: (time.sleep(2), echo(*a, **k))
             raise KeyError("ours") if how == "mistake" else DataError("row 3 is bad")
         dist.barrier()
 
@@ -169,7 +174,7 @@ cli.run(command, starts_ours=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["one", "mistake"])
+@pytest.mark.parametrize("how", ["one", "slow to leave", "slow to tell", "mistake"])
 def test_nothing_follows_our_message_under_torchrun(tmp_path: Path, how: str) -> None:
     program = tmp_path / "broken.py"
     program.write_text(BROKEN)
