@@ -336,7 +336,17 @@ def test_validation_does_not_hide_training_and_the_teacher_is_a_line(axes: Any) 
     assert validation.get_color() == training.get_color()
     assert (set(teacher.get_ydata()), teacher.get_linestyle()) == ({0.4}, "--")
     assert [text.get_text() for text in axes.texts] == ["teacher 0.400"]
-    assert 100 in validation.get_xdata()[validation.get_markevery() % 10 :: 1]
+
+
+@pytest.mark.parametrize("num_validations", [1, 2, 12, 13, 14, 26, 100, 1000])
+def test_a_long_curve_has_few_marks_and_the_last_validation_one(axes: Any, num_validations: int) -> None:
+    records = [{"event": "validation", "step": n, "ce_loss": 1.0} for n in range(num_validations)]
+    loss_drawings([a_run("student", records)])["ce_loss"].draw(axes)
+    (validation,) = axes.lines
+    first, every = validation.get_markevery()
+    marked = validation.get_xdata()[first::every]
+    assert min(num_validations, 6) <= len(marked) <= 12
+    assert marked[-1] == num_validations - 1
 
 
 def test_runs_of_before_have_no_calibration_and_no_teacher() -> None:

@@ -145,7 +145,8 @@ def _draw_losses(
         if validated:
             every = -(-len(validated) // MAX_MARKERS)
             style = series.points(name if named else None)
-            axes.plot(*zip(*validated, strict=True), **style, markevery=(len(validated) - 1) % every or every)
+            marked = ((len(validated) - 1) % every, every)  # the last one among them
+            axes.plot(*zip(*validated, strict=True), **style, markevery=marked)
     if level is not None:
         axes.axhline(level, color=REFERENCE, linestyle="--", linewidth=1.2)
         axes.annotate(
