@@ -129,7 +129,7 @@ def changed_rows(
     recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint, inputs: Inputs, world: World
 ) -> list[str]:
     """What of the data differs from the checkpoint's, on all ranks; raises where that must not be accepted."""
-    found = inputs.surveys(), inputs.cache
+    found = inputs.surveys(), inputs.cache, inputs.layout
     return world.by_main(lambda: accept(recipe, folder, checkpoint, *found))
 
 

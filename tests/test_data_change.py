@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +21,7 @@ from shared.dealing import Limits
 from shared.errors import CheckpointError, DataError
 from shared.recipes import Recipe, recipe_text
 from shared.runtime import distributed
+from shared.shard_order import ShardLayout
 from shared.stopping import StopRequest
 from stage1_teacher.capture import capture
 from stage2_student.__main__ import commands
@@ -303,6 +306,41 @@ def test_a_cache_that_has_grown_by_the_mended_row_is_the_same_cache(
     assert go_on(recipe) == 0
     assert f"split train, row {LAST[0]}" in capsys.readouterr().out
     assert len(step_records(recipe)) == 3
+
+
+def test_rows_that_come_are_told_by_the_order_that_follows_the_shards(
+    tree: dict[str, Any], tmp_path: Path, teacher_folder: Path
+) -> None:
+    """A cache that was captured anew has its rows in the same shards, and so in the same order."""
+    tree |= {
+        "teacher": {"model": str(teacher_folder), "dtype": "float32"},
+        "cache": {"num_workers": 0, "examples_per_shard": 2, "shuffle_window": 2},
+        "loss": {"kd_ratio": 0.5},
+    }
+    layout = ShardLayout.of(np.arange(12) // 2)
+    used, unused = (step_examples(step, replace(SHAPE, layout=layout, window=2)).tolist() for step in (0, 2))
+    used_row, unused_row = ({*used} - {*FIRST}).pop(), ({*unused} - {*LAST}).pop()
+    begun = make_recipe(
+        tree,
+        cache__path=str(tmp_path / "cache"),
+        optimization__num_epochs=2 / 3,
+        optimization__schedule="constant",
+    )
+    captured(begun)
+    assert run_alone(begun) == 0
+    change_row(tmp_path / "data", unused_row, answer="another answer")
+    mended = make_recipe(tree, cache__path=str(tmp_path / "new"), optimization__schedule="constant")
+    captured(mended)
+    other = tmp_path / "other"
+    shutil.copytree(begun.run.path, other / "run")
+    assert go_on(mended) == 0
+    change_row(tmp_path / "data", used_row, answer="another answer")
+    mended = make_recipe(
+        tree, cache__path=str(tmp_path / "newer"), optimization__schedule="constant", run__root=str(other)
+    )
+    captured(mended)
+    with pytest.raises(CheckpointError, match=rf"(?s)1 row\(s\) have changed.*row {used_row}\b"):
+        go_on(mended)
 
 
 def test_a_cache_of_other_targets_is_another_run(

@@ -17,6 +17,7 @@ from shared.data.processing import KEY_BYTES
 from shared.errors import CheckpointError, NotAFileError, listed
 from shared.recipes import Recipe
 from shared.regular_files import read_regular
+from shared.shard_order import ShardLayout
 from shared.surveying import keys_fingerprint
 from stage2_student.publishing.card import ROW_TEACHERS, caches_in, facts_of_caches, read_sources
 from stage2_student.runs.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ from stage2_student.runs.files import write_bytes
 from stage2_student.runs.identity import CACHE
 from stage2_student.runs.run_folder import RunFolder
 from stage2_student.training.cache_change import cache_changes, require_same_teachers
-from stage2_student.training.order import step_examples, step_shape, total_steps
+from stage2_student.training.order import StepShape, step_examples, step_shape, total_steps
 from stage2_student.training.survey import Survey
 
 NUMBER_BYTES = 8
@@ -75,10 +76,13 @@ def accept_data_change(
     checkpoint: Checkpoint,
     surveys: dict[str, Survey],
     cache: Cache | None,
+    layout: ShardLayout | None,
 ) -> list[str]:
     """What has changed since the checkpoint, for people; empty when nothing has.
 
     surveys  of the splits, by the name they have in the identity (``data.train``)
+    layout   where the examples lie, if their order follows the cache's shards: the checkpoint's, as another one is
+             another order
 
     Raises   CheckpointError  when a row of finished steps alone has changed, when the run has not kept its rows,
                               when a cache is of another teacher or has other targets, or when a row would change
@@ -100,7 +104,8 @@ def accept_data_change(
         change = Change.between(kept, RowKeys.of(survey))
         told += change.lines(name, survey)
         if name == "data.train":
-            _require_unused(recipe, folder, checkpoint, kept, change, survey)
+            shape = step_shape(recipe, len(kept.rows), layout)
+            _require_unused(recipe, shape, folder, checkpoint, kept, change, survey)
             known.append(kept.keys)
     if cache is not None and checkpoint.facts.identity.get(CACHE) != cache.fingerprint:
         sources = read_sources(folder)
@@ -144,13 +149,13 @@ class Change:
 
 def _require_unused(
     recipe: Recipe,
+    shape: StepShape,
     folder: RunFolder,
     checkpoint: Checkpoint,
     kept: RowKeys,
     change: Change,
     survey: Survey,
 ) -> None:
-    shape = step_shape(recipe, len(kept.rows))
     begin, end = checkpoint.facts.step, total_steps(recipe, shape)
     coming: set[int] = set()
     for step in range(
