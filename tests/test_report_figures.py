@@ -26,7 +26,7 @@ from stage1_teacher.inspection.positions import Positions, positions_of, top_ent
 from stage2_student.evaluation.compare import results
 from stage2_student.evaluation.curves import calibration_drawing, loss_drawings
 from stage2_student.evaluation.group_curves import group_drawings
-from stage2_student.evaluation.questions import Question
+from stage2_student.evaluation.questions import Question, spread_evenly
 from stage2_student.evaluation.run_records import RunRecord
 from stage2_student.evaluation.sweep_curves import sweep_drawings
 from stage2_student.training.reliability import (
@@ -558,3 +558,14 @@ def test_settings_unlike_the_defaults_with_these_beside_them() -> None:
     assert found["student.lora.alpha"] == ("8.0", "32.0")
     assert found["data.source"] == ("here", "(none)")
     assert not {"optimization.weight_decay", "student.lora.rank", "loss.kd_ratio"} & set(found)
+
+
+@pytest.mark.parametrize("asked", [0, 1, 11, 12, 13, 23, 24, 35, 1000])
+def test_questions_are_spread_over_all_that_were_asked(asked: int) -> None:
+    """Of 23 the first twelve are no spread."""
+    run = a_run("a")
+    shown = [one.asked["row"] for one in spread_evenly([Question({"row": n}, run) for n in range(asked)], 12)]
+    assert len(set(shown)) == min(12, asked)
+    gaps = {after - before for before, after in itertools.pairwise([*shown, asked])}
+    assert shown == sorted(shown)
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1

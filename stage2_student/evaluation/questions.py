@@ -121,8 +121,7 @@ def _intervals(scores: dict[str, Any]) -> list[str]:
 def _shown(questions: list[Question], split: Split) -> list[str]:
     """Some spread evenly over all, then some on which models do not agree."""
     questions = sorted(questions, key=lambda one: one.asked["row"])
-    every = max(1, len(questions) // NUM_SPREAD)
-    spread = questions[::every][:NUM_SPREAD]
+    spread = spread_evenly(questions, NUM_SPREAD)
     disputed = [one for one in questions if one.is_disputed and one not in spread][:NUM_DISPUTED]
     pictures = _Pictures(split)
     pieces = []
@@ -132,6 +131,12 @@ def _shown(questions: list[Question], split: Split) -> list[str]:
         if shown:
             pieces += [heading(title), cards(shown)]
     return pieces + [paragraph(note) for note in pictures.notes()]
+
+
+def spread_evenly(questions: Sequence[Question], number: int) -> list[Question]:
+    """So many of them, from the beginning to the end; all where there are no more."""
+    number = min(number, len(questions))
+    return [questions[place * len(questions) // number] for place in range(number)]
 
 
 class _Pictures:
