@@ -115,7 +115,8 @@ class GumbelNoise(LogitsProcessor):
         seeds_B1 = substream(self._seeds_B.to(scores.device), self._place)[:, None]
         self._place += 1
         uniform_BV = uniforms(seeds_B1, torch.arange(scores.shape[1], device=scores.device)[None])
-        return scores - (-(uniform_BV + 2.0**-54).log()).log()  # u is never 0
+        # Above 0 and below 1, where the noise is finite.  What is added to rounds to 1 at the upper end.
+        return scores - (-uniform_BV.clamp_min(2.0**-54).log()).log()
 
 
 class Refused(LogitsProcessor):

@@ -20,6 +20,7 @@ from stage2_runs import make_recipe, on_ranks, run_alone
 from test_conversation_prompts import DATED
 from test_prompt_identity import on_day
 
+from shared import answering
 from shared.answering import GumbelNoise, answer, sampled
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
@@ -144,6 +145,22 @@ def test_noise_makes_the_largest_logit_a_sample() -> None:
     drawn_B = GumbelNoise(seeds_B)(torch.zeros(1), logits_V.expand(20_000, 5)).argmax(-1)
     shares_V = drawn_B.bincount(minlength=5) / 20_000
     torch.testing.assert_close(shares_V, logits_V.softmax(-1), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
+def test_noise_is_finite_so_that_what_is_refused_is_never_chosen(
+    monkeypatch: pytest.MonkeyPatch, place: int, uniform: float
+) -> None:
+    """At the ends of what a uniform may be."""
+    drawn_V = torch.full((2,), 0.5, dtype=torch.float64)
+    drawn_V[place] = uniform
+    monkeypatch.setattr(answering, "uniforms", lambda seeds, counters: drawn_V[None])
+    found_V = GumbelNoise(torch.zeros(1, dtype=torch.int64))(
+        torch.zeros(1), torch.tensor([[-torch.inf, 0.0]])
+    )[0]
+    assert found_V[0] == -torch.inf
+    assert found_V[1].isfinite()
 
 
 def test_top_p_and_temperature_keep_to_the_likeliest() -> None:
