@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from shared.recipes import OptimizationConfig
+from shared.runtime import distributed
 from stage2_student.training.optim import learning_rate, make_optimizer
+from stage2_student.training.step import clip_gradients
 
 
 def config(**values: Any) -> OptimizationConfig:
@@ -74,3 +77,15 @@ def test_matrices_decay_norms_and_biases_do_not_and_frozen_parameters_are_unknow
         id(model[1].weight): 0.0,
         id(model[1].bias): 0.0,
     }
+
+
+def test_the_norm_of_gradients_in_bf16_is_a_norm_in_fp32() -> None:
+    """bf16 has three digits: each step's update would be scaled down by as much too little, or too much."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.empty(size, dtype=torch.bfloat16)) for size in (1000, 30_000, 7)]
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator).bfloat16()
+    whole = torch.cat([weight.grad.double() for weight in weights if weight.grad is not None])
+    with distributed(device="cpu") as world:
+        norm = clip_gradients(nn.ParameterList(weights), world, None)
+    assert norm.item() == pytest.approx(whole.norm().item(), rel=1e-5)

@@ -185,7 +185,7 @@ def clip_gradients(student: nn.Module, world: World, max_grad_norm: float | None
     trained = [parameter for parameter in student.parameters() if parameter.grad is not None]
     square = torch.zeros((), dtype=torch.float64, device=world.device)
     for num_copies, some in _grouped(trained, lambda p: _num_copies(p.grad, world)).items():
-        norm = torch.nn.utils.get_total_norm([_own_part(p.grad) for p in some])
+        norm = _norm([_own_part(p.grad) for p in some])
         square += norm.to(square) ** 2 / num_copies
     dist.all_reduce(square)
     norm = square.sqrt().float()
@@ -193,6 +193,13 @@ def clip_gradients(student: nn.Module, world: World, max_grad_norm: float | None
         for some in _grouped(trained, mesh_of).values():  # torch scales those of one mesh together
             torch.nn.utils.clip_grads_with_norm_(some, max_grad_norm, norm)
     return norm
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all of them together, () fp32; torch gives one in their own dtype, of three digits in bf16."""
+    if all(tensor.dtype == torch.float32 for tensor in tensors):
+        return torch.nn.utils.get_total_norm(tensors)
+    return torch.stack([torch.linalg.vector_norm(one, dtype=torch.float32) for one in tensors]).norm()
 
 
 def _grouped(parameters: Iterable[nn.Parameter], key: Callable[[Any], Any]) -> dict[Any, list[nn.Parameter]]:
