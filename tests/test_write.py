@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,8 +32,9 @@ from shared.recipes import DataConfig, Recipe, dump_recipe
 from shared.runtime import distributed
 from shared.stopping import INTERRUPTED_STATUS, StopRequest
 from shared.writing import loop
-from shared.writing.journal import Entry, Journal
-from shared.writing.plan import _differences
+from shared.writing.files import num_kept
+from shared.writing.journal import REFUSED, Entry, Journal
+from shared.writing.plan import Plan, SetFolder, Unit, _differences
 from stage1_teacher.capture import capture
 from stage1_teacher.write import write
 
@@ -414,6 +416,14 @@ def test_lines_that_a_kill_has_cut_are_written_again(tmp_path: Path) -> None:
     changed = journal.path.read_bytes().replace(b'"row":1', b'"row":9')
     journal.path.write_bytes(changed)
     assert Journal(journal.path).done == {(3, 0)}
+
+
+def test_a_prompt_that_could_not_be_asked_is_no_answer_that_is_kept(tmp_path: Path) -> None:
+    folder = SetFolder(tmp_path / "set")
+    unit = Unit("train", 0, 1, np.arange(3), (b"a", b"b", b"c"))
+    refused = Entry(row=1, draw=REFUSED, reason="no picture")
+    Journal(folder.journal(unit)).append([Entry(row=0, draw=0, ids=(4,)), refused])
+    assert num_kept(folder, Plan({"writer": {}}, "2026-01-31", (unit,))) == 1
 
 
 def test_batches_that_do_not_fit_are_halved_for_good(

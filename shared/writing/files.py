@@ -78,7 +78,10 @@ def num_kept(folder: SetFolder, plan: Plan) -> int:
     number = 0
     for unit in plan.units:
         told = folder.told_by(unit, plan)
-        number += len(Journal(folder.journal(unit)).found) if told is None else told["counts"]["answers"]
+        if told is None:
+            number += sum(one.draw != REFUSED for one in Journal(folder.journal(unit)).found)
+        else:
+            number += told["counts"]["answers"]
     return number
 
 
