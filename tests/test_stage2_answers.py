@@ -57,6 +57,12 @@ from stage2_student.training.student import build_student
         ("<5 mm", "> 5 mm", False, 2 / 3, 2 / 3),
         ("-5", "5", False, 2 / 3, 2 / 3),
         ("1.5 cm", "15 cm", False, 0.5, 0.5),
+        (".5 cm", "5 cm", False, 0.5, 0.5),
+        ("(.5 cm)", "0.5 cm", True, 1.0, 1.0),
+        ("5 cm...3", "5 cm 3", True, 1.0, 1.0),
+        ("-.5", "0.5", False, 2 / 3, 2 / 3),
+        ("\u22125 to \u20133", "-5 to -3", True, 1.0, 1.0),  # as it is typeset
+        ("5\u201310", "5-10", True, 1.0, 1.0),
         ("T1-weighted, 5-10", "t1 weighted 5 10", True, 1.0, 1.0),
         ("• mass- liver", "mass; liver.", True, 1.0, 1.0),
     ],

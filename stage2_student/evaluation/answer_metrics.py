@@ -9,6 +9,7 @@ words, as the package rouge-score computes it.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -20,11 +21,14 @@ import numpy as np
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+MINUS = str.maketrans("\u2212\u2013", "--")  # typeset: a sign of its own, or an en dash
+_NO_ZERO = re.compile(r"(?<![\w.])\.(?=\d)")  # ".5" is no "5"
 
 
 def normalize(text: str) -> str:
     """Lower case; words of letters, digits and marks of any script, and signs alone; single spaces."""
-    padded = f" {unicodedata.normalize('NFKC', text).casefold()} "
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(MINUS)
+    padded = f" {_NO_ZERO.sub('0.', plain)} "
     return " ".join("".join(_kept(*padded[i - 1 : i + 2]) for i in range(1, len(padded) - 1)).split())
 
 
