@@ -160,6 +160,11 @@ def legend(runs: Sequence[RunRecord]) -> list[str]:
     return lines
 
 
+def is_comparison(told: Any) -> bool:
+    """Whether ``save`` wrote it."""
+    return isinstance(told, dict) and told.keys() >= {"runs", "caches"}
+
+
 def save(runs: Sequence[RunRecord], path: Path) -> None:
     """Rows and break-even as JSON; ``break_even_epochs`` is null where a cache never pays."""
     uses = [
