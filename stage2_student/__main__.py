@@ -121,6 +121,7 @@ def evaluate(
     from stage2_student.evaluation.evaluated import Evaluated
     from stage2_student.evaluation.scores import in_the_way, keep, save
     from stage2_student.publishing.card import refresh_card
+    from stage2_student.runs.files import finite
     from stage2_student.runs.run_folder import SHUFFLED, RunFolder, is_evaluation_of_a_run
 
     if out is not None and answers and out.suffix != ".parquet":
@@ -167,7 +168,7 @@ def evaluate(
             if subject.run is not None and keeps:
                 refresh_card(RunFolder(subject.run))
             if as_json:
-                click.echo(json.dumps([one.to_json() for one in found], indent=1))
+                click.echo(json.dumps(finite([one.to_json() for one in found]), indent=1))
             else:
                 evaluation.show(found)
                 if saved is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,23 @@ def test_a_damaged_line_of_the_log_is_refused_by_its_number(tmp_path: Path) -> N
     assert [record["step"] for record in JsonLines(folder.metrics.path).read()] == [0, 1, 3]
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl: damaged in line 3; .* delete those lines"):
         folder.read_metrics()
+
+
+def test_a_figure_that_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
+    """JSON has no NaN: jq, JavaScript and other strict readers refuse the line, which Python's own does not."""
+    folder, figures = RunFolder(tmp_path), {"step_s": 1.0, "data_wait": 0.0, "num_positions": 3}
+    record = {"event": "step", "step": 1, "peak_memory_gib": 0.5, **figures}
+    folder.metrics.append(record | {"loss": float("nan"), "grad_norm": float("inf"), "kl": 0.5})
+    # As an earlier release has written it.
+    earlier = json.dumps(vouched(record | {"step": 2, "loss": float("nan"), "kl": 0.5}))
+    folder.metrics.path.write_text(folder.metrics.path.read_text() + earlier + "\n")
+    first, second = folder.read_metrics().records
+    assert (first["loss"], first["grad_norm"], first["kl"]) == (None, None, 0.5)
+    assert math.isnan(second["loss"])
+    folder.metrics.keep(lambda _: True)
+    for line in folder.metrics.path.read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+    assert len(folder.read_metrics().records) == 2
 
 
 @pytest.mark.parametrize("event", ["step", "validation"])
