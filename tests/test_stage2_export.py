@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.processors import chat_template, load_processor
 from shared.data.rows import open_split
-from shared.errors import RecipeError
+from shared.errors import CacheFormatError, RecipeError
 from shared.models.vlm import load_vlm
 from shared.models.weight_files import weight_files
 from stage2_student.__main__ import commands
@@ -63,6 +63,13 @@ def test_what_is_no_export_is_not_replaced(
         assert "no export of a run" in str(found.exception)
     assert (tmp_path / "texts" / "thesis.txt").read_text() == "years of work"
     assert (run / "checkpoints").exists()
+
+
+def test_no_student_is_exported_into_a_cache(run: Path, tmp_path: Path, teacher_cache: Path) -> None:
+    shutil.copytree(teacher_cache, tmp_path / "cache")
+    found = export(run, "--out", str(tmp_path / "cache" / "student"))
+    assert isinstance(found.exception, CacheFormatError)
+    assert not (tmp_path / "cache" / "student").exists()
 
 
 def test_another_run_keeps_its_own_student(run: Path, tmp_path: Path) -> None:

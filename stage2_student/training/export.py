@@ -27,6 +27,7 @@ from transformers.utils import (
     PROCESSOR_NAME,
 )
 
+from shared.cache.layout import require_in_no_cache
 from shared.data.processing import open_processor
 from shared.data.processors import chat_template, load_processor, read_template
 from shared.errors import CheckpointError, FileError, RecipeError, shortened
@@ -282,6 +283,8 @@ def require_replaceable(out: Path, folder: RunFolder) -> None:
     is_own = out == folder.export.resolve()
     if not is_own and out.name == folder.export.name and (out.parent / folder.recipe.name).exists():
         raise RecipeError(f"{out}: the place of another run's student. Give another --out")
+    if not out.exists():
+        require_in_no_cache(out)
     is_ours = (out / PROVENANCE).exists() or is_own
     if out.exists() and not is_ours and not (out.is_dir() and not any(out.iterdir())):
         raise RecipeError(
