@@ -14,8 +14,9 @@ from stage2_runs import make_recipe, written_run
 
 from shared.errors import CheckpointError
 from shared.vouched import opened, vouched
+from stage2_student.evaluation.evaluated import Evaluated
 from stage2_student.evaluation.run_records import read_run
-from stage2_student.evaluation.scores import _write, read_predictions
+from stage2_student.evaluation.scores import _write, read_predictions, save
 from stage2_student.runs.files import JsonLines
 from stage2_student.runs.run_folder import RunFolder, scores_in
 
@@ -66,6 +67,14 @@ def test_a_figure_that_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
     for line in folder.metrics.path.read_text().splitlines():
         assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
     assert len(folder.read_metrics().records) == 2
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.parquet"])
+def test_a_score_that_is_not_finite_is_null(tmp_path: Path, name: str) -> None:
+    save([Evaluated("student", "export", (), float("nan"), float("inf"))], tmp_path / name)
+    (student,) = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert (student["ce"], student["kl"]) == (None, None)
+    assert scores_in(tmp_path / "x.json") == [opened(student)]
 
 
 @pytest.mark.parametrize("event", ["step", "validation"])

@@ -24,7 +24,7 @@ from shared.regular_files import holds_something, is_another_file, naming, refus
 from shared.temporaries import remove_left, written_beside
 from shared.vouched import DIGEST, digest_of, vouched
 from stage2_student.evaluation.evaluated import STUDENT, Evaluated
-from stage2_student.runs.files import write_json
+from stage2_student.runs.files import finite, write_json
 from stage2_student.runs.run_folder import MEND_SCORES, scores_in
 
 ASKED = ("model", "row", "question", "image_sha256")  # in every line of predictions
@@ -51,7 +51,7 @@ def save(found: Sequence[Evaluated], path: Path) -> None:
     """
     if path.suffix == ".json":
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, [vouched(one.to_json()) for one in found])
+        write_json(path, [vouched(finite(one.to_json())) for one in found])
         return
     _write(_lines(found), [one.to_json() for one in found], path)
 
@@ -169,7 +169,7 @@ def _write(lines: list[dict[str, Any]], scores: list[dict[str, Any]], path: Path
     table = pa.Table.from_pylist(lines, metadata={DIGEST: _digest(lines)})
     with naming(path), written_beside(path) as temporary:
         pq.write_table(table, temporary, write_page_checksum=True)
-    write_json(path.with_suffix(".json"), [vouched(one) for one in scores])
+    write_json(path.with_suffix(".json"), [vouched(finite(one)) for one in scores])
 
 
 def _digest(lines: list[dict[str, Any]]) -> bytes:
