@@ -133,7 +133,7 @@ def evaluate(
             f"--out {out}: a run keeps its own answers there. Leave --out away for them, or name another folder"
         )
     if out is not None and (other := in_the_way(out)) is not None:
-        raise click.UsageError(f"--out {out}: {other}: {SOMETHING_ELSE}")
+        raise click.UsageError(f"{other}: {SOMETHING_ELSE}")
     subject = evaluation.Subject.find(
         what, recipe=lambda name: load_recipe(name, overrides=overrides), given=recipe, model=model
     )
