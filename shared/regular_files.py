@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from shared.errors import NotAFileError
 from shared.temporaries import remove_left, written_beside
@@ -88,6 +90,24 @@ def write_output(path: Path, data: bytes) -> None:
             remove_left(whole)
             with written_beside(whole) as temporary:
                 temporary.write_bytes(data)
+
+
+def is_another_file(path: Path, is_ours: Callable[[Any], bool]) -> bool:
+    """Whether ``write_output`` would replace something else than JSON that we wrote; an empty file is no loss.
+
+    is_ours  of what the JSON says
+    """
+    if not holds_something(path):
+        return False
+    try:
+        return not is_ours(json.loads(read_regular(path)))
+    except (ValueError, RecursionError):
+        return True
+
+
+def holds_something(path: Path) -> bool:
+    """Whether a file is there that an output would replace, and it is not empty."""
+    return path.is_file() and path.stat().st_size > 0 and not _is_our_output(path)
 
 
 def _is_our_output(path: Path) -> bool:

@@ -11,7 +11,7 @@ from shared.cache import CacheReader
 from shared.cache.layout import MANIFEST_NAME, PLAN_NAME, require_no_other_files
 from shared.cache.storage import open_folder
 from shared.capture.planning import CaptureData, identity_of
-from shared.completeness import captured_splits
+from shared.completeness import cache_covers, captured_splits
 from shared.data.processing import ExampleProcessor
 from shared.errors import RecipeError
 from shared.models.chunks import chunk_positions
@@ -118,7 +118,7 @@ def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor 
         report.add("second pass", f"of rows with pictures, these {recipe.cache.visual_gain}")
     if "://" not in recipe.cache.location:
         with report.collecting():
-            require_writable(Path(recipe.cache.location), what="cache.path")
+            _require_writable_or_whole(report, recipe, Path(recipe.cache.location))
         if not is_local(recipe.cache.location):
             report.add("cache", f"{recipe.cache.location} is not there yet")
             return
@@ -137,6 +137,16 @@ def _describe_cache(report: Report, recipe: Recipe, processor: ExampleProcessor 
         stored.compare_capture(asked).require(
             where=f"cache {cache.location}", remedy="Capture into another folder, or delete this one."
         )
+
+
+def _require_writable_or_whole(report: Report, recipe: Recipe, path: Path) -> None:
+    """Raises   RecipeError  when nothing can be written there, and something is left to capture"""
+    try:
+        require_writable(path, what="cache.path")
+    except RecipeError as error:
+        if not ((path / MANIFEST_NAME).exists() and cache_covers(recipe)):
+            raise
+        report.note(f"{error}; nothing has to be: it holds all of the data")
 
 
 def _describe_writing(report: Report, recipe: Recipe) -> None:

@@ -29,6 +29,8 @@ from shared.stopping import INTERRUPTED_STATUS, command_to_go_on
 if TYPE_CHECKING:
     from shared.recipes import Split
 
+SOMETHING_ELSE = "a file with something else is there. Name another one, or delete it"
+
 
 @click.group()
 @version_option
@@ -117,14 +119,21 @@ def evaluate(
     from shared.runtime import distributed
     from stage2_student.evaluation import evaluate as evaluation
     from stage2_student.evaluation.evaluated import Evaluated
-    from stage2_student.evaluation.scores import keep, save
+    from stage2_student.evaluation.scores import in_the_way, keep, save
     from stage2_student.publishing.card import refresh_card
-    from stage2_student.runs.run_folder import SHUFFLED, RunFolder
+    from stage2_student.runs.files import finite
+    from stage2_student.runs.run_folder import SHUFFLED, RunFolder, is_evaluation_of_a_run
 
     if out is not None and answers and out.suffix != ".parquet":
         raise click.UsageError(f"--out {out}: name a .parquet file; the scores go into the .json beside it")
     if out is not None and not answers and out.suffix != ".json":
         raise click.UsageError(f"--out {out}: name a .json file; without answers there are scores alone")
+    if out is not None and is_evaluation_of_a_run(out.parent):
+        raise click.UsageError(
+            f"--out {out}: a run keeps its own answers there. Leave --out away for them, or name another folder"
+        )
+    if out is not None and (other := in_the_way(out)) is not None:
+        raise click.UsageError(f"{other}: {SOMETHING_ELSE}")
     subject = evaluation.Subject.find(
         what, recipe=lambda name: load_recipe(name, overrides=overrides), given=recipe, model=model
     )
@@ -159,7 +168,7 @@ def evaluate(
             if subject.run is not None and keeps:
                 refresh_card(RunFolder(subject.run))
             if as_json:
-                click.echo(json.dumps([one.to_json() for one in found], indent=1))
+                click.echo(json.dumps(finite([one.to_json() for one in found]), indent=1))
             else:
                 evaluation.show(found)
                 if saved is not None:
@@ -207,11 +216,14 @@ def sweep(recipe: str, overrides: tuple[str, ...], grid: tuple[str, ...], jobs: 
 @click.option("--plots", type=FOLDER, help="Folder for curves (extra `report`).")
 def compare(runs: tuple[Path, ...], json_path: Path | None, plots: Path | None) -> int:
     """Show RUNS, folders of runs, side by side, and when their cache has paid."""
+    from shared.regular_files import is_another_file
     from stage2_student.evaluation.cache_uses import cache_uses
-    from stage2_student.evaluation.compare import legend, save, table, table_by_teacher
+    from stage2_student.evaluation.compare import is_comparison, legend, save, table, table_by_teacher
     from stage2_student.evaluation.curves import plot
     from stage2_student.evaluation.run_records import read_runs
 
+    if json_path is not None and is_another_file(json_path, is_comparison):
+        raise click.UsageError(f"--json {json_path}: {SOMETHING_ELSE}")
     records = read_runs(runs)
     click.echo("\n".join([*table(records), *legend(records), *table_by_teacher(records)]))
     for use in cache_uses(records):

@@ -362,6 +362,22 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
         export(CacheReader(str(tmp_path / "cache")), tmp_path / "out")
 
 
+@pytest.mark.parametrize("place", ["x", "shards/x", "../link/x"])
+def test_nothing_is_exported_or_merged_into_a_cache(tmp_path: Path, place: str) -> None:
+    capture(tmp_path / "cache", range(6))
+    capture(tmp_path / "other", range(6, 9))
+    (tmp_path / "link").symlink_to("cache")
+    before = files_of(tmp_path / "cache")
+    sources = [str(tmp_path / "other"), str(tmp_path / "cache")]
+    for source in sources:
+        with pytest.raises(CacheFormatError, match=r"lies in the cache .*Name a folder outside of it"):
+            export(CacheReader(source), tmp_path / "cache" / place)
+    with pytest.raises(CacheFormatError, match="lies in the cache"):
+        merge(sources, str(tmp_path / "cache" / place), created_by=VERSIONS)
+    assert files_of(tmp_path / "cache") == before
+    assert {path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()} == {"shards"}
+
+
 def test_an_empty_cache_is_exported(tmp_path: Path) -> None:
     capture(tmp_path / "cache", [])
     assert export(CacheReader(str(tmp_path / "cache")), tmp_path / "out") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -67,6 +68,23 @@ def test_a_link_to_nothing_is_no_place_for_what_a_stage_writes(
     tree["run"]["root"] = str(tmp_path / "link" / "runs")
     problems = student_checked(tree).problems
     assert any("run.root" in problem and "a link to nothing" in problem for problem in problems)
+
+
+def test_a_whole_cache_may_be_read_only(
+    distillation_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture writes nothing then; one that has something to capture is refused."""
+
+    def refused(*_: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(options["dir"]))
+
+    monkeypatch.setattr("shared.preflight.tempfile.TemporaryFile", refused)
+    tree = distillation_tree | {"run": {"name": "mine", "root": str(tmp_path)}}
+    report = checked(tree)
+    assert report.problems == []
+    assert any("nothing can be written there" in value for _, value in report.facts)
+    tree["data"] = tree["data"] | {"system_prompt": "Be brief."}
+    assert any("nothing can be written there" in problem for problem in problems_of(tree))
 
 
 def test_a_folder_of_something_else_is_no_cache(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -377,6 +378,24 @@ def test_parts_that_name_a_picture_get_that_one(tmp_path: Path) -> None:
     assert split[0].images == (PICTURES[1], PICTURES[0])
     with pytest.raises(DataError, match=r"row 1.*\[0, 0\]"):
         split[1]
+
+
+def _naming(*indexes: Any) -> dict[str, Any]:
+    parts = [{"type": "image", "index": index} for index in indexes]
+    return {"messages": asked(*parts, text("Compare.")), "images": ["0.png", "1.png"]}
+
+
+def test_a_picture_is_named_by_a_whole_number_whatever_its_type(tmp_path: Path) -> None:
+    """A table of pandas writes whole numbers as 1.0 where some parts have none, and NaN for those."""
+    split = split_of(
+        tmp_path, [_naming(1.0, 0.0), _naming(math.nan, math.nan), _naming("1", "0"), _naming(0.5, 1)]
+    )
+    assert split[0].images == (PICTURES[1], PICTURES[0])
+    assert split[1].images == (PICTURES[0], PICTURES[1])
+    with pytest.raises(DataError, match=r"row 2, turn 1: a part's index is '1'; needed is a whole number"):
+        split[2]
+    with pytest.raises(DataError, match=r"row 3, turn 1: a part's index is 0\.5"):
+        split[3]
 
 
 def test_a_blank_part_between_texts_is_kept(tmp_path: Path) -> None:
@@ -864,6 +883,19 @@ def test_a_system_turn_may_stand_beside_the_turns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 4: a system's turn beside the turns.*data\.columns\.system"):
         split[4]
     assert split[5].turns[0].role == "user"
+
+
+@pytest.mark.parametrize("place", ["<image>", "<|image_pad|>"])
+def test_a_system_turn_beside_the_turns_shows_no_picture(tmp_path: Path, place: str) -> None:
+    """It would be learned as a text, and the row's picture stand elsewhere."""
+    turns: list[dict[str, Any]] = [
+        {"messages": GOOD, "told": f"See {place}.", "image": "0.png"},
+        {"question": "q", "answer": "a", "told": f"See {place}.", "image": "0.png"},
+    ]
+    for row in turns:
+        split = split_of(tmp_path, [row], columns=ColumnsConfig(system="told"))
+        with pytest.raises(DataError, match=f"row 0: .*{re.escape(place)}"):
+            split[0]
 
 
 def test_a_named_column_of_system_s_turns_counts_beside_questions_and_answers(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from shared.cache import CacheReader
 from shared.errors import CheckpointError, HubError, RecipeError
 from stage2_student.__main__ import commands
 from stage2_student.publishing.card import model_card
+from stage2_student.publishing.push import plan_push
 from stage2_student.runs.run_folder import RunFolder
 
 
@@ -183,6 +184,30 @@ def test_no_name_and_no_token(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     found = command("push", run, "owner/student").exception
     assert isinstance(found, HubError)
     assert "HF_TOKEN" in str(found)
+
+
+NO_BRANCHES = (
+    "../x .. a..b /x x/ a//b -x .x a/.x x. a.lock a.lock/b x~1 x^ x:y x? x* [x x\\y x@{1} @ HEAD refs/pr/1"
+)
+
+
+@pytest.mark.parametrize("branch", ["", " ", "a b", "x\n", *NO_BRANCHES.split()])
+def test_no_name_of_a_branch(run: Path, branch: str) -> None:
+    """The Hub would refuse it after the repository was made; as \"\" it would be told as main."""
+    found = command("push", run, "owner/student", f"--revision={branch}", "--dry-run").exception
+    assert isinstance(found, RecipeError), branch
+    assert "no name of a branch" in str(found)
+
+
+@pytest.mark.parametrize("branch", ["main", "v1.0", "a/b-c_d", "step@2", "caf\u00e9"])
+def test_names_of_branches(run: Path, branch: str) -> None:
+    assert plan_push(run, "owner/student", revision=branch).revision == branch
+
+
+def test_a_file_is_no_run_and_no_export(run: Path) -> None:
+    found = command("push", run / "results.json", "owner/student", "--dry-run").exception
+    assert isinstance(found, RecipeError)
+    assert "results.json: no folder. Give the folder of a run, or of an export" in str(found)
 
 
 # --- sending ----------------------------------------------------------------------------------------------------

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from stage2_runs import make_recipe, run_alone, state_of
+from stage2_runs import files_of, make_recipe, run_alone, state_of, written_run
 from transformers import AutoModelForImageTextToText
 
 from shared.errors import CheckpointError, RecipeError
@@ -114,6 +116,47 @@ def test_evaluate_answers_with_a_folder_of_any_model(
     shown = command("evaluate", written(tree, tmp_path), "--model", str(student_folder))
     assert shown.exit_code == 0, shown.output
     assert "right, short" in shown.output
+
+
+def test_a_comparison_is_written_over_an_earlier_one_alone(tree: dict[str, Any], tmp_path: Path) -> None:
+    run = written_run(make_recipe(tree))
+    results, found = run / "results.json", tmp_path / "found.json"
+    results.write_text('{"step": 4}')
+    found.touch()
+    with pytest.raises(click.UsageError, match=r"results\.json: a file with something else is there"):
+        commands(["compare", str(run), "--json", str(results)], standalone_mode=False)
+    assert results.read_text() == '{"step": 4}'
+    results.unlink()
+    for _ in range(2):
+        assert command("compare", str(run), "--json", str(found)).exit_code == 0
+        assert {"runs", "caches"} == json.loads(found.read_text()).keys()
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("results.json", ["--no-answers"], r"results\.json: a file with something else"),
+        (
+            "results.parquet",
+            [],
+            r"results\.json: a file with something else",
+        ),  # the scores go beside the answers
+        ("rows.parquet", [], r"rows\.parquet: a file with something else"),
+        ("evaluation/validation.parquet", [], "a run keeps its own answers there"),
+        ("evaluation/new.json", ["--no-answers"], "a run keeps its own answers there"),
+    ],
+)
+def test_answers_are_written_over_earlier_ones_alone(
+    tree: dict[str, Any], vqa_folder: Path, out: str, options: list[str], message: str
+) -> None:
+    run = written_run(make_recipe(tree))
+    (run / "evaluation").mkdir()
+    (run / "results.json").write_text('{"step": 4}')
+    shutil.copy(next(vqa_folder.glob("train*.parquet")), run / "rows.parquet")
+    before = files_of(run)
+    with pytest.raises(click.UsageError, match=message):
+        commands(["evaluate", str(run), "--out", str(run / out), *options], standalone_mode=False)
+    assert files_of(run) == before
 
 
 def test_answers_are_compared_without_case_punctuation_and_spaces() -> None:

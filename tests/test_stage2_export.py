@@ -11,13 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from stage2_runs import make_recipe, run_alone
+from stage2_runs import files_of, make_recipe, run_alone
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from shared.data.processing import ExampleProcessor, open_processor
 from shared.data.processors import chat_template, load_processor
 from shared.data.rows import open_split
-from shared.errors import RecipeError
+from shared.errors import CacheFormatError, RecipeError
 from shared.models.vlm import load_vlm
 from shared.models.weight_files import weight_files
 from stage2_student.__main__ import commands
@@ -63,6 +63,27 @@ def test_what_is_no_export_is_not_replaced(
         assert "no export of a run" in str(found.exception)
     assert (tmp_path / "texts" / "thesis.txt").read_text() == "years of work"
     assert (run / "checkpoints").exists()
+
+
+def test_no_student_is_exported_into_a_cache(run: Path, tmp_path: Path, teacher_cache: Path) -> None:
+    shutil.copytree(teacher_cache, tmp_path / "cache")
+    found = export(run, "--out", str(tmp_path / "cache" / "student"))
+    assert isinstance(found.exception, CacheFormatError)
+    assert not (tmp_path / "cache" / "student").exists()
+
+
+def test_another_run_keeps_its_own_student(run: Path, tmp_path: Path) -> None:
+    """`evaluate` and `push` would take this student for that run's."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    before = files_of(other)
+    found = export(run, "--out", str(other / "export"))
+    assert isinstance(found.exception, RecipeError)
+    assert "the place of another run's student" in str(found.exception)
+    assert files_of(other) == before
+    shutil.rmtree(other / "export")
+    assert isinstance(export(run, "--out", str(other / "export")).exception, RecipeError)
+    assert export(other, "--out", str(other / "export")).return_value == 0
 
 
 def test_two_choices_of_a_checkpoint(run: Path) -> None:

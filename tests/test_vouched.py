@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from stage2_runs import make_recipe, written_run
 
 from shared.errors import CheckpointError
 from shared.vouched import opened, vouched
+from stage2_student.evaluation.evaluated import Evaluated
 from stage2_student.evaluation.run_records import read_run
-from stage2_student.evaluation.scores import _write, read_predictions
+from stage2_student.evaluation.scores import _write, read_predictions, save
 from stage2_student.runs.files import JsonLines
 from stage2_student.runs.run_folder import RunFolder, scores_in
 
@@ -48,6 +50,31 @@ def test_a_damaged_line_of_the_log_is_refused_by_its_number(tmp_path: Path) -> N
     assert [record["step"] for record in JsonLines(folder.metrics.path).read()] == [0, 1, 3]
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl: damaged in line 3; .* delete those lines"):
         folder.read_metrics()
+
+
+def test_a_figure_that_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
+    """JSON has no NaN: jq, JavaScript and other strict readers refuse the line, which Python's own does not."""
+    folder, figures = RunFolder(tmp_path), {"step_s": 1.0, "data_wait": 0.0, "num_positions": 3}
+    record = {"event": "step", "step": 1, "peak_memory_gib": 0.5, **figures}
+    folder.metrics.append(record | {"loss": float("nan"), "grad_norm": float("inf"), "kl": 0.5})
+    # As an earlier release has written it.
+    earlier = json.dumps(vouched(record | {"step": 2, "loss": float("nan"), "kl": 0.5}))
+    folder.metrics.path.write_text(folder.metrics.path.read_text() + earlier + "\n")
+    first, second = folder.read_metrics().records
+    assert (first["loss"], first["grad_norm"], first["kl"]) == (None, None, 0.5)
+    assert math.isnan(second["loss"])
+    folder.metrics.keep(lambda _: True)
+    for line in folder.metrics.path.read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+    assert len(folder.read_metrics().records) == 2
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.parquet"])
+def test_a_score_that_is_not_finite_is_null(tmp_path: Path, name: str) -> None:
+    save([Evaluated("student", "export", (), float("nan"), float("inf"))], tmp_path / name)
+    (student,) = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert (student["ce"], student["kl"]) == (None, None)
+    assert scores_in(tmp_path / "x.json") == [opened(student)]
 
 
 @pytest.mark.parametrize("event", ["step", "validation"])

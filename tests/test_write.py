@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from shared.answering import GumbelNoise, answer, sampled
 from shared.cache import CacheReader
 from shared.data.processing import ExampleProcessor
 from shared.data.rows import open_split
-from shared.errors import DataError, RecipeError, TrainingError
+from shared.errors import CacheFormatError, DataError, RecipeError, TrainingError
 from shared.models.vlm import load_vlm
 from shared.recipes import DataConfig, Recipe, dump_recipe
 from shared.runtime import distributed
@@ -389,6 +390,14 @@ def test_columns_of_other_names_need_another_folder() -> None:
     assert _differences({"columns": {}, "seed": 0}, asked) == [
         "columns.answer_ids: None there, 'tokens' asked for"
     ]
+
+
+def test_no_set_is_begun_in_a_cache(tree: dict[str, Any], tmp_path: Path, teacher_cache: Path) -> None:
+    shutil.copytree(teacher_cache, tmp_path / "cache")
+    tree["write"]["path"] = str(tmp_path / "cache" / "set")
+    with pytest.raises(CacheFormatError, match="lies in the cache"):
+        written(tree)
+    assert not (tmp_path / "cache" / "set").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.cache.format import make_metadata
+from shared.cache.layout import require_in_no_cache
 from shared.cache.manifest import Manifest, ShardInfo
 from shared.cache.reader import CacheReader
 from shared.cache.storage import explain_write_errors, sync_folder
@@ -34,9 +35,10 @@ def export(
     Columns  key (hex), answer_ids, ce_sum, entropy_sums, truncated; label_log_prob and label_gain where the
              cache has them; ids, logprobs and weights (temperature 1) or weights_T for the other
              temperatures, a list a position
-    Raises   CacheFormatError  when the folder is there already, or the cache is damaged
+    Raises   CacheFormatError  when the folder is there already or lies in a cache, or the cache is damaged
     """
     target = Path(out)
+    require_in_no_cache(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CacheFormatError(f"{target}: is there already. Name a new folder to export to.")
     temporary = target.parent / temporary_name(target.name)

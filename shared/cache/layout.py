@@ -14,6 +14,7 @@ capture.log                 what libraries said while it was captured
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from shared.cache.storage import Folder
 from shared.errors import CacheFormatError
@@ -94,3 +95,13 @@ def require_no_other_files(folder: Folder) -> None:
         raise CacheFormatError(
             f"{folder.where}: holds {foreign[0]!r} but no {MANIFEST_NAME}; this is no cache. Name an empty folder."
         )
+
+
+def require_in_no_cache(path: Path) -> None:
+    """For a new folder.
+
+    Raises   CacheFormatError  where it would lie in a cache, and be copied, moved and deleted with it
+    """
+    for folder in path.absolute().resolve().parents:
+        if (folder / MANIFEST_NAME).is_file() and (folder / SHARDS).is_dir():
+            raise CacheFormatError(f"{path}: lies in the cache {folder}. Name a folder outside of it.")

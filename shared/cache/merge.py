@@ -20,6 +20,7 @@ from shared.cache.layout import (
     MANIFEST_NAME,
     PLAN_NAME,
     foreign_names,
+    require_in_no_cache,
     shard_name,
     shard_names,
     table_names,
@@ -39,11 +40,13 @@ def merge(sources: Sequence[str], out: str, *, created_by: Mapping[str, str]) ->
     An interrupted merge is begun anew in the same folder; of one that has come to its end, nothing is done again.
 
     Raises   CacheMismatchError  when they were not captured alike: every difference, both sides
-             CacheFormatError    when one is damaged, or ``out`` is not empty
+             CacheFormatError    when one is damaged, or ``out`` is not empty or lies in a cache
     """
     readers = [CacheReader(source) for source in sources]
     _require_alike(readers)
     folder = open_folder(out)
+    if isinstance(folder, LocalFolder):
+        require_in_no_cache(folder.path)
     lock = CaptureLock.in_folder(folder.path) if isinstance(folder, LocalFolder) else None
     with closing(lock) if lock is not None else nullcontext():
         if folder.size(MANIFEST_NAME) is not None and (merged := _merged(readers, out)) is not None:

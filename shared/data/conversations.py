@@ -146,11 +146,17 @@ READERS: dict[str, Callable[..., Conversation]] = {
 def with_system(read: Conversation, text: Any, *, where: str) -> Conversation:
     """With a system's turn that stands beside the turns; nothing changes where it is null or blank.
 
-    Raises   DataError  where it is no text, or the turns have another one
+    Raises   DataError  where it is no text, shows a picture, or the turns have another one
     """
     if text is None or (isinstance(text, str) and not is_visible(text)):
         return read
-    turn = Turn("system", (required_text(text, "system's turn", where=where),))
+    told = required_text(text, "system's turn", where=where)
+    if PLACEHOLDER in told:
+        raise DataError(
+            f"{where}: a system's turn beside the turns says {PLACEHOLDER}; a picture's place is in the turns alone"
+        )
+    require_no_other_places(told, "system", where=where)
+    turn = Turn("system", (told,))
     own = [one for one in read.turns if one.role == "system"]
     if own and own != [turn]:
         raise DataError(
@@ -284,9 +290,17 @@ def _part(part: Any, *, where: str) -> str | _Place:
     if kind in ("image", "image_url", "input_image"):
         if isinstance(given.get("text"), str) and is_visible(given["text"]):
             raise DataError(f"{where}: a part holds both a text and a picture; each needs a part of its own")
-        index = given.get("index")
-        return _Place(_own_picture(given, where=where), index if isinstance(index, int) else None)
+        return _Place(_own_picture(given, where=where), _index(given.get("index"), where=where))
     raise DataError(f"{where}: a part of type {shortened(repr(kind))}; known are text, image and image_url")
+
+
+def _index(value: Any, *, where: str) -> int | None:
+    """A whole number, also one that a table has made a float; None where a part names no picture."""
+    if is_nothing(value):
+        return None
+    if type(value) is int or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    raise DataError(f"{where}: a part's index is {shortened(repr(value))}; needed is a whole number")
 
 
 def _own_picture(part: Mapping[str, Any], *, where: str) -> Any:

@@ -27,6 +27,7 @@ import pyarrow as pa
 from shared.cache import Wanted
 from shared.cache.format import sha256_hex
 from shared.cache.index import split_keys
+from shared.cache.layout import require_in_no_cache
 from shared.cache.lock import CacheBusyError, CaptureLock
 from shared.cache.storage import LocalFolder, explain_write_errors
 from shared.capture.planning import CaptureData, NumberedRows
@@ -201,7 +202,8 @@ class SetFolder:
     def taken(self, world: World) -> Iterator[None]:
         """Nobody else writes there meanwhile; called by all ranks, the first one holds the lock for all.
 
-        Raises   RecipeError  when another process writes there, or what is there is no written set
+        Raises   RecipeError       when another process writes there, or what is there is no written set
+                 CacheFormatError  when a new set would lie in a cache
         """
         lock = SetLock(self.path)
         try:
@@ -223,6 +225,8 @@ class SetFolder:
             raise RecipeError(
                 f"{self.path}: something is there that is no set of written answers. Name another folder"
             )
+        if is_new:
+            require_in_no_cache(self.path)
         with explain_write_errors(self.files.where, LOCK):
             try:
                 lock.acquire()

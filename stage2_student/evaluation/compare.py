@@ -17,6 +17,7 @@ from stage2_student.evaluation.cache_uses import cache_uses
 from stage2_student.evaluation.evaluated import STUDENT, TEACHER
 from stage2_student.evaluation.run_records import RunRecord, labels, teacher_ce_of
 from stage2_student.evaluation.scores import Scores
+from stage2_student.runs.files import finite
 
 UNIMPORTANT = ("run.name", "run.root", "bootstrap.")  # differ by nature, or make what is named elsewhere
 FIRST_KEYS = {"teacher": "teacher.model", "cache": "cache.path"}  # of sections that a recipe may lack
@@ -160,6 +161,11 @@ def legend(runs: Sequence[RunRecord]) -> list[str]:
     return lines
 
 
+def is_comparison(told: Any) -> bool:
+    """Whether ``save`` wrote it."""
+    return isinstance(told, dict) and told.keys() >= {"runs", "caches"}
+
+
 def save(runs: Sequence[RunRecord], path: Path) -> None:
     """Rows and break-even as JSON; ``break_even_epochs`` is null where a cache never pays."""
     uses = [
@@ -167,7 +173,7 @@ def save(runs: Sequence[RunRecord], path: Path) -> None:
         for use in cache_uses(runs)
     ]
     told = {"runs": [run.to_json() for run in runs], "caches": uses}
-    write_output(path, (json.dumps(told, indent=2) + "\n").encode())
+    write_output(path, (json.dumps(finite(told), indent=2) + "\n").encode())
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

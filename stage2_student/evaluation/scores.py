@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 
 from shared.errors import CheckpointError
 from shared.recipes import Split
-from shared.regular_files import naming, refuse_irregular
+from shared.regular_files import holds_something, is_another_file, naming, refuse_irregular
 from shared.temporaries import remove_left, written_beside
 from shared.vouched import DIGEST, digest_of, vouched
 from stage2_student.evaluation.evaluated import STUDENT, Evaluated
-from stage2_student.runs.files import write_json
+from stage2_student.runs.files import finite, write_json
 from stage2_student.runs.run_folder import MEND_SCORES, scores_in
 
 ASKED = ("model", "row", "question", "image_sha256")  # in every line of predictions
@@ -51,9 +51,30 @@ def save(found: Sequence[Evaluated], path: Path) -> None:
     """
     if path.suffix == ".json":
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, [vouched(one.to_json()) for one in found])
+        write_json(path, [vouched(finite(one.to_json())) for one in found])
         return
     _write(_lines(found), [one.to_json() for one in found], path)
+
+
+def in_the_way(path: Path) -> Path | None:
+    """Of the files that ``save`` writes, one that is there and holds neither answers nor scores."""
+    if is_another_file(path.with_suffix(".json"), _are_scores):
+        return path.with_suffix(".json")
+    return path if path.suffix == ".parquet" and _is_another_table(path) else None
+
+
+def _are_scores(told: Any) -> bool:
+    return isinstance(told, list) and all(isinstance(one, dict) and "model" in one for one in told)
+
+
+def _is_another_table(path: Path) -> bool:
+    if not holds_something(path):
+        return False
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, ValueError):
+        return True
+    return not (set(ASKED) <= set(schema.names) or DIGEST.encode() in (schema.metadata or {}))
 
 
 def keep(found: Sequence[Evaluated], folder: Path, name: str) -> Path:
@@ -148,7 +169,7 @@ def _write(lines: list[dict[str, Any]], scores: list[dict[str, Any]], path: Path
     table = pa.Table.from_pylist(lines, metadata={DIGEST: _digest(lines)})
     with naming(path), written_beside(path) as temporary:
         pq.write_table(table, temporary, write_page_checksum=True)
-    write_json(path.with_suffix(".json"), [vouched(one) for one in scores])
+    write_json(path.with_suffix(".json"), [vouched(finite(one)) for one in scores])
 
 
 def _digest(lines: list[dict[str, Any]]) -> bytes:

@@ -9,6 +9,7 @@ has a file that nobody listed is refused: what is public cannot be taken back.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from shared.models.weight_files import read_provenance
 from stage2_student.publishing.card import CARD
 from stage2_student.runs.checkpoint import hashes
 
+# As git has them: parts between slashes that do not begin with a dot, and nothing that it reads as something else.
+_PART = r"(?!\.)(?:(?!\.\.|@\{)[^\x00-\x20\x7f~^:?*\[\\/])+(?<!\.lock)"
+_BRANCH = re.compile(rf"(?!-|refs/|@\Z|HEAD\Z){_PART}(?:/{_PART})*(?<!\.)")
 OWN = (CARD, "LICENSE*", "NOTICE*")  # what the owner of an export writes or adds
 
 
@@ -51,13 +55,17 @@ class Push:
 def plan_push(place: Path, repo_id: str, *, revision: str | None) -> Push:
     """Looks at every byte of an export: that of a run's folder, or the folder itself.
 
-    Raises   RecipeError      when there is no export, it holds other files, or ``repo_id`` is no name
+    Raises   RecipeError      when there is no export, it holds other files, or ``repo_id`` or ``revision`` is no name
              CheckpointError  when a file is missing or was changed
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise RecipeError(f"{repo_id}: no name of a repository ({error}). Give owner/name") from error
+    if revision is not None and _BRANCH.fullmatch(revision) is None:
+        raise RecipeError(f"--revision {revision!r}: no name of a branch. Give one, such as trial or v1.0")
+    if place.exists() and not place.is_dir():
+        raise RecipeError(f"{place}: no folder. Give the folder of a run, or of an export")
     folder = place if (place / PROVENANCE).exists() else place / "export"
     wanted = _listed(folder)
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}

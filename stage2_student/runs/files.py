@@ -39,6 +39,11 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def finite(value: Any) -> Any:
+    """As JSON of the standard has it: null for NaN and infinity, words of Python's own that strict readers refuse."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
 def are_numbers(record: dict[str, Any], *names: str) -> bool:
     """Whether the record has a number under each of the names."""
     return all(type(record.get(name)) in (int, float) for name in names)
@@ -52,7 +57,7 @@ class JsonLines:
 
     def append(self, record: dict[str, Any]) -> None:
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(vouched(record)) + "\n")
+            file.write(_line(record))
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records; the last line may have been cut by a kill, and what is no object is no record."""
@@ -77,5 +82,8 @@ class JsonLines:
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Rewrites the log without the records that are not wanted."""
-        text = "".join(json.dumps(vouched(record)) + "\n" for record in self.read() if wanted(record))
-        write_text(self.path, text)
+        write_text(self.path, "".join(_line(record) for record in self.read() if wanted(record)))
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(vouched(finite(record)), allow_nan=False) + "\n"

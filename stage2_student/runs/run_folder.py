@@ -303,6 +303,12 @@ class RunFolder:
         return found
 
 
+def is_evaluation_of_a_run(folder: Path) -> bool:
+    """Whether a run keeps what its student answered in this folder."""
+    place = folder.absolute().resolve()
+    return place.name == "evaluation" and (place.parent / "recipe.yaml").exists()
+
+
 def _is_record(record: dict[str, Any]) -> bool:
     """Whether a line of the log is one of ours: a step, and of training and validation numbers alone."""
     if type(record.get("step")) is not int or not isinstance(record.get("event"), str):

@@ -27,6 +27,7 @@ from transformers.utils import (
     PROCESSOR_NAME,
 )
 
+from shared.cache.layout import require_in_no_cache
 from shared.data.processing import open_processor
 from shared.data.processors import chat_template, load_processor, read_template
 from shared.errors import CheckpointError, FileError, RecipeError, shortened
@@ -278,8 +279,13 @@ def stop_at(end_of_turn: int, path: Path) -> None:
 
 
 def require_replaceable(out: Path, folder: RunFolder) -> None:
-    """Raises   RecipeError  when what is there was not exported by this project, and would be lost"""
-    is_ours = (out / PROVENANCE).exists() or out == folder.export.resolve()
+    """Raises   RecipeError  when what is there was not exported by this project, or another run's is kept there"""
+    is_own = out == folder.export.resolve()
+    if not is_own and out.name == folder.export.name and (out.parent / folder.recipe.name).exists():
+        raise RecipeError(f"{out}: the place of another run's student. Give another --out")
+    if not out.exists():
+        require_in_no_cache(out)
+    is_ours = (out / PROVENANCE).exists() or is_own
     if out.exists() and not is_ours and not (out.is_dir() and not any(out.iterdir())):
         raise RecipeError(
             f"{out}: something is there that is no export of a run. Give another --out, or move it away"
