@@ -126,11 +126,6 @@ def require_head(
             num_logit_ids(model, processor.num_token_ids, num_answer_ids=processor.num_answer_ids, what=what)
 
 
-def context_of(model: PreTrainedModel | None) -> int | None:
-    """Tokens that a model was made for; None where it does not say."""
-    return None if model is None else getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def describe_tokenizer(
     report: Report, recipe: Recipe, name: str, *, revision: str | None
 ) -> ExampleProcessor | None:

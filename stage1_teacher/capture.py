@@ -50,13 +50,14 @@ from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceErr
 from shared.library_output import keep_library_output
 from shared.model_check import check_model, two_examples
 from shared.models.quantized import what_becomes_of_it
-from shared.models.vlm import load_config, scale_left_out
+from shared.models.vlm import context_of, load_config, scale_left_out
 from shared.recipes import CacheConfig, Recipe, TeacherConfig, dump_recipe
 from shared.runtime import World, environment
 from shared.same_prompts import open_processor_of
 from shared.same_teacher import teacher_content, teacher_stamp
 from shared.sparse import position_seeds
 from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on
+from shared.surveying import beyond_context
 from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.lockstep import Lockstep
 from stage1_teacher.capturing.progress import Tally, require_space, totals_of
@@ -107,12 +108,8 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         if num_outvoted := sum(part.num_outvoted for part in data.keyed):
             tqdm.write(f"note: {num_outvoted:,} answer(s) are dropped: not what most of their row say")
         tqdm.write(f"teacher {recipe.teacher.model} is run over {len(data.keys)} examples; cache {location}")
-        config = load_config(recipe.teacher.model, recipe.teacher.revision)
-        is_shared = world.size > 1 and (recipe.teacher.shard or recipe.teacher.ranks_per_copy > 1)
-        if (told := what_becomes_of_it(config, dequantize=is_shared)) is not None:
-            tqdm.write(f"note: teacher {recipe.teacher.model}: {told}")
-        if (told := scale_left_out(config)) is not None:
-            tqdm.write(f"note: teacher {recipe.teacher.model}: {told}")
+        for note in _notes_on(recipe.teacher, data, world):
+            tqdm.write(f"note: {note}")
     teacher = load_teacher(
         recipe.teacher,
         num_token_ids=processor.num_token_ids,
@@ -138,6 +135,19 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
         if teacher.is_follower:
             return teacher.follow()
         return Lead(recipe, processor, teacher, writer, assignment, world, stop, planning).run()
+
+
+def _notes_on(teacher: TeacherConfig, data: CaptureData, world: World) -> Iterator[str]:
+    """What became of the teacher's files, and rows that are too long for it."""
+    config, whose = load_config(teacher.model, teacher.revision), f"teacher {teacher.model}"
+    is_shared = world.size > 1 and (teacher.shard or teacher.ranks_per_copy > 1)
+    for told in (what_becomes_of_it(config, dequantize=is_shared), scale_left_out(config)):
+        if told is not None:
+            yield f"{whose}: {told}"
+    for part in data.keyed:
+        told = beyond_context(part.split, part.rows, part.lengths, context=context_of(config), whose=whose)
+        if told is not None:
+            yield told
 
 
 def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData) -> bool:

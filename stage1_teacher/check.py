@@ -17,11 +17,10 @@ from shared.errors import RecipeError
 from shared.models.chunks import chunk_positions
 from shared.models.plans import plan_of
 from shared.models.sharding import blocks
-from shared.models.vlm import empty_vlm, load_config, split
+from shared.models.vlm import context_of, empty_vlm, load_config, split
 from shared.places import is_local
 from shared.preflight import (
     Report,
-    context_of,
     describe_caches,
     describe_data,
     describe_quantization,
@@ -60,9 +59,10 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
     require_head(report, model, processor, what=f"teacher {recipe.teacher.model}")
     looked = describe_data(report, recipe, captured_splits(recipe), processor)
     describe_unusable(report, looked, recipe.data, what=recipe.data.source)
+    context = None if model is None else context_of(model.config)
     for found in looked:
         with report.collecting():
-            found.require_short(context_of(model), model=f"teacher {recipe.teacher.model}")
+            found.require_short(context, model=f"teacher {recipe.teacher.model}")
     with report.collecting():
         _describe_cache(report, recipe, processor)
     with report.collecting():

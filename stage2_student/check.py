@@ -16,13 +16,12 @@ from shared.dealing import Work
 from shared.errors import RecipeError
 from shared.models.packing import require_packing
 from shared.models.plans import Plan
-from shared.models.vlm import load_config
+from shared.models.vlm import context_of, load_config
 from shared.other_vocabulary import StudentOfAnother
 from shared.places import is_there
 from shared.preflight import (
     TOKENS_WITHOUT_DATA,
     Report,
-    context_of,
     describe_caches,
     describe_data,
     describe_quantization,
@@ -60,9 +59,10 @@ def check_recipe(recipe: Recipe, *, num_ranks: int) -> Report:
     require_head(report, model, processor, what=f"student {recipe.student.model}")
     wanted: list[Split] = ["train", "validation"] if recipe.data.splits.validation else ["train"]
     looked = describe_data(report, recipe, wanted, processor)
+    context = None if model is None else context_of(model.config)
     for found in looked:
         with report.collecting():
-            found.require_short(context_of(model), model=f"student {recipe.student.model}")
+            found.require_short(context, model=f"student {recipe.student.model}")
     skipped: dict[str, list[str]] = {}
     if processor is not None:
         with report.collecting():

@@ -104,8 +104,9 @@ def _train(
         recipe, folder.path, world, step=checkpoint.facts.step if checkpoint else -1
     ) as trackers:
         trainer = Trainer(recipe, inputs, plan.shape, plan.num_steps, folder, trainers, trackers)
-        for note in notes_at_start(trainer.student.model, recipe) if world.is_main else ():
-            tqdm.write(f"note: {note}")
+        if world.is_main:
+            for note in notes_at_start(trainer.student.model, recipe, inputs.surveys().values()):
+                tqdm.write(f"note: {note}")
         trainer.restore(checkpoint)
         trainer.check()
         finished = trainer.fit(stop)

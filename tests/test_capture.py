@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -229,6 +230,18 @@ def test_where_no_row_can_be_used_the_first_reason_is_told(tree: dict[str, Any])
     marked = with_values(tree, "data", system_prompt="You see <|image_pad|>.", max_dropped=100)
     with pytest.raises(DataError, match=r"no row can be used; the first: .*row 0 .*(image_pad|placeholders)"):
         run(marked)
+
+
+def test_rows_longer_than_the_teachers_context_are_told(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tree["teacher"]["model"], tmp_path / "short")
+    settings = json.loads((model / "config.json").read_text())
+    settings["text_config"]["max_position_embeddings"] = 40
+    (model / "config.json").write_text(json.dumps(settings))
+    assert run(with_values(tree, "teacher", model=str(model))) == 0
+    told = re.findall(r"note: .* split (\w+): .* of teacher .*, 40; row \d+ has", capsys.readouterr().out)
+    assert told == ["train", "validation"]
 
 
 def test_a_stop_request_ends_early_and_the_next_start_finishes(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -154,6 +155,18 @@ def test_a_row_that_is_not_in_the_cache_is_named_before_the_first_step(
         CacheMismatchError, match=r"1 of 12 examples are not in it.*row 5 first.*teacher-cache"
     ):
         run_alone(make_recipe(tree))
+
+
+def test_rows_longer_than_the_students_context_are_told(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tree["student"]["model"], tmp_path / "short")
+    settings = json.loads((model / "config.json").read_text())
+    settings["text_config"]["max_position_embeddings"] = 40
+    (model / "config.json").write_text(json.dumps(settings))
+    assert run_alone(make_recipe(tree, student__model=str(model), optimization__max_steps=1)) == 0
+    told = re.findall(r"note: .* split (\w+): .* of student .*, 40; row \d+ has", capsys.readouterr().out)
+    assert told == ["train", "validation"]
 
 
 def test_an_unusable_row_stops_the_run_unless_it_may_be_dropped(

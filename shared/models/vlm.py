@@ -248,6 +248,11 @@ def split(model: PreTrainedModel) -> tuple[nn.Module, Head]:
     return (WithoutHead(model) if body is model else body), head
 
 
+def context_of(config: PretrainedConfig) -> int | None:
+    """Tokens that a model was made for; None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def scale_left_out(config: PretrainedConfig) -> str | None:
     """A note on a model whose class does not multiply its logits by what its text model alone does."""
     text = config.get_text_config()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedModel
 
 from shared.models.quantized import what_becomes_of_it
 from shared.models.router import RouterLoss, num_experts
-from shared.models.vlm import load_config, scale_left_out
+from shared.models.vlm import context_of, load_config, scale_left_out
 from shared.recipes import Recipe
 from stage2_student.training.lora import out_of_reach
+from stage2_student.training.survey import Survey
 
 # A bfloat16 has 8 bits: a number is a 128th to a 256th of itself away from the next, and half of that rounds back.
 LOST_BELOW = (1 / 512, 1 / 256)
@@ -26,13 +27,17 @@ def notes_on(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
     yield from _low_precision(recipe)
 
 
-def notes_at_start(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
-    """The same, and what became of the student's files."""
+def notes_at_start(model: PreTrainedModel, recipe: Recipe, surveys: Iterable[Survey]) -> Iterator[str]:
+    """The same, what became of the student's files, and examples that are too long for it."""
     student = recipe.student
     config = load_config(student.model, student.revision)
     for told in (what_becomes_of_it(config, dequantize=True), scale_left_out(config)):
         if told is not None:
             yield f"student {student.model}: {told}"
+    for one in surveys:
+        told = one.beyond_context(context_of(config), whose=f"student {student.model}")
+        if told is not None:
+            yield told
     yield from notes_on(model, recipe)
 
 
