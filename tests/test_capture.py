@@ -17,6 +17,7 @@ import datasets
 import fsspec
 import pytest
 import torch
+from changed_models import with_text_config
 from transformers import AutoModelForImageTextToText
 
 from shared.cache import CacheReader, CacheWriter
@@ -235,11 +236,8 @@ def test_where_no_row_can_be_used_the_first_reason_is_told(tree: dict[str, Any])
 def test_rows_longer_than_the_teachers_context_are_told(
     tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = shutil.copytree(tree["teacher"]["model"], tmp_path / "short")
-    settings = json.loads((model / "config.json").read_text())
-    settings["text_config"]["max_position_embeddings"] = 40
-    (model / "config.json").write_text(json.dumps(settings))
-    assert run(with_values(tree, "teacher", model=str(model))) == 0
+    short = with_text_config(tree["teacher"]["model"], tmp_path / "short", max_position_embeddings=40)
+    assert run(with_values(tree, "teacher", model=short)) == 0
     told = re.findall(r"note: .* split (\w+): .* of teacher .*, 40; row \d+ has", capsys.readouterr().out)
     assert told == ["train", "validation"]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from changed_models import with_text_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from samples import encoded_picture
@@ -257,11 +258,8 @@ def test_of_many_pictures_the_share_that_was_decoded_is_told(
 
 
 def test_prompts_longer_than_the_models_context_are_a_problem(tree: dict[str, Any], tmp_path: Path) -> None:
-    model = shutil.copytree(tree["teacher"]["model"], tmp_path / "teacher")
-    settings = json.loads((model / "config.json").read_text())
-    settings["text_config"]["max_position_embeddings"] = 40
-    (model / "config.json").write_text(json.dumps(settings))
-    tree["teacher"]["model"] = str(model)
+    short = with_text_config(tree["teacher"]["model"], tmp_path / "teacher", max_position_embeddings=40)
+    tree["teacher"]["model"] = short
     problems = problems_of(tree)
     assert [split in problem for problem, split in zip(problems, ("train", "validation"), strict=True)]
     assert "row(s) have more tokens than the context of teacher" in problems[0]
@@ -269,11 +267,8 @@ def test_prompts_longer_than_the_models_context_are_a_problem(tree: dict[str, An
 
 
 def test_a_head_narrower_than_the_tokenizer_is_a_problem(tree: dict[str, Any], tmp_path: Path) -> None:
-    model = shutil.copytree(tree["teacher"]["model"], tmp_path / "teacher")
-    settings = json.loads((model / "config.json").read_text())
-    settings["text_config"] |= {"vocab_size": 64, "pad_token_id": None, "eos_token_id": None}
-    (model / "config.json").write_text(json.dumps(settings))
-    tree["teacher"]["model"] = str(model)
+    narrow = {"vocab_size": 64, "pad_token_id": None, "eos_token_id": None}
+    tree["teacher"]["model"] = with_text_config(tree["teacher"]["model"], tmp_path / "teacher", **narrow)
     assert any("its head is 64 wide, its tokenizer has" in problem for problem in problems_of(tree))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from changed_models import with_text_config
 from stage2_runs import make_recipe, on_ranks, records, run_alone, run_ranks, step_records, teacher_of
 
 from shared.cache import CacheReader
@@ -160,11 +161,8 @@ def test_a_row_that_is_not_in_the_cache_is_named_before_the_first_step(
 def test_rows_longer_than_the_students_context_are_told(
     tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = shutil.copytree(tree["student"]["model"], tmp_path / "short")
-    settings = json.loads((model / "config.json").read_text())
-    settings["text_config"]["max_position_embeddings"] = 40
-    (model / "config.json").write_text(json.dumps(settings))
-    assert run_alone(make_recipe(tree, student__model=str(model), optimization__max_steps=1)) == 0
+    short = with_text_config(tree["student"]["model"], tmp_path / "short", max_position_embeddings=40)
+    assert run_alone(make_recipe(tree, student__model=short, optimization__max_steps=1)) == 0
     told = re.findall(r"note: .* split (\w+): .* of student .*, 40; row \d+ has", capsys.readouterr().out)
     assert told == ["train", "validation"]
 
