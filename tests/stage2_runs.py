@@ -22,6 +22,7 @@ import yaml
 from rendezvous import Rendezvous
 
 from shared.cache import CacheReader
+from shared.errors import TrainingError
 from shared.recipes import Recipe, dump_recipe
 from shared.recipes.files import validate_tree
 from shared.runtime import World, distributed
@@ -67,7 +68,9 @@ def on_ranks(
     new: bool = False,
     **options: Any,
 ) -> list[Any]:
-    """What ``function(world)`` returns on each of that many gloo ranks; its first error is raised here.
+    """What ``function(world)`` returns on each of that many gloo ranks; an error is raised here.
+
+    Of several errors it is the first that does not only say that another rank has ended.
 
     errors   are values like others
     new      the ranks are new processes, not forks: they hold no memory of this one.  ``function`` is pickled
@@ -87,10 +90,15 @@ def on_ranks(
         process.join(timeout=30)
         if process.is_alive():
             process.kill()
-    for result in results:
-        if isinstance(result, BaseException) and not errors:
-            raise result
+    failed = [result for result in results if isinstance(result, BaseException)]
+    if failed and not errors:
+        raise min(failed, key=_is_of_a_peer)
     return results
+
+
+def _is_of_a_peer(error: BaseException) -> bool:
+    """A rank may end so early that another one has not yet joined it."""
+    return isinstance(error, TrainingError) and str(error).startswith("another process of this job")
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,16 @@ def test_a_rank_that_is_late_for_a_collective_ends_the_others() -> None:
     assert f"more than {SHORT_S:g} s (parallel.collective_timeout_s)" in str(ended[1])
 
 
+def test_of_the_ranks_errors_the_one_that_ended_the_others_is_raised() -> None:
+    def work(world: World) -> None:
+        if world.rank == 1:
+            raise DataError("row 3")
+        world.barrier()
+
+    with pytest.raises(DataError, match="row 3"):
+        on_ranks(2, work)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_whose_peer_never_comes_ends_with_one_error(
     rank: int, monkeypatch: pytest.MonkeyPatch
