@@ -49,15 +49,14 @@ from shared.data.processing import ExampleProcessor
 from shared.errors import CacheFormatError, DataError, RecipeError, TeachonceError, listed
 from shared.library_output import keep_library_output
 from shared.model_check import check_model, two_examples
-from shared.models.quantized import what_becomes_of_it
-from shared.models.vlm import context_of, load_config, scale_left_out
+from shared.model_notes import notes_on_files
+from shared.models.vlm import load_config
 from shared.recipes import CacheConfig, Recipe, TeacherConfig, dump_recipe
 from shared.runtime import World, environment
 from shared.same_prompts import open_processor_of
 from shared.same_teacher import teacher_content, teacher_stamp
 from shared.sparse import position_seeds
 from shared.stopping import INTERRUPTED_STATUS, StopRequest, command_to_go_on
-from shared.surveying import beyond_context
 from stage1_teacher.capturing.handover import BackgroundWriter
 from stage1_teacher.capturing.lockstep import Lockstep
 from stage1_teacher.capturing.progress import Tally, require_space, totals_of
@@ -138,16 +137,9 @@ def capture(recipe: Recipe, world: World, stop: StopRequest) -> int:
 
 
 def _notes_on(teacher: TeacherConfig, data: CaptureData, world: World) -> Iterator[str]:
-    """What became of the teacher's files, and rows that are too long for it."""
-    config, whose = load_config(teacher.model, teacher.revision), f"teacher {teacher.model}"
+    config = load_config(teacher.model, teacher.revision)
     is_shared = world.size > 1 and (teacher.shard or teacher.ranks_per_copy > 1)
-    for told in (what_becomes_of_it(config, dequantize=is_shared), scale_left_out(config)):
-        if told is not None:
-            yield f"{whose}: {told}"
-    for part in data.keyed:
-        told = beyond_context(part.split, part.rows, part.lengths, context=context_of(config), whose=whose)
-        if told is not None:
-            yield told
+    return notes_on_files(config, data.keyed, whose=f"teacher {teacher.model}", dequantize=is_shared)
 
 
 def nothing_to_do(recipe: Recipe, processor: ExampleProcessor, data: CaptureData) -> bool:

@@ -29,7 +29,7 @@ FLOORS = [
     {"codec", "data"},
     {"answering", "reports", "kd_loss", "cache", "other_vocabulary"},
     {"surveying", "same_prompts"},
-    {"completeness", "small_models", "same_teacher", "split_check", "model_check"},
+    {"completeness", "small_models", "same_teacher", "split_check", "model_check", "model_notes"},
     {"preflight", "rounds"},
     {"pipeline", "capture"},
     {"writing"},

@@ -7,7 +7,7 @@ under the file's content and all else that it depends on (``kept``), so that ano
 data.
 """
 
-from shared.surveying.keyed import Keyed, beyond_context, keys_fingerprint, survey_keys
+from shared.surveying.keyed import Keyed, keys_fingerprint, survey_keys
 from shared.surveying.sharing import Surveyors
 
-__all__ = ["Keyed", "Surveyors", "beyond_context", "keys_fingerprint", "survey_keys"]
+__all__ = ["Keyed", "Surveyors", "keys_fingerprint", "survey_keys"]

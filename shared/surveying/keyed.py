@@ -71,21 +71,6 @@ class Keyed:
         return keys_fingerprint(self.keys)
 
 
-def beyond_context(
-    split: VqaSplit, rows: np.ndarray, lengths: np.ndarray, *, context: int | None, whose: str
-) -> str | None:
-    """A note on examples that are longer than a model's context; None where there are none, or it does not say."""
-    too_long = np.flatnonzero(lengths > (context or np.inf))
-    if not len(too_long):
-        return None
-    worst = int(lengths.argmax())
-    return (
-        f"{split.source}, split {split.name}: about {len(too_long):,} of {len(rows):,} rows have more tokens than "
-        f"the context of {whose}, {context:,}; row {rows[worst]} has about {int(lengths[worst]):,}. It was not made "
-        "for them. Lower data.max_pixels or data.max_answer_tokens, or take these rows out"
-    )
-
-
 def keys_fingerprint(keys: np.ndarray) -> str:
     """Hex, over keys of 16 bytes in order, as an array of any shape."""
     return hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()

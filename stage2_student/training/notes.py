@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedModel
 
-from shared.models.quantized import what_becomes_of_it
+from shared.model_notes import notes_on_files
 from shared.models.router import RouterLoss, num_experts
-from shared.models.vlm import context_of, load_config, scale_left_out
+from shared.models.vlm import load_config
 from shared.recipes import Recipe
 from stage2_student.training.lora import out_of_reach
 from stage2_student.training.survey import Survey
@@ -31,13 +31,7 @@ def notes_at_start(model: PreTrainedModel, recipe: Recipe, surveys: Iterable[Sur
     """The same, what became of the student's files, and examples that are too long for it."""
     student = recipe.student
     config = load_config(student.model, student.revision)
-    for told in (what_becomes_of_it(config, dequantize=True), scale_left_out(config)):
-        if told is not None:
-            yield f"student {student.model}: {told}"
-    for one in surveys:
-        told = one.beyond_context(context_of(config), whose=f"student {student.model}")
-        if told is not None:
-            yield told
+    yield from notes_on_files(config, surveys, whose=f"student {student.model}", dequantize=True)
     yield from notes_on(model, recipe)
 
 

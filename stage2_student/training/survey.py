@@ -19,7 +19,7 @@ from shared.dealing import Work
 from shared.errors import DataError, listed
 from shared.recipes import DataConfig, Recipe, Split
 from shared.runtime import World
-from shared.surveying import Keyed, Surveyors, beyond_context, keys_fingerprint, survey_keys
+from shared.surveying import Keyed, Surveyors, keys_fingerprint, survey_keys
 from stage2_student.training.emphasis import Emphasis
 from stage2_student.training.feed import MicrobatchSource
 
@@ -83,10 +83,6 @@ class Survey:
         return f"{where}: {len(self.dropped)} of {num_rows} rows are left out:{listed}" + (
             f"\n  - and {more} more; metrics.jsonl lists them all" if more > 0 else ""
         )
-
-    def beyond_context(self, context: int | None, *, whose: str) -> str | None:
-        """A note on examples that are longer than the model's context; None where there are none."""
-        return beyond_context(self.split, self.rows, self.lengths, context=context, whose=whose)
 
     def microbatches(
         self,
